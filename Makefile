@@ -1,0 +1,31 @@
+# Needs only Python >= 3.10 and make. `make demo` and `make test` install what they need into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,demo,test,lint]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m tests.demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	mkdir -p .typing && ln -sfn .. .typing/early_exit
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p early_exit.handler -p early_exit.training -p early_exit.archiver
+
+bench: install
+	$(BIN)/python -m tests.benchmarks.loop --json loop.json
+	$(BIN)/python -m tests.benchmarks.overhead --json overhead.json
+
+clean:
+	rm -rf .venv .typing build *.egg-info

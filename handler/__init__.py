@@ -1,0 +1,1 @@
+"""Runs inside TorchServe and owns the formats: backbone, head, plan, record, configuration."""

@@ -1,0 +1,94 @@
+"""The user's own handler, which keeps doing pre- and post-processing around a replaced model."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from types import ModuleType
+from typing import Any, Protocol
+
+from torch import nn
+
+from early_exit.handler.errors import ArchiveError
+
+
+class InnerHandler(Protocol):
+    """A TorchServe handler object."""
+
+    model: Any
+
+    def initialize(self, context: Any) -> None: ...
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]: ...
+
+
+def load_inner_handler(manifest: dict[str, Any], context: Any, model: nn.Module) -> InnerHandler:
+    """Create the handler that a manifest names, with `model` in place of its own.
+
+    A handler that loads its model through TorchServe's BaseHandler gets ours without reading any weights;
+    one that loads its model itself does so, and the result is replaced.
+
+    Args:
+        manifest: the archive's original manifest.
+        context: TorchServe's context for this worker.
+        model: what `handler.model` becomes.
+
+    Raises:
+        ArchiveError: the handler cannot be found, or does not keep its model in `self.model`.
+    """
+    handler = handler_class(manifest["model"]["handler"])()
+    for loader in ("_load_pickled_model", "_load_torchscript_model"):
+        if hasattr(handler, loader):
+            setattr(handler, loader, lambda *args, **kwargs: model)
+    handler.initialize(_original_context(manifest, context))
+    if not isinstance(getattr(handler, "model", None), nn.Module):
+        raise ArchiveError(f"{type(handler).__name__} does not keep its model in 'self.model' after initialize(), so "
+                           "it cannot be given one with early exits: store the model there and call it from there")
+    handler.model = model
+    loaded: InnerHandler = handler
+    return loaded
+
+
+def handler_class(name: str) -> type[Any]:
+    """Return the class of a custom handler file or of one of TorchServe's built-in handlers.
+
+    Raises:
+        ArchiveError: there is none.
+    """
+    module_name = name.split("/")[-1].removesuffix(".py")
+    module = _import_handler(module_name)
+    classes = own_classes(module)
+    if len(classes) != 1 or not hasattr(classes[0], "handle"):
+        raise ArchiveError(f"expected one handler class with handle() in {module_name}, found "
+                           f"{[kind.__name__ for kind in classes] or 'none'}: a module-level handle function keeps its "
+                           "model out of reach, so turn it into a class that keeps it in 'self.model'")
+    return classes[0]
+
+
+def own_classes(module: ModuleType) -> list[type[Any]]:
+    """Return the classes that a module defines itself; TorchServe demands exactly one of handlers and models."""
+    return [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
+
+
+def _import_handler(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise ArchiveError(f"the handler {name} needs {error.name!r}, which is not installed") from error
+    try:
+        return importlib.import_module(f"ts.torch_handler.{name}")
+    except ModuleNotFoundError as error:
+        raise ArchiveError(f"cannot import the handler {name!r}: no such file in the archive, and as a built-in "
+                           f"handler of TorchServe it fails with: {error}") from error
+
+
+def _original_context(manifest: dict[str, Any], context: Any) -> Any:
+    """Return a context in which the handler finds the archive as it was before it was repackaged."""
+    original = copy.copy(context)
+    original.manifest = manifest
+    # torch.compile over our stages would specialise on every batch size that the exits leave behind.
+    hidden = ("pt2", "early_exit")
+    original.model_yaml_config = {k: v for k, v in (context.model_yaml_config or {}).items() if k not in hidden}
+    return original

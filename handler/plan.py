@@ -1,0 +1,156 @@
+"""The exit plan: which exits a model version has, and what is certified about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from early_exit.handler.backbone import BackboneDescription
+from early_exit.handler.errors import PlanError
+from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.policy import ConfidencePolicy
+
+FORMAT = 1
+PLAN_FILE = "plan.json"
+HEADS_FILE = "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class PlannedExit:
+    """One exit of a plan."""
+
+    layer: str
+    """Module path of the candidate layer it stands after."""
+    head: HeadSpec
+    temperature: float
+    threshold: float
+    """Least calibrated confidence that leaves here."""
+    cost: float
+    """Fraction of the backbone's FLOPs spent when this layer has run, in (0, 1)."""
+    head_cost: float
+    """FLOPs of the head as a fraction of the backbone's."""
+
+    def policy(self) -> ConfidencePolicy:
+        return ConfidencePolicy(self.temperature, self.threshold)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """P(served answer differs from the backbone's) <= tolerance, with this confidence.
+
+    The statement holds for requests like those of the certify part: the shadow sample of the window.
+    """
+
+    risk: str
+    tolerance: float
+    confidence: float
+    """1 - delta: the share of such certificates that are true."""
+    n: int
+    """Records of the certify part, used for nothing else."""
+    k: int
+    """Among them, those where the served answer differed."""
+    p_value: float
+    """P(Binomial(n, tolerance) <= k)."""
+    method: str
+    window: tuple[float, float]
+    """Unix times, in seconds, of the first and last record used."""
+
+    def in_words(self) -> str:
+        return (f"With {100 * self.confidence:.6g}% confidence the served class differs from the backbone's on at "
+                f"most {100 * self.tolerance:.6g}% of requests ({self.k} of {self.n} held-out records differed).")
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """The exits of one model version, in order, for exactly one backbone."""
+
+    backbone: str
+    """sha256 of the backbone that it was made for."""
+    thresholds: str
+    """How the thresholds were chosen: certified, paper or equal."""
+    exits: tuple[PlannedExit, ...]
+    certificate: Certificate | None
+    engine: str = "eager"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        costs = [planned.cost for planned in self.exits]
+        if sorted(set(costs)) != costs:
+            raise PlanError(f"the exits of a plan must be in order of cost, found {costs}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: str) -> ExitPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: it is incomplete, or a newer version of this software wrote it.
+        """
+        if data.get("format") != FORMAT:
+            raise PlanError(f"{source} has format {data.get('format')!r}, this version reads {FORMAT}")
+        certificate = data.get("certificate")
+        try:
+            return cls(
+                backbone=data["backbone"], thresholds=data["thresholds"], engine=data["engine"],
+                precision=data["precision"],
+                exits=tuple(PlannedExit(**{**planned, "head": HeadSpec.from_json(planned["head"])})
+                            for planned in data["exits"]),
+                certificate=None if certificate is None
+                else Certificate(**{**certificate, "window": tuple(certificate["window"])}),
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"{source} is not a complete plan: {error}") from error
+
+
+def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> None:
+    """Write heads.safetensors and then plan.json into an existing folder; `heads` is by layer path."""
+    tensors = {f"{planned.layer}/{name}": tensor.contiguous()
+               for planned in plan.exits for name, tensor in heads[planned.layer].state_dict().items()}
+    save_file(tensors, folder / HEADS_FILE, metadata={"backbone": plan.backbone})
+    scratch = folder / (PLAN_FILE + ".writing")
+    scratch.write_text(json.dumps(plan.to_json(), indent=1))
+    scratch.replace(folder / PLAN_FILE)
+
+
+def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:
+    """Read a plan and the tensors of its heads, which lie beside it.
+
+    Raises:
+        PlanError: a file is missing, damaged or of a newer format.
+    """
+    try:
+        plan = ExitPlan.from_json(json.loads(path.read_text()), str(path))
+        return plan, load_file(path.with_name(HEADS_FILE))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PlanError(f"cannot read the plan {path} and {HEADS_FILE} beside it: {error}") from error
+
+
+def build_heads(plan: ExitPlan, tensors: Mapping[str, Tensor], backbone: BackboneDescription) -> dict[str, Head]:
+    """Return the heads of a plan, by layer path, with their weights.
+
+    Raises:
+        PlanError: the plan was made for another backbone, or its tensors do not fit its heads.
+    """
+    if plan.backbone != backbone.sha256:
+        raise PlanError(f"the plan was made for the backbone {plan.backbone[:12]}..., this one is "
+                        f"{backbone.sha256[:12]}...: train heads on records of this backbone, or use the other one")
+    heads: dict[str, Head] = {}
+    for planned in plan.exits:
+        head = Head(planned.head, backbone.layer(planned.layer).shape, backbone.n_classes)
+        prefix = planned.layer + "/"
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        try:
+            head.load_state_dict(own)
+        except RuntimeError as error:
+            raise PlanError(f"{HEADS_FILE} does not fit the head at {planned.layer}: {error}") from error
+        heads[planned.layer] = head.eval()
+    return heads

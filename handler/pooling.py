@@ -1,0 +1,58 @@
+"""How an activation becomes the small tensor that is recorded and that heads read."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_LARGE_MAP = 256
+
+
+def pool_activation(activation: Tensor, side: int) -> Tensor:
+    """Return a small summary of each row of an activation.
+
+    Args:
+        activation: (B, C, H, W) feature maps, (B, T, D) tokens or (B, D) vectors.
+        side: feature maps are average-pooled to at most (side, side).
+
+    Returns:
+        (B, C, min(side, H), min(side, W)) for maps; (B, 2, D) for tokens: the first token, which is the
+        class token where a model has one, and the mean of all; vectors as they are.
+    """
+    if activation.dim() == 4:
+        return _pool_maps(activation, min(side, activation.shape[2]), min(side, activation.shape[3]))
+    if activation.dim() == 3:
+        return torch.stack((activation[:, 0], activation.mean(dim=1)), dim=1)
+    return activation
+
+
+def _pool_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
+    """Return what adaptive_avg_pool2d does, as matrix products: on a CPU that one is not vectorised."""
+    batch, channels, height, width = maps.shape
+    if maps.is_cuda or not maps.is_contiguous():
+        return torch.nn.functional.adaptive_avg_pool2d(maps, (rows, columns))
+    if height % rows == 0 and height * width > _LARGE_MAP:
+        sums = maps.view(-1, height // rows, width).sum(dim=1)  # (batch * channels * rows, width)
+        pooled = sums @ _averages(width, columns).to(maps.dtype) * (rows / height)
+    else:
+        pooled = maps.view(-1, height * width) @ _averages_2d(height, width, rows, columns).to(maps.dtype)
+    return pooled.view(batch, channels, rows, columns)
+
+
+@lru_cache(maxsize=256)
+def _averages(size: int, count: int) -> Tensor:
+    """Return the (size, count) matrix that averages adaptive_avg_pool's windows of a vector."""
+    matrix = torch.zeros(size, count)
+    for window in range(count):
+        start, end = window * size // count, math.ceil((window + 1) * size / count)
+        matrix[start:end, window] = 1 / (end - start)
+    return matrix
+
+
+@lru_cache(maxsize=256)
+def _averages_2d(height: int, width: int, rows: int, columns: int) -> Tensor:
+    """Return the (height * width, rows * columns) matrix that averages the windows of a map."""
+    return torch.kron(_averages(height, rows), _averages(width, columns))

@@ -1,0 +1,117 @@
+"""The model object that stands in for the user's: the same call, with exits and taps for the records."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.candidates import spread_over
+from early_exit.handler.errors import InputError
+from early_exit.handler.graph import split
+from early_exit.handler.head import Head
+from early_exit.handler.plan import ExitPlan, PlannedExit
+from early_exit.handler.pooling import pool_activation
+from early_exit.handler.stages import Answers, Exit, Observer, Stage, run_with_exits
+
+
+@dataclass(frozen=True)
+class ServedBatch:
+    """One call of the model: its answers and what was tapped for the records."""
+
+    answers: Answers
+    activations: Mapping[str, Tensor]
+    """By layer path: (S, ...) float16 pooled activations of the shadow rows; empty without taps."""
+    time: float
+    """Unix time in seconds."""
+
+
+class ServedModel(nn.Module):
+    """Maps (B, ...) input to (B, K) scores like the backbone, and lets confident rows leave early."""
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
+                 *, sampling_rate: float = 0.0, record_pool: int | None = None, record_layers: int = 0) -> None:
+        """Cut the backbone where something is read and attach the plan's heads.
+
+        Args:
+            backbone: on the device that serves.
+            plan: none answers every row in full.
+            heads: by layer path, one for each exit of the plan.
+            sampling_rate: share of rows that run to the end whatever the exits say.
+            record_pool: side to which the shadow rows' feature maps are pooled and kept; none keeps nothing.
+            record_layers: how many candidate layers are kept at most, besides those with an exit.
+        """
+        super().__init__()
+        self.description = backbone.description
+        planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
+        recorded = spread_over(self.description.candidates, record_layers) if record_pool else []
+        cuts = [layer for layer in self.description.candidates if layer.path in planned or layer in recorded]
+        self.layers = tuple(layer.path for layer in cuts)
+        """Module paths at which the backbone is cut, in order."""
+        self.sampling_rate = sampling_rate
+        self.record_pool = record_pool
+        # Seeded by the system: the sample must not repeat in each worker, nor depend on the input.
+        self._random = torch.Generator().manual_seed(int.from_bytes(os.urandom(6), "big"))
+        self._served: list[ServedBatch] = []
+        self.is_computing = False
+        """True while a batch that was taken is computed, and after that has failed."""
+        self._graph = backbone.graph
+        self._parts = nn.ModuleList(split(backbone.graph, [layer.node for layer in cuts]))
+        self._heads = nn.ModuleList((heads or {}).values())
+        exits = [self._exit(planned[path], (heads or {})[path]) if path in planned else None for path in self.layers]
+        # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
+        self.stages = tuple(Stage(part.forward, exit_) for part, exit_ in zip(self._parts, (*exits, None)))
+        self.eval()
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Return (B, K) scores and keep what `take_served` returns.
+
+        Raises:
+            InputError: the batch does not have the backbone's input shape or dtype.
+        """
+        self.is_computing = False
+        self._require_input(batch)
+        self.is_computing = True
+        if batch.requires_grad:  # an explanation follows the gradient through the whole backbone
+            scores: Tensor = self._graph(batch)
+            self.is_computing = False
+            return scores
+        with torch.no_grad():
+            shadow = torch.rand(len(batch), generator=self._random).to(batch.device) < self.sampling_rate
+            taps: dict[str, Tensor] = {}
+            answers = run_with_exits(batch, self.stages, shadow=shadow,
+                                     observe=None if self.record_pool is None else self._tap_into(taps))
+        self._served.append(ServedBatch(answers, taps, time.time()))
+        self.is_computing = False
+        return answers.outputs
+
+    def take_served(self) -> list[ServedBatch]:
+        """Return the calls since the last time, oldest first."""
+        served, self._served = self._served, []
+        return served
+
+    def _exit(self, planned: PlannedExit, head: Head) -> Exit:
+        scores = self.description.scores
+        return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature))
+
+    def _tap_into(self, taps: dict[str, Tensor]) -> Observer:
+        pool = self.record_pool or 1
+
+        def observe(stage: int, activation: Tensor) -> None:
+            if stage < len(self.layers):
+                taps[self.layers[stage]] = pool_activation(activation, pool).half().cpu()
+
+        return observe
+
+    def _require_input(self, batch: object) -> None:
+        shape, dtype = self.description.input_shape, self.description.input_dtype
+        if not isinstance(batch, Tensor):
+            raise InputError(f"expected a tensor of shape (batch, {shape}), found {type(batch).__name__}")
+        if tuple(batch.shape[1:]) != shape or str(batch.dtype) != f"torch.{dtype}":
+            raise InputError(f"expected {dtype} input of shape {shape}, found {str(batch.dtype).removeprefix('torch.')}"
+                             f" of shape {tuple(batch.shape[1:])}")

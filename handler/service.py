@@ -1,0 +1,85 @@
+"""The class that TorchServe loads.
+
+TorchServe imports this module, requires exactly one class in it and no function called `handle`, so
+everything that could be tested without TorchServe lives elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.bookkeeping import Bookkeeper
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.inner import load_inner_handler
+from early_exit.handler.isolation import answer_items, context_of
+from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.metrics import ServingMetrics
+from early_exit.handler.plan import build_heads, load_plan
+from early_exit.handler.probe import answer_probe, is_probe
+from early_exit.handler.recorder import RecordWriter
+from early_exit.handler.records import ShardHeader
+from early_exit.handler.served import ServedModel
+
+
+class EarlyExitService:
+    """Serves an archive of `ee-archive`: the user's handler around a model with early exits."""
+
+    def initialize(self, context: Any) -> None:
+        """Load backbone, plan and the user's handler from the model directory.
+
+        Raises:
+            EarlyExitError: the configuration or a file of the archive is wrong; TorchServe logs the message.
+        """
+        config = ServingConfig.from_model_config(context.model_yaml_config)
+        layout = ArchiveLayout(Path(context.system_properties["model_dir"]))
+        gpu = context.system_properties.get("gpu_id")
+        device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
+        backbone = Backbone.load(layout.folder, device)
+        plan, heads = None, None
+        if config.exits and layout.plan.exists():
+            plan, tensors = load_plan(layout.plan)
+            heads = build_heads(plan, tensors, backbone.description)
+        root = config.records_folder()
+        version = str(context.manifest["model"].get("modelVersion", "1.0"))
+        sampling_rate = config.sampling(has_exits=plan is not None) if root else 0.0
+        self.model = ServedModel(backbone, plan, heads, sampling_rate=sampling_rate,
+                                 record_pool=config.pool if root else None, record_layers=config.layers).to(device)
+        header = ShardHeader(context.model_name, version, backbone.description.sha256, config.pool, self.model.layers)
+        writer = RecordWriter(root, header, config) if root else None
+        metrics = ServingMetrics(context.metrics, context.model_name, version)
+        self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
+        answer_probe(self.model)
+        self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests)
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        """Return one response per request, in order."""
+        headers = [context.get_all_request_header(item) for item in range(len(data))]
+        others = [item for item in range(len(data)) if not is_probe(headers[item])]
+        if len(others) == len(data):
+            return self._answer(data, context)
+        responses: list[Any] = [None] * len(data)
+        for item in set(range(len(data))) - set(others):
+            try:
+                responses[item] = answer_probe(self.model)
+            except ArchiveError as error:
+                context.set_response_status(500, "ProbeFailed", item)
+                responses[item] = {"code": 500, "type": "ProbeFailed", "message": str(error)}
+        if others:
+            answers = self._answer([data[item] for item in others], context_of(others, context))
+            for item, response in zip(others, answers):
+                responses[item] = response
+        return responses
+
+    def _answer(self, data: list[Any], context: Any) -> list[Any]:
+        responses: list[Any] = [None] * len(data)
+        for served in answer_items(data, context, self.inner, self.model):
+            for item, response in zip(served.items, served.responses):
+                responses[item] = response
+            self.bookkeeper.note(served, data, context)
+        return responses

@@ -1,0 +1,118 @@
+"""The forward pass with early exits: decide per item, answer the hits, shrink the batch, go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.policy import ExitPolicy
+
+FULL = -1
+"""Exit number of a row that the whole backbone answered."""
+
+Observer = Callable[[int, Tensor], None]
+"""Called after each stage with its number and the (S, ...) activation of the shadow rows, where there are any."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """What stands at the end of a stage that may answer."""
+
+    head: Callable[[Tensor], Tensor]
+    """(B, ...) activation -> (B, K) logits."""
+    policy: ExitPolicy
+    answer: Callable[[Tensor], Tensor]
+    """(B, K) logits -> (B, K) scores of the kind that the backbone returns."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the backbone and, unless nobody may leave there, the exit after it."""
+
+    forward: Callable[[Tensor], Tensor]
+    exit: Exit | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one batch, in request order."""
+
+    outputs: Tensor
+    """(B, K) scores."""
+    stages: Tensor
+    """(B,) int64: the stage after which each row was answered, or `FULL`."""
+    shadow: Tensor
+    """(S,) int64: rows that ran to the end whatever the exits said."""
+    reference: Tensor
+    """(S, K) scores of the whole backbone for the shadow rows."""
+    stage_seconds: tuple[float, ...]
+    """Wall time of each stage that ran, with its head and shrink."""
+
+
+def run_with_exits(
+    batch: Tensor, stages: Sequence[Stage], *, shadow: Tensor | None = None, observe: Observer | None = None
+) -> Answers:
+    """Run the backbone and let confident rows leave early (Algorithm 1 of the paper).
+
+    An item's answer does not depend on the batch it travelled in. Shadow rows are answered at their exit
+    like any other but keep travelling, so that what they would have got from the backbone is known.
+
+    Args:
+        batch: (B, ...) input; B may be 0.
+        stages: the backbone in order; the last stage returns the scores.
+        shadow: (B,) bool mask of shadow rows; none by default.
+        observe: sees the shadow rows' activations.
+    """
+    n_rows, device = len(batch), batch.device
+    is_shadow = torch.zeros(n_rows, dtype=torch.bool, device=device) if shadow is None else shadow
+    n_shadows = int(is_shadow.sum())
+    left_after = torch.full((n_rows,), FULL, dtype=torch.int64, device=device)
+    rows, shadows = torch.arange(n_rows, device=device), is_shadow  # of the rows that still travel
+    pieces: list[tuple[Tensor, Tensor]] = []  # (rows, their answers)
+    seconds: list[float] = []
+    travelling = [batch]
+    for number, stage in enumerate(stages):
+        started = time.perf_counter()
+        # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
+        x = stage.forward(travelling.pop())
+        if observe is not None and n_shadows:
+            observe(number, x if n_shadows == len(rows) else select_rows(x, shadows))
+        if stage.exit is not None:
+            logits = stage.exit.head(x)  # (rows, K)
+            hits = stage.exit.policy(logits)
+            if n_shadows:  # some may have been answered already
+                hits = hits & (left_after[rows] == FULL)
+            hit = hits.nonzero().flatten()
+            if len(hit):
+                answered = rows.index_select(0, hit)
+                pieces.append((answered, stage.exit.answer(logits.index_select(0, hit))))
+                left_after.index_fill_(0, answered, number)
+                leaves = hits & ~shadows if n_shadows else hits
+                x, stay = select_rows(x, ~leaves), (~leaves).nonzero().flatten()
+                rows, shadows = rows.index_select(0, stay), shadows.index_select(0, stay)
+        seconds.append(time.perf_counter() - started)
+        travelling.append(x)
+        del x
+        if n_rows and not len(rows):
+            break
+    else:
+        waits = left_after[rows] == FULL
+        pieces.append((rows[waits], select_rows(travelling[0], waits)))
+    outputs = torch.cat([answers for _, answers in pieces])[torch.cat([row for row, _ in pieces]).argsort()]
+    reference = select_rows(travelling[0], shadows) if n_shadows else outputs[:0]
+    return Answers(outputs, left_after, is_shadow.nonzero().flatten(), reference, tuple(seconds))
+
+
+def select_rows(x: Tensor, keep: Tensor) -> Tensor:
+    """Return the rows of x that a (B,) bool mask keeps: x itself when it keeps all, in x's memory format."""
+    if bool(keep.all()):
+        return x
+    index = keep.nonzero().flatten()
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        # index_select on channels_last returns a slow NCHW copy; on the permuted view it copies whole rows.
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
