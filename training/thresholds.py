@@ -1,0 +1,160 @@
+"""From calibrated heads to exits with thresholds: certified, or by the paper's budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from early_exit.training.certify import most_failures
+from early_exit.training.subset import Option, Subset, best_subset, bit_mask
+
+NEVER = 2.0
+"""A threshold that no probability reaches."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What L calibrated heads say about N records."""
+
+    confidence: Tensor
+    """(N, L) in [0, 1]."""
+    agrees: Tensor
+    """(N, L) bool: the head's class is the backbone's."""
+    costs: tuple[float, ...]
+    """Fraction of the backbone's cost spent at each layer."""
+    head_costs: tuple[float, ...]
+    """Cost of each head as a fraction of the backbone's."""
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.costs)
+
+    def option(self, layer: int, threshold: float) -> Option:
+        hits = self.confidence[:, layer] >= threshold
+        return Option(bit_mask(hits), bit_mask(hits & ~self.agrees[:, layer]), self.head_costs[layer],
+                      1 - self.costs[layer])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Exits and their thresholds."""
+
+    layers: tuple[int, ...]
+    """Indices of the candidates, in order."""
+    thresholds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a choice does to N records."""
+
+    exit: Tensor
+    """(N,) int64: position in the choice of the exit taken, or -1 for the backbone."""
+    differs: Tensor
+    """(N,) bool: the answer is not the backbone's."""
+    cost: Tensor
+    """(N,) fraction of the backbone's cost, heads included."""
+
+
+def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
+    """Return the smallest threshold with hit rate x (1 - agreement) <= budget (section 3.3, equation 3).
+
+    Args:
+        confidence: (N,) calibrated confidences on validation records.
+        agrees: (N,) bool.
+        budget: tolerated share of all records that leave here with another answer.
+
+    >>> budget_threshold(torch.tensor([.9, .8, .7, .6]), torch.tensor([True, True, False, True]), 0.0)
+    0.800000011920929
+    """
+    n_tolerated = int(budget * len(confidence) + 1e-9)
+    wrong = confidence[~agrees].sort(descending=True).values
+    if len(wrong) <= n_tolerated:
+        return float(confidence.min()) if len(confidence) else NEVER
+    above = confidence[confidence > wrong[n_tolerated]]
+    return float(above.min()) if len(above) else NEVER
+
+
+def paper_choice(tune: Candidates, tolerance: float) -> Choice:
+    """Return the best subset when the n-th exit may spend T / 2^n (section 3.3)."""
+
+    @cache
+    def threshold(layer: int, position: int) -> float:
+        return budget_threshold(tune.confidence[:, layer], tune.agrees[:, layer], tolerance / 2**position)
+
+    @cache
+    def option(layer: int, position: int) -> Option:
+        return tune.option(layer, threshold(layer, position))
+
+    subset = best_subset(option, tune.n_layers, len(tune))
+    return Choice(subset.layers, tuple(threshold(layer, n) for n, layer in enumerate(subset.layers, start=1)))
+
+
+def equal_choice(tune: Candidates, tolerance: float) -> Choice:
+    """Return the best subset when each of m exits may spend T / m."""
+    best, thresholds = Subset((), 0.0, 0), tuple[float, ...]()
+    for size in range(1, tune.n_layers + 1):
+        levels = [budget_threshold(tune.confidence[:, layer], tune.agrees[:, layer], tolerance / size)
+                  for layer in range(tune.n_layers)]
+        options = [tune.option(layer, level) for layer, level in enumerate(levels)]
+        subset = best_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
+                             tune.n_layers, len(tune), size=size)
+        if subset.score > best.score:
+            best, thresholds = subset, tuple(levels[layer] for layer in subset.layers)
+    return Choice(best.layers, thresholds)
+
+
+def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int,
+                   levels: Sequence[float] | None = None) -> list[Choice]:
+    """Return the settings to certify, from "never exit" to aggressive.
+
+    The settings share one subset and one confidence level for all its exits. The subset is the one that
+    saves most on *tune* at some level, among those that differ there no oftener than the certify part can
+    accept.
+
+    Args:
+        tune: records of the tune part.
+        tolerance: T.
+        delta: 1 - confidence.
+        n_certify: how many records there are to certify with.
+        levels: confidences to try, descending.
+    """
+    levels = list(levels) if levels is not None else confidence_levels()
+    max_wrong = int(len(tune) * most_failures(n_certify, tolerance, delta) / n_certify)
+    best = Subset((), 0.0, 0)
+    for level in levels[::4]:
+        options = [tune.option(layer, level) for layer in range(tune.n_layers)]
+        subset = best_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
+                             tune.n_layers, len(tune), max_wrong=max_wrong)
+        if subset.score > best.score:
+            best = subset
+    return [Choice(best.layers, (level,) * len(best.layers)) for level in (NEVER, *levels)]
+
+
+def confidence_levels(count: int = 121) -> list[float]:
+    """Return confidences from 0.9999 down to 0.3, denser near 1 where they matter."""
+    return (1 - torch.logspace(-4, torch.log10(torch.tensor(0.7)).item(), count, dtype=torch.float64)).tolist()
+
+
+def outcome(choice: Choice, records: Candidates) -> Outcome:
+    """Return what a choice does to records; what later exits would have said does not count."""
+    n_records = len(records)
+    exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
+    differs = torch.zeros(n_records, dtype=torch.bool)
+    cost = torch.ones(n_records, dtype=torch.float64)
+    heads = torch.zeros(n_records, dtype=torch.float64)
+    for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
+        alive = exit_taken == -1
+        heads[alive] += records.head_costs[layer]
+        leaves = alive & (records.confidence[:, layer] >= threshold)
+        exit_taken[leaves] = position
+        differs |= leaves & ~records.agrees[:, layer]
+        cost[leaves] = records.costs[layer]
+    return Outcome(exit_taken, differs, cost + heads)
