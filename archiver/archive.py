@@ -1,0 +1,229 @@
+"""Writes an early-exit .mar: self-contained, the same bytes for the same input, published by rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import early_exit.handler
+from early_exit.archiver.sample import image_input, model_input, sample_image
+from early_exit.archiver.source import eager_model, extract, model_from_factory
+from early_exit.archiver.validate import validate
+from early_exit.handler.backbone import Backbone, BackboneDescription, load_program
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.layout import HANDLER, ArchiveLayout
+from early_exit.handler.plan import build_heads, load_plan, save_plan
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_CREATED = "01/01/1980 00:00:00"
+CONFIG_FILE = "model-config.yaml"
+
+
+@dataclass(frozen=True)
+class ArchiveRequest:
+    """What `ee-archive` was asked for."""
+
+    source: str
+    to: Path
+    plan: Path | None = None
+    version: str | None = None
+    """By default one above the source's version."""
+    model_name: str | None = None
+    weights: Path | None = None
+    input_shape: tuple[int, ...] | None = None
+    """Of one item; by default what the handler makes of the sample request."""
+    handler: str | None = None
+    """For a factory or .pt2: a file or the name of a built-in handler."""
+    extra_files: Sequence[Path] = field(default_factory=tuple)
+    config: Path | None = None
+    """Replaces the source's model-config.yaml."""
+    request: Path | None = None
+    """Body of a typical request."""
+
+
+def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Build, validate and publish an archive; return its path.
+
+    Args:
+        asked: what is wanted.
+        say: told what the user should know about the archive.
+
+    Raises:
+        EarlyExitError: the source, the plan or the configuration cannot be used; nothing is published.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        layout = ArchiveLayout(Path(scratch) / "archive")
+        layout.root.mkdir()
+        original, backbone = _unpack_source(asked, layout)
+        request = _sample_request(asked, layout, original, backbone.description)
+        if request is None:
+            say("no sample request is known, so the handler's pre- and post-processing are not tried out; "
+                "--request FILE gives one")
+        _write_ours(asked, layout, original, backbone, request)
+        asked.to.mkdir(parents=True, exist_ok=True)
+        manifest = json.loads(layout.manifest.read_text())["model"]
+        target = asked.to / f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
+        weights = original["model"].get("serializedFile")
+        kept = _set_aside(layout.root, weights, Path(scratch))
+        with tempfile.TemporaryDirectory(dir=asked.to, prefix=".building-") as building:
+            draft = Path(building) / target.name
+            _zip(layout.root, draft)
+            try:
+                validate(draft)
+            except ArchiveError:
+                if kept is None:
+                    raise
+                # A handler whose initialize() reads the weights itself needs them; then they are in twice.
+                shutil.move(kept, layout.root / weights)
+                _zip(layout.root, draft)
+                validate(draft)
+                say(f"the handler reads {weights} itself, so the archive holds the weights twice")
+            draft.replace(target)
+    return target
+
+
+def _unpack_source(asked: ArchiveRequest, layout: ArchiveLayout) -> tuple[dict[str, Any], Backbone]:
+    """Lay out the user's files and return the manifest that their handler expects, and the backbone."""
+    if asked.source.endswith(".mar"):
+        extract(Path(asked.source), layout.root)
+        if layout.original_manifest.exists():
+            manifest: dict[str, Any] = json.loads(layout.original_manifest.read_text())
+            current = json.loads(layout.manifest.read_text())["model"]
+            manifest["model"] |= {key: current[key] for key in ("modelVersion", "configFile") if key in current}
+            return manifest, Backbone.load(layout.folder)
+        manifest = json.loads(layout.manifest.read_text())
+        return manifest, _backbone_of_mar(asked, layout, manifest)
+    manifest = _manifest_for(asked, layout)
+    if asked.source.endswith(".pt2"):
+        return manifest, Backbone.from_program(load_program(Path(asked.source)))
+    if ":" not in asked.source:
+        raise ArchiveError(f"expected a .mar, a .pt2 or package.module:function, found {asked.source!r}")
+    if asked.weights is None or asked.input_shape is None:
+        raise ArchiveError("a factory needs --weights FILE.safetensors|.pth and --input-shape, such as 3,224,224")
+    return manifest, Backbone.from_module(model_from_factory(asked.source, asked.weights), asked.input_shape)
+
+
+def _backbone_of_mar(asked: ArchiveRequest, layout: ArchiveLayout, manifest: dict[str, Any]) -> Backbone:
+    model = eager_model(layout.root, manifest)
+    if asked.input_shape is not None:
+        return Backbone.from_module(model, asked.input_shape)
+    if asked.request is not None:
+        return Backbone.from_module(model, *model_input(layout.root, manifest, asked.request.read_bytes()))
+    return Backbone.from_module(model, *image_input(layout.root, manifest))
+
+
+def _manifest_for(asked: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
+    """Copy the files given for a factory or .pt2 and return a manifest for their handler."""
+    if asked.handler is None or asked.model_name is None:
+        raise ArchiveError("a factory or .pt2 needs --handler (a file, or a built-in such as image_classifier), which "
+                           "does pre- and post-processing, and --model-name")
+    files = [*asked.extra_files, *([Path(asked.handler)] if asked.handler.endswith(".py") else [])]
+    for file in files:
+        if not file.is_file():
+            raise ArchiveError(f"no such file: {file}")
+        shutil.copyfile(file, layout.root / file.name)
+    # 'modelFile' makes TorchServe's base handler ask for an eager model, which it is given.
+    return {"runtime": "python", "model": {"modelName": asked.model_name, "handler": Path(asked.handler).name,
+                                           "modelFile": "exported.py"}}
+
+
+def _write_ours(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
+                request: bytes | None) -> None:
+    """Replace everything of ours in the layout: handler code, backbone, plan, manifests, configuration."""
+    shutil.rmtree(layout.folder, ignore_errors=True)
+    code = layout.folder / "handler"
+    code.mkdir(parents=True)
+    for file in sorted(Path(early_exit.handler.__path__[0]).glob("*.py")):
+        shutil.copyfile(file, code / file.name)
+    backbone.save(layout.folder)
+    if request is not None:
+        layout.sample_request.write_bytes(request)
+    if asked.plan is not None:
+        plan, tensors = load_plan(asked.plan)
+        save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
+    layout.original_manifest.write_text(json.dumps(original, indent=1, sort_keys=True))
+    config = asked.config or _existing(layout.root, original["model"].get("configFile"))
+    if config is not None:
+        try:
+            ServingConfig.from_model_config(yaml.safe_load(config.read_text()))
+        except (OSError, yaml.YAMLError) as error:
+            raise ArchiveError(f"cannot read the configuration {config}: {error}") from error
+        if config != layout.root / CONFIG_FILE:
+            shutil.copyfile(config, layout.root / CONFIG_FILE)
+    layout.manifest.parent.mkdir(exist_ok=True)
+    layout.manifest.write_text(_manifest(asked, original, has_config=config is not None))
+
+
+def _manifest(asked: ArchiveRequest, original: dict[str, Any], *, has_config: bool) -> str:
+    from model_archiver.manifest_components.manifest import Manifest
+    from model_archiver.manifest_components.model import Model
+
+    model = original["model"]
+    described = Model(
+        model_name=asked.model_name or model["modelName"], serialized_file=None, handler=HANDLER,
+        model_version=asked.version or _next_version(model.get("modelVersion")),
+        requirements_file=model.get("requirementsFile"), config_file=CONFIG_FILE if has_config else None)
+    manifest = Manifest("python", described).manifest_dict
+    # The clock must not change the bytes of an archive.
+    manifest["createdOn"] = _CREATED
+    return json.dumps(manifest, indent=1, sort_keys=True)
+
+
+def _next_version(version: str | None) -> str:
+    if version is None:
+        return "1.0"
+    try:
+        return f"{int(float(version)) + 1}.0"
+    except ValueError:
+        raise ArchiveError(f"the source has version {version!r}, which cannot be counted up: pass --version") from None
+
+
+def _existing(folder: Path, name: str | None) -> Path | None:
+    return folder / name if name else None
+
+
+def _set_aside(root: Path, weights: str | None, scratch: Path) -> Path | None:
+    """Move the source's weights out of the archive: the exported backbone has them already."""
+    if not weights or not (root / weights).exists():
+        return None
+    aside = scratch / "weights"
+    shutil.move(root / weights, aside)
+    return aside
+
+
+def _sample_request(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any],
+                    backbone: BackboneDescription) -> bytes | None:
+    """Return a request that reaches the model with the right shape: the user's, the source's, or an image."""
+    if asked.request is not None:
+        return asked.request.read_bytes()
+    if layout.sample_request.exists():
+        return layout.sample_request.read_bytes()
+    image = sample_image(backbone.input_shape[-1])
+    try:
+        shape, _ = model_input(layout.root, original, image)
+    except ArchiveError:  # not a handler of images: the probe must do
+        return None
+    return image if shape == backbone.input_shape else None
+
+
+def _zip(folder: Path, target: Path) -> None:
+    """Zip a folder so that the same files give the same bytes; compiled Python is left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # deflate differs between zlib versions
+        for path in files:
+            entry = zipfile.ZipInfo(str(path.relative_to(folder)), _EPOCH)
+            entry.external_attr = 0o644 << 16
+            with path.open("rb") as source, archive.open(entry, "w") as sink:
+                shutil.copyfileobj(source, sink)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())

