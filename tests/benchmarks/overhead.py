@@ -1,0 +1,91 @@
+"""What serving without exits costs: against the plain backbone on the same engine, and with full recording.
+
+    python -m tests.benchmarks.overhead --json FILE
+
+CPU time of the process (the writer's thread included), one thread for the model, interleaved, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from early_exit.archiver.sample import worker_context
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.bookkeeping import Bookkeeper
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.isolation import Served
+from early_exit.handler.metrics import ServingMetrics
+from early_exit.handler.recorder import RecordWriter
+from early_exit.handler.records import ShardHeader
+from early_exit.handler.served import ServedModel
+from tests.support.models.cifar_resnet18w32 import ResNet18W32
+from tests.support.timing import cpu_ratio, one_thread, run_with_the_servers_allocator
+
+BATCHES = (1, 8, 32)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What serving without exits costs.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args()
+    run_with_the_servers_allocator("tests.benchmarks.overhead")
+    torch.manual_seed(0)
+    figures = {
+        "resnet18w32_32px": measure(ResNet18W32(), (3, 32, 32), {1: 300, 8: 100, 32: 30}),
+        "resnet50_224px": measure(torchvision.models.resnet50(weights=None), (3, 224, 224), {1: 40, 8: 11, 32: 5}),
+    }
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int]) -> dict[str, Any]:
+    """Return the largest difference of the answers and the cost ratios by batch size."""
+    backbone = Backbone.from_module(model.eval(), input_shape)
+    plain, served = backbone.graph, ServedModel(backbone)
+    found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}}
+    with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
+        for size in BATCHES:
+            inputs = [torch.randn(size, *input_shape) for _ in range(4)]
+            rounds = [inputs[number % 4] for number in range(n_rounds[size])]
+            found["max_error"] = max(found["max_error"], (plain(inputs[0]) - served(inputs[0])).abs().max().item())
+            without, recording = serving(backbone, size, None), serving(backbone, size, Path(scratch))
+            found["no_exit_ratio"][size] = cpu_ratio(plain, served, rounds)
+            found["recording_ratio"][size] = cpu_ratio(without, recording, rounds)
+    return found
+
+
+def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Tensor], None]:
+    """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all."""
+    config = ServingConfig()
+    model = ServedModel(backbone, sampling_rate=1.0 if records else 0.0, record_pool=4 if records else None,
+                        record_layers=config.layers)
+    manifest = {"model": {"modelName": "overhead", "handler": "none"}}
+    context = worker_context(Path(), manifest)
+    context.request_ids = {number: f"request-{number}" for number in range(size)}
+    context.request_processor = context.request_processor * size
+    header = ShardHeader("overhead", "1.0", backbone.description.sha256, 4, model.layers)
+    writer = RecordWriter(records, header, config) if records else None
+    metrics = ServingMetrics(context.metrics, "overhead", "1.0")
+    bookkeeper = Bookkeeper(model, "1.0", metrics, writer, keep_requests=False)
+    items = tuple(range(size))
+
+    def serve(batch: Tensor) -> None:
+        model(batch)
+        bookkeeper.note(Served(items, [None] * size, model.take_served()), [{}] * size, context)
+
+    return serve
+
+
+if __name__ == "__main__":
+    sys.exit(main())

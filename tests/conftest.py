@@ -1,0 +1,33 @@
+"""What many tests share: a trained digits backbone and its archives, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from tests.support.digits import train_backbone
+from tests.support.models.digits_resnet import DigitsResNet
+from tests.support.original import original_mar
+
+WORKERS = "minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\nearly_exit:\n  seal_after_s: 2\n"
+
+
+@pytest.fixture(scope="session")
+def digits_backbone() -> DigitsResNet:
+    return train_backbone(n_steps=200)
+
+
+@pytest.fixture(scope="session")
+def digits_mar(digits_backbone: DigitsResNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's archive: eager model, state dict, a handler that subclasses TorchServe's image classifier."""
+    return original_mar(tmp_path_factory.mktemp("original"), "digits", "digits_resnet.py", "digits_handler.py",
+                        digits_backbone.state_dict(), WORKERS.format(n=1))
+
+
+@pytest.fixture(scope="session")
+def recorder_mar(digits_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, repackaged to record and answer in full: digits 2.0."""
+    store = tmp_path_factory.mktemp("store")
+    return build_archive(ArchiveRequest(str(digits_mar), store, input_shape=(1, 32, 32)))

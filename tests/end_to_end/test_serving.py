@@ -1,0 +1,193 @@
+"""A real TorchServe: answers, headers, metrics, records, and what a bad item or a bad folder costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from early_exit.archiver.addresses import Addresses, read_token
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.management import Management
+from early_exit.archiver.roll import roll
+from early_exit.archiver.server import TorchServe
+from early_exit.handler.errors import ServerError
+from early_exit.handler.records import list_shards, read_shard
+from tests.conftest import WORKERS
+from tests.support.client import BackgroundLoad, failed, send
+from tests.support.digits import traffic
+from tests.support.plans import write_plan
+
+pytestmark = pytest.mark.slow
+
+BODIES = [request.body for request in traffic(60, seed=5)]
+
+
+@pytest.fixture(scope="module")
+def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with digits 2.0 (records, two workers), 3.0 (exits) and 4.0 (exits)."""
+    folder = tmp_path_factory.mktemp("served")
+    config = folder / "config.yaml"
+    config.write_text(WORKERS.format(n=2) + "  keep_requests: true\n")
+    build_archive(ArchiveRequest(str(recorder_mar), folder, version="2.0", config=config))
+    plan = write_plan(folder / "run", recorder_mar, threshold=0.3)
+    for version in ("3.0", "4.0"):
+        build_archive(ArchiveRequest(str(recorder_mar), folder, plan=plan, version=version))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    state = tmp_path_factory.mktemp("state")
+    with TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-2.0.mar"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def management(server: TorchServe) -> Management:
+    return Management(server.addresses, server.key_file)
+
+
+def metrics(server: TorchServe) -> str:
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    return requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
+
+
+def test_two_workers_answer_and_record_every_request(server: TorchServe, management: Management) -> None:
+    deadline = time.monotonic() + 60
+    while management.versions("digits")[0].n_ready < 2:
+        assert time.monotonic() < deadline, "the second worker does not start"
+        time.sleep(0.5)
+    replies = send(server, "digits", BODIES, clients=16)
+    assert failed(replies) == 0
+    assert {(reply.exit, reply.version) for reply in replies} == {("full", "2.0")}
+    assert all(len(json.loads(reply.body)) == 3 for reply in replies), "the handler's own response schema"
+    records = server.state / "records"
+    deadline = time.monotonic() + 20
+    while (found := sum(len(read_shard(shard, [])) for shard in list_shards(records))) < len(BODIES):
+        assert time.monotonic() < deadline, f"{found} of {len(BODIES)} records"
+        time.sleep(0.5)
+    shards = [read_shard(shard, [], bodies=True) for shard in list_shards(records)]
+    assert sorted(body for shard in shards for body in shard.bodies or ()) == sorted(BODIES)
+    writers = {shard.name.split("-")[1] for shard in list_shards(records)}
+    assert len(writers) == 2, "both workers record"
+
+
+def test_one_bad_item_gets_its_own_400_and_the_others_are_answered(server: TorchServe) -> None:
+    bodies = [b"not an image" if number % 5 == 2 else body for number, body in enumerate(BODIES)]
+    replies = send(server, "digits", bodies)
+    for body, reply in zip(bodies, replies):
+        if body == b"not an image":
+            assert reply.status == 400
+            error = json.loads(reply.body)
+            assert error["code"] == 400 and "UnidentifiedImageError" in error["message"]
+        else:
+            assert reply.ok
+
+
+def test_the_metrics_tell_exits_records_shadows_and_stage_seconds(server: TorchServe) -> None:
+    send(server, "digits", BODIES)
+    deadline = time.monotonic() + 15
+    while "ee_records_written_total" not in metrics(server) and time.monotonic() < deadline:
+        send(server, "digits", BODIES[:4])
+        time.sleep(1)
+    text = metrics(server)
+    for name in ('ee_answers_total{ModelName="digits",ModelVersion="2.0",Exit="full"', "ee_records_written_total",
+                 "ee_shadow_samples_total", "ee_stage_seconds_bucket", "ee_items_refused_total"):
+        assert name in text
+
+
+def test_without_a_token_nothing_is_answered(server: TorchServe) -> None:
+    url = f"{server.addresses.inference}/predictions/digits"
+    assert requests.post(url, data=BODIES[0], timeout=10).status_code == 400
+
+
+def test_archives_from_elsewhere_cannot_be_registered(
+        server: TorchServe, management: Management, recorder_mar: Path) -> None:
+    with pytest.raises(ServerError, match="403|400|404"):
+        management.register(recorder_mar.as_uri(), workers=1)
+
+
+def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(
+        server: TorchServe, management: Management, store: Path) -> None:
+    with BackgroundLoad(server, "digits", BODIES) as load:
+        time.sleep(1)
+        report = roll(management, store / "digits-3.0.mar")
+        time.sleep(1)
+    assert (report.version, report.replaced) == ("3.0", "2.0")
+    assert failed(load.replies) == 0
+    assert [reply.version for reply in load.replies][-1] == "3.0"
+    assert {reply.version for reply in load.replies} == {"2.0", "3.0"}
+    assert any(reply.exit not in ("full", "") for reply in load.replies)
+    assert [one.version for one in management.versions("digits")] == ["3.0"]
+
+
+def test_an_answer_does_not_depend_on_the_batch_it_travelled_in(server: TorchServe) -> None:
+    """Scores agree to rounding, which differs with the batch; exits are the same."""
+    alone, together = send(server, "digits", BODIES, clients=1), send(server, "digits", BODIES, clients=8)
+    assert [reply.exit for reply in alone] == [reply.exit for reply in together]
+    for one, other in zip(alone, together):
+        assert json.loads(one.body) == pytest.approx(json.loads(other.body), abs=1e-4)
+
+
+def test_a_version_that_fails_its_smoke_test_is_removed_and_the_old_one_serves(
+        server: TorchServe, management: Management, store: Path) -> None:
+    before = management.versions("digits")
+    with BackgroundLoad(server, "digits", BODIES) as load, pytest.raises(ServerError, match="goes on serving"):
+        roll(management, store / "digits-4.0.mar", request=b"not an image")
+    assert failed(load.replies) == 0
+    assert [one.version for one in management.versions("digits")] == [one.version for one in before]
+
+
+def test_a_version_that_never_gets_ready_is_removed_and_the_old_one_serves(
+        server: TorchServe, management: Management, store: Path) -> None:
+    with BackgroundLoad(server, "digits", BODIES) as load, pytest.raises(ServerError, match="not ready within 1 s"):
+        roll(management, store / "digits-4.0.mar", ready_limit_s=1)
+    assert failed(load.replies) == 0
+    assert "4.0" not in [one.version for one in management.versions("digits")]
+
+
+def test_a_version_that_is_registered_already_is_refused(management: Management, store: Path) -> None:
+    with pytest.raises(ServerError, match="registered already"):
+        roll(management, store / "digits-3.0.mar")
+
+
+def test_a_records_folder_that_cannot_be_written_costs_no_answer(store: Path, tmp_path: Path) -> None:
+    """A file stands where the model's folder should be, so that writing fails even for root."""
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "digits").write_text("")
+    with TorchServe(store, tmp_path / "state", Addresses.free(), records=tmp_path / "records",
+                    models=["digits-2.0.mar"]) as server:
+        assert failed(send(server, "digits", BODIES)) == 0
+        deadline = time.monotonic() + 20
+        while "ee_records_dropped_total" not in metrics(server):
+            assert time.monotonic() < deadline
+            time.sleep(1)
+            assert failed(send(server, "digits", BODIES[:8])) == 0
+        log = (server.state / "logs" / "model.log").read_text()
+        workers = server.workers()
+    assert 1 <= log.count("cannot write records to") <= 2, "one line per worker"
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_wrong_setting_is_named_in_the_log_at_load(recorder_mar: Path, tmp_path: Path) -> None:
+    """Archives with one are refused when they are built; here it is slipped in afterwards."""
+    import zipfile
+
+    store = tmp_path / "store"
+    store.mkdir()
+    with zipfile.ZipFile(recorder_mar) as source, zipfile.ZipFile(store / "wrong.mar", "w") as sink:
+        for name in source.namelist():
+            content = source.read(name)
+            sink.writestr(name, content + b"  pol: 2\n" if name == "model-config.yaml" else content)
+    with TorchServe(store, tmp_path / "state", Addresses.free(), models=["wrong.mar"]) as server:
+        log = server.state / "logs" / "model.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "early_exit.pol in model-config.yaml" in log.read_text()):
+            assert time.monotonic() < deadline, "the error is not in the model log"
+            time.sleep(0.5)

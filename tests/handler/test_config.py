@@ -1,0 +1,47 @@
+"""The early_exit block: right values are taken, wrong ones are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from early_exit.handler.config import RECORDS_VARIABLE, ServingConfig
+from early_exit.handler.errors import ConfigError
+
+
+def test_a_missing_block_gives_the_defaults() -> None:
+    assert ServingConfig.from_model_config({"batchSize": 8}) == ServingConfig.from_model_config(None) == ServingConfig()
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    ({"sampling_rat": 0.5}, "did you mean 'sampling_rate'"),
+    ({"nonsense": 1}, "early_exit.nonsense .* expected one of exits"),
+    ({"sampling_rate": 1.5}, "early_exit.sampling_rate .* fraction in .* found 1.5"),
+    ({"sampling_rate": True}, "early_exit.sampling_rate"),
+    ({"pool": 3}, "early_exit.pool .* found 3"),
+    ({"pool": True}, "early_exit.pool"),
+    ({"layers": 0}, "early_exit.layers .* at least 1"),
+    ({"keep_requests": "yes"}, "early_exit.keep_requests .* true or false"),
+    ({"records": "relative/folder"}, "early_exit.records .* absolute path"),
+    ({"records_max_bytes": 0}, "early_exit.records_max_bytes"),
+    ({"seal_after_s": -1}, "early_exit.seal_after_s .* seconds"),
+    (["pool"], "expected keys and values"),
+])
+def test_a_wrong_key_or_value_is_an_error_that_names_it(block: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServingConfig.from_model_config({"early_exit": block})
+
+
+def test_all_is_recorded_until_exits_are_live_then_a_twentieth() -> None:
+    assert ServingConfig().sampling(has_exits=False) == 1.0
+    assert ServingConfig().sampling(has_exits=True) == 0.05
+    assert ServingConfig(sampling_rate=0.3).sampling(has_exits=True) == 0.3
+
+
+def test_the_configured_folder_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RECORDS_VARIABLE, "/from/environment")
+    assert ServingConfig().records_folder() == Path("/from/environment")
+    assert ServingConfig(records="/from/config").records_folder() == Path("/from/config")
+    monkeypatch.delenv(RECORDS_VARIABLE)
+    assert ServingConfig().records_folder() is None

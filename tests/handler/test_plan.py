@@ -1,0 +1,82 @@
+"""Plans and heads come back as they were saved, and only for their own backbone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.errors import PlanError
+from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, build_heads, load_plan, save_plan
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    return Backbone.from_module(nn.Sequential(*layers, nn.Linear(8, 3)), (8,))
+
+
+def plan_for(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
+    layers = backbone.description.candidates[:2]
+    heads = {layer.path: Head(HeadSpec(4, (5,)), layer.shape, 3) for layer in layers}
+    exits = tuple(PlannedExit(layer.path, HeadSpec(4, (5,)), 1.5, 0.9, layer.cost, 0.01) for layer in layers)
+    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.03, "fixed-sequence", (1.0, 2.0))
+    return ExitPlan(backbone.description.sha256, "certified", exits, certificate), heads
+
+
+def test_a_plan_is_read_as_it_was_saved(backbone: Backbone, tmp_path: Path) -> None:
+    plan, heads = plan_for(backbone)
+    save_plan(tmp_path, plan, heads)
+    loaded, tensors = load_plan(tmp_path / "plan.json")
+    assert loaded == plan
+    x = torch.randn(4, 8)
+    for layer, head in build_heads(loaded, tensors, backbone.description).items():
+        assert torch.equal(head(x), heads[layer](x))
+
+
+def test_a_plan_without_exits_is_legal(backbone: Backbone, tmp_path: Path) -> None:
+    save_plan(tmp_path, ExitPlan(backbone.description.sha256, "paper", (), None), {})
+    plan, tensors = load_plan(tmp_path / "plan.json")
+    assert build_heads(plan, tensors, backbone.description) == {}
+
+
+def test_a_plan_for_another_backbone_is_refused(backbone: Backbone) -> None:
+    plan, _ = plan_for(backbone)
+    with pytest.raises(PlanError, match=r"made for the backbone ffff\.\.\.,? this one is"):
+        build_heads(replace(plan, backbone="ffff"), {}, backbone.description)
+
+
+def test_missing_head_tensors_are_refused(backbone: Backbone) -> None:
+    plan, _ = plan_for(backbone)
+    with pytest.raises(PlanError, match="does not fit the head"):
+        build_heads(plan, {}, backbone.description)
+
+
+def test_a_plan_of_a_newer_format_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    plan, heads = plan_for(backbone)
+    save_plan(tmp_path, plan, heads)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**data, "format": 2}))
+    with pytest.raises(PlanError, match="format 2, this version reads 1"):
+        load_plan(tmp_path / "plan.json")
+
+
+def test_an_incomplete_plan_names_what_is_missing(backbone: Backbone) -> None:
+    plan, _ = plan_for(backbone)
+    data = plan.to_json()
+    del data["exits"]
+    with pytest.raises(PlanError, match="exits"):
+        ExitPlan.from_json(data, "plan.json")
+
+
+def test_exits_out_of_order_are_refused(backbone: Backbone) -> None:
+    plan, _ = plan_for(backbone)
+    with pytest.raises(PlanError, match="order of cost"):
+        replace(plan, exits=plan.exits[::-1])

@@ -1,0 +1,171 @@
+"""Shards appear complete or not at all, within their budget, and never at the cost of an answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.errors import RecordError
+from early_exit.handler.recorder import RecordWriter
+from early_exit.handler.records import Records, ShardHeader, list_shards, read_header, read_shard, write_shard
+
+HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1", "layer2"))
+
+
+def some_records(count: int, *, bodies: list[bytes] | None = None) -> Records:
+    return Records(
+        activations={"layer1": torch.randn(count, 3, 4, 4).half(), "layer2": torch.randn(count, 5).half()},
+        log_probabilities=torch.randn(count, 10).log_softmax(1).half(),
+        backbone_class=torch.randint(10, (count,)).int(), answered_class=torch.randint(10, (count,)).int(),
+        exit=torch.full((count,), -1, dtype=torch.int16), request=torch.randint(2**62, (count,)),
+        time=torch.full((count,), 1e9, dtype=torch.float64), sampling_rate=torch.ones(count), bodies=bodies)
+
+
+def assert_same(found: Records, expected: Records) -> None:
+    assert found.bodies == expected.bodies
+    for name in ("log_probabilities", "backbone_class", "answered_class", "exit", "request", "time", "sampling_rate"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for layer, activation in expected.activations.items():
+        assert torch.equal(found.activations[layer], activation)
+
+
+@settings(deadline=None, max_examples=25)
+@given(bodies=st.lists(st.binary(max_size=40), min_size=1, max_size=6))
+def test_a_shard_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, bodies: list[bytes]) -> None:
+    path = tmp_path_factory.mktemp("shards") / "a.safetensors"
+    records = some_records(len(bodies), bodies=bodies)
+    write_shard(path, HEADER, records)
+    assert read_header(path) == HEADER
+    assert_same(read_shard(path, HEADER.layers, bodies=True), records)
+
+
+def test_only_the_asked_layers_are_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.safetensors", HEADER, some_records(2))
+    assert list(read_shard(tmp_path / "a.safetensors", ["layer2"]).activations) == ["layer2"]
+
+
+def test_a_shard_of_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("early_exit.handler.records.FORMAT", "2")
+    write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
+    monkeypatch.undo()
+    with pytest.raises(RecordError, match="record format '2', this version reads 1"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"half a sha")
+    with pytest.raises(RecordError, match=r"a\.safetensors"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    # The scratch name is taken by a folder: writing fails whoever runs the test.
+    (tmp_path / "a.writing").mkdir()
+    with pytest.raises(OSError):
+        write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
+    assert list_shards(tmp_path) == []
+
+
+def test_the_writer_seals_full_shards_and_the_rest_at_the_end(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=4))
+    for _ in range(5):
+        writer.offer(some_records(2))
+    writer.close()
+    shards = list_shards(HEADER.folder(tmp_path))
+    assert [len(read_shard(shard, [])) for shard in shards] == [4, 4, 2]
+    assert writer.take_counts() == (10, 0)
+    assert writer.take_counts() == (0, 0)
+
+
+def test_a_lonely_record_is_sealed_when_it_is_old_enough(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(seal_after_s=0.1))
+    writer.offer(some_records(1))
+    deadline = time.monotonic() + 10
+    while not list_shards(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(list_shards(tmp_path)) == 1
+    writer.close()
+
+
+def test_the_oldest_shards_go_when_the_folder_is_over_its_budget(tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    write_shard(one, HEADER, some_records(4))
+    size = one.stat().st_size
+    one.unlink()
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=4, records_max_bytes=int(2.5 * size)))
+    for _ in range(6):
+        writer.offer(some_records(4))
+        time.sleep(0.05)  # modification times must differ
+    writer.close()
+    assert len(list_shards(tmp_path)) == 2
+
+
+def test_shards_beyond_the_age_limit_go(tmp_path: Path) -> None:
+    old = HEADER.folder(tmp_path) / "old.safetensors"
+    write_shard(old, HEADER, some_records(1))
+    os.utime(old, (time.time() - 100, time.time() - 100))
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_max_age_s=50))
+    writer.offer(some_records(1))
+    writer.close()
+    assert old not in list_shards(tmp_path)
+    assert len(list_shards(tmp_path)) == 1
+
+
+def test_records_that_cannot_be_written_are_counted_and_logged_once(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "digits").write_text("a file where the folder should be")
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
+    with caplog.at_level(logging.WARNING, logger="early_exit"):
+        for _ in range(3):
+            writer.offer(some_records(1))
+        writer.close()
+    assert writer.take_counts() == (0, 3)
+    assert len([line for line in caplog.messages if "cannot write records" in line]) == 1
+
+
+def test_writing_goes_on_once_the_folder_can_be_written_again(tmp_path: Path) -> None:
+    blocker = tmp_path / "digits"
+    blocker.write_text("")
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
+    writer.offer(some_records(1))
+    deadline = time.monotonic() + 10
+    dropped = 0
+    while not dropped and time.monotonic() < deadline:
+        dropped += writer.take_counts()[1]
+    blocker.unlink()
+    writer.offer(some_records(1))
+    writer.close()
+    assert (dropped, writer.take_counts()) == (1, (1, 0))
+
+
+def test_when_the_disk_does_not_keep_up_records_are_dropped_not_kept_in_memory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: object) -> None:
+        time.sleep(0.5)
+
+    monkeypatch.setattr("early_exit.handler.recorder.write_shard", slow)
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=2))
+    for _ in range(20):
+        writer.offer(some_records(2))
+    dropped = writer.take_counts()[1]
+    writer.close()
+    assert dropped >= 28
+
+
+def test_records_are_private_to_the_user(tmp_path: Path) -> None:
+    write_shard(HEADER.folder(tmp_path / "records") / "a.safetensors", HEADER, some_records(1))
+    assert (tmp_path / "records" / "digits" / "ab12").stat().st_mode & 0o077 == 0
+
+
+def test_joining_shards_of_which_one_kept_no_bodies_gives_none() -> None:
+    kept, not_kept = some_records(1, bodies=[b"a"]), replace(some_records(1), bodies=None)
+    assert Records.concatenate([kept, not_kept]).bodies is None

@@ -1,0 +1,106 @@
+"""run_with_exits: whatever the batch and whoever leaves, each item gets its own answer."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.stages import FULL, Exit, Stage, run_with_exits, select_rows
+
+N_FEATURES, N_CLASSES = 6, 4
+
+
+def three_stages(*thresholds: float) -> list[Stage]:
+    """Return three stages in float64, where the batch cannot tip a confidence over its threshold."""
+    torch.manual_seed(0)
+    stages = []
+    for threshold in thresholds:
+        head = nn.Linear(N_FEATURES, N_CLASSES).double()
+        policy = ConfidencePolicy(temperature=0.3, threshold=threshold)
+        stages.append(Stage(nn.Sequential(nn.Linear(N_FEATURES, N_FEATURES), nn.Tanh()).double(),
+                            Exit(head, policy, lambda logits: logits / 0.3)))
+    return [*stages, Stage(nn.Linear(N_FEATURES, N_CLASSES).double())]
+
+
+def inputs(n_rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(n_rows, N_FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=150)
+@given(sizes=st.lists(st.integers(0, 7), max_size=5), seed=st.integers(0, 1000),
+       thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)), shadow_rate=st.sampled_from([0.0, 0.3, 1.0]))
+@torch.no_grad()
+def test_any_split_of_any_batch_gives_the_same_answers(
+        sizes: list[int], seed: int, thresholds: tuple[float, float], shadow_rate: float) -> None:
+    stages, batch = three_stages(*thresholds), inputs(sum(sizes), seed)
+    shadow = torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < shadow_rate
+    together = run_with_exits(batch, stages, shadow=shadow)
+    apart = [run_with_exits(part, stages) for part in batch.split(sizes)]
+    expected = torch.cat([answers.outputs for answers in apart]) if apart else together.outputs
+    torch.testing.assert_close(together.outputs, expected)
+    assert together.stages.tolist() == [stage for answers in apart for stage in answers.stages.tolist()]
+
+
+@torch.no_grad()
+def test_with_no_exit_taken_the_answers_are_the_backbones() -> None:
+    stages, batch = three_stages(1.1, 1.1), inputs(9)
+    expected = batch
+    for stage in stages:
+        expected = stage.forward(expected)
+    answers = run_with_exits(batch, stages)
+    assert torch.equal(answers.outputs, expected)
+    assert answers.stages.tolist() == [FULL] * 9
+
+
+@torch.no_grad()
+def test_when_all_leave_at_the_first_exit_no_later_stage_runs() -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("a stage after the last row left was run")
+
+    first, *_ = three_stages(0.0, 0.0)
+    answers = run_with_exits(inputs(5), [first, Stage(never), Stage(never)])
+    assert answers.stages.tolist() == [0] * 5
+    assert len(answers.stage_seconds) == 1
+
+
+@torch.no_grad()
+def test_an_empty_batch_gives_an_empty_answer_with_all_classes() -> None:
+    answers = run_with_exits(inputs(0), three_stages(0.5, 0.5))
+    assert answers.outputs.shape == (0, N_CLASSES)
+
+
+@torch.no_grad()
+def test_shadow_rows_are_answered_at_their_exit_and_still_reach_the_end() -> None:
+    stages, batch = three_stages(0.6, 0.6), inputs(40)
+    shadow = torch.arange(40) % 3 == 0
+    plain = run_with_exits(batch, stages)
+    shadowed = run_with_exits(batch, stages, shadow=shadow)
+    assert (plain.stages[shadow] != FULL).any(), "the test needs shadow rows that exit"
+    torch.testing.assert_close(shadowed.outputs, plain.outputs)
+    assert torch.equal(shadowed.stages, plain.stages)
+    everything = run_with_exits(batch, three_stages(1.1, 1.1))
+    torch.testing.assert_close(shadowed.reference, everything.outputs[shadow])
+
+
+@torch.no_grad()
+def test_the_observer_sees_exactly_the_shadow_rows_at_every_stage() -> None:
+    stages, batch = three_stages(0.5, 0.5), inputs(20)
+    shadow = torch.arange(20) % 4 == 1
+    seen: dict[int, Tensor] = {}
+    run_with_exits(batch, stages, shadow=shadow, observe=seen.__setitem__)
+    expected = batch[shadow]
+    for number, stage in enumerate(stages):
+        expected = stage.forward(expected)
+        torch.testing.assert_close(seen[number], expected)
+
+
+def test_selecting_rows_copies_nothing_when_nobody_leaves_and_keeps_the_memory_format() -> None:
+    x = torch.randn(4, 8, 5, 5).to(memory_format=torch.channels_last)
+    assert select_rows(x, torch.ones(4, dtype=torch.bool)) is x
+    keep = torch.tensor([True, False, True, True])
+    kept = select_rows(x, keep)
+    assert torch.equal(kept, x[keep])
+    assert kept.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,57 @@
+"""The 10,000 CIFAR-10 test JPEGs and the weights trained for them, where the data folder is present."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataMissing(Exception):
+    """The data folder is not there; the message says where it was looked for."""
+
+
+def data_folder() -> Path:
+    """Return the folder of real data: $EARLY_EXIT_DATA, else ../shared/data.
+
+    Raises:
+        DataMissing: neither is there.
+    """
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("EARLY_EXIT_DATA", beside))
+    if not (folder / "cifar10-test" / "images.tar").is_file():
+        raise DataMissing(f"no cifar10-test/images.tar in {folder}: set EARLY_EXIT_DATA to the data folder")
+    return folder
+
+
+def load_requests() -> tuple[list[bytes], list[int]]:
+    """Return the JPEG bytes and the labels of all images, in their shuffled order."""
+    folder = data_folder() / "cifar10-test"
+    labels = json.loads((folder / "labels.json").read_text())["labels"]
+    with tarfile.open(folder / "images.tar") as tar:
+        bodies = [tar.extractfile(f"{number:05d}.jpg").read() for number in range(len(labels))]  # type: ignore[union-attr]
+    return bodies, labels
+
+
+def load_weights(name: str) -> dict[str, Tensor]:
+    """Return the state dict `weights/<name>.safetensors`."""
+    weights: dict[str, Tensor] = load_file(data_folder() / "weights" / f"{name}.safetensors")
+    return weights
+
+
+def as_batch(bodies: Sequence[bytes]) -> Tensor:
+    """Return (B, 3, 32, 32) float32: what the handler makes of the requests."""
+    images = np.stack([np.asarray(Image.open(io.BytesIO(body)).convert("RGB")) for body in bodies])
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return ((scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).contiguous()

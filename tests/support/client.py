@@ -1,0 +1,116 @@
+"""Closed-loop REST clients that know what became of every request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import requests
+
+from early_exit.archiver.addresses import read_token
+from early_exit.archiver.server import TorchServe
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one request."""
+
+    status: int
+    """HTTP status, 0 when there was no answer."""
+    body: bytes
+    latency_s: float
+    exit: str
+    version: str
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 200
+
+    def top(self) -> str:
+        """Return the likeliest class of an image classifier's answer."""
+        scores = json.loads(self.body)
+        return max(scores, key=lambda name: float(scores[name]))
+
+
+def send(server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: int = 8) -> list[Reply]:
+    """Send every body once and return the replies in the order of the bodies."""
+    replies: list[Reply | None] = [None] * len(bodies)
+    numbers = iter(range(len(bodies)))
+    lock = threading.Lock()
+
+    def run() -> None:
+        session = _session(server)
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            replies[number] = _post(session, server, model, bodies[number])
+
+    threads = [threading.Thread(target=run) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [reply for reply in replies if reply is not None]
+
+
+class BackgroundLoad:
+    """Clients that go through the bodies again and again while the block runs."""
+
+    def __init__(self, server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: int = 4) -> None:
+        self.replies: list[Reply] = []
+        self._server, self._model, self._bodies = server, model, bodies
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(start,)) for start in range(clients)]
+
+    def __enter__(self) -> BackgroundLoad:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, start: int) -> None:
+        session = _session(self._server)
+        number = start
+        while not self._stop.is_set():
+            self.replies.append(_post(session, self._server, self._model, self._bodies[number % len(self._bodies)]))
+            number += len(self._threads)
+
+
+def failed(replies: Sequence[Reply]) -> int:
+    return sum(not reply.ok for reply in replies)
+
+
+def latency_ms(replies: Sequence[Reply], quantile: float) -> float:
+    """Return a quantile of the latencies in milliseconds."""
+    ordered = sorted(reply.latency_s for reply in replies)
+    return 1000 * ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
+
+
+def _session(server: TorchServe) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False
+    session.headers["Authorization"] = f"Bearer {read_token(server.key_file, 'inference')}"
+    return session
+
+
+def _post(session: requests.Session, server: TorchServe, model: str, body: bytes) -> Reply:
+    started = time.perf_counter()
+    try:
+        response = session.post(f"{server.addresses.inference}/predictions/{model}", data=body, timeout=TIMEOUT_S)
+    except requests.RequestException as error:
+        return Reply(0, repr(error).encode(), time.perf_counter() - started, "", "")
+    return Reply(response.status_code, response.content, time.perf_counter() - started,
+                 response.headers.get("X-Early-Exit", ""), response.headers.get("X-Early-Exit-Version", ""))

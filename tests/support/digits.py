@@ -1,0 +1,92 @@
+"""scikit-learn's digits at 32x32 as a stream of requests, and a small backbone that has not seen them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional
+
+from tests.support.models.digits_resnet import DigitsResNet
+
+N_FOR_BACKBONE = 900
+"""Digits the backbone learns from; traffic shows only the other 897."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A digit as a client sends it."""
+
+    body: bytes
+    """PNG."""
+    label: int
+
+
+def traffic(count: int, seed: int) -> list[Request]:
+    """Return independent requests: digits the backbone never saw, shifted, turned, blurred and noisy."""
+    images, labels = _digits(slice(N_FOR_BACKBONE, None))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(images), (count,), generator=generator)
+    pictures = (_augment(images[chosen], generator) * 255).round().byte().squeeze(1).numpy()
+    return [Request(_png(picture), int(label)) for picture, label in zip(pictures, labels[chosen])]
+
+
+def train_backbone(n_steps: int = 400, seed: int = 0) -> DigitsResNet:
+    """Train the backbone on its own digits with the same augmentation."""
+    images, labels = _digits(slice(None, N_FOR_BACKBONE))
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = DigitsResNet().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=n_steps + 1)
+    for _ in range(n_steps):
+        batch = torch.randint(len(images), (64,), generator=generator)
+        inputs = (_augment(images[batch], generator) - 0.3) / 0.35
+        loss = functional.cross_entropy(model(inputs), labels[batch], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def _digits(which: slice) -> tuple[Tensor, Tensor]:
+    """Return (N, 1, 32, 32) float images in [0, 1] and (N,) labels, in one fixed random order."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))[which]
+    small = torch.from_numpy(data.images[order]).float().unsqueeze(1) / 16
+    return functional.interpolate(small, size=24, mode="bilinear"), torch.from_numpy(data.target[order])
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return (N, 1, 32, 32) variants in [0, 1] of (N, 1, 24, 24) images, some of them hard to read."""
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(len(images), *shape, generator=generator) * (high - low) + low
+
+    angle, zoom = uniform(-0.4, 0.4), uniform(0.8, 1.4)
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    matrix = torch.stack([torch.stack([cos, -sin, uniform(-0.25, 0.25)], 1),
+                          torch.stack([sin, cos, uniform(-0.25, 0.25)], 1)], 1)  # (N, 2, 3)
+    grid = functional.affine_grid(matrix, [len(images), 1, 32, 32], align_corners=False)
+    moved = functional.grid_sample(images, grid, align_corners=False)
+    noise = torch.randn(moved.shape, generator=generator) * uniform(0.0, 0.3, 1, 1, 1) ** 1.5
+    return (moved * uniform(0.5, 1.0, 1, 1, 1) + noise).clamp(0, 1)
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def batches(requests: list[Request], size: int) -> Iterator[Tensor]:
+    """Yield the requests as the handler gives them to the model: (size, 1, 32, 32) batches."""
+    for start in range(0, len(requests) - size + 1, size):
+        pictures = [np.asarray(Image.open(io.BytesIO(request.body))) for request in requests[start:start + size]]
+        yield (torch.from_numpy(np.stack(pictures)).float().unsqueeze(1) / 255 - 0.3) / 0.35

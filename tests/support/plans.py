@@ -1,0 +1,23 @@
+"""A plan made by hand, for tests that need exits but no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.plan import ExitPlan, PlannedExit, save_plan
+from early_exit.training.cli import read_archive
+
+
+def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None) -> Path:
+    """Write a plan with untrained heads after every second candidate of an archive; return its path."""
+    _, description = read_archive(archive)
+    torch.manual_seed(0)
+    layers = description.candidates[::2]
+    heads = {layer.path: Head(HeadSpec(4, ()), layer.shape, description.n_classes) for layer in layers}
+    exits = tuple(PlannedExit(layer.path, HeadSpec(4, ()), 0.2, threshold, layer.cost, 0.01) for layer in layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_plan(folder, ExitPlan(backbone or description.sha256, "paper", exits, None), heads)
+    return folder / "plan.json"

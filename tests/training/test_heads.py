@@ -1,0 +1,80 @@
+"""Distillation and calibration of one head."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from early_exit.handler.head import HeadSpec
+from early_exit.handler.policy import ConfidencePolicy
+from early_exit.training.calibrate import MIN_TEMPERATURE, fit_temperature
+from early_exit.training.cost import head_flops
+from early_exit.training.distill import Distillation, train_head
+
+RECIPE = Distillation(epochs=30)
+
+
+def recorded(n_records: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return activations far from standardised and a teacher that is a linear function of them."""
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(n_records, 6, 4, 4, generator=generator) * 5 + 20
+    direction = torch.randn(6 * 16, 3, generator=generator)
+    return pooled, (((pooled - 20) / 5).flatten(1) @ direction / 4).log_softmax(1)
+
+
+@pytest.mark.parametrize("spec", [HeadSpec(4, ()), HeadSpec(4, (32,)), HeadSpec(4, (32, 16))])
+def test_a_head_learns_to_say_what_the_backbone_says(spec: HeadSpec) -> None:
+    pooled, teacher = recorded(1200)
+    head = train_head(spec, (6, 8, 8), pooled[:1000], teacher[:1000], RECIPE)
+    agreement = (head(pooled[1000:]).argmax(1) == teacher[1000:].argmax(1)).double().mean()
+    assert agreement > 0.7
+
+
+def test_a_head_reads_raw_activations_as_it_read_their_records() -> None:
+    raw = torch.randn(64, 6, 8, 8) * 3 + 7
+    pooled = functional.adaptive_avg_pool2d(raw, 4)
+    head = train_head(HeadSpec(4, (8,)), (6, 8, 8), pooled, torch.randn(64, 3).log_softmax(1), RECIPE)
+    torch.testing.assert_close(head(raw), head.classify(pooled), atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_head_and_leaves_the_global_generator_alone() -> None:
+    pooled, teacher = recorded(100)
+    torch.manual_seed(5)
+    expected_next = torch.rand(1)
+    torch.manual_seed(5)
+    one = train_head(HeadSpec(4, (8,)), (6, 8, 8), pooled, teacher, RECIPE)
+    assert torch.equal(torch.rand(1), expected_next)
+    other = train_head(HeadSpec(4, (8,)), (6, 8, 8), pooled, teacher, RECIPE)
+    assert torch.equal(one(pooled), other(pooled))
+
+
+def test_a_constant_feature_does_not_break_training() -> None:
+    pooled, teacher = recorded(64)
+    pooled[:, 0] = 3.0
+    head = train_head(HeadSpec(4, ()), (6, 8, 8), pooled, teacher, RECIPE)
+    assert torch.isfinite(head(pooled)).all()
+
+
+def test_the_fitted_temperature_is_the_best_of_a_fine_grid() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(500, 5, generator=generator) * 6
+    teacher = torch.distributions.Categorical(logits=logits / 3).sample()
+    fitted = fit_temperature(logits, teacher)
+    grid = torch.logspace(math.log10(0.05), math.log10(20), 2000).tolist()
+    best = min(grid, key=lambda t: functional.cross_entropy(logits.double() / t, teacher).item())
+    assert fitted == pytest.approx(best, rel=0.01)
+
+
+def test_a_head_that_always_agrees_gets_a_small_temperature_within_the_bounds() -> None:
+    logits = functional.one_hot(torch.arange(30) % 3, 3).float() * 4
+    fitted = fit_temperature(logits, torch.arange(30) % 3)
+    assert MIN_TEMPERATURE <= fitted < 0.2
+    assert torch.isfinite(ConfidencePolicy(fitted, 0.5).confidence(logits)).all()
+
+
+def test_head_flops_are_two_per_weight() -> None:
+    head = train_head(HeadSpec(4, (8,)), (6, 8, 8), *recorded(16), Distillation(epochs=1))
+    assert head_flops(head, (6, 4, 4)) == 2 * (96 * 8 + 8 * 3)

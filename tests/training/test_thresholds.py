@@ -1,0 +1,106 @@
+"""Thresholds by budget and by certificate, against definitions applied record by record."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from early_exit.training.certify import most_failures
+from early_exit.training.thresholds import (
+    Candidates,
+    Choice,
+    budget_threshold,
+    certified_path,
+    equal_choice,
+    outcome,
+    paper_choice,
+)
+
+
+def simulated(n_records: int, seed: int = 0) -> Candidates:
+    """Three heads, each better than the one before; confident when they are right."""
+    generator = torch.Generator().manual_seed(seed)
+    difficulty = torch.rand(n_records, 1, generator=generator)
+    skill = torch.tensor([0.5, 0.7, 0.9])
+    margin = skill - difficulty + 0.15 * torch.randn(n_records, 3, generator=generator)
+    confidence = torch.sigmoid(6 * margin)
+    agrees = torch.rand(n_records, 3, generator=generator) < 0.3 + 0.7 * confidence
+    return Candidates(confidence, agrees, (0.2, 0.5, 0.8), (0.01, 0.01, 0.01))
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=40), budget=st.floats(0, 1))
+def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
+        data: list[tuple[int, bool]], budget: float) -> None:
+    confidence = torch.tensor([level / 20 for level, _ in data])
+    agrees = torch.tensor([agree for _, agree in data])
+
+    def spent(threshold: float) -> float:
+        """Hit rate x (1 - agreement) of the hits."""
+        hits = confidence >= threshold
+        if not hits.any():
+            return 0.0
+        return hits.double().mean().item() * (1 - agrees[hits].double().mean().item())
+
+    threshold = budget_threshold(confidence, agrees, budget)
+    assert spent(threshold) <= budget + 1e-9
+    lower = [level for level in confidence.tolist() if level < threshold]
+    if lower:
+        assert spent(max(lower)) > budget - 1e-9
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 1000), low=st.floats(0.3, 1.0), high=st.floats(0.3, 1.0))
+def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high: float) -> None:
+    records = simulated(50, seed)
+    choice = Choice((0, 2), (low, high))
+    found = outcome(choice, records)
+    for record in range(50):
+        spent, taken, differs = 0.0, -1, False
+        for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
+            spent += records.head_costs[layer]
+            if records.confidence[record, layer] >= threshold:
+                taken, differs = position, not records.agrees[record, layer]
+                spent += records.costs[layer]
+                break
+        else:
+            spent += 1.0
+        assert found.exit[record] == taken
+        assert bool(found.differs[record]) == differs
+        assert found.cost[record].item() == pytest.approx(spent)
+
+
+def test_the_path_starts_where_nobody_exits_and_grows_more_aggressive() -> None:
+    tune = simulated(1000)
+    path = certified_path(tune, 0.05, 0.05, 1500)
+    exited = [int((outcome(choice, tune).exit >= 0).sum()) for choice in path]
+    assert exited[0] == 0
+    assert exited == sorted(exited)
+    assert len({choice.layers for choice in path}) == 1 and path[0].layers
+
+
+def test_the_chosen_subset_can_be_certified_where_it_was_chosen() -> None:
+    tune = simulated(1000)
+    path = certified_path(tune, 0.05, 0.05, 1500)
+    allowed = 1000 * most_failures(1500, 0.05, 0.05) / 1500
+    assert any(0 < int(outcome(choice, tune).differs.sum()) <= allowed for choice in path)
+
+
+def test_the_papers_budget_halves_with_every_exit() -> None:
+    tune = simulated(2000)
+    choice = paper_choice(tune, 0.08)
+    assert choice.layers
+    for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds), start=1):
+        hits = tune.confidence[:, layer] >= threshold
+        assert (hits & ~tune.agrees[:, layer]).double().mean() <= 0.08 / 2**position
+
+
+def test_the_equal_budget_is_divided_by_the_number_of_exits() -> None:
+    tune = simulated(2000)
+    choice = equal_choice(tune, 0.08)
+    assert choice.layers
+    for layer, threshold in zip(choice.layers, choice.thresholds):
+        hits = tune.confidence[:, layer] >= threshold
+        assert (hits & ~tune.agrees[:, layer]).double().mean() <= 0.08 / len(choice.layers)
