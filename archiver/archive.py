@@ -16,12 +16,12 @@ import yaml
 
 import early_exit.handler
 from early_exit.archiver.sample import image_input, model_input, sample_image
-from early_exit.archiver.source import eager_model, extract, model_from_factory
+from early_exit.archiver.source import eager_model, model_from_factory
 from early_exit.archiver.validate import validate
 from early_exit.handler.backbone import Backbone, BackboneDescription, load_program
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.layout import HANDLER, ArchiveLayout
+from early_exit.handler.layout import HANDLER, ArchiveLayout, extract
 from early_exit.handler.plan import build_heads, load_plan, save_plan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.source import extract
 from early_exit.handler.backbone import DESCRIPTION_FILE, BackboneDescription
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.handler.plan import ExitPlan, load_plan
 
 
@@ -45,10 +45,9 @@ def describe(mar: Path) -> dict[str, Any]:
 
 def sample_request(mar: Path) -> bytes | None:
     """Return the body of a request that the archive's handler answers, where one is known."""
-    with tempfile.TemporaryDirectory() as scratch:
-        layout = ArchiveLayout(Path(scratch))
-        extract(mar, layout.root)
-        return layout.sample_request.read_bytes() if layout.sample_request.exists() else None
+    with zipfile.ZipFile(mar) as archive:
+        sample = str(ArchiveLayout(Path()).sample_request)
+        return archive.read(sample) if sample in archive.namelist() else None
 
 
 def in_words(mar: Path) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from early_exit.archiver.source import importing_from
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import load_inner_handler
+from early_exit.training.requests import importing_from, worker_context
 
 
 class _ModelReached(BaseException):
@@ -88,21 +88,3 @@ def model_input(folder: Path, manifest: dict[str, Any], request: bytes) -> tuple
         os.chdir(working_directory)
     raise ArchiveError(f"{manifest['model']['handler']} answered the sample request without calling self.model: pass "
                        "--request FILE with a typical request")
-
-
-def worker_context(folder: Path, manifest: dict[str, Any]) -> Any:
-    """Return TorchServe's context for a worker of an extracted archive, about to serve one request."""
-    import ts
-    from ts.context import Context, RequestProcessor
-    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-    from ts.utils.util import get_yaml_config
-
-    model = manifest["model"]
-    metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
-    metrics.initialize_cache()
-    metrics.set_request_ids("sample")
-    config = get_yaml_config(str(folder / model["configFile"])) if model.get("configFile") else {}
-    context = Context(model["modelName"], str(folder), manifest, 1, None, ts.__version__, True, metrics, config)
-    context.request_ids = {0: "sample"}
-    context.request_processor = [RequestProcessor({})]
-    return context

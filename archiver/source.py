@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,28 +15,7 @@ from torch import Tensor, nn
 
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import own_classes
-
-
-def extract(mar: Path, folder: Path) -> None:
-    """Unpack a model archive into an existing folder.
-
-    Raises:
-        ArchiveError: it is no .mar, it is damaged, or an entry would land outside the folder.
-    """
-    try:
-        with zipfile.ZipFile(mar) as archive:
-            for name in archive.namelist():
-                path = PurePosixPath(name.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise ArchiveError(f"{mar} holds the entry {name!r}, which leaves the archive: refused")
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise ArchiveError(f"{mar} is damaged: the checksum of {damaged} is wrong")
-            archive.extractall(folder)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ArchiveError(f"cannot read {mar} as a model archive: {error}") from error
-    if not (folder / "MAR-INF" / "MANIFEST.json").is_file():
-        raise ArchiveError(f"{mar} has no MAR-INF/MANIFEST.json: expected an archive made by torch-model-archiver")
+from early_exit.training.requests import importing_from
 
 
 def eager_model(folder: Path, manifest: dict[str, Any]) -> nn.Module:
@@ -113,27 +90,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ArchiveError(f"the weights in {path.name} do not fit {type(model).__name__}: {error}") from error
-
-
-@contextmanager
-def importing_from(folder: Path, *, forget: bool = True) -> Iterator[None]:
-    """Import as a TorchServe worker does in that folder.
-
-    Args:
-        folder: first on sys.path inside the block.
-        forget: whether modules of the folder are removed afterwards, for one that is about to disappear.
-    """
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before if forget else ():
-            origin = getattr(sys.modules[name], "__file__", None)
-            if origin and Path(origin).is_relative_to(folder):
-                del sys.modules[name]
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-from early_exit.archiver.source import extract
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.layout import MANIFEST
+from early_exit.handler.layout import MANIFEST, extract
 
 _FIRST_RUN = Path(__file__).with_name("first_run.py")
 _LIMIT_S = 300

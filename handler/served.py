@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import spread_over
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import InputError
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
-from early_exit.handler.plan import ExitPlan, PlannedExit
+from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
 from early_exit.handler.pooling import pool_activation
 from early_exit.handler.stages import Answers, Exit, Observer, Stage, run_with_exits
 
@@ -67,6 +69,22 @@ class ServedModel(nn.Module):
         # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
         self.stages = tuple(Stage(part.forward, exit_) for part, exit_ in zip(self._parts, (*exits, None)))
         self.eval()
+
+    @classmethod
+    def load(cls, layout: ArchiveLayout, config: ServingConfig, device: torch.device | str = "cpu") -> ServedModel:
+        """Load the model of an extracted archive, to serve and to record as configured.
+
+        Raises:
+            EarlyExitError: a file of the archive is damaged, too new, or of another backbone.
+        """
+        backbone = Backbone.load(layout.folder, device)
+        plan, heads = None, None
+        if config.exits and layout.plan.exists():
+            plan, tensors = load_plan(layout.plan)
+            heads = build_heads(plan, tensors, backbone.description)
+        records = config.records_folder() is not None
+        return cls(backbone, plan, heads, record_pool=config.pool if records else None, record_layers=config.layers,
+                   sampling_rate=config.sampling(has_exits=plan is not None) if records else 0.0).to(device)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Return (B, K) scores and keep what `take_served` returns.

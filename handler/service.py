@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from early_exit.handler.backbone import Backbone
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError
@@ -20,7 +19,6 @@ from early_exit.handler.inner import load_inner_handler
 from early_exit.handler.isolation import answer_items, context_of
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.plan import build_heads, load_plan
 from early_exit.handler.probe import answer_probe, is_probe
 from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import ShardHeader
@@ -40,17 +38,10 @@ class EarlyExitService:
         layout = ArchiveLayout(Path(context.system_properties["model_dir"]))
         gpu = context.system_properties.get("gpu_id")
         device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
-        backbone = Backbone.load(layout.folder, device)
-        plan, heads = None, None
-        if config.exits and layout.plan.exists():
-            plan, tensors = load_plan(layout.plan)
-            heads = build_heads(plan, tensors, backbone.description)
-        root = config.records_folder()
+        self.model = ServedModel.load(layout, config, device)
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
-        sampling_rate = config.sampling(has_exits=plan is not None) if root else 0.0
-        self.model = ServedModel(backbone, plan, heads, sampling_rate=sampling_rate,
-                                 record_pool=config.pool if root else None, record_layers=config.layers).to(device)
-        header = ShardHeader(context.model_name, version, backbone.description.sha256, config.pool, self.model.layers)
+        root = config.records_folder()
+        header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool, self.model.layers)
         writer = RecordWriter(root, header, config) if root else None
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
 
-from early_exit.handler.backbone import DESCRIPTION_FILE, BackboneDescription
-from early_exit.handler.errors import ArchiveError, EarlyExitError
+from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.head import HeadSpec
-from early_exit.handler.layout import FOLDER, MANIFEST
+from early_exit.handler.layout import read_archive
 from early_exit.training.dataset import find_shards
 from early_exit.training.distill import Distillation
 from early_exit.training.paths import RunPaths
@@ -48,24 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     return 0
-
-
-def read_archive(mar: Path) -> tuple[str, BackboneDescription]:
-    """Return the model name and the backbone of an early-exit archive.
-
-    Raises:
-        ArchiveError: it is not one.
-    """
-    description = f"{FOLDER}/{DESCRIPTION_FILE}"
-    try:
-        with ZipFile(mar) as archive, tempfile.TemporaryDirectory() as scratch:
-            model = json.loads(archive.read(MANIFEST))["model"]["modelName"]
-            extracted = Path(archive.extract(description, scratch))
-            return str(model), BackboneDescription.load(extracted)
-    except KeyError as error:
-        raise ArchiveError(f"{mar} is not an early-exit archive: make one with 'ee-archive {mar}'") from error
-    except (OSError, BadZipFile) as error:
-        raise ArchiveError(f"cannot read {mar}: {error}") from error
 
 
 def _fraction(text: str) -> float:

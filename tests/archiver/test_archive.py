@@ -15,9 +15,9 @@ from torch import nn
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.cli import main
 from early_exit.archiver.inspect import describe
-from early_exit.archiver.source import extract
 from early_exit.handler.errors import ArchiveError, ConfigError, PlanError
 from early_exit.handler.graph import export_backbone
+from early_exit.handler.layout import extract
 from tests.support.digits import batches, traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import MODELS, original_mar

@@ -19,7 +19,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from early_exit.archiver.sample import worker_context
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import ServingConfig
@@ -28,6 +27,7 @@ from early_exit.handler.metrics import ServingMetrics
 from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import ShardHeader
 from early_exit.handler.served import ServedModel
+from early_exit.training.requests import worker_context
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.timing import cpu_ratio, one_thread, run_with_the_servers_allocator
 

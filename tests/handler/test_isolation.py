@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from early_exit.archiver.sample import worker_context
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.isolation import answer_items
 from early_exit.handler.served import ServedModel
+from early_exit.training.requests import worker_context
 
 
 class Numbers:

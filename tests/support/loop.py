@@ -16,8 +16,8 @@ from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.bookkeeping import FULL_NAME
 from early_exit.handler.head import HeadSpec
+from early_exit.handler.layout import read_archive
 from early_exit.handler.records import list_shards, read_shard
-from early_exit.training.cli import read_archive
 from early_exit.training.dataset import find_shards
 from early_exit.training.distill import Distillation
 from early_exit.training.paths import RunPaths

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.layout import read_archive
 from early_exit.handler.plan import ExitPlan, PlannedExit, save_plan
-from early_exit.training.cli import read_archive
 
 
 def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None) -> Path:

@@ -44,7 +44,9 @@ def backbone() -> Backbone:
 @pytest.fixture(scope="module")
 def records(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
-    record(backbone, torch.randn(N_RECORDS, 16, generator=torch.Generator().manual_seed(1)), folder)
+    inputs = torch.randn(N_RECORDS, 16, generator=torch.Generator().manual_seed(1))
+    for number, shard in enumerate(inputs.split(500)):
+        record(backbone, shard, folder, first_request=500 * number)
     return folder
 
 
