@@ -20,16 +20,10 @@ import requests
 
 from early_exit.archiver.addresses import KEY_FILE, Addresses, free_ports, read_token
 from early_exit.archiver.java import find_java
+from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
 
-# glibc returns large blocks to the system after every batch and spends a third of the CPU time in page
-# faults to get them back; these keep them.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 

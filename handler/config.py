@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.handler.errors import ConfigError
+from early_exit.handler.pooling import Side
 
 RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
 """Environment variable that names the records folder when the configuration does not; `ee-serve` sets it."""
 
-POOL_SIDES = (1, 2, 4, 8)
+RAW = "raw"
+POOL_SIDES = (1, 2, 4, 8, RAW)
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class ServingConfig:
     sampling_rate: float | None = None
     """Share of requests recorded, drawn independently of the input and run to the end whatever the exits
     say; by default 1 while the version has no exits and 0.05 once it has."""
-    pool: int = 4
-    """Side to which recorded feature maps are average-pooled."""
+    pool: int | str = 4
+    """Side to which recorded feature maps are average-pooled; 'raw' records activations whole."""
     layers: int = 8
     """At most this many candidate layers are recorded, spread evenly over the backbone's cost."""
     records: str | None = None
@@ -56,7 +58,7 @@ class ServingConfig:
         for name in ("records_max_age_s", "seal_after_s"):
             _require(_is_number(getattr(self, name), int, float) and getattr(self, name) > 0, name,
                      "seconds above 0", getattr(self, name))
-        _require(_is_number(self.pool, int) and self.pool in POOL_SIDES, "pool", f"one of {POOL_SIDES}", self.pool)
+        _require(not isinstance(self.pool, bool) and self.pool in POOL_SIDES, "pool", f"one of {POOL_SIDES}", self.pool)
         _require(self.records is None or (isinstance(self.records, str) and Path(self.records).is_absolute()),
                  "records", "an absolute path", self.records)
         _require(self.sampling_rate is None or (_is_number(self.sampling_rate, int, float)
@@ -84,6 +86,11 @@ class ServingConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
                 raise ConfigError(f"early_exit.{key} in model-config.yaml is not a setting: {hint}")
         return cls(**block)
+
+    @property
+    def pool_side(self) -> Side:
+        """`pool` as `pool_activation` takes it."""
+        return None if self.pool == RAW else int(self.pool)
 
     def sampling(self, *, has_exits: bool) -> float:
         """Return the share of requests to record and run to the end."""

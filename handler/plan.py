@@ -43,12 +43,14 @@ class PlannedExit:
 
 @dataclass(frozen=True)
 class Certificate:
-    """P(served answer differs from the backbone's) <= tolerance, with this confidence.
+    """The expected loss of a served answer is at most the tolerance, with this confidence.
 
     The statement holds for requests like those of the certify part: the shadow sample of the window.
     """
 
     risk: str
+    """The loss: 'disagreement' is 1 where the class differs from the backbone's, 'confidence-gap' how much less
+    probable the backbone finds it, 'accuracy' 1 where only the backbone is right and -1 where only the answer is."""
     tolerance: float
     confidence: float
     """1 - delta: the share of such certificates that are true."""
@@ -56,15 +58,26 @@ class Certificate:
     """Records of the certify part, used for nothing else."""
     k: int
     """Among them, those where the served answer differed."""
+    observed: float
+    """Mean loss on them; for disagreement that is k / n."""
     p_value: float
-    """P(Binomial(n, tolerance) <= k)."""
+    """How likely so small a loss is where the expected loss is above the tolerance."""
     method: str
     window: tuple[float, float]
     """Unix times, in seconds, of the first and last record used."""
 
     def in_words(self) -> str:
-        return (f"With {100 * self.confidence:.6g}% confidence the served class differs from the backbone's on at "
-                f"most {100 * self.tolerance:.6g}% of requests ({self.k} of {self.n} held-out records differed).")
+        confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
+        differed = f"{self.k} of {self.n} held-out records differed"
+        if self.risk == "disagreement":
+            return f"{confidence} the served class differs from the backbone's on at most {tolerance} of requests " \
+                   f"({differed})."
+        if self.risk == "accuracy":
+            return f"{confidence} the accuracy is at most {tolerance} below the backbone's (on {self.n} labelled " \
+                   f"held-out records it was {100 * self.observed:.2f}% below; {differed})."
+        return f"{confidence} the backbone finds the served classes on average at most {tolerance} less probable " \
+               f"than its own (observed {100 * self.observed:.2f}%; {differed}). That bounds the loss of accuracy as " \
+               "long as the backbone is not under-confident."
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,12 @@ class ExitPlan:
     certificate: Certificate | None
     engine: str = "eager"
     precision: str = "float32"
+    measure: str = "flops"
+    """What `expected_cost` counts: flops, or seconds measured on the machine that trained."""
+    batch_size: int = 1
+    """For full batches of this size."""
+    expected_cost: float = 1.0
+    """Of a request on the certify part, heads included, as a fraction of the backbone's."""
 
     def __post_init__(self) -> None:
         costs = [planned.cost for planned in self.exits]
@@ -101,7 +120,8 @@ class ExitPlan:
         try:
             return cls(
                 backbone=data["backbone"], thresholds=data["thresholds"], engine=data["engine"],
-                precision=data["precision"],
+                precision=data["precision"], measure=data["measure"], batch_size=data["batch_size"],
+                expected_cost=data["expected_cost"],
                 exits=tuple(PlannedExit(**{**planned, "head": HeadSpec.from_json(planned["head"])})
                             for planned in data["exits"]),
                 certificate=None if certificate is None

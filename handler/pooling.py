@@ -11,22 +11,39 @@ from torch import Tensor
 _LARGE_MAP = 256
 
 
-def pool_activation(activation: Tensor, side: int) -> Tensor:
+Side = int | None
+"""To how many cells a side feature maps are pooled; none keeps activations raw."""
+
+
+def pool_activation(activation: Tensor, side: Side) -> Tensor:
     """Return a small summary of each row of an activation.
 
     Args:
         activation: (B, C, H, W) feature maps, (B, T, D) tokens or (B, D) vectors.
-        side: feature maps are average-pooled to at most (side, side).
+        side: feature maps are average-pooled to at most (side, side); none returns the activation.
 
     Returns:
         (B, C, min(side, H), min(side, W)) for maps; (B, 2, D) for tokens: the first token, which is the
         class token where a model has one, and the mean of all; vectors as they are.
     """
+    if side is None:
+        return activation
     if activation.dim() == 4:
+        if max(activation.shape[2:]) <= side:
+            return activation
         return _pool_maps(activation, min(side, activation.shape[2]), min(side, activation.shape[3]))
     if activation.dim() == 3:
         return torch.stack((activation[:, 0], activation.mean(dim=1)), dim=1)
     return activation
+
+
+def pooled_shape(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
+    """Return the shape of one row after `pool_activation`."""
+    if side is not None and len(shape) == 3:
+        return (shape[0], min(side, shape[1]), min(side, shape[2]))
+    if side is not None and len(shape) == 2:
+        return (2, shape[1])
+    return shape
 
 
 def _pool_maps(maps: Tensor, rows: int, columns: int) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.pooling import Side
 
 FORMAT = "1"
 SUFFIX = ".safetensors"
@@ -68,7 +69,7 @@ class ShardHeader:
     version: str
     backbone: str
     """sha256 of the backbone."""
-    pool: int
+    pool: Side
     layers: tuple[str, ...]
     """Layers at which the backbone was cut, in order; all are recorded, and `Records.exit` counts in them."""
 

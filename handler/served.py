@@ -18,8 +18,8 @@ from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
-from early_exit.handler.pooling import pool_activation
-from early_exit.handler.stages import Answers, Exit, Observer, Stage, run_with_exits
+from early_exit.handler.pooling import Side, pool_activation
+from early_exit.handler.stages import Answers, Exit, Stage, run_with_exits
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ServedModel(nn.Module):
     """Maps (B, ...) input to (B, K) scores like the backbone, and lets confident rows leave early."""
 
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
-                 *, sampling_rate: float = 0.0, record_pool: int | None = None, record_layers: int = 0) -> None:
+                 *, sampling_rate: float = 0.0, record_layers: int = 0, record_pool: Side = None) -> None:
         """Cut the backbone where something is read and attach the plan's heads.
 
         Args:
@@ -45,18 +45,21 @@ class ServedModel(nn.Module):
             plan: none answers every row in full.
             heads: by layer path, one for each exit of the plan.
             sampling_rate: share of rows that run to the end whatever the exits say.
-            record_pool: side to which the shadow rows' feature maps are pooled and kept; none keeps nothing.
-            record_layers: how many candidate layers are kept at most, besides those with an exit.
+            record_layers: how many candidate layers the shadow rows' activations are kept of at most, besides
+                those with an exit; 0 keeps nothing.
+            record_pool: side to which they are pooled.
         """
         super().__init__()
         self.description = backbone.description
         planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
-        recorded = spread_over(self.description.candidates, record_layers) if record_pool else []
+        recorded = spread_over(self.description.candidates, record_layers) if record_layers else []
         cuts = [layer for layer in self.description.candidates if layer.path in planned or layer in recorded]
         self.layers = tuple(layer.path for layer in cuts)
         """Module paths at which the backbone is cut, in order."""
         self.sampling_rate = sampling_rate
-        self.record_pool = record_pool
+        self._observe = self._tap if record_layers else None
+        self._record_pool = record_pool
+        self._taps: dict[str, Tensor] = {}
         # Seeded by the system: the sample must not repeat in each worker, nor depend on the input.
         self._random = torch.Generator().manual_seed(int.from_bytes(os.urandom(6), "big"))
         self._served: list[ServedBatch] = []
@@ -83,7 +86,7 @@ class ServedModel(nn.Module):
             plan, tensors = load_plan(layout.plan)
             heads = build_heads(plan, tensors, backbone.description)
         records = config.records_folder() is not None
-        return cls(backbone, plan, heads, record_pool=config.pool if records else None, record_layers=config.layers,
+        return cls(backbone, plan, heads, record_layers=config.layers if records else 0, record_pool=config.pool_side,
                    sampling_rate=config.sampling(has_exits=plan is not None) if records else 0.0).to(device)
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -101,10 +104,9 @@ class ServedModel(nn.Module):
             return scores
         with torch.no_grad():
             shadow = torch.rand(len(batch), generator=self._random).to(batch.device) < self.sampling_rate
-            taps: dict[str, Tensor] = {}
-            answers = run_with_exits(batch, self.stages, shadow=shadow,
-                                     observe=None if self.record_pool is None else self._tap_into(taps))
-        self._served.append(ServedBatch(answers, taps, time.time()))
+            self._taps = {}
+            answers = run_with_exits(batch, self.stages, shadow=shadow, observe=self._observe)
+        self._served.append(ServedBatch(answers, self._taps, time.time()))
         self.is_computing = False
         return answers.outputs
 
@@ -117,14 +119,9 @@ class ServedModel(nn.Module):
         scores = self.description.scores
         return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature))
 
-    def _tap_into(self, taps: dict[str, Tensor]) -> Observer:
-        pool = self.record_pool or 1
-
-        def observe(stage: int, activation: Tensor) -> None:
-            if stage < len(self.layers):
-                taps[self.layers[stage]] = pool_activation(activation, pool).half().cpu()
-
-        return observe
+    def _tap(self, stage: int, activation: Tensor) -> None:
+        if stage < len(self.layers):
+            self._taps[self.layers[stage]] = pool_activation(activation, self._record_pool).half().cpu()
 
     def _require_input(self, batch: object) -> None:
         shape, dtype = self.description.input_shape, self.description.input_dtype

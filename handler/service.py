@@ -41,7 +41,8 @@ class EarlyExitService:
         self.model = ServedModel.load(layout, config, device)
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         root = config.records_folder()
-        header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool, self.model.layers)
+        header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool_side,
+                             self.model.layers)
         writer = RecordWriter(root, header, config) if root else None
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)

@@ -1,4 +1,4 @@
-"""A guarantee without labels: P(served != backbone) <= T with probability 1 - delta.
+"""A guarantee: the expected loss of the served answers is at most T, with probability 1 - delta.
 
 Fixed-sequence testing (Angelopoulos et al. 2021, Learn then Test): the path of ever more aggressive
 settings is laid down on other records; the first setting whose hypothesis "risk > T" cannot be rejected
@@ -10,14 +10,57 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 from scipy.stats import binom
+from torch import Tensor
 
 from early_exit.handler.errors import RecordError
+from early_exit.training.risk import Risk
+
+METHODS = {
+    Risk.DISAGREEMENT: "fixed-sequence test, exact binomial",
+    Risk.CONFIDENCE_GAP: "fixed-sequence test, betting",
+    Risk.ACCURACY: "fixed-sequence test, betting",
+}
+
+
+def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> float:
+    """Return a p-value of the hypothesis that the expected loss is above T.
+
+    Args:
+        risk: what the losses measure.
+        losses: (N,) of independent records.
+        tolerance: T.
+        delta: level at which the p-value will be judged; it tunes the bets and nothing else.
+    """
+    if risk is Risk.DISAGREEMENT:
+        return p_value(int(losses.sum()), len(losses), tolerance)
+    span = 1 - risk.lowest
+    return betting_p_value((losses.double().numpy() - risk.lowest) / span, (tolerance - risk.lowest) / span, delta)
 
 
 def p_value(k: int, n: int, tolerance: float) -> float:
     """Return P(Binomial(n, tolerance) <= k): how likely so few differences are at exactly the tolerated rate."""
     return float(binom.cdf(k, n, tolerance))
+
+
+def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float:
+    """Return a p-value of "mean > T" for losses in [0, 1], valid for any distribution.
+
+    A gambler who bets against the hypothesis round by round: while it holds, the expected capital does not grow,
+    so the largest capital seen exceeds 1 / p with probability at most p (Ville). The stakes adapt to the variance
+    (Waudby-Smith & Ramdas 2023, Estimating means of bounded random variables by betting, section 4.2).
+    """
+    n = len(losses)
+    if n == 0:
+        return 1.0
+    count = np.arange(1, n + 1)
+    mean = (0.5 + np.cumsum(losses)) / (count + 1)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (count + 1)
+    before = np.concatenate([[0.25], variance[:-1]])  # a stake may depend on the past only
+    stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.95 / (1 - tolerance))
+    capital = np.cumsum(np.log1p(-stake * (losses - tolerance)))
+    return float(min(1.0, math.exp(-max(0.0, capital.max()))))
 
 
 def most_failures(n: int, tolerance: float, delta: float) -> int:
@@ -61,11 +104,12 @@ def require_enough(n: int, share: float, tolerance: float, delta: float) -> None
             f"tolerate differences), or ask for a larger --tolerance. No plan was written")
 
 
-def walk(failures: Iterable[int], n: int, tolerance: float, delta: float) -> int:
+def walk(p_values: Iterable[float], delta: float) -> int:
     """Return the index of the last setting of a path that is certified.
 
     Args:
-        failures: for each setting, from "never exit" on, how many of the n records are answered differently.
+        p_values: one for each setting, from "never exit" on.
+        delta: 1 - confidence.
 
     Returns:
         The index before the first setting that fails its test.
@@ -74,10 +118,11 @@ def walk(failures: Iterable[int], n: int, tolerance: float, delta: float) -> int
         RecordError: already the first setting fails: too few records.
     """
     certified = -1
-    for index, k in enumerate(failures):
-        if p_value(k, n, tolerance) > delta:
+    for index, p in enumerate(p_values):
+        if p > delta:
             break
         certified = index
     if certified < 0:
-        raise RecordError(f"{n} records cannot certify {tolerance:.2%} at {1 - delta:.0%} confidence")
+        raise RecordError(f"the records cannot certify even a plan without exits at {1 - delta:.0%} confidence: "
+                          "collect more, or ask for a larger --tolerance")
     return certified

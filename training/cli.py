@@ -5,46 +5,104 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.errors import EarlyExitError
-from early_exit.handler.head import HeadSpec
-from early_exit.handler.layout import read_archive
+from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.training.dataset import find_shards
 from early_exit.training.distill import Distillation
+from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.pipeline import TrainingOptions, train
+from early_exit.training.pipeline import train
+from early_exit.training.replay import AUGMENTATIONS, Replay
+from early_exit.training.risk import Risk
+from early_exit.training.search import Search
+from early_exit.training.space import SearchSpace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ee-train`; return its exit status."""
-    parser = argparse.ArgumentParser(
-        "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
-        "and a certificate. A stopped run continues where it was.")
-    parser.add_argument("records", type=Path, help="the records folder that ee-serve printed")
-    parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
-    parser.add_argument("--tolerance", type=_fraction, default=0.02,
-                        help="share of answers that may differ from the full model's (%(default)s)")
-    parser.add_argument("--confidence", type=_fraction, default=0.95,
-                        help="of the certificate (%(default)s)")
-    parser.add_argument("--thresholds", choices=("certified", "paper", "equal"), default="certified",
-                        help="with a guarantee, or by the paper's budgets T/2^n, or T/exits (%(default)s)")
-    parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the report for machines")
-    options = parser.parse_args(arguments)
-    asked = TrainingOptions(options.tolerance, options.confidence, options.thresholds, HeadSpec(),
-                            Distillation(seed=options.seed))
+    options = _parser().parse_args(arguments)
+    # What is measured here must hold for the server's workers.
+    restart_with_allocator("early_exit.training.cli", list(sys.argv[1:] if arguments is None else arguments))
     try:
         model, backbone = read_archive(options.archive)
-        report = train(model, backbone, find_shards(options.records, model, backbone), asked, RunPaths(options.to),
-                       lambda line: print(f"ee-train: {line}", file=sys.stderr))
+        with tempfile.TemporaryDirectory() as scratch:
+            archive = ArchiveLayout(Path(scratch))
+            extract(options.archive, archive.root)
+            report = train(model, archive, find_shards(options.records, model, backbone), _options(options, archive),
+                           RunPaths(options.to), labels=options.labels,
+                           say=lambda line: print(f"ee-train: {line}", file=sys.stderr))
     except EarlyExitError as error:
         print(f"ee-train: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = TrainingOptions()
+    parser = argparse.ArgumentParser(
+        "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
+        "and a certificate. A stopped run continues where it was.")
+    parser.add_argument("records", type=Path, help="the records folder that ee-serve printed")
+    parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
+    parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")
+    parser.add_argument("--json", action="store_true", help="print the report for machines")
+    promise = parser.add_argument_group("what is promised")
+    promise.add_argument("--tolerance", type=_fraction, default=defaults.tolerance,
+                         help="largest expected loss of an answer (%(default)s)")
+    promise.add_argument("--confidence", type=_fraction, default=defaults.confidence,
+                         help="of the certificate (%(default)s)")
+    promise.add_argument("--risk", type=Risk, choices=list(Risk), default=defaults.risk, metavar="RISK",
+                         help="disagreement, confidence-gap or accuracy: what a loss is (disagreement)")
+    promise.add_argument("--labels", type=Path, metavar="FILE.csv",
+                         help="request ids and true classes, for --risk accuracy and for the report")
+    promise.add_argument("--thresholds", choices=("certified", "paper", "equal"), default=defaults.thresholds,
+                         help="with a guarantee, or by the paper's budgets T/2^n, or T/exits (%(default)s)")
+    cost = parser.add_argument_group("what is saved")
+    cost.add_argument("--cost", choices=("seconds", "flops"), default=defaults.measure,
+                      help="measured on this machine, or counted as in the paper (%(default)s)")
+    cost.add_argument("--batch-size", type=_count, help="of the batches to save time for (the archive's batchSize)")
+    cost.add_argument("--measure-device", default=defaults.measure_device, help="that will serve (%(default)s)")
+    heads = parser.add_argument_group("heads")
+    heads.add_argument("--search", default="nni", metavar="nni|none|FILE.yaml",
+                       help="search architectures with NNI, or take the default ones, or those in a file (nni)")
+    heads.add_argument("--space", type=Path, metavar="FILE.yaml", help="what to search instead of the default space")
+    heads.add_argument("--trials", type=_count, default=Search().trials, help="for each layer (%(default)s)")
+    heads.add_argument("--layers", type=_count, default=defaults.layers,
+                       help="at most so many get a head (%(default)s)")
+    heads.add_argument("--replay", type=_count, nargs="?", const=Replay().rounds, metavar="ROUNDS",
+                       help="run the recorded request bytes again with augmentations, so often (%(const)s)")
+    heads.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=list(AUGMENTATIONS),
+                       help="how (all of %(choices)s)")
+    heads.add_argument("--train-device", default=Distillation().device, help="for training (%(default)s)")
+    heads.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    return parser
+
+
+def _options(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:
+    searches = asked.search == "nni"
+    given = Path(asked.search) if asked.search not in ("nni", "none") else asked.space
+    return TrainingOptions(
+        tolerance=asked.tolerance, confidence=asked.confidence, thresholds=asked.thresholds, risk=asked.risk,
+        measure=asked.cost, batch_size=asked.batch_size or _batch_size(archive), measure_device=asked.measure_device,
+        layers=asked.layers, search=Search(asked.trials, seed=asked.seed) if searches else None,
+        space=SearchSpace.load(given) if given else SearchSpace(),
+        recipe=Distillation(seed=asked.seed, device=asked.train_device),
+        replay=Replay(asked.replay, augmentations=tuple(asked.augment), seed=asked.seed) if asked.replay else None)
+
+
+def _batch_size(archive: ArchiveLayout) -> int:
+    """Return the batch size that an extracted archive is served with."""
+    name = json.loads(archive.manifest.read_text())["model"].get("configFile")
+    config = (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
+    return int(config.get("batchSize", 1))
 
 
 def _fraction(text: str) -> float:
@@ -55,3 +113,13 @@ def _fraction(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, such as 0.02, found {text!r}")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

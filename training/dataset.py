@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.errors import RecordError
+from early_exit.handler.pooling import Side
 from early_exit.handler.records import Records, list_shards, read_header, read_shard
 
 
@@ -34,33 +36,61 @@ class RecordedTraffic:
     """N records without their activations, which are read layer by layer."""
 
     shards: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    """Number of records in each shard."""
     rows: Tensor
-    """(N,) int64: positions of the records used in the concatenated shards, each request once."""
+    """(N,) int64, ascending: positions of the records used in the concatenated shards, each request once."""
     log_probabilities: Tensor
-    """(N, K) float32: the backbone's distributions."""
+    """(N, K) float16: the backbone's distributions."""
     backbone_class: Tensor
-    """(N,) int64."""
+    """(N,) int64: the class the backbone predicted."""
+    request: Tensor
+    """(N,) int64: a uniform hash of the request id."""
     time: Tensor
     """(N,) float64: Unix seconds."""
-    position: Tensor
-    """(N,) float64 in [0, 1): a uniform hash of the request, which decides the part."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def part(self, part: Part) -> Tensor:
-        """Return the (M,) indices of a part's records."""
-        inside = (self.position >= part.value) & (self.position < part.value + part.share)
-        return inside.nonzero().flatten()
+    @property
+    def part(self) -> Tensor:
+        """(N,) int8: index of each record's part, which the hash of its request decides."""
+        position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
+        starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
+        return (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
 
-    def activation(self, layer: str) -> Tensor:
-        """Return the (N, ...) float32 pooled activations of a layer.
+    def size(self, part: Part) -> int:
+        """Return the number of a part's records."""
+        return int((self.part == list(Part).index(part)).sum())
+
+    def activation(self, layer: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield the (M, ...) float16 pooled activations of a layer, shard by shard, and where in N they begin.
 
         Raises:
             RecordError: a shard is damaged or has gone.
         """
-        parts = [read_shard(shard, [layer]).activations[layer] for shard in self.shards]
-        return torch.cat(parts)[self.rows].float()
+        for start, inside, shard in self._by_shard():
+            yield start, read_shard(shard, [layer]).activations[layer][inside]
+
+    def bodies(self) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield the request bodies, shard by shard, and where in N they begin.
+
+        Raises:
+            RecordError: a shard is damaged or has gone, or holds no bodies.
+        """
+        for start, inside, shard in self._by_shard():
+            bodies = read_shard(shard, [], bodies=True).bodies
+            if bodies is None:
+                raise RecordError(f"{shard} holds no request bodies, which a replay needs: record with "
+                                  "'early_exit: {keep_requests: true}' in model-config.yaml")
+            yield start, [bodies[row] for row in inside.tolist()]
+
+    def _by_shard(self) -> Iterator[tuple[int, Tensor, Path]]:
+        start = 0
+        for end, size, shard in zip(accumulate(self.sizes), self.sizes, self.shards):
+            inside = self.rows[(self.rows >= end - size) & (self.rows < end)] - (end - size)
+            yield start, inside, shard
+            start += len(inside)
 
 
 def find_shards(records: Path, model: str, backbone: BackboneDescription) -> list[Path]:
@@ -81,7 +111,7 @@ def find_shards(records: Path, model: str, backbone: BackboneDescription) -> lis
                       "first shard is sealed")
 
 
-def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], int]:
+def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
     """Return the paths of the layers that every shard holds, and the side to which they were pooled.
 
     Raises:
@@ -91,7 +121,7 @@ def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], int]:
     layers = set.intersection(*(set(header.layers) for header in headers))
     pools = {header.pool for header in headers}
     if not layers or len(pools) > 1:
-        raise RecordError(f"the records were made with different settings (early_exit.pool {sorted(pools)}, "
+        raise RecordError(f"the records were made with different settings (early_exit.pool {sorted(map(str, pools))}, "
                           f"{len(layers)} common layers): remove those of the old setting")
     return layers, pools.pop()
 
@@ -102,13 +132,13 @@ def load_traffic(shards: Sequence[Path]) -> RecordedTraffic:
     Raises:
         RecordError: a shard is damaged or has gone.
     """
-    records = Records.concatenate([read_shard(shard, []) for shard in shards])
+    parts = [read_shard(shard, []) for shard in shards]
+    records = Records.concatenate(parts)
     rows = _first_of_each(records.request)
     return RecordedTraffic(
-        shards=tuple(shards), rows=rows, log_probabilities=records.log_probabilities[rows].float(),
-        backbone_class=records.backbone_class[rows].long(), time=records.time[rows],
-        position=(records.request[rows].double() / 2.0**64 + 0.5).clamp(max=1 - 1e-9),  # 1 would be in no part
-    )
+        shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
+        log_probabilities=records.log_probabilities[rows], backbone_class=records.backbone_class[rows].long(),
+        request=records.request[rows], time=records.time[rows])
 
 
 def _first_of_each(request: Tensor) -> Tensor:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.pooling import pool_activation
+
+_STATISTICS_ROWS = 4096
+
+
+class Rows(Protocol):
+    """Activations of N records; a tensor is one, and so is a file that is mapped, not loaded."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
+Classify = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,63 +39,112 @@ class Distillation:
     weight_decay: float = 0.3
     dropout: float = 0.5
     seed: int = 0
+    device: str = "cpu"
 
     def n_steps(self, n_records: int) -> int:
         """Return the number of updates for N records."""
         return max(1, min(self.max_steps, self.epochs * -(-n_records // self.batch_size)))
 
 
-def train_head(spec: HeadSpec, shape: tuple[int, ...], pooled: Tensor, teacher: Tensor, recipe: Distillation,
-               on_step: Callable[[], None] = lambda: None) -> Head:
+def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: Rows, recipe: Distillation,
+               on_step: Callable[[int, Classify], bool] = lambda step, classify: True) -> Head:
     """Minimise KL(backbone || head) over the train part.
 
     Args:
         spec: the head's architecture.
         shape: one row of the layer's activation, before pooling.
-        pooled: (N, ...) recorded activations, pooled to the side of the spec.
+        recorded: (N, ...) activations, as recorded.
         teacher: (N, K) log-probabilities of the backbone.
         recipe: how to train.
-        on_step: called after every update.
+        on_step: called after every update with the number of updates made and the head so far as a function
+            from (B, ...) pooled activations to (B, K) logits; training ends early when it returns false.
 
     Returns:
-        The head in evaluation mode. Its inputs were standardised for the training; that is folded into its
-        first layer, so that it reads activations as they are.
+        The head in evaluation mode, on the CPU. Standardisation of its inputs and normalisation inside are folded
+        into its layers, so that it reads activations as they are.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
+    n_classes = teacher[torch.tensor([0])].shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        head = Head(spec, shape, teacher.shape[1])
-        inputs = pooled.flatten(1)  # (N, D)
-        mean, scale = inputs.mean(dim=0), inputs.std(dim=0, correction=0) + 1e-3
-        inputs = (inputs - mean) / scale
-        target = teacher.exp()
-        n_steps = recipe.n_steps(len(inputs))
-        optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        head = Head(spec, shape, n_classes)
+        trainee = _Trainee(head, pool_activation(recorded[_sample(len(recorded))].float(), spec.pool), recipe.dropout)
+        trainee.to(recipe.device)
+        n_steps = recipe.n_steps(len(recorded))
+        optimizer = torch.optim.AdamW(trainee.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=n_steps + 1)
         order = torch.empty(0, dtype=torch.int64)
-        for _ in range(n_steps):
+        for step in range(1, n_steps + 1):
             if not len(order):
-                order = torch.randperm(len(inputs), generator=generator)
+                order = torch.randperm(len(recorded), generator=generator)
             batch, order = order[:recipe.batch_size], order[recipe.batch_size:]
-            logits = _forward_with_dropout(head, inputs[batch], recipe.dropout)
-            loss = functional.kl_div(logits.log_softmax(dim=1), target[batch], reduction="batchmean")
+            inputs, target = recorded[batch].to(recipe.device).float(), teacher[batch].to(recipe.device).float().exp()
+            logits = trainee(pool_activation(inputs, spec.pool))
+            loss = functional.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            on_step()
-    _fold_standardisation(head, mean, scale)
-    return head.eval().requires_grad_(False)
+            if not on_step(step, trainee.classify):
+                break
+    return trainee.fold()
 
 
-def _forward_with_dropout(head: Head, x: Tensor, dropout: float) -> Tensor:
-    for layer in head.layers:
-        x = layer(functional.dropout(x, dropout) if isinstance(layer, nn.Linear) else x)
-    return x
+def _sample(n_records: int) -> Tensor:
+    """Return the rows that statistics are taken from: all, or evenly spread ones."""
+    return torch.linspace(0, n_records - 1, min(n_records, _STATISTICS_ROWS)).long()
 
 
-def _fold_standardisation(head: Head, mean: Tensor, scale: Tensor) -> None:
-    first = next(layer for layer in head.layers if isinstance(layer, nn.Linear))
-    with torch.no_grad():
-        first.weight /= scale
-        first.bias.sub_(first.weight @ mean)
+class _Trainee(nn.Module):
+    """A head as it is trained: inputs standardised, convolutions normalised, linear inputs dropped out."""
+
+    def __init__(self, head: Head, pooled: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.head = head
+        self.dropout = dropout
+        # Zero padding must stay zero before a convolution, so its inputs are scaled but not shifted.
+        self.shifts = not head.spec.convolutions
+        dims = (0,) if self.shifts else (0, 2, 3)
+        scale = pooled.std(dim=dims, correction=0) + 1e-3
+        self.scale = nn.Buffer(scale if self.shifts else scale[:, None, None])
+        self.mean = nn.Buffer(pooled.mean(dim=dims) if self.shifts else torch.zeros(()))
+        self.norms = nn.ModuleDict({
+            str(index): nn.BatchNorm2d(layer.out_channels)
+            for index, layer in enumerate(head.layers)
+            if isinstance(layer, nn.Conv2d) and isinstance(head.layers[index + 1], nn.ReLU)})
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        x = (pooled - self.mean) / self.scale
+        for index, layer in enumerate(self.head.layers):
+            if isinstance(layer, nn.Linear):
+                x = functional.dropout(x, self.dropout, self.training)
+            x = layer(x)
+            if str(index) in self.norms:
+                x = self.norms[str(index)](x)
+        return x
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Return (B, K) logits in evaluation mode, for one look during the training."""
+        self.eval()
+        with torch.no_grad():
+            logits: Tensor = self(pooled.to(self.scale.device)).cpu()
+        self.train()
+        return logits
+
+    def fold(self) -> Head:
+        """Fold what training added into the head's own layers and return it."""
+        head = self.cpu().head
+        first = next(layer for layer in head.layers if isinstance(layer, (nn.Conv2d, nn.Linear)))
+        with torch.no_grad():
+            if isinstance(first, nn.Linear):
+                first.weight /= self.scale.flatten()
+                first.bias.sub_(first.weight @ self.mean.flatten())
+            else:
+                # A depthwise layer has one input channel for each output channel, others all of them.
+                scale = self.scale.view(-1, 1, 1, 1) if first.groups > 1 else self.scale.view(1, -1, 1, 1)
+                first.weight /= scale
+        for index, norm in self.norms.items():
+            layer = head.layers[int(index)]
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                head.layers[int(index)] = fuse_conv_bn_eval(layer.eval(), norm.eval())
+        return head.eval().requires_grad_(False)

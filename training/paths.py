@@ -13,6 +13,30 @@ from early_exit.handler.plan import PLAN_FILE
 
 
 @dataclass(frozen=True)
+class MaterialPaths:
+    """The folder of the records and replays of a run."""
+
+    root: Path
+
+    @property
+    def index(self) -> Path:
+        """Appears when everything else is there."""
+        return self.root / "index.json"
+
+    @property
+    def columns(self) -> Path:
+        return self.root / "columns.safetensors"
+
+    @property
+    def progress(self) -> Path:
+        """How far a replay has come."""
+        return self.root / "replayed.json"
+
+    def activations(self, layer: str) -> Path:
+        return self.root / (_file_name(layer) + ".npy")
+
+
+@dataclass(frozen=True)
 class RunPaths:
     """The folder of one `ee-train` run."""
 
@@ -35,9 +59,34 @@ class RunPaths:
     def report_text(self) -> Path:
         return self.root / "report.txt"
 
+    @property
+    def report_html(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def profile(self) -> Path:
+        """Measured seconds of the backbone's stages and of the exits."""
+        return self.root / "profile.json"
+
+    @property
+    def material(self) -> MaterialPaths:
+        return MaterialPaths(self.root / "material")
+
     def head(self, layer: str) -> Path:
-        """Return where a trained head is kept until the plan is made."""
-        return self.root / "heads" / (quote(layer, safe="") + ".safetensors")
+        """Return where a trained head is kept."""
+        return self.root / "heads" / (_file_name(layer) + ".safetensors")
+
+    def trials(self, layer: str) -> Path:
+        """Return the journal of a layer's search: one JSON line per trial."""
+        return self.root / "search" / (_file_name(layer) + ".jsonl")
+
+    def trial(self, layer: str, number: int) -> Path:
+        """Return where the head of a trial is kept."""
+        return self.root / "search" / _file_name(layer) / f"{number}.safetensors"
+
+
+def _file_name(layer: str) -> str:
+    return quote(layer, safe="")
 
 
 @contextmanager

@@ -1,109 +1,112 @@
-"""The steps from records to a plan, in order; heads that are trained already are not trained again."""
+"""The steps from records to a plan, in order; what a stopped run has finished is not done again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from early_exit.handler.backbone import BackboneDescription
+from early_exit.handler.backbone import Backbone, BackboneDescription
 from early_exit.handler.candidates import CandidateLayer, spread_over
 from early_exit.handler.errors import RecordError
-from early_exit.handler.head import Head, HeadSpec, pooled_shape
-from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, save_plan
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.training.calibrate import fit_temperature
-from early_exit.training.certify import p_value, require_enough, walk
-from early_exit.training.cost import head_flops
+from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.plan import save_plan
+from early_exit.training.certify import require_enough
+from early_exit.training.choose import choose, judge, make_plan
+from early_exit.training.cost import Costs, flop_costs, head_flops
 from early_exit.training.dataset import Part, RecordedTraffic, load_traffic, recorded_layers
-from early_exit.training.distill import Distillation, train_head
+from early_exit.training.heads import HeadCost, TrainedHead, find_architectures, train_heads
+from early_exit.training.labels import load_labels
+from early_exit.training.material import Material, prepare
+from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
-from early_exit.training.report import HeadReport, RunReport, report_exits
-from early_exit.training.subset import MAX_CANDIDATES
-from early_exit.training.thresholds import (
-    NEVER,
-    Candidates,
-    Choice,
-    certified_path,
-    equal_choice,
-    outcome,
-    paper_choice,
-)
-
-Rule = Literal["certified", "paper", "equal"]
+from early_exit.training.profile import Profile, profile_backbone, profile_exit
+from early_exit.training.replay import replay_records
+from early_exit.training.report import RunReport, make_report
+from early_exit.training.requests import preprocessing
+from early_exit.training.risk import Risk
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What `ee-train` was asked for."""
-
-    tolerance: float
-    """T: tolerated share of answers that differ from the backbone's."""
-    confidence: float
-    """1 - delta of the certificate."""
-    thresholds: Rule
-    head: HeadSpec
-    recipe: Distillation
-
-    @property
-    def delta(self) -> float:
-        return 1 - self.confidence
-
-
-def train(model: str, backbone: BackboneDescription, shards: list[Path], options: TrainingOptions,
-          run: RunPaths, say: Callable[[str], None] = lambda line: None) -> RunReport:
+def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
+          *, labels: Path | None = None, say: Callable[[str], None] = lambda line: None) -> RunReport:
     """Make heads, plan and report from records, and write them into the folder of the run.
 
-    A run that was stopped goes on with the records it was started with, and with the heads it has trained.
+    A run that was stopped goes on with the records it was started with, and with what it has finished.
 
     Args:
         model: name, for the report.
-        backbone: of the records.
+        archive: the extracted archive that was recorded.
         shards: the records.
         options: what was asked for.
         run: where everything is written.
-        say: told when the folder's run goes on with other records than `shards`.
+        labels: CSV of request ids and true classes, for the risk of accuracy and for the report.
+        say: told what the user should know.
 
     Raises:
         RecordError: too few records, records of different kinds, or a folder of another run.
     """
-    shards, inputs = _inputs(run, backbone, shards, options, say)
-    traffic = load_traffic(shards)
-    parts = {part: traffic.part(part) for part in Part}
-    if options.thresholds == "certified":
-        require_enough(len(parts[Part.CERTIFY]), Part.CERTIFY.share, options.tolerance, options.delta)
-    if not all(len(rows) for rows in parts.values()):
-        raise RecordError(f"{len(traffic)} records are too few to split into {', '.join(p.name.lower() for p in Part)}")
-    with replacing(run.inputs) as scratch:
-        scratch.write_text(json.dumps(inputs, indent=1))
-    recorded, pool = recorded_layers(shards)
-    spec = replace(options.head, pool=pool)
-    layers = spread_over([layer for layer in backbone.candidates if layer.path in recorded], MAX_CANDIDATES)
-    heads = _train_heads(run, traffic, parts[Part.TRAIN], layers, backbone, spec, options.recipe)
-    tune, certify, temperatures = _judge_heads(traffic, parts, layers, heads, backbone)
-    choice = _choose(tune, certify, options)
-    plan = _plan(choice, traffic, layers, heads, temperatures, certify, backbone, options)
-    exits, flops_ratio, disagreement = report_exits(plan, choice, certify)
-    report = RunReport(
-        model=model, records={part.name.lower(): len(rows) for part, rows in parts.items()}, plan=plan, exits=exits,
-        heads=tuple(HeadReport(layer.path, tune.agrees[:, index].double().mean().item(), temperatures[index],
-                               tune.head_costs[index], index in choice.layers) for index, layer in enumerate(layers)),
-        flops_ratio=flops_ratio, disagreement=disagreement,
-        left_out=tuple(f"{layer.path}: not recorded" if layer.path not in recorded
-                       else f"{layer.path}: {MAX_CANDIDATES} others cover the backbone's cost evenly"
-                       for layer in backbone.candidates if layer not in layers),
-    )
-    save_plan(run.root, plan, {layer.path: head for layer, head in zip(layers, heads)})
+    backbone = Backbone.load(archive.folder)
+    description = backbone.description
+    material, left_out = _material(archive, backbone, shards, options, run, say)
+    truth = load_labels(labels, material.request, material.n_classes) if labels else None
+    if options.risk is Risk.ACCURACY and truth is None:
+        raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
+                          "classes, or choose --risk disagreement or confidence-gap, which need none")
+    profile = _profile(run, backbone, material.layers, options)
+    head_cost = _head_cost(profile, description, options)
+    architectures, dropped = find_architectures(run, material, options, head_cost)
+    if not architectures:
+        raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
+    heads = train_heads(run, material, options, architectures, head_cost)
+    judged = judge(material, heads, _costs(profile, heads, description, options), options, truth)
+    choice = choose(judged, options)
+    plan = make_plan(choice, judged, heads, material, description, options)
+    save_plan(run.root, plan, {one.layer.path: one.head for one in heads})
+    report = make_report(model, material, heads, judged, choice, plan, (*left_out, *dropped), description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):
         with replacing(path) as scratch:
             scratch.write_text(text)
     return report
+
+
+def _material(archive: ArchiveLayout, backbone: Backbone, shards: list[Path], options: TrainingOptions,
+              run: RunPaths, say: Callable[[str], None]) -> tuple[Material, list[str]]:
+    """Return the run's material and the candidates that are not in it, with the reason."""
+    description = backbone.description
+    shards, inputs = _inputs(run, description, shards, options, say)
+    if run.material.index.exists():  # the shards may have gone in the meantime
+        material = Material.load(run.material)
+    else:
+        traffic = load_traffic(shards)
+        _require_enough(traffic, options)
+        with replacing(run.inputs) as scratch:
+            scratch.write_text(json.dumps(inputs, indent=1))
+        recorded, pool = recorded_layers(shards)
+        layers = spread_over([layer for layer in description.candidates
+                              if options.replay or layer.path in recorded], options.layers)
+        if options.replay is None:
+            material = prepare(run.material, traffic, layers, description, pool)
+        else:
+            original = json.loads(archive.original_manifest.read_text())
+            with preprocessing(archive.root, original) as handler, \
+                    tqdm(desc="replay", unit="request", disable=None,
+                         total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
+                material = replay_records(run.material, traffic, layers, backbone, handler, options.replay,
+                                          progress.update)
+    kept = {layer.path for layer in material.layers}
+    return material, [f"{layer.path}: not recorded, or passed over for {options.layers} that cover the cost evenly"
+                      for layer in description.candidates if layer.path not in kept]
+
+
+def _require_enough(traffic: RecordedTraffic, options: TrainingOptions) -> None:
+    if options.thresholds == "certified":
+        require_enough(traffic.size(Part.CERTIFY), Part.CERTIFY.share, options.tolerance, options.delta)
+    if not all(traffic.size(part) for part in Part):
+        raise RecordError(f"{len(traffic)} records are too few to split into {', '.join(p.name.lower() for p in Part)}")
 
 
 def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], options: TrainingOptions,
@@ -127,78 +130,30 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], op
     return [Path(shard) for shard in started["shards"]], started
 
 
-def _train_heads(run: RunPaths, traffic: RecordedTraffic, rows: torch.Tensor, layers: list[CandidateLayer],
-                 backbone: BackboneDescription, spec: HeadSpec, recipe: Distillation) -> list[Head]:
-    heads = []
-    n_steps = recipe.n_steps(len(rows))
-    with tqdm(total=n_steps * len(layers), desc="heads", unit="step", disable=None) as progress:
-        def on_step() -> None:
-            progress.update()
-
-        for layer in layers:
-            path = run.head(layer.path)
-            if path.exists():
-                head = Head(spec, layer.shape, backbone.n_classes).eval().requires_grad_(False)
-                head.load_state_dict(load_file(path))
-                progress.update(n_steps)
-            else:
-                progress.set_postfix_str(layer.path)
-                head = train_head(spec, layer.shape, traffic.activation(layer.path)[rows],
-                                  traffic.log_probabilities[rows], recipe, on_step)
-                with replacing(path) as scratch:
-                    save_file(head.state_dict(), scratch)
-            heads.append(head)
-    return heads
+def _profile(run: RunPaths, backbone: Backbone, layers: Sequence[CandidateLayer],
+             options: TrainingOptions) -> Profile | None:
+    """Return the measured times of the backbone's stages, where time is what counts."""
+    if options.measure == "flops":
+        return None
+    if not run.profile.exists():
+        profile = profile_backbone(backbone, layers, device=options.measure_device)
+        with replacing(run.profile) as scratch:
+            scratch.write_text(json.dumps(asdict(profile), indent=1))
+    return Profile.load(run.profile)
 
 
-def _judge_heads(traffic: RecordedTraffic, parts: dict[Part, torch.Tensor], layers: list[CandidateLayer],
-                 heads: list[Head], backbone: BackboneDescription) -> tuple[Candidates, Candidates, list[float]]:
-    """Calibrate the heads on *tune*; return what they say about *tune* and *certify*, and their temperatures."""
-    judged: dict[Part, list[tuple[torch.Tensor, torch.Tensor]]] = {Part.TUNE: [], Part.CERTIFY: []}
-    temperatures = []
-    for layer, head in zip(layers, heads):
-        pooled = traffic.activation(layer.path)
-        for part, found in judged.items():
-            rows = parts[part]
-            logits = head.classify(pooled[rows])
-            teacher = traffic.backbone_class[rows]
-            if part is Part.TUNE:
-                temperatures.append(fit_temperature(logits, teacher))
-            policy = ConfidencePolicy(temperatures[-1], NEVER)  # the very formula that will serve
-            found.append((policy.confidence(logits), logits.argmax(dim=1) == teacher))
-    head_costs = tuple(head_flops(head, pooled_shape(layer.shape, head.spec.pool)) / backbone.flops
-                       for layer, head in zip(layers, heads))
-    costs = tuple(layer.cost for layer in layers)
-    tune, certify = (Candidates(torch.stack([confidence for confidence, _ in found], dim=1),
-                                torch.stack([agrees for _, agrees in found], dim=1), costs, head_costs)
-                     for found in judged.values())
-    return tune, certify, temperatures
+def _head_cost(profile: Profile | None, backbone: BackboneDescription, options: TrainingOptions) -> HeadCost:
+    if profile is None:
+        return lambda head, layer: head_flops(head, layer.shape) / backbone.flops
+    size, device = options.batch_size, profile.device
+    whole = profile.seconds(size)
+    return lambda head, layer: profile_exit(head, layer, device=device, sizes=(size,))[0] / whole
 
 
-def _choose(tune: Candidates, certify: Candidates, options: TrainingOptions) -> Choice:
-    if options.thresholds == "paper":
-        return paper_choice(tune, options.tolerance)
-    if options.thresholds == "equal":
-        return equal_choice(tune, options.tolerance)
-    path = certified_path(tune, options.tolerance, options.delta, len(certify))
-    failures = (int(outcome(choice, certify).differs.sum()) for choice in path)
-    deployed = path[walk(failures, len(certify), options.tolerance, options.delta)]
-    # Where few may leave, everyone pays for the heads and hardly anyone gains; no exits differ from nothing.
-    return deployed if outcome(deployed, tune).cost.mean() < 1 else Choice((), ())
-
-
-def _plan(choice: Choice, traffic: RecordedTraffic, layers: list[CandidateLayer], heads: list[Head],
-          temperatures: list[float], certify: Candidates, backbone: BackboneDescription,
-          options: TrainingOptions) -> ExitPlan:
-    exits = tuple(
-        PlannedExit(layer=layers[index].path, head=heads[index].spec, temperature=temperatures[index],
-                    threshold=threshold, cost=layers[index].cost, head_cost=certify.head_costs[index])
-        for index, threshold in zip(choice.layers, choice.thresholds))
-    certificate = None
-    if options.thresholds == "certified":
-        k = int(outcome(choice, certify).differs.sum())
-        certificate = Certificate(
-            risk="disagreement", tolerance=options.tolerance, confidence=options.confidence, n=len(certify), k=k,
-            p_value=p_value(k, len(certify), options.tolerance), method="fixed-sequence test, exact binomial",
-            window=(traffic.time.min().item(), traffic.time.max().item()))
-    return ExitPlan(backbone.sha256, options.thresholds, exits, certificate)
+def _costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
+           options: TrainingOptions) -> Costs:
+    layers = [one.layer for one in heads]
+    if profile is None:
+        return flop_costs(layers, [head_flops(one.head, one.layer.shape) / backbone.flops for one in heads])
+    exits = [profile_exit(one.head, one.layer, device=profile.device) for one in heads]
+    return profile.costs([layer.path for layer in layers], exits, options.batch_size)

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.plan import ExitPlan
-from early_exit.training.thresholds import Candidates, Choice, outcome
+from early_exit.training.choose import Judged
+from early_exit.training.cost import flop_costs, head_flops
+from early_exit.training.dataset import Part
+from early_exit.training.heads import TrainedHead
+from early_exit.training.material import Material
+from early_exit.training.thresholds import Choice, mean_cost, outcome
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,8 @@ class ExitReport:
     cost: float
     threshold: float
     temperature: float
+    head: str
+    """Its architecture, in words."""
     hit_rate: float
     """Share of all records that leave here, after the exits before it."""
     agreement: float | None
@@ -31,6 +39,9 @@ class HeadReport:
     """One trained head, on the tune part."""
 
     layer: str
+    architecture: str
+    n_trials: int
+    """Of the search that found it; 0 for a head that was given."""
     agreement: float
     """Share of records on which its class is the backbone's."""
     temperature: float
@@ -45,10 +56,12 @@ class RunReport:
 
     model: str
     records: dict[str, int]
-    """Number of records by part."""
+    """Number of records by part; replays belong to the train part."""
     plan: ExitPlan
     exits: tuple[ExitReport, ...]
     heads: tuple[HeadReport, ...]
+    cost_ratio: float
+    """Mean cost per request as a fraction of the backbone's, in the plan's measure, on the certify part."""
     flops_ratio: float
     """Mean FLOPs per request as a fraction of the backbone's, heads included, on the certify part."""
     disagreement: float
@@ -63,14 +76,14 @@ class RunReport:
         parts = "  ".join(f"{name} {count}" for name, count in self.records.items())
         lines = [
             f"{self.model}  {len(self.exits)} exits of {len(self.heads)} candidates  "
-            f"FLOPs per request {self.flops_ratio:.3f} of the backbone  disagreement {self.disagreement:.2%}",
+            f"{self._cost()}FLOPs {self.flops_ratio:.3f} of the backbone's  disagreement {self.disagreement:.2%}",
             f"  records: {parts}", "",
-            "  layer         cost  hits    alone   agreement  confidence >=",
+            "  layer         cost  hits    alone   agreement  confidence >=  head",
         ]
         for found in self.exits:
             agreement = "-" if found.agreement is None else f"{found.agreement:.2%}"
             lines.append(f"  {found.layer:12}  {found.cost:.2f}  {found.hit_rate:6.1%}  {found.hit_rate_alone:6.1%}"
-                         f"  {agreement:>9}  {found.threshold:.4f}")
+                         f"  {agreement:>9}  {found.threshold:.4f}         {found.head}")
         if not self.exits:
             lines.append("  no exit saves anything within the tolerance: the plan answers every request in full")
         unused = [f"{head.layer} ({head.agreement:.0%} agree)" for head in self.heads if not head.used]
@@ -80,6 +93,11 @@ class RunReport:
         lines += ["", "  " + self._guarantee()]
         return "\n".join(lines) + "\n"
 
+    def _cost(self) -> str:
+        if self.plan.measure == "flops":
+            return ""
+        return f"time {self.cost_ratio:.3f} (batches of {self.plan.batch_size})  "
+
     def _guarantee(self) -> str:
         if self.plan.certificate is not None:
             return self.plan.certificate.in_words()
@@ -87,17 +105,28 @@ class RunReport:
                 "estimate on records that were not used to choose them.")
 
 
-def report_exits(plan: ExitPlan, choice: Choice, certify: Candidates) -> tuple[tuple[ExitReport, ...], float, float]:
-    """Return the exits, the mean cost and the disagreement of a choice on the certify part."""
+def make_report(model: str, material: Material, heads: Sequence[TrainedHead], judged: Judged, choice: Choice,
+                plan: ExitPlan, left_out: Sequence[str], backbone: BackboneDescription) -> RunReport:
+    """Put together what a run found."""
+    certify = judged.certify
     found = outcome(choice, certify)
-    exits: Sequence[ExitReport] = [
-        ExitReport(
+    flops = flop_costs([one.layer for one in heads],
+                       [head_flops(one.head, one.layer.shape) / backbone.flops for one in heads])
+    exits = []
+    for position, (planned, layer) in enumerate(zip(plan.exits, choice.layers)):
+        leaves = found.exit == position
+        exits.append(ExitReport(
             layer=planned.layer, cost=planned.cost, threshold=planned.threshold, temperature=planned.temperature,
-            hit_rate=(found.exit == position).double().mean().item(),
-            agreement=1 - found.differs[found.exit == position].double().mean().item()
-            if bool((found.exit == position).any()) else None,
-            hit_rate_alone=(certify.confidence[:, layer] >= planned.threshold).double().mean().item(),
-        )
-        for position, (planned, layer) in enumerate(zip(plan.exits, choice.layers))
-    ]
-    return tuple(exits), found.cost.mean().item(), found.differs.double().mean().item()
+            head=planned.head.in_words(), hit_rate=leaves.double().mean().item(),
+            agreement=1 - found.differs[leaves].double().mean().item() if bool(leaves.any()) else None,
+            hit_rate_alone=(certify.confidence[:, layer] >= planned.threshold).double().mean().item()))
+    return RunReport(
+        model=model, plan=plan, exits=tuple(exits), left_out=tuple(left_out),
+        records={part.name.lower(): len(material.rows(part)) for part in Part},
+        heads=tuple(
+            HeadReport(one.layer.path, one.head.spec.in_words(), len(one.trials),
+                       judged.tune.agrees[:, index].double().mean().item(), judged.temperatures[index],
+                       flops.exits[index].per_row, index in choice.layers)
+            for index, one in enumerate(heads)),
+        flops_ratio=mean_cost(choice, found.exit, flops), cost_ratio=mean_cost(choice, found.exit, certify.costs),
+        disagreement=found.differs.double().mean().item())

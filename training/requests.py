@@ -3,11 +3,86 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.inner import InnerHandler, load_inner_handler
+
+
+class _ModelReached(BaseException):
+    """Carries the first batch out of a handler, past any 'except Exception' of its own."""
+
+    def __init__(self, batch: object) -> None:
+        self.batch = batch
+
+
+class _Messenger(nn.Module):
+    def forward(self, batch: Tensor) -> Tensor:
+        raise _ModelReached(batch)
+
+
+class Preprocessing:
+    """The part of a user's handler that comes before the model."""
+
+    def __init__(self, handler: InnerHandler, name: str, context: Any) -> None:
+        self._handler, self._name, self._context = handler, name, context
+
+    def model_input(self, bodies: Sequence[bytes]) -> Tensor:
+        """Return the (B, ...) tensor that the handler gives its model for B requests.
+
+        Raises:
+            ArchiveError: the handler fails, or does not make one row of each request.
+        """
+        self._context.request_ids = {number: f"request-{number}" for number in range(len(bodies))}
+        self._context.request_processor = self._context.request_processor[:1] * len(bodies)
+        try:
+            self._handler.handle([{"body": body} for body in bodies], self._context)
+        except _ModelReached as reached:
+            batch = reached.batch
+        except Exception as error:  # the user's own code may raise anything
+            raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
+        else:
+            raise ArchiveError(f"{self._name} answers a request without calling self.model")
+        if not isinstance(batch, Tensor):
+            raise ArchiveError(f"expected {self._name} to give its model one tensor, found {type(batch).__name__}")
+        if len(batch) == len(bodies):
+            return batch
+        if len(bodies) == 1:
+            raise ArchiveError(f"{self._name} makes {len(batch)} rows of one request, so requests could not be told "
+                               "apart in a batch: it must make one")
+        return torch.cat([self.model_input([body]) for body in bodies])  # it calls its model once per request
+
+
+@contextmanager
+def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocessing]:
+    """Load the handler of an extracted archive as a TorchServe worker does, around a model that does nothing.
+
+    Args:
+        folder: the archive.
+        manifest: the manifest that the user's handler expects.
+
+    Raises:
+        ArchiveError: the handler cannot be loaded.
+    """
+    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
+    context = worker_context(folder, manifest)
+    working_directory = Path.cwd()
+    os.chdir(folder)  # a TorchServe worker runs in the folder of its model
+    try:
+        with importing_from(folder):
+            handler = load_inner_handler(manifest, context, _Messenger())
+            yield Preprocessing(handler, manifest["model"]["handler"], context)
+    finally:
+        os.chdir(working_directory)
 
 
 def worker_context(folder: Path, manifest: dict[str, Any]) -> Any:

@@ -1,14 +1,17 @@
-"""Which exits to keep: the subset with the best score K(S), equation 4 of the paper, found exactly."""
+"""Which exits to keep: the subset that costs least, found exactly (equation 4 of the paper, K(S))."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-MAX_CANDIDATES = 16
+from early_exit.training.cost import Costs
+
+MAX_EXACT = 16
+_LOSS_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,8 @@ class Option:
 
     hits: int
     """Mask of the records that would leave here."""
-    wrong: int
-    """Mask of those among them that would be answered differently from the backbone."""
-    head_cost: float
-    """C1: cost of the head."""
-    cost_left: float
-    """C2: cost of the backbone after this layer, in the same unit."""
+    loss: tuple[tuple[float, int], ...]
+    """Their losses, as weighted masks: a record loses the weights of the masks that it is in."""
 
 
 @dataclass(frozen=True)
@@ -31,45 +30,74 @@ class Subset:
 
     layers: tuple[int, ...]
     """Indices of the candidates, in order."""
-    score: float
-    """K(S): cost saved over all records."""
-    n_wrong: int
-    """Records answered differently from the backbone."""
+    cost: float
+    """Mean cost of a request as a fraction of the backbone's; 1 - K(S) / N where cost counts FLOPs."""
 
 
-def best_subset(option: Callable[[int, int], Option], n_layers: int, n_records: int, *,
-                max_wrong: int | None = None, size: int | None = None) -> Subset:
-    """Return the subset that saves most, by depth-first search; the empty subset saves 0.
+def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *, max_loss: float | None = None,
+                size: int | None = None, among: Sequence[int] | None = None) -> Subset:
+    """Return the subset that costs least, by depth-first search; the empty subset costs 1.
 
     Args:
         option: gives candidate `layer` (0-based) as the `position`-th exit (1-based) of a plan.
-        n_layers: number of candidates, in the order of the backbone.
+        costs: of the candidates, in the order of the backbone.
         n_records: N.
-        max_wrong: subsets with more differing answers are not allowed.
+        max_loss: subsets that lose more over all records are not allowed.
         size: only subsets of exactly this many exits, besides the empty one.
+        among: candidates to choose from; all by default.
     """
-    best = Subset((), 0.0, 0)
+    best = Subset((), 1.0)
+    n_layers = len(costs.exits)
+    open_to = sorted(among) if among is not None else list(range(n_layers))
 
-    def extend(chosen: tuple[int, ...], alive: int, score: float, n_wrong: int) -> None:
+    def extend(chosen: tuple[int, ...], alive: int, spent: float, lost: float) -> None:
         nonlocal best
-        if score > best.score and (size is None or len(chosen) == size):
-            best = Subset(chosen, score, n_wrong)
+        last = chosen[-1] if chosen else -1
+        share = alive.bit_count() / n_records
+        total = spent + costs.expected(costs.between(last, n_layers), share)
+        if total < best.cost and (size is None or len(chosen) == size):
+            best = Subset(chosen, total)
         if len(chosen) == size:
             return
-        n_alive = alive.bit_count()
-        for layer in range(chosen[-1] + 1 if chosen else 0, n_layers):
-            this = option(layer, len(chosen) + 1)
-            # Nobody can save more than everything after this layer, and later layers have less left.
-            if score + n_alive * this.cost_left <= best.score:
-                return
-            n_wrong_here = n_wrong + (alive & this.wrong).bit_count()
-            if max_wrong is not None and n_wrong_here > max_wrong:
+        for layer in open_to:
+            if layer <= last:
                 continue
-            n_hits = (alive & this.hits).bit_count()
-            gain = n_hits * (this.cost_left - this.head_cost) - (n_alive - n_hits) * this.head_cost
-            extend((*chosen, layer), alive & ~this.hits, score + gain, n_wrong_here)
+            reached = spent + costs.expected(costs.between(last, layer) + costs.exits[layer], share)
+            if spent + costs.expected(costs.between(last, layer), share) >= best.cost:
+                return  # later candidates cost even more to reach
+            if reached >= best.cost:
+                continue
+            this = option(layer, len(chosen) + 1)
+            lost_here = lost + sum(weight * (alive & mask).bit_count() for weight, mask in this.loss)
+            if max_loss is None or lost_here <= max_loss:
+                extend((*chosen, layer), alive & ~this.hits, reached, lost_here)
 
-    extend((), (1 << n_records) - 1, 0.0, 0)
+    extend((), (1 << n_records) - 1, 0.0, 0.0)
+    return best
+
+
+def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *,
+                    max_loss: float | None = None) -> Subset:
+    """Return a good subset of any number of candidates: exact up to 16, from there on by exact steps.
+
+    Each step solves exactly for the exits chosen so far and as many others, in turn, as make 16.
+    """
+    n_layers = len(costs.exits)
+    if n_layers <= MAX_EXACT:
+        return best_subset(option, costs, n_records, max_loss=max_loss)
+    spread = [round(index * (n_layers - 1) / (MAX_EXACT - 1)) for index in range(MAX_EXACT)]
+    best = best_subset(option, costs, n_records, max_loss=max_loss, among=spread)
+    improved = True
+    while improved:
+        improved = False
+        others = [layer for layer in range(n_layers) if layer not in best.layers]
+        room = MAX_EXACT - len(best.layers)
+        for offset in range(-(-len(others) // room)):
+            among = [*best.layers, *others[offset::-(-len(others) // room)]]
+            found = best_subset(option, costs, n_records, max_loss=max_loss, among=among)
+            if found.cost < best.cost - 1e-9:
+                best, improved = found, True
+                break
     return best
 
 
@@ -83,3 +111,19 @@ def bit_mask(flags: Tensor) -> int:
     packed[:len(flags)] = flags
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     return int.from_bytes(bytes((packed.view(-1, 8) * weights).sum(dim=1).tolist()), "little")
+
+
+def loss_masks(losses: Tensor) -> tuple[tuple[float, int], ...]:
+    """Return (N,) losses in [-1, 1] as weighted masks, rounded to 1/64.
+
+    >>> loss_masks(torch.tensor([1.0, 0.0, 0.25]))
+    ((1.0, 1), (0.25, 4))
+    """
+    steps = (losses.abs() * 2**_LOSS_BITS).round().long()
+    masks = []
+    for sign, chosen in ((1.0, losses > 0), (-1.0, losses < 0)):
+        for bit in range(_LOSS_BITS, -1, -1):
+            mask = bit_mask(chosen & ((steps >> bit) & 1).bool())
+            if mask:
+                masks.append((sign * 2.0 ** (bit - _LOSS_BITS), mask))
+    return tuple(masks)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from early_exit.training.certify import most_failures
-from early_exit.training.subset import Option, Subset, best_subset, bit_mask
+from early_exit.training.cost import Costs
+from early_exit.training.subset import Option, Subset, best_subset, bit_mask, improved_subset, loss_masks
 
 NEVER = 2.0
 """A threshold that no probability reaches."""
+_BATCHES = 400
 
 
 @dataclass(frozen=True)
@@ -24,22 +26,20 @@ class Candidates:
     """(N, L) in [0, 1]."""
     agrees: Tensor
     """(N, L) bool: the head's class is the backbone's."""
-    costs: tuple[float, ...]
-    """Fraction of the backbone's cost spent at each layer."""
-    head_costs: tuple[float, ...]
-    """Cost of each head as a fraction of the backbone's."""
+    losses: Tensor
+    """(N, L) what an answer by the head risks."""
+    costs: Costs
 
     def __len__(self) -> int:
         return len(self.confidence)
 
     @property
     def n_layers(self) -> int:
-        return len(self.costs)
+        return self.confidence.shape[1]
 
     def option(self, layer: int, threshold: float) -> Option:
         hits = self.confidence[:, layer] >= threshold
-        return Option(bit_mask(hits), bit_mask(hits & ~self.agrees[:, layer]), self.head_costs[layer],
-                      1 - self.costs[layer])
+        return Option(bit_mask(hits), loss_masks(self.losses[:, layer] * hits))
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Outcome:
     """(N,) int64: position in the choice of the exit taken, or -1 for the backbone."""
     differs: Tensor
     """(N,) bool: the answer is not the backbone's."""
-    cost: Tensor
-    """(N,) fraction of the backbone's cost, heads included."""
+    losses: Tensor
+    """(N,) float32: what the answer risks."""
 
 
 def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
@@ -93,20 +93,20 @@ def paper_choice(tune: Candidates, tolerance: float) -> Choice:
     def option(layer: int, position: int) -> Option:
         return tune.option(layer, threshold(layer, position))
 
-    subset = best_subset(option, tune.n_layers, len(tune))
+    subset = improved_subset(option, tune.costs, len(tune))
     return Choice(subset.layers, tuple(threshold(layer, n) for n, layer in enumerate(subset.layers, start=1)))
 
 
 def equal_choice(tune: Candidates, tolerance: float) -> Choice:
     """Return the best subset when each of m exits may spend T / m."""
-    best, thresholds = Subset((), 0.0, 0), tuple[float, ...]()
+    best, thresholds = Subset((), 1.0), tuple[float, ...]()
     for size in range(1, tune.n_layers + 1):
         levels = [budget_threshold(tune.confidence[:, layer], tune.agrees[:, layer], tolerance / size)
                   for layer in range(tune.n_layers)]
         options = [tune.option(layer, level) for layer, level in enumerate(levels)]
         subset = best_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
-                             tune.n_layers, len(tune), size=size)
-        if subset.score > best.score:
+                             tune.costs, len(tune), size=size)
+        if subset.cost < best.cost:
             best, thresholds = subset, tuple(levels[layer] for layer in subset.layers)
     return Choice(best.layers, thresholds)
 
@@ -116,8 +116,7 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
     """Return the settings to certify, from "never exit" to aggressive.
 
     The settings share one subset and one confidence level for all its exits. The subset is the one that
-    saves most on *tune* at some level, among those that differ there no oftener than the certify part can
-    accept.
+    costs least on *tune* at some level, among those that lose no more there than the certify part can accept.
 
     Args:
         tune: records of the tune part.
@@ -127,13 +126,14 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         levels: confidences to try, descending.
     """
     levels = list(levels) if levels is not None else confidence_levels()
-    max_wrong = int(len(tune) * most_failures(n_certify, tolerance, delta) / n_certify)
-    best = Subset((), 0.0, 0)
+    # So many failures the binomial test would accept; the other risks vary less, so they accept no fewer.
+    max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify
+    best = Subset((), 1.0)
     for level in levels[::4]:
         options = [tune.option(layer, level) for layer in range(tune.n_layers)]
-        subset = best_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
-                             tune.n_layers, len(tune), max_wrong=max_wrong)
-        if subset.score > best.score:
+        subset = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
+                                 tune.costs, len(tune), max_loss=max_loss)
+        if subset.cost < best.cost:
             best = subset
     return [Choice(best.layers, (level,) * len(best.layers)) for level in (NEVER, *levels)]
 
@@ -148,13 +148,52 @@ def outcome(choice: Choice, records: Candidates) -> Outcome:
     n_records = len(records)
     exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
     differs = torch.zeros(n_records, dtype=torch.bool)
-    cost = torch.ones(n_records, dtype=torch.float64)
-    heads = torch.zeros(n_records, dtype=torch.float64)
+    losses = torch.zeros(n_records)
     for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
-        alive = exit_taken == -1
-        heads[alive] += records.head_costs[layer]
-        leaves = alive & (records.confidence[:, layer] >= threshold)
+        leaves = (exit_taken == -1) & (records.confidence[:, layer] >= threshold)
         exit_taken[leaves] = position
         differs |= leaves & ~records.agrees[:, layer]
-        cost[leaves] = records.costs[layer]
-    return Outcome(exit_taken, differs, cost + heads)
+        losses[leaves] = records.losses[leaves, layer]
+    return Outcome(exit_taken, differs, losses)
+
+
+def batch_costs(choice: Choice, exit_taken: Tensor, costs: Costs, *, seed: int = 0) -> Tensor:
+    """Return the (400,) costs of full batches drawn from records with replacement; the backbone alone costs 1.
+
+    Args:
+        choice: exits.
+        exit_taken: (N,) position of the exit that each record takes, or -1.
+        costs: of the candidates.
+        seed: of the draw.
+    """
+    n_layers = len(costs.exits)
+    drawn = torch.randint(len(exit_taken), (_BATCHES, costs.batch_size),
+                          generator=torch.Generator().manual_seed(seed))
+    exits = exit_taken[drawn]
+    total = torch.zeros(_BATCHES, dtype=torch.float64)
+    stops = [*choice.layers, n_layers]
+    for position, (start, end) in enumerate(zip([-1, *choice.layers], stops)):
+        n_alive = ((exits == -1) | (exits >= position)).sum(dim=1).double()
+        step = costs.between(start, end)
+        if end < n_layers:
+            step = step + costs.exits[end]
+        total += torch.where(n_alive > 0, step.fixed + n_alive * step.per_row, 0.0)
+    return total
+
+
+def mean_cost(choice: Choice, exit_taken: Tensor, costs: Costs) -> float:
+    """Return the expected cost of a request as a fraction of the backbone's, heads included.
+
+    Args:
+        choice: exits.
+        exit_taken: (N,) position of the exit that each record takes, or -1.
+        costs: of the candidates.
+    """
+    total, n_layers = 0.0, len(costs.exits)
+    for position, (start, end) in enumerate(zip([-1, *choice.layers], [*choice.layers, n_layers])):
+        step = costs.between(start, end)
+        if end < n_layers:
+            step = step + costs.exits[end]
+        alive = ((exit_taken == -1) | (exit_taken >= position)).double().mean().item()
+        total += costs.expected(step, alive)
+    return total

@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.served import ServedModel
 from early_exit.handler.stages import FULL
+from early_exit.training.options import TrainingOptions
+from early_exit.training.profile import one_thread
 from tests.support.cifar import DataMissing, as_batch, load_requests, load_weights
 from tests.support.client import failed, latency_ms
 from tests.support.loop import LoopResult, run_loop
 from tests.support.original import original_mar
 from tests.support.served import served_model
-from tests.support.timing import cpu_ratio, one_thread, run_with_the_servers_allocator
+from tests.support.timing import cpu_ratio
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
 
@@ -37,7 +40,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=0.95)
     options = parser.parse_args()
-    run_with_the_servers_allocator("tests.benchmarks.loop")
+    restart_with_allocator("tests.benchmarks.loop", sys.argv[1:])
     try:
         bodies, labels = load_requests()
         weights = load_weights("resnet18w32-cifar10-jpeg")
@@ -50,7 +53,7 @@ def main() -> int:
         original = original_mar(folder / "original", "cifar", "cifar_resnet18w32.py", "cifar_handler.py", weights,
                                 CONFIG)
         result = run_loop(original, folder, bodies[:half], bodies[half:], input_shape=(3, 32, 32),
-                          tolerance=options.tolerance, confidence=options.confidence)
+                          options=TrainingOptions(options.tolerance, options.confidence, search=None))
         figures = summarise(result, labels[half:], bodies[half:])
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import ServingConfig
@@ -27,9 +28,10 @@ from early_exit.handler.metrics import ServingMetrics
 from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import ShardHeader
 from early_exit.handler.served import ServedModel
+from early_exit.training.profile import one_thread
 from early_exit.training.requests import worker_context
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
-from tests.support.timing import cpu_ratio, one_thread, run_with_the_servers_allocator
+from tests.support.timing import cpu_ratio
 
 BATCHES = (1, 8, 32)
 
@@ -38,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What serving without exits costs.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    run_with_the_servers_allocator("tests.benchmarks.overhead")
+    restart_with_allocator("tests.benchmarks.overhead", sys.argv[1:])
     torch.manual_seed(0)
     figures = {
         "resnet18w32_32px": measure(ResNet18W32(), (3, 32, 32), {1: 300, 8: 100, 32: 30}),
@@ -68,8 +70,8 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
 def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Tensor], None]:
     """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all."""
     config = ServingConfig()
-    model = ServedModel(backbone, sampling_rate=1.0 if records else 0.0, record_pool=4 if records else None,
-                        record_layers=config.layers)
+    model = ServedModel(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
+                        record_layers=config.layers if records else 0)
     manifest = {"model": {"modelName": "overhead", "handler": "none"}}
     context = worker_context(Path(), manifest)
     context.request_ids = {number: f"request-{number}" for number in range(size)}

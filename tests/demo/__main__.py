@@ -9,19 +9,23 @@ from pathlib import Path
 import torch
 
 from early_exit.archiver.server import raise_on_terminate
+from early_exit.handler.allocator import restart_with_allocator
+from early_exit.training.options import TrainingOptions
+from early_exit.training.profile import one_thread
 from tests.support.client import failed, latency_ms
 from tests.support.digits import batches, traffic, train_backbone
 from tests.support.loop import LoopResult, run_loop
 from tests.support.original import original_mar
 from tests.support.served import served_model
-from tests.support.timing import cpu_ratio, one_thread
+from tests.support.timing import cpu_ratio
 
 N_RECORD, N_MEASURE = 5000, 2000
-TOLERANCE, CONFIDENCE = 0.02, 0.95
+OPTIONS = TrainingOptions(search=None)  # a search takes longer than this demonstration may
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
 
 
 def main() -> None:
+    restart_with_allocator("tests.demo", [])
     raise_on_terminate()
     started = time.monotonic()
 
@@ -35,7 +39,7 @@ def main() -> None:
         folder = Path(scratch)
         original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py", weights, CONFIG)
         result = run_loop(original, folder, [one.body for one in record], [one.body for one in measure],
-                          input_shape=(1, 32, 32), tolerance=TOLERANCE, confidence=CONFIDENCE, say=say)
+                          input_shape=(1, 32, 32), options=OPTIONS, say=say)
         full, exiting = served_model(result.recorder), served_model(result.exiting)
         with one_thread(), torch.no_grad():
             ratio = cpu_ratio(full, exiting, list(batches(measure, 8)))

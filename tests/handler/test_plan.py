@@ -25,9 +25,9 @@ def backbone() -> Backbone:
 
 def plan_for(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
     layers = backbone.description.candidates[:2]
-    heads = {layer.path: Head(HeadSpec(4, (5,)), layer.shape, 3) for layer in layers}
-    exits = tuple(PlannedExit(layer.path, HeadSpec(4, (5,)), 1.5, 0.9, layer.cost, 0.01) for layer in layers)
-    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.03, "fixed-sequence", (1.0, 2.0))
+    heads = {layer.path: Head(HeadSpec(widths=(5,)), layer.shape, 3) for layer in layers}
+    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=(5,)), 1.5, 0.9, layer.cost, 0.01) for layer in layers)
+    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
     return ExitPlan(backbone.description.sha256, "certified", exits, certificate), heads
 
 

@@ -15,13 +15,12 @@ from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.bookkeeping import FULL_NAME
-from early_exit.handler.head import HeadSpec
-from early_exit.handler.layout import read_archive
+from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.handler.records import list_shards, read_shard
 from early_exit.training.dataset import find_shards
-from early_exit.training.distill import Distillation
+from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.pipeline import TrainingOptions, train
+from early_exit.training.pipeline import train
 from early_exit.training.report import RunReport
 from tests.support.client import BackgroundLoad, Reply, send
 
@@ -69,7 +68,7 @@ class LoopResult:
 
 
 def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Sequence[bytes], *,
-             input_shape: tuple[int, ...], tolerance: float, confidence: float,
+             input_shape: tuple[int, ...], options: TrainingOptions,
              say: Callable[[str], None] = print) -> LoopResult:
     """Run the whole loop with an original archive and stop the server, also when a step fails.
 
@@ -79,8 +78,7 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         record: request bodies to record and train on.
         measure: request bodies to measure before and after with.
         input_shape: of the model, for `ee-archive`.
-        tolerance: T.
-        confidence: 1 - delta.
+        options: for `ee-train`.
         say: told about each step.
     """
     store, records = folder / "model-store", folder / "records"
@@ -104,8 +102,9 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         record_bytes = sum(shard.stat().st_size for shard in shards)
         say(f"            {n_records} records, {record_bytes / n_records / 1000:.1f} kB each")
         run = RunPaths(folder / "run")
-        options = TrainingOptions(tolerance, confidence, "certified", HeadSpec(), Distillation())
-        report = train(name, backbone, shards, options, run)
+        unpacked = ArchiveLayout(folder / "recorder")
+        extract(recorder, unpacked.root)
+        report = train(name, unpacked, shards, options, run)
         say(f"ee-train    {len(report.exits)} exits of {len(report.heads)} candidates")
         exiting = build_archive(ArchiveRequest(str(recorder), store, plan=run.plan))
         say(f"ee-archive  {exiting.name} exits early")

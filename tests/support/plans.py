@@ -16,8 +16,8 @@ def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone:
     _, description = read_archive(archive)
     torch.manual_seed(0)
     layers = description.candidates[::2]
-    heads = {layer.path: Head(HeadSpec(4, ()), layer.shape, description.n_classes) for layer in layers}
-    exits = tuple(PlannedExit(layer.path, HeadSpec(4, ()), 0.2, threshold, layer.cost, 0.01) for layer in layers)
+    heads = {layer.path: Head(HeadSpec(widths=()), layer.shape, description.n_classes) for layer in layers}
+    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), 0.2, threshold, layer.cost, 0.01) for layer in layers)
     folder.mkdir(parents=True, exist_ok=True)
     save_plan(folder, ExitPlan(backbone or description.sha256, "paper", exits, None), heads)
     return folder / "plan.json"

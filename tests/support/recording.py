@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,15 +19,18 @@ from early_exit.handler.served import ServedModel
 from early_exit.training.requests import worker_context
 
 
-def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "model", first_request: int = 0) -> None:
-    """Serve (N, ...) inputs in full and record each as a request of its own."""
-    config = ServingConfig(records_per_shard=len(inputs))  # nothing is dropped, however slow the disk is
-    model = ServedModel(backbone, sampling_rate=1.0, record_pool=config.pool, record_layers=config.layers)
-    header = ShardHeader(name, "1.0", backbone.description.sha256, config.pool, model.layers)
+def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "model", first_request: int = 0,
+           bodies: Sequence[bytes] | None = None, layers: int = ServingConfig.layers,
+           pool: int | str = ServingConfig.pool) -> None:
+    """Serve (N, ...) inputs in full and record each as a request of its own, with its body where bodies are given."""
+    # One shard, so that nothing is dropped, however slow the disk is.
+    config = ServingConfig(records_per_shard=len(inputs), layers=layers, pool=pool)
+    model = ServedModel(backbone, sampling_rate=1.0, record_layers=config.layers, record_pool=config.pool_side)
+    header = ShardHeader(name, "1.0", backbone.description.sha256, config.pool_side, model.layers)
     writer = RecordWriter(folder, header, config)
     context = worker_context(Path(), {"model": {"modelName": name, "handler": "none"}})
     metrics = ServingMetrics(context.metrics, name, "1.0")
-    bookkeeper = Bookkeeper(model, "1.0", metrics, writer, keep_requests=False)
+    bookkeeper = Bookkeeper(model, "1.0", metrics, writer, keep_requests=bodies is not None)
     processor = context.request_processor[0]
     for start in range(0, len(inputs), 64):
         batch = inputs[start:start + 64]
@@ -35,5 +39,6 @@ def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "mod
         n_rows = len(batch)
         context.request_ids = {row: f"request-{first_request + start + row}" for row in range(n_rows)}
         context.request_processor = [processor] * n_rows
-        bookkeeper.note(Served(tuple(range(n_rows)), [None] * n_rows, model.take_served()), [{}] * n_rows, context)
+        data = [{"body": body} for body in bodies[start:start + 64]] if bodies is not None else [{}] * n_rows
+        bookkeeper.note(Served(tuple(range(n_rows)), [None] * n_rows, model.take_served()), data, context)
     writer.close()

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-import torch
-
-from early_exit.archiver.server import ALLOCATOR
 
 T = TypeVar("T")
 
@@ -30,19 +23,3 @@ def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], round
             taken[function] = time.process_time() - started
         ratios.append(taken[second] / taken[first])
     return statistics.median(ratios)
-
-
-def run_with_the_servers_allocator(module: str) -> None:
-    """Start `python -m module` again as ee-serve starts its workers: the allocator is part of the engine."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **ALLOCATOR})
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

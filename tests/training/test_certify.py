@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.handler.errors import RecordError
-from early_exit.training.certify import most_failures, p_value, records_needed, require_enough, walk
+from early_exit.training.certify import (
+    betting_p_value,
+    most_failures,
+    p_value,
+    records_needed,
+    require_enough,
+    risk_p_value,
+    walk,
+)
+from early_exit.training.risk import Risk
 
 
 @given(n=st.integers(1, 60), k=st.integers(0, 60), percent=st.integers(1, 99))
@@ -36,11 +46,11 @@ def test_one_record_fewer_than_needed_certifies_nothing(tolerance: float, delta:
 
 
 def test_the_step_before_the_first_rejected_one_is_deployed() -> None:
-    assert walk([0, 3, 12, 40, 0], 1500, 0.02, 0.05) == 2  # 40 of 1500 ends the walk, though 0 comes later
+    assert walk([0.0, 0.01, 0.05, 0.051, 0.0], 0.05) == 2  # .051 ends the walk, though 0 comes later
 
 
 def test_a_path_that_never_fails_is_deployed_to_its_end() -> None:
-    assert walk([0, 0, 0], 1500, 0.02, 0.05) == 2
+    assert walk([0.0, 0.0, 0.0], 0.05) == 2
 
 
 def test_too_few_records_say_how_many_are_needed() -> None:
@@ -58,6 +68,44 @@ def test_the_certificate_holds_as_often_as_it_says() -> None:
     for _ in range(n_runs):
         # One uniform draw per record decides at which step its answer starts to differ.
         starts_to_differ = torch.rand(n, generator=generator)
-        failures = [int((starts_to_differ < risk).sum()) for risk in true_risks]
-        broken += bool(true_risks[walk(failures, n, tolerance, delta)] > tolerance)
+        p_values = [p_value(int((starts_to_differ < risk).sum()), n, tolerance) for risk in true_risks]
+        broken += bool(true_risks[walk(p_values, delta)] > tolerance)
     assert broken / n_runs <= delta + 3 * math.sqrt(delta * (1 - delta) / n_runs)
+
+
+@pytest.mark.parametrize(("values", "chances"), [((0.0, 1.0), (0.98, 0.02)), ((0.0, 0.1, 0.5), (0.9, 0.05, 0.03)),
+                                                 ((0.0, 0.5, 1.0), (0.02, 0.92, 0.06))])
+def test_a_bet_against_a_true_hypothesis_seldom_wins(values: tuple[float, ...], chances: tuple[float, ...]) -> None:
+    """At a mean of exactly T, p <= delta happens with probability at most delta."""
+    generator = np.random.default_rng(0)
+    chances = tuple(np.array(chances) / sum(chances))
+    mean = float(np.dot(values, chances))
+    n_runs, delta = 2000, 0.05
+    won = sum(betting_p_value(generator.choice(values, 600, p=chances), mean, delta) <= delta for _ in range(n_runs))
+    assert won / n_runs <= delta + 3 * math.sqrt(delta * (1 - delta) / n_runs)
+
+
+def test_a_bet_against_a_false_hypothesis_wins() -> None:
+    generator = np.random.default_rng(0)
+    small = generator.choice([0.0, 0.2], 1500, p=[0.95, 0.05])  # a mean of 1 %, spread thin
+    assert betting_p_value(small, 0.02, 0.05) < 0.001
+
+
+def test_the_accuracy_risk_counts_answers_that_only_the_exit_gets_right() -> None:
+    answer = torch.tensor([[0], [1], [2], [2]])
+    backbone, labels = torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 2, 2])
+    losses = Risk.ACCURACY.losses(answer, backbone, torch.zeros(4, 3), labels)
+    assert losses.flatten().tolist() == [0.0, 1.0, 0.0, -1.0]
+    even = torch.tensor([1.0, -1.0, 0.0, 0.0] * 300)  # nothing is lost on balance
+    assert risk_p_value(Risk.ACCURACY, even, 0.1, 0.05) < 0.05 < risk_p_value(Risk.DISAGREEMENT, even.abs(), 0.1, 0.05)
+
+
+def test_the_confidence_gap_is_what_the_backbone_thinks_of_the_answer() -> None:
+    log_probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]]).log()
+    losses = Risk.CONFIDENCE_GAP.losses(torch.tensor([[1], [0]]), torch.tensor([0, 0]), log_probabilities)
+    assert losses.flatten().tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_the_accuracy_risk_needs_labels() -> None:
+    with pytest.raises(RecordError, match="--labels"):
+        Risk.ACCURACY.losses(torch.zeros(1, 1).long(), torch.zeros(1).long(), torch.zeros(1, 2))

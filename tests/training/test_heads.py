@@ -25,7 +25,7 @@ def recorded(n_records: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pooled, (((pooled - 20) / 5).flatten(1) @ direction / 4).log_softmax(1)
 
 
-@pytest.mark.parametrize("spec", [HeadSpec(4, ()), HeadSpec(4, (32,)), HeadSpec(4, (32, 16))])
+@pytest.mark.parametrize("spec", [HeadSpec(widths=()), HeadSpec(widths=(32,)), HeadSpec(widths=(32, 16))])
 def test_a_head_learns_to_say_what_the_backbone_says(spec: HeadSpec) -> None:
     pooled, teacher = recorded(1200)
     head = train_head(spec, (6, 8, 8), pooled[:1000], teacher[:1000], RECIPE)
@@ -36,7 +36,7 @@ def test_a_head_learns_to_say_what_the_backbone_says(spec: HeadSpec) -> None:
 def test_a_head_reads_raw_activations_as_it_read_their_records() -> None:
     raw = torch.randn(64, 6, 8, 8) * 3 + 7
     pooled = functional.adaptive_avg_pool2d(raw, 4)
-    head = train_head(HeadSpec(4, (8,)), (6, 8, 8), pooled, torch.randn(64, 3).log_softmax(1), RECIPE)
+    head = train_head(HeadSpec(widths=(8,)), (6, 8, 8), pooled, torch.randn(64, 3).log_softmax(1), RECIPE)
     torch.testing.assert_close(head(raw), head.classify(pooled), atol=1e-4, rtol=1e-4)
 
 
@@ -45,16 +45,16 @@ def test_the_same_seed_gives_the_same_head_and_leaves_the_global_generator_alone
     torch.manual_seed(5)
     expected_next = torch.rand(1)
     torch.manual_seed(5)
-    one = train_head(HeadSpec(4, (8,)), (6, 8, 8), pooled, teacher, RECIPE)
+    one = train_head(HeadSpec(widths=(8,)), (6, 8, 8), pooled, teacher, RECIPE)
     assert torch.equal(torch.rand(1), expected_next)
-    other = train_head(HeadSpec(4, (8,)), (6, 8, 8), pooled, teacher, RECIPE)
+    other = train_head(HeadSpec(widths=(8,)), (6, 8, 8), pooled, teacher, RECIPE)
     assert torch.equal(one(pooled), other(pooled))
 
 
 def test_a_constant_feature_does_not_break_training() -> None:
     pooled, teacher = recorded(64)
     pooled[:, 0] = 3.0
-    head = train_head(HeadSpec(4, ()), (6, 8, 8), pooled, teacher, RECIPE)
+    head = train_head(HeadSpec(widths=()), (6, 8, 8), pooled, teacher, RECIPE)
     assert torch.isfinite(head(pooled)).all()
 
 
@@ -76,5 +76,5 @@ def test_a_head_that_always_agrees_gets_a_small_temperature_within_the_bounds() 
 
 
 def test_head_flops_are_two_per_weight() -> None:
-    head = train_head(HeadSpec(4, (8,)), (6, 8, 8), *recorded(16), Distillation(epochs=1))
+    head = train_head(HeadSpec(widths=(8,)), (6, 8, 8), *recorded(16), Distillation(epochs=1))
     assert head_flops(head, (6, 4, 4)) == 2 * (96 * 8 + 8 * 3)

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.errors import RecordError
-from early_exit.handler.head import HeadSpec
+from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import build_heads, load_plan
 from early_exit.handler.records import list_shards
 from early_exit.handler.served import ServedModel
 from early_exit.training.dataset import Part, find_shards, load_traffic
 from early_exit.training.distill import Distillation
+from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
-from early_exit.training.pipeline import TrainingOptions, train
+from early_exit.training.pipeline import train
 from tests.support.recording import record
 
 N_RECORDS = 3000
-OPTIONS = TrainingOptions(0.05, 0.95, "certified", HeadSpec(4, ()), Distillation(epochs=10))
+OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10))
 
 
 class Residual(nn.Module):
@@ -42,6 +43,14 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="module")
+def archive(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> ArchiveLayout:
+    layout = ArchiveLayout(tmp_path_factory.mktemp("archive"))
+    layout.folder.mkdir()
+    backbone.save(layout.folder)
+    return layout
+
+
+@pytest.fixture(scope="module")
 def records(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
     inputs = torch.randn(N_RECORDS, 16, generator=torch.Generator().manual_seed(1))
@@ -50,18 +59,19 @@ def records(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def test_the_parts_are_disjoint_cover_everything_and_have_their_shares(backbone: Backbone, records: Path) -> None:
+def test_every_record_has_one_part_and_the_parts_have_their_shares(backbone: Backbone, records: Path) -> None:
     traffic = load_traffic(find_shards(records, "model", backbone.description))
-    parts = {part: traffic.part(part) for part in Part}
-    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(N_RECORDS))
-    for part, rows in parts.items():
-        assert len(rows) / N_RECORDS == pytest.approx(part.share, abs=0.04)
+    assert len(traffic) == N_RECORDS
+    assert traffic.part.tolist().count(-1) == 0
+    for part in Part:
+        assert traffic.size(part) / N_RECORDS == pytest.approx(part.share, abs=0.04)
 
 
 def test_a_record_stays_in_its_part_when_others_are_added(backbone: Backbone, records: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
     few, all_of_them = load_traffic(shards[:3]), load_traffic(shards)
-    assert set(few.position.tolist()) <= set(all_of_them.position.tolist())
+    part_of = dict(zip(all_of_them.request.tolist(), all_of_them.part.tolist()))
+    assert [part_of[request] for request in few.request.tolist()] == few.part.tolist()
 
 
 def test_a_request_that_was_run_twice_counts_once(backbone: Backbone, tmp_path: Path) -> None:
@@ -79,10 +89,10 @@ def test_the_records_of_another_backbone_are_not_mixed_in(backbone: Backbone, re
 
 @pytest.mark.parametrize("rule", ["certified", "paper", "equal"])
 def test_a_run_makes_a_plan_that_serves_as_it_reports(
-        rule: str, backbone: Backbone, records: Path, tmp_path: Path) -> None:
+        rule: str, backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "run")
     options = replace(OPTIONS, thresholds=rule)  # type: ignore[arg-type]
-    report = train("model", backbone.description, find_shards(records, "model", backbone.description), options, run)
+    report = train("model", archive, find_shards(records, "model", backbone.description), options, run)
     plan, tensors = load_plan(run.plan)
     assert plan == report.plan
     assert plan.exits, "this backbone is easy enough to exit from"
@@ -98,62 +108,65 @@ def test_a_run_makes_a_plan_that_serves_as_it_reports(
     assert differs <= OPTIONS.tolerance + 0.01
 
 
-def test_a_stopped_run_keeps_its_heads_and_its_records(backbone: Backbone, records: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_keeps_its_heads_and_its_records(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
     run = RunPaths(tmp_path / "run")
-    first = train("model", backbone.description, shards, OPTIONS, run)
+    first = train("model", archive, shards, OPTIONS, run)
     made = {path: path.stat().st_mtime_ns for path in (run.root / "heads").iterdir()}
     next(iter(made)).unlink()
     run.plan.unlink()
-    again = train("model", backbone.description, shards[:1], OPTIONS, run)
+    again = train("model", archive, shards[:1], OPTIONS, run)
     kept = [path for path, modified in made.items() if path.stat().st_mtime_ns == modified]
     assert len(kept) == len(made) - 1
     assert again.to_json() == first.to_json()
 
 
-def test_a_folder_of_another_run_is_refused(backbone: Backbone, records: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
     run = RunPaths(tmp_path / "run")
-    train("model", backbone.description, shards, OPTIONS, run)
+    train("model", archive, shards, OPTIONS, run)
     with pytest.raises(RecordError, match="another --to"):
-        train("model", backbone.description, shards, replace(OPTIONS, tolerance=0.1), run)
+        train("model", archive, shards, replace(OPTIONS, tolerance=0.1), run)
 
 
-def test_too_few_records_write_no_plan(backbone: Backbone, tmp_path: Path) -> None:
+def test_too_few_records_write_no_plan(backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
     record(backbone, torch.randn(100, 16), tmp_path / "records")
     run = RunPaths(tmp_path / "run")
     shards = find_shards(tmp_path / "records", "model", backbone.description)
     with pytest.raises(RecordError, match="needs at least 59 .* No plan was written"):
-        train("model", backbone.description, shards, OPTIONS, run)
+        train("model", archive, shards, OPTIONS, run)
     assert not run.plan.exists()
 
 
-def test_collecting_more_after_too_few_is_enough(backbone: Backbone, tmp_path: Path) -> None:
+def test_collecting_more_after_too_few_is_enough(backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
     record(backbone, torch.randn(100, 16), tmp_path / "records")
     run = RunPaths(tmp_path / "run")
     with pytest.raises(RecordError):
-        train("model", backbone.description, find_shards(tmp_path / "records", "model", backbone.description),
+        train("model", archive, find_shards(tmp_path / "records", "model", backbone.description),
               OPTIONS, run)
     record(backbone, torch.randn(900, 16), tmp_path / "records", first_request=100)
     shards = find_shards(tmp_path / "records", "model", backbone.description)
-    assert sum(train("model", backbone.description, shards, OPTIONS, run).records.values()) == 1000
+    assert sum(train("model", archive, shards, OPTIONS, run).records.values()) == 1000
 
 
 def test_a_run_that_goes_on_with_fewer_records_than_there_are_says_so(
-        backbone: Backbone, records: Path, tmp_path: Path) -> None:
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
     run = RunPaths(tmp_path / "run")
-    train("model", backbone.description, shards[:5], OPTIONS, run)
+    train("model", archive, shards[:5], OPTIONS, run)
     said: list[str] = []
-    train("model", backbone.description, shards, OPTIONS, run, said.append)
+    train("model", archive, shards, OPTIONS, run, say=said.append)
     assert "goes on with the 5 shards" in said[0] and "another --to" in said[0]
 
 
-def test_an_impossible_tolerance_gives_a_plan_without_exits(backbone: Backbone, records: Path, tmp_path: Path) -> None:
+def test_an_impossible_tolerance_gives_a_plan_without_exits(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     """Random targets: nothing the heads say can be trusted, and no exit is a legal answer."""
     shards = find_shards(records, "model", backbone.description)
     options = replace(OPTIONS, tolerance=0.004, recipe=Distillation(epochs=1, learning_rate=1e-9))
-    report = train("model", backbone.description, shards, options, RunPaths(tmp_path / "run"))
+    report = train("model", archive, shards, options, RunPaths(tmp_path / "run"))
     assert report.disagreement <= 0.004
     assert report.flops_ratio == pytest.approx(1, abs=0.05)
 

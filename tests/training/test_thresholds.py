@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from early_exit.training.certify import most_failures
+from early_exit.training.cost import Affine, Costs
 from early_exit.training.thresholds import (
     Candidates,
     Choice,
+    batch_costs,
     budget_threshold,
     certified_path,
     equal_choice,
+    mean_cost,
     outcome,
     paper_choice,
 )
@@ -27,7 +30,8 @@ def simulated(n_records: int, seed: int = 0) -> Candidates:
     margin = skill - difficulty + 0.15 * torch.randn(n_records, 3, generator=generator)
     confidence = torch.sigmoid(6 * margin)
     agrees = torch.rand(n_records, 3, generator=generator) < 0.3 + 0.7 * confidence
-    return Candidates(confidence, agrees, (0.2, 0.5, 0.8), (0.01, 0.01, 0.01))
+    steps = (Affine(0.0, 0.2), Affine(0.0, 0.3), Affine(0.0, 0.3), Affine(0.0, 0.2))
+    return Candidates(confidence, agrees, (~agrees).float(), Costs("flops", 1, steps, (Affine(0.0, 0.01),) * 3))
 
 
 @settings(deadline=None, max_examples=150)
@@ -57,19 +61,22 @@ def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high
     records = simulated(50, seed)
     choice = Choice((0, 2), (low, high))
     found = outcome(choice, records)
+    total, until = 0.0, (0.2, 0.5, 0.8)
     for record in range(50):
         spent, taken, differs = 0.0, -1, False
         for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
-            spent += records.head_costs[layer]
+            spent += 0.01
             if records.confidence[record, layer] >= threshold:
                 taken, differs = position, not records.agrees[record, layer]
-                spent += records.costs[layer]
+                spent += until[layer]
                 break
         else:
             spent += 1.0
         assert found.exit[record] == taken
         assert bool(found.differs[record]) == differs
-        assert found.cost[record].item() == pytest.approx(spent)
+        assert found.losses[record] == differs
+        total += spent
+    assert mean_cost(choice, found.exit, records.costs) == pytest.approx(total / 50)
 
 
 def test_the_path_starts_where_nobody_exits_and_grows_more_aggressive() -> None:
@@ -104,3 +111,13 @@ def test_the_equal_budget_is_divided_by_the_number_of_exits() -> None:
     for layer, threshold in zip(choice.layers, choice.thresholds):
         hits = tune.confidence[:, layer] >= threshold
         assert (hits & ~tune.agrees[:, layer]).double().mean() <= 0.08 / len(choice.layers)
+
+
+def test_the_expected_cost_of_a_batch_is_the_mean_over_drawn_batches() -> None:
+    records = simulated(3000)
+    choice = Choice((0, 1, 2), (0.8, 0.8, 0.8))
+    steps = (Affine(0.05, 0.02), Affine(0.1, 0.01), Affine(0.2, 0.03), Affine(0.1, 0.05))
+    costs = Costs("seconds", 4, steps, (Affine(0.02, 0.001),) * 3)
+    taken = outcome(choice, records).exit
+    drawn = torch.cat([batch_costs(choice, taken, costs, seed=seed) for seed in range(20)])
+    assert mean_cost(choice, taken, costs) == pytest.approx(drawn.mean().item(), rel=0.01)

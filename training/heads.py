@@ -1,0 +1,89 @@
+"""From material to trained heads: find an architecture for each layer, then train it in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.head import Head, HeadSpec
+from early_exit.training.distill import Classify
+from early_exit.training.material import Material
+from early_exit.training.options import TrainingOptions
+from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.search import best_trial, search_layer
+from early_exit.training.space import given_head
+from early_exit.training.trial import Evaluator, Trial
+
+HeadCost = Callable[[Head, CandidateLayer], float]
+"""The cost of a head at a layer as a fraction of the backbone's."""
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head and how it came about."""
+
+    layer: CandidateLayer
+    head: Head
+    trials: tuple[Trial, ...] = ()
+    """Of the search; empty for a head that was given."""
+
+
+def find_architectures(run: RunPaths, material: Material, options: TrainingOptions, head_cost: HeadCost,
+                       ) -> tuple[dict[str, tuple[HeadSpec, tuple[Trial, ...]]], list[str]]:
+    """Return the architecture for each layer that is worth a head, and why the others are not.
+
+    Raises:
+        ConfigError: a head that the user gives cannot be trained on these records.
+    """
+    found: dict[str, tuple[HeadSpec, tuple[Trial, ...]]] = {}
+    dropped: list[str] = []
+    search = options.search
+    given = options.space.heads
+    n_trials = search.trials * sum(layer.path not in given for layer in material.layers) if search else 0
+    with tqdm(total=n_trials, desc="search", unit="trial", disable=None if n_trials else True) as progress:
+        for layer in material.layers:
+            progress.set_postfix_str(layer.path)
+            if layer.path in given:
+                found[layer.path] = given_head(given[layer.path], material.recorded), ()
+            elif search is None:
+                found[layer.path] = HeadSpec(pool=material.recorded, recorded=material.recorded), ()
+            else:
+                evaluator = Evaluator(layer, material, options.tolerance, options.trial_recipe, head_cost)
+                trials = search_layer(evaluator, options.space, search, run, progress.update)
+                best = best_trial(trials)
+                if best is None:
+                    dropped.append(f"{layer.path}: none of {len(trials)} heads is better than chance")
+                else:
+                    found[layer.path] = best.head, tuple(trials)
+    return found, dropped
+
+
+def train_heads(run: RunPaths, material: Material, options: TrainingOptions,
+                architectures: dict[str, tuple[HeadSpec, tuple[Trial, ...]]], head_cost: HeadCost) -> list[TrainedHead]:
+    """Train the chosen heads in full, in the order of the backbone; those that are trained already are read."""
+    layers = [layer for layer in material.layers if layer.path in architectures]
+    evaluators = [Evaluator(layer, material, options.tolerance, options.recipe, head_cost) for layer in layers]
+    trained = []
+    with tqdm(total=sum(one.n_steps() for one in evaluators), desc="heads", unit="step", disable=None) as progress:
+        def on_step(step: int, classify: Classify) -> bool:
+            progress.update()
+            return True
+
+        for layer, evaluator in zip(layers, evaluators):
+            spec, trials = architectures[layer.path]
+            path = run.head(layer.path)
+            if path.exists():
+                head = Head(spec, layer.shape, material.n_classes).eval().requires_grad_(False)
+                head.load_state_dict(load_file(path))
+                progress.update(evaluator.n_steps())
+            else:
+                progress.set_postfix_str(layer.path)
+                head = evaluator.train(spec, on_step)
+                with replacing(path) as scratch:
+                    save_file(head.state_dict(), scratch)
+            trained.append(TrainedHead(layer, head, trials))
+    return trained

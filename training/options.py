@@ -1,0 +1,51 @@
+"""What `ee-train` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from early_exit.training.distill import Distillation
+from early_exit.training.replay import Replay
+from early_exit.training.risk import Risk
+from early_exit.training.search import Search
+from early_exit.training.space import SearchSpace
+
+Rule = Literal["certified", "paper", "equal"]
+Measure = Literal["seconds", "flops"]
+
+_TRIAL_STEPS = 300
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The choices of one run."""
+
+    tolerance: float = 0.02
+    """T: tolerated expected loss of an answer."""
+    confidence: float = 0.95
+    """1 - delta of the certificate."""
+    thresholds: Rule = "certified"
+    risk: Risk = Risk.DISAGREEMENT
+    measure: Measure = "seconds"
+    """What the choice of exits saves: measured time, or FLOPs as in the paper."""
+    batch_size: int = 8
+    """Of the batches for which time is saved."""
+    measure_device: str = "cpu"
+    """Device on which time is measured: the one that will serve."""
+    layers: int = 16
+    """At most so many candidates get a head, spread evenly over the backbone's cost."""
+    search: Search | None = field(default_factory=Search)
+    """None gives every layer the default head, but for those that the space gives one."""
+    space: SearchSpace = field(default_factory=SearchSpace)
+    recipe: Distillation = field(default_factory=Distillation)
+    replay: Replay | None = None
+
+    @property
+    def delta(self) -> float:
+        return 1 - self.confidence
+
+    @property
+    def trial_recipe(self) -> Distillation:
+        """Trials are trained briefly: they are compared with each other only."""
+        return replace(self.recipe, max_steps=min(_TRIAL_STEPS, self.recipe.max_steps))

@@ -1,0 +1,164 @@
+"""Measures what the stages of a backbone and the exits between them cost on this machine."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.graph import split
+from early_exit.handler.head import Head
+from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.stages import select_rows
+from early_exit.training.cost import Affine, Costs
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+_ROUNDS = 15
+_LEAST_ROUNDS = 3
+_SECONDS_PER_SIZE = 4.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Median seconds of steps on the engine that serves, by batch size."""
+
+    device: str
+    layers: tuple[str, ...]
+    """Paths of the L layers between which the stages lie."""
+    sizes: tuple[int, ...]
+    stages: tuple[tuple[float, ...], ...]
+    """For each of the L + 1 stages, for each size."""
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        data = json.loads(path.read_text())
+        return cls(data["device"], tuple(data["layers"]), tuple(data["sizes"]), tuple(map(tuple, data["stages"])))
+
+    def seconds(self, size: int) -> float:
+        """Return the time of the whole backbone for a batch of any size."""
+        return sum(fit(self.sizes, stage, size)(size) for stage in self.stages)
+
+    def costs(self, layers: Sequence[str], exits: Sequence[Sequence[float]], batch_size: int) -> Costs:
+        """Return the costs for batches of a size.
+
+        Args:
+            layers: paths of the candidates that have an exit, in order.
+            exits: for each of them, the seconds of the exit for each size.
+            batch_size: of full batches.
+        """
+        whole = self.seconds(batch_size)
+        steps = [fit(self.sizes, stage, batch_size).scaled(1 / whole) for stage in self.stages]
+        ends = [0, *(self.layers.index(path) + 1 for path in layers), len(steps)]
+        stages = tuple(sum(steps[start:end], Affine(0.0, 0.0)) for start, end in pairwise(ends))
+        return Costs("seconds", batch_size, stages,
+                     tuple(fit(self.sizes, one, batch_size).scaled(1 / whole) for one in exits))
+
+
+def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, device: str = "cpu",
+                     sizes: Sequence[int] = BATCH_SIZES) -> Profile:
+    """Time every stage between the layers, one thread, stage after stage in each round.
+
+    Args:
+        backbone: on the device.
+        layers: where it is cut.
+        device: a torch device.
+        sizes: batch sizes, ascending.
+    """
+    stages = split(backbone.graph, [layer.node for layer in layers])
+    item = backbone.description.probe_input().to(device)
+    by_size: list[list[float]] = []
+    with torch.no_grad(), one_thread():
+        for size in sizes:
+            batch = item.expand(size, *item.shape[1:]).contiguous()
+
+            def one_round(batch: Tensor = batch) -> list[float]:
+                taken, x = [], batch
+                for stage in stages:
+                    seconds, x = _timed(stage, x, device)
+                    taken.append(seconds)
+                return taken
+
+            by_size.append([statistics.median(times) for times in zip(*_rounds(one_round))])
+    return Profile(device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)))
+
+
+def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
+                 sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
+    """Return the seconds of an exit for each batch size: head, decision, and shrinking the batch by half."""
+    head = head.to(device)
+    policy = ConfidencePolicy(1.0, 0.5)
+    found = []
+    with torch.no_grad(), one_thread():
+        for size in sizes:
+            x = torch.rand(size, *layer.shape, device=device)
+            half = torch.arange(size, device=device) % 2 == 0
+
+            def one_exit(x: Tensor, half: Tensor = half) -> Tensor:
+                leaves = policy(head(x)) | half
+                leaves.nonzero()
+                return select_rows(x, ~half)
+
+            def one_round(x: Tensor = x, one_exit: Callable[[Tensor], Tensor] = one_exit) -> float:
+                return _timed(one_exit, x, device)[0]
+
+            found.append(statistics.median(_rounds(one_round)))
+    head.cpu()
+    return tuple(found)
+
+
+def fit(sizes: Sequence[int], seconds: Sequence[float], batch_size: int) -> Affine:
+    """Return the affine cost that fits best, relatively, up to a batch size; neither part is negative.
+
+    >>> fit((1, 2, 4, 64), (3.0, 4.0, 6.0, 1000.0), 4)
+    Affine(fixed=2.0, per_row=1.0)
+    """
+    used = [(n, taken) for n, taken in zip(sizes, seconds) if n <= max(batch_size, sizes[min(1, len(sizes) - 1)])]
+    rows = np.array([[1 / taken, n / taken] for n, taken in used])
+    fixed, per_row = nnls(rows, np.ones(len(used)))[0]
+    return Affine(round(float(fixed), 12), round(float(per_row), 12))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: what counts is the CPU time of a request, whoever else has work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rounds(one_round: Callable[[], T]) -> list[T]:
+    """Return the results of repeated rounds after a warm-up, fewer when they take long."""
+    one_round()
+    started = time.perf_counter()
+    results: list[T] = []
+    while len(results) < _ROUNDS:
+        results.append(one_round())
+        if len(results) >= _LEAST_ROUNDS and time.perf_counter() - started > _SECONDS_PER_SIZE:
+            break
+    return results
+
+
+def _timed(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> tuple[float, Tensor]:
+    started = time.perf_counter()
+    result = step(x)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
