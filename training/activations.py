@@ -1,8 +1,11 @@
-"""Activations of many records in one file per layer, mapped and not loaded."""
+"""Activations of many records in one file per layer, of which only the rows in use are in memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,17 @@ from torch import Tensor
 
 
 class Activations:
-    """The (N, ...) float16 activations of one layer; indexing reads the asked rows only."""
+    """The (N, ...) activations of one layer, in a .npy file; indexing reads the asked rows only.
+
+    Rows are read, not mapped: mapped pages would count as memory of the process for as long as it runs.
+    """
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
-        # Copy-on-write where nothing is written: torch wants memory that it could write to.
-        self._rows = np.load(path, mmap_mode="r+" if writable else "c")
+        self._file = path.open("r+b" if writable else "rb")
+        np.lib.format.read_magic(self._file)
+        shape, _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
+        self._n_rows, self._row_shape = int(shape[0]), tuple(shape[1:])
+        self._offset, self._row_bytes = self._file.tell(), prod(self._row_shape) * self._dtype.itemsize
 
     @classmethod
     def create(cls, path: Path, n_rows: int, shape: Sequence[int],
@@ -26,17 +35,29 @@ class Activations:
         return cls(path, writable=True)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._n_rows
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return torch.from_numpy(self._rows[rows.numpy()])
+        """Return the (M, ...) rows with the (M,) indices."""
+        wanted = rows.numpy()
+        found = np.empty((len(wanted), *self._row_shape), self._dtype)
+        target = memoryview(found).cast("B") if found.size else memoryview(b"")
+        starts = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
+        for start, end in pairwise(starts):  # runs of neighbours are read at once
+            if end > start:
+                place = slice(start * self._row_bytes, end * self._row_bytes)
+                os.preadv(self._file.fileno(), [target[place]], self._offset + int(wanted[start]) * self._row_bytes)
+        return torch.from_numpy(found)
 
     def write(self, start: int, values: Tensor) -> None:
         """Store (M, ...) values as the rows from `start` on."""
-        self._rows[start:start + len(values)] = values.numpy()
+        self._file.seek(self._offset + start * self._row_bytes)
+        self._file.write(values.contiguous().numpy().astype(self._dtype, copy=False).tobytes())
 
     def flush(self) -> None:
-        self._rows.flush()
+        """See that what was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 class Selected:

@@ -18,7 +18,7 @@ _STATISTICS_ROWS = 4096
 
 
 class Rows(Protocol):
-    """Activations of N records; a tensor is one, and so is a file that is mapped, not loaded."""
+    """Activations of N records; a tensor is one, and so is a file."""
 
     def __len__(self) -> int: ...
 
@@ -75,7 +75,7 @@ def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: 
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=n_steps + 1)
         order = torch.empty(0, dtype=torch.int64)
         for step in range(1, n_steps + 1):
-            if not len(order):
+            if len(order) < 2:  # normalisation needs two rows
                 order = torch.randperm(len(recorded), generator=generator)
             batch, order = order[:recipe.batch_size], order[recipe.batch_size:]
             inputs, target = recorded[batch].to(recipe.device).float(), teacher[batch].to(recipe.device).float().exp()

@@ -1,4 +1,4 @@
-"""What heads are made of: the records of a run, and replays of them, in files that are mapped."""
+"""What heads are made of: the records of a run and replays of them, in files of which little is in memory."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from early_exit.training.space import SearchSpace
 Rule = Literal["certified", "paper", "equal"]
 Measure = Literal["seconds", "flops"]
 
-_TRIAL_STEPS = 300
+_TRIAL_STEPS = 400
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,18 +27,23 @@ class Search:
     """So many trials are drawn at random before the tuner models what it has seen."""
     seed: int = 0
 
+    def seed_for(self, layer: str, n_done: int) -> int:
+        """Return a seed that differs by layer, and after a restart, where the tuner would draw the same heads again."""
+        return zlib.crc32(f"{self.seed} {layer} {n_done}".encode())
+
 
 def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: RunPaths,
                  on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
-    """Return the trials of a layer, those of an earlier attempt included; `on_trials` is told how many more are done.
+    """Return the trials of a layer, those of an earlier attempt included.
 
     Each trial's result is one line of the layer's journal, and its head lies beside, so a killed search
-    loses at most the trial that was running.
+    loses at most the trial that was running. `on_trials` is told how many more are done.
     """
     layer, recorded = evaluator.layer, evaluator.material.recorded
     trials = read_journal(run, layer.path)
-    # Another seed after a restart: the tuner would draw the same heads again.
-    tuner = TpeTuner("minimize", seed=search.seed + len(trials), tpe_args={"n_startup_jobs": search.startup})
+    logging.getLogger("nni").setLevel(logging.ERROR)  # it tells how it avoids trying a head twice
+    tuner = TpeTuner("minimize", seed=search.seed_for(layer.path, len(trials)),
+                     tpe_args={"n_startup_jobs": search.startup})
     tuner.update_search_space(space.choices(layer.shape, recorded))
     tuner.import_data([{"parameter": trial.parameters, "value": trial.objective} for trial in trials])
     assessor = MedianstopAssessor("minimize")
@@ -91,4 +98,5 @@ def append(run: RunPaths, layer: str, trial: Trial) -> None:
 
 def _remember(assessor: MedianstopAssessor, trial: Trial) -> None:
     assessor.assess_trial(trial.number, trial.history)
-    assessor.trial_end(trial.number, not trial.stopped)
+    # Stopped ones count too: a median of the survivors alone would stop nearly everybody.
+    assessor.trial_end(trial.number, True)

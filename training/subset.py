@@ -35,7 +35,8 @@ class Subset:
 
 
 def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *, max_loss: float | None = None,
-                size: int | None = None, among: Sequence[int] | None = None) -> Subset:
+                size: int | None = None, among: Sequence[int] | None = None,
+                best: Subset = Subset((), 1.0)) -> Subset:
     """Return the subset that costs least, by depth-first search; the empty subset costs 1.
 
     Args:
@@ -45,8 +46,8 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
         max_loss: subsets that lose more over all records are not allowed.
         size: only subsets of exactly this many exits, besides the empty one.
         among: candidates to choose from; all by default.
+        best: returned unless something costs less; the better it is, the faster the search.
     """
-    best = Subset((), 1.0)
     n_layers = len(costs.exits)
     open_to = sorted(among) if among is not None else list(range(n_layers))
 
@@ -77,25 +78,25 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
 
 
 def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *,
-                    max_loss: float | None = None) -> Subset:
+                    max_loss: float | None = None, best: Subset = Subset((), 1.0)) -> Subset:
     """Return a good subset of any number of candidates: exact up to 16, from there on by exact steps.
 
     Each step solves exactly for the exits chosen so far and as many others, in turn, as make 16.
     """
     n_layers = len(costs.exits)
     if n_layers <= MAX_EXACT:
-        return best_subset(option, costs, n_records, max_loss=max_loss)
+        return best_subset(option, costs, n_records, max_loss=max_loss, best=best)
     spread = [round(index * (n_layers - 1) / (MAX_EXACT - 1)) for index in range(MAX_EXACT)]
-    best = best_subset(option, costs, n_records, max_loss=max_loss, among=spread)
+    best = best_subset(option, costs, n_records, max_loss=max_loss, among=spread, best=best)
     improved = True
     while improved:
         improved = False
         others = [layer for layer in range(n_layers) if layer not in best.layers]
-        room = MAX_EXACT - len(best.layers)
+        room = max(1, MAX_EXACT - len(best.layers))
         for offset in range(-(-len(others) // room)):
             among = [*best.layers, *others[offset::-(-len(others) // room)]]
-            found = best_subset(option, costs, n_records, max_loss=max_loss, among=among)
-            if found.cost < best.cost - 1e-9:
+            found = best_subset(option, costs, n_records, max_loss=max_loss, among=among, best=best)
+            if found.cost < best.cost:
                 best, improved = found, True
                 break
     return best

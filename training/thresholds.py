@@ -105,7 +105,7 @@ def equal_choice(tune: Candidates, tolerance: float) -> Choice:
                   for layer in range(tune.n_layers)]
         options = [tune.option(layer, level) for layer, level in enumerate(levels)]
         subset = best_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
-                             tune.costs, len(tune), size=size)
+                             tune.costs, len(tune), size=size, best=best)
         if subset.cost < best.cost:
             best, thresholds = subset, tuple(levels[layer] for layer in subset.layers)
     return Choice(best.layers, thresholds)
@@ -129,12 +129,10 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
     # So many failures the binomial test would accept; the other risks vary less, so they accept no fewer.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify
     best = Subset((), 1.0)
-    for level in levels[::4]:
+    for level in levels[::-4]:
         options = [tune.option(layer, level) for layer in range(tune.n_layers)]
-        subset = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
-                                 tune.costs, len(tune), max_loss=max_loss)
-        if subset.cost < best.cost:
-            best = subset
+        best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
+                               tune.costs, len(tune), max_loss=max_loss, best=best)
     return [Choice(best.layers, (level,) * len(best.layers)) for level in (NEVER, *levels)]
 
 

@@ -1,0 +1,84 @@
+"""One row of the paper's tables: what some exits do to requests that nothing was chosen with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from early_exit.handler.graph import split
+from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
+from early_exit.training.profile import one_thread
+from tests.benchmarks.subjects import Subject
+from tests.support.timing import cpu_ratio
+
+ROUNDS = {1: 300, 8: 80, 32: 40}
+
+
+def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, **more: Any) -> dict[str, Any]:
+    """Measure exits on a subject's requests.
+
+    Args:
+        subject: the backbone and its requests.
+        method: name of the row.
+        exits: by layer path.
+        full: (M, K) scores of the backbone for the requests.
+        more: further columns.
+    """
+    layers = [layer for layer in subject.backbone.description.candidates if layer.path in exits]
+    parts = split(subject.backbone.graph, [layer.node for layer in layers])
+    ends: list[Exit | None] = [exits[layer.path] for layer in layers]
+    stages = [Stage(part.forward, end) for part, end in zip(parts, [*ends, None])]
+    with torch.no_grad():
+        answers = [run_with_exits(batch, stages) for batch in subject.inputs.split(250)]
+    classes = torch.cat([one.outputs for one in answers]).argmax(dim=1)
+    taken = torch.cat([one.stages for one in answers])
+    names = [*(layer.path for layer in layers), "full"]
+    heads = [_flops(exits[layer.path], layer.shape) / subject.backbone.description.flops for layer in layers]
+    before = (full.argmax(dim=1) == subject.truth).double().mean().item()
+    accuracy = (classes == subject.truth).double().mean().item()
+    parameters = sum(p.numel() for p in subject.backbone.graph.parameters())
+    return {
+        "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy,
+        "accuracy_loss": before - accuracy,
+        "disagreement": (classes != full.argmax(dim=1)).double().mean().item(),
+        "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
+                 for number, name in enumerate(names)},
+        "flops_ratio": _flops_ratio(taken, [layer.cost for layer in layers], heads),
+        "cpu_time_ratio": _time_ratios(subject, stages),
+        "size_ratio": 1 + sum(_parameters(exits[layer.path]) for layer in layers) / parameters,
+        **more,
+    }
+
+
+def _time_ratios(subject: Subject, stages: Sequence[Stage]) -> dict[str, float]:
+    """Return CPU time with exits / CPU time of the plain backbone by batch size; one thread, interleaved."""
+    def exiting(batch: Tensor) -> Answers:
+        return run_with_exits(batch, stages)
+
+    with one_thread(), torch.no_grad():
+        return {str(size): cpu_ratio(subject.backbone.graph, exiting, subject.inputs.split(size)[:n_rounds])
+                for size, n_rounds in ROUNDS.items()}
+
+
+def _flops_ratio(taken: Tensor, costs: Sequence[float], heads: Sequence[float]) -> float:
+    spent = torch.ones(len(taken), dtype=torch.float64)
+    on_heads = torch.zeros(len(taken), dtype=torch.float64)
+    for number, (cost, head) in enumerate(zip(costs, heads)):
+        on_heads[(taken >= number) | (taken == FULL)] += head
+        spent[taken == number] = cost
+    return (spent + on_heads).mean().item()
+
+
+def _flops(exit_: Exit, shape: tuple[int, ...]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        exit_.policy(exit_.head(torch.zeros(1, *shape)))
+    return int(counter.get_total_flops())
+
+
+def _parameters(exit_: Exit) -> int:
+    modules = [part for part in (exit_.head, exit_.policy) if isinstance(part, torch.nn.Module)]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

