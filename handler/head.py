@@ -77,6 +77,11 @@ class HeadSpec:
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"expected a head with 'pool', 'convolutions' and 'widths', found {data!r}") from error
 
+    def reads(self, recorded: Tensor) -> Tensor:
+        """Return what the head reads of (B, ...) recorded activations."""
+        # Tokens that were summarised once must not be summarised again.
+        return recorded if self.pool == self.recorded else pool_activation(recorded, self.pool)
+
     def in_words(self) -> str:
         parts = ["raw" if self.pool is None else f"pool {self.pool}"]
         parts += [f"{'separable ' if one.separable else ''}conv {one.kernel}x{one.kernel}/{one.stride} {one.channels}"
@@ -119,11 +124,11 @@ class Head(nn.Module):
     def forward(self, activation: Tensor) -> Tensor:
         """Return (B, K) logits for a (B, ...) activation as the backbone computes it."""
         if self._first is not None:
-            activation = pool_activation(activation, self._first)
+            return self.classify(self.spec.reads(pool_activation(activation, self._first)))
         return self.classify(pool_activation(activation, self.spec.pool))
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Return (B, K) logits for a (B, ...) activation that is pooled to the side of the spec already."""
+        """Return (B, K) logits for what the head reads: a (B, ...) activation pooled to the side of its spec."""
         logits: Tensor = self.layers(pooled)
         return logits
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from early_exit.handler.errors import RecordError
+
 
 class Activations:
     """The (N, ...) activations of one layer, in a .npy file; indexing reads the asked rows only.
@@ -38,15 +40,22 @@ class Activations:
         return self._n_rows
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Return the (M, ...) rows with the (M,) indices."""
+        """Return the (M, ...) rows with the (M,) indices.
+
+        Raises:
+            RecordError: the file was cut short.
+        """
         wanted = rows.numpy()
         found = np.empty((len(wanted), *self._row_shape), self._dtype)
-        target = memoryview(found).cast("B") if found.size else memoryview(b"")
+        target = found.data.cast("B") if found.size else memoryview(b"")
         starts = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
         for start, end in pairwise(starts):  # runs of neighbours are read at once
             if end > start:
                 place = slice(start * self._row_bytes, end * self._row_bytes)
-                os.preadv(self._file.fileno(), [target[place]], self._offset + int(wanted[start]) * self._row_bytes)
+                at = self._offset + int(wanted[start]) * self._row_bytes
+                if os.preadv(self._file.fileno(), [target[place]], at) < place.stop - place.start:
+                    raise RecordError(f"{self._file.name} ends before row {int(wanted[end - 1])}: delete the run's "
+                                      "folder and train again")
         return torch.from_numpy(found)
 
     def write(self, start: int, values: Tensor) -> None:

@@ -12,7 +12,6 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.pooling import pool_activation
 
 _STATISTICS_ROWS = 4096
 
@@ -33,7 +32,7 @@ class Distillation:
     """How heads are trained."""
 
     epochs: int = 40
-    max_steps: int = 8000
+    max_steps: int = 2500
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.3
@@ -68,7 +67,7 @@ def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         head = Head(spec, shape, n_classes)
-        trainee = _Trainee(head, pool_activation(recorded[_sample(len(recorded))].float(), spec.pool), recipe.dropout)
+        trainee = _Trainee(head, spec.reads(recorded[_sample(len(recorded))].float()), recipe.dropout)
         trainee.to(recipe.device)
         n_steps = recipe.n_steps(len(recorded))
         optimizer = torch.optim.AdamW(trainee.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -79,7 +78,7 @@ def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: 
                 order = torch.randperm(len(recorded), generator=generator)
             batch, order = order[:recipe.batch_size], order[recipe.batch_size:]
             inputs, target = recorded[batch].to(recipe.device).float(), teacher[batch].to(recipe.device).float().exp()
-            logits = trainee(pool_activation(inputs, spec.pool))
+            logits = trainee(spec.reads(inputs))
             loss = functional.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

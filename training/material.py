@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.pooling import Side, pooled_shape
 from early_exit.training.activations import Activations
@@ -65,7 +64,7 @@ class Material:
 
 
 def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
-            backbone: BackboneDescription, recorded: Side) -> Material:
+            n_classes: int, recorded: Side) -> Material:
     """Bring together the records of each layer; what is there already is kept.
 
     Afterwards the run no longer needs the shards, which the servers may delete.
@@ -76,17 +75,17 @@ def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[Can
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, backbone, {
+        finish(paths, layers, recorded, n_classes, {
             "log_probabilities": traffic.log_probabilities, "backbone_class": traffic.backbone_class,
             "part": traffic.part, "request": traffic.request, "time": traffic.time})
     return Material.load(paths)
 
 
-def finish(paths: MaterialPaths, layers: Sequence[CandidateLayer], recorded: Side, backbone: BackboneDescription,
+def finish(paths: MaterialPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
            columns: Mapping[str, Tensor]) -> None:
     """Write the columns, and then the index, which says that all is there."""
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in columns.items()}, scratch)
-    index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": backbone.n_classes}
+    index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes}
     with replacing(paths.index) as scratch:
         scratch.write_text(json.dumps(index, indent=1))

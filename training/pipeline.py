@@ -89,7 +89,7 @@ def _material(archive: ArchiveLayout, backbone: Backbone, shards: list[Path], op
         layers = spread_over([layer for layer in description.candidates
                               if options.replay or layer.path in recorded], options.layers)
         if options.replay is None:
-            material = prepare(run.material, traffic, layers, description, pool)
+            material = prepare(run.material, traffic, layers, description.n_classes, pool)
         else:
             original = json.loads(archive.original_manifest.read_text())
             with preprocessing(archive.root, original) as handler, \

@@ -121,7 +121,7 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
     every = torch.arange(n_rows)
     # What was served is the truth about the records; a replay in other batches may round differently.
     backbone_class = torch.cat([traffic.backbone_class, classes[every[len(traffic):]]])
-    finish(paths, layers, replay.pool, backbone.description, {
+    finish(paths, layers, replay.pool, backbone.description.n_classes, {
         "log_probabilities": answers[every], "backbone_class": backbone_class, "part": traffic.part,
         "request": traffic.request, "time": traffic.time})
     return Material.load(paths)

@@ -15,7 +15,6 @@ from torch import Tensor
 from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.pooling import pool_activation
 from early_exit.training.activations import Activations, Selected
 from early_exit.training.calibrate import fit_temperature
 from early_exit.training.dataset import Part
@@ -135,7 +134,7 @@ class Evaluator:
 
 def logits_of(classify: Classify, spec: HeadSpec, activations: Activations, rows: Tensor) -> Tensor:
     """Return the (M, K) logits of a head for some rows, a chunk at a time."""
-    return torch.cat([classify(pool_activation(activations[chunk].float(), spec.pool))
+    return torch.cat([classify(spec.reads(activations[chunk].float()))
                       for chunk in torch.split(rows, _CHUNK)])
 
 

@@ -92,7 +92,7 @@ class Bench:
         shards = find_shards(subject.records, "model", backbone.description)
         traffic = load_traffic(shards)
         layers = spread_over(list(backbone.description.candidates), options.layers)
-        recorded = prepare(RunPaths(folder / "recorded").material, traffic, layers, backbone.description, 4)
+        recorded = prepare(RunPaths(folder / "recorded").material, traffic, layers, backbone.description.n_classes, 4)
         original = json.loads(subject.archive.original_manifest.read_text())
         _say(subject, "replaying")
         with preprocessing(subject.archive.root, original) as handler:

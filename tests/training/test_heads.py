@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from early_exit.handler.head import HeadSpec
+from early_exit.handler.head import Convolution, HeadSpec
 from early_exit.handler.policy import ConfidencePolicy
 from early_exit.training.calibrate import MIN_TEMPERATURE, fit_temperature
 from early_exit.training.cost import head_flops
-from early_exit.training.distill import Distillation, train_head
+from early_exit.training.distill import Classify, Distillation, train_head
 
 RECIPE = Distillation(epochs=30)
 
@@ -25,12 +25,41 @@ def recorded(n_records: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pooled, (((pooled - 20) / 5).flatten(1) @ direction / 4).log_softmax(1)
 
 
-@pytest.mark.parametrize("spec", [HeadSpec(widths=()), HeadSpec(widths=(32,)), HeadSpec(widths=(32, 16))])
+@pytest.mark.parametrize("spec", [
+    HeadSpec(widths=()), HeadSpec(widths=(32,)), HeadSpec(widths=(32, 16)),
+    HeadSpec(convolutions=(Convolution(3, 1, 16),), widths=()),
+    HeadSpec(convolutions=(Convolution(3, 1, 48, True),), widths=())])
 def test_a_head_learns_to_say_what_the_backbone_says(spec: HeadSpec) -> None:
     pooled, teacher = recorded(1200)
     head = train_head(spec, (6, 8, 8), pooled[:1000], teacher[:1000], RECIPE)
     agreement = (head(pooled[1000:]).argmax(1) == teacher[1000:].argmax(1)).double().mean()
     assert agreement > 0.7
+
+
+@pytest.mark.parametrize("spec", [
+    HeadSpec(widths=(8,)), HeadSpec(pool=2), HeadSpec(convolutions=(Convolution(3, 2, 8, True), Convolution(3, 1, 5)))])
+def test_what_training_adds_is_folded_into_the_head(spec: HeadSpec) -> None:
+    pooled, teacher = recorded(200)
+    seen: list[torch.Tensor] = []
+
+    def last_step(step: int, classify: Classify) -> bool:
+        seen.append(classify(spec.reads(pooled)))
+        return True
+
+    head = train_head(spec, (6, 8, 8), pooled, teacher, Distillation(epochs=3), last_step)
+    torch.testing.assert_close(head.classify(spec.reads(pooled)), seen[-1], atol=1e-3, rtol=1e-3)
+
+
+def test_training_ends_when_it_is_told_to() -> None:
+    pooled, teacher = recorded(300)
+    steps: list[int] = []
+
+    def until_third(step: int, classify: Classify) -> bool:
+        steps.append(step)
+        return step < 3
+
+    train_head(HeadSpec(), (6, 8, 8), pooled, teacher, RECIPE, until_third)
+    assert steps == [1, 2, 3]
 
 
 def test_a_head_reads_raw_activations_as_it_read_their_records() -> None:

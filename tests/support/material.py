@@ -1,0 +1,41 @@
+"""Material for heads without a backbone: one layer of vectors and a teacher that is a function of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.candidates import CandidateLayer
+from early_exit.training.activations import Activations
+from early_exit.training.dataset import Part
+from early_exit.training.material import Material, finish
+from early_exit.training.paths import MaterialPaths
+
+LAYER = CandidateLayer("layer", "layer", (12,), 0.4)
+
+
+def made_material(folder: Path, target: Callable[[Tensor], Tensor] | None = None, n_records: int = 1000) -> Material:
+    """Write and load material.
+
+    Args:
+        folder: of the material.
+        target: maps (N, 12) activations to (N, 3) logits of the backbone; linear by default.
+        n_records: half of them for training, the others to tune with.
+    """
+    paths = MaterialPaths(folder)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n_records, 12, generator=generator)
+    direction = torch.randn(12, 3, generator=generator)
+    logits = 2 * x @ direction if target is None else target(x)
+    file = Activations.create(paths.activations(LAYER.path), n_records, LAYER.shape)
+    file.write(0, x)
+    file.flush()
+    part = torch.zeros(n_records, dtype=torch.int8)
+    part[n_records // 2:] = list(Part).index(Part.TUNE)
+    finish(paths, [LAYER], None, 3, {
+        "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1), "part": part,
+        "request": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64)})
+    return Material.load(paths)

@@ -1,0 +1,99 @@
+"""The search with NNI's tuner: it finds what is good, and a kill costs at most one trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from early_exit.handler.head import HeadSpec
+from early_exit.training.distill import Distillation
+from early_exit.training.paths import RunPaths
+from early_exit.training.search import Search, best_trial, read_journal, search_layer
+from early_exit.training.space import SearchSpace
+from early_exit.training.trial import Evaluator, Trial, is_better_than_chance
+from tests.support.material import LAYER, made_material
+
+SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
+RECIPE = Distillation(epochs=3)
+
+
+def evaluator(folder: Path, *, target: Callable[[Tensor], Tensor] | None = None) -> Evaluator:
+    return Evaluator(LAYER, made_material(folder, target), 0.05, RECIPE,
+                     lambda head, layer: sum(p.numel() for p in head.parameters()) / 1e4)
+
+
+def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    trials = search_layer(evaluator(tmp_path / "material"), SPACE, Search(trials=4), run)
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert read_journal(run, LAYER.path) == trials
+    assert all(run.trial(LAYER.path, number).exists() for number in range(4))
+    best = best_trial(trials)
+    assert best is not None and best.objective == min(one.objective for one in trials if not one.stopped)
+
+
+def test_no_head_is_tried_twice(tmp_path: Path) -> None:
+    trials = search_layer(evaluator(tmp_path / "material"), SearchSpace(linears=(1,), width=(2, 4, 8)),
+                          Search(trials=10), RunPaths(tmp_path / "run"))
+    assert sorted(trial.head.widths for trial in trials) == [(2,), (4,), (8,)]
+
+
+def test_a_search_goes_on_where_it_was_and_drops_a_line_cut_short(tmp_path: Path) -> None:
+    run, judge = RunPaths(tmp_path / "run"), evaluator(tmp_path / "material")
+    first = search_layer(judge, SPACE, Search(trials=2), run)
+    journal = run.trials(LAYER.path)
+    with journal.open("a") as file:
+        file.write('{"number": 2, "parame')
+    again = search_layer(judge, SPACE, Search(trials=4), run)
+    assert again[:2] == first and len(again) == 4
+    assert [json.loads(line)["number"] for line in journal.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_killed_search_loses_at_most_one_trial(tmp_path: Path) -> None:
+    code = ("from pathlib import Path; from tests.training.test_search import *; "
+            f"search_layer(evaluator(Path({str(tmp_path / 'again')!r})), SPACE, Search(trials=50), "
+            f"RunPaths(Path({str(tmp_path / 'run')!r})))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    run = RunPaths(tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while len(read_journal(run, LAYER.path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = read_journal(run, LAYER.path)
+    heads = len(list((tmp_path / "run" / "search" / LAYER.path).glob("*.safetensors")))
+    assert len(done) >= 3 and heads - len(done) in (0, 1)
+    again = search_layer(evaluator(tmp_path / "again2"), SPACE, Search(trials=len(done) + 1), run)
+    assert again[:len(done)] == done
+
+
+def test_a_head_that_says_nothing_is_no_better_than_chance(tmp_path: Path) -> None:
+    noise = evaluator(tmp_path / "material", target=lambda x: torch.randn(len(x), 3))
+    trial, _ = noise.run(0, {}, HeadSpec(pool=None, widths=()), lambda history: True)
+    assert not trial.better_than_chance
+    assert best_trial([trial]) is None
+
+
+def test_always_naming_the_commonest_class_is_chance() -> None:
+    teacher = torch.tensor([0] * 70 + [1] * 30)
+    assert not is_better_than_chance(torch.zeros(100).long() == teacher, teacher)
+    assert is_better_than_chance(torch.ones(100, dtype=torch.bool), teacher)
+
+
+def test_a_stopped_trial_is_never_the_best() -> None:
+    done = Trial(0, {}, HeadSpec(), 0.9, True, 0.1, (0.9, 0.8, 0.7), 1.0)
+    stopped = replace(done, number=1, history=(0.5,))
+    assert best_trial([done, stopped]) == done
+    assert Trial.from_json(done.to_json()) == done
