@@ -9,7 +9,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,demo,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,demo,test,bench,lint]'
 	touch $@
 
 demo: install

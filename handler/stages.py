@@ -80,7 +80,7 @@ def run_with_exits(
         # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
         x = stage.forward(travelling.pop())
         if observe is not None and n_shadows:
-            observe(number, x if n_shadows == len(rows) else select_rows(x, shadows))
+            observe(number, take_rows(x, shadows.nonzero().flatten()))
         if stage.exit is not None:
             logits = stage.exit.head(x)  # (rows, K)
             hits = stage.exit.policy(logits)
@@ -91,27 +91,33 @@ def run_with_exits(
                 answered = rows.index_select(0, hit)
                 pieces.append((answered, stage.exit.answer(logits.index_select(0, hit))))
                 left_after.index_fill_(0, answered, number)
-                leaves = hits & ~shadows if n_shadows else hits
-                x, stay = select_rows(x, ~leaves), (~leaves).nonzero().flatten()
-                rows, shadows = rows.index_select(0, stay), shadows.index_select(0, stay)
+                stays = ~(hits & ~shadows) if n_shadows else ~hits
+                stay = stays.nonzero().flatten()
+                x, rows = take_rows(x, stay), rows.index_select(0, stay)
+                if n_shadows:
+                    shadows = shadows.index_select(0, stay)
         seconds.append(time.perf_counter() - started)
         travelling.append(x)
         del x
         if n_rows and not len(rows):
             break
     else:
-        waits = left_after[rows] == FULL
-        pieces.append((rows[waits], select_rows(travelling[0], waits)))
+        wait = (left_after[rows] == FULL).nonzero().flatten() if n_shadows else torch.arange(len(rows), device=device)
+        pieces.append((rows.index_select(0, wait), take_rows(travelling[0], wait)))
     outputs = torch.cat([answers for _, answers in pieces])[torch.cat([row for row, _ in pieces]).argsort()]
-    reference = select_rows(travelling[0], shadows) if n_shadows else outputs[:0]
+    reference = take_rows(travelling[0], shadows.nonzero().flatten()) if n_shadows else outputs[:0]
     return Answers(outputs, left_after, is_shadow.nonzero().flatten(), reference, tuple(seconds))
 
 
-def select_rows(x: Tensor, keep: Tensor) -> Tensor:
-    """Return the rows of x that a (B,) bool mask keeps: x itself when it keeps all, in x's memory format."""
-    if bool(keep.all()):
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return some rows of x, in x's memory format: x itself when they are all.
+
+    Args:
+        x: (B, ...).
+        index: ascending, each row once.
+    """
+    if len(index) == len(x):
         return x
-    index = keep.nonzero().flatten()
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         # index_select on channels_last returns a slow NCHW copy; on the permuted view it copies whole rows.
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)

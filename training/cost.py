@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
+import numpy as np
 import torch
+from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.candidates import CandidateLayer
@@ -16,57 +17,43 @@ from early_exit.handler.pooling import pooled_shape
 
 
 @dataclass(frozen=True)
-class Affine:
-    """The cost of one step for n rows: fixed + n * per_row."""
+class StepCosts:
+    """The mean costs of L candidate exits for one share of requests that still travel."""
 
-    fixed: float
-    per_row: float
+    until: tuple[float, ...]
+    """L + 2: of the backbone's stages before the k-th stage; the last is the whole backbone."""
+    exits: tuple[float, ...]
+    """L: of head, decision and shrinking after each candidate."""
 
-    def __call__(self, n_rows: float) -> float:
-        return self.fixed + n_rows * self.per_row
-
-    def __add__(self, other: Affine) -> Affine:
-        return Affine(self.fixed + other.fixed, self.per_row + other.per_row)
-
-    def scaled(self, factor: float) -> Affine:
-        return Affine(self.fixed * factor, self.per_row * factor)
+    def between(self, start: int, end: int) -> float:
+        """Return the cost of the stages after candidate `start` (-1: input) up to candidate `end` (L: output)."""
+        return self.until[end + 1] - self.until[start + 1]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of L candidate exits, for batches of one size; a full batch through the backbone alone costs 1."""
+    """The costs of L candidate exits, for batches of one size B; a full batch through the backbone alone costs 1."""
 
     measure: str
     """'flops' or 'seconds'."""
     batch_size: int
-    stages: tuple[Affine, ...]
-    """L + 1: the backbone up to the first candidate, between candidates, and after the last."""
-    exits: tuple[Affine, ...]
-    """L: head, decision and shrinking after each candidate."""
+    stages: np.ndarray
+    """(L + 1, B + 1): each stage for 0 to B rows: up to the first candidate, between candidates, after the last."""
+    exits: np.ndarray
+    """(L, B + 1): head, decision and shrinking after each candidate, for 0 to B rows."""
+    _known: dict[float, StepCosts] = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        sums = list(accumulate(self.stages, initial=Affine(0.0, 0.0)))
-        object.__setattr__(self, "_until", sums)
+    @property
+    def n_layers(self) -> int:
+        return len(self.exits)
 
-    def expected(self, step: Affine, alive: float) -> float:
-        """Return a step's cost for a batch of which each request still travels with probability `alive`."""
-        some = 1 - (1 - alive) ** self.batch_size
-        return step.fixed * some + step.per_row * alive * self.batch_size
-
-    def between(self, start: int, end: int) -> Affine:
-        """Return the stages after candidate `start` (-1: the input) up to candidate `end` (L: the output)."""
-        until: Sequence[Affine] = self._until  # type: ignore[attr-defined]
-        return until[end + 1] + until[start + 1].scaled(-1)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Costs:
-        def read(steps: Sequence[Mapping[str, float]]) -> tuple[Affine, ...]:
-            return tuple(Affine(**step) for step in steps)
-
-        return cls(data["measure"], data["batch_size"], read(data["stages"]), read(data["exits"]))
+    def at(self, alive: float) -> StepCosts:
+        """Return the mean costs when each request of a batch still travels with probability `alive`."""
+        if alive not in self._known:
+            chances = binom.pmf(np.arange(self.batch_size + 1), self.batch_size, alive)
+            until = np.concatenate([[0.0], np.cumsum(self.stages @ chances)])
+            self._known[alive] = StepCosts(tuple(until.tolist()), tuple((self.exits @ chances).tolist()))
+        return self._known[alive]
 
 
 def flop_costs(layers: Sequence[CandidateLayer], heads: Sequence[float]) -> Costs:
@@ -77,8 +64,9 @@ def flop_costs(layers: Sequence[CandidateLayer], heads: Sequence[float]) -> Cost
         heads: FLOPs of each head as a fraction of the backbone's.
     """
     shares = [0.0, *(layer.cost for layer in layers), 1.0]
-    return Costs("flops", 1, tuple(Affine(0.0, after - before) for before, after in pairwise(shares)),
-                 tuple(Affine(0.0, head) for head in heads))
+    stages = [after - before for before, after in pairwise(shares)]
+    return Costs("flops", 1, np.array([[0.0, share] for share in stages]),
+                 np.array([[0.0, head] for head in heads]).reshape(-1, 2))
 
 
 def head_flops(head: Head, shape: tuple[int, ...]) -> int:

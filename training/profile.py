@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
@@ -22,8 +21,8 @@ from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import select_rows
-from early_exit.training.cost import Affine, Costs
+from early_exit.handler.stages import Exit, Stage, run_with_exits
+from early_exit.training.cost import Costs
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 15
@@ -51,7 +50,7 @@ class Profile:
 
     def seconds(self, size: int) -> float:
         """Return the time of the whole backbone for a batch of any size."""
-        return sum(fit(self.sizes, stage, size)(size) for stage in self.stages)
+        return float(sum(for_counts(self.sizes, stage, size)[size] for stage in self.stages))
 
     def costs(self, layers: Sequence[str], exits: Sequence[Sequence[float]], batch_size: int) -> Costs:
         """Return the costs for batches of a size.
@@ -62,11 +61,11 @@ class Profile:
             batch_size: of full batches.
         """
         whole = self.seconds(batch_size)
-        steps = [fit(self.sizes, stage, batch_size).scaled(1 / whole) for stage in self.stages]
+        steps = np.stack([for_counts(self.sizes, stage, batch_size) for stage in self.stages]) / whole
         ends = [0, *(self.layers.index(path) + 1 for path in layers), len(steps)]
-        stages = tuple(sum(steps[start:end], Affine(0.0, 0.0)) for start, end in pairwise(ends))
-        return Costs("seconds", batch_size, stages,
-                     tuple(fit(self.sizes, one, batch_size).scaled(1 / whole) for one in exits))
+        stages = np.stack([steps[start:end].sum(axis=0) for start, end in pairwise(ends)])
+        heads = np.stack([for_counts(self.sizes, one, batch_size) for one in exits]) / whole
+        return Costs("seconds", batch_size, stages, heads)
 
 
 def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, device: str = "cpu",
@@ -99,38 +98,46 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, de
 
 def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
                  sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
-    """Return the seconds of an exit for each batch size: head, decision, and shrinking the batch by half."""
+    """Return the seconds of an exit for each batch size: head, decision, and half of the batch leaves.
+
+    What serves is what is timed: the loop with the exit, less the loop without it.
+    """
     head = head.to(device)
-    policy = ConfidencePolicy(1.0, 0.5)
+    decide = ConfidencePolicy(1.0, 0.0)
+
+    def half(logits: Tensor) -> Tensor:
+        return decide(logits) & (torch.arange(len(logits), device=logits.device) % 2 == 0)
+
+    def loop(end: Exit | None) -> Callable[[Tensor], Tensor]:
+        # The scores at the end are cheap: what comes after the exit is timed elsewhere.
+        stages = [Stage(lambda x: x, end), Stage(lambda x: x.flatten(1)[:, :2])]
+        return lambda x: run_with_exits(x, stages).stages
+
+    with_exit, without = loop(Exit(lambda x: head(x), half, lambda logits: logits[:, :2])), loop(None)
     found = []
     with torch.no_grad(), one_thread():
         for size in sizes:
             x = torch.rand(size, *layer.shape, device=device)
-            half = torch.arange(size, device=device) % 2 == 0
 
-            def one_exit(x: Tensor, half: Tensor = half) -> Tensor:
-                leaves = policy(head(x)) | half
-                leaves.nonzero()
-                return select_rows(x, ~half)
+            def one_round(x: Tensor = x) -> float:
+                return _timed(with_exit, x, device)[0] - _timed(without, x, device)[0]
 
-            def one_round(x: Tensor = x, one_exit: Callable[[Tensor], Tensor] = one_exit) -> float:
-                return _timed(one_exit, x, device)[0]
-
-            found.append(statistics.median(_rounds(one_round)))
+            found.append(max(1e-6, statistics.median(_rounds(one_round))))
     head.cpu()
     return tuple(found)
 
 
-def fit(sizes: Sequence[int], seconds: Sequence[float], batch_size: int) -> Affine:
-    """Return the affine cost that fits best, relatively, up to a batch size; neither part is negative.
+def for_counts(sizes: Sequence[int], seconds: Sequence[float], batch_size: int) -> np.ndarray:
+    """Return the (batch_size + 1,) seconds for 0 to batch_size rows, linear between the sizes that were measured.
 
-    >>> fit((1, 2, 4, 64), (3.0, 4.0, 6.0, 1000.0), 4)
-    Affine(fixed=2.0, per_row=1.0)
+    >>> for_counts((1, 2, 4), (3.0, 4.0, 8.0), 5).tolist()
+    [0.0, 3.0, 4.0, 6.0, 8.0, 10.0]
     """
-    used = [(n, taken) for n, taken in zip(sizes, seconds) if n <= max(batch_size, sizes[min(1, len(sizes) - 1)])]
-    rows = np.array([[1 / taken, n / taken] for n, taken in used])
-    fixed, per_row = nnls(rows, np.ones(len(used)))[0]
-    return Affine(round(float(fixed), 12), round(float(per_row), 12))
+    measured = np.array((0, *sizes)), np.array((0.0, *seconds))
+    rows = np.arange(batch_size + 1)
+    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+    counted: np.ndarray = np.interp(rows, *measured) + slope * np.maximum(0, rows - sizes[-1])
+    return counted
 
 
 @contextmanager
@@ -157,8 +164,10 @@ def _rounds(one_round: Callable[[], T]) -> list[T]:
 
 
 def _timed(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> tuple[float, Tensor]:
-    started = time.perf_counter()
+    # On a CPU the time that this process works, whoever else keeps the machine busy.
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
+    started = clock()
     result = step(x)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - started, result
+    return clock() - started, result

@@ -126,7 +126,7 @@ def make_report(model: str, material: Material, heads: Sequence[TrainedHead], ju
         heads=tuple(
             HeadReport(one.layer.path, one.head.spec.in_words(), len(one.trials),
                        judged.tune.agrees[:, index].double().mean().item(), judged.temperatures[index],
-                       flops.exits[index].per_row, index in choice.layers)
+                       float(flops.exits[index][1]), index in choice.layers)
             for index, one in enumerate(heads)),
         flops_ratio=mean_cost(choice, found.exit, flops), cost_ratio=mean_cost(choice, found.exit, certify.costs),
         disagreement=found.differs.double().mean().item())

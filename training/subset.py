@@ -48,14 +48,14 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
         among: candidates to choose from; all by default.
         best: returned unless something costs less; the better it is, the faster the search.
     """
-    n_layers = len(costs.exits)
+    n_layers = costs.n_layers
     open_to = sorted(among) if among is not None else list(range(n_layers))
 
     def extend(chosen: tuple[int, ...], alive: int, spent: float, lost: float) -> None:
         nonlocal best
         last = chosen[-1] if chosen else -1
-        share = alive.bit_count() / n_records
-        total = spent + costs.expected(costs.between(last, n_layers), share)
+        here = costs.at(alive.bit_count() / n_records)
+        total = spent + here.between(last, n_layers)
         if total < best.cost and (size is None or len(chosen) == size):
             best = Subset(chosen, total)
         if len(chosen) == size:
@@ -63,9 +63,10 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
         for layer in open_to:
             if layer <= last:
                 continue
-            reached = spent + costs.expected(costs.between(last, layer) + costs.exits[layer], share)
-            if spent + costs.expected(costs.between(last, layer), share) >= best.cost:
+            reached = spent + here.between(last, layer)
+            if reached >= best.cost:
                 return  # later candidates cost even more to reach
+            reached += here.exits[layer]
             if reached >= best.cost:
                 continue
             this = option(layer, len(chosen) + 1)
@@ -83,7 +84,7 @@ def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_record
 
     Each step solves exactly for the exits chosen so far and as many others, in turn, as make 16.
     """
-    n_layers = len(costs.exits)
+    n_layers = costs.n_layers
     if n_layers <= MAX_EXACT:
         return best_subset(option, costs, n_records, max_loss=max_loss, best=best)
     spread = [round(index * (n_layers - 1) / (MAX_EXACT - 1)) for index in range(MAX_EXACT)]

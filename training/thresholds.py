@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -164,18 +165,15 @@ def batch_costs(choice: Choice, exit_taken: Tensor, costs: Costs, *, seed: int =
         costs: of the candidates.
         seed: of the draw.
     """
-    n_layers = len(costs.exits)
     drawn = torch.randint(len(exit_taken), (_BATCHES, costs.batch_size),
                           generator=torch.Generator().manual_seed(seed))
     exits = exit_taken[drawn]
     total = torch.zeros(_BATCHES, dtype=torch.float64)
-    stops = [*choice.layers, n_layers]
-    for position, (start, end) in enumerate(zip([-1, *choice.layers], stops)):
-        n_alive = ((exits == -1) | (exits >= position)).sum(dim=1).double()
-        step = costs.between(start, end)
-        if end < n_layers:
-            step = step + costs.exits[end]
-        total += torch.where(n_alive > 0, step.fixed + n_alive * step.per_row, 0.0)
+    for position, (start, end) in enumerate(pairwise([-1, *choice.layers, costs.n_layers])):
+        n_alive = ((exits == -1) | (exits >= position)).sum(dim=1).numpy()
+        total += torch.from_numpy(costs.stages[start + 1:end + 1].sum(axis=0)[n_alive])
+        if end < costs.n_layers:
+            total += torch.from_numpy(costs.exits[end][n_alive])
     return total
 
 
@@ -187,11 +185,8 @@ def mean_cost(choice: Choice, exit_taken: Tensor, costs: Costs) -> float:
         exit_taken: (N,) position of the exit that each record takes, or -1.
         costs: of the candidates.
     """
-    total, n_layers = 0.0, len(costs.exits)
-    for position, (start, end) in enumerate(zip([-1, *choice.layers], [*choice.layers, n_layers])):
-        step = costs.between(start, end)
-        if end < n_layers:
-            step = step + costs.exits[end]
-        alive = ((exit_taken == -1) | (exit_taken >= position)).double().mean().item()
-        total += costs.expected(step, alive)
+    total = 0.0
+    for position, (start, end) in enumerate(pairwise([-1, *choice.layers, costs.n_layers])):
+        step = costs.at(((exit_taken == -1) | (exit_taken >= position)).double().mean().item())
+        total += step.between(start, end) + (step.exits[end] if end < costs.n_layers else 0.0)
     return total

@@ -38,6 +38,7 @@ from early_exit.training.requests import preprocessing
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
 from tests.benchmarks.baselines.branchynet import branchynet
+from tests.benchmarks.baselines.earlyon import earlyon
 from tests.benchmarks.baselines.gati import gati
 from tests.benchmarks.baselines.labelled import LabelledRecords
 from tests.benchmarks.rows import row
@@ -181,7 +182,8 @@ class Bench:
             train=material.rows(Part.TRAIN), tune=torch.cat([material.rows(Part.TUNE), material.rows(Part.CERTIFY)]))
 
 
-BASELINES: Mapping[str, Callable[[LabelledRecords, float], dict[str, Exit]]] = {"branchynet": branchynet, "gati": gati}
+BASELINES: Mapping[str, Callable[[LabelledRecords, float], dict[str, Exit]]] = {
+    "branchynet": branchynet, "gati": gati, "earlyon": earlyon}
 
 
 def _spread(heads: list[TrainedHead], count: int) -> list[TrainedHead]:

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from early_exit.training.cost import Affine, Costs
+from early_exit.training.cost import Costs
 from early_exit.training.subset import Option, best_subset, bit_mask, improved_subset, loss_masks
 
 
-def random_costs(n_layers: int, generator: torch.Generator, *, fixed: bool) -> Costs:
-    def steps(count: int, scale: float) -> list[Affine]:
-        draws = torch.rand(count, 2, generator=generator) * scale
-        return [Affine(a if fixed else 0.0, b) for a, b in draws.tolist()]
+def random_costs(n_layers: int, generator: torch.Generator, *, batch_size: int) -> Costs:
+    """Return costs that grow with the number of rows, but not in proportion."""
+    def steps(count: int, scale: float) -> np.ndarray:
+        draws = torch.rand(count, batch_size + 1, generator=generator) * scale
+        draws[:, 0] = 0
+        return draws.cumsum(dim=1).double().numpy()
 
-    stages = steps(n_layers + 1, 1.0)
-    batch = 4 if fixed else 1
-    whole = sum(stage(batch) for stage in stages)
-    return Costs("seconds" if fixed else "flops", batch, tuple(stage.scaled(1 / whole) for stage in stages),
-                 tuple(step.scaled(1 / whole) for step in steps(n_layers, 0.2)))
+    stages, exits = steps(n_layers + 1, 1.0), steps(n_layers, 0.2)
+    whole = stages[:, -1].sum()
+    return Costs("seconds", batch_size, stages / whole, exits / whole)
+
+
+def flops(stages: Sequence[float], exits: Sequence[float]) -> Costs:
+    return Costs("flops", 1, np.array([[0, one] for one in stages]), np.array([[0, one] for one in exits]))
 
 
 def by_definition(layers: tuple[int, ...], hits: Tensor, losses: Tensor, costs: Costs) -> tuple[float, float]:
-    """Return the mean cost of full batches and the losses, from how many reach each step."""
-    n_records = hits.shape[1]
+    """Return the mean cost of batches and the losses, from how many of a batch reach each step."""
+    n_records, batch = hits.shape[1], costs.batch_size
     alive, cost, lost = torch.ones(n_records, dtype=torch.bool), 0.0, 0.0
-    for layer in range(len(costs.exits) + 1):
+    for layer in range(costs.n_layers + 1):
         share = alive.double().mean().item()
-        some = 1 - (1 - share) ** costs.batch_size
-        cost += costs.stages[layer].fixed * some + costs.stages[layer].per_row * share * costs.batch_size
+        chances = [math.comb(batch, n) * share**n * (1 - share) ** (batch - n) for n in range(batch + 1)]
+        cost += sum(chance * costs.stages[layer][n] for n, chance in enumerate(chances))
         if layer in layers:
-            cost += costs.exits[layer].fixed * some + costs.exits[layer].per_row * share * costs.batch_size
+            cost += sum(chance * costs.exits[layer][n] for n, chance in enumerate(chances))
             leaves = alive & hits[layer]
             lost += losses[layer, leaves].sum().item()
             alive = alive & ~leaves
@@ -43,17 +50,18 @@ def by_definition(layers: tuple[int, ...], hits: Tensor, losses: Tensor, costs: 
 
 
 @settings(deadline=None, max_examples=150)
-@given(seed=st.integers(0, 10_000), n_layers=st.integers(1, 6), n_records=st.integers(1, 30), fixed=st.booleans(),
-       max_loss=st.none() | st.integers(0, 4), size=st.none() | st.integers(1, 4), signed=st.booleans())
+@given(seed=st.integers(0, 10_000), n_layers=st.integers(1, 6), n_records=st.integers(1, 30),
+       batch_size=st.integers(1, 4), max_loss=st.none() | st.integers(0, 4),
+       size=st.none() | st.integers(1, 4), signed=st.booleans())
 def test_the_search_finds_what_brute_force_finds(
-        seed: int, n_layers: int, n_records: int, fixed: bool, max_loss: int | None, size: int | None,
+        seed: int, n_layers: int, n_records: int, batch_size: int, max_loss: int | None, size: int | None,
         signed: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     hits = torch.rand(n_layers, n_records, generator=generator) < 0.4
     losses = (torch.rand(n_layers, n_records, generator=generator) < 0.2).float() * hits
     if signed:
         losses = losses * (torch.randint(-4, 5, losses.shape, generator=generator) / 4)
-    costs = random_costs(n_layers, generator, fixed=fixed)
+    costs = random_costs(n_layers, generator, batch_size=batch_size)
     options = [Option(bit_mask(h), loss_masks(one)) for h, one in zip(hits, losses)]
     found = best_subset(lambda layer, position: options[layer], costs, n_records, max_loss=max_loss, size=size)
     allowed = [1.0]
@@ -71,7 +79,7 @@ def test_the_search_finds_what_brute_force_finds(
 def test_with_flops_the_cost_is_one_minus_the_papers_score() -> None:
     """K(S) = sum over exits of |H| (C2 - C1) - |M| C1."""
     hits = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]], dtype=torch.bool)
-    costs = Costs("flops", 1, (Affine(0, 0.3), Affine(0, 0.3), Affine(0, 0.4)), (Affine(0, 0.01), Affine(0, 0.02)))
+    costs = flops((0.3, 0.3, 0.4), (0.01, 0.02))
     options = [Option(bit_mask(one), ()) for one in hits]
     found = best_subset(lambda layer, position: options[layer], costs, 6)
     k = 2 * (0.7 - 0.01) - 4 * 0.01 + 2 * (0.4 - 0.02) - 2 * 0.02
@@ -80,7 +88,7 @@ def test_with_flops_the_cost_is_one_minus_the_papers_score() -> None:
 
 
 def test_when_no_exit_pays_the_subset_is_empty() -> None:
-    costs = Costs("flops", 1, (Affine(0, 0.25),) * 4, (Affine(0, 0.5),) * 3)
+    costs = flops((0.25,) * 4, (0.5,) * 3)
     assert best_subset(lambda layer, position: Option(0b1, ()), costs, 100).layers == ()
 
 
@@ -92,7 +100,7 @@ def test_the_position_in_the_plan_decides_the_option() -> None:
         asked.add((layer, position))
         return Option(0b1 << layer, ())
 
-    best_subset(option, Costs("flops", 1, (Affine(0, 0.25),) * 4, (Affine(0, 0.0),) * 3), 4)
+    best_subset(option, flops((0.25,) * 4, (0.0,) * 3), 4)
     assert {(0, 1), (1, 1), (1, 2), (2, 3)} <= asked
     assert (0, 2) not in asked
 
@@ -102,7 +110,7 @@ def test_beyond_the_exact_limit_the_subset_is_as_good_as_any_of_its_neighbours()
     n_layers, n_records = 20, 60
     skill = torch.linspace(0.1, 0.9, n_layers)[:, None]
     hits = torch.rand(1, n_records, generator=generator) < skill
-    costs = random_costs(n_layers, generator, fixed=True)
+    costs = random_costs(n_layers, generator, batch_size=4)
     options = [Option(bit_mask(one), ()) for one in hits]
     found = improved_subset(lambda layer, position: options[layer], costs, n_records)
     no_loss = torch.zeros(n_layers, n_records)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from early_exit.training.certify import most_failures
-from early_exit.training.cost import Affine, Costs
+from early_exit.training.cost import Costs
 from early_exit.training.thresholds import (
     Candidates,
     Choice,
@@ -30,8 +31,8 @@ def simulated(n_records: int, seed: int = 0) -> Candidates:
     margin = skill - difficulty + 0.15 * torch.randn(n_records, 3, generator=generator)
     confidence = torch.sigmoid(6 * margin)
     agrees = torch.rand(n_records, 3, generator=generator) < 0.3 + 0.7 * confidence
-    steps = (Affine(0.0, 0.2), Affine(0.0, 0.3), Affine(0.0, 0.3), Affine(0.0, 0.2))
-    return Candidates(confidence, agrees, (~agrees).float(), Costs("flops", 1, steps, (Affine(0.0, 0.01),) * 3))
+    costs = Costs("flops", 1, np.array([[0, 0.2], [0, 0.3], [0, 0.3], [0, 0.2]]), np.array([[0, 0.01]] * 3))
+    return Candidates(confidence, agrees, (~agrees).float(), costs)
 
 
 @settings(deadline=None, max_examples=150)
@@ -116,8 +117,9 @@ def test_the_equal_budget_is_divided_by_the_number_of_exits() -> None:
 def test_the_expected_cost_of_a_batch_is_the_mean_over_drawn_batches() -> None:
     records = simulated(3000)
     choice = Choice((0, 1, 2), (0.8, 0.8, 0.8))
-    steps = (Affine(0.05, 0.02), Affine(0.1, 0.01), Affine(0.2, 0.03), Affine(0.1, 0.05))
-    costs = Costs("seconds", 4, steps, (Affine(0.02, 0.001),) * 3)
+    stages = np.array([[0, 0.05, 0.1, 0.12, 0.2], [0, 0.2, 0.21, 0.22, 0.3],
+                       [0, 0.1, 0.1, 0.1, 0.2], [0, 0.1, 0.2, 0.3, 0.3]])
+    costs = Costs("seconds", 4, stages, np.array([[0, 0.02, 0.03, 0.03, 0.04]] * 3))
     taken = outcome(choice, records).exit
     drawn = torch.cat([batch_costs(choice, taken, costs, seed=seed) for seed in range(20)])
     assert mean_cost(choice, taken, costs) == pytest.approx(drawn.mean().item(), rel=0.01)

@@ -1,0 +1,43 @@
+"""BranchyNet (Teerapittayanon et al. 2016) on a frozen backbone: labelled heads, exits by low entropy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.stages import Exit
+from tests.benchmarks.baselines.labelled import LabelledRecords, most_aggressive
+
+
+@dataclass(frozen=True)
+class EntropyPolicy:
+    """Leave when the entropy of the head's distribution is at most a threshold, in nats."""
+
+    threshold: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return entropy(logits) <= self.threshold
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the (B,) entropies, in nats, of softmax(logits)."""
+    log_probabilities = logits.log_softmax(dim=1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=1)
+
+
+def branchynet(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
+    """Return exits whose common entropy threshold loses at most so much accuracy on the tune rows."""
+    heads = {layer.path: records.labelled_head(layer) for layer in records.layers}
+    tune = records.tune
+    logits = [head.classify(records.pooled[path][tune]) for path, head in heads.items()]
+    answers, spread = [one.argmax(dim=1) for one in logits], [entropy(one) for one in logits]
+    levels = torch.logspace(-5, 0, 120, dtype=torch.float64).mul(math.log(records.n_classes)).tolist()
+    threshold = most_aggressive(levels, lambda level: records.loss(answers, [one <= level for one in spread], tune),
+                                max_loss)
+    if threshold is None:
+        return {}
+    return {path: Exit(head, EntropyPolicy(threshold), lambda scores: scores)
+            for (path, head), one in zip(heads.items(), spread) if bool((one <= threshold).any())}

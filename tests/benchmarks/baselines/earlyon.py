@@ -1,0 +1,133 @@
+"""The public package `earlyon` 0.3.0, by its documented steps: custom_ee, stage2_train_exits, calibrate_thresholds.
+
+Its heads (global average pool, one hidden layer of 128), its training (Adam, labels, all heads together), its
+temperatures and its greedy search of thresholds run unchanged. Ours is only what it is attached to: a module that plays
+back recorded activations as if the frozen backbone computed them, so that the backbone runs once and not every epoch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.stages import Exit
+from tests.benchmarks.baselines.labelled import LabelledRecords
+from tests.support.cifar import DataMissing
+
+EPOCHS = 20
+_BATCH = 128
+
+
+class _Part(nn.Module):
+    """Plays back one layer: a range of the columns of a record."""
+
+    def __init__(self, start: int, end: int) -> None:
+        super().__init__()
+        self.start, self.end = start, end
+
+    def forward(self, record: Tensor) -> Tensor:
+        return record[:, self.start:self.end]
+
+
+class Playback(nn.Module):
+    """Plays back a backbone: (B, sum of widths) records through one part per layer to the last part, the scores."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        starts = [sum(widths[:index]) for index in range(len(widths))]
+        self.parts = nn.ModuleList(_Part(start, start + width) for start, width in zip(starts, widths))
+
+    def forward(self, record: Tensor) -> Tensor:
+        for part in self.parts:
+            value = part(record)
+        scores: Tensor = value
+        return scores
+
+
+def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
+    """Return the exits that earlyon enables for an accuracy budget.
+
+    Raises:
+        DataMissing: the package is not installed.
+    """
+    package = _package()
+    means = [records.pooled[layer.path].mean(dim=(2, 3)) for layer in records.layers]
+    scores = nn.functional.one_hot(records.backbone_class, records.n_classes).float()
+    columns = torch.cat([*means, scores], dim=1)
+    widths = [one.shape[1] for one in (*means, scores)]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(0)
+        warnings.simplefilter("ignore")
+        names = [f"parts.{index}" for index in range(len(means))]
+        wrapper = package.custom_ee(Playback(widths), names, records.n_classes, input_shape=(1, columns.shape[1]))
+
+        def loader(rows: Tensor, *, shuffle: bool = False) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(columns[rows], records.labels[rows]), _BATCH, shuffle=shuffle)
+
+        package.stage2_train_exits(wrapper, loader(records.train, shuffle=True), epochs=EPOCHS,
+                                   on_epoch_end=lambda log: None)
+        package.calibrate_thresholds(wrapper, loader(records.tune[1::2]), target_accuracy_drop=max_loss,
+                                     fit_temperature=True, temperature_loader=loader(records.tune[::2]))
+    return {layer.path: Exit(wrapper.exit_heads[point.name].eval().requires_grad_(False),
+                             ConfidencePolicy(config.temperatures[point.name], threshold), lambda logits: logits)
+            for config in (wrapper.config,)
+            for layer, point, threshold, enabled in zip(records.layers, config.exit_points,
+                                                        config.confidence_thresholds, config.enabled_exits) if enabled}
+
+
+def earlyon_thresholds(logits: Tensor, scores: Tensor, labels: Tensor,
+                       max_loss: float) -> tuple[list[float], list[float]]:
+    """Return the temperatures and thresholds that earlyon's rule gives heads that are trained already.
+
+    Args:
+        logits: (N, L, K) of the heads.
+        scores: (N, K) of the backbone.
+        labels: (N,) true classes.
+        max_loss: its accuracy budget.
+
+    Returns:
+        For each head its temperature, and its threshold: above 1 where the exit is disabled.
+    """
+    package = _package()
+    n_layers, n_classes = logits.shape[1:]
+    columns = torch.cat([logits.flatten(1), scores], dim=1)
+    names = [f"parts.{index}" for index in range(n_layers)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapper = package.custom_ee(Playback([n_classes] * (n_layers + 1)), names, n_classes,
+                                    input_shape=(1, columns.shape[1]))
+        for name in list(wrapper.exit_heads):
+            wrapper.exit_heads[name] = nn.Identity()
+
+        def loader(rows: slice) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(columns[rows], labels[rows]), 1024)
+
+        package.calibrate_thresholds(wrapper, loader(slice(1, None, 2)), target_accuracy_drop=max_loss,
+                                     fit_temperature=True, temperature_loader=loader(slice(0, None, 2)))
+    config = wrapper.config
+    thresholds = [threshold if enabled else 2.0
+                  for threshold, enabled in zip(config.confidence_thresholds, config.enabled_exits)]
+    return [config.temperatures[point.name] for point in config.exit_points], thresholds
+
+
+class _Package:
+    def __init__(self) -> None:
+        from earlyon.core.thresholds import calibrate_thresholds
+        from earlyon.models.custom import custom_ee
+        from earlyon.training.two_stage_trainer import stage2_train_exits
+
+        self.custom_ee, self.stage2_train_exits = custom_ee, stage2_train_exits
+        self.calibrate_thresholds = calibrate_thresholds
+
+
+def _package() -> _Package:
+    try:
+        return _Package()
+    except ImportError as error:
+        raise DataMissing(f"{error.name} is not installed: pip install '.[bench]'") from error
