@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.errors import ConfigError, EarlyExitError
 from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.training.dataset import find_shards
 from early_exit.training.distill import Distillation
@@ -22,6 +22,7 @@ from early_exit.training.pipeline import train
 from early_exit.training.replay import AUGMENTATIONS, Replay
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
+from early_exit.training.service import Service
 from early_exit.training.space import SearchSpace
 
 
@@ -71,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--batch-size", type=_count, help="of the batches to save time for (the archive's batchSize)")
     cost.add_argument("--measure-device", default=defaults.measure_device, help="that will serve (%(default)s)")
     heads = parser.add_argument_group("heads")
-    heads.add_argument("--search", default="nni", metavar="nni|none|FILE.yaml",
-                       help="search architectures with NNI, or take the default ones, or those in a file (nni)")
+    heads.add_argument("--search", default="nni", metavar="nni|nni-service|none|FILE.yaml",
+                       help="search architectures with NNI, here or in its service, or take the default ones, or those "
+                       "in a file (nni)")
+    heads.add_argument("--service", type=Path, metavar="FILE.yaml",
+                       help="for nni-service: concurrency and training service in NNI's keys (one trial at a time)")
     heads.add_argument("--space", type=Path, metavar="FILE.yaml", help="what to search instead of the default space")
     heads.add_argument("--trials", type=_count, default=Search().trials, help="for each layer (%(default)s)")
     heads.add_argument("--layers", type=_count, default=defaults.layers,
@@ -87,12 +91,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:
-    searches = asked.search == "nni"
-    given = Path(asked.search) if asked.search not in ("nni", "none") else asked.space
+    searches, in_service = asked.search in ("nni", "nni-service"), asked.search == "nni-service"
+    if asked.service and not in_service:
+        raise ConfigError("--service says where --search nni-service runs its trials, but the search is "
+                          f"{asked.search}: leave it out, or pass --search nni-service")
+    service = Service.load(asked.service) if asked.service else Service()
+    given = asked.space if searches or asked.search == "none" else Path(asked.search)
     return TrainingOptions(
         tolerance=asked.tolerance, confidence=asked.confidence, thresholds=asked.thresholds, risk=asked.risk,
         measure=asked.cost, batch_size=asked.batch_size or _batch_size(archive), measure_device=asked.measure_device,
         layers=asked.layers, search=Search(asked.trials, seed=asked.seed) if searches else None,
+        service=service if in_service else None,
         space=SearchSpace.load(given) if given else SearchSpace(),
         recipe=Distillation(seed=asked.seed, device=asked.train_device),
         replay=Replay(asked.replay, augmentations=tuple(asked.augment), seed=asked.seed) if asked.replay else None)

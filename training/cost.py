@@ -69,6 +69,17 @@ def flop_costs(layers: Sequence[CandidateLayer], heads: Sequence[float]) -> Cost
                  np.array([[0.0, head] for head in heads]).reshape(-1, 2))
 
 
+@dataclass(frozen=True)
+class FlopCost:
+    """What a head costs as a fraction of the backbone's FLOPs."""
+
+    flops: int
+    """Of the backbone."""
+
+    def __call__(self, head: Head, layer: CandidateLayer) -> float:
+        return head_flops(head, layer.shape) / self.flops
+
+
 def head_flops(head: Head, shape: tuple[int, ...]) -> int:
     """Return the FLOPs of a head for one row of an activation of that shape; pooling is not counted."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -15,6 +15,7 @@ from early_exit.training.material import Material
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.search import best_trial, search_layer
+from early_exit.training.service import search_in_service
 from early_exit.training.space import given_head
 from early_exit.training.trial import Evaluator, Trial
 
@@ -33,6 +34,7 @@ class TrainedHead:
 
 
 def find_architectures(run: RunPaths, material: Material, options: TrainingOptions, head_cost: HeadCost,
+                       say: Callable[[str], None] = lambda line: None,
                        ) -> tuple[dict[str, tuple[HeadSpec, tuple[Trial, ...]]], list[str]]:
     """Return the architecture for each layer that is worth a head, and why the others are not.
 
@@ -53,7 +55,11 @@ def find_architectures(run: RunPaths, material: Material, options: TrainingOptio
                 found[layer.path] = HeadSpec(pool=material.recorded, recorded=material.recorded), ()
             else:
                 evaluator = Evaluator(layer, material, options.tolerance, options.trial_recipe, head_cost)
-                trials = search_layer(evaluator, options.space, search, run, progress.update)
+                if options.service is None:
+                    trials = search_layer(evaluator, options.space, search, run, progress.update)
+                else:
+                    trials = search_in_service(evaluator, options.space, search, options.service, run, say,
+                                               progress.update)
                 best = best_trial(trials)
                 if best is None:
                     dropped.append(f"{layer.path}: none of {len(trials)} heads is better than chance")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from early_exit.training.distill import Distillation
 from early_exit.training.replay import Replay
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
+from early_exit.training.service import Service
 from early_exit.training.space import SearchSpace
 
 Rule = Literal["certified", "paper", "equal"]
@@ -37,6 +38,8 @@ class TrainingOptions:
     """At most so many candidates get a head, spread evenly over the backbone's cost."""
     search: Search | None = field(default_factory=Search)
     """None gives every layer the default head, but for those that the space gives one."""
+    service: Service | None = None
+    """Where the trials of the search run, when not here."""
     space: SearchSpace = field(default_factory=SearchSpace)
     recipe: Distillation = field(default_factory=Distillation)
     replay: Replay | None = None
@@ -44,6 +47,10 @@ class TrainingOptions:
     @property
     def delta(self) -> float:
         return 1 - self.confidence
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a stopped run has to be continued with: where its trials run may change, and may be secret."""
+        return {**asdict(self), "service": self.service is not None}
 
     @property
     def trial_recipe(self) -> Distillation:

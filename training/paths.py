@@ -84,6 +84,29 @@ class RunPaths:
         """Return where the head of a trial is kept."""
         return self.root / "search" / _file_name(layer) / f"{number}.safetensors"
 
+    def trial_result(self, layer: str, number: int) -> Path:
+        """Return where a trial in NNI's service writes its result."""
+        return self.root / "search" / _file_name(layer) / f"{number}.json"
+
+    def trial_results(self, layer: str) -> list[int]:
+        """Return the numbers of the trials that wrote a result."""
+        return [int(path.stem) for path in (self.root / "search" / _file_name(layer)).glob("[0-9]*.json")]
+
+    @property
+    def task(self) -> Path:
+        """What NNI's trials are told; alone in its folder, which NNI copies to the machine of a trial."""
+        return self.root / "nni" / "task" / "task.json"
+
+    @property
+    def experiments(self) -> Path:
+        """Folder that NNI keeps its experiments in."""
+        return self.root / "nni" / "experiments"
+
+    @property
+    def running(self) -> Path:
+        """Id and port of the NNI experiment that runs."""
+        return self.root / "nni" / "running.json"
+
 
 def _file_name(layer: str) -> str:
     return quote(layer, safe="")

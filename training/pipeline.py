@@ -17,14 +17,14 @@ from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import save_plan
 from early_exit.training.certify import require_enough
 from early_exit.training.choose import choose, judge, make_plan
-from early_exit.training.cost import Costs, flop_costs, head_flops
+from early_exit.training.cost import Costs, FlopCost, flop_costs
 from early_exit.training.dataset import Part, RecordedTraffic, load_traffic, recorded_layers
 from early_exit.training.heads import HeadCost, TrainedHead, find_architectures, train_heads
 from early_exit.training.labels import load_labels
 from early_exit.training.material import Material, prepare
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
-from early_exit.training.profile import Profile, profile_backbone, profile_exit
+from early_exit.training.profile import Profile, TimeCost, profile_backbone, profile_exit
 from early_exit.training.replay import replay_records
 from early_exit.training.report import RunReport, make_report
 from early_exit.training.requests import preprocessing
@@ -57,8 +57,10 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
                           "classes, or choose --risk disagreement or confidence-gap, which need none")
     profile = _profile(run, backbone, material.layers, options)
-    head_cost = _head_cost(profile, description, options)
-    architectures, dropped = find_architectures(run, material, options, head_cost)
+    head_cost: HeadCost = FlopCost(description.flops)
+    if profile is not None and options.service is None:
+        head_cost = TimeCost(profile, options.batch_size)
+    architectures, dropped = find_architectures(run, material, options, head_cost, say)
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
     heads = train_heads(run, material, options, architectures, head_cost)
@@ -116,7 +118,7 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], op
     Raises:
         RecordError: the folder holds a run of another backbone or with other options.
     """
-    asked: dict[str, Any] = json.loads(json.dumps({"backbone": backbone.sha256, "options": asdict(options)}))
+    asked: dict[str, Any] = json.loads(json.dumps({"backbone": backbone.sha256, "options": options.to_json()}))
     found = [str(shard.resolve()) for shard in shards]
     if not run.inputs.exists():
         return shards, {**asked, "shards": found}
@@ -142,18 +144,11 @@ def _profile(run: RunPaths, backbone: Backbone, layers: Sequence[CandidateLayer]
     return Profile.load(run.profile)
 
 
-def _head_cost(profile: Profile | None, backbone: BackboneDescription, options: TrainingOptions) -> HeadCost:
-    if profile is None:
-        return lambda head, layer: head_flops(head, layer.shape) / backbone.flops
-    size, device = options.batch_size, profile.device
-    whole = profile.seconds(size)
-    return lambda head, layer: profile_exit(head, layer, device=device, sizes=(size,))[0] / whole
-
-
 def _costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
            options: TrainingOptions) -> Costs:
     layers = [one.layer for one in heads]
     if profile is None:
-        return flop_costs(layers, [head_flops(one.head, one.layer.shape) / backbone.flops for one in heads])
+        cost = FlopCost(backbone.flops)
+        return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
     exits = [profile_exit(one.head, one.layer, device=profile.device) for one in heads]
     return profile.costs([layer.path for layer in layers], exits, options.batch_size)

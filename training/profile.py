@@ -127,6 +127,18 @@ def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class TimeCost:
+    """What a head costs as a fraction of the measured time of the backbone, for one batch size."""
+
+    profile: Profile
+    batch_size: int
+
+    def __call__(self, head: Head, layer: CandidateLayer) -> float:
+        [seconds] = profile_exit(head, layer, device=self.profile.device, sizes=(self.batch_size,))
+        return seconds / self.profile.seconds(self.batch_size)
+
+
 def for_counts(sizes: Sequence[int], seconds: Sequence[float], batch_size: int) -> np.ndarray:
     """Return the (batch_size + 1,) seconds for 0 to batch_size rows, linear between the sizes that were measured.
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import nni
-from nni.algorithms.hpo.medianstop_assessor import MedianstopAssessor
 from nni.algorithms.hpo.tpe_tuner import TpeTuner
 from nni.assessor import AssessResult
-from safetensors.torch import save_file
 
-from early_exit.training.paths import RunPaths, replacing
-from early_exit.training.space import SearchSpace, spec_of
+from early_exit.training.algorithms import MedianOfAll
+from early_exit.training.journal import append, read_journal, save_trained
+from early_exit.training.paths import RunPaths
+from early_exit.training.space import SearchSpace
 from early_exit.training.trial import Evaluator, Trial
 
 
@@ -46,9 +46,10 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
                      tpe_args={"n_startup_jobs": search.startup})
     tuner.update_search_space(space.choices(layer.shape, recorded))
     tuner.import_data([{"parameter": trial.parameters, "value": trial.objective} for trial in trials])
-    assessor = MedianstopAssessor("minimize")
+    assessor = MedianOfAll("minimize")
     for trial in trials:
-        _remember(assessor, trial)
+        assessor.assess_trial(trial.number, trial.history)
+        assessor.trial_end(trial.number, True)
     on_trials(len(trials))
     for number in range(len(trials), search.trials):
         try:
@@ -57,12 +58,11 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
             on_trials(search.trials - number)
             break
         trial, head = evaluator.run(
-            number, parameters, spec_of(parameters, layer.shape, recorded),
-            lambda history, number=number: assessor.assess_trial(number, history) is AssessResult.Good)  # type: ignore[misc]
-        with replacing(run.trial(layer.path, number)) as scratch:
-            save_file(head.state_dict(), scratch)
+            number, parameters,
+            lambda so_far: assessor.assess_trial(so_far.number, so_far.history) is AssessResult.Good)
+        save_trained(run, layer.path, trial, head)
         append(run, layer.path, trial)
-        _remember(assessor, trial)
+        assessor.trial_end(number, True)
         tuner.receive_trial_result(number, parameters, trial.objective)
         tuner.trial_end(number, True)
         trials.append(trial)
@@ -74,29 +74,3 @@ def best_trial(trials: list[Trial]) -> Trial | None:
     """Return the finished trial with the least objective, or None when no head is better than chance."""
     return min((trial for trial in trials if trial.better_than_chance and not trial.stopped),
                key=lambda trial: trial.objective, default=None)
-
-
-def read_journal(run: RunPaths, layer: str) -> list[Trial]:
-    """Return the trials in a layer's journal; a line that a kill cut short is dropped."""
-    path = run.trials(layer)
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [Trial.from_json(line) for line in lines if line.endswith("\n")]
-
-
-def append(run: RunPaths, layer: str, trial: Trial) -> None:
-    """Add a trial to its layer's journal, in place of a line that a kill cut short."""
-    path = run.trials(layer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    with path.open("r+" if path.exists() else "w") as file:
-        file.truncate(text.rfind("\n") + 1)
-        file.seek(0, 2)
-        file.write(trial.to_json() + "\n")
-
-
-def _remember(assessor: MedianstopAssessor, trial: Trial) -> None:
-    assessor.assess_trial(trial.number, trial.history)
-    # Stopped ones count too: a median of the survivors alone would stop nearly everybody.
-    assessor.trial_end(trial.number, True)

@@ -20,6 +20,7 @@ from early_exit.training.calibrate import fit_temperature
 from early_exit.training.dataset import Part
 from early_exit.training.distill import Classify, Distillation, train_head
 from early_exit.training.material import Material
+from early_exit.training.space import spec_of
 from early_exit.training.thresholds import NEVER, budget_threshold
 
 LOOKS = 3
@@ -83,48 +84,47 @@ class Evaluator:
     def n_steps(self) -> int:
         return self.recipe.n_steps(len(self.material.rows(Part.TRAIN)))
 
-    def run(self, number: int, parameters: Mapping[str, Any], spec: HeadSpec,
-            goes_on: Callable[[tuple[float, ...]], bool]) -> tuple[Trial, Head]:
+    def run(self, number: int, parameters: Mapping[str, Any],
+            goes_on: Callable[[Trial], bool]) -> tuple[Trial, Head]:
         """Train and judge one head.
 
         Args:
             number: of the trial.
-            parameters: kept in the result.
-            spec: the head.
-            goes_on: given the objectives so far, tells whether the trial is worth its end.
+            parameters: the tuner's choice.
+            goes_on: given the trial so far, tells whether it is worth its end.
         """
         started = time.monotonic()
-        untrained = Head(spec, self.layer.shape, self.material.n_classes)
-        cost = self.head_cost(untrained.eval(), self.layer)
+        spec = spec_of(parameters, self.layer.shape, self.material.recorded)
+        cost = self.head_cost(Head(spec, self.layer.shape, self.material.n_classes).eval(), self.layer)
         looks = {round(self.n_steps() * look / LOOKS) for look in range(1, LOOKS)}
-        history: list[float] = []
+        trials: list[Trial] = []  # this one, at each look
+        stopped = False
+
+        def look(classify: Classify) -> Trial:
+            logits = logits_of(classify, spec, self.material.activations(self.layer), self.material.rows(Part.TUNE))
+            teacher = self.material.backbone_class[self.material.rows(Part.TUNE)]
+            agrees = logits.argmax(dim=1) == teacher
+            history = (*(trial.objective for trial in trials), self._objective(logits, agrees, teacher, cost))
+            return Trial(
+                number, dict(parameters), spec, agreement=agrees.double().mean().item(),
+                better_than_chance=is_better_than_chance(agrees, teacher), head_cost=cost, history=history,
+                seconds=round(time.monotonic() - started, 2))
 
         def on_step(step: int, classify: Classify) -> bool:
-            if step not in looks:
-                return True
-            history.append(self._objective(self._tune_logits(classify, spec), cost))
-            return goes_on(tuple(history))
+            nonlocal stopped
+            if step in looks:
+                trials.append(look(classify))
+                stopped = not goes_on(trials[-1])
+            return not stopped
 
         head = self.train(spec, on_step)
-        logits = self._tune_logits(head.classify, spec)
-        if len(history) == len(looks):
-            history.append(self._objective(logits, cost))
-        teacher = self.material.backbone_class[self.material.rows(Part.TUNE)]
-        agrees = logits.argmax(dim=1) == teacher
-        trial = Trial(
-            number, dict(parameters), spec, agreement=agrees.double().mean().item(),
-            better_than_chance=is_better_than_chance(agrees, teacher), head_cost=cost, history=tuple(history),
-            seconds=round(time.monotonic() - started, 2))
-        return trial, head
+        if not stopped:
+            trials.append(look(head.classify))
+        return trials[-1], head
 
-    def _tune_logits(self, classify: Classify, spec: HeadSpec) -> Tensor:
-        return logits_of(classify, spec, self.material.activations(self.layer), self.material.rows(Part.TUNE))
-
-    def _objective(self, logits: Tensor, head_cost: float) -> float:
+    def _objective(self, logits: Tensor, agrees: Tensor, teacher: Tensor, head_cost: float) -> float:
         """Return the mean cost with this exit alone over budgets around the tolerance, which one alone is noisy."""
-        teacher = self.material.backbone_class[self.material.rows(Part.TUNE)]
         confidence = ConfidencePolicy(fit_temperature(logits, teacher), NEVER).confidence(logits)
-        agrees = logits.argmax(dim=1) == teacher
         costs = []
         for budget in (self.tolerance / 2, self.tolerance, 2 * self.tolerance):
             hits = (confidence >= budget_threshold(confidence, agrees, budget)).double().mean().item()

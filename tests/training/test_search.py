@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.head import HeadSpec
+from early_exit.training.cost import FlopCost
 from early_exit.training.distill import Distillation
+from early_exit.training.journal import read_journal
 from early_exit.training.paths import RunPaths
-from early_exit.training.search import Search, best_trial, read_journal, search_layer
+from early_exit.training.search import Search, best_trial, search_layer
 from early_exit.training.space import SearchSpace
 from early_exit.training.trial import Evaluator, Trial, is_better_than_chance
 from tests.support.material import LAYER, made_material
@@ -30,7 +32,7 @@ RECIPE = Distillation(epochs=3)
 
 def evaluator(folder: Path, *, target: Callable[[Tensor], Tensor] | None = None) -> Evaluator:
     return Evaluator(LAYER, made_material(folder, target), 0.05, RECIPE,
-                     lambda head, layer: sum(p.numel() for p in head.parameters()) / 1e4)
+                     FlopCost(100_000))
 
 
 def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_a_killed_search_loses_at_most_one_trial(tmp_path: Path) -> None:
 
 def test_a_head_that_says_nothing_is_no_better_than_chance(tmp_path: Path) -> None:
     noise = evaluator(tmp_path / "material", target=lambda x: torch.randn(len(x), 3))
-    trial, _ = noise.run(0, {}, HeadSpec(pool=None, widths=()), lambda history: True)
+    trial, _ = noise.run(0, {"linears": 0}, lambda trial: True)
     assert not trial.better_than_chance
     assert best_trial([trial]) is None
 

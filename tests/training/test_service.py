@@ -1,0 +1,131 @@
+"""The search in NNI's service: the same trials and files as here, on this machine and on others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from early_exit.handler.errors import ConfigError
+from early_exit.training.algorithms import JournalTpe
+from early_exit.training.cost import FlopCost
+from early_exit.training.distill import Distillation
+from early_exit.training.journal import append, gather, read_journal, write_result
+from early_exit.training.paths import RunPaths
+from early_exit.training.search import Search, search_layer
+from early_exit.training.service import Service, search_in_service
+from early_exit.training.space import SearchSpace
+from early_exit.training.trial import Evaluator
+from tests.support.material import LAYER, made_material
+from tests.support.sshd import USER, sshd
+
+SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
+
+
+def evaluator(run: RunPaths) -> Evaluator:
+    return Evaluator(LAYER, made_material(run.material.root), 0.05, Distillation(epochs=3), FlopCost(100_000))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_killed_search_in_the_service_goes_on_with_the_journal_it_has(tmp_path: Path) -> None:
+    run, port = RunPaths(tmp_path), free_port()
+    code = ("from tests.training.test_service import *; "
+            f"run = RunPaths(Path({str(tmp_path)!r})); "
+            f"search_in_service(evaluator(run), SPACE, Search(trials=50), Service(port={port}), run, print)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 120
+    while not run.trial_results(LAYER.path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+    told: list[str] = []
+    here = evaluator(run)
+    trials = search_in_service(here, SPACE, Search(trials=60), Service({**Service().settings, "trialConcurrency": 2,
+                                                                        "maxExperimentDuration": "25s"}, port),
+                               run, told.append)
+    assert f"http://127.0.0.1:{port}" in told[0] and "without a password" in told[0]
+    assert read_journal(run, LAYER.path) == trials and len(trials) > 1
+    assert sorted({trial.number for trial in trials}) == sorted(trial.number for trial in trials)
+    finished = [trial for trial in trials if not trial.stopped]
+    assert finished and all(run.trial(LAYER.path, trial.number).exists() for trial in finished)
+    again, _ = here.run(0, finished[-1].parameters, lambda trial: True)
+    assert again.objective == pytest.approx(finished[-1].objective, abs=0.02)
+    assert not run.running.exists()
+
+
+@pytest.mark.slow
+def test_trials_run_on_other_machines_over_ssh(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    first = search_layer(evaluator(run), SPACE, Search(trials=1), run)
+    (tmp_path / "home").mkdir()
+    with sshd(tmp_path / "home") as server:
+        file = tmp_path / "service.yaml"
+        file.write_text(yaml.safe_dump({
+            "port": free_port(), "nniManagerIp": "127.0.0.1", "maxExperimentDuration": "3m", "trainingService": {
+                "platform": "remote", "machineList": [{
+                    "host": "127.0.0.1", "port": server.port, "user": USER, "sshKeyFile": str(server.key_file),
+                    "pythonPath": str(Path(sys.executable).parent)}]}}))
+        trials = search_in_service(evaluator(run), SPACE, Search(trials=3), Service.load(file), run, print)
+    assert trials[0] == first[0]
+    assert [trial.number for trial in trials] == [0, 1, 2]
+    assert all(run.trial(LAYER.path, trial.number).exists() for trial in trials)
+    assert any("launch_trial_keeper" in command for command in server.commands)
+
+
+def test_the_tuner_believes_what_a_trial_wrote_and_knows_the_journal(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    judge = evaluator(run)
+    tried, _ = judge.run(0, {"linears": 1, "width1": 2}, lambda trial: True)
+    append(run, LAYER.path, tried)
+    space = SearchSpace(linears=(1,), width=(2, 4, 8))
+    tuner = JournalTpe(str(tmp_path), LAYER.path, seed=0, startup=8)
+    tuner.update_search_space(space.choices(LAYER.shape, None))
+    asked = [tuner.generate_parameters(number)["width1"] for number in (0, 1)]
+    assert sorted(asked) == [4, 8]  # 2 is in the journal
+    swapped, _ = judge.run(1, {"linears": 1, "width1": asked[1]}, lambda trial: True)
+    write_result(run, LAYER.path, swapped)
+    for parameter_id in (0, 77):  # NNI says it was the first one, or one that was never asked for
+        tuner.receive_trial_result(parameter_id, {"width1": asked[0]}, {"default": 0.0, "number": 1})
+    assert [record.loss for record in tuner._history["width1",]] == [
+        tried.objective, swapped.objective, swapped.objective]
+
+
+def test_results_are_gathered_once(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    judge = evaluator(run)
+    for number in (10, 9):
+        write_result(run, LAYER.path, judge.run(number, {"linears": 0}, lambda trial: False)[0])
+    first = gather(run, LAYER.path)
+    assert [trial.number for trial in first] == [9, 10] and all(trial.stopped for trial in first)
+    assert gather(run, LAYER.path) == first == read_journal(run, LAYER.path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("trialConcurency: 2", "did you mean 'trialConcurrency'"),
+    ("searchSpace: {}", "not a setting of NNI that is yours to make"),
+    ("port: 70000", "1 to 65535"),
+    ("trialConcurrency: 0", "NNI refuses"),
+    ("trainingService: {platform: remote}", "NNI refuses"),
+    ("trainingService: {platform: remote, machineList: [{host: a, user: b, sshKeyFile: /none}]}", "SSH key file"),
+    ("trainingService: {platform: moon}", "NNI refuses"),
+    ("[1]", "expected keys and values"),
+    ("a: [", "cannot read"),
+])
+def test_a_service_file_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "service.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Service.load(tmp_path / "service.yaml")
