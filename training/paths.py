@@ -60,6 +60,11 @@ class RunPaths:
         return self.root / "report.txt"
 
     @property
+    def judged(self) -> Path:
+        """What the heads say about the records that they were not trained on."""
+        return self.root / "judged.safetensors"
+
+    @property
     def report_html(self) -> Path:
         return self.root / "report.html"
 

@@ -16,10 +16,11 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import save_plan
 from early_exit.training.certify import require_enough
-from early_exit.training.choose import choose, judge, make_plan
+from early_exit.training.choose import choose, make_plan
 from early_exit.training.cost import Costs, FlopCost, flop_costs
 from early_exit.training.dataset import Part, RecordedTraffic, load_traffic, recorded_layers
 from early_exit.training.heads import HeadCost, TrainedHead, find_architectures, train_heads
+from early_exit.training.judged import judge
 from early_exit.training.labels import load_labels
 from early_exit.training.material import Material, prepare
 from early_exit.training.options import TrainingOptions
@@ -64,7 +65,9 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
     heads = train_heads(run, material, options, architectures, head_cost)
-    judged = judge(material, heads, _costs(profile, heads, description, options), options, truth)
+    judged = judge(material, heads, _costs(profile, heads, description, options), options.risk, truth)
+    with replacing(run.judged) as scratch:
+        judged.save(scratch)
     choice = choose(judged, options)
     plan = make_plan(choice, judged, heads, material, description, options)
     save_plan(run.root, plan, {one.layer.path: one.head for one in heads})

@@ -8,10 +8,10 @@ from typing import Any
 
 from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.plan import ExitPlan
-from early_exit.training.choose import Judged
 from early_exit.training.cost import flop_costs, head_flops
 from early_exit.training.dataset import Part
 from early_exit.training.heads import TrainedHead
+from early_exit.training.judged import Judged
 from early_exit.training.material import Material
 from early_exit.training.thresholds import Choice, mean_cost, outcome
 

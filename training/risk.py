@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
@@ -50,12 +49,3 @@ class Risk(str, Enum):
             raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
                               "classes, or choose --risk disagreement or confidence-gap, which need none")
         return (backbone_class == labels).float()[:, None] - (answer == labels[:, None]).float()
-
-
-def labelled_rows(rows: Tensor, labels: Tensor | None) -> Tensor:
-    """Return those of the rows that have a label; labels are -1 where there is none."""
-    return rows if labels is None else rows[labels[rows] >= 0]
-
-
-def no_labels(n_records: int) -> Tensor:
-    return torch.full((n_records,), -1, dtype=torch.int64)

@@ -24,10 +24,11 @@ from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.stages import Exit
-from early_exit.training.choose import choose, judge, make_plan
+from early_exit.training.choose import choose, make_plan
 from early_exit.training.cost import Costs, flop_costs, head_flops
 from early_exit.training.dataset import Part, find_shards, load_traffic
 from early_exit.training.heads import TrainedHead, find_architectures, train_heads
+from early_exit.training.judged import judge
 from early_exit.training.labels import load_labels
 from early_exit.training.material import Material, prepare
 from early_exit.training.options import TrainingOptions
@@ -164,7 +165,7 @@ class Bench:
         if options.risk is Risk.ACCURACY:
             labels = load_labels(self.subject.labels, material.request, material.n_classes)
         costs = self.stage_costs(heads, options.measure, options.batch_size)
-        judged = judge(material, heads, costs, options, labels)
+        judged = judge(material, heads, costs, options.risk, labels)
         choice = choose(judged, options)
         plan = make_plan(choice, judged, heads, material, self.subject.backbone.description, options)
         by_path = {one.layer.path: one.head for one in heads}

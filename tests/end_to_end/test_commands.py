@@ -67,7 +67,7 @@ def test_the_whole_loop_by_command_line(digits_mar: Path, tmp_path: Path) -> Non
         assert not (tmp_path / "runs" / "strict" / "plan.json").exists()
 
         trained = run(tmp_path, "ee-train", "records", "--archive", "model-store/digits-2.0.mar",
-                      "--tolerance", "0.05", "--to", "runs/first")
+                      "--tolerance", "0.05", "--trials", "2", "--to", "runs/first")
         assert trained.returncode == 0, trained.stderr
         assert "With 95% confidence" in trained.stdout
         repackaged = run(tmp_path, "ee-archive", "model-store/digits-2.0.mar", "--plan", "runs/first/plan.json")
