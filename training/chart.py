@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 360, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 10, 38
-_BAR_HEIGHT, _BAR_LABEL = 24, 96
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 38
+_BAR_HEIGHT, _BAR_LABEL, _LABEL_LENGTH = 24, 96, 15
 
 STYLE = """
 svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif}
@@ -101,7 +101,7 @@ def line_chart(identity: str, title: str, summary: str, x: Axis, y: Axis, series
     for limit in limits:
         if limit.y is not None:
             parts.append(f'<path class="limit" d="M{left},{at_y(limit.y)}H{right}"/>'
-                         f'<text x="{left + 5}" y="{at_y(limit.y) - 4}">{escape(limit.name)}</text>')
+                         f'<text x="{right}" y="{at_y(limit.y) - 4}" text-anchor="end">{escape(limit.name)}</text>')
         elif limit.x is not None:
             anchor, shift = ("end", -4) if at_x(limit.x) > _WIDTH / 2 else ("start", 4)
             parts.append(f'<path class="limit" d="M{at_x(limit.x)},{_TOP}V{bottom}"/><text x="{at_x(limit.x) + shift}" '
@@ -134,9 +134,10 @@ def bar_chart(identity: str, title: str, summary: str, bars: Sequence[tuple[str,
     parts = []
     for index, (label, value, words) in enumerate(bars):
         at = index * _BAR_HEIGHT
-        parts.append(f'<text x="{_BAR_LABEL - 6}" y="{at + 16}" text-anchor="end">{escape(label)}</text>'
+        parts.append(f'<text x="{_BAR_LABEL - 6}" y="{at + 16}" text-anchor="end"><title>{escape(label)}</title>'
+                     f'{escape(_shortened(label))}</text>'
                      f'<rect class="bar" x="{_BAR_LABEL}" y="{at + 4}" width="{value * scale:.1f}" height="16"/>'
-                     f'<text x="{_BAR_LABEL + value * scale + 5:.1f}" y="{at + 16}">{escape(words)}</text>')
+                     f'<text x="{_WIDTH - 4}" y="{at + 16}" text-anchor="end">{escape(words)}</text>')
     height = len(bars) * _BAR_HEIGHT + 2
     if limit is not None:
         parts.append(f'<path class="limit" d="M{_BAR_LABEL + limit * scale:.1f},0V{height}"/>')
@@ -160,6 +161,11 @@ def _runs(points: Sequence[tuple[float, float | None]]) -> Iterator[list[tuple[f
             run = []
     if run:
         yield run
+
+
+def _shortened(label: str) -> str:
+    """Return the end of a label, which tells layers apart, as far as there is room."""
+    return label if len(label) <= _LABEL_LENGTH else "…" + label[1 - _LABEL_LENGTH:]
 
 
 def _percent(value: float, axis: Axis) -> str:

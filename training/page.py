@@ -25,13 +25,13 @@ h2{font-size:1.15rem;margin:2.2rem 0 .5rem}
 p{max-width:46rem;margin:.5rem 0}
 small,.note{color:var(--soft)}
 .promise{border-left:4px solid var(--s0);background:var(--panel);padding:.6rem .9rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:1rem 0;padding:0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.6rem;margin:1rem 0;padding:0}
 .cards div{background:var(--panel);padding:.5rem .8rem;display:flex;flex-direction:column-reverse;
 justify-content:flex-end}
 .cards dt{font-size:.8rem;color:var(--soft)}
 .cards dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1.2rem}
-.wide{max-width:34rem}
+.wide{max-width:30rem}
 figure{margin:0}
 figcaption{font-weight:600;font-size:.9rem;overflow-wrap:anywhere}
 .table{overflow-x:auto;margin:.6rem 0}
@@ -39,17 +39,19 @@ table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-num
 caption{text-align:left;color:var(--soft);padding:.2rem 0}
 th,td{padding:.25rem .7rem .25rem 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:bottom}
 th{font-weight:600}
+thead th{min-width:4.5rem}
 tbody th{font-weight:400}
-th:first-child,td.words{text-align:left}
-td.words{min-width:9rem}
+tbody th,td{white-space:nowrap}
+th:first-child,.words{text-align:left}
+td.words{white-space:normal;min-width:9rem}
 details{margin:.6rem 0}
 summary{cursor:pointer;color:var(--soft)}
 """ + chart.STYLE
 _TABLE_THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 _FIGURES: dict[str, Callable[[Performance], float | None]] = {
     "hits": lambda at: at.hit_rate, "agreement": lambda at: at.agreement, "accuracy": lambda at: at.accuracy,
-    "effect on accuracy": lambda at: at.effect, "bound": lambda at: at.bound}
-_LABELLED = ("accuracy", "effect on accuracy")
+    "effect": lambda at: at.effect, "bound": lambda at: at.bound}
+_LABELLED = ("accuracy", "effect")
 
 
 def html_page(found: Evaluation) -> str:
@@ -71,7 +73,7 @@ def _head(found: Evaluation) -> str:
     cards.append(("live tensor memory, of the backbone's", f"{memory:.2f}"))
     cards.append(("answers that differ", _share(now.disagreement)))
     if accuracy is not None:
-        cards.append(("accuracy, served / backbone", f"{_share(accuracy.served)} / {_share(accuracy.backbone)}"))
+        cards.append((f"accuracy; the backbone's is {_share(accuracy.backbone)}", _share(accuracy.served)))
     records = ", ".join(f"{count} {name}" for name, count in found.records.items())
     return (f'<p class="note">backbone {found.backbone[:12]} · records: {records}. Hit rates, agreement, accuracy and '
             "costs below are those on the <em>certify</em> records, which nothing was chosen with.</p>"
@@ -87,7 +89,7 @@ def _exits(found: Evaluation) -> str:
     bars = [(one.layer, one.together.hit_rate, _share(one.together.hit_rate)) for one in found.exits]
     bars.append(("full backbone", full, _share(full)))
     names = [name for name in _FIGURES if found.deployed.accuracy or name not in _LABELLED]
-    header = ["layer", "cost", "confidence ≥", *chain.from_iterable((name, "alone") for name in names)]
+    header = ["layer", "cost", "confidence ≥", *chain.from_iterable((name, f"{name} alone") for name in names)]
     rows = [[one.layer, f"{one.cost:.2f}", f"{one.threshold:.4f}", *chain.from_iterable(
         (_share(_FIGURES[name](one.together)), _share(_FIGURES[name](one.alone))) for name in names)]
         for one in found.exits]
@@ -120,29 +122,27 @@ def _categories(found: Evaluation) -> str:
 
 def _frontier(found: Evaluation) -> str:
     path, now, tolerance = found.frontier, found.deployed, float(found.asked["tolerance"])
-    series = [Series(_cost(found), [(one.cost, one.loss) for one in path], (now.cost, now.loss))]
-    if found.measure != "flops":
-        series.append(Series("FLOPs", [(one.flops, one.loss) for one in path], (now.flops, now.loss)))
-    costs = [x for line in series for x, _ in line.points]
     # What lies far beyond the tolerance would press the rest into a corner.
-    most = min(max(one.loss for one in path), 4 * tolerance)
+    shown = [one for one in path if one.loss <= 4 * tolerance]
+    series = [Series(_cost(found), [(one.cost, one.loss) for one in shown], (now.cost, now.loss))]
+    if found.measure != "flops":
+        series.append(Series("FLOPs", [(one.flops, one.loss) for one in shown], (now.flops, now.loss)))
+    costs = [now.cost, now.flops, 1.0, *(cost for line in series for cost, _ in line.points)]
+    losses = [0.0, 1.25 * tolerance, *(one.loss for one in shown)]
     loss = f"mean loss ({found.asked['risk']})"
     summary = (f"From {path[0].loss:.2%} at cost {path[0].cost:.2f} to {path[-1].loss:.2%} at cost "
                f"{path[-1].cost:.2f}; deployed {now.loss:.2%} at {_cost(found)} {now.cost:.2f} and FLOPs "
                f"{now.flops:.2f}; tolerance {tolerance:.2%}.")
     figure = chart.line_chart(
         "frontier", f"{loss.capitalize()} against cost", summary,
-        Axis("cost of a request, of the backbone's", min(*costs, now.cost) - 0.02, max(*costs, 1.0) + 0.02),
-        Axis(loss, min(0.0, *(one.loss for one in path)), max(most, 1.25 * tolerance)), [
-            Series(line.name, [(x, y if y is not None and y <= max(most, 1.25 * tolerance) else None)
-                               for x, y in line.points], line.marked) for line in series],
-        [Limit(f"tolerance {tolerance:.3g}", y=tolerance)])
+        Axis("cost of a request, of the backbone's", min(costs) - 0.02, max(costs) + 0.02),
+        Axis(loss, min(losses), max(losses)), series, [Limit(f"tolerance {100 * tolerance:.6g}%", y=tolerance)])
     header = ["confidence ≥", _cost(found), "FLOPs", "answers that differ", "mean loss", "accuracy"]
     rows = [[f"{one.thresholds[0]:.4f}" if one.thresholds and one.thresholds[0] <= 1 else "never",
              f"{one.cost:.3f}", f"{one.flops:.3f}", _share(one.disagreement), _share(one.loss),
              _share(one.accuracy.served if one.accuracy else None)] for one in path[::4]]
     return _section("What more risk would save", "<p>The exits of the plan at every confidence they could share; the "
-                    "circles are what is deployed.</p>" f'<div class="wide">{figure}</div>'
+                    f'circles are what is deployed.</p><div class="wide">{figure}</div>'
                     + _folded("the settings as a table", _table("Every fourth setting", header, rows)))
 
 
@@ -199,7 +199,7 @@ def _latencies(found: Evaluation) -> str:
 def _heads(found: Evaluation) -> str:
     used = {one.layer for one in found.exits}
     rows = [[head["layer"], head["architecture"], _share(head["agreement"]), f"{head['flops_ratio']:.4f}",
-             str(head["n_trials"]), "exit" if head["layer"] in used else "dropped: no gain in the chosen subset"]
+             str(head["n_trials"]), "exit" if head["layer"] in used else "dropped: not in the subset that costs least"]
             for head in found.heads]
     left_out = "".join(f"<li>{escape(reason)}</li>" for reason in found.left_out)
     return _section("Heads, and what was dropped", _table(
@@ -209,9 +209,12 @@ def _heads(found: Evaluation) -> str:
 
 
 def _asked(found: Evaluation) -> str:
-    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in found.asked.items()]
-    return _section("What was asked for", _folded("the options of the run", _table(
-        "Options", ["option", "value"], rows, words=(1,))))
+    plain = {name: value for name, value in found.asked.items() if not isinstance(value, dict)}
+    rows, more = ([[name, value if isinstance(value, str) else json.dumps(value)] for name, value in some.items()]
+                  for some in (plain, {name: found.asked[name] for name in found.asked if name not in plain}))
+    header = ["option", "value"]
+    return _section("What was asked for", _table("Options", header, rows, words=(1,)) + _folded(
+        "search, heads and training", _table("Options of search and training", header, more, words=(1,))))
 
 
 def _cost(found: Evaluation) -> str:
@@ -228,11 +231,10 @@ def _folded(summary: str, content: str) -> str:
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
     """Return a table whose first column names the rows; the columns in `words` are text."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(
-            f'<td{" class=words" if index in words else ""}>{escape(cell)}</td>'
-            for index, cell in enumerate(row[1:], start=1)) + "</tr>" for row in rows)
+    kind = [" class=words" if index in words else "" for index in range(len(header))]
+    head = "".join(f'<th scope="col"{of}>{escape(name)}</th>' for of, name in zip(kind, header))
+    body = "".join(f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(
+        f"<td{of}>{escape(cell)}</td>" for of, cell in zip(kind[1:], row[1:])) + "</tr>" for row in rows)
     return (f'<div class="table" role="region" aria-label="{escape(caption)}" tabindex="0"><table><caption>'
             f"{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
