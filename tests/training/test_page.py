@@ -25,8 +25,6 @@ from early_exit.training.pipeline import train
 from early_exit.training.report import RunReport
 from tests.support.residual import N_RECORDS
 
-pytestmark = pytest.mark.slow
-
 OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10), batch_size=4)
 VOID = {"meta", "path", "circle", "rect"}
 
