@@ -24,14 +24,25 @@ from early_exit.training.thresholds import (
 )
 
 
-def choose(judged: Judged, options: TrainingOptions) -> Choice:
-    """Return the exits and thresholds; none where they would not pay."""
+def settings(judged: Judged, options: TrainingOptions) -> list[Choice]:
+    """Return what a certified choice is made among, from "never exit" to aggressive."""
+    return certified_path(judged.tune, options.tolerance, options.delta, len(judged.certify))
+
+
+def choose(judged: Judged, options: TrainingOptions, path: Sequence[Choice] | None = None) -> Choice:
+    """Return the exits and thresholds; none where they would not pay.
+
+    Args:
+        judged: what the heads say.
+        options: what was asked for.
+        path: what `settings` returned, where that is known already.
+    """
     tune, certify = judged.tune, judged.certify
     if options.thresholds == "paper":
         return paper_choice(tune, options.tolerance)
     if options.thresholds == "equal":
         return equal_choice(tune, options.tolerance)
-    path = certified_path(tune, options.tolerance, options.delta, len(certify))
+    path = path or settings(judged, options)
     p_values = (risk_p_value(options.risk, outcome(choice, certify).losses, options.tolerance, options.delta)
                 for choice in path)
     deployed = path[walk(p_values, options.delta)]

@@ -16,8 +16,10 @@ from early_exit.handler.errors import ConfigError, EarlyExitError
 from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.training.dataset import find_shards
 from early_exit.training.distill import Distillation
+from early_exit.training.evaluate import evaluate
 from early_exit.training.options import TrainingOptions
-from early_exit.training.paths import RunPaths
+from early_exit.training.page import html_page
+from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
 from early_exit.training.replay import AUGMENTATIONS, Replay
 from early_exit.training.risk import Risk
@@ -28,29 +30,60 @@ from early_exit.training.space import SearchSpace
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ee-train`; return its exit status."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    work, options = (_report, _report_parser().parse_args(given[1:])) if given[:1] == ["report"] else (
+        _train, _parser().parse_args(given))
     # What is measured here must hold for the server's workers.
-    restart_with_allocator("early_exit.training.cli", list(sys.argv[1:] if arguments is None else arguments))
+    restart_with_allocator("early_exit.training.cli", given)
     try:
-        model, backbone = read_archive(options.archive)
-        with tempfile.TemporaryDirectory() as scratch:
-            archive = ArchiveLayout(Path(scratch))
-            extract(options.archive, archive.root)
-            report = train(model, archive, find_shards(options.records, model, backbone), _options(options, archive),
-                           RunPaths(options.to), labels=options.labels,
-                           say=lambda line: print(f"ee-train: {line}", file=sys.stderr))
+        print(work(options))
     except EarlyExitError as error:
         print(f"ee-train: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     return 0
+
+
+def _train(options: argparse.Namespace) -> str:
+    model, backbone = read_archive(options.archive)
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = ArchiveLayout(Path(scratch))
+        extract(options.archive, archive.root)
+        report = train(model, archive, find_shards(options.records, model, backbone), _options(options, archive),
+                       RunPaths(options.to), mar=options.archive, labels=options.labels, say=_say)
+    return json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip()
+
+
+def _report(options: argparse.Namespace) -> str:
+    run = RunPaths(options.run)
+    found = evaluate(run, options.archive, say=_say)
+    as_json = json.dumps(found.to_json(), indent=1)
+    for path, text in ((run.evaluation, as_json), (run.report_html, html_page(found))):
+        with replacing(path) as scratch:
+            scratch.write_text(text)
+    return as_json if options.json else f"{run.report_html}\n{run.evaluation}"
+
+
+def _say(line: str) -> None:
+    print(f"ee-train: {line}", file=sys.stderr)
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "ee-train report", description="Evaluate a finished run and write a page about it, report.html, and the same "
+        "for machines, evaluation.json, into its folder. Nothing is trained.")
+    parser.add_argument("run", type=Path, metavar="runs/NAME", help="folder of the run")
+    parser.add_argument("--archive", type=Path, metavar="X.mar",
+                        help="the archive that was recorded, if it is not where it was then")
+    parser.add_argument("--json", action="store_true", help="print evaluation.json")
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
     defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
         "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
-        "and a certificate. A stopped run continues where it was.")
+        "and a certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished "
+        "one.")
     parser.add_argument("records", type=Path, help="the records folder that ee-serve printed")
     parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
     parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -51,6 +52,12 @@ class TrainingOptions:
     def to_json(self) -> dict[str, Any]:
         """Return what a stopped run has to be continued with: where its trials run may change, and may be secret."""
         return {**asdict(self), "service": self.service is not None}
+
+    @classmethod
+    def to_choose_with(cls, data: Mapping[str, Any]) -> TrainingOptions:
+        """Return, of what `to_json` gave, the options that a choice of exits depends on; the others are defaults."""
+        return cls(risk=Risk(data["risk"]), **{name: data[name] for name in (
+            "tolerance", "confidence", "thresholds", "measure", "batch_size", "measure_device")})
 
     @property
     def trial_recipe(self) -> Distillation:

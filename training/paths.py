@@ -65,6 +65,11 @@ class RunPaths:
         return self.root / "judged.safetensors"
 
     @property
+    def evaluation(self) -> Path:
+        """What `ee-train report` found, for machines."""
+        return self.root / "evaluation.json"
+
+    @property
     def report_html(self) -> Path:
         return self.root / "report.html"
 

@@ -33,7 +33,8 @@ from early_exit.training.risk import Risk
 
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
-          *, labels: Path | None = None, say: Callable[[str], None] = lambda line: None) -> RunReport:
+          *, mar: Path | None = None, labels: Path | None = None,
+          say: Callable[[str], None] = lambda line: None) -> RunReport:
     """Make heads, plan and report from records, and write them into the folder of the run.
 
     A run that was stopped goes on with the records it was started with, and with what it has finished.
@@ -44,6 +45,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         shards: the records.
         options: what was asked for.
         run: where everything is written.
+        mar: where the archive lies, remembered for reports.
         labels: CSV of request ids and true classes, for the risk of accuracy and for the report.
         say: told what the user should know.
 
@@ -52,7 +54,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     """
     backbone = Backbone.load(archive.folder)
     description = backbone.description
-    material, left_out = _material(archive, backbone, shards, options, run, say)
+    material, left_out = _material(archive, mar, backbone, shards, options, run, say)
     truth = load_labels(labels, material.request, material.n_classes) if labels else None
     if options.risk is Risk.ACCURACY and truth is None:
         raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
@@ -78,8 +80,8 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     return report
 
 
-def _material(archive: ArchiveLayout, backbone: Backbone, shards: list[Path], options: TrainingOptions,
-              run: RunPaths, say: Callable[[str], None]) -> tuple[Material, list[str]]:
+def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
+              options: TrainingOptions, run: RunPaths, say: Callable[[str], None]) -> tuple[Material, list[str]]:
     """Return the run's material and the candidates that are not in it, with the reason."""
     description = backbone.description
     shards, inputs = _inputs(run, description, shards, options, say)
@@ -89,7 +91,7 @@ def _material(archive: ArchiveLayout, backbone: Backbone, shards: list[Path], op
         traffic = load_traffic(shards)
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
-            scratch.write_text(json.dumps(inputs, indent=1))
+            scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
         recorded, pool = recorded_layers(shards)
         layers = spread_over([layer for layer in description.candidates
                               if options.replay or layer.path in recorded], options.layers)

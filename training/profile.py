@@ -88,7 +88,7 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, de
             def one_round(batch: Tensor = batch) -> list[float]:
                 taken, x = [], batch
                 for stage in stages:
-                    seconds, x = _timed(stage, x, device)
+                    seconds, x = timed(stage, x, device)
                     taken.append(seconds)
                 return taken
 
@@ -120,7 +120,7 @@ def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
             x = torch.rand(size, *layer.shape, device=device)
 
             def one_round(x: Tensor = x) -> float:
-                return _timed(with_exit, x, device)[0] - _timed(without, x, device)[0]
+                return timed(with_exit, x, device)[0] - timed(without, x, device)[0]
 
             found.append(max(1e-6, statistics.median(_rounds(one_round))))
     head.cpu()
@@ -175,7 +175,8 @@ def _rounds(one_round: Callable[[], T]) -> list[T]:
     return results
 
 
-def _timed(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> tuple[float, Tensor]:
+def timed(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> tuple[float, Tensor]:
+    """Return the seconds that a step takes, and its result."""
     # On a CPU the time that this process works, whoever else keeps the machine busy.
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     started = clock()

@@ -90,7 +90,7 @@ class RunReport:
         if unused:
             lines += ["", "  not used: " + ", ".join(unused)]
         lines += [f"  left out: {reason}" for reason in self.left_out]
-        lines += ["", "  " + self._guarantee()]
+        lines += ["", "  " + guarantee(self.plan)]
         return "\n".join(lines) + "\n"
 
     def _cost(self) -> str:
@@ -98,11 +98,13 @@ class RunReport:
             return ""
         return f"time {self.cost_ratio:.3f} (batches of {self.plan.batch_size})  "
 
-    def _guarantee(self) -> str:
-        if self.plan.certificate is not None:
-            return self.plan.certificate.in_words()
-        return (f"Thresholds by the rule '{self.plan.thresholds}' carry no guarantee: the disagreement above is an "
-                "estimate on records that were not used to choose them.")
+
+def guarantee(plan: ExitPlan) -> str:
+    """Return in words what is certified about a plan."""
+    if plan.certificate is not None:
+        return plan.certificate.in_words()
+    return (f"Thresholds by the rule '{plan.thresholds}' carry no guarantee: the disagreement above is an estimate on "
+            "records that were not used to choose them.")
 
 
 def make_report(model: str, material: Material, heads: Sequence[TrainedHead], judged: Judged, choice: Choice,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.graph import split
 from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
+from early_exit.training.ltma import AllocationCounter, ltma
+from early_exit.training.performance import categorize
 from early_exit.training.profile import one_thread
 from tests.benchmarks.subjects import Subject
 from tests.support.timing import cpu_ratio
 
+BATCH = 250
+"""For everything but time."""
 ROUNDS = {1: 300, 8: 80, 32: 40}
 
 
@@ -32,14 +37,18 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
     parts = split(subject.backbone.graph, [layer.node for layer in layers])
     ends: list[Exit | None] = [exits[layer.path] for layer in layers]
     stages = [Stage(part.forward, end) for part, end in zip(parts, [*ends, None])]
-    with torch.no_grad():
-        answers = [run_with_exits(batch, stages) for batch in subject.inputs.split(250)]
+    counter = AllocationCounter()
+    with torch.no_grad(), counter:
+        answers = [run_with_exits(batch, stages) for batch in subject.inputs.split(BATCH)]
+    ltma_bytes = (subject.inputs.nbytes + counter.n_bytes) / len(subject.inputs)
+    one_batch = subject.inputs[:BATCH]
     classes = torch.cat([one.outputs for one in answers]).argmax(dim=1)
     taken = torch.cat([one.stages for one in answers])
     names = [*(layer.path for layer in layers), "full"]
     heads = [_flops(exits[layer.path], layer.shape) / subject.backbone.description.flops for layer in layers]
     before = (full.argmax(dim=1) == subject.truth).double().mean().item()
     accuracy = (classes == subject.truth).double().mean().item()
+    left = taken != FULL
     parameters = sum(p.numel() for p in subject.backbone.graph.parameters())
     return {
         "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy,
@@ -49,6 +58,8 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
                  for number, name in enumerate(names)},
         "flops_ratio": _flops_ratio(taken, [layer.cost for layer in layers], heads),
         "cpu_time_ratio": _time_ratios(subject, stages),
+        "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(subject.backbone.graph, one_batch) / len(one_batch)),
+        "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), subject.truth[left])),
         "size_ratio": 1 + sum(_parameters(exits[layer.path]) for layer in layers) / parameters,
         **more,
     }

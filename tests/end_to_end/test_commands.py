@@ -70,6 +70,9 @@ def test_the_whole_loop_by_command_line(digits_mar: Path, tmp_path: Path) -> Non
                       "--tolerance", "0.05", "--trials", "2", "--to", "runs/first")
         assert trained.returncode == 0, trained.stderr
         assert "With 95% confidence" in trained.stdout
+        reported = run(tmp_path, "ee-train", "report", "runs/first")
+        assert reported.returncode == 0, reported.stderr
+        assert (tmp_path / "runs" / "first" / "report.html").exists()
         repackaged = run(tmp_path, "ee-archive", "model-store/digits-2.0.mar", "--plan", "runs/first/plan.json")
         assert repackaged.returncode == 0, repackaged.stderr
         rolled = run(tmp_path, "ee-roll", "model-store/digits-3.0.mar", "--port", port, "--json")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.errors import RecordError
@@ -22,41 +22,9 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
 from tests.support.recording import record
+from tests.support.residual import N_RECORDS, Residual
 
-N_RECORDS = 3000
 OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10))
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0.3 * self.inner(x)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.manual_seed(0)
-    return Backbone.from_module(nn.Sequential(*(Residual() for _ in range(6)), nn.Linear(16, 4)), (16,))
-
-
-@pytest.fixture(scope="module")
-def archive(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> ArchiveLayout:
-    layout = ArchiveLayout(tmp_path_factory.mktemp("archive"))
-    layout.folder.mkdir()
-    backbone.save(layout.folder)
-    return layout
-
-
-@pytest.fixture(scope="module")
-def records(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("records")
-    inputs = torch.randn(N_RECORDS, 16, generator=torch.Generator().manual_seed(1))
-    for number, shard in enumerate(inputs.split(500)):
-        record(backbone, shard, folder, first_request=500 * number)
-    return folder
 
 
 def test_every_record_has_one_part_and_the_parts_have_their_shares(backbone: Backbone, records: Path) -> None:

@@ -1,0 +1,35 @@
+"""What heads might say about records, drawn at random."""
+
+from __future__ import annotations
+
+import torch
+
+from early_exit.handler.candidates import CandidateLayer
+from early_exit.training.cost import flop_costs
+from early_exit.training.dataset import Part
+from early_exit.training.judged import Judged, Judgement
+from early_exit.training.risk import Risk
+from early_exit.training.thresholds import Candidates
+
+N_CLASSES = 4
+
+
+def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.0, seed: int = 0) -> Judged:
+    """Return judgements in which confident heads agree more often; a share of the records has labels."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = tuple(f"layer{number}" for number in range(n_layers))
+    costs = flop_costs([CandidateLayer(path, path, (8,), (number + 1) / (n_layers + 1))
+                        for number, path in enumerate(layers)], [0.01] * n_layers)
+    parts = {}
+    for part in (Part.TUNE, Part.CERTIFY):
+        confidence = torch.rand(n_records, n_layers, generator=generator)
+        teacher = torch.randint(N_CLASSES, (n_records,), generator=generator)
+        guess = torch.randint(N_CLASSES, (n_records, n_layers), generator=generator)
+        sure = torch.rand(n_records, n_layers, generator=generator) < confidence
+        answers = torch.where(sure, teacher[:, None], guess)
+        labels = torch.where(torch.rand(n_records, generator=generator) < 0.7, teacher, guess[:, 0])
+        labels[torch.rand(n_records, generator=generator) >= labelled] = -1
+        losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
+        parts[part] = Judgement(Candidates(confidence, answers == teacher[:, None], losses, costs), answers, teacher,
+                                labels)
+    return Judged(layers, tuple(1.0 + number for number in range(n_layers)), parts)

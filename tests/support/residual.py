@@ -1,0 +1,24 @@
+"""A backbone of vectors that exits early easily, and is quick to train heads for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from early_exit.handler.backbone import Backbone
+
+N_RECORDS = 3000
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * self.inner(x)
+
+
+def residual_backbone() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone.from_module(nn.Sequential(*(Residual() for _ in range(6)), nn.Linear(16, 4)), (16,))

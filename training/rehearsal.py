@@ -1,0 +1,51 @@
+"""The served model on inputs that are at hand, with rows that leave where recorded requests did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.head import Head
+from early_exit.handler.plan import ExitPlan
+from early_exit.handler.policy import ExitPolicy
+from early_exit.handler.served import ServedModel
+from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
+
+
+class Rehearsal:
+    """A backbone and the exits of a plan that decide as they serve, but let rows leave as they were told.
+
+    What dense operations cost does not depend on the values, so no request is needed to measure it.
+    """
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head],
+                 device: torch.device | str = "cpu") -> None:
+        """Prepare the model on a device, where the backbone is already."""
+        served = ServedModel(backbone, plan, heads).to(device)
+        self._device = device
+        self._leaves: list[Tensor] = []
+        self._item = backbone.description.probe_input().to(device)
+        self._n_exits = len(plan.exits)
+        self._stages = [Stage(stage.forward, stage.exit and Exit(
+            stage.exit.head, self._told(number, stage.exit.policy), stage.exit.answer))
+            for number, stage in enumerate(served.stages)]
+
+    def tell(self, exits: Tensor) -> Tensor:
+        """Say at which exit, or `FULL`, each of (B,) rows will leave, and return a batch of B rows."""
+        travels = [exits[(exits == FULL) | (exits >= number)] for number in range(self._n_exits)]
+        self._leaves = [(still == number).to(self._device) for number, still in enumerate(travels)]
+        return self._item.expand(len(exits), *self._item.shape[1:]).contiguous()
+
+    def __call__(self, batch: Tensor) -> Answers:
+        """Answer the batch that `tell` returned."""
+        return run_with_exits(batch, self._stages)
+
+    def _told(self, number: int, policy: ExitPolicy) -> ExitPolicy:
+        def decide(logits: Tensor) -> Tensor:
+            policy(logits)  # it costs what it costs
+            return self._leaves[number]
+
+        return decide
