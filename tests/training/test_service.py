@@ -54,9 +54,9 @@ def test_a_killed_search_in_the_service_goes_on_with_the_journal_it_has(tmp_path
 
     told: list[str] = []
     here = evaluator(run)
-    trials = search_in_service(here, SPACE, Search(trials=60), Service({**Service().settings, "trialConcurrency": 2,
-                                                                        "maxExperimentDuration": "25s"}, port),
-                               run, told.append)
+    service = Service({**Service().settings, "trialConcurrency": 2, "maxExperimentDuration": "5m"}, port)
+    more = len(run.trial_results(LAYER.path)) + 4
+    trials = search_in_service(here, SPACE, Search(trials=more), service, run, told.append)
     assert f"http://127.0.0.1:{port}" in told[0] and "without a password" in told[0]
     assert read_journal(run, LAYER.path) == trials and len(trials) > 1
     assert sorted({trial.number for trial in trials}) == sorted(trial.number for trial in trials)
@@ -75,7 +75,7 @@ def test_trials_run_on_other_machines_over_ssh(tmp_path: Path) -> None:
     with sshd(tmp_path / "home") as server:
         file = tmp_path / "service.yaml"
         file.write_text(yaml.safe_dump({
-            "port": free_port(), "nniManagerIp": "127.0.0.1", "maxExperimentDuration": "3m", "trainingService": {
+            "port": free_port(), "nniManagerIp": "127.0.0.1", "maxExperimentDuration": "10m", "trainingService": {
                 "platform": "remote", "machineList": [{
                     "host": "127.0.0.1", "port": server.port, "user": USER, "sshKeyFile": str(server.key_file),
                     "pythonPath": str(Path(sys.executable).parent)}]}}))
