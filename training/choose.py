@@ -61,5 +61,6 @@ def make_plan(choice: Choice, judged: Judged, heads: Sequence[TrainedHead], mate
             p_value=risk_p_value(options.risk, found.losses, options.tolerance, options.delta),
             method=METHODS[options.risk], window=(material.time.min().item(), material.time.max().item()))
     costs = judged.certify.costs
-    return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, measure=costs.measure,
-                    batch_size=costs.batch_size, expected_cost=mean_cost(choice, found.exit, costs))
+    return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
+                    measure=costs.measure, batch_size=costs.batch_size,
+                    expected_cost=mean_cost(choice, found.exit, costs))

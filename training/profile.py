@@ -18,6 +18,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
@@ -36,6 +37,7 @@ T = TypeVar("T")
 class Profile:
     """Median seconds of steps on the engine that serves, by batch size."""
 
+    engine: str
     device: str
     layers: tuple[str, ...]
     """Paths of the L layers between which the stages lie."""
@@ -46,7 +48,8 @@ class Profile:
     @classmethod
     def load(cls, path: Path) -> Profile:
         data = json.loads(path.read_text())
-        return cls(data["device"], tuple(data["layers"]), tuple(data["sizes"]), tuple(map(tuple, data["stages"])))
+        return cls(data["engine"], data["device"], tuple(data["layers"]), tuple(data["sizes"]),
+                   tuple(map(tuple, data["stages"])))
 
     def seconds(self, size: int) -> float:
         """Return the time of the whole backbone for a batch of any size."""
@@ -68,17 +71,18 @@ class Profile:
         return Costs("seconds", batch_size, stages, heads)
 
 
-def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, device: str = "cpu",
-                     sizes: Sequence[int] = BATCH_SIZES) -> Profile:
+def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, engine: str = DEFAULT_ENGINE,
+                     device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> Profile:
     """Time every stage between the layers, one thread, stage after stage in each round.
 
     Args:
         backbone: on the device.
         layers: where it is cut.
+        engine: that executes it.
         device: a torch device.
         sizes: batch sizes, ascending.
     """
-    stages = split(backbone.graph, [layer.node for layer in layers])
+    stages = ENGINES[engine].compile(split(backbone.graph, [layer.node for layer in layers]))
     item = backbone.description.probe_input().to(device)
     by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
@@ -88,15 +92,15 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, de
             def one_round(batch: Tensor = batch) -> list[float]:
                 taken, x = [], batch
                 for stage in stages:
-                    seconds, x = _timed(stage, x, device)
+                    seconds, x = _timed(stage.forward, x, device)
                     taken.append(seconds)
                 return taken
 
             by_size.append([statistics.median(times) for times in zip(*_rounds(one_round))])
-    return Profile(device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)))
+    return Profile(engine, device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)))
 
 
-def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
+def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENGINE, device: str = "cpu",
                  sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
     """Return the seconds of an exit for each batch size: head, decision, and half of the batch leaves.
 
@@ -117,7 +121,7 @@ def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
     found = []
     with torch.no_grad(), one_thread():
         for size in sizes:
-            x = torch.rand(size, *layer.shape, device=device)
+            x = ENGINES[engine].arrange(torch.rand(size, *layer.shape, device=device))
 
             def one_round(x: Tensor = x) -> float:
                 return _timed(with_exit, x, device)[0] - _timed(without, x, device)[0]
@@ -135,7 +139,8 @@ class TimeCost:
     batch_size: int
 
     def __call__(self, head: Head, layer: CandidateLayer) -> float:
-        [seconds] = profile_exit(head, layer, device=self.profile.device, sizes=(self.batch_size,))
+        [seconds] = profile_exit(head, layer, engine=self.profile.engine, device=self.profile.device,
+                                 sizes=(self.batch_size,))
         return seconds / self.profile.seconds(self.batch_size)
 
 
