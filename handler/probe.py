@@ -30,8 +30,8 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
     allowed = model.engine.max_probe_error
     if not error <= allowed:  # also catches NaN
         raise ArchiveError(f"the backbone's scores are off by {error:.1e} from those stored in the archive (allowed "
-                           f"with the engine {model.engine.name}: {allowed:.0e}): the weights are damaged, or this device "
-                           "computes differently")
+                           f"with the engine {model.engine.name}: {allowed:.0e}): the weights are damaged, or this "
+                           "device computes differently")
     exits = [path for path, stage in zip(model.layers, model.stages) if stage.exit is not None]
     return {"probe": "ok", "relative_error": error.item(), "backbone": model.description.sha256, "exits": exits}
 

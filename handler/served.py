@@ -124,7 +124,8 @@ class ServedModel(nn.Module):
 
     def _exit(self, planned: PlannedExit, head: Head) -> Exit:
         scores = self.description.scores
-        return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature))
+        return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature),
+                    planned.shrink_from)
 
     def _tap(self, stage: int, activation: Tensor) -> None:
         if stage < len(self.layers):

@@ -69,7 +69,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     with replacing(run.judged) as scratch:
         judged.save(scratch)
     choice = choose(judged, options)
-    plan = make_plan(choice, judged, heads, material, description, options)
+    plan = make_plan(choice, judged, heads, material, description, options, profile)
     save_plan(run.root, plan, {one.layer.path: one.head for one in heads})
     report = make_report(model, material, heads, judged, choice, plan, (*left_out, *dropped), description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):

@@ -22,7 +22,7 @@ from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import Exit, Stage, run_with_exits
+from early_exit.handler.stages import Exit, Stage, run_with_exits, take_rows
 from early_exit.training.cost import Costs
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -44,16 +44,37 @@ class Profile:
     sizes: tuple[int, ...]
     stages: tuple[tuple[float, ...], ...]
     """For each of the L + 1 stages, for each size."""
+    shrinks: tuple[tuple[float, ...], ...]
+    """For each of the L layers, for each size: half of the rows are copied."""
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         data = json.loads(path.read_text())
         return cls(data["engine"], data["device"], tuple(data["layers"]), tuple(data["sizes"]),
-                   tuple(map(tuple, data["stages"])))
+                   tuple(map(tuple, data["stages"])), tuple(map(tuple, data["shrinks"])))
 
     def seconds(self, size: int) -> float:
         """Return the time of the whole backbone for a batch of any size."""
         return float(sum(for_counts(self.sizes, stage, size)[size] for stage in self.stages))
+
+    def shrink_from(self, layers: Sequence[str], batch_size: int) -> tuple[int, ...]:
+        """Return for each exit from how many answered rows of a full batch on a copy of the others pays.
+
+        It must pay by the next exit, where there is another chance. A batch that is answered whole just ends.
+
+        Args:
+            layers: paths of the exits of a plan, in order.
+            batch_size: of full batches.
+        """
+        positions = [self.layers.index(path) for path in layers]
+        found = []
+        for here, following in pairwise([*positions, len(self.layers)]):
+            rest = np.sum([for_counts(self.sizes, stage, batch_size)
+                           for stage in self.stages[here + 1:following + 1]], axis=0)
+            copied = for_counts(self.sizes, self.shrinks[here], 2 * batch_size)[::2]  # of 2k rows, k are copied
+            pays = (rest[-1] - rest > copied)[::-1]  # [n] when n were answered
+            found.append(next((n for n in range(1, batch_size) if pays[n:batch_size].all()), batch_size))
+        return tuple(found)
 
     def costs(self, layers: Sequence[str], exits: Sequence[Sequence[float]], batch_size: int) -> Costs:
         """Return the costs for batches of a size.
@@ -85,19 +106,25 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
     stages = ENGINES[engine].compile(split(backbone.graph, [layer.node for layer in layers]))
     item = backbone.description.probe_input().to(device)
     by_size: list[list[float]] = []
+    shrinks_by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
         for size in sizes:
             batch = item.expand(size, *item.shape[1:]).contiguous()
 
-            def one_round(batch: Tensor = batch) -> list[float]:
-                taken, x = [], batch
+            def one_round(batch: Tensor = batch) -> tuple[list[float], list[float]]:
+                taken, shrinking, x = [], [], batch
+                half = torch.arange(0, len(batch), 2, device=device)
                 for stage in stages:
                     seconds, x = _timed(stage.forward, x, device)
                     taken.append(seconds)
-                return taken
+                    shrinking.append(_timed(lambda x: take_rows(x, half), x, device)[0])
+                return taken, shrinking[:-1]
 
-            by_size.append([statistics.median(times) for times in zip(*_rounds(one_round))])
-    return Profile(engine, device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)))
+            taken, shrinking = zip(*_rounds(one_round))
+            by_size.append([statistics.median(times) for times in zip(*taken)])
+            shrinks_by_size.append([statistics.median(times) for times in zip(*shrinking)])
+    return Profile(engine, device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)),
+                   tuple(zip(*shrinks_by_size)))
 
 
 def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENGINE, device: str = "cpu",
