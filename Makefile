@@ -26,6 +26,7 @@ lint: install
 bench: install
 	$(BIN)/python -m tests.benchmarks.loop --json loop.json
 	$(BIN)/python -m tests.benchmarks.overhead --json overhead.json
+	$(BIN)/python -m tests.benchmarks.engine --json engine.json
 
 clean:
 	rm -rf .venv .typing build *.egg-info

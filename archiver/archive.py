@@ -47,6 +47,8 @@ class ArchiveRequest:
     extra_files: Sequence[Path] = field(default_factory=tuple)
     config: Path | None = None
     """Replaces the source's model-config.yaml."""
+    engine: str | None = None
+    """Written into model-config.yaml, its only owner: an archive without a plan is executed by an engine too."""
     request: Path | None = None
     """Body of a typical request."""
 
@@ -153,15 +155,26 @@ def _write_ours(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str
         save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
     layout.original_manifest.write_text(json.dumps(original, indent=1, sort_keys=True))
     config = asked.config or _existing(layout.root, original["model"].get("configFile"))
-    if config is not None:
-        try:
-            ServingConfig.from_model_config(yaml.safe_load(config.read_text()))
-        except (OSError, yaml.YAMLError) as error:
-            raise ArchiveError(f"cannot read the configuration {config}: {error}") from error
-        if config != layout.root / CONFIG_FILE:
-            shutil.copyfile(config, layout.root / CONFIG_FILE)
+    has_config = config is not None or asked.engine is not None
+    if has_config:
+        (layout.root / CONFIG_FILE).write_text(_configuration(config, asked.engine))
     layout.manifest.parent.mkdir(exist_ok=True)
-    layout.manifest.write_text(_manifest(asked, original, has_config=config is not None))
+    layout.manifest.write_text(_manifest(asked, original, has_config=has_config))
+
+
+def _configuration(config: Path | None, engine: str | None) -> str:
+    """Return the text of a valid model-config.yaml: the given one, with the engine where one is asked for."""
+    try:
+        text = config.read_text() if config else ""
+        content = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        raise ArchiveError(f"cannot read the configuration {config}: {error}") from error
+    ServingConfig.from_model_config(content)
+    if engine is None:
+        return text
+    content = {**(content or {}), "early_exit": {**((content or {}).get("early_exit") or {}), "engine": engine}}
+    ServingConfig.from_model_config(content)
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def _manifest(asked: ArchiveRequest, original: dict[str, Any], *, has_config: bool) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.inspect import describe, in_words
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import EarlyExitError
 
 
@@ -47,6 +48,8 @@ def _build(given: list[str]) -> int:
     parser.add_argument("--handler", help="for a factory or .pt2: a handler file or a built-in name")
     parser.add_argument("--extra-files", type=Path, nargs="*", default=[], help="for a factory or .pt2")
     parser.add_argument("--config", type=Path, help="model-config.yaml to use instead of the source's")
+    parser.add_argument("--engine", choices=list(ENGINES),
+                        help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
     parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
     options = parser.parse_args(given)
     target = build_archive(ArchiveRequest(**vars(options)),

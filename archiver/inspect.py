@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.handler.backbone import DESCRIPTION_FILE, BackboneDescription
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.handler.plan import ExitPlan, load_plan
+from early_exit.training.requests import archived_config
 
 
 def describe(mar: Path) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def describe(mar: Path) -> dict[str, Any]:
             "model": manifest["modelName"],
             "version": manifest["modelVersion"],
             "bytes": mar.stat().st_size,
+            "engine": ServingConfig.from_model_config(archived_config(layout)).engine,
             "handler": json.loads(layout.original_manifest.read_text())["model"]["handler"],
             "backbone": {
                 "sha256": backbone.sha256, "input_shape": backbone.input_shape, "n_classes": backbone.n_classes,
@@ -63,7 +66,7 @@ def in_words(mar: Path) -> str:
         f"{mar}  {found['bytes'] / 1e6:.1f} MB  {len(exits)} exits of {len(backbone['candidates'])} candidates",
         f"  model {found['model']} {found['version']}  handler {found['handler']}  input "
         f"{'x'.join(map(str, backbone['input_shape']))}  {backbone['n_classes']} classes  "
-        f"{backbone['flops'] / 1e6:.1f} MFLOPs  backbone {backbone['sha256'][:12]}",
+        f"{backbone['flops'] / 1e6:.1f} MFLOPs  engine {found['engine']}  backbone {backbone['sha256'][:12]}",
     ]
     width = max(len(layer["path"]) for layer in [*backbone["candidates"], *backbone["left_out"]])
     for layer in backbone["candidates"]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.pooling import Side
 
@@ -29,6 +30,8 @@ class ServingConfig:
 
     exits: bool = True
     """Whether the plan's exits are used; false answers every request in full."""
+    engine: str = DEFAULT_ENGINE
+    """How the backbone is executed; a name in `ENGINES`."""
     sampling_rate: float | None = None
     """Share of requests recorded, drawn independently of the input and run to the end whatever the exits
     say; by default 1 while the version has no exits and 0.05 once it has."""
@@ -58,6 +61,7 @@ class ServingConfig:
         for name in ("records_max_age_s", "seal_after_s"):
             _require(_is_number(getattr(self, name), int, float) and getattr(self, name) > 0, name,
                      "seconds above 0", getattr(self, name))
+        _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
         _require(not isinstance(self.pool, bool) and self.pool in POOL_SIDES, "pool", f"one of {POOL_SIDES}", self.pool)
         _require(self.records is None or (isinstance(self.records, str) and Path(self.records).is_absolute()),
                  "records", "an absolute path", self.records)

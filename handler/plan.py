@@ -36,6 +36,8 @@ class PlannedExit:
     """Fraction of the backbone's FLOPs spent when this layer has run, in (0, 1)."""
     head_cost: float
     """FLOPs of the head as a fraction of the backbone's."""
+    shrink_from: int = 1
+    """Fewest answered rows that are worth a copy of the others, by the times measured."""
 
     def policy(self) -> ConfidencePolicy:
         return ConfidencePolicy(self.temperature, self.threshold)

@@ -12,8 +12,6 @@ from early_exit.handler.stages import run_with_exits
 
 PROBE_HEADER = "X-Early-Exit-Probe"
 """A prediction request with this header is answered by `answer_probe` instead of the user's handler."""
-MAX_RELATIVE_ERROR = 1e-3
-"""Other processors round differently; a damaged weight shows up far above this."""
 
 
 def answer_probe(model: ServedModel) -> dict[str, Any]:
@@ -29,9 +27,11 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
         everything = torch.ones(1, dtype=torch.bool, device=device)
         answers = run_with_exits(batch, model.stages, shadow=everything)
     error = (answers.reference.cpu() - expected).abs().max() / expected.abs().max()
-    if not error <= MAX_RELATIVE_ERROR:  # also catches NaN
-        raise ArchiveError(f"the backbone's scores are off by {error:.1e} from those stored in the archive (allowed: "
-                           f"{MAX_RELATIVE_ERROR:.0e}): the weights are damaged, or this device computes differently")
+    allowed = model.engine.max_probe_error
+    if not error <= allowed:  # also catches NaN
+        raise ArchiveError(f"the backbone's scores are off by {error:.1e} from those stored in the archive (allowed "
+                           f"with the engine {model.engine.name}: {allowed:.0e}): the weights are damaged, or this "
+                           "device computes differently")
     exits = [path for path, stage in zip(model.layers, model.stages) if stage.exit is not None]
     return {"probe": "ok", "relative_error": error.item(), "backbone": model.description.sha256, "exits": exits}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import InputError
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
@@ -37,13 +38,15 @@ class ServedModel(nn.Module):
     """Maps (B, ...) input to (B, K) scores like the backbone, and lets confident rows leave early."""
 
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
-                 *, sampling_rate: float = 0.0, record_layers: int = 0, record_pool: Side = None) -> None:
+                 *, engine: str = DEFAULT_ENGINE, sampling_rate: float = 0.0, record_layers: int = 0,
+                 record_pool: Side = None) -> None:
         """Cut the backbone where something is read and attach the plan's heads.
 
         Args:
             backbone: on the device that serves.
             plan: none answers every row in full.
             heads: by layer path, one for each exit of the plan.
+            engine: how the backbone is executed; a name in `ENGINES`.
             sampling_rate: share of rows that run to the end whatever the exits say.
             record_layers: how many candidate layers the shadow rows' activations are kept of at most, besides
                 those with an exit; 0 keeps nothing.
@@ -65,8 +68,9 @@ class ServedModel(nn.Module):
         self._served: list[ServedBatch] = []
         self.is_computing = False
         """True while a batch that was taken is computed, and after that has failed."""
-        self._graph = backbone.graph
-        self._parts = nn.ModuleList(split(backbone.graph, [layer.node for layer in cuts]))
+        self.engine = ENGINES[engine]
+        # The backbone itself is not kept: an engine may have its own copy of the weights.
+        self._parts = nn.ModuleList(self.engine.compile(split(backbone.graph, [layer.node for layer in cuts])))
         self._heads = nn.ModuleList((heads or {}).values())
         exits = [self._exit(planned[path], (heads or {})[path]) if path in planned else None for path in self.layers]
         # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
@@ -86,7 +90,8 @@ class ServedModel(nn.Module):
             plan, tensors = load_plan(layout.plan)
             heads = build_heads(plan, tensors, backbone.description)
         records = config.records_folder() is not None
-        return cls(backbone, plan, heads, record_layers=config.layers if records else 0, record_pool=config.pool_side,
+        return cls(backbone, plan, heads, engine=config.engine, record_layers=config.layers if records else 0,
+                   record_pool=config.pool_side,
                    sampling_rate=config.sampling(has_exits=plan is not None) if records else 0.0).to(device)
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -99,7 +104,9 @@ class ServedModel(nn.Module):
         self._require_input(batch)
         self.is_computing = True
         if batch.requires_grad:  # an explanation follows the gradient through the whole backbone
-            scores: Tensor = self._graph(batch)
+            scores = batch
+            for part in self._parts:
+                scores = part(scores)
             self.is_computing = False
             return scores
         with torch.no_grad():
@@ -117,7 +124,8 @@ class ServedModel(nn.Module):
 
     def _exit(self, planned: PlannedExit, head: Head) -> Exit:
         scores = self.description.scores
-        return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature))
+        return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature),
+                    planned.shrink_from)
 
     def _tap(self, stage: int, activation: Tensor) -> None:
         if stage < len(self.layers):

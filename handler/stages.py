@@ -27,6 +27,8 @@ class Exit:
     policy: ExitPolicy
     answer: Callable[[Tensor], Tensor]
     """(B, K) logits -> (B, K) scores of the kind that the backbone returns."""
+    shrink_from: int = 1
+    """Fewest answered rows that are worth a copy of the others; fewer travel on, and are ignored from there on."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def run_with_exits(
     is_shadow = torch.zeros(n_rows, dtype=torch.bool, device=device) if shadow is None else shadow
     n_shadows = int(is_shadow.sum())
     left_after = torch.full((n_rows,), FULL, dtype=torch.int64, device=device)
-    rows, shadows = torch.arange(n_rows, device=device), is_shadow  # of the rows that still travel
+    # Of the rows that still travel: their number in the batch, whether they want an answer, whether they are shadows.
+    rows, waiting, shadows = torch.arange(n_rows, device=device), torch.ones_like(is_shadow), is_shadow
     pieces: list[tuple[Tensor, Tensor]] = []  # (rows, their answers)
     seconds: list[float] = []
     travelling = [batch]
@@ -83,26 +86,24 @@ def run_with_exits(
             observe(number, take_rows(x, shadows.nonzero().flatten()))
         if stage.exit is not None:
             logits = stage.exit.head(x)  # (rows, K)
-            hits = stage.exit.policy(logits)
-            if n_shadows:  # some may have been answered already
-                hits = hits & (left_after[rows] == FULL)
+            hits = stage.exit.policy(logits) & waiting
             hit = hits.nonzero().flatten()
             if len(hit):
                 answered = rows.index_select(0, hit)
                 pieces.append((answered, stage.exit.answer(logits.index_select(0, hit))))
                 left_after.index_fill_(0, answered, number)
-                stays = ~(hits & ~shadows) if n_shadows else ~hits
-                stay = stays.nonzero().flatten()
-                x, rows = take_rows(x, stay), rows.index_select(0, stay)
-                if n_shadows:
-                    shadows = shadows.index_select(0, stay)
+                waiting = waiting & ~hits
+                stay = (waiting | shadows).nonzero().flatten()
+                if not len(stay) or len(rows) - len(stay) >= stage.exit.shrink_from:
+                    x = take_rows(x, stay)
+                    rows, waiting, shadows = (of.index_select(0, stay) for of in (rows, waiting, shadows))
         seconds.append(time.perf_counter() - started)
         travelling.append(x)
         del x
         if n_rows and not len(rows):
             break
     else:
-        wait = (left_after[rows] == FULL).nonzero().flatten() if n_shadows else torch.arange(len(rows), device=device)
+        wait = waiting.nonzero().flatten()
         pieces.append((rows.index_select(0, wait), take_rows(travelling[0], wait)))
     outputs = torch.cat([answers for _, answers in pieces])[torch.cat([row for row, _ in pieces]).argsort()]
     reference = take_rows(travelling[0], shadows.nonzero().flatten()) if n_shadows else outputs[:0]

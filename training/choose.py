@@ -12,6 +12,7 @@ from early_exit.training.heads import TrainedHead
 from early_exit.training.judged import Judged
 from early_exit.training.material import Material
 from early_exit.training.options import TrainingOptions
+from early_exit.training.profile import Profile
 from early_exit.training.thresholds import (
     Candidates,
     Choice,
@@ -56,13 +57,16 @@ def pays(choice: Choice, tune: Candidates) -> bool:
 
 
 def make_plan(choice: Choice, judged: Judged, heads: Sequence[TrainedHead], material: Material,
-              backbone: BackboneDescription, options: TrainingOptions) -> ExitPlan:
-    """Write a choice down, with its certificate."""
+              backbone: BackboneDescription, options: TrainingOptions, profile: Profile | None = None) -> ExitPlan:
+    """Write a choice down, with its certificate; without a profile every answered row leaves its batch."""
+    layers = [heads[index].layer.path for index in choice.layers]
+    shrink_from = profile.shrink_from(layers, options.batch_size) if profile else (1,) * len(layers)
     exits = tuple(
         PlannedExit(layer=heads[index].layer.path, head=heads[index].head.spec, threshold=threshold,
                     temperature=judged.temperatures[index], cost=heads[index].layer.cost,
-                    head_cost=head_flops(heads[index].head, heads[index].layer.shape) / backbone.flops)
-        for index, threshold in zip(choice.layers, choice.thresholds))
+                    head_cost=head_flops(heads[index].head, heads[index].layer.shape) / backbone.flops,
+                    shrink_from=least)
+        for index, threshold, least in zip(choice.layers, choice.thresholds, shrink_from))
     found = outcome(choice, judged.certify)
     certificate = None
     if options.thresholds == "certified":
@@ -72,5 +76,6 @@ def make_plan(choice: Choice, judged: Judged, heads: Sequence[TrainedHead], mate
             p_value=risk_p_value(options.risk, found.losses, options.tolerance, options.delta),
             method=METHODS[options.risk], window=(material.time.min().item(), material.time.max().item()))
     costs = judged.certify.costs
-    return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, measure=costs.measure,
-                    batch_size=costs.batch_size, expected_cost=mean_cost(choice, found.exit, costs))
+    return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
+                    measure=costs.measure, batch_size=costs.batch_size,
+                    expected_cost=mean_cost(choice, found.exit, costs))

@@ -9,9 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from early_exit.handler.allocator import restart_with_allocator
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ConfigError, EarlyExitError
 from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.training.dataset import find_shards
@@ -22,6 +21,7 @@ from early_exit.training.page import html_page
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
 from early_exit.training.replay import AUGMENTATIONS, Replay
+from early_exit.training.requests import archived_config
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
 from early_exit.training.service import Service
@@ -130,21 +130,16 @@ def _options(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptio
                           f"{asked.search}: leave it out, or pass --search nni-service")
     service = Service.load(asked.service) if asked.service else Service()
     given = asked.space if searches or asked.search == "none" else Path(asked.search)
+    config = archived_config(archive)
     return TrainingOptions(
         tolerance=asked.tolerance, confidence=asked.confidence, thresholds=asked.thresholds, risk=asked.risk,
-        measure=asked.cost, batch_size=asked.batch_size or _batch_size(archive), measure_device=asked.measure_device,
+        measure=asked.cost, batch_size=asked.batch_size or int(config.get("batchSize", 1)),
+        engine=ServingConfig.from_model_config(config).engine, measure_device=asked.measure_device,
         layers=asked.layers, search=Search(asked.trials, seed=asked.seed) if searches else None,
         service=service if in_service else None,
         space=SearchSpace.load(given) if given else SearchSpace(),
         recipe=Distillation(seed=asked.seed, device=asked.train_device),
         replay=Replay(asked.replay, augmentations=tuple(asked.augment), seed=asked.seed) if asked.replay else None)
-
-
-def _batch_size(archive: ArchiveLayout) -> int:
-    """Return the batch size that an extracted archive is served with."""
-    name = json.loads(archive.manifest.read_text())["model"].get("configFile")
-    config = (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
-    return int(config.get("batchSize", 1))
 
 
 def _fraction(text: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from early_exit.training.profile import one_thread, timed
 from early_exit.training.rehearsal import Rehearsal
@@ -37,12 +37,12 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def latencies(graph: fx.GraphModule, rehearsal: Rehearsal, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
+def latencies(backbone: nn.Module, rehearsal: Rehearsal, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
               max_seconds: float = 60.0) -> Iterator[Latency]:
     """Yield the latency for each batch size, the plain backbone and the one with exits taking turns.
 
     Args:
-        graph: the plain backbone, on the device.
+        backbone: the plain backbone, on the device.
         rehearsal: the same with exits.
         exit_taken: (N,) position of the exit that each record takes, or -1; batches are drawn from them.
         sizes: batch sizes.
@@ -61,7 +61,7 @@ def latencies(graph: fx.GraphModule, rehearsal: Rehearsal, exit_taken: Tensor, s
                 batch = rehearsal.tell(exit_taken[torch.randint(len(exit_taken), (size,), generator=generator)])
                 # Who goes first alternates: the second finds warm caches.
                 for turn in ((plain, exits), (exits, plain))[number % 2]:
-                    run = graph if turn is plain else (lambda x: rehearsal(x).outputs)
+                    run = backbone if turn is plain else (lambda x: rehearsal(x).outputs)
                     turn.append(timed(run, batch, device)[0])
                 number += 1
             count = len(plain) - 1

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from early_exit.handler.engine import DEFAULT_ENGINE
 from early_exit.training.distill import Distillation
 from early_exit.training.replay import Replay
 from early_exit.training.risk import Risk
@@ -33,6 +34,8 @@ class TrainingOptions:
     """What the choice of exits saves: measured time, or FLOPs as in the paper."""
     batch_size: int = 8
     """Of the batches for which time is saved."""
+    engine: str = DEFAULT_ENGINE
+    """That will serve: what is measured is measured on it."""
     measure_device: str = "cpu"
     """Device on which time is measured: the one that will serve."""
     layers: int = 16

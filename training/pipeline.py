@@ -71,7 +71,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     with replacing(run.judged) as scratch:
         judged.save(scratch)
     choice = choose(judged, options)
-    plan = make_plan(choice, judged, heads, material, description, options)
+    plan = make_plan(choice, judged, heads, material, description, options, profile)
     save_plan(run.root, plan, {one.layer.path: one.head for one in heads})
     report = make_report(model, material, heads, judged, choice, plan, (*left_out, *dropped), description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):
@@ -143,7 +143,7 @@ def _profile(run: RunPaths, backbone: Backbone, layers: Sequence[CandidateLayer]
     if options.measure == "flops":
         return None
     if not run.profile.exists():
-        profile = profile_backbone(backbone, layers, device=options.measure_device)
+        profile = profile_backbone(backbone, layers, engine=options.engine, device=options.measure_device)
         with replacing(run.profile) as scratch:
             scratch.write_text(json.dumps(asdict(profile), indent=1))
     return Profile.load(run.profile)
@@ -155,5 +155,5 @@ def _costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: Back
     if profile is None:
         cost = FlopCost(backbone.flops)
         return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
-    exits = [profile_exit(one.head, one.layer, device=profile.device) for one in heads]
+    exits = [profile_exit(one.head, one.layer, engine=profile.engine, device=profile.device) for one in heads]
     return profile.costs([layer.path for layer in layers], exits, options.batch_size)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import Exit, Stage, run_with_exits
+from early_exit.handler.stages import Exit, Stage, run_with_exits, take_rows
 from early_exit.training.cost import Costs
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -36,21 +37,44 @@ T = TypeVar("T")
 class Profile:
     """Median seconds of steps on the engine that serves, by batch size."""
 
+    engine: str
     device: str
     layers: tuple[str, ...]
     """Paths of the L layers between which the stages lie."""
     sizes: tuple[int, ...]
     stages: tuple[tuple[float, ...], ...]
     """For each of the L + 1 stages, for each size."""
+    shrinks: tuple[tuple[float, ...], ...]
+    """For each of the L layers, for each size: half of the rows are copied."""
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         data = json.loads(path.read_text())
-        return cls(data["device"], tuple(data["layers"]), tuple(data["sizes"]), tuple(map(tuple, data["stages"])))
+        return cls(data["engine"], data["device"], tuple(data["layers"]), tuple(data["sizes"]),
+                   tuple(map(tuple, data["stages"])), tuple(map(tuple, data["shrinks"])))
 
     def seconds(self, size: int) -> float:
         """Return the time of the whole backbone for a batch of any size."""
         return float(sum(for_counts(self.sizes, stage, size)[size] for stage in self.stages))
+
+    def shrink_from(self, layers: Sequence[str], batch_size: int) -> tuple[int, ...]:
+        """Return for each exit from how many answered rows of a full batch on a copy of the others pays.
+
+        It must pay by the next exit, where there is another chance. A batch that is answered whole just ends.
+
+        Args:
+            layers: paths of the exits of a plan, in order.
+            batch_size: of full batches.
+        """
+        positions = [self.layers.index(path) for path in layers]
+        found = []
+        for here, following in pairwise([*positions, len(self.layers)]):
+            rest = np.sum([for_counts(self.sizes, stage, batch_size)
+                           for stage in self.stages[here + 1:following + 1]], axis=0)
+            copied = for_counts(self.sizes, self.shrinks[here], 2 * batch_size)[::2]  # of 2k rows, k are copied
+            pays = (rest[-1] - rest > copied)[::-1]  # [n] when n were answered
+            found.append(next((n for n in range(1, batch_size) if pays[n:batch_size].all()), batch_size))
+        return tuple(found)
 
     def costs(self, layers: Sequence[str], exits: Sequence[Sequence[float]], batch_size: int) -> Costs:
         """Return the costs for batches of a size.
@@ -68,35 +92,42 @@ class Profile:
         return Costs("seconds", batch_size, stages, heads)
 
 
-def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, device: str = "cpu",
-                     sizes: Sequence[int] = BATCH_SIZES) -> Profile:
+def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, engine: str = DEFAULT_ENGINE,
+                     device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> Profile:
     """Time every stage between the layers, one thread, stage after stage in each round.
 
     Args:
         backbone: on the device.
         layers: where it is cut.
+        engine: that executes it.
         device: a torch device.
         sizes: batch sizes, ascending.
     """
-    stages = split(backbone.graph, [layer.node for layer in layers])
+    stages = ENGINES[engine].compile(split(backbone.graph, [layer.node for layer in layers]))
     item = backbone.description.probe_input().to(device)
     by_size: list[list[float]] = []
+    shrinks_by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
         for size in sizes:
             batch = item.expand(size, *item.shape[1:]).contiguous()
 
-            def one_round(batch: Tensor = batch) -> list[float]:
-                taken, x = [], batch
+            def one_round(batch: Tensor = batch) -> tuple[list[float], list[float]]:
+                taken, shrinking, x = [], [], batch
+                half = torch.arange(0, len(batch), 2, device=device)
                 for stage in stages:
-                    seconds, x = timed(stage, x, device)
+                    seconds, x = timed(stage.forward, x, device)
                     taken.append(seconds)
-                return taken
+                    shrinking.append(timed(lambda x: take_rows(x, half), x, device)[0])
+                return taken, shrinking[:-1]
 
-            by_size.append([statistics.median(times) for times in zip(*_rounds(one_round))])
-    return Profile(device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)))
+            taken, shrinking = zip(*_rounds(one_round))
+            by_size.append([statistics.median(times) for times in zip(*taken)])
+            shrinks_by_size.append([statistics.median(times) for times in zip(*shrinking)])
+    return Profile(engine, device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)),
+                   tuple(zip(*shrinks_by_size)))
 
 
-def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
+def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENGINE, device: str = "cpu",
                  sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
     """Return the seconds of an exit for each batch size: head, decision, and half of the batch leaves.
 
@@ -117,7 +148,7 @@ def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
     found = []
     with torch.no_grad(), one_thread():
         for size in sizes:
-            x = torch.rand(size, *layer.shape, device=device)
+            x = ENGINES[engine].arrange(torch.rand(size, *layer.shape, device=device))
 
             def one_round(x: Tensor = x) -> float:
                 return timed(with_exit, x, device)[0] - timed(without, x, device)[0]
@@ -135,7 +166,8 @@ class TimeCost:
     batch_size: int
 
     def __call__(self, head: Head, layer: CandidateLayer) -> float:
-        [seconds] = profile_exit(head, layer, device=self.profile.device, sizes=(self.batch_size,))
+        [seconds] = profile_exit(head, layer, engine=self.profile.engine, device=self.profile.device,
+                                 sizes=(self.batch_size,))
         return seconds / self.profile.seconds(self.batch_size)
 
 

@@ -24,13 +24,13 @@ class Rehearsal:
     def __init__(self, backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head],
                  device: torch.device | str = "cpu") -> None:
         """Prepare the model on a device, where the backbone is already."""
-        served = ServedModel(backbone, plan, heads).to(device)
+        served = ServedModel(backbone, plan, heads, engine=plan.engine).to(device)
         self._device = device
         self._leaves: list[Tensor] = []
         self._item = backbone.description.probe_input().to(device)
         self._n_exits = len(plan.exits)
         self._stages = [Stage(stage.forward, stage.exit and Exit(
-            stage.exit.head, self._told(number, stage.exit.policy), stage.exit.answer))
+            stage.exit.head, self._told(number, stage.exit.policy), stage.exit.answer, stage.exit.shrink_from))
             for number, stage in enumerate(served.stages)]
 
     def tell(self, exits: Tensor) -> Tensor:

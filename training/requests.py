@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import InnerHandler, load_inner_handler
+from early_exit.handler.layout import ArchiveLayout
 
 
 class _ModelReached(BaseException):
@@ -101,6 +104,12 @@ def worker_context(folder: Path, manifest: dict[str, Any]) -> Any:
     context.request_ids = {0: "sample"}
     context.request_processor = [RequestProcessor({})]
     return context
+
+
+def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
+    """Return the model-config.yaml of an extracted archive; empty where it has none."""
+    name = json.loads(archive.manifest.read_text())["model"].get("configFile")
+    return (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
 
 
 @contextmanager

@@ -226,3 +226,10 @@ def test_a_users_mistake_is_a_message_and_status_1(tmp_path: Path, capsys: pytes
     assert main([str(tmp_path / "missing.mar")]) == 1
     assert "missing.mar" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
+
+
+def test_the_asked_engine_is_stored_and_kept_by_later_archives(recorder_mar: Path, tmp_path: Path) -> None:
+    eager = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, engine="eager"))
+    assert describe(recorder_mar)["engine"] == "folded"
+    again = build_archive(ArchiveRequest(str(eager), tmp_path))
+    assert describe(eager)["engine"] == describe(again)["engine"] == "eager"

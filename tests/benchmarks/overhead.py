@@ -23,6 +23,7 @@ from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.isolation import Served
 from early_exit.handler.metrics import ServingMetrics
 from early_exit.handler.recorder import RecordWriter
@@ -54,13 +55,14 @@ def main() -> int:
 def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int]) -> dict[str, Any]:
     """Return the largest difference of the answers and the cost ratios by batch size."""
     backbone = Backbone.from_module(model.eval(), input_shape)
-    plain, served = backbone.graph, ServedModel(backbone)
+    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone.graph), ServedModel(backbone)
     found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}}
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
         for size in BATCHES:
             inputs = [torch.randn(size, *input_shape) for _ in range(4)]
             rounds = [inputs[number % 4] for number in range(n_rounds[size])]
-            found["max_error"] = max(found["max_error"], (plain(inputs[0]) - served(inputs[0])).abs().max().item())
+            error = (backbone.graph(inputs[0]) - served(inputs[0])).abs().max().item()
+            found["max_error"] = max(found["max_error"], error)
             without, recording = serving(backbone, size, None), serving(backbone, size, Path(scratch))
             found["no_exit_ratio"][size] = cpu_ratio(plain, served, rounds)
             found["recording_ratio"][size] = cpu_ratio(without, recording, rounds)

@@ -25,7 +25,7 @@ from early_exit.handler.candidates import spread_over
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.stages import Exit
 from early_exit.training.choose import choose, make_plan
-from early_exit.training.cost import Costs, flop_costs, head_flops
+from early_exit.training.cost import Costs, FlopCost, flop_costs
 from early_exit.training.dataset import Part, find_shards, load_traffic
 from early_exit.training.heads import TrainedHead, find_architectures, train_heads
 from early_exit.training.judged import judge
@@ -33,7 +33,7 @@ from early_exit.training.labels import load_labels
 from early_exit.training.material import Material, prepare
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.profile import profile_backbone, profile_exit
+from early_exit.training.profile import Profile, TimeCost, profile_backbone, profile_exit
 from early_exit.training.replay import Replay, replay_records
 from early_exit.training.requests import preprocessing
 from early_exit.training.risk import Risk
@@ -85,7 +85,7 @@ class Bench:
     """The default architecture, trained with replay."""
     plain: list[TrainedHead]
     """The default architecture, trained on the records alone."""
-    stage_costs: Callable[[Sequence[TrainedHead], str, int], Costs]
+    profile: Profile
 
     @classmethod
     def prepare(cls, subject: Subject, folder: Path, n_trials: int) -> Bench:
@@ -101,20 +101,7 @@ class Bench:
             replayed = replay_records(RunPaths(folder / "searched").material, traffic, layers, backbone, handler,
                                       options.replay or Replay())
         profile = profile_backbone(backbone, layers)
-
-        def costs(heads: Sequence[TrainedHead], measure: str, batch_size: int) -> Costs:
-            if measure == "flops":
-                flops = backbone.description.flops
-                return flop_costs([one.layer for one in heads],
-                                  [head_flops(one.head, one.layer.shape) / flops for one in heads])
-            exits = [profile_exit(one.head, one.layer) for one in heads]
-            return profile.costs([one.layer.path for one in heads], exits, batch_size)
-
-        whole = profile.seconds(options.batch_size)
-
-        def head_cost(head: Any, layer: Any) -> float:
-            return profile_exit(head, layer, sizes=(BATCH,))[0] / whole
-
+        head_cost = TimeCost(profile, BATCH)
         _say(subject, "searching")
         found, _ = find_architectures(RunPaths(folder / "searched"), replayed, options, head_cost)
         _say(subject, "training")
@@ -124,7 +111,7 @@ class Bench:
         for name, material in (("default", replayed), ("plain", recorded)):
             found, _ = find_architectures(RunPaths(folder / name), material, without, head_cost)
             both.append(train_heads(RunPaths(folder / name), material, without, found, head_cost))
-        return cls(subject, options, recorded, replayed, searched, *both, costs)
+        return cls(subject, options, recorded, replayed, searched, *both, profile)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return every method's row."""
@@ -164,13 +151,22 @@ class Bench:
         labels = None
         if options.risk is Risk.ACCURACY:
             labels = load_labels(self.subject.labels, material.request, material.n_classes)
-        costs = self.stage_costs(heads, options.measure, options.batch_size)
-        judged = judge(material, heads, costs, options.risk, labels)
+        judged = judge(material, heads, self._costs(heads, options), options.risk, labels)
         choice = choose(judged, options)
-        plan = make_plan(choice, judged, heads, material, self.subject.backbone.description, options)
+        plan = make_plan(choice, judged, heads, material, self.subject.backbone.description, options,
+                         None if options.measure == "flops" else self.profile)
         by_path = {one.layer.path: one.head for one in heads}
-        return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), lambda logits: logits)
+        return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), lambda logits: logits,
+                                      planned.shrink_from)
                       for planned in plan.exits}
+
+    def _costs(self, heads: Sequence[TrainedHead], options: TrainingOptions) -> Costs:
+        layers = [one.layer for one in heads]
+        if options.measure == "flops":
+            cost = FlopCost(self.subject.backbone.description.flops)
+            return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
+        exits = [profile_exit(one.head, one.layer) for one in heads]
+        return self.profile.costs([layer.path for layer in layers], exits, options.batch_size)
 
     def _labelled(self) -> LabelledRecords:
         material = self.recorded

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.graph import split
 from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
 from early_exit.training.ltma import AllocationCounter, ltma
@@ -34,7 +35,9 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
         more: further columns.
     """
     layers = [layer for layer in subject.backbone.description.candidates if layer.path in exits]
-    parts = split(subject.backbone.graph, [layer.node for layer in layers])
+    engine = ENGINES[DEFAULT_ENGINE]
+    plain = engine.unsplit(subject.backbone.graph)
+    parts = engine.compile(split(subject.backbone.graph, [layer.node for layer in layers]))
     ends: list[Exit | None] = [exits[layer.path] for layer in layers]
     stages = [Stage(part.forward, end) for part, end in zip(parts, [*ends, None])]
     counter = AllocationCounter()
@@ -57,21 +60,21 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
         "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
                  for number, name in enumerate(names)},
         "flops_ratio": _flops_ratio(taken, [layer.cost for layer in layers], heads),
-        "cpu_time_ratio": _time_ratios(subject, stages),
-        "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(subject.backbone.graph, one_batch) / len(one_batch)),
+        "cpu_time_ratio": _time_ratios(subject, plain, stages),
+        "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(plain, one_batch) / len(one_batch)),
         "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), subject.truth[left])),
         "size_ratio": 1 + sum(_parameters(exits[layer.path]) for layer in layers) / parameters,
         **more,
     }
 
 
-def _time_ratios(subject: Subject, stages: Sequence[Stage]) -> dict[str, float]:
-    """Return CPU time with exits / CPU time of the plain backbone by batch size; one thread, interleaved."""
+def _time_ratios(subject: Subject, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
+    """Return CPU time with exits / CPU time of the plain backbone on the same engine by batch size; one thread, interleaved."""
     def exiting(batch: Tensor) -> Answers:
         return run_with_exits(batch, stages)
 
     with one_thread(), torch.no_grad():
-        return {str(size): cpu_ratio(subject.backbone.graph, exiting, subject.inputs.split(size)[:n_rounds])
+        return {str(size): cpu_ratio(plain, exiting, subject.inputs.split(size)[:n_rounds])
                 for size, n_rounds in ROUNDS.items()}
 
 

@@ -19,6 +19,7 @@ def test_a_missing_block_gives_the_defaults() -> None:
     ({"nonsense": 1}, "early_exit.nonsense .* expected one of exits"),
     ({"sampling_rate": 1.5}, "early_exit.sampling_rate .* fraction in .* found 1.5"),
     ({"sampling_rate": True}, "early_exit.sampling_rate"),
+    ({"engine": "fast"}, "early_exit.engine .* expected one of folded, eager.*found 'fast'"),
     ({"pool": 3}, "early_exit.pool .* found 3"),
     ({"pool": True}, "early_exit.pool"),
     ({"layers": 0}, "early_exit.layers .* at least 1"),

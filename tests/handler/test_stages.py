@@ -13,7 +13,7 @@ from early_exit.handler.stages import FULL, Exit, Stage, run_with_exits, take_ro
 N_FEATURES, N_CLASSES = 6, 4
 
 
-def three_stages(*thresholds: float) -> list[Stage]:
+def three_stages(*thresholds: float, shrink_from: int = 1) -> list[Stage]:
     """Return three stages in float64, where the batch cannot tip a confidence over its threshold."""
     torch.manual_seed(0)
     stages = []
@@ -21,7 +21,7 @@ def three_stages(*thresholds: float) -> list[Stage]:
         head = nn.Linear(N_FEATURES, N_CLASSES).double()
         policy = ConfidencePolicy(temperature=0.3, threshold=threshold)
         stages.append(Stage(nn.Sequential(nn.Linear(N_FEATURES, N_FEATURES), nn.Tanh()).double(),
-                            Exit(head, policy, lambda logits: logits / 0.3)))
+                            Exit(head, policy, lambda logits: logits / 0.3, shrink_from)))
     return [*stages, Stage(nn.Linear(N_FEATURES, N_CLASSES).double())]
 
 
@@ -31,13 +31,14 @@ def inputs(n_rows: int, seed: int = 0) -> Tensor:
 
 @settings(deadline=None, max_examples=150)
 @given(sizes=st.lists(st.integers(0, 7), max_size=5), seed=st.integers(0, 1000),
-       thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)), shadow_rate=st.sampled_from([0.0, 0.3, 1.0]))
+       thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)), shadow_rate=st.sampled_from([0.0, 0.3, 1.0]),
+       shrink_from=st.integers(1, 9))
 @torch.no_grad()
 def test_any_split_of_any_batch_gives_the_same_answers(
-        sizes: list[int], seed: int, thresholds: tuple[float, float], shadow_rate: float) -> None:
+        sizes: list[int], seed: int, thresholds: tuple[float, float], shadow_rate: float, shrink_from: int) -> None:
     stages, batch = three_stages(*thresholds), inputs(sum(sizes), seed)
     shadow = torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < shadow_rate
-    together = run_with_exits(batch, stages, shadow=shadow)
+    together = run_with_exits(batch, three_stages(*thresholds, shrink_from=shrink_from), shadow=shadow)
     apart = [run_with_exits(part, stages) for part in batch.split(sizes)]
     expected = torch.cat([answers.outputs for answers in apart]) if apart else together.outputs
     torch.testing.assert_close(together.outputs, expected)
@@ -64,6 +65,23 @@ def test_when_all_leave_at_the_first_exit_no_later_stage_runs() -> None:
     answers = run_with_exits(inputs(5), [first, Stage(never), Stage(never)])
     assert answers.stages.tolist() == [0] * 5
     assert len(answers.stage_seconds) == 1
+
+
+@torch.no_grad()
+def test_rows_leave_the_batch_only_when_enough_of_them_are_answered() -> None:
+    batch = inputs(20)
+    seen: list[int] = []
+
+    def watched(stage: Stage) -> Stage:
+        return Stage(lambda x: (seen.append(len(x)), stage.forward(x))[1], stage.exit)
+
+    plain = run_with_exits(batch, three_stages(0.6, 0.4))
+    n_first, n_second = (int((plain.stages == stage).sum()) for stage in (0, 1))
+    assert n_first and n_second and n_first + n_second < 20, "the test needs rows that leave at each exit"
+    answers = run_with_exits(batch, [watched(one) for one in three_stages(0.6, 0.4, shrink_from=n_first + n_second)])
+    assert seen == [20, 20, 20 - n_first - n_second]
+    torch.testing.assert_close(answers.outputs, plain.outputs)
+    assert torch.equal(answers.stages, plain.stages)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.handler.served import ServedModel
+from early_exit.training.requests import archived_config
 
 
 def served_model(mar: Path) -> ServedModel:
@@ -15,4 +16,5 @@ def served_model(mar: Path) -> ServedModel:
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
-        return ServedModel.load(layout, ServingConfig())
+        engine = ServingConfig.from_model_config(archived_config(layout)).engine
+        return ServedModel.load(layout, ServingConfig(engine=engine))

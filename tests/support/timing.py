@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,3 +23,26 @@ def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], round
             taken[function] = time.process_time() - started
         ratios.append(taken[second] / taken[first])
     return statistics.median(ratios)
+
+
+def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T]) -> dict[str, list[float]]:
+    """Return each arm's CPU seconds for every round, after a warm-up; run it in `one_thread`.
+
+    The arms of a round run one after the other, and another one goes first each time.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for arm in arms.values():
+        arm(rounds[0])
+    names = list(arms)
+    for number, item in enumerate(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.process_time()
+            arms[name](item)
+            seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def median_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
+    """Return the median over rounds of seconds / of."""
+    return statistics.median(one / other for one, other in zip(seconds, of))

@@ -1,0 +1,91 @@
+"""Rewrites a stage so that it computes the same in less time: batch norms folded, convolutions channels_last."""
+
+from __future__ import annotations
+
+import copy
+from operator import attrgetter
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Argument
+
+_ATEN = torch.ops.aten
+_CONVOLUTIONS = {_ATEN.conv1d.default, _ATEN.conv1d.padding, _ATEN.conv2d.default, _ATEN.conv2d.padding,
+                 _ATEN.conv3d.default, _ATEN.conv3d.padding}
+
+
+def fold(stage: fx.GraphModule) -> fx.GraphModule:
+    """Return a stage that computes what `stage` computes, up to rounding.
+
+    A batch norm at inference is an affine map of each channel; where nothing else reads the convolution before
+    it, the map goes into that convolution's weight and bias. What is not rewritten is shared with `stage`.
+    """
+    module = fx.GraphModule(stage, copy.deepcopy(stage.graph))
+    for node in list(module.graph.nodes):
+        if node.target is _ATEN.batch_norm.default:
+            _fold_batch_norm(module, node)
+    for node in module.graph.nodes:
+        if node.target in _CONVOLUTIONS:
+            _order_channels_last(module, node)
+        elif node.target is _ATEN.view.default and not any(_writes_to(user, node) for user in node.users):
+            node.target = _ATEN.reshape.default  # not every shape is a view of channels_last memory
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    return fx.GraphModule(module, module.graph)  # keeps only the parameters that are still read
+
+
+def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
+    """Fold a batch norm into the convolution before it, if that one has known weights and no other reader."""
+    convolution, *statistics = norm.args[:5]
+    if not isinstance(convolution, fx.Node) or convolution.target not in _CONVOLUTIONS or len(convolution.users) > 1:
+        return
+    known = [_constant(module, value) for value in statistics]
+    weight, bias = _constant(module, convolution.args[1]), _constant(module, _argument(convolution, 2))
+    # A bias that is computed, or an argument given by name, is rare enough to be left alone.
+    computed = isinstance(_argument(convolution, 2), fx.Node) and bias is None
+    if weight is None or known[2] is None or known[3] is None or computed or norm.kwargs or convolution.kwargs:
+        return
+    gamma, beta, mean, variance = (None if value is None else value.double() for value in known)
+    assert mean is not None and variance is not None
+    scale = (variance + float(norm.args[7])).rsqrt()  # type: ignore[arg-type]
+    scale = scale if gamma is None else scale * gamma
+    shift = (-mean if bias is None else bias.double() - mean) * scale
+    shift = shift if beta is None else shift + beta
+    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    with module.graph.inserting_before(convolution):
+        convolution.args = (convolution.args[0], _attach(module, f"{norm.name}_weight", folded.to(weight.dtype)),
+                            _attach(module, f"{norm.name}_bias", shift.to(weight.dtype)), *convolution.args[3:])
+    norm.replace_all_uses_with(convolution)
+    module.graph.erase_node(norm)
+
+
+def _order_channels_last(module: fx.GraphModule, convolution: fx.Node) -> None:
+    """Store a 2-d convolution's weight channels_last: the convolution then reads and writes channels_last maps."""
+    weight = _constant(module, convolution.args[1])
+    if weight is None or weight.dim() != 4:
+        return
+    ordered = weight.detach().contiguous(memory_format=torch.channels_last)
+    with module.graph.inserting_before(convolution):
+        convolution.update_arg(1, _attach(module, f"{convolution.name}_ordered", ordered))
+
+
+def _attach(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return module.graph.get_attr(name)
+
+
+def _argument(node: fx.Node, index: int) -> Argument:
+    return node.args[index] if len(node.args) > index else None
+
+
+def _constant(module: fx.GraphModule, value: Argument) -> Tensor | None:
+    """Return the parameter or buffer that a node reads, or None where it computes something."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    found = attrgetter(str(value.target))(module)
+    return found.detach() if isinstance(found, Tensor) else None
+
+
+def _writes_to(user: fx.Node, view: fx.Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    return schema is not None and schema.is_mutable and view in user.args

@@ -1,0 +1,47 @@
+"""The profile: what was measured decides from how many answered rows on a batch is made smaller."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from early_exit.handler.backbone import Backbone
+from early_exit.training.profile import Profile, profile_backbone
+
+SIZES = (1, 2, 4, 8)
+IN_PROPORTION = (1.0, 2.0, 4.0, 8.0)
+ONE_PRICE = (1.0, 1.0, 1.0, 1.0)
+
+
+def measured(stages: tuple[tuple[float, ...], ...], shrinks: tuple[tuple[float, ...], ...]) -> Profile:
+    return Profile("folded", "cpu", ("a", "b"), SIZES, stages, shrinks)
+
+
+@pytest.mark.parametrize(("after", "copying", "least"), [
+    (IN_PROPORTION, (0.0, 0.1, 0.2, 0.4), 1),  # a copy costs a tenth of a row's work
+    (IN_PROPORTION, (1.0, 2.0, 4.0, 8.0), 6),  # two for each of the 8 - n that stay, against one for each of n
+    (ONE_PRICE, (0.0, 0.1, 0.2, 0.4), 8),  # whoever travels, the stage costs the same
+])
+def test_rows_leave_where_what_follows_saves_more_than_the_copy_costs(
+        after: tuple[float, ...], copying: tuple[float, ...], least: int) -> None:
+    profile = measured((IN_PROPORTION, after, after), (copying, copying))
+    assert profile.shrink_from(["a", "b"], 8) == (least, least)
+
+
+def test_only_what_comes_before_the_next_exit_counts() -> None:
+    profile = measured((IN_PROPORTION, ONE_PRICE, IN_PROPORTION), ((0.0, 0.1, 0.2, 0.4),) * 2)
+    assert profile.shrink_from(["a", "b"], 8) == (8, 1)
+    assert profile.shrink_from(["a"], 8) == (1,)
+
+
+@pytest.mark.parametrize("engine", ["folded", "eager"])
+def test_every_stage_and_copy_is_timed_on_the_engine_that_serves(engine: str) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone.from_module(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                                                  nn.Flatten(), nn.Linear(8 * 144, 5)), (3, 16, 16))
+    layers = backbone.description.candidates
+    profile = profile_backbone(backbone, layers, engine=engine, sizes=(1, 4))
+    assert profile.engine == engine
+    assert len(profile.stages) == len(layers) + 1 and len(profile.shrinks) == len(layers)
+    assert all(len(one) == 2 and min(one) > 0 for one in profile.stages)
