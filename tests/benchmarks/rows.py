@@ -69,7 +69,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
 
 
 def _time_ratios(subject: Subject, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
-    """Return CPU time with exits / CPU time of the plain backbone on the same engine by batch size; one thread, interleaved."""
+    """Return CPU time with exits / of the plain backbone on this engine, by batch size; one thread, interleaved."""
     def exiting(batch: Tensor) -> Answers:
         return run_with_exits(batch, stages)
 
