@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit
@@ -21,6 +22,7 @@ from early_exit.training.thresholds import (
     mean_cost,
     outcome,
     paper_choice,
+    safer_settings,
 )
 
 
@@ -34,8 +36,10 @@ def choose(judged: Judged, options: TrainingOptions) -> Choice:
     path = certified_path(tune, options.tolerance, options.delta, len(certify))
     p_values = (risk_p_value(options.risk, outcome(choice, certify).losses, options.tolerance, options.delta)
                 for choice in path)
-    deployed = path[walk(p_values, options.delta)]
-    return deployed if pays(deployed, tune) else Choice((), ())
+    index = walk(p_values, options.delta)
+    if not pays(path[index], tune):
+        return Choice((), ())
+    return replace(path[index], safer=safer_settings(path, index, tune))
 
 
 def pays(choice: Choice, tune: Candidates) -> bool:
@@ -62,4 +66,5 @@ def make_plan(choice: Choice, judged: Judged, heads: Sequence[TrainedHead], mate
             method=METHODS[options.risk], window=(material.time.min().item(), material.time.max().item()))
     costs = judged.certify.costs
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, measure=costs.measure,
-                    batch_size=costs.batch_size, expected_cost=mean_cost(choice, found.exit, costs))
+                    batch_size=costs.batch_size, expected_cost=mean_cost(choice, found.exit, costs),
+                    safer=choice.safer)
