@@ -27,6 +27,8 @@ class VersionStatus:
     pending_requests: int
     """In the version's queue; those that a worker has taken are not counted."""
     max_batch_delay_s: float
+    file_name: str
+    """Of its archive in the model store."""
 
 
 class Management:
@@ -40,6 +42,9 @@ class Management:
             key_file: TorchServe's key_file.json; none when its token authorisation is off.
         """
         self._addresses, self._key_file = addresses, key_file
+
+    def __str__(self) -> str:
+        return self._addresses.management
 
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
@@ -97,7 +102,8 @@ def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
         version=version["modelVersion"], is_default=version["modelVersion"] == default_version,
         n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in workers),
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
-        max_batch_delay_s=version["maxBatchDelay"] / 1000)
+        max_batch_delay_s=version["maxBatchDelay"] / 1000,
+        file_name=version["modelUrl"].rsplit("/", 1)[-1])
 
 
 def _json(response: requests.Response) -> Any:

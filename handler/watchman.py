@@ -19,6 +19,7 @@ from early_exit.handler.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
+MONITOR_FILES = "monitor-*.json"
 _SHARE_EVERY_S = 1.0
 _MOST_UNSHARED = 10_000
 

@@ -23,6 +23,7 @@ from early_exit.training.replay import AUGMENTATIONS, Replay
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
 from early_exit.training.service import Service
+from early_exit.training.sources import local_folders
 from early_exit.training.space import SearchSpace
 
 
@@ -36,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             archive = ArchiveLayout(Path(scratch))
             extract(options.archive, archive.root)
-            report = train(model, archive, find_shards(options.records, model, backbone), _options(options, archive),
-                           RunPaths(options.to), labels=options.labels,
+            run = RunPaths(options.to)
+            shards = find_shards(local_folders(options.records, run.remote), model, backbone)
+            report = train(model, archive, shards, options_of(options, archive), run, labels=options.labels,
                            say=lambda line: print(f"ee-train: {line}", file=sys.stderr))
     except EarlyExitError as error:
         print(f"ee-train: {error}", file=sys.stderr)
@@ -47,14 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
         "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
         "and a certificate. A stopped run continues where it was.")
-    parser.add_argument("records", type=Path, help="the records folder that ee-serve printed")
+    parser.add_argument("records", nargs="+", metavar="RECORDS", help="records folders, as ee-serve printed them, or "
+                        "URLs such as s3://bucket/records")
     parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
     parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")
     parser.add_argument("--json", action="store_true", help="print the report for machines")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a run can be asked for; `options_of` reads it."""
+    defaults = TrainingOptions()
     promise = parser.add_argument_group("what is promised")
     promise.add_argument("--tolerance", type=_fraction, default=defaults.tolerance,
                          help="largest expected loss of an answer (%(default)s)")
@@ -87,10 +96,14 @@ def _parser() -> argparse.ArgumentParser:
                        help="how (all of %(choices)s)")
     heads.add_argument("--train-device", default=Distillation().device, help="for training (%(default)s)")
     heads.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    return parser
 
 
-def _options(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:
+def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:
+    """Return the options that were asked for, with the batch size that an extracted archive is served with.
+
+    Raises:
+        ConfigError: they contradict each other, or a file cannot be read.
+    """
     searches, in_service = asked.search in ("nni", "nni-service"), asked.search == "nni-service"
     if asked.service and not in_service:
         raise ConfigError("--service says where --search nni-service runs its trials, but the search is "

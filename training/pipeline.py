@@ -86,7 +86,7 @@ def _material(archive: ArchiveLayout, backbone: Backbone, shards: list[Path], op
     if run.material.index.exists():  # the shards may have gone in the meantime
         material = Material.load(run.material)
     else:
-        traffic = load_traffic(shards)
+        traffic = load_traffic(shards, options.fresh_after)
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps(inputs, indent=1))
