@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +30,12 @@ class Standing:
     model: str
     version: str
     registered: tuple[str, ...]
-    """All versions that the server has."""
+    """All versions that the server has of it."""
     archive: Path
     backbone: BackboneDescription
     plan: ExitPlan | None
     shards: tuple[Path, ...]
+    """Those that can be read: a damaged one must not stop the loop."""
     times: Tensor
     """(N,) float64: when each record of this backbone was made, Unix seconds, ascending."""
     monitors: tuple[MonitorState, ...]
@@ -83,8 +85,10 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
         shards = find_shards(folders, model, backbone)
     except RecordError:
         shards = []
+    times = _times(shards)
     return Standing(model, served.version, tuple(one.version for one in versions), archive, backbone, plan,
-                    tuple(shards), _times(shards), _monitors(folders, model, served.version, backbone, plan))
+                    tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
+                    _monitors(folders, model, served.version, backbone, plan))
 
 
 def _plan(archive: Path) -> ExitPlan | None:
@@ -94,14 +98,13 @@ def _plan(archive: Path) -> ExitPlan | None:
         return load_plan(layout.plan)[0] if layout.plan.exists() else None
 
 
-def _times(shards: Sequence[Path]) -> Tensor:
-    found = [torch.empty(0, dtype=torch.float64)]
+def _times(shards: Sequence[Path]) -> dict[Path, Tensor]:
+    """Return when the records of each shard were made, but for shards that are damaged or have just gone."""
+    times = {}
     for shard in shards:
-        try:
-            found.append(read_shard(shard, []).time)
-        except RecordError:  # damaged, or deleted by a server's retention in the meantime
-            continue
-    return torch.cat(found).sort().values
+        with contextlib.suppress(RecordError):
+            times[shard] = read_shard(shard, []).time
+    return times
 
 
 def _monitors(folders: Sequence[Path], model: str, version: str, backbone: BackboneDescription,
