@@ -67,7 +67,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def read_token(key_file: Path, kind: str) -> str:
-    """Return the 'management' or 'inference' token of TorchServe's key file.
+    """Return the 'management', 'inference' or 'API' token of TorchServe's key file.
 
     Raises:
         ServerError: the file is missing or not a key file.

@@ -13,6 +13,8 @@ from early_exit.handler.errors import ServerError
 from early_exit.handler.probe import PROBE_HEADER
 
 _TIMEOUT_S = 30.0
+_TOKEN_REFUSED = "Token"
+"""In TorchServe's answer to a token that is wrong or has expired."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ class Management:
         return response.content
 
     def _call(self, method: str, url: str, *, key: str = "management", headers: dict[str, str] | None = None,
+              params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:
+        def send() -> requests.Response:
+            return self._send(method, url, key, headers=headers or {}, params=params, data=data)
+
+        response = send()
+        if self._key_file and response.status_code in (400, 401) and _TOKEN_REFUSED in response.text:
+            # A watcher outlives its tokens. TorchServe writes the new one into its key file, and accepts the token for
+            # this from that file only.
+            self._send("GET", f"{self._addresses.management}/token", "API", params={"type": key})
+            response = send()
+        return response
+
+    def _send(self, method: str, url: str, key: str, *, headers: dict[str, str] | None = None,
               params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:
         token = {"Authorization": f"Bearer {read_token(self._key_file, key)}"} if self._key_file else {}
         try:

@@ -37,7 +37,7 @@ from tests.benchmarks.subjects import Subject, resnet18
 from tests.support.cifar import DataMissing, as_batch, load_requests
 from tests.support.corrupt import corrupted
 
-STRENGTHS = {"blur": (0.6, 0.9, 1.3), "noise": (0.03, 0.06, 0.1), "contrast": (0.4, 0.6, 0.8)}
+STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.1, 0.2, 0.3), "contrast": (0.5, 0.75, 0.9)}
 QUIET = 500
 """Clean shadow samples before a stream turns bad."""
 LIMIT = 3000

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.audit import only_watcher
 from early_exit.archiver.management import Management
 from early_exit.archiver.server import TorchServe
 from early_exit.archiver.triggers import Terms
@@ -111,3 +115,51 @@ def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watc
     events = watched.audit.read()
     assert events[-3]["event"] == "attempt" and events[-3]["reason"] == "alarm"
     assert events[-1]["event"] == "rolled", events[-1]
+
+
+def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched) -> None:
+    serve(server, [corrupted(body, "contrast", 0.95) for body in clean(600, seed=25)])
+    Watcher(watched).tick()
+    events = watched.audit.read()
+    assert [event["event"] for event in events[-2:]] == ["taking back", "rolled back"], events[-2:]
+    assert events[-2]["alarms"][0]["mean_loss"] > TOLERANCE
+    assert {reply.version for reply in serve(server, clean(20, seed=26))} == {"3.0"}
+
+
+def run(server: TorchServe, watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "early_exit.archiver.watch", *arguments, "digits", "--records",
+               *watched.sources, "--model-store", str(watched.store), "--state", str(watched.state), "--server",
+               f"{server.addresses.inference},{server.addresses.management}", "--tokens", str(server.key_file),
+               "--tolerance", str(TOLERANCE)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_status_and_dry_run_tell_where_things_stand_and_change_nothing(server: TorchServe, watched: Watched) -> None:
+    before = watched.audit.path.read_bytes()
+    for arguments in (("status",), ("--dry-run",)):
+        told = run(server, watched, *arguments)
+        assert told.returncode == 0, told.stderr
+        assert "void since" in told.stdout and "rolled back" in told.stdout
+    assert watched.audit.path.read_bytes() == before
+
+
+def test_only_one_watcher_watches_a_model(server: TorchServe, watched: Watched) -> None:
+    with only_watcher(watched.store / ".ee-watch-digits.lock"):
+        refused = run(server, watched, "--once")
+    assert refused.returncode == 1 and "another ee-watch" in refused.stderr
+
+
+def test_a_watcher_gets_itself_new_tokens_when_its_own_have_expired(server: TorchServe, watched: Watched) -> None:
+    keys = json.loads(server.key_file.read_text())
+    keys["management"]["key"] = "expired"
+    server.key_file.write_text(json.dumps(keys))
+    assert Watcher(watched).look().version == "3.0"
+    assert json.loads(server.key_file.read_text())["management"]["key"] != "expired"
+
+
+def test_a_server_that_is_down_is_noted_once_and_the_watch_goes_on(server: TorchServe, watched: Watched) -> None:
+    down = Watcher(replace(watched, servers=[Management(Addresses.free(), None)]))
+    n_events = len(watched.audit.read())
+    down.tick()
+    down.tick()
+    assert len(watched.audit.read()) == n_events + 1 and last(watched)["event"] == "trouble"
