@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 BODIES = [request.body for request in traffic(60, seed=15)]
 CLIENTS = 8
-CONFIG = ("minWorkers: 2\nmaxWorkers: 2\nbatchSize: 4\nmaxBatchDelay: 10\n"
+CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 10\n"
           "early_exit:\n  seal_after_s: 1\n  records_per_shard: 64\n")
 
 
@@ -80,8 +80,8 @@ def expected(server: TorchServe) -> list[str]:
 def wait_until_ready(server: TorchServe) -> None:
     management = Management(server.addresses, server.key_file)
     deadline = time.monotonic() + 90
-    while (versions := management.versions("digits")) and versions[0].n_ready < 2:
-        assert time.monotonic() < deadline, "the workers do not start"
+    while (versions := management.versions("digits")) and versions[0].n_ready < 1:
+        assert time.monotonic() < deadline, "the worker does not start"
         time.sleep(0.5)
 
 

@@ -168,3 +168,33 @@ def test_without_control_every_batch_takes_the_exits(sizes: list[int]) -> None:
         assert benefit.takes_exits(size)
         benefit.measured(size, 1.0, with_exits=True)
     assert not any(benefit.bypassed().values())
+
+
+def test_the_shadow_sample_is_drawn_at_its_rate_whether_a_row_leaves_early_or_not(backbone: Backbone,
+                                                                                  plan: ExitPlan) -> None:
+    model = served(backbone, replace(plan, exits=(replace(plan.exits[0], threshold=0.4), plan.exits[1])),
+                   sampling_rate=0.1)
+    for _ in range(40):
+        model(5 * torch.randn(1000, 8))
+    batches = model.take_served()
+    stages = torch.cat([one.answers.stages for one in batches])
+    drawn = torch.cat([torch.zeros(1000, dtype=torch.bool).index_fill(0, one.answers.shadow, True) for one in batches])
+    for stage in stages.unique():
+        count = int((stages == stage).sum())
+        assert count > 1000
+        assert drawn[stages == stage].double().mean().item() == pytest.approx(0.1, abs=5 * (0.09 / count) ** 0.5)
+
+
+def test_two_workers_do_not_draw_the_same_sample(backbone: Backbone, plan: ExitPlan) -> None:
+    batch = torch.randn(500, 8)
+    drawn = []
+    for _ in range(2):
+        model = served(backbone, plan, sampling_rate=0.5)
+        model(batch)
+        drawn.append(model.take_served()[0].answers.shadow.tolist())
+    assert drawn[0] != drawn[1]
+
+
+def test_being_drawn_changes_no_answer(backbone: Backbone, plan: ExitPlan) -> None:
+    batch = 5 * torch.randn(100, 8)
+    torch.testing.assert_close(served(backbone, plan, sampling_rate=1.0)(batch), served(backbone, plan)(batch))
