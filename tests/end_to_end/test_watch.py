@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
-from early_exit.archiver.addresses import Addresses
+from early_exit.archiver.addresses import Addresses, read_token
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.audit import only_watcher
 from early_exit.archiver.management import Management
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
           "early_exit:\n  seal_after_s: 1\n  sampling_rate: 0.5\n  control_rate: 0\n")
 TOLERANCE = 0.05
-OPTIONS = TrainingOptions(tolerance=TOLERANCE, measure="flops", search=None, recipe=Distillation(epochs=8))
+OPTIONS = TrainingOptions(tolerance=TOLERANCE, measure="flops", layers=4, search=None, recipe=Distillation(epochs=5))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_a_backbone_without_a_plan_gets_one(server: TorchServe, watched: Watched
     watcher = Watcher(watched)
     watcher.tick()
     assert watched.audit.read() == [], "nothing to do yet"
-    serve(server, clean(2400, seed=20))
+    serve(server, clean(1500, seed=20))
     watcher.tick()
     events = watched.audit.read()
     assert [event["event"] for event in events] == ["attempt", "rolling", "rolled"], events
@@ -106,6 +107,13 @@ def test_when_the_traffic_drifts_the_version_steps_back_by_itself(server: TorchS
     assert json.loads(state.read_text())["certificate"] == "void"
     assert replies[0].exit != "" and any(reply.exit != "full" for reply in replies[:50])
     assert "ALARM" in (server.state / "logs" / "model.log").read_text()
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    answer = requests.post(f"{server.addresses.inference}/predictions/digits", data=clean(1, seed=27)[0], headers=token,
+                           timeout=10)
+    assert int(answer.headers["X-Early-Exit-Step"].split(" of ")[0]) >= 1
+    metrics = requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
+    steps = [line for line in metrics.splitlines() if line.startswith("ee_monitor_step{")]
+    assert any(float(line.rsplit(" ", 1)[1]) >= 1 for line in steps), steps
 
 
 def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watched: Watched) -> None:
