@@ -230,3 +230,23 @@ def test_when_the_second_server_fails_the_first_is_put_back(
     with loaded(server, expected), pytest.raises(ServerError, match=f"no answer from .*\n.* was put back to {before}"):
         roll_all([management, nobody], store / "digits-6.0.mar", put_back=True, longest_batch_s=1.0)
     assert default(management) == before
+
+
+def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_started_with_and_can_be_rolled(
+        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+    outcomes: list[object] = []
+    rolling = threading.Thread(target=lambda: outcomes.extend(in_parallel([
+        lambda: roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)])))
+    rolling.start()
+    deadline = time.monotonic() + 30
+    while "6.0" not in [one.version for one in management.versions("digits")] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.stop()
+    rolling.join()
+    assert isinstance(outcomes[0], ServerError)
+    with server:
+        wait_until_ready(server)
+        assert default(management) == "2.0"
+        assert [reply.top() for reply in send(server, "digits", BODIES)] == expected
+        roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)
+        assert default(management) == "6.0"

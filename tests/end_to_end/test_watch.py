@@ -21,6 +21,7 @@ from early_exit.archiver.management import Management
 from early_exit.archiver.server import TorchServe
 from early_exit.archiver.triggers import Terms
 from early_exit.archiver.watcher import Watched, Watcher
+from early_exit.handler.records import list_shards
 from early_exit.training.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from tests.support.client import Reply, failed, send
@@ -75,11 +76,13 @@ def drifted(count: int, seed: int) -> list[bytes]:
     return [corrupted(body, "contrast", 0.8) for body in clean(count, seed)]
 
 
-def test_a_backbone_without_a_plan_gets_one(server: TorchServe, watched: Watched) -> None:
+def test_a_backbone_without_a_plan_gets_one_though_a_shard_is_damaged(server: TorchServe, watched: Watched) -> None:
     watcher = Watcher(watched)
     watcher.tick()
     assert watched.audit.read() == [], "nothing to do yet"
     serve(server, clean(1500, seed=20))
+    whole = list_shards(server.state.parent / "records")[0]
+    whole.with_name("half.safetensors").write_bytes(whole.read_bytes()[:1000])
     watcher.tick()
     events = watched.audit.read()
     assert [event["event"] for event in events] == ["attempt", "rolling", "rolled"], events
