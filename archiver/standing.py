@@ -17,7 +17,7 @@ from early_exit.handler.errors import RecordError, ServerError
 from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.handler.monitor import MonitorState
 from early_exit.handler.plan import ExitPlan, load_plan
-from early_exit.handler.records import ShardHeader, read_shard
+from early_exit.handler.records import ShardHeader, read_times
 from early_exit.handler.watchman import monitor_file, read_state
 from early_exit.training.dataset import find_shards
 from early_exit.training.sources import local_folders
@@ -103,7 +103,7 @@ def _times(shards: Sequence[Path]) -> dict[Path, Tensor]:
     times = {}
     for shard in shards:
         with contextlib.suppress(RecordError):
-            times[shard] = read_shard(shard, []).time
+            times[shard] = read_times(shard)
     return times
 
 

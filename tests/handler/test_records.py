@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recorder import RecordWriter
-from early_exit.handler.records import Records, ShardHeader, list_shards, read_header, read_shard, write_shard
+from early_exit.handler.records import (
+    Records,
+    ShardHeader,
+    list_shards,
+    read_header,
+    read_shard,
+    read_times,
+    write_shard,
+)
 
 HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1", "layer2"))
 
@@ -45,6 +53,7 @@ def test_a_shard_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFact
     records = some_records(len(bodies), bodies=bodies)
     write_shard(path, HEADER, records)
     assert read_header(path) == HEADER
+    assert torch.equal(read_times(path), records.time)
     assert_same(read_shard(path, HEADER.layers, bodies=True), records)
 
 
