@@ -27,6 +27,9 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.loop --json loop.json
 	$(BIN)/python -m tests.benchmarks.overhead --json overhead.json
 	$(BIN)/python -m tests.benchmarks.engine --json engine.json
+	$(BIN)/python -m tests.benchmarks.drift --json drift.json
+	$(BIN)/python -m tests.benchmarks.roll --json roll.json
+	$(BIN)/python -m tests.benchmarks.fuzz --json fuzz.json
 
 clean:
 	rm -rf .venv .typing build *.egg-info

@@ -6,6 +6,7 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from early_exit.handler.errors import ServerError
 
@@ -26,6 +27,28 @@ class Addresses:
         return cls(*(f"http://127.0.0.1:{port}" for port in (inference, management, metrics)))
 
     @classmethod
+    def of_server(cls, text: str) -> Addresses:
+        """Return the addresses of "http://host:8080": the next ports are for management and metrics.
+
+        Raises:
+            ServerError: it is not such an address; "http://host:8080,http://other:9000" names both.
+
+        >>> Addresses.of_server("http://10.0.0.7:8080").management
+        'http://10.0.0.7:8081'
+        """
+        inference, _, management = text.partition(",")
+        url = urlsplit(inference)
+        try:
+            host, port = url.hostname, url.port
+        except ValueError:
+            host = port = None
+        if url.scheme not in ("http", "https") or not host or not port:
+            raise ServerError(f"expected an inference address such as http://10.0.0.7:8080, found {inference!r}")
+        base = f"{url.scheme}://{url.netloc.rpartition(':')[0]}"
+        management = management or f"{base}:{port + 1}"
+        return cls(inference.rstrip("/"), management.rstrip("/"), f"{base}:{port + 2}")
+
+    @classmethod
     def free(cls) -> Addresses:
         """Return addresses on three ports that nobody listens on right now."""
         return cls.on_loopback(*free_ports(3))
@@ -44,7 +67,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def read_token(key_file: Path, kind: str) -> str:
-    """Return the 'management' or 'inference' token of TorchServe's key file.
+    """Return the 'management', 'inference' or 'API' token of TorchServe's key file.
 
     Raises:
         ServerError: the file is missing or not a key file.

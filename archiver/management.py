@@ -13,6 +13,8 @@ from early_exit.handler.errors import ServerError
 from early_exit.handler.probe import PROBE_HEADER
 
 _TIMEOUT_S = 30.0
+_TOKEN_REFUSED = "Token"
+"""In TorchServe's answer to a token that is wrong or has expired."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class VersionStatus:
     pending_requests: int
     """In the version's queue; those that a worker has taken are not counted."""
     max_batch_delay_s: float
+    file_name: str
+    """Of its archive in the model store."""
 
 
 class Management:
@@ -40,6 +44,9 @@ class Management:
             key_file: TorchServe's key_file.json; none when its token authorisation is off.
         """
         self._addresses, self._key_file = addresses, key_file
+
+    def __str__(self) -> str:
+        return self._addresses.management
 
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
@@ -83,6 +90,19 @@ class Management:
 
     def _call(self, method: str, url: str, *, key: str = "management", headers: dict[str, str] | None = None,
               params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:
+        def send() -> requests.Response:
+            return self._send(method, url, key, headers=headers or {}, params=params, data=data)
+
+        response = send()
+        if self._key_file and response.status_code in (400, 401) and _TOKEN_REFUSED in response.text:
+            # A watcher outlives its tokens. TorchServe writes the new one into its key file, and accepts the token for
+            # this from that file only.
+            self._send("GET", f"{self._addresses.management}/token", "API", params={"type": key})
+            response = send()
+        return response
+
+    def _send(self, method: str, url: str, key: str, *, headers: dict[str, str] | None = None,
+              params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:
         token = {"Authorization": f"Bearer {read_token(self._key_file, key)}"} if self._key_file else {}
         try:
             return requests.request(method, url, headers={**token, **(headers or {})}, params=params, data=data,
@@ -97,7 +117,8 @@ def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
         version=version["modelVersion"], is_default=version["modelVersion"] == default_version,
         n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in workers),
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
-        max_batch_delay_s=version["maxBatchDelay"] / 1000)
+        max_batch_delay_s=version["maxBatchDelay"] / 1000,
+        file_name=version["modelUrl"].rsplit("/", 1)[-1])
 
 
 def _json(response: requests.Response) -> Any:

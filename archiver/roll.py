@@ -1,4 +1,4 @@
-"""`ee-roll`: bring a new model version into service without losing a request.
+"""Brings a new model version into service without losing a request.
 
 The order loses nothing: register beside the old version, wait until the workers are ready, try the new
 version out, make it the default, let the old version finish what it has, and only then remove it.
@@ -6,20 +6,15 @@ version out, make it the default, let the old version finish what it has, and on
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.addresses import KEY_FILE, Addresses
 from early_exit.archiver.inspect import describe, sample_request
 from early_exit.archiver.management import Management, VersionStatus
-from early_exit.archiver.server import raise_on_terminate
-from early_exit.handler.errors import EarlyExitError, ServerError
+from early_exit.handler.errors import ServerError
 
 _POLL_S = 0.2
 LONGEST_BATCH_S = 5.0
@@ -39,6 +34,8 @@ class RollReport:
     """From registration until every worker was ready."""
     drained_s: float
     """From the switch until the old version was removed."""
+    replaced_archive: str | None = None
+    """File name of its archive in the model store."""
 
 
 def roll(management: Management, mar: Path, *, request: bytes | None = None, ready_limit_s: float = 300.0,
@@ -89,7 +86,8 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
         _drain(management, model, old, drain_limit_s, longest_batch_s)
         management.unregister(model, old.version)
         say(f"{old.version} has answered everything and is removed")
-    return RollReport(model, version, old.version if old else None, ready_s, time.monotonic() - switched)
+    return RollReport(model, version, old.version if old else None, ready_s, time.monotonic() - switched,
+                      old.file_name if old else None)
 
 
 def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
@@ -142,38 +140,3 @@ def _remove_quietly(management: Management, model: str, version: str, say: Calla
             say(f"{version} is removed again")
     except ServerError as error:  # the failure that led here is the one to report
         say(f"{version} could not be removed: {error}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `ee-roll`; return its exit status."""
-    parser = argparse.ArgumentParser(
-        "ee-roll", description="Bring a new model version into service without losing a request.")
-    parser.add_argument("archive", type=Path, metavar="FILE.mar", help="an archive in the server's model store")
-    parser.add_argument("--port", type=int, default=8080, help="inference port; management is the next (%(default)s)")
-    parser.add_argument("--tokens", type=Path, default=Path(".ee-serve") / KEY_FILE,
-                        help="TorchServe's key file (%(default)s)")
-    parser.add_argument("--no-tokens", action="store_true", help="the server runs without token authorisation")
-    parser.add_argument("--request", type=Path,
-                        help="body of a request that the new version must answer first; by default its own sample")
-    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
-                        help="how long the old version may take for one batch (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the report for machines")
-    options = parser.parse_args(arguments)
-    raise_on_terminate()
-    addresses = Addresses.on_loopback(options.port, options.port + 1, options.port + 2)
-    management = Management(addresses, None if options.no_tokens else options.tokens)
-    try:
-        request = options.request.read_bytes() if options.request else None
-        report = roll(management, options.archive, request=request, longest_batch_s=options.longest_batch_s,
-                      say=lambda line: print(line, file=sys.stderr))
-    except (EarlyExitError, OSError) as error:
-        print(f"ee-roll: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ee-roll: interrupted", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps(asdict(report)))
-    else:
-        print(f"{report.model} {report.version} serves" + (f" instead of {report.replaced}" if report.replaced else ""))
-    return 0

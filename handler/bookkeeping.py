@@ -13,15 +13,19 @@ from torch import Tensor
 
 from early_exit.handler.isolation import Served
 from early_exit.handler.metrics import ServingMetrics
+from early_exit.handler.monitor import MonitorState
 from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import Records
 from early_exit.handler.scores import ScoreKind
 from early_exit.handler.served import ServedBatch, ServedModel
 from early_exit.handler.stages import FULL
+from early_exit.handler.watchman import Watchman
 
 EXIT_HEADER = "X-Early-Exit"
 CONFIDENCE_HEADER = "X-Early-Exit-Confidence"
 VERSION_HEADER = "X-Early-Exit-Version"
+STEP_HEADER = "X-Early-Exit-Step"
+"""Set when the monitor has stepped back: the step, of how many."""
 FULL_NAME = "full"
 """Stands for the whole backbone where an exit's layer path would stand."""
 STAGE_REPORT_S = 0.1
@@ -34,9 +38,13 @@ class Bookkeeper:
     """Reports and records what was served; nothing it does can fail an answer."""
 
     def __init__(self, model: ServedModel, version: str, metrics: ServingMetrics, writer: RecordWriter | None,
-                 *, keep_requests: bool) -> None:
+                 *, keep_requests: bool, watchman: Watchman | None = None) -> None:
         self._model, self._version, self._metrics, self._writer = model, version, metrics, writer
-        self._keep_requests = keep_requests
+        self._keep_requests, self._watchman = keep_requests, watchman
+        self._bypassed: dict[int, bool] = {}
+        self._state: MonitorState | None = None
+        if watchman is not None:
+            model.step_back(watchman.state.step)
         self._failing = False
         self._stages_reported = 0.0
 
@@ -59,8 +67,27 @@ class Bookkeeper:
         if len(served.batches) == 1 and len(served.batches[0].answers.outputs) == len(served.items):
             self._set_headers(served.batches[0], served.items, context)
             self._record(served.batches[0], served.items, data, context)
+        self._watch(served.batches)
         if self._writer is not None:
             self._metrics.records(*self._writer.take_counts())
+
+    def _watch(self, batches: list[ServedBatch]) -> None:
+        """Give the shadow rows' losses to the monitor, and step back when it says so."""
+        bypassed = self._model.benefit.bypassed()
+        for size in bypassed.keys() - {size for size, was in self._bypassed.items() if was == bypassed[size]}:
+            self._metrics.bypassed(size, bypassed[size])
+        self._bypassed = bypassed
+        if self._watchman is None:
+            return
+        for batch in batches:
+            answers, monitored = batch.answers, self._watchman.monitored
+            if len(answers.shadow):
+                self._watchman.note(batch.step, monitored.losses(answers.outputs[answers.shadow], answers.reference,
+                                                                 self._model.description.scores))
+        if (state := self._watchman.state) is not self._state:
+            self._state = state
+            self._metrics.monitor(state.step, state.evidence.n, state.evidence.wealth())
+            self._model.step_back(state.step)
 
     def _name(self, stage: int) -> str:
         return FULL_NAME if stage == FULL else self._model.layers[stage]
@@ -81,6 +108,8 @@ class Bookkeeper:
             context.set_response_header(item, EXIT_HEADER, self._name(stage))
             context.set_response_header(item, CONFIDENCE_HEADER, f"{confidence:.4f}")
             context.set_response_header(item, VERSION_HEADER, self._version)
+            if self._model.step:
+                context.set_response_header(item, STEP_HEADER, f"{self._model.step} of {len(self._model.steps) - 1}")
 
     def _record(self, batch: ServedBatch, items: tuple[int, ...], data: list[Any], context: Any) -> None:
         answers, rows = batch.answers, batch.answers.shadow

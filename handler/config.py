@@ -49,6 +49,9 @@ class ServingConfig:
     """A shard is written when it holds this many records,"""
     seal_after_s: float = 30.0
     """or when its first record is this old."""
+    control_rate: float = 0.02
+    """Share of batches that run without exits, or with them where they are bypassed, to find out whether they save
+    time; 0 never bypasses them."""
     keep_requests: bool = False
     """Whether the request bytes are stored too. They may hold personal data."""
 
@@ -68,6 +71,8 @@ class ServingConfig:
         _require(self.sampling_rate is None or (_is_number(self.sampling_rate, int, float)
                                                 and 0 <= self.sampling_rate <= 1),
                  "sampling_rate", "a fraction in [0, 1]", self.sampling_rate)
+        _require(_is_number(self.control_rate, int, float) and 0 <= self.control_rate <= 0.5,
+                 "control_rate", "a fraction in [0, 0.5]", self.control_rate)
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> ServingConfig:

@@ -24,6 +24,10 @@ class ServingMetrics:
         self._dropped = metric("records_dropped_total", "count", MetricTypes.COUNTER)
         self._shadow = metric("shadow_samples_total", "count", MetricTypes.COUNTER)
         self._refused = metric("items_refused_total", "count", MetricTypes.COUNTER)
+        self._step = metric("monitor_step", "count", MetricTypes.GAUGE)
+        self._samples = metric("monitor_samples", "count", MetricTypes.GAUGE)
+        self._wealth = metric("monitor_wealth", "ratio", MetricTypes.GAUGE)
+        self._bypassed = metric("exits_bypassed", "bool", MetricTypes.GAUGE, "BatchSize")
         # TorchServe's histogram buckets reach from 0.005 to 10, which suits seconds.
         self._seconds = metric("stage_seconds", "seconds", MetricTypes.HISTOGRAM, "Stage")
 
@@ -39,6 +43,13 @@ class ServingMetrics:
     def records(self, written: int, dropped: int) -> None:
         self._add(self._written, written)
         self._add(self._dropped, dropped)
+
+    def monitor(self, step: int, n: int, wealth: float) -> None:
+        for metric, value in ((self._step, step), (self._samples, n), (self._wealth, wealth)):
+            metric.add_or_update(value, self._own)
+
+    def bypassed(self, batch_size: int, is_bypassed: bool) -> None:
+        self._bypassed.add_or_update(int(is_bypassed), [*self._own, str(batch_size)])
 
     def stage(self, name: str, seconds: float) -> None:
         self._seconds.add_or_update(seconds, [*self._own, name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -100,14 +101,23 @@ class ExitPlan:
     """For full batches of this size."""
     expected_cost: float = 1.0
     """Of a request on the certify part, heads included, as a fraction of the backbone's."""
+    safer: tuple[tuple[float, ...], ...] = ()
+    """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
+    deployed one; after the last comes no exit at all."""
 
     def __post_init__(self) -> None:
         costs = [planned.cost for planned in self.exits]
         if sorted(set(costs)) != costs:
             raise PlanError(f"the exits of a plan must be in order of cost, found {costs}")
+        if any(len(thresholds) != len(costs) for thresholds in self.safer):
+            raise PlanError(f"each safer setting needs {len(costs)} thresholds, one for each exit, found {self.safer}")
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
+
+    def digest(self) -> str:
+        """Return a short hash of the plan without its heads, by which it is known in records and audits."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str) -> ExitPlan:
@@ -128,6 +138,7 @@ class ExitPlan:
                             for planned in data["exits"]),
                 certificate=None if certificate is None
                 else Certificate(**{**certificate, "window": tuple(certificate["window"])}),
+                safer=tuple(tuple(thresholds) for thresholds in data.get("safer", ())),
             )
         except (KeyError, TypeError) as error:
             raise PlanError(f"{source} is not a complete plan: {error}") from error

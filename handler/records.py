@@ -152,6 +152,20 @@ def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Re
     return Records(activations=activations, bodies=kept, **columns)
 
 
+def read_times(path: Path) -> Tensor:
+    """Return (N,) float64, the Unix times of a shard's records, and read nothing else.
+
+    Raises:
+        RecordError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as shard:
+            times: Tensor = shard.get_tensor("time")
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    return times
+
+
 def _cut(joined: bytes, sizes: Sequence[int]) -> Iterator[bytes]:
     start = 0
     for size in sizes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
+from early_exit.handler.benefit import Benefit
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
@@ -21,6 +22,7 @@ from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
 from early_exit.handler.pooling import Side, pool_activation
 from early_exit.handler.stages import Answers, Exit, Stage, run_with_exits
+from early_exit.handler.steps import stages_by_step
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,17 @@ class ServedBatch:
     """By layer path: (S, ...) float16 pooled activations of the shadow rows; empty without taps."""
     time: float
     """Unix time in seconds."""
+    step: int
+    """Of `ServedModel.steps`: the setting that answered."""
 
 
 class ServedModel(nn.Module):
     """Maps (B, ...) input to (B, K) scores like the backbone, and lets confident rows leave early."""
 
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
-                 *, engine: str = DEFAULT_ENGINE, sampling_rate: float = 0.0, record_layers: int = 0,
-                 record_pool: Side = None) -> None:
+                 *, engine: str = DEFAULT_ENGINE, sampling_rate: float = 0.0,
+                 sampling_rate_in_full: float | None = None, record_layers: int = 0, record_pool: Side = None,
+                 control_rate: float = 0.0) -> None:
         """Cut the backbone where something is read and attach the plan's heads.
 
         Args:
@@ -48,9 +53,11 @@ class ServedModel(nn.Module):
             heads: by layer path, one for each exit of the plan.
             engine: how the backbone is executed; a name in `ENGINES`.
             sampling_rate: share of rows that run to the end whatever the exits say.
+            sampling_rate_in_full: the same once the exits are given up; by default as before.
             record_layers: how many candidate layers the shadow rows' activations are kept of at most, besides
                 those with an exit; 0 keeps nothing.
             record_pool: side to which they are pooled.
+            control_rate: share of batches that find out whether the exits save time.
         """
         super().__init__()
         self.description = backbone.description
@@ -75,6 +82,12 @@ class ServedModel(nn.Module):
         exits = [self._exit(planned[path], (heads or {})[path]) if path in planned else None for path in self.layers]
         # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
         self.stages = tuple(Stage(part.forward, exit_) for part, exit_ in zip(self._parts, (*exits, None)))
+        self.steps = stages_by_step(self.stages, plan)
+        """The stages as deployed, then in ever safer settings; without exits at last."""
+        self.step = 0
+        self.plan = plan
+        self._sampling_rate_in_full = sampling_rate if sampling_rate_in_full is None else sampling_rate_in_full
+        self.benefit = Benefit(control_rate, lambda: torch.rand((), generator=self._random).item())
         self.eval()
 
     @classmethod
@@ -90,9 +103,12 @@ class ServedModel(nn.Module):
             plan, tensors = load_plan(layout.plan)
             heads = build_heads(plan, tensors, backbone.description)
         records = config.records_folder() is not None
+        sampled = records or (plan is not None and plan.certificate is not None)  # the monitor needs samples, too
         return cls(backbone, plan, heads, engine=config.engine, record_layers=config.layers if records else 0,
                    record_pool=config.pool_side,
-                   sampling_rate=config.sampling(has_exits=plan is not None) if records else 0.0).to(device)
+                   sampling_rate=config.sampling(has_exits=plan is not None) if sampled else 0.0,
+                   sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
+                   control_rate=config.control_rate).to(device)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Return (B, K) scores and keep what `take_served` returns.
@@ -112,10 +128,34 @@ class ServedModel(nn.Module):
         with torch.no_grad():
             shadow = torch.rand(len(batch), generator=self._random).to(batch.device) < self.sampling_rate
             self._taps = {}
-            answers = run_with_exits(batch, self.stages, shadow=shadow, observe=self._observe)
-        self._served.append(ServedBatch(answers, self._taps, time.time()))
+            step, started = self._step_of(len(batch)), time.perf_counter()
+            answers = run_with_exits(batch, self.steps[step], shadow=shadow, observe=self._observe)
+            self._measure(batch, step, started)
+        self._served.append(ServedBatch(answers, self._taps, time.time(), step))
         self.is_computing = False
         return answers.outputs
+
+    def step_back(self, step: int) -> None:
+        """Answer with another of `steps` from the next batch on."""
+        self.step = step
+        if step == self._last_step:
+            self.sampling_rate = self._sampling_rate_in_full
+
+    @property
+    def _last_step(self) -> int:
+        return len(self.steps) - 1
+
+    def _step_of(self, n_rows: int) -> int:
+        if self.step == self._last_step or self.benefit.takes_exits(n_rows):
+            return self.step
+        return self._last_step
+
+    def _measure(self, batch: Tensor, step: int, started: float) -> None:
+        if self.step == self._last_step:
+            return
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
+        self.benefit.measured(len(batch), time.perf_counter() - started, with_exits=step != self._last_step)
 
     def take_served(self) -> list[ServedBatch]:
         """Return the calls since the last time, oldest first."""

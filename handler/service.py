@@ -23,6 +23,7 @@ from early_exit.handler.probe import answer_probe, is_probe
 from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import ShardHeader
 from early_exit.handler.served import ServedModel
+from early_exit.handler.watchman import watch
 
 
 class EarlyExitService:
@@ -44,10 +45,12 @@ class EarlyExitService:
         header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool_side,
                              self.model.layers)
         writer = RecordWriter(root, header, config) if root else None
+        watchman = watch(self.model, root, header)
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
         answer_probe(self.model)
-        self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests)
+        self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests,
+                                     watchman=watchman)
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         """Return one response per request, in order."""

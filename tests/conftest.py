@@ -13,7 +13,8 @@ from tests.support.original import original_mar
 
 collect_ignore = ["benchmarks", "demo", "support"]
 """Run by hand, or imported by tests: what they need more of is not for every run."""
-WORKERS = "minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\nearly_exit:\n  seal_after_s: 2\n"
+WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
+           "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit
@@ -22,6 +23,7 @@ from early_exit.training.thresholds import (
     mean_cost,
     outcome,
     paper_choice,
+    safer_settings,
 )
 
 
@@ -46,8 +48,10 @@ def choose(judged: Judged, options: TrainingOptions, path: Sequence[Choice] | No
     path = path or settings(judged, options)
     p_values = (risk_p_value(options.risk, outcome(choice, certify).losses, options.tolerance, options.delta)
                 for choice in path)
-    deployed = path[walk(p_values, options.delta)]
-    return deployed if pays(deployed, tune) else Choice((), ())
+    index = walk(p_values, options.delta)
+    if not pays(path[index], tune):
+        return Choice((), ())
+    return replace(path[index], safer=safer_settings(path, index, tune))
 
 
 def pays(choice: Choice, tune: Candidates) -> bool:
@@ -78,4 +82,4 @@ def make_plan(choice: Choice, judged: Judged, heads: Sequence[TrainedHead], mate
     costs = judged.certify.costs
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
                     measure=costs.measure, batch_size=costs.batch_size,
-                    expected_cost=mean_cost(choice, found.exit, costs))
+                    expected_cost=mean_cost(choice, found.exit, costs), safer=choice.safer)

@@ -25,6 +25,7 @@ from early_exit.training.requests import archived_config
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
 from early_exit.training.service import Service
+from early_exit.training.sources import local_folders
 from early_exit.training.space import SearchSpace
 
 
@@ -48,8 +49,10 @@ def _train(options: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         archive = ArchiveLayout(Path(scratch))
         extract(options.archive, archive.root)
-        report = train(model, archive, find_shards(options.records, model, backbone), _options(options, archive),
-                       RunPaths(options.to), mar=options.archive, labels=options.labels, say=_say)
+        run = RunPaths(options.to)
+        shards = find_shards(local_folders(options.records, run.remote), model, backbone)
+        report = train(model, archive, shards, options_of(options, archive), run, mar=options.archive,
+                       labels=options.labels, say=_say)
     return json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip()
 
 
@@ -79,7 +82,6 @@ def _report_parser() -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
         "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
         "and a certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished "
@@ -88,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
     parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")
     parser.add_argument("--json", action="store_true", help="print the report for machines")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a run can be asked for; `options_of` reads it."""
+    defaults = TrainingOptions()
     promise = parser.add_argument_group("what is promised")
     promise.add_argument("--tolerance", type=_fraction, default=defaults.tolerance,
                          help="largest expected loss of an answer (%(default)s)")
@@ -120,10 +129,14 @@ def _parser() -> argparse.ArgumentParser:
                        help="how (all of %(choices)s)")
     heads.add_argument("--train-device", default=Distillation().device, help="for training (%(default)s)")
     heads.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    return parser
 
 
-def _options(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:
+def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:
+    """Return the options that were asked for, with the batch size that an extracted archive is served with.
+
+    Raises:
+        ConfigError: they contradict each other, or a file cannot be read.
+    """
     searches, in_service = asked.search in ("nni", "nni-service"), asked.search == "nni-service"
     if asked.service and not in_service:
         raise ConfigError("--service says where --search nni-service runs its trials, but the search is "

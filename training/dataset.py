@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -48,16 +49,19 @@ class RecordedTraffic:
     """(N,) int64: a uniform hash of the request id."""
     time: Tensor
     """(N,) float64: Unix seconds."""
+    fresh_after: float = -math.inf
+    """Records up to this Unix time are all of the train part."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def part(self) -> Tensor:
-        """(N,) int8: index of each record's part, which the hash of its request decides."""
+        """(N,) int8: index of each record's part, which the hash of its request decides, and its time."""
         position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
         starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
-        return (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
+        part = (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
+        return part.masked_fill(self.time <= self.fresh_after, list(Part).index(Part.TRAIN))
 
     def size(self, part: Part) -> int:
         """Return the number of a part's records."""
@@ -93,20 +97,23 @@ class RecordedTraffic:
             start += len(inside)
 
 
-def find_shards(records: Path, model: str, backbone: BackboneDescription) -> list[Path]:
-    """Return the shards of one backbone below a records folder, oldest first.
+def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
+    """Return the shards of one backbone below some records folders, oldest first.
 
     Raises:
         RecordError: there are none; the message tells what there is.
     """
-    if not records.is_dir():
-        raise RecordError(f"no records folder at {records}: pass the one that ee-serve printed")
-    shards = list_shards(records)
+    folders = [records] if isinstance(records, Path) else records
+    for folder in folders:
+        if not folder.is_dir():
+            raise RecordError(f"no records folder at {folder}: pass the one that ee-serve printed")
+    shards = [shard for folder in folders for shard in list_shards(folder)]
     matching = [shard for shard in shards if shard.parent.name == backbone.sha256]
     if matching:
         return matching
     others = sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards})
-    raise RecordError(f"{records} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
+    where = ", ".join(map(str, folders))
+    raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
                       f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
                       "first shard is sealed")
 
@@ -126,8 +133,12 @@ def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
     return layers, pools.pop()
 
 
-def load_traffic(shards: Sequence[Path]) -> RecordedTraffic:
+def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> RecordedTraffic:
     """Read everything but the activations.
+
+    Args:
+        shards: of one backbone.
+        fresh_after: Unix time up to which all records are of the train part.
 
     Raises:
         RecordError: a shard is damaged or has gone.
@@ -138,7 +149,8 @@ def load_traffic(shards: Sequence[Path]) -> RecordedTraffic:
     return RecordedTraffic(
         shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
         log_probabilities=records.log_probabilities[rows], backbone_class=records.backbone_class[rows].long(),
-        request=records.request[rows], time=records.time[rows])
+        request=records.request[rows], time=records.time[rows],
+        fresh_after=-math.inf if fresh_after is None else fresh_after)
 
 
 def _first_of_each(request: Tensor) -> Tensor:

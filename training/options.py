@@ -47,6 +47,9 @@ class TrainingOptions:
     space: SearchSpace = field(default_factory=SearchSpace)
     recipe: Distillation = field(default_factory=Distillation)
     replay: Replay | None = None
+    fresh_after: float | None = None
+    """Unix time in seconds: only later records tune and certify, earlier ones all train. So a renewed plan is certified
+    on records that no earlier one was."""
 
     @property
     def delta(self) -> float:

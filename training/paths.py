@@ -79,6 +79,11 @@ class RunPaths:
         return self.root / "profile.json"
 
     @property
+    def remote(self) -> Path:
+        """Copies of records from elsewhere."""
+        return self.root / "remote"
+
+    @property
     def material(self) -> MaterialPaths:
         return MaterialPaths(self.root / "material")
 

@@ -88,7 +88,7 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
     if run.material.index.exists():  # the shards may have gone in the meantime
         material = Material.load(run.material)
     else:
-        traffic = load_traffic(shards)
+        traffic = load_traffic(shards, options.fresh_after)
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))

@@ -17,6 +17,7 @@ from early_exit.training.subset import Option, Subset, best_subset, bit_mask, im
 NEVER = 2.0
 """A threshold that no probability reaches."""
 _BATCHES = 400
+_SAFER = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Choice:
     layers: tuple[int, ...]
     """Indices of the candidates, in order."""
     thresholds: tuple[float, ...]
+    safer: tuple[tuple[float, ...], ...] = ()
+    """Settings of the same exits to step back to, the nearest first."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,26 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
                                tune.costs, len(tune), max_loss=max_loss, best=best)
     return [Choice(best.layers, (level,) * len(best.layers)) for level in (NEVER, *levels)]
+
+
+def safer_settings(path: Sequence[Choice], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
+    """Return some settings that come before the deployed one on a certified path, the nearest first.
+
+    Each loses at most half as much on *tune* as the one after it, so a few reach from any drift to safety; the last
+    loses nothing there, and yet lets requests leave. Each was certified before the deployed one was tried.
+    """
+    settings: list[tuple[float, ...]] = []
+    allowed = outcome(path[deployed], tune).losses.sum().item() / 2
+    for choice in path[1:deployed][::-1]:
+        found = outcome(choice, tune)
+        if not bool((found.exit >= 0).any()) or len(settings) == _SAFER:
+            break
+        if (lost := found.losses.sum().item()) <= allowed:
+            settings.append(choice.thresholds)
+            if lost <= 0:
+                break
+            allowed = lost / 2
+    return tuple(settings)
 
 
 def confidence_levels(count: int = 121) -> list[float]:

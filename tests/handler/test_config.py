@@ -26,6 +26,7 @@ def test_a_missing_block_gives_the_defaults() -> None:
     ({"keep_requests": "yes"}, "early_exit.keep_requests .* true or false"),
     ({"records": "relative/folder"}, "early_exit.records .* absolute path"),
     ({"records_max_bytes": 0}, "early_exit.records_max_bytes"),
+    ({"control_rate": 0.9}, "early_exit.control_rate .* fraction"),
     ({"seal_after_s": -1}, "early_exit.seal_after_s .* seconds"),
     (["pool"], "expected keys and values"),
 ])

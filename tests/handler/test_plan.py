@@ -28,7 +28,7 @@ def plan_for(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
     heads = {layer.path: Head(HeadSpec(widths=(5,)), layer.shape, 3) for layer in layers}
     exits = tuple(PlannedExit(layer.path, HeadSpec(widths=(5,)), 1.5, 0.9, layer.cost, 0.01) for layer in layers)
     certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
-    return ExitPlan(backbone.description.sha256, "certified", exits, certificate), heads
+    return ExitPlan(backbone.description.sha256, "certified", exits, certificate, safer=((0.95, 0.95),)), heads
 
 
 def test_a_plan_is_read_as_it_was_saved(backbone: Backbone, tmp_path: Path) -> None:
@@ -80,3 +80,17 @@ def test_exits_out_of_order_are_refused(backbone: Backbone) -> None:
     plan, _ = plan_for(backbone)
     with pytest.raises(PlanError, match="order of cost"):
         replace(plan, exits=plan.exits[::-1])
+
+
+def test_a_plan_written_before_there_were_safer_settings_is_read(backbone: Backbone) -> None:
+    plan, _ = plan_for(backbone)
+    data = plan.to_json()
+    del data["safer"]
+    assert ExitPlan.from_json(data, "plan.json") == replace(plan, safer=())
+    assert replace(plan, safer=()).digest() != plan.digest()
+
+
+def test_a_safer_setting_needs_a_threshold_for_each_exit(backbone: Backbone) -> None:
+    plan, _ = plan_for(backbone)
+    with pytest.raises(PlanError, match="2 thresholds"):
+        replace(plan, safer=((0.9,),))

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recorder import RecordWriter
-from early_exit.handler.records import Records, ShardHeader, list_shards, read_header, read_shard, write_shard
+from early_exit.handler.records import (
+    Records,
+    ShardHeader,
+    list_shards,
+    read_header,
+    read_shard,
+    read_times,
+    write_shard,
+)
 
 HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1", "layer2"))
 
@@ -45,6 +53,7 @@ def test_a_shard_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFact
     records = some_records(len(bodies), bodies=bodies)
     write_shard(path, HEADER, records)
     assert read_header(path) == HEADER
+    assert torch.equal(read_times(path), records.time)
     assert_same(read_shard(path, HEADER.layers, bodies=True), records)
 
 
@@ -107,6 +116,20 @@ def test_the_oldest_shards_go_when_the_folder_is_over_its_budget(tmp_path: Path)
         time.sleep(0.05)  # modification times must differ
     writer.close()
     assert len(list_shards(tmp_path)) == 2
+
+
+def test_a_clock_that_jumps_back_loses_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=2, records_max_age_s=3600))
+    now, wait_until = time.time(), time.monotonic() + 10
+    for count, jump_s in enumerate((0, -7200, -7200), start=1):
+        monkeypatch.setattr("early_exit.handler.recorder.time.time", lambda jump_s=jump_s: now + jump_s)
+        monkeypatch.setattr("early_exit.handler.recorder.time.time_ns", lambda jump_s=jump_s: int(1e9 * (now + jump_s)))
+        writer.offer(some_records(2))
+        while len(list_shards(tmp_path)) < count and time.monotonic() < wait_until:
+            time.sleep(0.01)
+    writer.close()
+    assert len(list_shards(tmp_path)) == 3
+    assert writer.take_counts() == (6, 0)
 
 
 def test_shards_beyond_the_age_limit_go(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import requests
@@ -27,6 +27,8 @@ class Reply:
     latency_s: float
     exit: str
     version: str
+    number: int = -1
+    """Of the body that was sent, under background load."""
 
     @property
     def ok(self) -> bool:
@@ -85,7 +87,8 @@ class BackgroundLoad:
         session = _session(self._server)
         number = start
         while not self._stop.is_set():
-            self.replies.append(_post(session, self._server, self._model, self._bodies[number % len(self._bodies)]))
+            reply = _post(session, self._server, self._model, self._bodies[number % len(self._bodies)])
+            self.replies.append(replace(reply, number=number % len(self._bodies)))
             number += len(self._threads)
 
 

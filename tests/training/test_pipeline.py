@@ -42,6 +42,17 @@ def test_a_record_stays_in_its_part_when_others_are_added(backbone: Backbone, re
     assert [part_of[request] for request in few.request.tolist()] == few.part.tolist()
 
 
+def test_only_fresh_records_tune_and_certify(backbone: Backbone, records: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    every = load_traffic(shards)
+    after = every.time.median().item()
+    traffic = load_traffic(shards, after)
+    fresh = traffic.time > after
+    assert 0 < int(fresh.sum()) < N_RECORDS
+    assert torch.equal(traffic.part[fresh], every.part[fresh])
+    assert set(traffic.part[~fresh].tolist()) == {list(Part).index(Part.TRAIN)}
+
+
 def test_a_request_that_was_run_twice_counts_once(backbone: Backbone, tmp_path: Path) -> None:
     inputs = torch.randn(40, 16)
     record(backbone, inputs, tmp_path)

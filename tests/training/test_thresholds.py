@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from early_exit.training.thresholds import (
     mean_cost,
     outcome,
     paper_choice,
+    safer_settings,
 )
 
 
@@ -94,6 +97,20 @@ def test_the_chosen_subset_can_be_certified_where_it_was_chosen() -> None:
     path = certified_path(tune, 0.05, 0.05, 1500)
     allowed = 1000 * most_failures(1500, 0.05, 0.05) / 1500
     assert any(0 < int(outcome(choice, tune).differs.sum()) <= allowed for choice in path)
+
+
+def test_each_safer_setting_was_certified_before_and_loses_at_most_half_as_much() -> None:
+    tune = simulated(2000)
+    path = certified_path(tune, 0.1, 0.05, 2000)
+    deployed = len(path) - 30
+    settings_back = safer_settings(path, deployed, tune)
+    before = [choice.thresholds for choice in path[:deployed]]
+    assert 1 <= len(settings_back) <= 8
+    assert set(settings_back) <= set(before)
+    lost = [outcome(Choice(path[0].layers, thresholds), tune).losses.sum().item()
+            for thresholds in (path[deployed].thresholds, *settings_back)]
+    assert all(after <= one / 2 for one, after in pairwise(lost))
+    assert safer_settings(path, 0, tune) == ()
 
 
 def test_the_papers_budget_halves_with_every_exit() -> None:

@@ -1,0 +1,215 @@
+"""Keeps one model right: renews its plan when there is reason to, tries the new one out, and takes it back."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.audit import Audit, Event
+from early_exit.archiver.fleet import roll_all
+from early_exit.archiver.management import Management
+from early_exit.archiver.standing import Standing, look
+from early_exit.archiver.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
+from early_exit.handler.errors import EarlyExitError, RecordError
+from early_exit.handler.layout import ArchiveLayout, extract
+from early_exit.handler.plan import ExitPlan, load_plan
+from early_exit.training.options import TrainingOptions
+from early_exit.training.paths import RunPaths
+from early_exit.training.pipeline import train
+
+_TRIES = 3
+ROLLING, ROLLED, ROLL_FAILED = "rolling", "rolled", "roll failed"
+ACCEPTED, ROLLED_BACK = "accepted", "rolled back"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is watched, and how."""
+
+    model: str
+    servers: Sequence[Management]
+    store: Path
+    """The servers' model store."""
+    sources: Sequence[str]
+    """Records folders and URLs."""
+    state: Path
+    """Folder for the audit, runs and copies of records from URLs."""
+    options: Callable[[ArchiveLayout], TrainingOptions]
+    """What to train, for an extracted archive."""
+    labels: Path | None
+    """CSV of request ids and true classes, for the risk of accuracy."""
+    terms: Terms
+    trial_samples: int
+    """Shadow samples that a new version must pass before it is accepted."""
+    longest_batch_s: float
+
+    @property
+    def audit(self) -> Audit:
+        return Audit(self.state / "audit.jsonl")
+
+
+class Watcher:
+    """Looks, decides and acts; all it knows lies in the audit, so it goes on where a killed one was."""
+
+    def __init__(self, watched: Watched, say: Callable[[str], None] = lambda line: None) -> None:
+        self._watched, self._say = watched, say
+        self._audit = watched.audit
+        self._trouble: str | None = None
+
+    def tick(self) -> None:
+        """Look once and do what is to be done; trouble is noted in the audit, once while it lasts."""
+        try:
+            self._tick()
+            self._trouble = None
+        except Exception as error:  # one bad tick must not end the watch
+            trouble = f"{type(error).__name__}: {error}"
+            if trouble != self._trouble:
+                self._note("trouble", error=trouble)
+            self._trouble = trouble
+
+    def look(self) -> Standing:
+        watched = self._watched
+        return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote")
+
+    def trigger(self, standing: Standing) -> Trigger | None:
+        """Return why the plan is to be renewed; nothing while a new version is on trial."""
+        if self.on_trial(standing) is not None:
+            return None
+        return fired(standing, self._audit, self._watched.terms, time.time())
+
+    def on_trial(self, standing: Standing) -> Event | None:
+        """Return the decision that brought the served version in, while it is not accepted yet."""
+        event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, ROLLED_BACK)
+        if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != standing.version:
+            return None
+        return event
+
+    def _tick(self) -> None:
+        standing = self.look()
+        self._note_clock(standing)
+        if (trial := self.on_trial(standing)) is not None:
+            if trial["event"] == ROLLING:
+                self._finish(trial)
+            self._judge(standing, trial)
+        elif (pending := self._pending(standing)) is not None:
+            self._roll(pending)
+        elif (trigger := self.trigger(standing)) is not None:
+            self._renew(standing, trigger)
+
+    def _note_clock(self, standing: Standing) -> None:
+        mark, noticed = newest_mark(standing, self._audit), self._audit.latest(CLOCK)
+        if mark > time.time() and (noticed is None or noticed["ahead_until"] != mark):
+            self._note(CLOCK, ahead_until=mark)
+
+    def _finish(self, trial: Event) -> None:
+        """Complete a roll that was cut short after the first switch."""
+        for server in self._watched.servers:
+            if any(one.version == trial["version"] and one.is_default for one in server.versions(self._watched.model)):
+                self._remove_leftover(server, trial["replaces"])
+            else:
+                self._remove_leftover(server, trial["version"])
+                roll_all([server], self._watched.store / trial["archive"],
+                         longest_batch_s=self._watched.longest_batch_s, say=self._say)
+        self._note(ROLLED, **{key: value for key, value in trial.items() if key not in ("time", "event")})
+
+    def _remove_leftover(self, server: Management, version: str) -> None:
+        """Remove a version that gets no requests, unless it is not there."""
+        if any(one.version == version and not one.is_default for one in server.versions(self._watched.model)):
+            server.unregister(self._watched.model, version)
+
+    def _judge(self, standing: Standing, trial: Event) -> None:
+        """Accept a new version, take it back, or let it go on."""
+        evidence = {"version": standing.version, "samples": standing.n_watched,
+                    "plan": standing.plan.digest() if standing.plan else None}
+        if standing.first_alarm is not None:
+            alarms = [alarm.__dict__ for state in standing.monitors for alarm in state.alarms]
+            self._note("taking back", **evidence, alarms=alarms, to=trial["replaces"])
+            roll_all(self._watched.servers, self._watched.store / trial["replaced_archive"],
+                     longest_batch_s=self._watched.longest_batch_s, say=self._say)
+            self._note(ROLLED_BACK, **evidence, version_now=trial["replaces"])
+        elif standing.n_watched >= self._watched.trial_samples:
+            self._note(ACCEPTED, **evidence)
+
+    def _pending(self, standing: Standing) -> Event | None:
+        """Return a roll that failed or was cut short before the switch and is worth another try."""
+        event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED)
+        if event is None or event["event"] == ROLLED or event["replaces"] != standing.version:
+            return None
+        if event["event"] == ROLLING and event["version"] in standing.registered:
+            for server in self._watched.servers:  # what a killed watcher left half done
+                self._remove_leftover(server, event["version"])
+        return event if event["tries"] < _TRIES else None
+
+    def _renew(self, standing: Standing, trigger: Trigger) -> None:
+        run = RunPaths(self._watched.state / "runs" / time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
+        self._note(ATTEMPT, reason=trigger.reason, **trigger.evidence, version=standing.version, run=run.root.name,
+                   newest_record=standing.times[-1].item(), certify_after=trigger.fresh_after)
+        try:
+            plan = self._train(standing, trigger, run)
+        except RecordError as error:
+            self._note("kept", version=standing.version, why=str(error))
+            return
+        better, why = is_better(plan, standing.plan, trigger.reason)
+        evidence = {"why": why, "run": run.root.name, "new": _in_short(plan), "current": _in_short(standing.plan)}
+        if not better:
+            self._note("kept", version=standing.version, **evidence)
+            return
+        mar = build_archive(ArchiveRequest(str(standing.archive), self._watched.store, plan=run.plan,
+                                           version=self._next_version(standing)), self._say)
+        version = mar.stem.removeprefix(f"{standing.model}-")
+        self._roll({"version": version, "archive": mar.name, "replaces": standing.version,
+                    "replaced_archive": standing.archive.name, "tries": 0, **evidence})
+
+    def _train(self, standing: Standing, trigger: Trigger, run: RunPaths) -> ExitPlan:
+        with tempfile.TemporaryDirectory() as scratch:
+            layout = ArchiveLayout(Path(scratch))
+            extract(standing.archive, layout.root)
+            options = replace(self._watched.options(layout), fresh_after=trigger.fresh_after)
+            train(standing.model, layout, list(standing.shards), options, run, mar=standing.archive,
+                  labels=self._watched.labels, say=self._say)
+        return load_plan(run.plan)[0]
+
+    def _roll(self, asked: Event) -> None:
+        facts = {key: asked[key] for key in ("version", "archive", "replaces", "replaced_archive", "why", "new",
+                                             "current")}
+        facts["tries"] = asked["tries"] + 1
+        self._note(ROLLING, **facts)
+        try:
+            roll_all(self._watched.servers, self._watched.store / asked["archive"], put_back=True,
+                     longest_batch_s=self._watched.longest_batch_s, say=self._say)
+        except EarlyExitError as error:
+            self._note(ROLL_FAILED, **facts, error=str(error))
+            return
+        self._note(ROLLED, **facts)
+
+    def _next_version(self, standing: Standing) -> str:
+        """Return a version above all that the server has and the store holds: none of them is replaced."""
+        stored = (mar.stem.removeprefix(f"{standing.model}-") for mar in self._watched.store.glob("*.mar"))
+        numbers = [float(version) for version in (*stored, *standing.registered) if _is_number(version)]
+        return f"{int(max(numbers, default=0)) + 1}.0"
+
+    def _note(self, event: str, **evidence: Any) -> None:
+        self._audit.append(event, **evidence)
+        about = ", ".join(f"{key} {value}" for key, value in evidence.items() if not isinstance(value, (dict, list)))
+        self._say(f"{event}: {about}")
+
+
+def _in_short(plan: ExitPlan | None) -> dict[str, Any] | None:
+    """Return what an audit keeps of a plan."""
+    if plan is None:
+        return None
+    certificate = plan.certificate
+    return {"plan": plan.digest(), "exits": [planned.layer for planned in plan.exits], "measure": plan.measure,
+            "expected_cost": plan.expected_cost,
+            "certificate": None if certificate is None else {
+                "risk": certificate.risk, "bound": certificate.tolerance, "confidence": certificate.confidence,
+                "n": certificate.n, "k": certificate.k, "p_value": certificate.p_value}}
+
+
+def _is_number(version: str) -> bool:
+    return version.replace(".", "", 1).isdigit()

@@ -1,0 +1,99 @@
+"""Never slower than the backbone: a few batches run the other way, and the exits are bypassed where they do not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+DELTA = 0.01
+"""Probability of ever leaving the cheaper way for the other, each time a test begins."""
+BETS = (0.1, 0.2, 0.4, 0.8)
+_WARM_UP = 5
+"""Pairs that only tell the scale."""
+
+
+@dataclass
+class Comparison:
+    """A sequential test of "this way costs no more than the other", on pairs of seconds.
+
+    A gambler bets on every pair that this way costs more: capital x (1 + b x), where x is the difference over
+    twice what the other way took on average before, clipped to [-1, 1]. While this way costs no more, the expected
+    capital does not grow, so it ever reaches 1/DELTA with probability at most DELTA (Ville's inequality). The mean of
+    the differences is tested, not how often one is slower: a batch that leaves early saves more than others lose.
+    """
+
+    n: int = 0
+    other_s: float = 0.0
+    """Sum of the other way's seconds."""
+    capital: list[float] = field(default_factory=lambda: [1.0] * len(BETS))
+
+    def add(self, this_s: float, other_s: float) -> None:
+        if self.n >= _WARM_UP:
+            difference = (this_s - other_s) / (2 * self.other_s / self.n)
+            x = max(-1.0, min(1.0, difference))
+            self.capital = [has * (1 + bet * x) for has, bet in zip(self.capital, BETS)]
+        self.n += 1
+        self.other_s += other_s
+
+    @property
+    def rejected(self) -> bool:
+        return sum(self.capital) / len(BETS) >= 1 / DELTA
+
+
+@dataclass
+class _Bucket:
+    with_exits: bool = True
+    """The way that batches of these sizes go, but for the control."""
+    test: Comparison = field(default_factory=Comparison)
+
+
+class Benefit:
+    """Decides for each batch whether it takes the exits.
+
+    Sizes from one power of two to the next are judged together, but only batches of exactly one size are compared. A
+    way that is found to cost more becomes the control of the other, so what changes on the machine is noticed.
+    """
+
+    def __init__(self, control_rate: float, draw: Callable[[], float]) -> None:
+        """Begin with exits.
+
+        Args:
+            control_rate: share of batches that go the other way; 0 always takes the exits.
+            draw: returns uniform numbers in [0, 1).
+        """
+        self._control_rate, self._draw = control_rate, draw
+        self._buckets: dict[int, _Bucket] = {}
+        self._latest: dict[int, float] = {}
+        """By batch size: the seconds of the latest batch that was not control."""
+
+    def takes_exits(self, n_rows: int) -> bool:
+        """Tell whether a batch of so many rows takes the exits."""
+        is_control = self._draw() < self._control_rate
+        return self._bucket(n_rows).with_exits != is_control
+
+    def measured(self, n_rows: int, seconds: float, *, with_exits: bool) -> None:
+        """Note what a batch took."""
+        bucket = self._bucket(n_rows)
+        if with_exits == bucket.with_exits:
+            self._latest[n_rows] = seconds
+        elif n_rows in self._latest:
+            bucket.test.add(self._latest.pop(n_rows), seconds)
+            if bucket.test.rejected:
+                self._buckets[_power(n_rows)] = _Bucket(not bucket.with_exits)
+                self._latest = {size: s for size, s in self._latest.items() if _power(size) != _power(n_rows)}
+
+    def bypassed(self) -> dict[int, bool]:
+        """Tell by largest batch size of a bucket whether its exits are bypassed."""
+        return {power: not bucket.with_exits for power, bucket in self._buckets.items()}
+
+    def _bucket(self, n_rows: int) -> _Bucket:
+        return self._buckets.setdefault(_power(n_rows), _Bucket())
+
+
+def _power(n_rows: int) -> int:
+    """Return the smallest power of two that is not below.
+
+    >>> [_power(size) for size in (1, 2, 3, 4, 5, 8, 9)]
+    [1, 2, 4, 4, 8, 8, 16]
+    """
+    return 1 << max(0, n_rows - 1).bit_length()

@@ -1,0 +1,239 @@
+"""How soon the monitor notices that traffic has changed, and how seldom it cries wolf.
+
+    python -m tests.benchmarks.drift --json FILE
+
+A plan for ResNet-18 (width 32) is trained and certified on 5,000 CIFAR-10 requests. The others are answered clean and
+corrupted, once, with every setting that the plan can step back to; streams of shadow samples are then drawn from these
+answers, and go through the handler's own monitor. Where a corruption breaks the tolerance, it is also mixed with clean
+requests until the true disagreement is exactly three times the tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.monitor import Monitored, MonitorState
+from early_exit.handler.plan import ExitPlan, build_heads, load_plan
+from early_exit.handler.served import ServedModel
+from early_exit.training.dataset import find_shards
+from early_exit.training.options import TrainingOptions
+from early_exit.training.paths import RunPaths
+from early_exit.training.pipeline import train
+from tests.benchmarks.subjects import Subject, resnet18
+from tests.support.cifar import DataMissing, as_batch, load_requests
+from tests.support.corrupt import corrupted
+from tests.support.recording import record
+
+STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.1, 0.2, 0.3), "contrast": (0.5, 0.75, 0.9)}
+QUIET = 500
+"""Clean shadow samples before a stream turns bad."""
+LIMIT = 3000
+"""Shadow samples after which a stream is given up."""
+SAMPLING_RATE = 0.05
+N_RENEWED = 3500
+"""Drifted requests that the renewed plan is made with; the others measure it."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Which of N requests are answered differently from the backbone, at each step of a plan."""
+
+    differs: Tensor
+    """(steps, N) bool."""
+
+    @cached_property
+    def requests(self) -> list[list[bool]]:
+        """For each request, whether it is answered differently at each step."""
+        return self.differs.T.tolist()
+
+    def rate(self, step: int = 0) -> float:
+        return float(self.differs[step].double().mean())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="How soon the monitor notices a drift.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=1000, help="of each kind of traffic")
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures = measure(resnet18(Path(scratch)), Path(scratch) / "run", options.streams, options.requests)
+    except DataMissing as missing:
+        print(missing, file=sys.stderr)
+        return 1
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> dict[str, Any]:
+    """Return the figures of all streams."""
+    run = RunPaths(folder)
+    shards = find_shards(subject.records, "model", subject.backbone.description)
+    train("cifar", subject.archive, shards, TrainingOptions(measure="flops", search=None), run)
+    plan, tensors = load_plan(run.plan)
+    model = ServedModel(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
+    bodies = load_requests()[0][-len(subject.inputs):]
+
+    def traffic(inputs: Tensor) -> Traffic:
+        return answered(model, plan, subject.backbone, inputs)
+
+    clean = traffic(subject.inputs[:2 * n_requests])
+    assert plan.certificate is not None
+    monitored = Monitored.of(plan.certificate)
+    three_times = 3 * monitored.tolerance
+    rows = []
+    for kind, strengths in STRENGTHS.items():
+        for strength in strengths:
+            drifted = traffic(as_batch([corrupted(body, kind, strength, seed=number)
+                                        for number, body in enumerate(bodies[:n_requests])]))
+            rows.append({"traffic": kind, "strength": strength, **streams(drifted, clean, monitored, n_streams)})
+            if drifted.rate() > three_times:
+                share = (three_times - clean.rate()) / (drifted.rate() - clean.rate())
+                rows.append({"traffic": f"{kind}, mixed", "strength": strength,
+                             **streams(drifted, clean, monitored, n_streams, share=share)})
+    hardest = subject.truth[:clean.differs.shape[1]]
+    by_label = [float(clean.differs[0][hardest == label].double().mean()) for label in range(10)]
+    worst = sorted(range(10), key=by_label.__getitem__)[-2:]
+    shifted = Traffic(clean.differs[:, (hardest == worst[0]) | (hardest == worst[1])])
+    rows.append({"traffic": f"labels {worst[0]} and {worst[1]} only", "strength": 1.0,
+                 **streams(shifted, clean, monitored, n_streams)})
+    quiet = [alarms(lambda stream: clean, monitored, clean, seed)[0] for seed in range(n_streams)]
+    mixed = [row for row in rows if "mixed" in row["traffic"]]
+    return {
+        "median_samples_to_alarm": statistics.median(row["median_samples_to_alarm"] for row in mixed),
+        "median_samples_to_alarm_without_quiet_time": statistics.median(
+            row["median_samples_without_quiet_time"] for row in mixed),
+        "false_alarm_share": sum(first is not None for first in quiet) / n_streams,
+        "streams": n_streams, "samples_per_clean_stream": LIMIT, "quiet_samples_before_drift": QUIET,
+        "tolerance": monitored.tolerance, "clean_disagreement": clean.rate(), "steps": len(model.steps),
+        "certificate": {"n": plan.certificate.n, "k": plan.certificate.k}, "rows": rows,
+        "recovery": recovery(subject, RunPaths(folder.with_name("renewed")), bodies, "contrast",
+                             STRENGTHS["contrast"][1]),
+    }
+
+
+def recovery(subject: Subject, run: RunPaths, bodies: Sequence[bytes], kind: str, strength: float) -> dict[str, Any]:
+    """Record drifted traffic and renew the plan as `ee-watch` does after an alarm; return what the new one does."""
+    inputs = as_batch([corrupted(body, kind, strength, seed=number) for number, body in enumerate(bodies)])
+    alarm_at = time.time()
+    record(subject.backbone, inputs[:N_RENEWED], subject.records, first_request=10**6, layers=32)
+    shards = find_shards(subject.records, "model", subject.backbone.description)
+    options = TrainingOptions(measure="flops", search=None, fresh_after=alarm_at)
+    report = train("cifar", subject.archive, shards, options, run)
+    plan, tensors = load_plan(run.plan)
+    model = ServedModel(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
+    certificate = plan.certificate
+    assert certificate is not None
+    return {"traffic": kind, "strength": strength, "fresh_records": N_RENEWED, "exits": len(plan.exits),
+            "certificate": {"n": certificate.n, "k": certificate.k, "bound": certificate.tolerance},
+            "cost": report.cost_ratio,
+            "disagreement_on_unseen": answered(model, plan, subject.backbone, inputs[N_RENEWED:]).rate()}
+
+
+def answered(model: ServedModel, plan: ExitPlan, backbone: Backbone, inputs: Tensor) -> Traffic:
+    """Answer (N, ...) requests with every step of a model, in one pass."""
+    exits = [stage for stage in model.stages if stage.exit is not None]
+    confidence, classes, reference = [], [], []
+    with torch.no_grad():
+        for x in inputs.split(100):
+            said = []
+            for stage in model.stages:
+                x = stage.forward(x)
+                if stage.exit is not None:
+                    said.append(stage.exit.head(x))
+            confidence.append(torch.stack([planned.policy().confidence(logits)
+                                           for planned, logits in zip(plan.exits, said)]))
+            classes.append(torch.stack([logits.argmax(dim=1) for logits in said]))
+            reference.append(x.argmax(dim=1))
+    sure, says, backbone_class = torch.cat(confidence, 1), torch.cat(classes, 1), torch.cat(reference)
+    never = (2.0,) * len(exits)
+    differs = []
+    for thresholds in (tuple(planned.threshold for planned in plan.exits), *plan.safer, never):
+        served = backbone_class.clone()
+        waiting = torch.ones(len(served), dtype=torch.bool)
+        for number, threshold in enumerate(thresholds):
+            leaves = waiting & (sure[number] >= threshold)
+            served[leaves] = says[number][leaves]
+            waiting &= ~leaves
+        differs.append(served != backbone_class)
+    return Traffic(torch.stack(differs))
+
+
+def alarms(source: Callable[[random.Random], Traffic], monitored: Monitored, clean: Traffic, seed: int, *,
+           quiet: int = 0) -> tuple[int | None, list[int], MonitorState]:
+    """Feed one stream to the monitor; return samples to the first alarm after the quiet time, and to each, and the end.
+
+    Args:
+        source: tells which traffic the next request belongs to.
+        monitored: what is tested.
+        clean: traffic of the quiet time.
+        seed: of the stream.
+        quiet: clean samples before.
+    """
+    stream = random.Random(seed)
+    last = len(clean.differs) - 1
+    state, at = MonitorState(), []
+    for n in range(-quiet, LIMIT):
+        before = state.step
+        request = stream.choice((clean if n < 0 else source(stream)).requests)
+        state = state.after([(before, float(request[before]))], monitored, last, 0.0)
+        if state.step != before:
+            at.append(n + 1)
+        if state.step == last:
+            break
+    return (at[0] if at else None), at, state
+
+
+def streams(drifted: Traffic, clean: Traffic, monitored: Monitored, n_streams: int, *,
+            share: float = 1.0) -> dict[str, Any]:
+    """Return what the monitor does on streams that turn from clean to drifted traffic.
+
+    Args:
+        drifted: what a share of the requests turns into.
+        clean: the others.
+        monitored: what is tested.
+        n_streams: how many.
+        share: of drifted requests after the quiet time.
+    """
+    def source(stream: random.Random) -> Traffic:
+        return drifted if stream.random() < share else clean
+
+    late = [alarms(source, monitored, clean, seed, quiet=QUIET) for seed in range(n_streams)]
+    at_once = [alarms(source, monitored, clean, seed)[0] or LIMIT for seed in range(n_streams)]
+    settled = [state.step for _, _, state in late]
+    rates = [share * drifted.rate(step) + (1 - share) * clean.rate(step) for step in range(len(clean.differs))]
+    to_alarm = _median([first if first is not None else LIMIT for first, _, _ in late])
+    to_rest = _median([at[-1] if at else 0 for _, at, _ in late])
+    return {
+        "share_of_drifted_requests": share, "disagreement_before": clean.rate(), "disagreement_during": rates[0],
+        "disagreement_after": sum(rates[step] for step in settled) / n_streams,
+        "disagreement_by_step": rates, "alarmed_share": sum(first is not None for first, _, _ in late) / n_streams,
+        "median_samples_to_alarm": to_alarm, "median_samples_without_quiet_time": _median(at_once),
+        "median_samples_to_last_step_back": to_rest, "median_requests_to_alarm": to_alarm / SAMPLING_RATE,
+        "median_step_settled_at": _median(settled),
+    }
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Rolls and rollbacks under load: nothing fails, nothing is lost, and latency stays near that of quiet time.
+
+    python -m tests.benchmarks.roll --json FILE
+
+Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from early_exit.archiver.addresses import Addresses
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.management import Management
+from early_exit.archiver.roll import roll
+from early_exit.archiver.server import TorchServe, raise_on_terminate
+from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
+from tests.support.digits import traffic, train_backbone
+from tests.support.original import original_mar
+from tests.support.plans import write_plan
+
+CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
+CLIENTS = 8
+MODEL = "digits"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Rolls and rollbacks under load.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--rolls", type=int, default=20)
+    parser.add_argument("--rollbacks", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=20_000, help="at least so many")
+    options = parser.parse_args()
+    raise_on_terminate()
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = measure(Path(scratch), options.rolls, options.rollbacks, options.requests)
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+def measure(folder: Path, n_rolls: int, n_rollbacks: int, n_requests: int) -> dict[str, Any]:
+    """Roll through versions under load and return the figures."""
+    store = folder / "store"
+    original = original_mar(folder / "original", MODEL, "digits_resnet.py", "digits_handler.py",
+                            train_backbone(n_steps=100).state_dict(), CONFIG)
+    recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(1, 32, 32)))
+    first = build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder)))
+    versions = [first, *(_as_version(first, number) for number in range(4, n_rolls + 4))]
+    bodies = [one.body for one in traffic(200, seed=31)]
+    with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
+                    models=[first.name]) as server:
+        management = Management(server.addresses, server.key_file)
+        with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as warm_up:
+            time.sleep(5)
+        with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as load:
+            time.sleep(20)
+            n_quiet = len(load.replies)
+            every = -(-n_rolls // n_rollbacks) if n_rollbacks else n_rolls + 1
+            ready_s = []
+            for number, mar in enumerate(versions[1:], start=1):
+                ready_s.append(roll(management, mar, longest_batch_s=1.0).ready_s)
+                if number % every == 0:
+                    roll(management, versions[number - 1], longest_batch_s=1.0)
+                    roll(management, mar, longest_batch_s=1.0)
+            rolled = len(load.replies)
+            while len(load.replies) < n_requests:
+                time.sleep(1)
+        sent = len(load.replies)
+    quiet, rolling = load.replies[:n_quiet], load.replies[n_quiet:rolled]
+    return {
+        "requests": sent, "failed": failed(load.replies), "lost": _lost([*warm_up.replies, *load.replies]),
+        "p99_ratio": latency_ms(rolling, 0.99) / latency_ms(quiet, 0.99), "max_ms": latency_ms(rolling, 1.0),
+        "p50_ms": {"quiet": latency_ms(quiet, 0.5), "rolling": latency_ms(rolling, 0.5)},
+        "p99_ms": {"quiet": latency_ms(quiet, 0.99), "rolling": latency_ms(rolling, 0.99)},
+        "max_quiet_ms": latency_ms(quiet, 1.0), "rolls": n_rolls, "rollbacks": n_rolls // every,
+        "median_ready_s": sorted(ready_s)[len(ready_s) // 2], "versions_seen": len({one.version for one in rolling}),
+    }
+
+
+def _lost(replies: list[Reply]) -> int:
+    """Return how many requests got no answer at all."""
+    return sum(reply.status == 0 for reply in replies)
+
+
+def _as_version(mar: Path, number: int) -> Path:
+    """Copy an archive as another version."""
+    target = mar.with_name(f"{MODEL}-{number}.0.mar")
+    with zipfile.ZipFile(mar) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            with old.open(name) as source, new.open(name, "w") as sink:
+                if name == "MAR-INF/MANIFEST.json":
+                    sink.write(source.read().replace(b'"3.0"', f'"{number}.0"'.encode()))
+                else:
+                    shutil.copyfileobj(source, sink)
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""What goes wrong in production, done to a real TorchServe under load: no wrong answer, none lost, and it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from early_exit.archiver.addresses import Addresses
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.fleet import roll_all
+from early_exit.archiver.management import Management
+from early_exit.archiver.roll import roll
+from early_exit.archiver.server import TorchServe
+from early_exit.handler.errors import EarlyExitError, ServerError
+from early_exit.handler.records import list_shards, read_shard
+from tests.support.client import BackgroundLoad, failed, send
+from tests.support.digits import traffic
+
+pytestmark = pytest.mark.slow
+
+BODIES = [request.body for request in traffic(60, seed=15)]
+CLIENTS = 8
+CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 10\n"
+          "early_exit:\n  seal_after_s: 1\n  records_per_shard: 64\n")
+
+
+@pytest.fixture(scope="module")
+def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with digits 2.0 to 6.0, which all answer in full."""
+    folder = tmp_path_factory.mktemp("faults") / "store"
+    folder.mkdir()
+    config = folder.parent / "config.yaml"
+    config.write_text(CONFIG)
+    build_archive(ArchiveRequest(str(recorder_mar), folder, version="2.0", config=config))
+    for version in ("3.0", "4.0", "5.0", "6.0"):
+        rewrite(folder / "digits-2.0.mar", folder / f"digits-{version}.mar", "MAR-INF/MANIFEST.json",
+                lambda text, version=version: text.replace('"2.0"', f'"{version}"'))
+    return folder
+
+
+def rewrite(source: Path, target: Path, entry: str, change: object) -> None:
+    """Copy an archive with one entry changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, change(content.decode()) if name == entry else content)  # type: ignore[operator]
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[TorchServe]:
+    state = store.parent / "state"
+    with TorchServe(store, state, Addresses.free(), records=store.parent / "records",
+                    models=["digits-2.0.mar"]) as running:
+        wait_until_ready(running)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def management(server: TorchServe) -> Management:
+    return Management(server.addresses, server.key_file)
+
+
+@pytest.fixture(scope="module")
+def expected(server: TorchServe) -> list[str]:
+    return [reply.top() for reply in send(server, "digits", BODIES)]
+
+
+def wait_until_ready(server: TorchServe) -> None:
+    management = Management(server.addresses, server.key_file)
+    deadline = time.monotonic() + 90
+    while (versions := management.versions("digits")) and versions[0].n_ready < 1:
+        assert time.monotonic() < deadline, "the worker does not start"
+        time.sleep(0.5)
+
+
+def default(management: Management) -> str:
+    return next(one.version for one in management.versions("digits") if one.is_default)
+
+
+@contextlib.contextmanager
+def loaded(server: TorchServe, expected: list[str], *, may_fail: int = 0) -> Iterator[None]:
+    """Load the server from 8 clients while the block runs; then no answer was wrong, and few or none lost."""
+    with BackgroundLoad(server, "digits", BODIES, clients=CLIENTS) as load:
+        time.sleep(1)
+        yield
+        time.sleep(1)
+    assert failed(load.replies) <= may_fail, [reply for reply in load.replies if not reply.ok][:3]
+    assert all(reply.top() == expected[reply.number] for reply in load.replies if reply.ok)
+    assert load.replies[-1].ok
+
+
+def test_everything_listens_on_loopback(server: TorchServe) -> None:
+    java = [process for process in server.workers() if process.name().startswith("java")]
+    processes = [*java, *server.workers(), psutil.Process(server.workers()[0].ppid())]
+    listening = {connection.laddr.ip for process in processes for connection in process.net_connections("inet")
+                 if connection.status == psutil.CONN_LISTEN}
+    assert listening and all(ip.endswith("127.0.0.1") for ip in listening)
+
+
+def test_the_management_api_asks_for_its_own_token(server: TorchServe) -> None:
+    with pytest.raises(ServerError, match="answered with 4"):
+        Management(server.addresses, None).versions("digits")
+
+
+def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, expected: list[str]) -> None:
+    worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
+    with loaded(server, expected, may_fail=4):
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(3)
+    wait_until_ready(server)
+
+
+@pytest.mark.parametrize(("damage", "message"), [("cut short", "cannot read|damaged"), ("too new", "format 2"),
+                                                 ("other weights", "was not ready within")])
+def test_a_new_archive_that_is_damaged_leaves_the_old_one_serving(
+        server: TorchServe, management: Management, store: Path, expected: list[str], damage: str,
+        message: str) -> None:
+    mar, good = store / "digits-9.0.mar", store / "digits-3.0.mar"
+    before = default(management)
+    if damage == "cut short":
+        mar.write_bytes(good.read_bytes()[:20_000])
+    else:
+        def change(text: str) -> str:
+            data = json.loads(text)
+            return json.dumps({**data, "format": 2} if damage == "too new"
+                              else {**data, "probe": [-score for score in data["probe"]]})
+
+        rewrite(good, mar, "early_exit/backbone.json", change)
+        rewrite(mar, mar.with_suffix(".new"), "MAR-INF/MANIFEST.json", lambda text: text.replace('"3.0"', '"9.0"'))
+        mar.with_suffix(".new").replace(mar)
+    with loaded(server, expected), pytest.raises(EarlyExitError, match=message):
+        roll(management, mar, ready_limit_s=6)
+    assert [(one.version, one.is_default) for one in management.versions("digits")] == [(before, True)]
+
+
+def n_records(records: Path) -> int:
+    found = 0
+    for shard in list_shards(records):
+        with contextlib.suppress(EarlyExitError):
+            found += len(read_shard(shard, []))
+    return found
+
+
+def test_a_records_folder_that_goes_away_or_cannot_be_written_costs_no_answer_and_is_used_again(
+        server: TorchServe, expected: list[str]) -> None:
+    records = server.state.parent / "records"
+    with loaded(server, expected):
+        shutil.rmtree(records / "digits", ignore_errors=True)
+        time.sleep(1)
+        shutil.rmtree(records / "digits", ignore_errors=True)
+        # A file stands where the folder should be: nobody can write there, not even root.
+        with contextlib.suppress(OSError):
+            (records / "digits").write_text("")
+        time.sleep(2)
+        if (records / "digits").is_file():
+            (records / "digits").unlink()
+        time.sleep(3)
+    assert n_records(records) > 0
+
+
+def test_a_full_disk_costs_no_answer_and_recording_goes_on_when_there_is_room(
+        server: TorchServe, expected: list[str]) -> None:
+    records = server.state.parent / "records" / "digits"
+    shutil.rmtree(records, ignore_errors=True)
+    records.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(records)], capture_output=True,
+                      check=False).returncode:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        with loaded(server, expected):
+            time.sleep(4)
+            subprocess.run(["mount", "-o", "remount,size=64m", str(records)], check=True)
+            before = n_records(records)
+            time.sleep(3)
+            assert n_records(records) > before
+        assert "cannot write records" in (server.state / "logs" / "model.log").read_text()
+    finally:
+        subprocess.run(["umount", "-l", str(records)], check=True)
+
+
+def test_two_rolls_of_one_archive_at_once_bring_it_in_once(
+        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+    outcomes = in_parallel([lambda: roll(management, store / "digits-3.0.mar", longest_batch_s=1.0)] * 2)
+    assert default(management) == "3.0"
+    assert sum(isinstance(outcome, ServerError) for outcome in outcomes) == 1, outcomes
+
+
+def test_rolls_of_two_archives_at_once_lose_no_request(
+        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+    with loaded(server, expected):
+        in_parallel([lambda: roll(management, store / "digits-4.0.mar", longest_batch_s=1.0),
+                     lambda: roll(management, store / "digits-5.0.mar", longest_batch_s=1.0)])
+    assert default(management) in ("4.0", "5.0")
+
+
+def in_parallel(calls: list[object]) -> list[object]:
+    """Return what the calls returned or raised."""
+    outcomes: list[object] = [None] * len(calls)
+
+    def run(number: int) -> None:
+        try:
+            outcomes[number] = calls[number]()  # type: ignore[operator]
+        except EarlyExitError as error:
+            outcomes[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def test_when_the_second_server_fails_the_first_is_put_back(
+        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+    before = default(management)
+    nobody = Management(Addresses.free(), None)
+    with loaded(server, expected), pytest.raises(ServerError, match=f"no answer from .*\n.* was put back to {before}"):
+        roll_all([management, nobody], store / "digits-6.0.mar", put_back=True, longest_batch_s=1.0)
+    assert default(management) == before
+
+
+def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_started_with_and_can_be_rolled(
+        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+    outcomes: list[object] = []
+    rolling = threading.Thread(target=lambda: outcomes.extend(in_parallel([
+        lambda: roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)])))
+    rolling.start()
+    deadline = time.monotonic() + 30
+    while "6.0" not in [one.version for one in management.versions("digits")] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.stop()
+    rolling.join()
+    assert isinstance(outcomes[0], ServerError)
+    with server:
+        wait_until_ready(server)
+        assert default(management) == "2.0"
+        assert [reply.top() for reply in send(server, "digits", BODIES)] == expected
+        roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)
+        assert default(management) == "6.0"

@@ -1,0 +1,176 @@
+"""The watch loop against a real TorchServe: a first plan, a drift, the step back, a renewed plan, a roll back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from early_exit.archiver.addresses import Addresses, read_token
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.audit import only_watcher
+from early_exit.archiver.management import Management
+from early_exit.archiver.server import TorchServe
+from early_exit.archiver.triggers import Terms
+from early_exit.archiver.watcher import Watched, Watcher
+from early_exit.handler.records import list_shards
+from early_exit.training.distill import Distillation
+from early_exit.training.options import TrainingOptions
+from tests.support.client import Reply, failed, send
+from tests.support.corrupt import corrupted
+from tests.support.digits import traffic
+
+pytestmark = pytest.mark.slow
+
+CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
+          "early_exit:\n  seal_after_s: 1\n  sampling_rate: 0.5\n  control_rate: 0\n")
+TOLERANCE = 0.05
+OPTIONS = TrainingOptions(tolerance=TOLERANCE, measure="flops", layers=4, search=None, recipe=Distillation(epochs=5))
+
+
+@pytest.fixture(scope="module")
+def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "store").mkdir()
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    build_archive(ArchiveRequest(str(recorder_mar), folder / "store", version="2.0", config=config))
+    with TorchServe(folder / "store", folder / "state", Addresses.free(), records=folder / "records",
+                    models=["digits-2.0.mar"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def watched(server: TorchServe) -> Watched:
+    folder = server.state.parent
+    return Watched("digits", [Management(server.addresses, server.key_file)], folder / "store",
+                   [str(folder / "records")], folder / "watch", lambda archive: OPTIONS, None,
+                   Terms(TOLERANCE, 0.05, 30 * 24 * 3600.0), trial_samples=30, longest_batch_s=1.0)
+
+
+def serve(server: TorchServe, bodies: list[bytes]) -> list[Reply]:
+    """Send requests and wait until those that were sampled are on disk."""
+    replies = send(server, "digits", bodies)
+    assert failed(replies) == 0
+    time.sleep(2.5)
+    return replies
+
+
+def last(watched: Watched) -> dict[str, Any]:
+    return watched.audit.read()[-1]
+
+
+def clean(count: int, seed: int) -> list[bytes]:
+    return [one.body for one in traffic(count, seed)]
+
+
+def drifted(count: int, seed: int) -> list[bytes]:
+    return [corrupted(body, "contrast", 0.8) for body in clean(count, seed)]
+
+
+def test_a_backbone_without_a_plan_gets_one_though_a_shard_is_damaged(server: TorchServe, watched: Watched) -> None:
+    watcher = Watcher(watched)
+    watcher.tick()
+    assert watched.audit.read() == [], "nothing to do yet"
+    serve(server, clean(1500, seed=20))
+    whole = list_shards(server.state.parent / "records")[0]
+    whole.with_name("half.safetensors").write_bytes(whole.read_bytes()[:1000])
+    watcher.tick()
+    events = watched.audit.read()
+    assert [event["event"] for event in events] == ["attempt", "rolling", "rolled"], events
+    assert events[0]["reason"] == "backbone"
+    assert events[-1]["new"]["certificate"]["bound"] == TOLERANCE
+    assert {reply.version for reply in serve(server, clean(20, seed=21))} == {"3.0"}
+
+
+def test_what_passes_its_trial_is_accepted(server: TorchServe, watched: Watched) -> None:
+    watcher = Watcher(watched)
+    watcher.tick()
+    assert last(watched)["event"] == "rolled", "too few samples for a verdict"
+    serve(server, clean(150, seed=22))
+    watcher.tick()
+    assert last(watched)["event"] == "accepted" and last(watched)["samples"] >= 30
+    watcher.tick()
+    assert last(watched)["event"] == "accepted", "nothing more to do"
+
+
+def test_when_the_traffic_drifts_the_version_steps_back_by_itself(server: TorchServe, watched: Watched) -> None:
+    replies = serve(server, drifted(1000, seed=23))
+    standing = Watcher(watched).look()
+    assert standing.first_alarm is not None
+    (state,) = (server.state.parent / "records").rglob("monitor-3.0-*.json")
+    assert json.loads(state.read_text())["certificate"] == "void"
+    assert replies[0].exit != "" and any(reply.exit != "full" for reply in replies[:50])
+    assert "ALARM" in (server.state / "logs" / "model.log").read_text()
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    answer = requests.post(f"{server.addresses.inference}/predictions/digits", data=clean(1, seed=27)[0], headers=token,
+                           timeout=10)
+    assert int(answer.headers["X-Early-Exit-Step"].split(" of ")[0]) >= 1
+    metrics = requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
+    steps = [line for line in metrics.splitlines() if line.startswith("ee_monitor_step{")]
+    assert any(float(line.rsplit(" ", 1)[1]) >= 1 for line in steps), steps
+
+
+def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watched: Watched) -> None:
+    watcher = Watcher(watched)
+    serve(server, drifted(1600, seed=24))
+    watcher.tick()
+    events = watched.audit.read()
+    assert events[-3]["event"] == "attempt" and events[-3]["reason"] == "alarm"
+    assert events[-1]["event"] == "rolled", events[-1]
+
+
+def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched) -> None:
+    serve(server, [corrupted(body, "contrast", 0.95) for body in clean(600, seed=25)])
+    Watcher(watched).tick()
+    events = watched.audit.read()
+    assert [event["event"] for event in events[-2:]] == ["taking back", "rolled back"], events[-2:]
+    assert events[-2]["alarms"][0]["mean_loss"] > TOLERANCE
+    assert {reply.version for reply in serve(server, clean(20, seed=26))} == {"3.0"}
+
+
+def run(server: TorchServe, watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "early_exit.archiver.watch", *arguments, "digits", "--records",
+               *watched.sources, "--model-store", str(watched.store), "--state", str(watched.state), "--server",
+               f"{server.addresses.inference},{server.addresses.management}", "--tokens", str(server.key_file),
+               "--tolerance", str(TOLERANCE)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_status_and_dry_run_tell_where_things_stand_and_change_nothing(server: TorchServe, watched: Watched) -> None:
+    before = watched.audit.path.read_bytes()
+    for arguments in (("status",), ("--dry-run",)):
+        told = run(server, watched, *arguments)
+        assert told.returncode == 0, told.stderr
+        assert "void since" in told.stdout and "rolled back" in told.stdout
+    assert watched.audit.path.read_bytes() == before
+
+
+def test_only_one_watcher_watches_a_model(server: TorchServe, watched: Watched) -> None:
+    with only_watcher(watched.store / ".ee-watch-digits.lock"):
+        refused = run(server, watched, "--once")
+    assert refused.returncode == 1 and "another ee-watch" in refused.stderr
+
+
+def test_a_watcher_gets_itself_new_tokens_when_its_own_have_expired(server: TorchServe, watched: Watched) -> None:
+    keys = json.loads(server.key_file.read_text())
+    keys["management"]["key"] = "expired"
+    server.key_file.write_text(json.dumps(keys))
+    assert Watcher(watched).look().version == "3.0"
+    assert json.loads(server.key_file.read_text())["management"]["key"] != "expired"
+
+
+def test_a_server_that_is_down_is_noted_once_and_the_watch_goes_on(server: TorchServe, watched: Watched) -> None:
+    down = Watcher(replace(watched, servers=[Management(Addresses.free(), None)]))
+    n_events = len(watched.audit.read())
+    down.tick()
+    down.tick()
+    assert len(watched.audit.read()) == n_events + 1 and last(watched)["event"] == "trouble"
