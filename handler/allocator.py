@@ -6,6 +6,9 @@ page faults to get them back; these settings keep them.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import sys
 
@@ -24,3 +27,10 @@ def restart_with_allocator(module: str, arguments: list[str]) -> None:
     """
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **ALLOCATOR})
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what loading a model has freed: the settings above keep it, but no batch needs it."""
+    gc.collect()  # graphs refer to their modules and back
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

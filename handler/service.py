@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from early_exit.handler.allocator import return_freed_memory
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError
@@ -40,6 +41,7 @@ class EarlyExitService:
         gpu = context.system_properties.get("gpu_id")
         device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
         self.model = ServedModel.load(layout, config, device)
+        return_freed_memory()
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         root = config.records_folder()
         header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool_side,

@@ -23,7 +23,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from early_exit.handler.allocator import restart_with_allocator
+from early_exit.handler.allocator import restart_with_allocator, return_freed_memory
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.head import Head, HeadSpec
@@ -158,8 +158,12 @@ def resident_bytes(folder: Path, arm: str) -> int:
     """Load a saved backbone, answer ten batches of 8, and return the process' resident size."""
     torch.set_num_threads(1)
     backbone = Backbone.load(folder)
-    run = exiting_model(backbone, DEFAULT_ENGINE).forward if arm == "exits" else backbone.graph.forward
-    del backbone
+    if arm == "exits":
+        run = exiting_model(backbone, DEFAULT_ENGINE).forward
+        del backbone
+        return_freed_memory()  # as the handler does once it has loaded
+    else:
+        run = backbone.graph.forward
     with torch.no_grad():
         for _ in range(10):
             run(torch.randn(8, 3, 224, 224))
