@@ -124,8 +124,7 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
         "streams": n_streams, "samples_per_clean_stream": LIMIT, "quiet_samples_before_drift": QUIET,
         "tolerance": monitored.tolerance, "clean_disagreement": clean.rate(), "steps": len(model.steps),
         "certificate": {"n": plan.certificate.n, "k": plan.certificate.k}, "rows": rows,
-        "recovery": recovery(subject, RunPaths(folder.with_name("renewed")), bodies, "contrast",
-                             STRENGTHS["contrast"][1]),
+        "recovery": recovery(subject, RunPaths(folder.with_name("renewed")), bodies, "blur", STRENGTHS["blur"][1]),
     }
 
 
@@ -216,6 +215,7 @@ def streams(drifted: Traffic, clean: Traffic, monitored: Monitored, n_streams: i
         return drifted if stream.random() < share else clean
 
     late = [alarms(source, monitored, clean, seed, quiet=QUIET) for seed in range(n_streams)]
+    late = [one for one in late if one[0] is None or one[0] > 0]  # not the false alarms of the quiet time
     at_once = [alarms(source, monitored, clean, seed)[0] or LIMIT for seed in range(n_streams)]
     settled = [state.step for _, _, state in late]
     rates = [share * drifted.rate(step) + (1 - share) * clean.rate(step) for step in range(len(clean.differs))]
@@ -223,8 +223,8 @@ def streams(drifted: Traffic, clean: Traffic, monitored: Monitored, n_streams: i
     to_rest = _median([at[-1] if at else 0 for _, at, _ in late])
     return {
         "share_of_drifted_requests": share, "disagreement_before": clean.rate(), "disagreement_during": rates[0],
-        "disagreement_after": sum(rates[step] for step in settled) / n_streams,
-        "disagreement_by_step": rates, "alarmed_share": sum(first is not None for first, _, _ in late) / n_streams,
+        "disagreement_after": sum(rates[step] for step in settled) / len(late),
+        "disagreement_by_step": rates, "alarmed_share": sum(first is not None for first, _, _ in late) / len(late),
         "median_samples_to_alarm": to_alarm, "median_samples_without_quiet_time": _median(at_once),
         "median_samples_to_last_step_back": to_rest, "median_requests_to_alarm": to_alarm / SAMPLING_RATE,
         "median_step_settled_at": _median(settled),
