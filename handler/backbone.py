@@ -18,7 +18,7 @@ from torch.export.passes import move_to_device_pass
 
 from early_exit.handler.candidates import CandidateLayer, LeftOut, discover_layers
 from early_exit.handler.errors import ArchiveError, GraphError
-from early_exit.handler.graph import backbone_graph, export_backbone
+from early_exit.handler.export import backbone_graph, export_backbone
 from early_exit.handler.scores import ScoreKind, score_kind
 
 FORMAT = 1

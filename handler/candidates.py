@@ -77,7 +77,7 @@ def discover_layers(module: fx.GraphModule, example: Tensor) -> tuple[list[Candi
         raise GraphError("the backbone has no convolution, matrix product or attention whose cost could be saved")
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     spent = dict(zip(order, _running_share(flops.values(), total)))
-    cuts = set(find_cuts(module.graph))
+    cuts = {cut.value for cut in find_cuts(module) if not cut.others}
     layers: list[CandidateLayer] = []
     left_out: list[LeftOut] = []
     calls: Counter[str] = Counter()

@@ -105,7 +105,7 @@ class ServedModel(nn.Module):
         with torch.no_grad():
             shadow = torch.rand(len(batch), generator=self._random).to(batch.device) < self.sampling_rate
             self._taps = {}
-            answers = run_with_exits(batch, self.stages, shadow=shadow, observe=self._observe)
+            answers = run_with_exits((batch,), self.stages, shadow=shadow, observe=self._observe)
         self._served.append(ServedBatch(answers, self._taps, time.time()))
         self.is_computing = False
         return answers.outputs

@@ -21,7 +21,7 @@ from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import Exit, Stage, run_with_exits
+from early_exit.handler.stages import Exit, Live, Stage, run_with_exits
 from early_exit.training.cost import Costs
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -86,9 +86,10 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, de
             batch = item.expand(size, *item.shape[1:]).contiguous()
 
             def one_round(batch: Tensor = batch) -> list[float]:
-                taken, x = [], batch
+                taken: list[float] = []
+                live: Live = (batch,)
                 for stage in stages:
-                    seconds, x = _timed(stage, x, device)
+                    seconds, live = _timed(stage, live, device)
                     taken.append(seconds)
                 return taken
 
@@ -110,8 +111,8 @@ def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
 
     def loop(end: Exit | None) -> Callable[[Tensor], Tensor]:
         # The scores at the end are cheap: what comes after the exit is timed elsewhere.
-        stages = [Stage(lambda x: x, end), Stage(lambda x: x.flatten(1)[:, :2])]
-        return lambda x: run_with_exits(x, stages).stages
+        stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
+        return lambda x: run_with_exits((x,), stages).stages
 
     with_exit, without = loop(Exit(lambda x: head(x), half, lambda logits: logits[:, :2])), loop(None)
     found = []
@@ -120,7 +121,7 @@ def profile_exit(head: Head, layer: CandidateLayer, *, device: str = "cpu",
             x = torch.rand(size, *layer.shape, device=device)
 
             def one_round(x: Tensor = x) -> float:
-                return _timed(with_exit, x, device)[0] - _timed(without, x, device)[0]
+                return _timed(with_exit, (x,), device)[0] - _timed(without, (x,), device)[0]
 
             found.append(max(1e-6, statistics.median(_rounds(one_round))))
     head.cpu()
@@ -175,11 +176,11 @@ def _rounds(one_round: Callable[[], T]) -> list[T]:
     return results
 
 
-def _timed(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> tuple[float, Tensor]:
+def _timed(step: Callable[..., T], live: Live, device: str) -> tuple[float, T]:
     # On a CPU the time that this process works, whoever else keeps the machine busy.
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     started = clock()
-    result = step(x)
+    result = step(*live)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return clock() - started, result

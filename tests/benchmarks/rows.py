@@ -33,7 +33,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
     ends: list[Exit | None] = [exits[layer.path] for layer in layers]
     stages = [Stage(part.forward, end) for part, end in zip(parts, [*ends, None])]
     with torch.no_grad():
-        answers = [run_with_exits(batch, stages) for batch in subject.inputs.split(250)]
+        answers = [run_with_exits((batch,), stages) for batch in subject.inputs.split(250)]
     classes = torch.cat([one.outputs for one in answers]).argmax(dim=1)
     taken = torch.cat([one.stages for one in answers])
     names = [*(layer.path for layer in layers), "full"]
@@ -57,7 +57,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
 def _time_ratios(subject: Subject, stages: Sequence[Stage]) -> dict[str, float]:
     """Return CPU time with exits / CPU time of the plain backbone by batch size; one thread, interleaved."""
     def exiting(batch: Tensor) -> Answers:
-        return run_with_exits(batch, stages)
+        return run_with_exits((batch,), stages)
 
     with one_thread(), torch.no_grad():
         return {str(size): cpu_ratio(subject.backbone.graph, exiting, subject.inputs.split(size)[:n_rounds])
