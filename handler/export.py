@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.node import Argument
 
 from early_exit.handler.errors import GraphError
 from early_exit.handler.graph import batch_size, inputs_of, is_batch_first, tensor_of
+from early_exit.handler.signature import InputSpec, OutputSpec
 
 
-def export_backbone(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> ExportedProgram:
+class ScoresOnly(nn.Module):
+    """A classifier that takes its inputs in order and returns its scores, whatever else it returns."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], note: Callable[[OutputSpec], object]) -> None:
+        super().__init__()
+        self.model = model
+        self._names, self._note = names, note
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.model(*inputs) if len(inputs) == 1 else self.model(**dict(zip(self._names, inputs)))
+        found = OutputSpec.of(output)
+        self._note(found)  # torch.export undoes what is assigned to the module
+        return found.scores(output)
+
+
+def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[ExportedProgram, OutputSpec]:
     """Export a classifier's inference pass with a dynamic batch dimension.
 
-    Args:
-        model: maps one (B, *input_shape) tensor to (B, K) scores.
-        input_shape: the shape of one item.
-        dtype: of the input.
+    Returns:
+        The program, which maps the inputs in order to (B, K) scores, and where they are in what the model returns.
 
     Raises:
-        GraphError: the model cannot be exported; the message names the operation that stands in the way.
+        GraphError: the model cannot be exported; the message names the operation and the line that stand in the way.
     """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("multi_label_classification", "regression"):
+        raise GraphError(f"the model's config says problem_type {problem!r}: an exit answers "
+                         "with one of several classes, which takes a single-label classifier")
     model.eval()
+    found: list[OutputSpec] = []
+    wrapped = ScoresOnly(model, [one.name for one in inputs], found.append)
     # Two rows: a batch of 0 or 1 would be taken for a constant.
-    example = torch.zeros((2, *input_shape), dtype=dtype)
+    example = tuple(one.zeros(2) for one in inputs)
+    batch = Dim("batch", min=1)
     try:
         with torch.no_grad():
-            return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
+            program = torch.export.export(wrapped, example, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+    except GraphError:
+        raise
     except Exception as error:  # torch.export raises many kinds, and each is about the user's model
-        raise GraphError(
-            f"{type(model).__name__} cannot be exported for input (batch, {', '.join(map(str, input_shape))}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        sizes = "; ".join(f"{one.name}: (batch, {', '.join(map(str, one.shape))})" for one in inputs)
+        raise GraphError(f"{type(model).__name__} cannot be exported for input {sizes}: {_line_of(error)}"
+                         f"{type(error).__name__}: {error}") from error
+    return program, found[-1]
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the last line of the model's own code that an error passed through."""
+    torch_folder = str(Path(torch.__file__).parent)
+    if "specialized it to be a constant" in str(error):  # found only at the end of the export
+        return "its code fixes the number of rows, as len(x) does: write x.shape[0] instead of len(x). "
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((torch_folder, __file__, "<"))]
+    if not own:
+        return ""
+    return f"it stops in {own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno}) at '{own[-1].line}' with "
 
 
 def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
@@ -67,6 +104,10 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     shape = tuple(scores[0].meta["val"].shape)
     if len(shape) != 2 or not is_batch_first(scores[0], batch):
         raise GraphError(f"expected scores of shape (batch, classes), found {shape}: is this a classifier?")
+    if scores[0].target is torch.ops.aten.sigmoid.default:
+        raise GraphError(f"the backbone ends in a sigmoid over {shape[1]} scores: a multi-label model has no one class "
+                         "for an exit to answer with, and a binary one must return two scores, such as "
+                         "torch.cat([-z, z], dim=1) / 2 of its logit z")
     # Tensors in, one tensor out, whatever structures the program was exported with.
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)

@@ -223,6 +223,19 @@ def batch_size(graph: fx.Graph) -> int | torch.SymInt:
     return size
 
 
+def index_limits(module: fx.GraphModule) -> dict[str, int]:
+    """Return, by the name of an input that looks up rows of tables, how many rows the smallest table has."""
+    known = _Dependence(module)
+    limits: dict[str, int] = {}
+    for node in known.nodes:
+        if node.target in (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx):
+            table, indices = node.args[:2]
+            for source in known.light.get(indices, ()):  # type: ignore[call-overload]
+                n_rows = int(table.meta["val"].shape[0])  # type: ignore[union-attr]
+                limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
+    return limits
+
+
 def tensor_of(node: fx.Node) -> Tensor | None:
     """Return the tensor that a node stands for, without its values."""
     value = node.meta.get("val")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.errors import InputError
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
 from early_exit.handler.pooling import Side, pool_activation
+from early_exit.handler.signature import bind
 from early_exit.handler.stages import Answers, Exit, Stage, run_with_exits
 
 
@@ -89,26 +90,26 @@ class ServedModel(nn.Module):
         return cls(backbone, plan, heads, record_layers=config.layers if records else 0, record_pool=config.pool_side,
                    sampling_rate=config.sampling(has_exits=plan is not None) if records else 0.0).to(device)
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """Return (B, K) scores and keep what `take_served` returns.
+    def forward(self, *given: object, **named: object) -> Any:
+        """Return what the user's model would, with (B, K) scores, and keep what `take_served` returns.
 
         Raises:
-            InputError: the batch does not have the backbone's input shape or dtype.
+            InputError: the inputs are not the backbone's in number, shape or dtype.
         """
         self.is_computing = False
-        self._require_input(batch)
+        inputs = bind(self.description.inputs, given, named)
         self.is_computing = True
-        if batch.requires_grad:  # an explanation follows the gradient through the whole backbone
-            scores: Tensor = self._graph(batch)
+        if any(one.requires_grad for one in inputs):  # an explanation follows the gradient through the whole backbone
+            scores: Tensor = self._graph(*inputs)
             self.is_computing = False
-            return scores
+            return self.description.output.output(scores)
         with torch.no_grad():
-            shadow = torch.rand(len(batch), generator=self._random).to(batch.device) < self.sampling_rate
+            shadow = torch.rand(len(inputs[0]), generator=self._random).to(inputs[0].device) < self.sampling_rate
             self._taps = {}
-            answers = run_with_exits((batch,), self.stages, shadow=shadow, observe=self._observe)
+            answers = run_with_exits(inputs, self.stages, shadow=shadow, observe=self._observe)
         self._served.append(ServedBatch(answers, self._taps, time.time()))
         self.is_computing = False
-        return answers.outputs
+        return self.description.output.output(answers.outputs)
 
     def take_served(self) -> list[ServedBatch]:
         """Return the calls since the last time, oldest first."""
@@ -122,11 +123,3 @@ class ServedModel(nn.Module):
     def _tap(self, stage: int, activation: Tensor) -> None:
         if stage < len(self.layers):
             self._taps[self.layers[stage]] = pool_activation(activation, self._record_pool).half().cpu()
-
-    def _require_input(self, batch: object) -> None:
-        shape, dtype = self.description.input_shape, self.description.input_dtype
-        if not isinstance(batch, Tensor):
-            raise InputError(f"expected a tensor of shape (batch, {shape}), found {type(batch).__name__}")
-        if tuple(batch.shape[1:]) != shape or str(batch.dtype) != f"torch.{dtype}":
-            raise InputError(f"expected {dtype} input of shape {shape}, found {str(batch.dtype).removeprefix('torch.')}"
-                             f" of shape {tuple(batch.shape[1:])}")

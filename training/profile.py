@@ -79,15 +79,15 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, de
         sizes: batch sizes, ascending.
     """
     stages = split(backbone.graph, [layer.node for layer in layers])
-    item = backbone.description.probe_input().to(device)
+    items = [one.to(device) for one in backbone.description.probe_inputs()]
     by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
         for size in sizes:
-            batch = item.expand(size, *item.shape[1:]).contiguous()
+            inputs = tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items)
 
-            def one_round(batch: Tensor = batch) -> list[float]:
+            def one_round(inputs: Live = inputs) -> list[float]:
                 taken: list[float] = []
-                live: Live = (batch,)
+                live = inputs
                 for stage in stages:
                     seconds, live = _timed(stage, live, device)
                     taken.append(seconds)
