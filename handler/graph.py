@@ -229,10 +229,11 @@ def index_limits(module: fx.GraphModule) -> dict[str, int]:
     limits: dict[str, int] = {}
     for node in known.nodes:
         if node.target in (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx):
-            table, indices = node.args[:2]
-            for source in known.light.get(indices, ()):  # type: ignore[call-overload]
-                n_rows = int(table.meta["val"].shape[0])  # type: ignore[union-attr]
-                limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
+            table, indices = node.all_input_nodes[:2]
+            for source in known.inputs:
+                if source in known.light.get(indices, ()):
+                    n_rows = int(table.meta["val"].shape[0])
+                    limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
     return limits
 
 

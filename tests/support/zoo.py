@@ -101,7 +101,7 @@ TEXT_MODELS: dict[str, dict[str, object]] = {
 }
 IMAGE_MODELS: dict[str, dict[str, object]] = {
     "ViT": {}, "DeiT": {}, "Beit": {}, "Dinov2": {"patch_size": 8}, "ConvNextV2": {"depths": [1, 1, 2, 1]},
-    "ResNet": {"depths": [1, 1, 2, 1]}, "RegNet": {}, "MobileNetV2": {}, "PoolFormer": {}, "Segformer": {},
+    "ResNet": {"depths": [1, 1, 2, 1]}, "MobileNetV2": {}, "PoolFormer": {}, "Segformer": {},
     "Swin": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
 }
 
