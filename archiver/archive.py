@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 import early_exit.handler
 from early_exit.archiver.sample import image_input, model_input, sample_image
@@ -23,6 +24,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.layout import HANDLER, ArchiveLayout, extract
 from early_exit.handler.plan import build_heads, load_plan, save_plan
+from early_exit.handler.signature import InputSpec
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
@@ -42,6 +44,8 @@ class ArchiveRequest:
     weights: Path | None = None
     input_shape: tuple[int, ...] | None = None
     """Of one item; by default what the handler makes of the sample request."""
+    inputs: tuple[InputSpec, ...] = ()
+    """Instead of a shape, for a model with several inputs or with integers."""
     handler: str | None = None
     """For a factory or .pt2: a file or the name of a built-in handler."""
     extra_files: Sequence[Path] = field(default_factory=tuple)
@@ -110,18 +114,26 @@ def _unpack_source(asked: ArchiveRequest, layout: ArchiveLayout) -> tuple[dict[s
         return manifest, Backbone.from_program(load_program(Path(asked.source)))
     if ":" not in asked.source:
         raise ArchiveError(f"expected a .mar, a .pt2 or package.module:function, found {asked.source!r}")
-    if asked.weights is None or asked.input_shape is None:
-        raise ArchiveError("a factory needs --weights FILE.safetensors|.pth and --input-shape, such as 3,224,224")
-    return manifest, Backbone.from_module(model_from_factory(asked.source, asked.weights), asked.input_shape)
+    if asked.weights is None or (asked.input_shape is None and not asked.inputs):
+        raise ArchiveError("a factory needs --weights FILE.safetensors|.pth, and --input-shape, such as 3,224,224, or "
+                           "an --input NAME:DTYPE:SHAPE for each input")
+    model = model_from_factory(asked.source, asked.weights)
+    return manifest, _exported(model, asked)
 
 
 def _backbone_of_mar(asked: ArchiveRequest, layout: ArchiveLayout, manifest: dict[str, Any]) -> Backbone:
     model = eager_model(layout.root, manifest)
-    if asked.input_shape is not None:
-        return Backbone.from_module(model, asked.input_shape)
+    if asked.input_shape is not None or asked.inputs:
+        return _exported(model, asked)
     if asked.request is not None:
         return Backbone.from_module(model, *model_input(layout.root, manifest, asked.request.read_bytes()))
     return Backbone.from_module(model, *image_input(layout.root, manifest))
+
+
+def _exported(model: nn.Module, asked: ArchiveRequest) -> Backbone:
+    if asked.inputs:
+        return Backbone.from_inputs(model, asked.inputs)
+    return Backbone.from_module(model, asked.input_shape or ())
 
 
 def _manifest_for(asked: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
@@ -221,6 +233,8 @@ def _sample_request(asked: ArchiveRequest, layout: ArchiveLayout, original: dict
         return asked.request.read_bytes()
     if layout.sample_request.exists():
         return layout.sample_request.read_bytes()
+    if len(backbone.inputs) > 1 or not backbone.inputs[0].dtype.startswith("float"):
+        return None
     image = sample_image(backbone.input_shape[-1])
     try:
         shape, _ = model_input(layout.root, original, image)

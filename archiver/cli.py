@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.inspect import describe, in_words
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.signature import InputSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +48,8 @@ def _build(given: list[str]) -> int:
     parser.add_argument("--weights", type=Path, help="state dict for a factory: .safetensors or .pth")
     parser.add_argument("--input-shape", type=_shape, metavar="C,H,W",
                         help="one item's shape; by default what the handler makes of a sample request")
+    parser.add_argument("--input", type=_input, action="append", default=[], dest="inputs", metavar="NAME:DTYPE:SHAPE",
+                        help="instead, once for each input of forward: input_ids:int64:128")
     parser.add_argument("--handler", help="for a factory or .pt2: a handler file or a built-in name")
     parser.add_argument("--extra-files", type=Path, nargs="*", default=[], help="for a factory or .pt2")
     parser.add_argument("--config", type=Path, help="model-config.yaml to use instead of the source's")
@@ -52,7 +57,7 @@ def _build(given: list[str]) -> int:
                         help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
     parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
     options = parser.parse_args(given)
-    target = build_archive(ArchiveRequest(**vars(options)),
+    target = build_archive(ArchiveRequest(**{**vars(options), "inputs": tuple(options.inputs)}),
                            lambda line: print(f"ee-archive: {line}", file=sys.stderr))
     print(in_words(target))
     return 0
@@ -66,3 +71,11 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"expected sizes such as 3,224,224, found {text!r}")
     return shape
+
+
+def _input(text: str) -> InputSpec:
+    name, _, rest = text.partition(":")
+    dtype, _, shape = rest.partition(":")
+    if not name.isidentifier() or not isinstance(getattr(torch, dtype or "-", None), torch.dtype):
+        raise argparse.ArgumentTypeError(f"expected NAME:DTYPE:SHAPE such as input_ids:int64:128, found {text!r}")
+    return InputSpec(name, _shape(shape), dtype)

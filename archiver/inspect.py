@@ -37,7 +37,8 @@ def describe(mar: Path) -> dict[str, Any]:
             "engine": ServingConfig.from_model_config(archived_config(layout)).engine,
             "handler": json.loads(layout.original_manifest.read_text())["model"]["handler"],
             "backbone": {
-                "sha256": backbone.sha256, "input_shape": backbone.input_shape, "n_classes": backbone.n_classes,
+                "sha256": backbone.sha256, "input_shape": backbone.input_shape,
+                "inputs": [one.__dict__ for one in backbone.inputs], "n_classes": backbone.n_classes,
                 "scores": backbone.scores.value, "flops": backbone.flops,
                 "candidates": [layer.to_json() for layer in backbone.candidates],
                 "left_out": [layer.__dict__ for layer in backbone.left_out],
@@ -65,7 +66,7 @@ def in_words(mar: Path) -> str:
     lines = [
         f"{mar}  {found['bytes'] / 1e6:.1f} MB  {len(exits)} exits of {len(backbone['candidates'])} candidates",
         f"  model {found['model']} {found['version']}  handler {found['handler']}  input "
-        f"{'x'.join(map(str, backbone['input_shape']))}  {backbone['n_classes']} classes  "
+        f"{' '.join('x'.join(map(str, one['shape'])) for one in backbone['inputs'])}  {backbone['n_classes']} classes  "
         f"{backbone['flops'] / 1e6:.1f} MFLOPs  engine {found['engine']}  backbone {backbone['sha256'][:12]}",
     ]
     width = max(len(layer["path"]) for layer in [*backbone["candidates"], *backbone["left_out"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import pickle
@@ -18,10 +19,12 @@ from torch.export.passes import move_to_device_pass
 
 from early_exit.handler.candidates import CandidateLayer, LeftOut, discover_layers
 from early_exit.handler.errors import ArchiveError, GraphError
-from early_exit.handler.graph import backbone_graph, export_backbone
+from early_exit.handler.export import backbone_graph, export_backbone
+from early_exit.handler.graph import index_limits, inputs_of
 from early_exit.handler.scores import ScoreKind, score_kind
+from early_exit.handler.signature import InputSpec, OutputSpec
 
-FORMAT = 1
+FORMAT = 2
 PROGRAM_FILE = "backbone.pt2"
 DESCRIPTION_FILE = "backbone.json"
 
@@ -32,10 +35,10 @@ class BackboneDescription:
 
     sha256: str
     """Identity of weights and operations; records and plans belong to exactly one."""
-    input_shape: tuple[int, ...]
-    """One item, without the batch dimension."""
-    input_dtype: str
-    """Name of the torch dtype, such as 'float32'."""
+    inputs: tuple[InputSpec, ...]
+    """In the order of the program."""
+    output: OutputSpec
+    """What the user's model returned."""
     n_classes: int
     scores: ScoreKind
     flops: int
@@ -43,13 +46,16 @@ class BackboneDescription:
     candidates: tuple[CandidateLayer, ...]
     left_out: tuple[LeftOut, ...]
     probe: tuple[float, ...]
-    """(K,) scores for `probe_input`, computed where the archive was made."""
+    """(K,) scores for `probe_inputs`, computed where the archive was made."""
 
-    def probe_input(self) -> Tensor:
-        """Return a (1, ...) input that is the same on every machine."""
-        dtype = getattr(torch, self.input_dtype)
-        n_values = torch.Size(self.input_shape).numel()
-        return torch.sin(torch.arange(n_values, dtype=torch.float64)).to(dtype).reshape(1, *self.input_shape)
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One item of the first input, without the batch dimension."""
+        return self.inputs[0].shape
+
+    def probe_inputs(self) -> tuple[Tensor, ...]:
+        """Return (1, ...) inputs that are the same on every machine."""
+        return tuple(one.probe() for one in self.inputs)
 
     def layer(self, path: str) -> CandidateLayer:
         """Return the candidate of that module path.
@@ -78,7 +84,8 @@ class BackboneDescription:
             raise ArchiveError(f"{path} has format {data.get('format')!r}, this version reads {FORMAT}: "
                                "use the version of early-exit-torchserve that wrote it, or a newer one")
         return cls(
-            sha256=data["sha256"], input_shape=tuple(data["input_shape"]), input_dtype=data["input_dtype"],
+            sha256=data["sha256"], output=OutputSpec(**data["output"]),
+            inputs=tuple(InputSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["inputs"]),
             n_classes=data["n_classes"], scores=ScoreKind(data["scores"]), flops=data["flops"],
             candidates=tuple(CandidateLayer.from_json(layer) for layer in data["candidates"]),
             left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
@@ -100,29 +107,55 @@ class Backbone:
         Raises:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
         """
-        return cls.from_program(export_backbone(model, input_shape, dtype))
+        parameters = list(inspect.signature(model.forward).parameters)
+        name = parameters[0] if parameters else "x"
+        return cls.from_inputs(model, [InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))])
 
     @classmethod
-    def from_program(cls, program: ExportedProgram) -> Backbone:
+    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec]) -> Backbone:
+        """Export an eager classifier with several inputs, which are given to it by name.
+
+        Raises:
+            GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
+        """
+        program, output = export_backbone(model, inputs)
+        return cls.from_program(program, [one.name for one in inputs], output)
+
+    @classmethod
+    def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
+                     output: OutputSpec = OutputSpec()) -> Backbone:  # noqa: B008 - it is frozen
         """Describe an exported classifier.
+
+        Args:
+            program: maps (B, ...) inputs to (B, K) scores.
+            names: of the inputs; by default those in the program.
+            output: what the user's model returned.
 
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
         """
         graph = backbone_graph(program)
-        source = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["val"]
-        input_shape = tuple(int(size) for size in source.shape[1:])
-        zeros = torch.zeros((1, *input_shape), dtype=source.dtype)
-        candidates, left_out, flops = discover_layers(graph, zeros)
+        limits = index_limits(graph)
+        nodes = inputs_of(graph.graph)
+        inputs = tuple(
+            InputSpec(name, tuple(int(size) for size in node.meta["val"].shape[1:]),
+                      str(node.meta["val"].dtype).removeprefix("torch."), limits.get(node.name))
+            for node, name in zip(nodes, names or [node.name for node in nodes]))
+        probe = tuple(one.probe() for one in inputs)
+        try:
+            candidates, left_out, flops = discover_layers(graph, probe)
+        except RuntimeError as error:  # such as what only some texts may lack
+            raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on what an input "
+                             f"holds in a way that an export cannot follow: {error}") from error
         draft = BackboneDescription(
-            sha256=_identity(program, source), input_shape=input_shape,
-            input_dtype=str(source.dtype).removeprefix("torch."), n_classes=0, scores=ScoreKind.LOGITS, flops=flops,
-            candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
+            sha256=_identity(program, inputs), inputs=inputs, output=output, n_classes=0, scores=ScoreKind.LOGITS,
+            flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
         )
         with torch.no_grad():
-            scores = graph(draft.probe_input())
+            scores = graph(*probe)
         if scores.shape[1] < 2:
-            raise GraphError("expected scores for at least 2 classes, found 1: is this a regression model?")
+            raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
+                             "to answer with; a binary classifier must return two scores")
         if not candidates:
             reasons = "; ".join(f"{layer.path}: {layer.reason}" for layer in left_out)
             raise GraphError(f"no layer of this backbone can carry an exit ({reasons})")
@@ -189,13 +222,13 @@ def _require_no_pickle(path: Path) -> None:
                            "with tensors as example inputs") from error
 
 
-def _identity(program: ExportedProgram, source: Tensor) -> str:
+def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:
     """Return a hash of everything that determines the answers: input, operations, weights and constants.
 
     The operations are hashed as torch prints them, so another version of torch may give another hash for
     the same model: records are then collected afresh, never mixed up.
     """
-    digest = hashlib.sha256(f"{tuple(source.shape[1:])} {source.dtype} {program.graph}".encode())
+    digest = hashlib.sha256(f"{[(one.shape, one.dtype) for one in inputs]} {program.graph}".encode())
     tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

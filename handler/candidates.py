@@ -61,12 +61,14 @@ class _Component:
     is_no_op: bool
 
 
-def discover_layers(module: fx.GraphModule, example: Tensor) -> tuple[list[CandidateLayer], list[LeftOut], int]:
+def discover_layers(
+    module: fx.GraphModule, example: tuple[Tensor, ...]
+) -> tuple[list[CandidateLayer], list[LeftOut], int]:
     """Return the candidate layers in order, the components left out, and the backbone's FLOPs per item.
 
     Args:
         module: the backbone's graph.
-        example: (1, ...) input on which the FLOPs are counted.
+        example: (1, ...) inputs on which the FLOPs are counted.
 
     Raises:
         GraphError: the graph does no countable work.
@@ -77,7 +79,7 @@ def discover_layers(module: fx.GraphModule, example: Tensor) -> tuple[list[Candi
         raise GraphError("the backbone has no convolution, matrix product or attention whose cost could be saved")
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     spent = dict(zip(order, _running_share(flops.values(), total)))
-    cuts = set(find_cuts(module.graph))
+    cuts = {cut.value for cut in find_cuts(module) if not cut.others}
     layers: list[CandidateLayer] = []
     left_out: list[LeftOut] = []
     calls: Counter[str] = Counter()
@@ -118,8 +120,8 @@ def spread_over(layers: Sequence[CandidateLayer], count: int) -> list[CandidateL
     return sorted(chosen, key=lambda layer: layer.cost)
 
 
-def node_flops(module: fx.GraphModule, example: Tensor) -> dict[fx.Node, int]:
-    """Return the FLOPs of every node of a graph for one input, in graph order."""
+def node_flops(module: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[fx.Node, int]:
+    """Return the FLOPs of every node of a graph for one item, in graph order."""
     flops: dict[fx.Node, int] = {}
     counter = FlopCounterMode(display=False)
 
@@ -131,7 +133,7 @@ def node_flops(module: fx.GraphModule, example: Tensor) -> dict[fx.Node, int]:
             return result
 
     with torch.no_grad(), counter:
-        Counting(module).run(example)
+        Counting(module).run(*example)
     return flops
 
 
@@ -157,7 +159,10 @@ def _components(nodes: list[fx.Node], depth: int, flops: Mapping[fx.Node, int], 
 
 
 def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    return [(path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values()]
+    stack = [(path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values()]
+    if stack and stack[0][1].endswith("ScoresOnly"):  # what `export_backbone` put around the user's model
+        return [(path.removeprefix("model").removeprefix("."), kind) for path, kind in stack[1:]]
+    return stack
 
 
 def _module_at(node: fx.Node, depth: int) -> str:

@@ -28,7 +28,6 @@ class Engine:
     """Largest difference from the scores stored in an archive, relative to the largest score, that other processors
     make; a damaged weight shows up far above it."""
 
-
     def unsplit(self, backbone: fx.GraphModule) -> nn.Module:
         """Return a whole backbone as this engine executes it: what exits are compared with."""
         [whole] = self.compile([backbone])

@@ -1,194 +1,250 @@
-"""The backbone as a graph of ATen operations: export it, find its cuts, split it into stages."""
+"""The backbone as a graph of ATen operations: find its cuts, split it into stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.node import Argument
+from torch import Tensor, fx
 
 from early_exit.handler.errors import GraphError
 
 SYM_SIZE = torch.ops.aten.sym_size.int
+_WEIGHTS = "weights"
 
 
-def export_backbone(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> ExportedProgram:
-    """Export a classifier's inference pass with a dynamic batch dimension.
+@dataclass(frozen=True)
+class Cut:
+    """A place in the graph, and what must travel for the rest of the backbone to be computed from there.
 
-    Args:
-        model: maps one (B, *input_shape) tensor to (B, K) scores.
-        input_shape: the shape of one item.
-        dtype: of the input.
-
-    Raises:
-        GraphError: the model cannot be exported; the message names the operation that stands in the way.
+    Every tensor that travels has one row per item of the batch, so that the rows of answered items can be dropped.
     """
-    model.eval()
-    # Two rows: a batch of 0 or 1 would be taken for a constant.
-    example = torch.zeros((2, *input_shape), dtype=dtype)
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
-    except Exception as error:  # torch.export raises many kinds, and each is about the user's model
-        raise GraphError(
-            f"{type(model).__name__} cannot be exported for input (batch, {', '.join(map(str, input_shape))}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+
+    value: fx.Node
+    """Computed last, and what a head here would read."""
+    others: tuple[fx.Node, ...]
+    """Further results that are still needed; none where the value alone determines the answer."""
+    inputs: tuple[fx.Node, ...]
+    """Inputs that are still needed, such as a mask. What follows from them without parameters is computed again."""
+
+    @property
+    def live(self) -> tuple[fx.Node, ...]:
+        """What travels, in the order of the next stage's inputs."""
+        return (self.value, *self.others, *self.inputs)
 
 
-def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
-    """Return the forward pass of an exported backbone as a graph with its parameters attached.
+def find_cuts(module: fx.GraphModule) -> list[Cut]:
+    """Return the places where a backbone can be cut, in order of computation.
 
-    Raises:
-        GraphError: it does not map one (B, ...) tensor to one (B, K) tensor.
+    A value without others is what the paper calls for (section 3.1): the answer depends on it alone, but for
+    inputs that the user gave anyway. Parameters, and what follows from parameters and shapes alone, do not
+    count: any stage can compute them again.
     """
-    module = program.module(check_guards=False)
-    if not isinstance(module, fx.GraphModule):
-        raise GraphError(f"expected a graph from torch.export, found {type(module).__name__}")
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise GraphError(f"expected a backbone with one input tensor, found {len(inputs)}: {inputs}")
-    batch = inputs[0].meta["val"].shape[0]
-    if not isinstance(batch, torch.SymInt):
-        raise GraphError(f"the program was exported for batches of exactly {batch}: export it with "
-                         "dynamic_shapes=({0: torch.export.Dim('batch', min=1)},)")
-    training = [node.name for node in module.graph.nodes if _is_training(node)]
-    if training:
-        raise GraphError(f"{', '.join(training[:3])} would behave as in training: call model.eval() before exporting")
-    scores = _outputs(module.graph)
-    if len(scores) != 1 or _tensor(scores[0]) is None:
-        raise GraphError(f"expected a backbone that returns one tensor of scores, found {len(scores)} outputs")
-    if not _is_batch_first(scores[0], inputs[0]) or len(scores[0].meta["val"].shape) != 2:
-        shape = tuple(scores[0].meta["val"].shape)
-        raise GraphError(f"expected scores of shape (batch, classes), found {shape}: is this a classifier?")
-    # A plain module: the one that torch.export returns forbids eval(), which every handler calls.
-    return fx.GraphModule(module, module.graph)
-
-
-def find_cuts(graph: fx.Graph) -> list[fx.Node]:
-    """Return the values on which alone the rest of the backbone depends, in order of computation.
-
-    A value is a cut when it is the only tensor still alive right after it was computed, so that the
-    output is a function of it (the paper's criterion, section 3.1). Parameters, and what follows from
-    parameters and shapes alone, do not count: any stage can compute them again. A cut has one row per
-    item of the batch.
-    """
-    nodes = list(graph.nodes)
-    position = {node: index for index, node in enumerate(nodes)}
-    data = _data_nodes(nodes)
-    last_use = {node: max((position[user] for user in node.users), default=-1) for node in data}
-    source = next(node for node in nodes if node.op == "placeholder")
-    cuts: list[fx.Node] = []
-    alive: set[fx.Node] = set()
-    for index, node in enumerate(nodes):
+    known = _Dependence(module)
+    batch = batch_size(module.graph)
+    cuts: list[Cut] = []
+    alive: list[fx.Node] = []
+    for index, node in enumerate(known.nodes):
         if node.op == "output":
             break
-        if node in data:
-            alive.add(node)
-        alive = {value for value in alive if last_use[value] > index}
-        is_new = node in data and node is not source
-        if is_new and alive == {node} and _tensor(node) is not None and _is_batch_first(node, source):
-            cuts.append(node)
+        if node in known.data:
+            alive.append(node)
+        alive = [value for value in alive if known.last_use[value] > index]
+        if node not in alive or node in known.light:
+            continue
+        sources = {source for value in alive if value in known.light for source in known.light[value]}
+        others = tuple(value for value in alive if value is not node and value not in known.light)
+        cut = Cut(node, others, tuple(source for source in known.inputs if source in sources))
+        has_rows = all(tensor_of(value) is not None and is_batch_first(value, batch) for value in cut.live)
+        if has_rows and len(node.meta["val"].shape) > 1 and not known.shares_changing_memory(cut, index):
+            cuts.append(cut)
     return cuts
 
 
 def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphModule]:
-    """Split a backbone at cuts into stages that map one tensor to one tensor.
+    """Split a backbone at cuts into stages.
 
     Args:
-        module: what `backbone_graph` returned.
-        boundaries: names of cuts, in order of computation.
+        module: the graph of a backbone, tensors to scores.
+        boundaries: names of the cuts' values, in order of computation.
 
     Returns:
-        len(boundaries) + 1 graph modules; chained they compute exactly what `module` computes, for any
+        len(boundaries) + 1 graph modules. Each takes the tensors that travel to it as arguments, the first stage
+        the backbone's inputs, and returns a tuple of those that travel on, first the one that a head reads; the
+        last returns a tuple of the scores alone. Chained they compute exactly what `module` computes, for any
         number of rows, and the rows may become fewer between two stages.
 
     Raises:
         GraphError: a boundary is not a cut of this graph.
     """
-    by_name = {node.name: node for node in module.graph.nodes}
-    cuts = {node.name for node in find_cuts(module.graph)}
-    unknown = [name for name in boundaries if name not in cuts]
+    by_name = {cut.value.name: cut for cut in find_cuts(module)}
+    unknown = [name for name in boundaries if name not in by_name]
     if unknown:
         raise GraphError(f"not cuts of this backbone: {', '.join(unknown)}")
-    source = next(node for node in module.graph.nodes if node.op == "placeholder")
-    starts = [source, *(by_name[name] for name in boundaries)]
-    ends = [*starts[1:], _outputs(module.graph)[0]]
-    data = _data_nodes(list(module.graph.nodes))
-    return [_stage(module, start, end, data) for start, end in zip(starts, ends)]
+    known = _Dependence(module)
+    cuts = [by_name[name] for name in boundaries]
+    scores = module.graph.output_node().args[0]
+    if not isinstance(scores, fx.Node):
+        raise GraphError(f"expected a backbone that returns one tensor of scores, found {scores}")
+    starts = [known.inputs, *(cut.live for cut in cuts)]
+    ends = [*starts[1:], (scores,)]
+    return [known.stage(start, end) for start, end in zip(starts, ends)]
 
 
-def _stage(module: fx.GraphModule, start: fx.Node, end: fx.Node, data: set[fx.Node]) -> fx.GraphModule:
-    """Return the part of a graph that computes `end` from `start`."""
-    graph = fx.Graph()
-    placeholder = graph.placeholder("x")
-    placeholder.meta = dict(start.meta)
-    copies: dict[fx.Node, fx.Node] = {start: placeholder}
+class _Dependence:
+    """What each node of a graph depends on."""
 
-    def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies:
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.nodes = list(module.graph.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.inputs = tuple(inputs_of(module.graph))
+        self._batch = batch_size(module.graph)
+        self._memory: dict[fx.Node, fx.Node] = {}
+        """The node that allocated what a node is a view of."""
+        self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        """By such a node: the operations that write to its memory."""
+        for node in self.nodes:
+            self._note_memory(node)
+        origins = self._origins()
+        self.data = {node for node in self.nodes if not origins[node] <= {_WEIGHTS}}
+        """Nodes that depend on the values of the inputs, not only on their shapes."""
+        self.light = {node: origins[node] for node in self.data
+                      if _WEIGHTS not in origins[node] and str(self._batch) in str(node.meta.get("val"))}
+        """Those of them that need no parameters and keep the rows apart, and the inputs they follow from."""
+        self.last_use = {node: max((self.position[user] for user in node.users), default=-1) for node in self.data}
+
+    def shares_changing_memory(self, cut: Cut, index: int) -> bool:
+        """Whether an operation after `index` writes to memory that two of the travelling tensors share."""
+        seen = [self._memory[node] for node in cut.live]
+        shared = {memory for memory in seen if seen.count(memory) > 1}
+        return any(self.position[write] > index for memory in shared for write in self._writes[memory])
+
+    def stage(self, start: Sequence[fx.Node], end: Sequence[fx.Node]) -> fx.GraphModule:
+        """Return the part of the graph that computes `end` from `start`."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in start:
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        rows = copies[start[0]]
+        for node in self._needed(start, end):
             if node.target is SYM_SIZE:
                 # The only dynamic size is the batch, and the rows of this stage are counted on its own input.
-                copies[node] = graph.call_function(SYM_SIZE, (placeholder, 0))
-                copies[node].meta = dict(node.meta)
+                copies[node] = self._count(graph, rows, node)
             else:
-                copies[node] = graph.node_copy(node, copy_of)
-        return copies[node]
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in end))
+        graph.lint()
+        return fx.GraphModule(self.module, graph)
 
-    for node in _between(module.graph, start, end):
-        if node in data:
-            copy_of(node)
-    graph.output(copy_of(end))
-    graph.lint()
-    return fx.GraphModule(module, graph)
+    def _needed(self, start: Sequence[fx.Node], end: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return the nodes of a stage in order: what it computes, and what it must compute again."""
+        first, last = self.position[start[0]], self.position[end[0]]
+        seen: set[fx.Node] = set()
+        missing = list(end)
+        while missing:
+            node = missing.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.target is SYM_SIZE:
+                continue
+            travels = self._memory[node] in self.data and self._memory[node] not in self.light
+            missing += [write for write in self._writes[self._memory[node]]
+                        if self.position[write] <= last and not (travels and self.position[write] <= first)]
+            if node not in start:
+                missing += node.all_input_nodes
+        return sorted(seen - set(start), key=self.position.__getitem__)
+
+    def _origins(self) -> dict[fx.Node, frozenset[object]]:
+        """Return the inputs that each node follows from, and `_WEIGHTS` where parameters have a part in it."""
+        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        memory_written_by = {write: memory for memory, writes in self._writes.items() for write in writes}
+        origins: dict[fx.Node, frozenset[object]] = {}
+        written: dict[fx.Node, frozenset[object]] = defaultdict(frozenset)
+        changed = True
+        while changed:  # what is written later also counts for nodes that share the memory
+            changed = False
+            for node in self.nodes:
+                if node.op == "placeholder":
+                    found: frozenset[object] = frozenset((node,))
+                elif node.target is SYM_SIZE:
+                    found = frozenset()
+                else:
+                    weights = {_WEIGHTS} if node.op == "get_attr" and node.target in parameters else set()
+                    found = written[self._memory[node]].union(weights, *map(origins.__getitem__, node.all_input_nodes))
+                memory = memory_written_by.get(node)
+                if memory is not None:
+                    written[memory] |= found
+                changed = changed or origins.get(node) != found
+                origins[node] = found
+        return origins
+
+    def _note_memory(self, node: fx.Node) -> None:
+        self._memory[node] = node
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            if node.op == "call_function" and node.all_input_nodes:  # an element of a list of views
+                self._memory[node] = self._memory[node.all_input_nodes[0]]
+            return
+        is_view = any(value.alias_info is not None for value in schema.returns)
+        for argument, described in zip(node.args, schema.arguments):
+            if not isinstance(argument, fx.Node):
+                continue
+            # A dropout that drops nothing returns its input, though its schema does not say so.
+            if (is_view and described.alias_info is not None) or "dropout" in str(node.target):
+                self._memory[node] = self._memory[argument]
+            if described.alias_info is not None and described.alias_info.is_write:
+                self._writes[self._memory[argument]].append(node)
+
+    def _count(self, graph: fx.Graph, rows: fx.Node, size: fx.Node) -> fx.Node:
+        """Add a size of the whole graph to a stage: the number of its rows, or a multiple of it."""
+        times = size.meta["val"].node.expr / self._batch.node.expr  # type: ignore[union-attr]
+        count = graph.call_function(SYM_SIZE, (rows, 0))
+        if times == 1:
+            return count
+        if not times.is_integer:
+            raise GraphError(f"{size.name} is {size.meta['val']}, expected a multiple of the batch")
+        return graph.call_function(operator.mul, (count, int(times)))
 
 
-def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes after `start` up to and including `end`."""
-    inside = False
-    for node in graph.nodes:
-        if inside:
-            yield node
-        inside = (inside or node is start) and node is not end
+def inputs_of(graph: fx.Graph) -> list[fx.Node]:
+    """Return the inputs of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _data_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Return the nodes whose tensors depend on the values of the input, not only on its shape."""
-    data: set[fx.Node] = set()
-    for node in nodes:
-        depends = any(argument in data for argument in node.all_input_nodes)
-        if node.op == "placeholder" or (depends and not isinstance(node.meta.get("val"), (int, torch.SymInt))):
-            data.add(node)
-    return data
+def batch_size(graph: fx.Graph) -> int | torch.SymInt:
+    """Return the number of rows that the graph was exported for: a symbol where it may be any."""
+    size: int | torch.SymInt = inputs_of(graph)[0].meta["val"].shape[0]
+    return size
 
 
-def _outputs(graph: fx.Graph) -> list[fx.Node]:
-    found: list[fx.Node] = []
+def index_limits(module: fx.GraphModule) -> dict[str, int]:
+    """Return, by the name of an input that looks up rows of tables, how many rows the smallest table has."""
+    known = _Dependence(module)
+    limits: dict[str, int] = {}
+    for node in known.nodes:
+        if node.target in (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx):
+            table, indices = node.all_input_nodes[:2]
+            for source in known.inputs:
+                if source in known.light.get(indices, ()):
+                    n_rows = int(table.meta["val"].shape[0])
+                    limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
+    return limits
 
-    def collect(argument: Argument) -> Argument:
-        if isinstance(argument, fx.Node):
-            found.append(argument)
-        return argument
 
-    fx.node.map_aggregate(graph.output_node().args, collect)
-    return found
-
-
-def _tensor(node: fx.Node) -> Tensor | None:
+def tensor_of(node: fx.Node) -> Tensor | None:
+    """Return the tensor that a node stands for, without its values."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else None
 
 
-def _is_training(node: fx.Node) -> bool:
-    """Whether an operation draws at random or uses the statistics of the batch."""
-    name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
-    flag = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5}.get(name)
-    return flag is not None and len(node.args) > flag and node.args[flag] is True
-
-
-def _is_batch_first(node: fx.Node, source: fx.Node) -> bool:
+def is_batch_first(node: fx.Node, batch: int | torch.SymInt) -> bool:
     """Whether a value has one row per item: only then can the rows of answered items be dropped."""
-    shape, batch = node.meta["val"].shape, source.meta["val"].shape[0]
-    return len(shape) > 1 and str(shape[0]) == str(batch) and not any(str(batch) in str(s) for s in shape[1:])
+    shape = node.meta["val"].shape
+    return len(shape) > 0 and str(shape[0]) == str(batch) and not any(str(batch) in str(s) for s in shape[1:])
+

@@ -22,10 +22,10 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
     """
     expected = torch.tensor([model.description.probe])
     device = next(model.parameters()).device
-    batch = model.description.probe_input().to(device)
+    inputs = tuple(one.to(device) for one in model.description.probe_inputs())
     with torch.no_grad():
         everything = torch.ones(1, dtype=torch.bool, device=device)
-        answers = run_with_exits(batch, model.stages, shadow=everything)
+        answers = run_with_exits(inputs, model.stages, shadow=everything)
     error = (answers.reference.cpu() - expected).abs().max() / expected.abs().max()
     allowed = model.engine.max_probe_error
     if not error <= allowed:  # also catches NaN

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,12 @@ from early_exit.handler.benefit import Benefit
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.errors import InputError
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
 from early_exit.handler.pooling import Side, pool_activation
+from early_exit.handler.signature import bind
 from early_exit.handler.stages import Answers, Exit, Stage, run_with_exits
 from early_exit.handler.steps import stages_by_step
 
@@ -110,30 +111,31 @@ class ServedModel(nn.Module):
                    sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
                    control_rate=config.control_rate).to(device)
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """Return (B, K) scores and keep what `take_served` returns.
+    def forward(self, *given: object, **named: object) -> Any:
+        """Return what the user's model would, with (B, K) scores, and keep what `take_served` returns.
 
         Raises:
-            InputError: the batch does not have the backbone's input shape or dtype.
+            InputError: the inputs are not the backbone's in number, shape or dtype.
         """
         self.is_computing = False
-        self._require_input(batch)
+        inputs = bind(self.description.inputs, given, named)
         self.is_computing = True
-        if batch.requires_grad:  # an explanation follows the gradient through the whole backbone
-            scores = batch
+        if any(one.requires_grad for one in inputs):  # an explanation follows the gradient through the whole backbone
+            live = inputs
             for part in self._parts:
-                scores = part(scores)
+                live = part(*live)
+            [scores] = live
             self.is_computing = False
-            return scores
+            return self.description.output.output(scores)
         with torch.no_grad():
-            shadow = torch.rand(len(batch), generator=self._random).to(batch.device) < self.sampling_rate
+            shadow = torch.rand(len(inputs[0]), generator=self._random).to(inputs[0].device) < self.sampling_rate
             self._taps = {}
-            step, started = self._step_of(len(batch)), time.perf_counter()
-            answers = run_with_exits(batch, self.steps[step], shadow=shadow, observe=self._observe)
-            self._measure(batch, step, started)
+            step, started = self._step_of(len(inputs[0])), time.perf_counter()
+            answers = run_with_exits(inputs, self.steps[step], shadow=shadow, observe=self._observe)
+            self._measure(answers.outputs, step, started)
         self._served.append(ServedBatch(answers, self._taps, time.time(), step))
         self.is_computing = False
-        return answers.outputs
+        return self.description.output.output(answers.outputs)
 
     def step_back(self, step: int) -> None:
         """Answer with another of `steps` from the next batch on."""
@@ -150,12 +152,12 @@ class ServedModel(nn.Module):
             return self.step
         return self._last_step
 
-    def _measure(self, batch: Tensor, step: int, started: float) -> None:
+    def _measure(self, outputs: Tensor, step: int, started: float) -> None:
         if self.step == self._last_step:
             return
-        if batch.is_cuda:
-            torch.cuda.synchronize(batch.device)
-        self.benefit.measured(len(batch), time.perf_counter() - started, with_exits=step != self._last_step)
+        if outputs.is_cuda:
+            torch.cuda.synchronize(outputs.device)
+        self.benefit.measured(len(outputs), time.perf_counter() - started, with_exits=step != self._last_step)
 
     def take_served(self) -> list[ServedBatch]:
         """Return the calls since the last time, oldest first."""
@@ -170,11 +172,3 @@ class ServedModel(nn.Module):
     def _tap(self, stage: int, activation: Tensor) -> None:
         if stage < len(self.layers):
             self._taps[self.layers[stage]] = pool_activation(activation, self._record_pool).half().cpu()
-
-    def _require_input(self, batch: object) -> None:
-        shape, dtype = self.description.input_shape, self.description.input_dtype
-        if not isinstance(batch, Tensor):
-            raise InputError(f"expected a tensor of shape (batch, {shape}), found {type(batch).__name__}")
-        if tuple(batch.shape[1:]) != shape or str(batch.dtype) != f"torch.{dtype}":
-            raise InputError(f"expected {dtype} input of shape {shape}, found {str(batch.dtype).removeprefix('torch.')}"
-                             f" of shape {tuple(batch.shape[1:])}")

@@ -14,8 +14,12 @@ from early_exit.handler.policy import ExitPolicy
 FULL = -1
 """Exit number of a row that the whole backbone answered."""
 
+Live = tuple[Tensor, ...]
+"""The (B, ...) tensors that travel from a stage to the next: first what a head reads, then whatever else the rest of
+the backbone needs, such as a mask. After the last stage: the scores alone."""
+
 Observer = Callable[[int, Tensor], None]
-"""Called after each stage with its number and the (S, ...) activation of the shadow rows, where there are any."""
+"""Called after each stage with its number and what a head would read of the shadow rows, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Exit:
 class Stage:
     """A part of the backbone and, unless nobody may leave there, the exit after it."""
 
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[..., Live]
+    """Takes the tensors that travel to it as arguments."""
     exit: Exit | None = None
 
 
@@ -56,7 +61,7 @@ class Answers:
 
 
 def run_with_exits(
-    batch: Tensor, stages: Sequence[Stage], *, shadow: Tensor | None = None, observe: Observer | None = None
+    inputs: Live, stages: Sequence[Stage], *, shadow: Tensor | None = None, observe: Observer | None = None
 ) -> Answers:
     """Run the backbone and let confident rows leave early (Algorithm 1 of the paper).
 
@@ -64,12 +69,12 @@ def run_with_exits(
     like any other but keep travelling, so that what they would have got from the backbone is known.
 
     Args:
-        batch: (B, ...) input; B may be 0.
+        inputs: the backbone's (B, ...) inputs; B may be 0.
         stages: the backbone in order; the last stage returns the scores.
         shadow: (B,) bool mask of shadow rows; none by default.
         observe: sees the shadow rows' activations.
     """
-    n_rows, device = len(batch), batch.device
+    n_rows, device = len(inputs[0]), inputs[0].device
     is_shadow = torch.zeros(n_rows, dtype=torch.bool, device=device) if shadow is None else shadow
     n_shadows = int(is_shadow.sum())
     left_after = torch.full((n_rows,), FULL, dtype=torch.int64, device=device)
@@ -77,15 +82,16 @@ def run_with_exits(
     rows, waiting, shadows = torch.arange(n_rows, device=device), torch.ones_like(is_shadow), is_shadow
     pieces: list[tuple[Tensor, Tensor]] = []  # (rows, their answers)
     seconds: list[float] = []
-    travelling = [batch]
+    live = list(inputs)
+    del inputs
     for number, stage in enumerate(stages):
         started = time.perf_counter()
         # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
-        x = stage.forward(travelling.pop())
+        live = list(stage.forward(live.pop()) if len(live) == 1 else stage.forward(*live))
         if observe is not None and n_shadows:
-            observe(number, take_rows(x, shadows.nonzero().flatten()))
+            observe(number, take_rows(live[0], shadows.nonzero().flatten()))
         if stage.exit is not None:
-            logits = stage.exit.head(x)  # (rows, K)
+            logits = stage.exit.head(live[0])  # (rows, K)
             hits = stage.exit.policy(logits) & waiting
             hit = hits.nonzero().flatten()
             if len(hit):
@@ -95,18 +101,16 @@ def run_with_exits(
                 waiting = waiting & ~hits
                 stay = (waiting | shadows).nonzero().flatten()
                 if not len(stay) or len(rows) - len(stay) >= stage.exit.shrink_from:
-                    x = take_rows(x, stay)
+                    live = [take_rows(x, stay) for x in live]
                     rows, waiting, shadows = (of.index_select(0, stay) for of in (rows, waiting, shadows))
         seconds.append(time.perf_counter() - started)
-        travelling.append(x)
-        del x
         if n_rows and not len(rows):
             break
     else:
         wait = waiting.nonzero().flatten()
-        pieces.append((rows.index_select(0, wait), take_rows(travelling[0], wait)))
+        pieces.append((rows.index_select(0, wait), take_rows(live[0], wait)))
     outputs = torch.cat([answers for _, answers in pieces])[torch.cat([row for row, _ in pieces]).argsort()]
-    reference = take_rows(travelling[0], shadows.nonzero().flatten()) if n_shadows else outputs[:0]
+    reference = take_rows(live[0], shadows.nonzero().flatten()) if n_shadows else outputs[:0]
     return Answers(outputs, left_after, is_shadow.nonzero().flatten(), reference, tuple(seconds))
 
 

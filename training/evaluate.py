@@ -186,7 +186,7 @@ def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], ta
     parameters, size = sum(p.numel() for p in backbone.graph.parameters()), sum(tensor.nbytes for tensor in held)
     flops = backbone.description.flops
     whole = ENGINES[plan.engine].unsplit(backbone.graph)
-    plain = Resources(flops, parameters, size, ltma(whole, backbone.description.probe_input()))
+    plain = Resources(flops, parameters, size, ltma(whole, backbone.description.probe_inputs()))
     in_heads = [p for head in heads.values() for p in head.parameters()]
     return plain, Resources(
         flops * flops_ratio, parameters + sum(p.numel() for p in in_heads), size + sum(p.nbytes for p in in_heads),

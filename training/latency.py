@@ -61,7 +61,7 @@ def latencies(backbone: nn.Module, rehearsal: Rehearsal, exit_taken: Tensor, siz
                 batch = rehearsal.tell(exit_taken[torch.randint(len(exit_taken), (size,), generator=generator)])
                 # Who goes first alternates: the second finds warm caches.
                 for turn in ((plain, exits), (exits, plain))[number % 2]:
-                    run = backbone if turn is plain else (lambda x: rehearsal(x).outputs)
+                    run = backbone if turn is plain else rehearsal
                     turn.append(timed(run, batch, device)[0])
                 number += 1
             count = len(plain) - 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from early_exit.handler.stages import Live
 from early_exit.training.rehearsal import Rehearsal
 
 
@@ -35,12 +36,12 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def ltma(run: Callable[[Tensor], object], batch: Tensor) -> int:
-    """Return the bytes of all tensors between a batch and its answers: the batch, what is computed, the answers."""
+def ltma(run: Callable[..., object], inputs: Live) -> int:
+    """Return the bytes of all tensors between a batch and its answers: the inputs, what is computed, the answers."""
     counter = AllocationCounter()
     with torch.no_grad(), counter:
-        run(batch)
-    return batch.nbytes + counter.n_bytes
+        run(*inputs)
+    return sum(one.nbytes for one in inputs) + counter.n_bytes
 
 
 def expected_ltma(rehearsal: Rehearsal, exit_taken: Tensor) -> float:

@@ -22,7 +22,7 @@ from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.graph import split
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import Exit, Stage, run_with_exits, take_rows
+from early_exit.handler.stages import Exit, Live, Stage, run_with_exits, take_rows
 from early_exit.training.cost import Costs
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -104,20 +104,21 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
         sizes: batch sizes, ascending.
     """
     stages = ENGINES[engine].compile(split(backbone.graph, [layer.node for layer in layers]))
-    item = backbone.description.probe_input().to(device)
+    items = [one.to(device) for one in backbone.description.probe_inputs()]
     by_size: list[list[float]] = []
     shrinks_by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
         for size in sizes:
-            batch = item.expand(size, *item.shape[1:]).contiguous()
+            inputs = tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items)
 
-            def one_round(batch: Tensor = batch) -> tuple[list[float], list[float]]:
-                taken, shrinking, x = [], [], batch
-                half = torch.arange(0, len(batch), 2, device=device)
+            def one_round(inputs: Live = inputs) -> tuple[list[float], list[float]]:
+                taken: list[float] = []
+                shrinking: list[float] = []
+                half, live = torch.arange(0, len(inputs[0]), 2, device=device), inputs
                 for stage in stages:
-                    seconds, x = timed(stage.forward, x, device)
+                    seconds, live = timed(stage.forward, live, device)
                     taken.append(seconds)
-                    shrinking.append(timed(lambda x: take_rows(x, half), x, device)[0])
+                    shrinking.append(timed(lambda *kept: [take_rows(x, half) for x in kept], live, device)[0])
                 return taken, shrinking[:-1]
 
             taken, shrinking = zip(*_rounds(one_round))
@@ -141,8 +142,8 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
 
     def loop(end: Exit | None) -> Callable[[Tensor], Tensor]:
         # The scores at the end are cheap: what comes after the exit is timed elsewhere.
-        stages = [Stage(lambda x: x, end), Stage(lambda x: x.flatten(1)[:, :2])]
-        return lambda x: run_with_exits(x, stages).stages
+        stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
+        return lambda x: run_with_exits((x,), stages).stages
 
     with_exit, without = loop(Exit(lambda x: head(x), half, lambda logits: logits[:, :2])), loop(None)
     found = []
@@ -151,7 +152,7 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
             x = ENGINES[engine].arrange(torch.rand(size, *layer.shape, device=device))
 
             def one_round(x: Tensor = x) -> float:
-                return timed(with_exit, x, device)[0] - timed(without, x, device)[0]
+                return timed(with_exit, (x,), device)[0] - timed(without, (x,), device)[0]
 
             found.append(max(1e-6, statistics.median(_rounds(one_round))))
     head.cpu()
@@ -207,12 +208,11 @@ def _rounds(one_round: Callable[[], T]) -> list[T]:
     return results
 
 
-def timed(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> tuple[float, Tensor]:
-    """Return the seconds that a step takes, and its result."""
+def timed(step: Callable[..., T], live: Live, device: str) -> tuple[float, T]:
     # On a CPU the time that this process works, whoever else keeps the machine busy.
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     started = clock()
-    result = step(x)
+    result = step(*live)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return clock() - started, result

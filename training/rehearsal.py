@@ -12,7 +12,7 @@ from early_exit.handler.head import Head
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.policy import ExitPolicy
 from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
+from early_exit.handler.stages import FULL, Answers, Exit, Live, Stage, run_with_exits
 
 
 class Rehearsal:
@@ -27,21 +27,21 @@ class Rehearsal:
         served = ServedModel(backbone, plan, heads, engine=plan.engine).to(device)
         self._device = device
         self._leaves: list[Tensor] = []
-        self._item = backbone.description.probe_input().to(device)
+        self._items = [item.to(device) for item in backbone.description.probe_inputs()]
         self._n_exits = len(plan.exits)
         self._stages = [Stage(stage.forward, stage.exit and Exit(
             stage.exit.head, self._told(number, stage.exit.policy), stage.exit.answer, stage.exit.shrink_from))
             for number, stage in enumerate(served.stages)]
 
-    def tell(self, exits: Tensor) -> Tensor:
-        """Say at which exit, or `FULL`, each of (B,) rows will leave, and return a batch of B rows."""
+    def tell(self, exits: Tensor) -> Live:
+        """Say at which exit, or `FULL`, each of (B,) rows will leave, and return the inputs of a batch of B rows."""
         travels = [exits[(exits == FULL) | (exits >= number)] for number in range(self._n_exits)]
         self._leaves = [(still == number).to(self._device) for number, still in enumerate(travels)]
-        return self._item.expand(len(exits), *self._item.shape[1:]).contiguous()
+        return tuple(item.expand(len(exits), *item.shape[1:]).contiguous() for item in self._items)
 
-    def __call__(self, batch: Tensor) -> Answers:
+    def __call__(self, *inputs: Tensor) -> Answers:
         """Answer the batch that `tell` returned."""
-        return run_with_exits(batch, self._stages)
+        return run_with_exits(inputs, self._stages)
 
     def _told(self, number: int, policy: ExitPolicy) -> ExitPolicy:
         def decide(logits: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.cli import main
 from early_exit.archiver.inspect import describe
 from early_exit.handler.errors import ArchiveError, ConfigError, PlanError
-from early_exit.handler.graph import export_backbone
+from early_exit.handler.export import export_backbone
 from early_exit.handler.layout import extract
+from early_exit.handler.signature import InputSpec
 from tests.support.digits import batches, traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import MODELS, original_mar
@@ -196,7 +197,7 @@ def test_a_factory_with_safetensors_and_a_pt2_give_the_same_backbone(
     made = build_archive(ArchiveRequest(
         "tests.support.models.digits_resnet:DigitsResNet", tmp_path, weights=tmp_path / "weights.safetensors",
         input_shape=SHAPE, handler=handler, model_name="made"))
-    torch.export.save(export_backbone(digits_backbone, SHAPE, torch.float32), tmp_path / "model.pt2")
+    torch.export.save(export_backbone(digits_backbone, [InputSpec("x", SHAPE)])[0], tmp_path / "model.pt2")
     exported = build_archive(ArchiveRequest(str(tmp_path / "model.pt2"), tmp_path, handler=handler, model_name="pt2"))
     expected = describe(recorder_mar)["backbone"]["candidates"]
     assert describe(made)["backbone"]["candidates"] == describe(exported)["backbone"]["candidates"] == expected

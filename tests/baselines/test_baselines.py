@@ -57,8 +57,8 @@ class Backbone(nn.Module):
         # The row number travels as one more channel, so that the end knows whose scores to give.
         number = torch.arange(N_RECORDS).float()[:, None, None, None].expand(-1, 1, 4, 4)
         carried = torch.cat([both, number], dim=1)
-        return [Stage(lambda rows: carried[rows], ends.get("one")), Stage(lambda x: x, ends.get("two")),
-                Stage(lambda x: scores[x[:, -1, 0, 0].long()])]
+        return [Stage(lambda rows: (carried[rows],), ends.get("one")), Stage(lambda x: (x,), ends.get("two")),
+                Stage(lambda x: (scores[x[:, -1, 0, 0].long()],))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,7 +68,7 @@ def test_the_accuracy_lost_on_the_rows_chosen_with_is_within_the_budget(
     exits = _exits(method, records, max_loss)
     rows = records.tune if method is branchynet else records.tune[1::2]
     with torch.no_grad():
-        answers = run_with_exits(rows, Backbone(records).stages(exits))
+        answers = run_with_exits((rows,), Backbone(records).stages(exits))
     labels = records.labels[rows]
     lost = ((records.backbone_class[rows] == labels).double().mean()
             - (answers.outputs.argmax(dim=1) == labels).double().mean())

@@ -103,7 +103,7 @@ def measure(backbone: Backbone, size: int) -> list[dict[str, Any]]:
     arms: dict[str, Any] = {}
 
     def unsplit(engine: str) -> Any:
-        [whole] = ENGINES[engine].compile([backbone.graph])
+        whole = ENGINES[engine].unsplit(backbone.graph)
         return lambda item: [whole.forward(batch) for batch in item[0]]
 
     def exits(model: ServedModel) -> Any:
@@ -112,13 +112,13 @@ def measure(backbone: Backbone, size: int) -> list[dict[str, Any]]:
 
         def run(item: tuple[Tensor, Tensor]) -> None:
             for batch, script.remaining in zip(*item):
-                run_with_exits(batch, stages)
+                run_with_exits((batch,), stages)
         return run
 
     for engine in ENGINES:
         model = exiting_model(backbone, engine)
         arms[f"{engine} unsplit"] = unsplit(engine)
-        arms[f"{engine} none"] = lambda item, stages=model.stages: [run_with_exits(one, stages) for one in item[0]]
+        arms[f"{engine} none"] = lambda item, stages=model.stages: [run_with_exits((one,), stages) for one in item[0]]
         arms[f"{engine} 10/60/12"] = exits(model)
     seconds = interleaved(arms, [rounds[number % 3] for number in range(ROUNDS)])
     rows = []

@@ -42,7 +42,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
     stages = [Stage(part.forward, end) for part, end in zip(parts, [*ends, None])]
     counter = AllocationCounter()
     with torch.no_grad(), counter:
-        answers = [run_with_exits(batch, stages) for batch in subject.inputs.split(BATCH)]
+        answers = [run_with_exits((batch,), stages) for batch in subject.inputs.split(BATCH)]
     ltma_bytes = (subject.inputs.nbytes + counter.n_bytes) / len(subject.inputs)
     one_batch = subject.inputs[:BATCH]
     classes = torch.cat([one.outputs for one in answers]).argmax(dim=1)
@@ -61,7 +61,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
                  for number, name in enumerate(names)},
         "flops_ratio": _flops_ratio(taken, [layer.cost for layer in layers], heads),
         "cpu_time_ratio": _time_ratios(subject, plain, stages),
-        "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(plain, one_batch) / len(one_batch)),
+        "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(plain, (one_batch,)) / len(one_batch)),
         "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), subject.truth[left])),
         "size_ratio": 1 + sum(_parameters(exits[layer.path]) for layer in layers) / parameters,
         **more,
@@ -71,7 +71,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
 def _time_ratios(subject: Subject, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
     """Return CPU time with exits / of the plain backbone on this engine, by batch size; one thread, interleaved."""
     def exiting(batch: Tensor) -> Answers:
-        return run_with_exits(batch, stages)
+        return run_with_exits((batch,), stages)
 
     with one_thread(), torch.no_grad():
         return {str(size): cpu_ratio(plain, exiting, subject.inputs.split(size)[:n_rounds])

@@ -13,11 +13,13 @@ from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.engine import ENGINES
+from early_exit.handler.export import backbone_graph, export_backbone
 from early_exit.handler.fold import fold
-from early_exit.handler.graph import backbone_graph, export_backbone, split
+from early_exit.handler.graph import split
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.plan import ExitPlan, PlannedExit
 from early_exit.handler.served import ServedModel
+from early_exit.handler.signature import InputSpec
 from early_exit.handler.stages import Stage, run_with_exits
 
 
@@ -85,7 +87,7 @@ class ReadTwice(nn.Module):
 
 @torch.no_grad()
 def test_a_convolution_that_is_read_twice_keeps_its_weights() -> None:
-    module = backbone_graph(export_backbone(with_statistics(ReadTwice()), (3, 8, 8), torch.float32))
+    module = backbone_graph(export_backbone(with_statistics(ReadTwice()), [InputSpec("x", (3, 8, 8))])[0])
     folded = fold(module)
     assert [name for name in operations(folded) if "batch_norm" in name] == ["aten.batch_norm.default"]
     x = torch.randn(2, 3, 8, 8)
@@ -95,12 +97,12 @@ def test_a_convolution_that_is_read_twice_keeps_its_weights() -> None:
 @torch.no_grad()
 def test_a_cut_between_convolution_and_batch_norm_leaves_both_as_they_are() -> None:
     module = backbone_graph(export_backbone(with_statistics(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))), (3, 8, 8),
-        torch.float32))
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))),
+        [InputSpec("x", (3, 8, 8))])[0])
     x = torch.randn(2, 3, 8, 8)
     first, second = (fold(stage) for stage in split(module, ["conv2d"]))
     torch.testing.assert_close(first(x), split(module, ["conv2d"])[0](x))
-    torch.testing.assert_close(second(first(x)), module(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(second(*first(x))[0], module(x), atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=15)
@@ -137,7 +139,7 @@ class Viewing(nn.Module):
 
 @torch.no_grad()
 def test_views_of_channels_last_maps_are_as_they_were() -> None:
-    module = backbone_graph(export_backbone(Viewing().eval(), (3, 8, 8), torch.float32))
+    module = backbone_graph(export_backbone(Viewing().eval(), [InputSpec("x", (3, 8, 8))])[0])
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(fold(module)(x), module(x), atol=1e-5, rtol=1e-5)
 
@@ -183,6 +185,6 @@ def test_activations_stay_channels_last_when_rows_leave() -> None:
         return Stage(lambda x: (seen.append(x), stage.forward(x))[1], stage.exit)
 
     first, *others = ServedModel(backbone, plan, heads).stages
-    run_with_exits(varied_inputs(), [first, *map(watched, others)])
+    run_with_exits((varied_inputs(),), [first, *map(watched, others)])
     assert len({len(x) for x in seen}) > 1, "rows must leave"
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

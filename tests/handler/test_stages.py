@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import FULL, Exit, Stage, run_with_exits, take_rows
+from early_exit.handler.stages import FULL, Exit, Live, Stage, run_with_exits, take_rows
 
 N_FEATURES, N_CLASSES = 6, 4
 
@@ -20,13 +22,19 @@ def three_stages(*thresholds: float, shrink_from: int = 1) -> list[Stage]:
     for threshold in thresholds:
         head = nn.Linear(N_FEATURES, N_CLASSES).double()
         policy = ConfidencePolicy(temperature=0.3, threshold=threshold)
-        stages.append(Stage(nn.Sequential(nn.Linear(N_FEATURES, N_FEATURES), nn.Tanh()).double(),
+        stages.append(Stage(alone(nn.Sequential(nn.Linear(N_FEATURES, N_FEATURES), nn.Tanh())),
                             Exit(head, policy, lambda logits: logits / 0.3, shrink_from)))
-    return [*stages, Stage(nn.Linear(N_FEATURES, N_CLASSES).double())]
+    return [*stages, Stage(alone(nn.Linear(N_FEATURES, N_CLASSES)))]
 
 
-def inputs(n_rows: int, seed: int = 0) -> Tensor:
-    return torch.randn(n_rows, N_FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def alone(module: nn.Module) -> Callable[[Tensor], Live]:
+    """Return a module as a stage after which one tensor travels."""
+    module = module.double()
+    return lambda x: (module(x),)
+
+
+def inputs(n_rows: int, seed: int = 0) -> Live:
+    return (torch.randn(n_rows, N_FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),)
 
 
 @settings(deadline=None, max_examples=150)
@@ -37,9 +45,9 @@ def inputs(n_rows: int, seed: int = 0) -> Tensor:
 def test_any_split_of_any_batch_gives_the_same_answers(
         sizes: list[int], seed: int, thresholds: tuple[float, float], shadow_rate: float, shrink_from: int) -> None:
     stages, batch = three_stages(*thresholds), inputs(sum(sizes), seed)
-    shadow = torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < shadow_rate
+    shadow = torch.rand(len(batch[0]), generator=torch.Generator().manual_seed(seed)) < shadow_rate
     together = run_with_exits(batch, three_stages(*thresholds, shrink_from=shrink_from), shadow=shadow)
-    apart = [run_with_exits(part, stages) for part in batch.split(sizes)]
+    apart = [run_with_exits((part,), stages) for part in batch[0].split(sizes)]
     expected = torch.cat([answers.outputs for answers in apart]) if apart else together.outputs
     torch.testing.assert_close(together.outputs, expected)
     assert together.stages.tolist() == [stage for answers in apart for stage in answers.stages.tolist()]
@@ -50,15 +58,15 @@ def test_with_no_exit_taken_the_answers_are_the_backbones() -> None:
     stages, batch = three_stages(1.1, 1.1), inputs(9)
     expected = batch
     for stage in stages:
-        expected = stage.forward(expected)
+        expected = stage.forward(*expected)
     answers = run_with_exits(batch, stages)
-    assert torch.equal(answers.outputs, expected)
+    assert torch.equal(answers.outputs, expected[0])
     assert answers.stages.tolist() == [FULL] * 9
 
 
 @torch.no_grad()
 def test_when_all_leave_at_the_first_exit_no_later_stage_runs() -> None:
-    def never(x: Tensor) -> Tensor:
+    def never(x: Tensor) -> Live:
         raise AssertionError("a stage after the last row left was run")
 
     first, *_ = three_stages(0.0, 0.0)
@@ -109,10 +117,10 @@ def test_the_observer_sees_exactly_the_shadow_rows_at_every_stage() -> None:
     shadow = torch.arange(20) % 4 == 1
     seen: dict[int, Tensor] = {}
     run_with_exits(batch, stages, shadow=shadow, observe=seen.__setitem__)
-    expected = batch[shadow]
+    expected = (batch[0][shadow],)
     for number, stage in enumerate(stages):
-        expected = stage.forward(expected)
-        torch.testing.assert_close(seen[number], expected)
+        expected = stage.forward(*expected)
+        torch.testing.assert_close(seen[number], expected[0])
 
 
 def test_selecting_rows_copies_nothing_when_nobody_leaves_and_keeps_the_memory_format() -> None:
@@ -122,3 +130,19 @@ def test_selecting_rows_copies_nothing_when_nobody_leaves_and_keeps_the_memory_f
     kept = take_rows(x, keep.nonzero().flatten())
     assert torch.equal(kept, x[keep])
     assert kept.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_everything_that_travels_loses_the_rows_of_those_who_left() -> None:
+    """A second tensor, as wide as each row's number, must stay beside its row to the end."""
+    torch.manual_seed(0)
+    head, last = nn.Linear(N_FEATURES, N_CLASSES).double(), nn.Linear(N_FEATURES, N_CLASSES).double()
+    leaves = Exit(head, ConfidencePolicy(temperature=0.3, threshold=0.6), lambda logits: logits)
+    stages = [Stage(lambda x, number: (x.tanh(), number), leaves),
+              Stage(lambda x, number: (last(x) + number[:, None],))]
+    (x,), number = inputs(30), torch.arange(30).double()
+    together = run_with_exits((x, number), stages, shadow=number % 7 == 0)
+    assert 0 < (together.stages == FULL).sum() < 30, "the test needs rows that leave and rows that do not"
+    apart = [run_with_exits((x[row:row + 1], number[row:row + 1]), stages) for row in range(30)]
+    torch.testing.assert_close(together.outputs, torch.cat([one.outputs for one in apart]))
+    torch.testing.assert_close(together.reference, (last(x.tanh()) + number[:, None])[number % 7 == 0])

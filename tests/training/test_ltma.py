@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.graph import backbone_graph, export_backbone
+from early_exit.handler.export import backbone_graph, export_backbone
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.plan import ExitPlan, PlannedExit
+from early_exit.handler.signature import InputSpec
 from early_exit.training.ltma import expected_ltma, ltma
 from early_exit.training.rehearsal import Rehearsal
 from tests.support.residual import residual_backbone
@@ -41,8 +42,8 @@ def rehearsal_of(backbone: Backbone, layers: list[CandidateLayer]) -> Rehearsal:
 def test_each_tensor_of_a_graph_counts_once() -> None:
     backbone = residual_backbone()
     by_hand = WIDTH * FLOAT + 6 * RESIDUAL + N_CLASSES * FLOAT
-    assert ltma(backbone.graph, torch.zeros(1, WIDTH)) == by_hand
-    assert ltma(backbone.graph, torch.zeros(7, WIDTH)) == 7 * by_hand
+    assert ltma(backbone.graph, (torch.zeros(1, WIDTH),)) == by_hand
+    assert ltma(backbone.graph, (torch.zeros(7, WIDTH),)) == 7 * by_hand
 
 
 def test_views_and_results_in_place_allocate_nothing() -> None:
@@ -51,22 +52,22 @@ def test_views_and_results_in_place_allocate_nothing() -> None:
             copied = x.reshape(2, 8).t().contiguous()  # one allocation of 64 bytes
             return copied.relu_().flatten()[:4] + 1  # another of 16
 
-    assert ltma(Views(), torch.zeros(16)) == 64 + 64 + 16
+    assert ltma(Views(), (torch.zeros(16),)) == 64 + 64 + 16
 
 
 def test_convolutions_allocate_their_outputs() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    graph = backbone_graph(export_backbone(model, (3, 8, 8), torch.float32))
+    graph = backbone_graph(export_backbone(model, [InputSpec("x", (3, 8, 8))])[0])
     maps = 3 * 8 * 8 * 8  # convolution, normalisation, activation
-    assert ltma(graph, torch.zeros(1, 3, 8, 8)) == FLOAT * (3 * 8 * 8 + maps + 8 + 5)
+    assert ltma(graph, (torch.zeros(1, 3, 8, 8),)) == FLOAT * (3 * 8 * 8 + maps + 8 + 5)
 
 
 @given(st.lists(st.integers(-1, 1), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=30)
 def test_rehearsed_rows_leave_where_they_are_told(rehearsal: Rehearsal, exits: list[int]) -> None:
     with torch.no_grad():
-        answers = rehearsal(rehearsal.tell(torch.tensor(exits)))
+        answers = rehearsal(*rehearsal.tell(torch.tensor(exits)))
     assert answers.stages.tolist() == exits
     assert answers.outputs.shape == (len(exits), N_CLASSES)
 

@@ -1,0 +1,135 @@
+"""How a classifier is called: the inputs it takes, and where in what it returns the scores are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.errors import GraphError, InputError
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One (B, *shape) input."""
+
+    name: str
+    """Of the parameter of the model's forward."""
+    shape: tuple[int, ...]
+    """One item, without the batch dimension: texts are padded to one length."""
+    dtype: str = "float32"
+    """Name of the torch dtype."""
+    limit: int | None = None
+    """Integers below this are rows of every table that they look up; none where they look up nothing."""
+
+    def zeros(self, n_rows: int) -> Tensor:
+        return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))
+
+    def probe(self) -> Tensor:
+        """Return a (1, *shape) input that is valid and the same on every machine."""
+        dtype = getattr(torch, self.dtype)
+        count = torch.arange(torch.Size(self.shape).numel())
+        if dtype.is_floating_point:
+            values = torch.sin(count.double())
+        else:  # a mask lets everything through
+            values = torch.ones_like(count) if self.limit is None else count % self.limit
+        return values.to(dtype).reshape(1, *self.shape)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """Where the (B, K) scores are in what the model returns."""
+
+    kind: str = "tensor"
+    """tensor, tuple, dict, or the class of an object, as 'package.module:Class'."""
+    key: str | int | None = None
+    """Index or name of the scores in it."""
+    length: int = 1
+    """Of a tuple."""
+
+    @classmethod
+    def of(cls, output: object) -> OutputSpec:
+        """Find the scores: those called 'logits', or the first tensor of shape (batch, classes).
+
+        Raises:
+            GraphError: there are none.
+        """
+        if isinstance(output, Tensor):
+            return cls()
+        if isinstance(output, (tuple, list)):
+            places = [(index, value) for index, value in enumerate(output) if _is_scores(value)]
+            if places:
+                return cls("tuple", places[0][0], len(output))
+        elif isinstance(output, Mapping) or is_dataclass(output):
+            fields = dict(output) if isinstance(output, Mapping) else vars(output)
+            names = sorted((name for name, value in fields.items() if _is_scores(value)), key=lambda n: n != "logits")
+            if names:
+                kind = type(output)
+                return cls("dict" if kind is dict else f"{kind.__module__}:{kind.__qualname__}", names[0])
+        raise GraphError(f"expected scores of shape (batch, classes), found {type(output).__name__}"
+                         f"{_shapes(output)}: is this a classifier?")
+
+    def scores(self, output: Any) -> Tensor:
+        """Return the scores in an output of this kind."""
+        if self.key is None:
+            found: Tensor = output
+        else:
+            found = getattr(output, str(self.key)) if ":" in self.kind else output[self.key]
+        return found
+
+    def output(self, scores: Tensor) -> Any:
+        """Return what the model would return, with these scores and nothing beside them.
+
+        An object whose class cannot be made of the scores alone is a dict instead.
+        """
+        if self.key is None:
+            return scores
+        if self.kind == "tuple":
+            return tuple(scores if index == self.key else None for index in range(self.length))
+        if ":" in self.kind:
+            module, _, name = self.kind.partition(":")
+            try:
+                return getattr(importlib.import_module(module), name)(**{str(self.key): scores})
+            except (ImportError, AttributeError, TypeError):
+                pass
+        return {self.key: scores}
+
+
+def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[str, object]) -> tuple[Tensor, ...]:
+    """Return the tensors of a call in the order of the inputs.
+
+    Raises:
+        InputError: they are not those that the backbone was exported for.
+    """
+    expected = [one.name for one in inputs]
+    given = [value for value in given if value is not None]
+    found = {**dict(zip(expected, given)), **{name: value for name, value in named.items() if value is not None}}
+    if set(found) != set(expected) or len(given) > len(expected):
+        raise InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} without a name and "
+                         f"{', '.join(named) or 'none'} with one")
+    tensors = []
+    for one in inputs:
+        value = found[one.name]
+        if not isinstance(value, Tensor):
+            raise InputError(f"expected a tensor of shape (batch, {one.shape}), found {type(value).__name__}")
+        if tuple(value.shape[1:]) != one.shape or str(value.dtype) != f"torch.{one.dtype}":
+            raise InputError(f"expected {one.dtype} input of shape {one.shape}, found "
+                             f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape[1:])}")
+        tensors.append(value)
+    if len({len(value) for value in tensors}) > 1:
+        raise InputError(f"expected as many rows of each input, found {[len(value) for value in tensors]}")
+    return tuple(tensors)
+
+
+def _is_scores(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+
+
+def _shapes(output: object) -> str:
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
+    return f" with {shapes}" if shapes else ""

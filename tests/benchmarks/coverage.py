@@ -1,0 +1,105 @@
+"""Which classifiers go through the project with no code: one line per model, with random weights.
+
+    python -m tests.benchmarks.coverage --json FILE [--families torchvision timm hf] [--models NAME ...]
+
+A model is ok when it exports, has at least two candidate layers, its stages in a chain give its own answers to 1e-4 at
+batches of 1, 3 and 8, and a head on every candidate gives one row of logits per item. A run that was stopped goes on
+with the models that FILE does not have yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.errors import GraphError
+from early_exit.handler.graph import split
+from early_exit.handler.head import Head, HeadSpec
+from tests.support.zoo import FAMILIES, Specimen
+
+BATCHES = (1, 3, 8)
+TOLERANCE = 1e-4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Which classifiers go through the project with no code.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--models", nargs="*", help="only these")
+    options = parser.parse_args()
+    models = json.loads(options.json.read_text())["models"] if options.json.exists() else []
+    done = {(one["family"], one["model"]) for one in models}
+    for family in options.families:
+        for specimen in FAMILIES[family]():
+            if (family, specimen.name) in done or (options.models and specimen.name not in options.models):
+                continue
+            found = {"family": family, "model": specimen.name, **examine(specimen)}
+            models.append(found)
+            print(in_words(found), flush=True)
+            options.json.write_text(json.dumps(summary(models), indent=1))
+            gc.collect()
+    print(json.dumps({key: value for key, value in summary(models).items() if key != "models"}))
+    return 0
+
+
+@torch.no_grad()
+def examine(specimen: Specimen) -> dict[str, Any]:
+    """Export a model and compare its stages with it.
+
+    Returns:
+        ok, candidates, max_error (of the scores, relative where they exceed 1), seconds (of the export and the search
+        for candidates), and the reason where it is not ok.
+    """
+    torch.manual_seed(0)
+    model = specimen.make().eval()
+    started = time.perf_counter()
+    try:
+        backbone = specimen.export(model)
+    except GraphError as refusal:
+        return {"ok": False, "candidates": 0, "max_error": None, "seconds": round(time.perf_counter() - started, 1),
+                "reason": str(refusal)[:600]}
+    seconds = time.perf_counter() - started
+    layers = backbone.description.candidates
+    stages = split(backbone.graph, [layer.node for layer in layers])
+    error = 0.0
+    for size in BATCHES:
+        inputs = specimen.batch(size)
+        expected = specimen.scores(model, inputs)
+        live: tuple[Tensor, ...] = tuple(inputs.values())
+        for stage, layer in zip(stages, [*layers, None]):
+            live = stage(*live)
+            if layer is not None:
+                logits = Head(HeadSpec(), layer.shape, backbone.description.n_classes)(live[0])
+                if logits.shape != expected.shape:
+                    raise AssertionError(f"a head at {layer.path} gives {tuple(logits.shape)} for {size} items")
+        error = max(error, ((live[0] - expected).abs().max() / expected.abs().max().clamp_min(1)).item())
+    reason = "" if len(layers) >= 2 else "; ".join(f"{one.path}: {one.reason}" for one in backbone.description.left_out)
+    ok = len(layers) >= 2 and error <= TOLERANCE
+    return {"ok": ok, "candidates": len(layers), "max_error": error, "seconds": round(seconds, 1),
+            **({"reason": reason[:600]} if reason else {})}
+
+
+def summary(models: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    models = list(models)
+    counts = {f"{family}_ok": sum(one["ok"] for one in models if one["family"] == family) for family in FAMILIES}
+    return {**counts, "total": len(models), "models": models}
+
+
+def in_words(found: dict[str, Any]) -> str:
+    error = "-" if found["max_error"] is None else f"{found['max_error']:.1e}"
+    verdict = "ok" if found["ok"] else "NO"
+    return (f"{found['family']:12}{found['model']:40}{verdict:4}{found['candidates']:4} candidates"
+            f"  error {error:8}{found['seconds']:7.1f} s  {found.get('reason', '')}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
