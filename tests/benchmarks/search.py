@@ -1,0 +1,103 @@
+"""How long the search for heads takes, what a kill costs it, and how much memory many records take.
+
+    python -m tests.benchmarks.search --json FILE
+
+`ee-train` searches 8 candidates x 20 trials on 5,000 recorded CIFAR-10 requests; half way it is killed with SIGKILL and
+started again. Then it trains on ten times the records: the same ones once more under other request ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from early_exit.handler.records import list_shards, read_header, read_shard, write_shard
+from early_exit.training.journal import read_journal
+from early_exit.training.paths import RunPaths
+from early_exit.training.trial import Trial
+from tests.benchmarks.subjects import Subject, resnet18
+from tests.support.cifar import DataMissing
+
+TRIALS = 20
+TIMES = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Time, resumption and memory of the search for heads.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            subject = resnet18(Path(scratch))
+            figures = {**killed_search(subject, Path(scratch)), **many_records(subject, Path(scratch))}
+    except DataMissing as missing:
+        print(missing, file=sys.stderr)
+        return 1
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+def killed_search(subject: Subject, folder: Path) -> dict[str, Any]:
+    """Search, kill half way, search on; return the time of both parts and what was lost."""
+    run, n_wanted = RunPaths(folder / "run"), TRIALS * len(subject.backbone.description.candidates)
+    started = time.monotonic()
+    process = subprocess.Popen(command(subject, subject.records, run, TRIALS))
+    while len(done(subject, run)) < n_wanted // 2 and process.poll() is None:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = done(subject, run)
+    subprocess.run(command(subject, subject.records, run, TRIALS), check=True)
+    after = done(subject, run)
+    report = json.loads(run.report_json.read_text())
+    return {"records": sum(report["records"].values()), "candidates": len(subject.backbone.description.candidates),
+            "trials": len(after), "trials_wanted": n_wanted, "trials_before_kill": len(before),
+            "trials_lost": len([one for one in before if one not in after]),
+            "stopped_early": sum(trial.stopped for trial in after),
+            "seconds_of_trials": sum(trial.seconds for trial in after),
+            "seconds_in_all": time.monotonic() - started}
+
+
+def many_records(subject: Subject, folder: Path) -> dict[str, Any]:
+    """Train on many records; return the largest resident size of the process."""
+    more = folder / "more"
+    for shard in list_shards(subject.records):
+        header = read_header(shard)
+        records = read_shard(shard, header.layers)
+        for number in range(TIMES):
+            ids = torch.randint(-2**63, 2**63 - 1, (len(records),))
+            write_shard(header.folder(more) / f"{number}-{shard.name}", header, replace(records, request=ids))
+    process = subprocess.Popen(command(subject, more, RunPaths(folder / "large"), 1))
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"ee-train ended with {os.waitstatus_to_exitcode(status)} on many records")
+    report = json.loads(RunPaths(folder / "large").report_json.read_text())
+    return {"many_records": sum(report["records"].values()), "peak_mb": usage.ru_maxrss / 1024}
+
+
+def command(subject: Subject, records: Path, run: RunPaths, n_trials: int) -> list[str]:
+    archive = next((subject.archive.root.parent / "store").glob("*.mar"))
+    return [sys.executable, "-m", "early_exit.training.cli", str(records), "--archive", str(archive), "--to",
+            str(run.root), "--trials", str(n_trials), "--json"]
+
+
+def done(subject: Subject, run: RunPaths) -> list[tuple[str, Trial]]:
+    """Return the trials in the journals, with their layers."""
+    return [(layer.path, trial) for layer in subject.backbone.description.candidates
+            for trial in read_journal(run, layer.path)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
