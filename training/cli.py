@@ -86,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
         "and a certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished "
         "one.")
-    parser.add_argument("records", type=Path, help="the records folder that ee-serve printed")
+    parser.add_argument("records", nargs="+", metavar="RECORDS", help="records folders, as ee-serve printed them, or "
+                        "URLs such as s3://bucket/records")
     parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
     parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")
     parser.add_argument("--json", action="store_true", help="print the report for machines")
