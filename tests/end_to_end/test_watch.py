@@ -1,4 +1,4 @@
-"""The watch loop against a real TorchServe: a first plan, a drift, the step back, a renewed plan, a roll back."""
+"""The watch loop against a real TorchServe: a first plan, an alarm, the step back, a renewed plan, a roll back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from early_exit.archiver.management import Management
 from early_exit.archiver.server import TorchServe
 from early_exit.archiver.triggers import Terms
 from early_exit.archiver.watcher import Watched, Watcher
-from early_exit.handler.records import list_shards
+from early_exit.handler.monitor import Monitored
+from early_exit.handler.records import ShardHeader, list_shards
+from early_exit.handler.watchman import Watchman, monitor_file
 from early_exit.training.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from tests.support.client import Reply, failed, send
@@ -73,7 +75,19 @@ def clean(count: int, seed: int) -> list[bytes]:
 
 
 def drifted(count: int, seed: int) -> list[bytes]:
-    return [corrupted(body, "contrast", 0.8) for body in clean(count, seed)]
+    return [corrupted(body, "contrast", 0.5) for body in clean(count, seed)]
+
+
+def alarm(server: TorchServe, watched: Watched) -> None:
+    """Let another worker of the served version see shadow samples that are all answered wrongly."""
+    standing = Watcher(watched).look()
+    assert standing.plan is not None and standing.plan.certificate is not None
+    header = ShardHeader("digits", standing.version, standing.backbone.sha256, None, ())
+    path = monitor_file(server.state.parent / "records", header, standing.plan.digest())
+    other = Watchman(Monitored.of(standing.plan.certificate), len(standing.plan.safer) + 1, path)
+    other.note(0, [1.0] * 200)
+    other.close()
+    time.sleep(2)  # every worker reads the state once a second
 
 
 def test_a_backbone_without_a_plan_gets_one_though_a_shard_is_damaged(server: TorchServe, watched: Watched) -> None:
@@ -102,13 +116,14 @@ def test_what_passes_its_trial_is_accepted(server: TorchServe, watched: Watched)
     assert last(watched)["event"] == "accepted", "nothing more to do"
 
 
-def test_when_the_traffic_drifts_the_version_steps_back_by_itself(server: TorchServe, watched: Watched) -> None:
-    replies = serve(server, drifted(1000, seed=23))
+def test_when_a_worker_alarms_the_others_step_back_by_themselves(server: TorchServe, watched: Watched) -> None:
+    assert any(reply.exit != "full" for reply in serve(server, clean(50, seed=23)))
+    alarm(server, watched)
+    serve(server, clean(20, seed=28))
     standing = Watcher(watched).look()
     assert standing.first_alarm is not None
     (state,) = (server.state.parent / "records").rglob("monitor-3.0-*.json")
     assert json.loads(state.read_text())["certificate"] == "void"
-    assert replies[0].exit != "" and any(reply.exit != "full" for reply in replies[:50])
     assert "ALARM" in (server.state / "logs" / "model.log").read_text()
     token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
     answer = requests.post(f"{server.addresses.inference}/predictions/digits", data=clean(1, seed=27)[0], headers=token,
@@ -132,7 +147,7 @@ def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watc
 
 
 def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched) -> None:
-    serve(server, [corrupted(body, "contrast", 0.95) for body in clean(600, seed=25)])
+    alarm(server, watched)
     Watcher(watched).tick()
     events = watched.audit.read()
     assert [event["event"] for event in events[-2:]] == ["taking back", "rolled back"], events[-2:]
