@@ -30,6 +30,8 @@ _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTri
           "trainingService")
 _LOCAL = {"trialConcurrency": 1, "maxExperimentDuration": "12h", "trainingService": {"platform": "local"}}
 _POLL_SECONDS = 2.0
+_STARTS = 3
+"""NNI gives its tuner ten seconds to connect, which a busy machine may not keep."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,21 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     config.tuner = _algorithm("JournalTpe", run=str(root), layer=layer.path, startup=search.startup,
                               seed=search.seed_for(layer.path, len(trials)))
     config.assessor = _algorithm("MedianOfAll", optimize_mode="minimize")
-    experiment = _start(config, service.port, run)
-    say(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on every interface of "
-        "this machine, without a password: let a firewall keep others out)")
-    try:
-        _wait(experiment, lambda: len(run.trial_results(layer.path)), on_trials)
-    except requests.RequestException as error:
-        raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
-                          "ee-train again, which goes on where it was") from error
-    finally:
-        experiment.stop()
-        run.running.unlink(missing_ok=True)
+    known = len(trials)
+    for _ in range(_STARTS):
+        experiment = _start(config, service.port, run)
+        say(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on all interfaces "
+            "of this machine, without a password: let a firewall keep others out)")
+        try:
+            _wait(experiment, lambda: len(run.trial_results(layer.path)), on_trials)
+        except requests.RequestException as error:
+            raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
+                              "ee-train again, which goes on where it was") from error
+        finally:
+            experiment.stop()
+            run.running.unlink(missing_ok=True)
+        if len(run.trial_results(layer.path)) > known:
+            break
     trials = gather(run, layer.path)
     if not trials:
         raise ServerError(f"none of NNI's trials at {layer.path} came to a result: see the logs in "
