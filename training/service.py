@@ -110,13 +110,15 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
                               seed=search.seed_for(layer.path, len(trials)))
     config.assessor = _algorithm("MedianOfAll", optimize_mode="minimize")
     known = len(trials)
-    for _ in range(_STARTS):
+    for start in range(1, _STARTS + 1):
         experiment = _start(config, service.port, run)
         say(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on all interfaces "
             "of this machine, without a password: let a firewall keep others out)")
         try:
             _wait(experiment, lambda: len(run.trial_results(layer.path)), on_trials)
         except requests.RequestException as error:
+            if start < _STARTS and len(run.trial_results(layer.path)) <= known:
+                continue
             raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
                               "ee-train again, which goes on where it was") from error
         finally:
