@@ -31,7 +31,7 @@ _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTri
 _LOCAL = {"trialConcurrency": 1, "maxExperimentDuration": "12h", "trainingService": {"platform": "local"}}
 _POLL_SECONDS = 2.0
 _STARTS = 3
-"""NNI gives its tuner ten seconds to connect, which a busy machine may not keep."""
+"""NNI gives its tuner ten seconds to connect, which a busy machine may not keep. What fails later fails once."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +110,23 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
                               seed=search.seed_for(layer.path, len(trials)))
     config.assessor = _algorithm("MedianOfAll", optimize_mode="minimize")
     known = len(trials)
-    for start in range(1, _STARTS + 1):
+    for _ in range(_STARTS):
         experiment = _start(config, service.port, run)
         say(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on all interfaces "
             "of this machine, without a password: let a firewall keep others out)")
+        status, died = "ERROR", None
         try:
-            _wait(experiment, lambda: len(run.trial_results(layer.path)), on_trials)
+            status = _wait(experiment, lambda: len(run.trial_results(layer.path)), on_trials)
         except requests.RequestException as error:
-            if start < _STARTS and len(run.trial_results(layer.path)) <= known:
-                continue
-            raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
-                              "ee-train again, which goes on where it was") from error
+            died = error
         finally:
             experiment.stop()
             run.running.unlink(missing_ok=True)
-        if len(run.trial_results(layer.path)) > known:
+        if status != "ERROR" or len(run.trial_results(layer.path)) > known:
             break
+    if died is not None:
+        raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
+                          "ee-train again, which goes on where it was") from died
     trials = gather(run, layer.path)
     if not trials:
         raise ServerError(f"none of NNI's trials at {layer.path} came to a result: see the logs in "
@@ -151,15 +152,16 @@ def _start(config: ExperimentConfig, port: int, run: RunPaths) -> Experiment:
     return experiment
 
 
-def _wait(experiment: Experiment, n_results: Callable[[], int], on_trials: Callable[[int], object]) -> None:
-    """Return when NNI has ended the last trial; 'NO_MORE_TRIAL' comes earlier, its own deadline is a setting."""
+def _wait(experiment: Experiment, n_results: Callable[[], int], on_trials: Callable[[int], object]) -> str:
+    """Return NNI's status when it has ended: 'NO_MORE_TRIAL' comes before the last trial does, and a deadline is among
+    the settings."""
     before = n_results()
     while True:
-        status, now = experiment.get_status(), n_results()
+        status, now = str(experiment.get_status()), n_results()
         on_trials(now - before)
         before = now
         if status in ("DONE", "STOPPED", "ERROR"):
-            return
+            return status
         time.sleep(_POLL_SECONDS)
 
 
