@@ -43,25 +43,7 @@ def find_cuts(module: fx.GraphModule) -> list[Cut]:
     inputs that the user gave anyway. Parameters, and what follows from parameters and shapes alone, do not
     count: any stage can compute them again.
     """
-    known = _Dependence(module)
-    batch = batch_size(module.graph)
-    cuts: list[Cut] = []
-    alive: list[fx.Node] = []
-    for index, node in enumerate(known.nodes):
-        if node.op == "output":
-            break
-        if node in known.data:
-            alive.append(node)
-        alive = [value for value in alive if known.last_use[value] > index]
-        if node not in alive or node in known.light:
-            continue
-        sources = {source for value in alive if value in known.light for source in known.light[value]}
-        others = tuple(value for value in alive if value is not node and value not in known.light)
-        cut = Cut(node, others, tuple(source for source in known.inputs if source in sources))
-        has_rows = all(tensor_of(value) is not None and is_batch_first(value, batch) for value in cut.live)
-        if has_rows and len(node.meta["val"].shape) > 1 and not known.shares_changing_memory(cut, index):
-            cuts.append(cut)
-    return cuts
+    return _Dependence(module).cuts()
 
 
 def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphModule]:
@@ -80,11 +62,11 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     Raises:
         GraphError: a boundary is not a cut of this graph.
     """
-    by_name = {cut.value.name: cut for cut in find_cuts(module)}
+    known = _Dependence(module)
+    by_name = {cut.value.name: cut for cut in known.cuts()}
     unknown = [name for name in boundaries if name not in by_name]
     if unknown:
         raise GraphError(f"not cuts of this backbone: {', '.join(unknown)}")
-    known = _Dependence(module)
     cuts = [by_name[name] for name in boundaries]
     scores = module.graph.output_node().args[0]
     if not isinstance(scores, fx.Node):
@@ -117,7 +99,27 @@ class _Dependence:
         """Those of them that need no parameters and keep the rows apart, and the inputs they follow from."""
         self.last_use = {node: max((self.position[user] for user in node.users), default=-1) for node in self.data}
 
-    def shares_changing_memory(self, cut: Cut, index: int) -> bool:
+    def cuts(self) -> list[Cut]:
+        """Return the places where the graph can be cut, in order of computation."""
+        cuts: list[Cut] = []
+        alive: list[fx.Node] = []
+        for index, node in enumerate(self.nodes):
+            if node.op == "output":
+                break
+            if node in self.data:
+                alive.append(node)
+            alive = [value for value in alive if self.last_use[value] > index]
+            if node not in alive or node in self.light:
+                continue
+            sources = {source for value in alive if value in self.light for source in self.light[value]}
+            others = tuple(value for value in alive if value is not node and value not in self.light)
+            cut = Cut(node, others, tuple(source for source in self.inputs if source in sources))
+            has_rows = all(tensor_of(value) is not None and is_batch_first(value, self._batch) for value in cut.live)
+            if has_rows and len(node.meta["val"].shape) > 1 and not self._shares_changing_memory(cut, index):
+                cuts.append(cut)
+        return cuts
+
+    def _shares_changing_memory(self, cut: Cut, index: int) -> bool:
         """Whether an operation after `index` writes to memory that two of the travelling tensors share."""
         seen = [self._memory[node] for node in cut.live]
         shared = {memory for memory in seen if seen.count(memory) > 1}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from early_exit.training.cost import Costs
 from early_exit.training.judged import Judgement
-from early_exit.training.thresholds import Choice, mean_cost, outcome
+from early_exit.training.thresholds import Choice, mean_cost, outcome, served_classes
 
 CURVE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
@@ -138,10 +138,7 @@ def setting(choice: Choice, said: Judgement, flops: Costs) -> Setting:
     found = outcome(choice, said.candidates)
     accuracy, known = None, said.labels >= 0
     if bool(known.any()):
-        served = said.teacher.clone()
-        for position, layer in enumerate(choice.layers):
-            leaves = found.exit == position
-            served[leaves] = said.answers[leaves, layer]
+        served = served_classes(choice, found.exit, said.answers, said.teacher)
         accuracy = Accuracy(int(known.sum()), _share((said.teacher == said.labels)[known]),
                             _share((served == said.labels)[known]))
     return Setting(choice.thresholds, mean_cost(choice, found.exit, said.candidates.costs),

@@ -67,7 +67,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
     heads = train_heads(run, material, options, architectures, head_cost)
-    judged = judge(material, heads, _costs(profile, heads, description, options), options.risk, truth)
+    judged = judge(material, heads, exit_costs(profile, heads, description, options), options.risk, truth)
     with replacing(run.judged) as scratch:
         judged.save(scratch)
     choice = choose(judged, options)
@@ -149,8 +149,9 @@ def _profile(run: RunPaths, backbone: Backbone, layers: Sequence[CandidateLayer]
     return Profile.load(run.profile)
 
 
-def _costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
-           options: TrainingOptions) -> Costs:
+def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
+               options: TrainingOptions) -> Costs:
+    """Return what exits with these heads cost: measured where there is a profile, otherwise in FLOPs."""
     layers = [one.layer for one in heads]
     if profile is None:
         cost = FlopCost(backbone.flops)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from early_exit.handler.head import Head
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.policy import ExitPolicy
 from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL, Answers, Exit, Live, Stage, run_with_exits
+from early_exit.handler.stages import FULL, Answers, Live, run_with_exits
 
 
 class Rehearsal:
@@ -29,9 +30,8 @@ class Rehearsal:
         self._leaves: list[Tensor] = []
         self._items = [item.to(device) for item in backbone.description.probe_inputs()]
         self._n_exits = len(plan.exits)
-        self._stages = [Stage(stage.forward, stage.exit and Exit(
-            stage.exit.head, self._told(number, stage.exit.policy), stage.exit.answer, stage.exit.shrink_from))
-            for number, stage in enumerate(served.stages)]
+        self._stages = [replace(stage, exit=stage.exit and replace(
+            stage.exit, policy=self._told(number, stage.exit.policy))) for number, stage in enumerate(served.stages)]
 
     def tell(self, exits: Tensor) -> Live:
         """Say at which exit, or `FULL`, each of (B,) rows will leave, and return the inputs of a batch of B rows."""

@@ -179,6 +179,22 @@ def outcome(choice: Choice, records: Candidates) -> Outcome:
     return Outcome(exit_taken, differs, losses)
 
 
+def served_classes(choice: Choice, exit_taken: Tensor, answers: Tensor, backbone_class: Tensor) -> Tensor:
+    """Return the (N,) int64 classes that a choice answers with.
+
+    Args:
+        choice: exits.
+        exit_taken: (N,) position of the exit that each record takes, or -1.
+        answers: (N, L) int64 classes of the candidates.
+        backbone_class: (N,) int64.
+    """
+    served = backbone_class.clone()
+    for position, layer in enumerate(choice.layers):
+        leaves = exit_taken == position
+        served[leaves] = answers[leaves, layer]
+    return served
+
+
 def batch_costs(choice: Choice, exit_taken: Tensor, costs: Costs, *, seed: int = 0) -> Tensor:
     """Return the (400,) costs of full batches drawn from records with replacement; the backbone alone costs 1.
 

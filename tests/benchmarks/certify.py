@@ -40,6 +40,7 @@ from early_exit.training.thresholds import (
     mean_cost,
     outcome,
     paper_choice,
+    served_classes,
 )
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.subjects import Subject, resnet18
@@ -121,13 +122,9 @@ class Heads:
             rows: (M,) rows.
             exit_taken: (M,) position of the exit that each takes, or -1.
         """
-        served = self.backbone_class[rows].clone()
-        for position, layer in enumerate(choice.layers):
-            leaves = exit_taken == position
-            served[leaves] = self.logits[rows[leaves], layer].argmax(dim=1)
-        labels = self.labels[rows]
-        before, after = (self.backbone_class[rows] == labels), (served == labels)
-        return (before.double().mean() - after.double().mean()).item()
+        backbone, labels = self.backbone_class[rows], self.labels[rows]
+        served = served_classes(choice, exit_taken, self.logits[rows].argmax(dim=2), backbone)
+        return ((backbone == labels).double().mean() - (served == labels).double().mean()).item()
 
 
 def certified(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:

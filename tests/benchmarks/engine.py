@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.plan import ExitPlan, PlannedExit
 from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import Exit, Stage, run_with_exits
+from early_exit.handler.stages import Stage, run_with_exits
 from early_exit.training.profile import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
 
@@ -80,8 +80,8 @@ def with_exits(model: ServedModel, script: Script) -> list[Stage]:
         if stage.exit is None:
             return stage
         decide = stage.exit.policy
-        return Stage(stage.forward, Exit(stage.exit.head, lambda logits: decide(logits) | script.leaves(number),
-                                         stage.exit.answer))
+        return replace(stage, exit=replace(stage.exit,
+                                           policy=lambda logits: decide(logits) | script.leaves(number)))
     return [scripted(number, stage) for number, stage in enumerate(model.stages)]
 
 

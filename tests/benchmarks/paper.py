@@ -25,7 +25,6 @@ from early_exit.handler.candidates import spread_over
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.stages import Exit
 from early_exit.training.choose import choose, make_plan
-from early_exit.training.cost import Costs, FlopCost, flop_costs
 from early_exit.training.dataset import Part, find_shards, load_traffic
 from early_exit.training.heads import TrainedHead, find_architectures, train_heads
 from early_exit.training.judged import judge
@@ -33,7 +32,8 @@ from early_exit.training.labels import load_labels
 from early_exit.training.material import Material, prepare
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.profile import Profile, TimeCost, profile_backbone, profile_exit
+from early_exit.training.pipeline import exit_costs
+from early_exit.training.profile import Profile, TimeCost, profile_backbone
 from early_exit.training.replay import Replay, replay_records
 from early_exit.training.requests import preprocessing
 from early_exit.training.risk import Risk
@@ -151,22 +151,14 @@ class Bench:
         labels = None
         if options.risk is Risk.ACCURACY:
             labels = load_labels(self.subject.labels, material.request, material.n_classes)
-        judged = judge(material, heads, self._costs(heads, options), options.risk, labels)
+        description, profile = self.subject.backbone.description, None if options.measure == "flops" else self.profile
+        judged = judge(material, heads, exit_costs(profile, heads, description, options), options.risk, labels)
         choice = choose(judged, options)
-        plan = make_plan(choice, judged, heads, material, self.subject.backbone.description, options,
-                         None if options.measure == "flops" else self.profile)
+        plan = make_plan(choice, judged, heads, material, description, options, profile)
         by_path = {one.layer.path: one.head for one in heads}
         return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), lambda logits: logits,
                                       planned.shrink_from)
                       for planned in plan.exits}
-
-    def _costs(self, heads: Sequence[TrainedHead], options: TrainingOptions) -> Costs:
-        layers = [one.layer for one in heads]
-        if options.measure == "flops":
-            cost = FlopCost(self.subject.backbone.description.flops)
-            return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
-        exits = [profile_exit(one.head, one.layer) for one in heads]
-        return self.profile.costs([layer.path for layer in layers], exits, options.batch_size)
 
     def _labelled(self) -> LabelledRecords:
         material = self.recorded

@@ -1,4 +1,4 @@
-"""CPU time of two ways to do the same, interleaved so that the noise of the machine hits both."""
+"""CPU time of several ways to do the same, interleaved so that the noise of the machine hits all."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ T = TypeVar("T")
 
 def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], rounds: Sequence[T]) -> float:
     """Return the median over rounds of CPU time(second) / CPU time(first); run it in `one_thread`."""
-    ratios = []
-    for number, item in enumerate(rounds):
-        # Who goes first alternates: the second finds warm caches.
-        order = (first, second) if number % 2 else (second, first)
-        taken = {}
-        for function in order:
-            started = time.process_time()
-            function(item)
-            taken[function] = time.process_time() - started
-        ratios.append(taken[second] / taken[first])
-    return statistics.median(ratios)
+    seconds = interleaved({"first": first, "second": second}, rounds)
+    return median_ratio(seconds["second"], seconds["first"])
 
 
 def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T]) -> dict[str, list[float]]:
     """Return each arm's CPU seconds for every round, after a warm-up; run it in `one_thread`.
 
-    The arms of a round run one after the other, and another one goes first each time.
+    The arms of a round run one after the other, and another one goes first each time: who follows finds warm caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():
