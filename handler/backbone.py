@@ -99,6 +99,8 @@ class Backbone:
     program: ExportedProgram
     graph: fx.GraphModule
     description: BackboneDescription
+    folder: Path | None = None
+    """Where it was read from: an engine may have put more there."""
 
     @classmethod
     def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Backbone:
@@ -184,7 +186,7 @@ class Backbone:
         program = load_program(folder / PROGRAM_FILE)
         if torch.device(device).type != "cpu":
             program = move_to_device_pass(program, torch.device(device))
-        return cls(program, backbone_graph(program), description)
+        return cls(program, backbone_graph(program), description, folder)
 
 
 def load_program(path: Path) -> ExportedProgram:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.handler.anytime import OPINIONS_HEADER, opinions_headers
 from early_exit.handler.isolation import Served
 from early_exit.handler.metrics import ServingMetrics
 from early_exit.handler.monitor import MonitorState
@@ -18,7 +19,7 @@ from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import Records
 from early_exit.handler.scores import ScoreKind
 from early_exit.handler.served import ServedBatch, ServedModel
-from early_exit.handler.stages import FULL
+from early_exit.handler.stages import FULL, Answers
 from early_exit.handler.watchman import Watchman
 
 EXIT_HEADER = "X-Early-Exit"
@@ -38,9 +39,9 @@ class Bookkeeper:
     """Reports and records what was served; nothing it does can fail an answer."""
 
     def __init__(self, model: ServedModel, version: str, metrics: ServingMetrics, writer: RecordWriter | None,
-                 *, keep_requests: bool, watchman: Watchman | None = None) -> None:
+                 *, keep_requests: bool, watchman: Watchman | None = None, labels: Any = None) -> None:
         self._model, self._version, self._metrics, self._writer = model, version, metrics, writer
-        self._keep_requests, self._watchman = keep_requests, watchman
+        self._keep_requests, self._watchman, self._labels = keep_requests, watchman, labels
         self._bypassed: dict[int, bool] = {}
         self._state: MonitorState | None = None
         if watchman is not None:
@@ -86,7 +87,7 @@ class Bookkeeper:
                                                                  self._model.description.scores))
         if (state := self._watchman.state) is not self._state:
             self._state = state
-            self._metrics.monitor(state.step, state.evidence.n, state.evidence.wealth())
+            self._metrics.monitor(state)
             self._model.step_back(state.step)
 
     def _name(self, stage: int) -> str:
@@ -104,12 +105,24 @@ class Bookkeeper:
 
     def _set_headers(self, batch: ServedBatch, items: tuple[int, ...], context: Any) -> None:
         confidences = self._log_probabilities(batch.answers.outputs).exp().amax(dim=1).tolist()
+        # A control batch goes without exits whatever the monitor says, and one on its way keeps the step it began with.
+        step = min(batch.step, self._model.step)
         for item, stage, confidence in zip(items, batch.answers.stages.tolist(), confidences):
             context.set_response_header(item, EXIT_HEADER, self._name(stage))
             context.set_response_header(item, CONFIDENCE_HEADER, f"{confidence:.4f}")
             context.set_response_header(item, VERSION_HEADER, self._version)
-            if self._model.step:
-                context.set_response_header(item, STEP_HEADER, f"{self._model.step} of {len(self._model.steps) - 1}")
+            if step:
+                context.set_response_header(item, STEP_HEADER, f"{step} of {len(self._model.steps) - 1}")
+
+        self._set_opinions(batch.answers, items, context)
+
+    def _set_opinions(self, answers: Answers, items: tuple[int, ...], context: Any) -> None:
+        if not answers.opinions:
+            return
+        told = opinions_headers([self._name(stage) for stage in answers.opinions], list(answers.opinions.values()),
+                                self._model.description.scores, self._labels)
+        for row, header in zip(answers.anytime.tolist(), told):
+            context.set_response_header(items[row], OPINIONS_HEADER, header)
 
     def _record(self, batch: ServedBatch, items: tuple[int, ...], data: list[Any], context: Any) -> None:
         answers, rows = batch.answers, batch.answers.shadow
@@ -121,11 +134,12 @@ class Bookkeeper:
             activations=batch.activations,
             log_probabilities=log_probabilities.half(),
             backbone_class=log_probabilities.argmax(dim=1).int(),
+            full_class=batch.full_class.int().cpu(),
             answered_class=answers.outputs[rows].argmax(dim=1).int().cpu(),
             exit=answers.stages[rows].short().cpu(),
             request=torch.tensor([request_hash(context.get_request_id(item)) for item in requests]),
             time=torch.full((len(rows),), batch.time, dtype=torch.float64),
-            sampling_rate=torch.full((len(rows),), self._model.sampling_rate),
+            sampling_rate=torch.full((len(rows),), batch.sampling_rate),
             bodies=[request_body(data[item]) for item in requests] if self._keep_requests else None,
         ))
 

@@ -18,6 +18,8 @@ RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
 
 RAW = "raw"
 POOL_SIDES = (1, 2, 4, 8, RAW)
+PLAIN, EARLY = "plain", "early"
+ANSWERS = (PLAIN, EARLY)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class ServingConfig:
     """Whether the plan's exits are used; false answers every request in full."""
     engine: str = DEFAULT_ENGINE
     """How the backbone is executed; a name in `ENGINES`."""
+    answers: str = PLAIN
+    """When answers leave: 'plain' with their batch, 'early' each as soon as it is ready."""
+    anytime: bool = False
+    """Whether every request runs to the end and hears what every exit would have said."""
     sampling_rate: float | None = None
     """Share of requests recorded, drawn independently of the input and run to the end whatever the exits
     say; by default 1 while the version has no exits and 0.05 once it has."""
@@ -56,7 +62,7 @@ class ServingConfig:
     """Whether the request bytes are stored too. They may hold personal data."""
 
     def __post_init__(self) -> None:
-        for name in ("exits", "keep_requests"):
+        for name in ("exits", "anytime", "keep_requests"):
             _require(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
         for name in ("layers", "records_max_bytes", "records_per_shard"):
             _require(_is_number(getattr(self, name), int) and getattr(self, name) >= 1, name,
@@ -65,6 +71,7 @@ class ServingConfig:
             _require(_is_number(getattr(self, name), int, float) and getattr(self, name) > 0, name,
                      "seconds above 0", getattr(self, name))
         _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
+        _require(self.answers in ANSWERS, "answers", f"one of {', '.join(ANSWERS)}", self.answers)
         _require(not isinstance(self.pool, bool) and self.pool in POOL_SIDES, "pool", f"one of {POOL_SIDES}", self.pool)
         _require(self.records is None or (isinstance(self.records, str) and Path(self.records).is_absolute()),
                  "records", "an absolute path", self.records)

@@ -115,6 +115,8 @@ class Head(nn.Module):
         for convolution in spec.convolutions:
             layers += convolution.layers(shape[0])
             shape = (convolution.channels, convolution.side(shape[1]), convolution.side(shape[2]))
+        self.flattened = shape
+        """Shape of one row of what the first linear layer reads, before it is flattened."""
         sizes = [prod(shape), *spec.widths]
         layers.append(nn.Flatten())
         for size_in, size_out in pairwise(sizes):
@@ -123,9 +125,13 @@ class Head(nn.Module):
 
     def forward(self, activation: Tensor) -> Tensor:
         """Return (B, K) logits for a (B, ...) activation as the backbone computes it."""
+        return self.classify(self.pool(activation))
+
+    def pool(self, activation: Tensor) -> Tensor:
+        """Return what the head reads of a (B, ...) activation as the backbone computes it."""
         if self._first is not None:
-            return self.classify(self.spec.reads(pool_activation(activation, self._first)))
-        return self.classify(pool_activation(activation, self.spec.pool))
+            return self.spec.reads(pool_activation(activation, self._first))
+        return pool_activation(activation, self.spec.pool)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return (B, K) logits for what the head reads: a (B, ...) activation pooled to the side of its spec."""

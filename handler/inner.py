@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import sys
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -72,6 +73,9 @@ def own_classes(module: ModuleType) -> list[type[Any]]:
 
 
 def _import_handler(name: str) -> ModuleType:
+    # TorchServe's base handler imports OpenVINO's backend of torch.compile wherever that is installed: five seconds of
+    # CPU at every start, for a compiler that never sees our model.
+    sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from early_exit.handler.anytime import who_asks
 from early_exit.handler.errors import InputError
 from early_exit.handler.inner import InnerHandler
 from early_exit.handler.served import ServedBatch, ServedModel
@@ -50,8 +51,8 @@ def answer_items(data: list[Any], context: Any, inner: InnerHandler, model: Serv
 
 
 def _call(items: tuple[int, ...], data: list[Any], context: Any, inner: InnerHandler, model: ServedModel) -> Served:
-    model.is_computing = False
-    model.take_served()  # calls of an attempt that failed were never answered, so they are not recorded
+    # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
+    model.start_call(who_asks(context, len(data)))
     responses = inner.handle(data, context)
     if not isinstance(responses, list) or len(responses) != len(data):
         found = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from early_exit.handler.monitor import MonitorState
+
 PREFIX = "ee_"
 
 
@@ -27,9 +29,12 @@ class ServingMetrics:
         self._step = metric("monitor_step", "count", MetricTypes.GAUGE)
         self._samples = metric("monitor_samples", "count", MetricTypes.GAUGE)
         self._wealth = metric("monitor_wealth", "ratio", MetricTypes.GAUGE)
+        self._mean_loss = metric("monitor_mean_loss", "ratio", MetricTypes.GAUGE)
         self._bypassed = metric("exits_bypassed", "bool", MetricTypes.GAUGE, "BatchSize")
         # TorchServe's histogram buckets reach from 0.005 to 10, which suits seconds.
         self._seconds = metric("stage_seconds", "seconds", MetricTypes.HISTOGRAM, "Stage")
+        for counter in (self._written, self._dropped, self._shadow, self._refused):
+            counter.add_or_update(0, self._own)  # a rate needs a value to begin with
 
     def answered(self, exit_name: str, count: int) -> None:
         self._add(self._answers, count, exit_name)
@@ -44,8 +49,10 @@ class ServingMetrics:
         self._add(self._written, written)
         self._add(self._dropped, dropped)
 
-    def monitor(self, step: int, n: int, wealth: float) -> None:
-        for metric, value in ((self._step, step), (self._samples, n), (self._wealth, wealth)):
+    def monitor(self, state: MonitorState) -> None:
+        evidence = state.evidence
+        for metric, value in ((self._step, state.step), (self._samples, evidence.n), (self._wealth, evidence.wealth()),
+                              (self._mean_loss, evidence.lost / max(1, evidence.n))):
             metric.add_or_update(value, self._own)
 
     def bypassed(self, batch_size: int, is_bypassed: bool) -> None:

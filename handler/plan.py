@@ -41,7 +41,12 @@ class PlannedExit:
     """Fewest answered rows that are worth a copy of the others, by the times measured."""
 
     def policy(self) -> ConfidencePolicy:
+        """Decide on the logits of the trained head."""
         return ConfidencePolicy(self.temperature, self.threshold)
+
+    def served_policy(self) -> ConfidencePolicy:
+        """Decide on those of a `ServedHead`, which are calibrated."""
+        return ConfidencePolicy(1.0, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ class ExitPlan:
     """How the thresholds were chosen: certified, paper or equal."""
     exits: tuple[PlannedExit, ...]
     certificate: Certificate | None
-    engine: str = "eager"
-    precision: str = "float32"
+    engine: str = "folded"
+    """Identity of the engine that serves: the certificate counts what it changes."""
     measure: str = "flops"
     """What `expected_cost` counts: flops, or seconds measured on the machine that trained."""
     batch_size: int = 1
@@ -132,7 +137,7 @@ class ExitPlan:
         try:
             return cls(
                 backbone=data["backbone"], thresholds=data["thresholds"], engine=data["engine"],
-                precision=data["precision"], measure=data["measure"], batch_size=data["batch_size"],
+                measure=data["measure"], batch_size=data["batch_size"],
                 expected_cost=data["expected_cost"],
                 exits=tuple(PlannedExit(**{**planned, "head": HeadSpec.from_json(planned["head"])})
                             for planned in data["exits"]),

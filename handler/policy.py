@@ -31,4 +31,5 @@ class ConfidencePolicy:
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Return the (B,) calibrated probability of each row's most likely class."""
-        return (logits / self.temperature).softmax(dim=1).amax(dim=1)
+        calibrated = logits if self.temperature == 1 else logits / self.temperature
+        return calibrated.softmax(dim=1).amax(dim=1)

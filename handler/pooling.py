@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _LARGE_MAP = 256
+_LARGE_CHANNELS_LAST_MAP = 784
 
 
 Side = int | None
@@ -47,10 +48,20 @@ def pooled_shape(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
 
 
 def _pool_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Return what adaptive_avg_pool2d does, as matrix products: on a CPU that one is not vectorised."""
+    """Return what adaptive_avg_pool2d does, in less time on a CPU.
+
+    That one is not vectorised for contiguous maps, where matrix products are, and reads large channels_last ones at
+    half the speed of sums.
+    """
     batch, channels, height, width = maps.shape
     if maps.is_cuda or not maps.is_contiguous():
-        return torch.nn.functional.adaptive_avg_pool2d(maps, (rows, columns))
+        windows = maps.permute(0, 2, 3, 1)
+        if not (windows.is_contiguous() and height * width >= _LARGE_CHANNELS_LAST_MAP
+                and height % rows == 0 and width % columns == 0):
+            return torch.nn.functional.adaptive_avg_pool2d(maps, (rows, columns))
+        sums = windows.view(batch, rows, height // rows, width, channels).sum(dim=2)
+        sums = sums.view(batch, rows, columns, width // columns, channels).sum(dim=3)
+        return (sums * (rows * columns / (height * width))).permute(0, 3, 1, 2)
     if height % rows == 0 and height * width > _LARGE_MAP:
         sums = maps.view(-1, height // rows, width).sum(dim=1)  # (batch * channels * rows, width)
         pooled = sums @ _averages(width, columns).to(maps.dtype) * (rows / height)

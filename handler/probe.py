@@ -21,7 +21,7 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
         ArchiveError: the scores are not those that the archive was made with.
     """
     expected = torch.tensor([model.description.probe])
-    device = next(model.parameters()).device
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
     inputs = tuple(one.to(device) for one in model.description.probe_inputs())
     with torch.no_grad():
         everything = torch.ones(1, dtype=torch.bool, device=device)

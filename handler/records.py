@@ -16,7 +16,7 @@ from torch import Tensor
 from early_exit.handler.errors import RecordError
 from early_exit.handler.pooling import Side
 
-FORMAT = "1"
+FORMAT = "2"
 SUFFIX = ".safetensors"
 SCRATCH_SUFFIX = ".writing"
 _ACTIVATION = "activation/"
@@ -32,6 +32,8 @@ class Records:
     """(N, K) float16: the backbone's distribution."""
     backbone_class: Tensor
     """(N,) int32: the class the backbone predicts."""
+    full_class: Tensor
+    """(N,) int32: the class that the engine that served predicts without exits: the same where it is exact."""
     answered_class: Tensor
     """(N,) int32: the class that was served."""
     exit: Tensor
@@ -72,6 +74,8 @@ class ShardHeader:
     pool: Side
     layers: tuple[str, ...]
     """Layers at which the backbone was cut, in order; all are recorded, and `Records.exit` counts in them."""
+    engine: str = "folded"
+    """Identity of the engine that computed the activations."""
 
     def folder(self, root: Path) -> Path:
         return root / self.model / self.backbone

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.benefit import Benefit
 from early_exit.handler.candidates import spread_over
+from early_exit.handler.compiled import read_and_pool
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.graph import split
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
+from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
 from early_exit.handler.pooling import Side, pool_activation
+from early_exit.handler.served_head import ServedHead
 from early_exit.handler.signature import bind
-from early_exit.handler.stages import Answers, Exit, Stage, run_with_exits
+from early_exit.handler.stages import Answers, Exit, Live, Stage, run_with_exits, take_rows
 from early_exit.handler.steps import stages_by_step
 
 
@@ -37,6 +40,24 @@ class ServedBatch:
     """Unix time in seconds."""
     step: int
     """Of `ServedModel.steps`: the setting that answered."""
+    sampling_rate: float
+    """With which the shadow rows were drawn."""
+    full_class: Tensor
+    """(S,) int64: the class of the shadow rows on the engine that serves, had they run to the end; the answers'
+    reference is always that of the backbone in fp32."""
+
+
+Runner = Callable[[Live, Tensor, Tensor | None], ServedBatch]
+"""Takes the backbone's (B, ...) inputs and the (B,) bool masks of shadow and, if there are any, of anytime rows."""
+
+
+class _Calls(threading.local):
+    """What was computed since the last time somebody asked, for each thread that calls the model."""
+
+    def __init__(self) -> None:
+        self.served: list[ServedBatch] = []
+        self.is_computing = False
+        self.anytime: Sequence[bool] = ()
 
 
 class ServedModel(nn.Module):
@@ -45,20 +66,24 @@ class ServedModel(nn.Module):
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
                  *, engine: str = DEFAULT_ENGINE, sampling_rate: float = 0.0,
                  sampling_rate_in_full: float | None = None, record_layers: int = 0, record_pool: Side = None,
-                 control_rate: float = 0.0) -> None:
+                 control_rate: float = 0.0, anytime: bool = False) -> None:
         """Cut the backbone where something is read and attach the plan's heads.
 
         Args:
             backbone: on the device that serves.
             plan: none answers every row in full.
             heads: by layer path, one for each exit of the plan.
-            engine: how the backbone is executed; a name in `ENGINES`.
+            engine: how the backbone is executed; a name in `ENGINES`, or an identity.
             sampling_rate: share of rows that run to the end whatever the exits say.
             sampling_rate_in_full: the same once the exits are given up; by default as before.
             record_layers: how many candidate layers the shadow rows' activations are kept of at most, besides
                 those with an exit; 0 keeps nothing.
             record_pool: side to which they are pooled.
             control_rate: share of batches that find out whether the exits save time.
+            anytime: whether every request hears every exit.
+
+        Raises:
+            PlanError: the plan's heads and certificate are about another engine.
         """
         super().__init__()
         self.description = backbone.description
@@ -68,21 +93,29 @@ class ServedModel(nn.Module):
         self.layers = tuple(layer.path for layer in cuts)
         """Module paths at which the backbone is cut, in order."""
         self.sampling_rate = sampling_rate
-        self._observe = self._tap if record_layers else None
+        self.records = record_layers > 0
+        """Whether activations of shadow rows are kept."""
         self._record_pool = record_pool
-        self._taps: dict[str, Tensor] = {}
         # Seeded by the system: the sample must not repeat in each worker, nor depend on the input.
         self._random = torch.Generator().manual_seed(int.from_bytes(os.urandom(6), "big"))
-        self._served: list[ServedBatch] = []
-        self.is_computing = False
-        """True while a batch that was taken is computed, and after that has failed."""
-        self.engine = ENGINES[engine]
+        self._calls, self._always_anytime = _Calls(), anytime
+        self.run: Runner = self.run_at_once
+        """How a batch gets through the stages."""
+        self.engine = engine_of(engine)
+        self.engine_identity = self.engine.identity(backbone.folder)
+        if plan is not None:
+            require_engine(plan, self.engine_identity)
         # The backbone itself is not kept: an engine may have its own copy of the weights.
-        self._parts = nn.ModuleList(self.engine.compile(split(backbone.graph, [layer.node for layer in cuts])))
-        self._heads = nn.ModuleList((heads or {}).values())
-        exits = [self._exit(planned[path], (heads or {})[path]) if path in planned else None for path in self.layers]
+        compiled = self.engine.compile(backbone, [layer.node for layer in cuts])
+        self._parts = nn.ModuleList(stage.module for stage in compiled)
+        self._original = None if self.engine.is_exact else ENGINES[DEFAULT_ENGINE].unsplit(backbone)
+        self._reads = [stage.read for stage in compiled]
+        served = {path: ServedHead((heads or {})[path], planned[path].temperature, read)
+                  for path, read in zip(self.layers, self._reads) if path in planned}
+        self._heads = nn.ModuleList(served.values())
+        exits = [self._exit(planned[path], served[path]) if path in planned else None for path in self.layers]
         # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
-        self.stages = tuple(Stage(part.forward, exit_) for part, exit_ in zip(self._parts, (*exits, None)))
+        self.stages = tuple(Stage(stage.module.forward, exit_) for stage, exit_ in zip(compiled, (*exits, None)))
         self.steps = stages_by_step(self.stages, plan)
         """The stages as deployed, then in ever safer settings; without exits at last."""
         self.step = 0
@@ -96,8 +129,12 @@ class ServedModel(nn.Module):
         """Load the model of an extracted archive, to serve and to record as configured.
 
         Raises:
-            EarlyExitError: a file of the archive is damaged, too new, or of another backbone.
+            EarlyExitError: a file of the archive is damaged, too new, or of another backbone, or the engine does not
+                run on the device.
         """
+        if torch.device(device).type != "cpu" and not ENGINES[config.engine].on_gpu:
+            raise ConfigError(f"early_exit.engine is {config.engine!r}, which runs on the CPU, but this worker was "
+                              f"given {device}: set 'deviceType: cpu' in model-config.yaml, or another engine")
         backbone = Backbone.load(layout.folder, device)
         plan, heads = None, None
         if config.exits and layout.plan.exists():
@@ -109,7 +146,7 @@ class ServedModel(nn.Module):
                    record_pool=config.pool_side,
                    sampling_rate=config.sampling(has_exits=plan is not None) if sampled else 0.0,
                    sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
-                   control_rate=config.control_rate).to(device)
+                   control_rate=config.control_rate, anytime=config.anytime).to(device)
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would, with (B, K) scores, and keep what `take_served` returns.
@@ -117,25 +154,70 @@ class ServedModel(nn.Module):
         Raises:
             InputError: the inputs are not the backbone's in number, shape or dtype.
         """
-        self.is_computing = False
+        self._calls.is_computing = False
         inputs = bind(self.description.inputs, given, named)
-        self.is_computing = True
+        self._calls.is_computing = True
         if any(one.requires_grad for one in inputs):  # an explanation follows the gradient through the whole backbone
-            live = inputs
-            for part in self._parts:
-                live = part(*live)
-            [scores] = live
-            self.is_computing = False
+            scores = self._differentiable(inputs)
+            self._calls.is_computing = False
             return self.description.output.output(scores)
         with torch.no_grad():
             shadow = torch.rand(len(inputs[0]), generator=self._random).to(inputs[0].device) < self.sampling_rate
-            self._taps = {}
-            step, started = self._step_of(len(inputs[0])), time.perf_counter()
-            answers = run_with_exits(inputs, self.steps[step], shadow=shadow, observe=self._observe)
+            served = self.run(inputs, shadow, self._anytime(inputs))
+        self._calls.served.append(served)
+        self._calls.is_computing = False
+        return self.description.output.output(served.answers.outputs)
+
+    def _anytime(self, inputs: Live) -> Tensor | None:
+        """Return which rows ask for every exit's opinion; rows are requests where the handler makes one of each."""
+        asked = self._calls.anytime
+        if not any(asked) or len(asked) != len(inputs[0]):
+            return None
+        return torch.tensor(asked, device=inputs[0].device)
+
+    def run_at_once(self, inputs: Live, shadow: Tensor, anytime: Tensor | None) -> ServedBatch:
+        """Run a batch through all stages without a pause; a `Runner`."""
+        taps: dict[str, Tensor] = {}
+
+        def tap(stage: int, activation: Tensor) -> None:
+            taps[self.layers[stage]] = self.pooled(stage, activation)
+
+        rate, started = self.sampling_rate, time.perf_counter()
+        # A batch in which somebody wants to hear the exits goes by them, and says nothing about what they cost.
+        step = self.step if anytime is not None else self._step_of(len(shadow))
+        answers = run_with_exits(inputs, self.steps[step], shadow=shadow, anytime=anytime,
+                                 observe=tap if self.records else None)
+        if anytime is None:
             self._measure(answers.outputs, step, started)
-        self._served.append(ServedBatch(answers, self._taps, time.time(), step))
-        self.is_computing = False
-        return self.description.output.output(answers.outputs)
+        return self.batch(inputs, answers, taps, step, rate)
+
+    def batch(self, inputs: Live, answers: Answers, activations: Mapping[str, Tensor], step: int,
+              sampling_rate: float) -> ServedBatch:
+        """Return what was served, with what the backbone in fp32 says of the shadow rows."""
+        full_class = answers.reference.argmax(dim=1)
+        if self._original is not None and len(answers.shadow):
+            [reference] = self._original(*(take_rows(one, answers.shadow) for one in inputs))
+            answers = replace(answers, reference=reference)
+        return ServedBatch(answers, activations, time.time(), step, sampling_rate, full_class)
+
+    def _differentiable(self, inputs: Live) -> Tensor:
+        """Return (B, K) scores that gradients flow through.
+
+        Raises:
+            InputError: the engine has none.
+        """
+        live = inputs
+        for part in self._parts if self._original is None else [self._original]:
+            live = part(*live)
+        [scores] = live
+        if not scores.requires_grad:
+            raise InputError(f"an explanation needs gradients, which the engine {self.engine.name} does not compute")
+        return scores
+
+    def pooled(self, stage: int, activation: Tensor) -> Tensor:
+        """Return what is recorded of what travels from a stage: (S, ...) float16, on the CPU."""
+        read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, self._record_pool))
+        return read.half().cpu()
 
     def step_back(self, step: int) -> None:
         """Answer with another of `steps` from the next batch on."""
@@ -159,16 +241,26 @@ class ServedModel(nn.Module):
             torch.cuda.synchronize(outputs.device)
         self.benefit.measured(len(outputs), time.perf_counter() - started, with_exits=step != self._last_step)
 
+    def start_call(self, anytime: Sequence[bool] = ()) -> None:
+        """Forget what this thread computed before.
+
+        Args:
+            anytime: for each request of the call that begins whether it asks for every exit's opinion.
+        """
+        self.take_served()
+        self._calls.is_computing = False
+        self._calls.anytime = [True] * len(anytime) if self._always_anytime else anytime
+
     def take_served(self) -> list[ServedBatch]:
-        """Return the calls since the last time, oldest first."""
-        served, self._served = self._served, []
+        """Return this thread's calls since the last time, oldest first."""
+        served, self._calls.served = self._calls.served, []
         return served
 
-    def _exit(self, planned: PlannedExit, head: Head) -> Exit:
-        scores = self.description.scores
-        return Exit(head, planned.policy(), lambda logits: scores.from_logits(logits / planned.temperature),
-                    planned.shrink_from)
+    @property
+    def is_computing(self) -> bool:
+        """Whether a batch of this thread that was taken is computed, or has failed after that."""
+        return self._calls.is_computing
 
-    def _tap(self, stage: int, activation: Tensor) -> None:
-        if stage < len(self.layers):
-            self._taps[self.layers[stage]] = pool_activation(activation, self._record_pool).half().cpu()
+    def _exit(self, planned: PlannedExit, head: ServedHead) -> Exit:
+        # The bound forward, as for the stages: fewer calls between the operations.
+        return Exit(head.forward, planned.served_policy(), self.description.scores.from_logits, planned.shrink_from)

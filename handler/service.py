@@ -14,7 +14,8 @@ import torch
 
 from early_exit.handler.allocator import return_freed_memory
 from early_exit.handler.bookkeeping import Bookkeeper
-from early_exit.handler.config import ServingConfig
+from early_exit.handler.config import EARLY, ServingConfig
+from early_exit.handler.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import load_inner_handler
 from early_exit.handler.isolation import answer_items, context_of
@@ -38,6 +39,10 @@ class EarlyExitService:
         """
         config = ServingConfig.from_model_config(context.model_yaml_config)
         layout = ArchiveLayout(Path(context.system_properties["model_dir"]))
+        is_early = config.answers == EARLY
+        if is_early:
+            require_continuous_batching(context.model_yaml_config)
+            self.claim = claim_only_worker(layout)
         gpu = context.system_properties.get("gpu_id")
         device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
         self.model = ServedModel.load(layout, config, device)
@@ -45,17 +50,26 @@ class EarlyExitService:
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         root = config.records_folder()
         header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool_side,
-                             self.model.layers)
+                             self.model.layers, self.model.engine_identity)
         writer = RecordWriter(root, header, config) if root else None
         watchman = watch(self.model, root, header)
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
         answer_probe(self.model)
         self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests,
-                                     watchman=watchman)
+                                     watchman=watchman, labels=getattr(self.inner, "mapping", None))
+        self.early = EarlyAnswers(self.model, self.inner, self.bookkeeper) if is_early else None
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
-        """Return one response per request, in order."""
+        """Return one response per request, in order; with early answers some requests are left for later calls."""
+        responses = self._respond(data, context)
+        for item, response in enumerate(responses):
+            if response is UNANSWERED:
+                del context.request_ids[item]  # TorchServe answers those that are in there
+                responses[item] = None
+        return responses
+
+    def _respond(self, data: list[Any], context: Any) -> list[Any]:
         headers = [context.get_all_request_header(item) for item in range(len(data))]
         others = [item for item in range(len(data)) if not is_probe(headers[item])]
         if len(others) == len(data):
@@ -74,6 +88,8 @@ class EarlyExitService:
         return responses
 
     def _answer(self, data: list[Any], context: Any) -> list[Any]:
+        if self.early is not None:
+            return self.early.step(data, context)
         responses: list[Any] = [None] * len(data)
         for served in answer_items(data, context, self.inner, self.model):
             for item, response in zip(served.items, served.responses):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ Live = tuple[Tensor, ...]
 the backbone needs, such as a mask. After the last stage: the scores alone."""
 
 Observer = Callable[[int, Tensor], None]
-"""Called after each stage with its number and what a head would read of the shadow rows, where there are any."""
+"""Called after each stage but the last with its number and what a head would read of the shadow rows, if any."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,15 @@ class Answers:
     """(S, K) scores of the whole backbone for the shadow rows."""
     stage_seconds: tuple[float, ...]
     """Wall time of each stage that ran, with its head and shrink."""
+    anytime: Tensor
+    """(A,) int64: rows that asked for every exit's opinion, so they ran to the end too."""
+    opinions: Mapping[int, Tensor]
+    """By stage, and by `FULL` for the whole backbone, the (A, K) scores that they would have got there."""
 
 
 def run_with_exits(
-    inputs: Live, stages: Sequence[Stage], *, shadow: Tensor | None = None, observe: Observer | None = None
+    inputs: Live, stages: Sequence[Stage], *, shadow: Tensor | None = None, anytime: Tensor | None = None,
+    observe: Observer | None = None
 ) -> Answers:
     """Run the backbone and let confident rows leave early (Algorithm 1 of the paper).
 
@@ -72,15 +77,17 @@ def run_with_exits(
         inputs: the backbone's (B, ...) inputs; B may be 0.
         stages: the backbone in order; the last stage returns the scores.
         shadow: (B,) bool mask of shadow rows; none by default.
+        anytime: (B,) bool mask of rows that ask for every exit's opinion, so they run to the end too; none by default.
         observe: sees the shadow rows' activations.
     """
     n_rows, device = len(inputs[0]), inputs[0].device
-    is_shadow = torch.zeros(n_rows, dtype=torch.bool, device=device) if shadow is None else shadow
-    n_shadows = int(is_shadow.sum())
-    left_after = torch.full((n_rows,), FULL, dtype=torch.int64, device=device)
-    # Of the rows that still travel: their number in the batch, whether they want an answer, whether they are shadows.
-    rows, waiting, shadows = torch.arange(n_rows, device=device), torch.ones_like(is_shadow), is_shadow
-    pieces: list[tuple[Tensor, Tensor]] = []  # (rows, their answers)
+    shadow_rows, anytime_rows = _numbers(shadow), _numbers(anytime)
+    through = {*shadow_rows, *anytime_rows}
+    # Lists of numbers: on so few rows each operation on tensors would cost more than all of this.
+    rows, left_after, waits = list(range(n_rows)), [FULL] * n_rows, [True] * n_rows
+    pieces: list[Tensor] = []
+    answered: list[int] = []  # the rows of the pieces, one after the other
+    opinions: dict[int, Tensor] = {}
     seconds: list[float] = []
     live = list(inputs)
     del inputs
@@ -88,30 +95,66 @@ def run_with_exits(
         started = time.perf_counter()
         # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
         live = list(stage.forward(live.pop()) if len(live) == 1 else stage.forward(*live))
-        if observe is not None and n_shadows:
-            observe(number, take_rows(live[0], shadows.nonzero().flatten()))
+        if observe is not None and shadow_rows and number < len(stages) - 1:
+            observe(number, _take(live[0], rows, shadow_rows))
         if stage.exit is not None:
-            logits = stage.exit.head(live[0])  # (rows, K)
-            hits = stage.exit.policy(logits) & waiting
-            hit = hits.nonzero().flatten()
-            if len(hit):
-                answered = rows.index_select(0, hit)
-                pieces.append((answered, stage.exit.answer(logits.index_select(0, hit))))
-                left_after.index_fill_(0, answered, number)
-                waiting = waiting & ~hits
-                stay = (waiting | shadows).nonzero().flatten()
-                if not len(stay) or len(rows) - len(stay) >= stage.exit.shrink_from:
-                    live = [take_rows(x, stay) for x in live]
-                    rows, waiting, shadows = (of.index_select(0, stay) for of in (rows, waiting, shadows))
+            logits, hit = decide(stage.exit, live[0], [waits[row] for row in rows])
+            if anytime_rows:
+                opinions[number] = stage.exit.answer(_take(logits, rows, anytime_rows))
+            if hit:
+                pieces.append(stage.exit.answer(take_rows(logits, torch.tensor(hit, device=device))))
+                for row in [rows[position] for position in hit]:
+                    answered.append(row)
+                    left_after[row], waits[row] = number, False
+                stay = [position for position, row in enumerate(rows) if waits[row] or row in through]
+                if not stay or len(rows) - len(stay) >= stage.exit.shrink_from:
+                    index = torch.tensor(stay, dtype=torch.int64, device=device)
+                    live, rows = [take_rows(x, index) for x in live], [rows[position] for position in stay]
         seconds.append(time.perf_counter() - started)
-        if n_rows and not len(rows):
+        if n_rows and not rows:
             break
     else:
-        wait = waiting.nonzero().flatten()
-        pieces.append((rows.index_select(0, wait), take_rows(live[0], wait)))
-    outputs = torch.cat([answers for _, answers in pieces])[torch.cat([row for row, _ in pieces]).argsort()]
-    reference = take_rows(live[0], shadows.nonzero().flatten()) if n_shadows else outputs[:0]
-    return Answers(outputs, left_after, is_shadow.nonzero().flatten(), reference, tuple(seconds))
+        wait = [row for row in rows if waits[row]]
+        pieces.append(_take(live[0], rows, wait))
+        answered += wait
+    outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if answered != sorted(answered):
+        outputs = outputs[torch.tensor(sorted(range(n_rows), key=answered.__getitem__), device=device)]
+    reference = _take(live[0], rows, shadow_rows) if shadow_rows else outputs[:0]
+    if anytime_rows:
+        opinions[FULL] = _take(live[0], rows, anytime_rows)
+    stages_taken, shadows, anytimes = (torch.tensor(numbers, dtype=torch.int64, device=device)
+                                       for numbers in (left_after, shadow_rows, anytime_rows))
+    return Answers(outputs, stages_taken, shadows, reference, tuple(seconds), anytimes, opinions)
+
+
+def decide(exit_: Exit, x: Tensor, waiting: Sequence[bool]) -> tuple[Tensor, list[int]]:
+    """Return what a head says of rows, and which of them it answers.
+
+    Args:
+        exit_: where the rows are.
+        x: (B, ...) what its head reads.
+        waiting: for each of the B rows whether it wants an answer.
+
+    Returns:
+        (B, K) logits and the ascending positions of the rows that are answered.
+    """
+    logits = exit_.head(x)
+    sure: list[bool] = exit_.policy(logits).tolist()
+    return logits, [position for position, (is_sure, waits) in enumerate(zip(sure, waiting)) if is_sure and waits]
+
+
+def _numbers(mask: Tensor | None) -> list[int]:
+    found: list[int] = [] if mask is None else mask.nonzero().flatten().tolist()
+    return found
+
+
+def _take(x: Tensor, rows: list[int], wanted: list[int]) -> Tensor:
+    """Return some of the rows of x, whose numbers in the batch are given."""
+    if len(wanted) == len(rows):
+        return x
+    place = {row: position for position, row in enumerate(rows)}
+    return take_rows(x, torch.tensor([place[row] for row in wanted], dtype=torch.int64, device=x.device))
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

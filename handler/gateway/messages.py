@@ -1,0 +1,135 @@
+"""What travels over the gateway's WebSocket.
+
+A client sends batches of items, each with an id of its own choice. As text:
+
+    {"items": [{"id": "a", "data": "<base64>"}, ...], "anytime": false}
+
+or as bytes: the length of a JSON header (4 bytes, big-endian), the header, and the bodies one after the other:
+
+    {"items": [{"id": "a", "size": 3012}, ...], "anytime": false}
+
+For every item comes one message as soon as its answer is there, in whatever order:
+
+    {"id": "a", "status": 200, "exit": "layer2.0", "confidence": 0.97, "version": "3.0", "latency_ms": 41.3,
+     "answer": ...}
+
+`answer` is the JSON that the model's handler gave, or text; `answer_base64` where it is neither. With "anytime" there
+is `opinions` too: what every exit would have said. An item that cannot be answered has a status of 4xx or 5xx and an
+`error`, and costs the others nothing. A client that was cut off sends again what it has no answer to: the gateway keeps
+nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass
+from typing import Any
+
+HEADER_BYTES = 4
+UNSUPPORTED, NOT_ALLOWED, TOO_BIG, TRY_LATER = 1003, 1008, 1009, 1013
+"""WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    items_per_message: int = 64
+    bytes_per_item: int = 10 * 2**20
+    in_flight: int = 32
+    """Items of one connection that TorchServe works at; while there are so many, nothing more is read."""
+    in_flight_in_all: int = 256
+    connections: int = 64
+    """Open at once; each may hold two messages that wait for their turn."""
+
+    @property
+    def bytes_per_message(self) -> int:
+        """Of a whole message: a few large items, or many small ones."""
+        return 4 * self.bytes_per_item
+
+
+@dataclass(frozen=True)
+class Item:
+    """One request of a batch."""
+
+    id: str
+    body: bytes
+    anytime: bool
+
+
+class Malformed(Exception):
+    """A message that cannot be read; the connection is closed with a code and this reason."""
+
+    def __init__(self, reason: str, code: int = UNSUPPORTED) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def read_message(message: str | bytes, limits: Limits) -> list[Item]:
+    """Return the items of a message.
+
+    Raises:
+        Malformed: it is not one of the two kinds, or has too many items.
+    """
+    if len(message) > limits.bytes_per_message:
+        raise Malformed(f"a message may have {limits.bytes_per_message} bytes, this one has {len(message)}", TOO_BIG)
+    if isinstance(message, str):
+        header = _header(message)
+        return [Item(_id(one), _decoded(one), _anytime(header)) for one in _items(header, limits)]
+    size = int.from_bytes(message[:HEADER_BYTES], "big")
+    header, rest = _header(message[HEADER_BYTES:HEADER_BYTES + size]), message[HEADER_BYTES + size:]
+    items, start = [], 0
+    for one in _items(header, limits):
+        length = one.get("size")
+        if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+            raise Malformed(f"item {_id(one)!r} needs its size in bytes, found {length!r}")
+        items.append(Item(_id(one), rest[start:start + length], _anytime(header)))
+        start += length
+    if start != len(rest):
+        raise Malformed(f"the items' sizes add up to {start} bytes, {len(rest)} came after the header")
+    return items
+
+
+def _header(text: str | bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise Malformed(f"expected JSON with the key 'items': {error}") from error
+    if not isinstance(header, dict):
+        raise Malformed(f"expected JSON with the key 'items', found {type(header).__name__}")
+    return header
+
+
+def _items(header: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
+    items = header.get("items")
+    if not isinstance(items, list) or not all(isinstance(one, dict) for one in items):
+        raise Malformed("expected 'items' to be a list of objects")
+    if len(items) > limits.items_per_message:
+        raise Malformed(f"a message may have {limits.items_per_message} items, this one has {len(items)}", TOO_BIG)
+    ids = [_id(one) for one in items]
+    if len(set(ids)) < len(ids):
+        raise Malformed("the items of a message need different ids")
+    return items
+
+
+def _id(item: dict[str, Any]) -> str:
+    found = item.get("id")
+    if not isinstance(found, str) or not 0 < len(found) <= 200:
+        raise Malformed(f"every item needs an 'id', a string of at most 200 characters, found {found!r:.80}")
+    return found
+
+
+def _decoded(item: dict[str, Any]) -> bytes:
+    data = item.get("data")
+    if not isinstance(data, str):
+        raise Malformed(f"item {_id(item)!r} needs its 'data' in base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Malformed(f"the data of item {_id(item)!r} is not base64: {error}") from error
+
+
+def _anytime(header: dict[str, Any]) -> bool:
+    return header.get("anytime") is True

@@ -1,0 +1,168 @@
+// Asks the gateway for its state every two seconds and draws it. No library.
+
+import { clock, colors, FULL, get, make, percent, sum } from "./dom.js";
+import { drawEvents, drawFigures, drawLatency, drawOpinions, drawPromise, showTrouble, total } from "./panels.js";
+import { drawRiver, flow } from "./river.js";
+import { byNumber, drawTimeline } from "./timeline.js";
+
+let token = new URLSearchParams(location.hash.slice(1)).get("token") || sessionStorage.getItem("token") || "";
+let chosen = null, state = null, drawnAt = 0;
+
+function ask(path, options = {}) {
+  return fetch(path, { ...options, headers: token ? { Authorization: `Bearer ${token}` } : {} });
+}
+
+// The exits in the order of the model, by the plans; those of no plan that is known come last.
+function exitNames(current) {
+  const depth = {};
+  for (const version of [...state.versions, current ?? {}]) {
+    for (const exit of version.plan?.exits ?? []) depth[exit.layer] = exit.cost;
+  }
+  const seen = new Set(state.looks.flatMap((look) => Object.values(look.answers).flatMap(Object.keys)));
+  (current?.plan?.exits ?? []).forEach((exit) => seen.add(exit.layer));
+  seen.delete(FULL);
+  const names = [...seen].sort((a, b) => (depth[a] ?? 1) - (depth[b] ?? 1) || byNumber(a, b));
+  return { names: [...names, FULL], cost: depth };
+}
+
+// The share of the model's FLOPs that was spent: a request pays up to its exit, the heads that it asked, and the rest
+// all the same where it is of the shadow sample.
+function workDone(current, names, counts) {
+  const plan = current?.plan, all = sum(Object.values(counts));
+  if (!plan?.exits.length || !all || names.some((name) => counts[name] && name !== FULL
+    && !plan.exits.some((exit) => exit.layer === name))) return null;
+  const shadow = Math.min(1, sum(state.looks.map((look) => look.shadow[current.version] ?? 0)) / all);
+  let here = all, spent = 0;
+  for (const exit of plan.exits) {
+    spent += here * exit.head_cost + (counts[exit.layer] ?? 0) * (exit.cost + shadow * (1 - exit.cost));
+    here -= counts[exit.layer] ?? 0;
+  }
+  return (spent + here) / all;
+}
+
+function tell(current, names, counts) {
+  const all = sum(Object.values(counts)), early = all ? 1 - counts[FULL] / all : 0;
+  const plan = current?.plan, exits = plan?.exits.length ?? 0, lead = get("lead");
+  const work = workDone(current, names, counts);
+  lead.replaceChildren();
+  if (!current) {
+    lead.append("No version of this model serves at the moment.");
+  } else if (!all) {
+    lead.append("No requests in the last ten minutes.", exits ? "" : " This version answers in full.");
+  } else if (!exits && !early) {
+    lead.append("Every request goes through the whole model. This version records what its exits will be made of; ",
+      make("code", "ee-train"), " makes them.");
+  } else {
+    lead.append(make("b", percent(early)), ` of the last ${all.toLocaleString()} requests left the model early`,
+      ...(work === null ? ["."]
+        : [", so it did ", make("b", percent(work)), " of the work it would have done without exits."]));
+  }
+  drawFigures(get("figures"), [
+    [all.toLocaleString(), "requests in ten minutes"],
+    [exits && all ? percent(early) : "–", "left early", early ? "good" : ""],
+    [work === null ? "–" : percent(work), "of the full model's work"], lost(plan?.watched, current?.monitor)]);
+}
+
+function lost(watched, monitor) {
+  const what = watched?.risk === "confidence-gap" ? "confidence given up" : "answers that differ";
+  if (!watched) return ["–", what];
+  if (monitor?.step) return ["void", `${what}: the promise no longer holds`, "bad"];
+  const bound = percent(watched.tolerance, 1);
+  return !monitor?.samples ? [`≤ ${bound}`, `${what}, as promised`]
+    : [percent(monitor.mean_loss, 1), `${what}, promised at most ${bound}`,
+      monitor.mean_loss > watched.tolerance ? "bad" : "good"];
+}
+
+function drawAll() {
+  showTrouble(state.trouble ? `TorchServe cannot be reached. ${state.trouble}. `
+    + `${state.looked_at ? `What follows is of ${clock(state.looked_at)}. ` : ""}This page goes on trying.` : null);
+  const select = get("model"), pill = get("serving");
+  if ([...select.options].map((option) => option.value).join() !== state.models.join()) {
+    select.replaceChildren(...state.models.map((name) => make("option", name, { value: name })));
+  }
+  get("choice").hidden = state.models.length < 2;
+  document.querySelector("main").hidden = !state.model;
+  if (!state.model) {
+    pill.textContent = state.trouble ? "no server" : state.looked_at ? "no model yet" : "looking";
+    pill.className = `pill ${state.trouble ? "bad" : ""}`;
+    if (!state.trouble && state.looked_at) showTrouble("TorchServe serves no model yet: ee-roll MODEL.mar brings one.");
+    return;
+  }
+  select.value = state.model;
+  document.title = `${state.model}: early exits, live`;
+  const current = state.versions.find((one) => one.serves), step = current?.monitor?.step;
+  const exits = current?.plan?.exits.length ?? 0;
+  pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no server"
+    : !current ? "does not serve" : step ? "stepped back" : exits ? `${exits} exits` : "answers in full");
+  pill.className = `pill ${!current || step || state.trouble ? "bad" : exits ? "good" : ""}`;
+  const { names, cost } = exitNames(current), color = colors(names);
+  const counts = Object.fromEntries(names.map((name) => [name, total(state.looks, current?.version, name)]));
+  tell(current, names, counts);
+  drawRiver(get("river"), names, counts, color, cost);
+  get("bypassed").hidden = !current?.bypassed.length;
+  get("bypassed").textContent = `In batches of ${current?.bypassed.join(", ")} the exits save no time on this machine, `
+    + "so those are answered in full.";
+  drawTimeline(get("timeline"), state, names, color);
+  drawEvents(get("events"), state.events, clock);
+  drawPromise(get("promise"), current);
+  drawLatency(get("latency"), state);
+  const latest = state.looks.at(-1);
+  if (latest && latest.time > drawnAt && !state.trouble) {
+    drawnAt = latest.time;
+    const arrived = Object.fromEntries(names.map((name) => [name, total([latest], current?.version, name)]));
+    flow(get("river"), arrived, state.every_s);
+  }
+}
+
+async function look() {
+  try {
+    const reply = await ask(`state${chosen ? `?model=${encodeURIComponent(chosen)}` : ""}`);
+    const refused = reply.status === 401;
+    get("refused").hidden = !refused || !token;
+    get("token").hidden = !refused;
+    if (refused) {
+      document.querySelector("main").hidden = true;
+      get("serving").textContent = "locked";
+    } else {
+      state = await reply.json();
+      drawAll();
+    }
+  } catch (error) {
+    showTrouble(`The gateway does not answer (${error.message}). This page goes on trying.`);
+  }
+}
+
+async function watch() {
+  await look();
+  setTimeout(watch, 1000 * (state?.looked_at ? state.every_s : 0.5));
+}
+
+async function askEveryExit(file) {
+  const preview = get("preview"), opinions = get("opinions");
+  preview.hidden = !file.type.startsWith("image/");
+  if (!preview.hidden) preview.src = URL.createObjectURL(file);
+  opinions.replaceChildren(make("p", "Asking ...", { class: "quiet" }));
+  let told;
+  try {
+    told = await (await ask(`ask/${encodeURIComponent(state.model)}`, { method: "POST", body: file })).json();
+  } catch (error) {
+    told = { error: `The gateway does not answer: ${error.message}` };
+  }
+  drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
+}
+
+get("model").addEventListener("change", (event) => { chosen = event.target.value; drawnAt = 0; look(); });
+get("file").addEventListener("change", (event) => { if (event.target.files[0]) askEveryExit(event.target.files[0]); });
+get("token").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = event.target.querySelector("input").value;
+  sessionStorage.setItem("token", token);
+  look();
+});
+["dragover", "dragleave", "drop"].forEach((kind) => get("drop").addEventListener(kind, (event) => {
+  event.preventDefault();
+  get("drop").classList.toggle("over", kind === "dragover");
+  if (kind === "drop" && event.dataTransfer.files[0]) askEveryExit(event.dataTransfer.files[0]);
+}));
+addEventListener("resize", () => { if (state?.model) drawAll(); });
+watch();
