@@ -11,8 +11,10 @@ from pathlib import Path
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.errors import ConfigError, EarlyExitError
+from early_exit.handler.engine import ENGINES
+from early_exit.handler.errors import ConfigError
 from early_exit.handler.layout import ArchiveLayout, extract, read_archive
+from early_exit.training.command import command_parser, run_command, say_next
 from early_exit.training.dataset import find_shards
 from early_exit.training.distill import Distillation
 from early_exit.training.evaluate import evaluate
@@ -36,15 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _train, _parser().parse_args(given))
     # What is measured here must hold for the server's workers.
     restart_with_allocator("early_exit.training.cli", given)
-    try:
-        print(work(options))
-    except EarlyExitError as error:
-        print(f"ee-train: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("ee-train", lambda: work(options),
+               when_interrupted="interrupted; the same command goes on where this one was")
 
 
-def _train(options: argparse.Namespace) -> str:
+def _train(options: argparse.Namespace) -> int:
     model, backbone = read_archive(options.archive)
     with tempfile.TemporaryDirectory() as scratch:
         archive = ArchiveLayout(Path(scratch))
@@ -53,17 +51,21 @@ def _train(options: argparse.Namespace) -> str:
         shards = find_shards(local_folders(options.records, run.remote), model, backbone)
         report = train(model, archive, shards, options_of(options, archive), run, mar=options.archive,
                        labels=options.labels, say=_say)
-    return json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip()
+    print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
+    say_next(f"ee-train report {options.to} for a page about it, "
+             f"ee-archive {options.archive} --plan {run.plan} to serve it")
+    return 0
 
 
-def _report(options: argparse.Namespace) -> str:
+def _report(options: argparse.Namespace) -> int:
     run = RunPaths(options.run)
     found = evaluate(run, options.archive, say=_say)
     as_json = json.dumps(found.to_json(), indent=1)
     for path, text in ((run.evaluation, as_json), (run.report_html, html_page(found))):
         with replacing(path) as scratch:
             scratch.write_text(text)
-    return as_json if options.json else f"{run.report_html}\n{run.evaluation}"
+    print(as_json if options.json else f"{run.report_html}\n{run.evaluation}")
+    return 0
 
 
 def _say(line: str) -> None:
@@ -71,9 +73,10 @@ def _say(line: str) -> None:
 
 
 def _report_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "ee-train report", description="Evaluate a finished run and write a page about it, report.html, and the same "
-        "for machines, evaluation.json, into its folder. Nothing is trained.")
+    parser = command_parser(
+        "ee-train report", "Evaluate a finished run and write a page about it, report.html, and the same for machines, "
+        "evaluation.json, into its folder. Nothing is trained.", """
+        ee-train report runs/first""")
     parser.add_argument("run", type=Path, metavar="runs/NAME", help="folder of the run")
     parser.add_argument("--archive", type=Path, metavar="X.mar",
                         help="the archive that was recorded, if it is not where it was then")
@@ -82,10 +85,16 @@ def _report_parser() -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "ee-train", description="Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, "
-        "and a certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished "
-        "one.")
+    parser = command_parser(
+        "ee-train", "Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, and a "
+        "certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished one.", """
+        ee-train records --archive model-store/cifar-2.0.mar --to runs/first
+        stricter, and surer:
+          ee-train records --archive model-store/cifar-2.0.mar --to runs/strict --tolerance 0.01 --confidence 0.99
+        more from the same records, where request bytes were kept:
+          ee-train records --archive model-store/cifar-2.0.mar --to runs/replayed --replay
+        by the paper's rules, without a guarantee:
+          ee-train records --archive model-store/cifar-2.0.mar --to runs/paper --thresholds paper --cost flops""")
     parser.add_argument("records", nargs="+", metavar="RECORDS", help="records folders, as ee-serve printed them, or "
                         "URLs such as s3://bucket/records")
     parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
@@ -124,8 +133,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     heads.add_argument("--trials", type=_count, default=Search().trials, help="for each layer (%(default)s)")
     heads.add_argument("--layers", type=_count, default=defaults.layers,
                        help="at most so many get a head (%(default)s)")
-    heads.add_argument("--replay", type=_count, nargs="?", const=Replay().rounds, metavar="ROUNDS",
-                       help="run the recorded request bytes again with augmentations, so often (%(const)s)")
+    heads.add_argument("--replay", type=_count_or_none, nargs="?", const=Replay().rounds, metavar="ROUNDS",
+                       help="run the recorded request bytes again, and so often with augmentations (%(const)s)")
     heads.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=list(AUGMENTATIONS),
                        help="how (all of %(choices)s)")
     heads.add_argument("--train-device", default=Distillation().device, help="for training (%(default)s)")
@@ -148,12 +157,14 @@ def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOpt
     return TrainingOptions(
         tolerance=asked.tolerance, confidence=asked.confidence, thresholds=asked.thresholds, risk=asked.risk,
         measure=asked.cost, batch_size=asked.batch_size or int(config.get("batchSize", 1)),
-        engine=ServingConfig.from_model_config(config).engine, measure_device=asked.measure_device,
+        engine=ENGINES[ServingConfig.from_model_config(config).engine].identity(archive.folder),
+        measure_device=asked.measure_device,
         layers=asked.layers, search=Search(asked.trials, seed=asked.seed) if searches else None,
         service=service if in_service else None,
         space=SearchSpace.load(given) if given else SearchSpace(),
         recipe=Distillation(seed=asked.seed, device=asked.train_device),
-        replay=Replay(asked.replay, augmentations=tuple(asked.augment), seed=asked.seed) if asked.replay else None)
+        replay=None if asked.replay is None
+        else Replay(asked.replay, augmentations=tuple(asked.augment), seed=asked.seed))
 
 
 def _fraction(text: str) -> float:
@@ -164,6 +175,10 @@ def _fraction(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, such as 0.02, found {text!r}")
     return value
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _count(text: str) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.backbone import BackboneDescription
+from early_exit.handler.engine import are_alike
 from early_exit.handler.errors import RecordError
 from early_exit.handler.pooling import Side
 from early_exit.handler.records import Records, list_shards, read_header, read_shard
@@ -45,6 +46,8 @@ class RecordedTraffic:
     """(N, K) float16: the backbone's distributions."""
     backbone_class: Tensor
     """(N,) int64: the class the backbone predicted."""
+    full_class: Tensor
+    """(N,) int64: the class that the engine which served predicted without exits."""
     request: Tensor
     """(N,) int64: a uniform hash of the request id."""
     time: Tensor
@@ -133,6 +136,26 @@ def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
     return layers, pools.pop()
 
 
+def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
+    """Return the shards whose activations are those that heads will read.
+
+    Args:
+        shards: of one backbone.
+        engine: identity of the one that will serve.
+
+    Raises:
+        RecordError: other engines computed all of them.
+    """
+    made_on = {shard: read_header(shard).engine for shard in shards}
+    found = [shard for shard in shards if are_alike(made_on[shard], engine)]
+    if not found:
+        others = ", ".join(sorted(set(made_on.values())))
+        raise RecordError(f"the archive is executed by {engine}, but {others} made the records, and heads would read "
+                          "other activations: record with this archive, or run the recorded requests again with "
+                          "--replay, for which they must have been recorded with 'keep_requests: true'")
+    return found
+
+
 def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> RecordedTraffic:
     """Read everything but the activations.
 
@@ -149,6 +172,7 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> Re
     return RecordedTraffic(
         shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
         log_probabilities=records.log_probabilities[rows], backbone_class=records.backbone_class[rows].long(),
+        full_class=records.full_class[rows].long(),
         request=records.request[rows], time=records.time[rows],
         fresh_after=-math.inf if fresh_after is None else fresh_after)
 

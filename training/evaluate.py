@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from early_exit.handler.backbone import Backbone, BackboneDescription
-from early_exit.handler.engine import ENGINES
+from early_exit.handler.engine import engine_of
 from early_exit.handler.errors import ArchiveError, RecordError
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout, extract, read_archive
@@ -136,10 +136,10 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
         deployed = setting(choice, said, flops)
         plain, with_exits = _resources(backbone, plan, heads, taken, deployed.flops)
         timed: list[Latency] = []
-        for device in devices():
+        for device in [one for one in devices() if one == "cpu" or engine_of(plan.engine).on_gpu]:
             say(f"timing batches on {device}, for {max_seconds:.0f} s at most")
             here = backbone if device == "cpu" else Backbone.load(layout.folder, device)
-            timed += latencies(ENGINES[plan.engine].unsplit(here.graph), Rehearsal(here, plan, heads, device), taken,
+            timed += latencies(engine_of(plan.engine).unsplit(here), Rehearsal(here, plan, heads, device), taken,
                                sorted({*BATCH_SIZES, options.batch_size}), device, max_seconds=max_seconds)
     exits = tuple(
         EvaluatedExit(one.layer, one.cost, one.head.in_words(), one.threshold, one.temperature, *found)
@@ -185,7 +185,7 @@ def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], ta
     held = [*backbone.graph.parameters(), *backbone.graph.buffers()]
     parameters, size = sum(p.numel() for p in backbone.graph.parameters()), sum(tensor.nbytes for tensor in held)
     flops = backbone.description.flops
-    whole = ENGINES[plan.engine].unsplit(backbone.graph)
+    whole = engine_of(plan.engine).unsplit(backbone)
     plain = Resources(flops, parameters, size, ltma(whole, backbone.description.probe_inputs()))
     in_heads = [p for head in heads.values() for p in head.parameters()]
     return plain, Resources(

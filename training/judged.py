@@ -32,6 +32,8 @@ class Judgement:
     """(N, L) int64: the heads' classes."""
     teacher: Tensor
     """(N,) int64: the backbone's class."""
+    full: Tensor
+    """(N,) int64: the class that is served without an exit."""
     labels: Tensor
     """(N,) int64: the true class, -1 where unknown."""
 
@@ -62,8 +64,10 @@ class Judged:
                    "exits": torch.from_numpy(self.tune.costs.exits).contiguous()}
         for part, said in self.parts.items():
             for name, tensor in (("confidence", said.candidates.confidence), ("agrees", said.candidates.agrees),
-                                 ("losses", said.candidates.losses), ("answers", said.answers),
-                                 ("teacher", said.teacher), ("labels", said.labels)):
+                                 ("losses", said.candidates.losses),
+                                 ("full_agrees", said.candidates.full_agrees),
+                                 ("full_losses", said.candidates.full_losses), ("answers", said.answers),
+                                 ("teacher", said.teacher), ("full", said.full), ("labels", said.labels)):
                 tensors[f"{part.name}.{name}"] = tensor.contiguous()
         costs = self.tune.costs
         save_file(tensors, path, {"layers": json.dumps(self.layers), "measure": costs.measure,
@@ -77,9 +81,10 @@ class Judged:
         parts = {}
         for part in (Part.TUNE, Part.CERTIFY):
             read = {name: tensors[f"{part.name}.{name}"] for name in (
-                "confidence", "agrees", "losses", "answers", "teacher", "labels")}
-            parts[part] = Judgement(Candidates(read["confidence"], read["agrees"], read["losses"], costs),
-                                    read["answers"], read["teacher"], read["labels"])
+                "confidence", "agrees", "losses", "full_agrees", "full_losses", "answers", "teacher", "full", "labels")}
+            said = Candidates(read["confidence"], read["agrees"], read["losses"], read["full_agrees"],
+                              read["full_losses"], costs)
+            parts[part] = Judgement(said, read["answers"], read["teacher"], read["full"], read["labels"])
         return cls(tuple(json.loads(about["layers"])), tuple(tensors["temperatures"].tolist()), parts)
 
 
@@ -110,7 +115,10 @@ def judge(material: Material, heads: Sequence[TrainedHead], costs: Costs, risk: 
         confidence = torch.stack([ConfidencePolicy(temperature, NEVER).confidence(logits[:, index])
                                   for index, temperature in enumerate(temperatures)], dim=1)
         answers = logits.argmax(dim=2)
-        losses = risk.losses(answers, teacher, material.log_probabilities[rows], known[rows])
-        parts[part] = Judgement(Candidates(confidence, answers == teacher[:, None], losses, costs), answers, teacher,
-                                known[rows])
+        full = material.full_class[rows]
+        losses = risk.losses(torch.cat([answers, full[:, None]], dim=1), teacher, material.log_probabilities[rows],
+                             known[rows])
+        said = Candidates(confidence, answers == teacher[:, None], losses[:, :-1], full == teacher, losses[:, -1],
+                          costs)
+        parts[part] = Judgement(said, answers, teacher, full, known[rows])
     return Judged(tuple(one.layer.path for one in heads), temperatures, parts)

@@ -32,6 +32,8 @@ class Material:
     """(N + R, K) float16: the backbone's distributions."""
     backbone_class: Tensor
     """(N + R,) int64: the class the backbone predicts."""
+    full_class: Tensor
+    """(N,) int64: the class that the engine which serves predicts without exits."""
     part: Tensor
     """(N,) int8: index of each record's part."""
     request: Tensor
@@ -77,7 +79,7 @@ def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[Can
             out.flush()
         finish(paths, layers, recorded, n_classes, {
             "log_probabilities": traffic.log_probabilities, "backbone_class": traffic.backbone_class,
-            "part": traffic.part, "request": traffic.request, "time": traffic.time})
+            "full_class": traffic.full_class, "part": traffic.part, "request": traffic.request, "time": traffic.time})
     return Material.load(paths)
 
 

@@ -138,7 +138,7 @@ def setting(choice: Choice, said: Judgement, flops: Costs) -> Setting:
     found = outcome(choice, said.candidates)
     accuracy, known = None, said.labels >= 0
     if bool(known.any()):
-        served = served_classes(choice, found.exit, said.answers, said.teacher)
+        served = served_classes(choice, found.exit, said.answers, said.full)
         accuracy = Accuracy(int(known.sum()), _share((said.teacher == said.labels)[known]),
                             _share((served == said.labels)[known]))
     return Setting(choice.thresholds, mean_cost(choice, found.exit, said.candidates.costs),

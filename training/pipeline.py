@@ -18,7 +18,7 @@ from early_exit.handler.plan import save_plan
 from early_exit.training.certify import require_enough
 from early_exit.training.choose import choose, make_plan
 from early_exit.training.cost import Costs, FlopCost, flop_costs
-from early_exit.training.dataset import Part, RecordedTraffic, load_traffic, recorded_layers
+from early_exit.training.dataset import Part, RecordedTraffic, load_traffic, of_engine, recorded_layers
 from early_exit.training.heads import HeadCost, TrainedHead, find_architectures, train_heads
 from early_exit.training.judged import judge
 from early_exit.training.labels import load_labels
@@ -88,6 +88,8 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
     if run.material.index.exists():  # the shards may have gone in the meantime
         material = Material.load(run.material)
     else:
+        if options.replay is None:
+            shards = of_engine(shards, options.engine)
         traffic = load_traffic(shards, options.fresh_after)
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
@@ -103,7 +105,7 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
                     tqdm(desc="replay", unit="request", disable=None,
                          total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
                 material = replay_records(run.material, traffic, layers, backbone, handler, options.replay,
-                                          progress.update)
+                                          engine=options.engine, on_batch=progress.update)
     kept = {layer.path for layer in material.layers}
     return material, [f"{layer.path}: not recorded, or passed over for {options.layers} that cover the cost evenly"
                       for layer in description.candidates if layer.path not in kept]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.graph import split
+from early_exit.handler.engine import DEFAULT_ENGINE, engine_of
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.served_head import ServedHead
 from early_exit.handler.stages import Exit, Live, Stage, run_with_exits, take_rows
 from early_exit.training.cost import Costs
 
@@ -31,6 +31,7 @@ _LEAST_ROUNDS = 3
 _SECONDS_PER_SIZE = 4.0
 
 T = TypeVar("T")
+Loop = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
         device: a torch device.
         sizes: batch sizes, ascending.
     """
-    stages = ENGINES[engine].compile(split(backbone.graph, [layer.node for layer in layers]))
     items = [one.to(device) for one in backbone.description.probe_inputs()]
     by_size: list[list[float]] = []
     shrinks_by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
+        stages = engine_of(engine).compile(backbone, [layer.node for layer in layers])
         for size in sizes:
             inputs = tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items)
 
@@ -116,7 +117,7 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
                 shrinking: list[float] = []
                 half, live = torch.arange(0, len(inputs[0]), 2, device=device), inputs
                 for stage in stages:
-                    seconds, live = timed(stage.forward, live, device)
+                    seconds, live = timed(stage.module.forward, live, device)
                     taken.append(seconds)
                     shrinking.append(timed(lambda *kept: [take_rows(x, half) for x in kept], live, device)[0])
                 return taken, shrinking[:-1]
@@ -134,28 +135,27 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
 
     What serves is what is timed: the loop with the exit, less the loop without it.
     """
-    head = head.to(device)
     decide = ConfidencePolicy(1.0, 0.0)
 
     def half(logits: Tensor) -> Tensor:
         return decide(logits) & (torch.arange(len(logits), device=logits.device) % 2 == 0)
 
-    def loop(end: Exit | None) -> Callable[[Tensor], Tensor]:
+    def loop(end: Exit | None) -> Loop:
         # The scores at the end are cheap: what comes after the exit is timed elsewhere.
         stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
         return lambda x: run_with_exits((x,), stages).stages
 
-    with_exit, without = loop(Exit(lambda x: head(x), half, lambda logits: logits[:, :2])), loop(None)
     found = []
     with torch.no_grad(), one_thread():
         for size in sizes:
-            x = ENGINES[engine].arrange(torch.rand(size, *layer.shape, device=device))
+            x, read = engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device))
+            served = ServedHead(head, 1.0, read).to(device)
+            with_exit, without = loop(Exit(served.forward, half, lambda logits: logits[:, :2])), loop(None)
 
-            def one_round(x: Tensor = x) -> float:
+            def one_round(x: Tensor = x, with_exit: Loop = with_exit, without: Loop = without) -> float:
                 return timed(with_exit, (x,), device)[0] - timed(without, (x,), device)[0]
 
             found.append(max(1e-6, statistics.median(_rounds(one_round))))
-    head.cpu()
     return tuple(found)
 
 

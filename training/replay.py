@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.engine import DEFAULT_ENGINE
 from early_exit.handler.errors import RecordError
 from early_exit.handler.pooling import Side, pooled_shape
 from early_exit.handler.served import ServedModel
@@ -37,7 +38,7 @@ class Replay:
     """How records are replayed."""
 
     rounds: int = 6
-    """How often each record of the train part is replayed with augmentations."""
+    """How often each record of the train part is replayed with augmentations; 0 replays all as they are."""
     pool: Side = 8
     """Side to which the activations are pooled: free of what was recorded."""
     augmentations: tuple[str, ...] = AUGMENTATIONS
@@ -65,7 +66,7 @@ def augmentation(replay: Replay, shape: Sequence[int]) -> v2.Transform:
 
 
 def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
-                   backbone: Backbone, handler: Preprocessing, replay: Replay,
+                   backbone: Backbone, handler: Preprocessing, replay: Replay, *, engine: str = DEFAULT_ENGINE,
                    on_batch: Callable[[int], object] = lambda n: None) -> Material:
     """Run the recorded requests through the backbone: all of them as they are, those of the train part augmented.
 
@@ -78,22 +79,24 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
         backbone: of the records.
         handler: turns request bodies into the model's input.
         replay: how.
+        engine: that will serve.
         on_batch: told how many requests were run.
 
     Raises:
         RecordError: no bodies were recorded, or the backbone does not answer them as it did when it served.
     """
-    transform = augmentation(replay, backbone.description.input_shape)
+    transform = augmentation(replay, backbone.description.input_shape) if replay.rounds else v2.Identity()
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())
     n_rows = len(traffic) + replay.rounds * n_train
-    model = ServedModel(backbone, sampling_rate=1.0, record_layers=len(backbone.description.candidates),
+    model = ServedModel(backbone, engine=engine, sampling_rate=1.0, record_layers=len(backbone.description.candidates),
                         record_pool=replay.pool)
     done = json.loads(paths.progress.read_text())["rounds"] if paths.progress.exists() else -1
     files = {layer.path: _open(paths.activations(layer.path), n_rows, pooled_shape(layer.shape, replay.pool),
                                fresh=done < 0) for layer in layers}
     answers = _open(paths.activations("answers"), n_rows, (backbone.description.n_classes,), fresh=done < 0)
     classes = _open(paths.activations("classes"), n_rows, (), np.int64, fresh=done < 0)
+    full = _open(paths.activations("full"), n_rows, (), np.int64, fresh=done < 0)
     for number in range(done + 1, replay.rounds + 1):
         row = 0 if number == 0 else len(traffic) + (number - 1) * n_train
         with torch.random.fork_rng(devices=[]):
@@ -110,12 +113,13 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
                 scores = backbone.description.scores.log_probabilities(served.answers.reference.float())
                 answers.write(row, scores.half())
                 classes.write(row, scores.argmax(dim=1))
+                full.write(row, served.full_class)
                 row += len(batch)
                 on_batch(len(batch))
+        for file in (*files.values(), answers, classes, full):
+            file.flush()
         if number == 0:
             _require_same(classes[torch.arange(len(traffic))], traffic.backbone_class)
-        for file in (*files.values(), answers, classes):
-            file.flush()
         with replacing(paths.progress) as scratch:
             scratch.write_text(json.dumps({"rounds": number}))
     every = torch.arange(n_rows)
@@ -123,7 +127,7 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
     backbone_class = torch.cat([traffic.backbone_class, classes[every[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         "log_probabilities": answers[every], "backbone_class": backbone_class, "part": traffic.part,
-        "request": traffic.request, "time": traffic.time})
+        "full_class": full[every[:len(traffic)]], "request": traffic.request, "time": traffic.time})
     return Material.load(paths)
 
 

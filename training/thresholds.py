@@ -30,6 +30,10 @@ class Candidates:
     """(N, L) bool: the head's class is the backbone's."""
     losses: Tensor
     """(N, L) what an answer by the head risks."""
+    full_agrees: Tensor
+    """(N,) bool: the same of the answer of those that leave nowhere, which an engine may change,"""
+    full_losses: Tensor
+    """(N,) and what it risks."""
     costs: Costs
 
     def __len__(self) -> int:
@@ -41,7 +45,7 @@ class Candidates:
 
     def option(self, layer: int, threshold: float) -> Option:
         hits = self.confidence[:, layer] >= threshold
-        return Option(bit_mask(hits), loss_masks(self.losses[:, layer] * hits))
+        return Option(bit_mask(hits), loss_masks((self.losses[:, layer] - self.full_losses) * hits))
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Outcome:
     """What a choice does to N records."""
 
     exit: Tensor
-    """(N,) int64: position in the choice of the exit taken, or -1 for the backbone."""
+    """(N,) int64: position in the choice of the exit taken, or -1 for none."""
     differs: Tensor
     """(N,) bool: the answer is not the backbone's."""
     losses: Tensor
@@ -131,7 +135,8 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
     """
     levels = list(levels) if levels is not None else confidence_levels()
     # So many failures the binomial test would accept; the other risks vary less, so they accept no fewer.
-    max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify
+    # What the engine loses without exits is spent already.
+    max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
     for level in levels[::-4]:
         options = [tune.option(layer, level) for layer in range(tune.n_layers)]
@@ -143,16 +148,18 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
 def safer_settings(path: Sequence[Choice], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
     """Return some settings that come before the deployed one on a certified path, the nearest first.
 
-    Each loses at most half as much on *tune* as the one after it, so a few reach from any drift to safety; the last
-    loses nothing there, and yet lets requests leave. Each was certified before the deployed one was tried.
+    Each loses at most half as much on *tune* as the one after it, beyond what is lost without exits, so a few reach
+    from any drift to safety; the last loses nothing there, and yet lets requests leave. Each was certified before the
+    deployed one was tried.
     """
     settings: list[tuple[float, ...]] = []
-    allowed = outcome(path[deployed], tune).losses.sum().item() / 2
+    least = tune.full_losses.sum().item()
+    allowed = (outcome(path[deployed], tune).losses.sum().item() - least) / 2
     for choice in path[1:deployed][::-1]:
         found = outcome(choice, tune)
         if not bool((found.exit >= 0).any()) or len(settings) == _SAFER:
             break
-        if (lost := found.losses.sum().item()) <= allowed:
+        if (lost := found.losses.sum().item() - least) <= allowed:
             settings.append(choice.thresholds)
             if lost <= 0:
                 break
@@ -169,26 +176,25 @@ def outcome(choice: Choice, records: Candidates) -> Outcome:
     """Return what a choice does to records; what later exits would have said does not count."""
     n_records = len(records)
     exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
-    differs = torch.zeros(n_records, dtype=torch.bool)
-    losses = torch.zeros(n_records)
+    differs, losses = ~records.full_agrees, records.full_losses.clone()
     for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
         leaves = (exit_taken == -1) & (records.confidence[:, layer] >= threshold)
         exit_taken[leaves] = position
-        differs |= leaves & ~records.agrees[:, layer]
+        differs[leaves] = ~records.agrees[leaves, layer]
         losses[leaves] = records.losses[leaves, layer]
     return Outcome(exit_taken, differs, losses)
 
 
-def served_classes(choice: Choice, exit_taken: Tensor, answers: Tensor, backbone_class: Tensor) -> Tensor:
+def served_classes(choice: Choice, exit_taken: Tensor, answers: Tensor, full_class: Tensor) -> Tensor:
     """Return the (N,) int64 classes that a choice answers with.
 
     Args:
         choice: exits.
         exit_taken: (N,) position of the exit that each record takes, or -1.
         answers: (N, L) int64 classes of the candidates.
-        backbone_class: (N,) int64.
+        full_class: (N,) int64 classes of those that leave nowhere.
     """
-    served = backbone_class.clone()
+    served = full_class.clone()
     for position, layer in enumerate(choice.layers):
         leaves = exit_taken == position
         served[leaves] = answers[leaves, layer]

@@ -1,0 +1,44 @@
+"""What the commands have in common: help with examples, shell completion, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable
+
+import shtab
+
+from early_exit.handler.errors import EarlyExitError
+
+
+def command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help ends with examples and which prints completion scripts for shells.
+
+    Args:
+        name: of the command.
+        description: what it does.
+        examples: command lines, each after a line that says what it is for.
+    """
+    parser = argparse.ArgumentParser(
+        name, description=textwrap.fill(description, 100), formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "))
+    if " " not in name:  # of subcommands shells would ask the command itself
+        shtab.add_argument_to(parser, "--print-completion", help="print a completion script for a shell")
+    return parser
+
+
+def run_command(name: str, work: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
+    """Do a command's work; return its exit status: 0 done, 1 failed with a message, and 2, by argparse, misused."""
+    try:
+        return work()
+    except (EarlyExitError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{name}: {when_interrupted}", file=sys.stderr)
+    return 1
+
+
+def say_next(command: str) -> None:
+    """Tell a person, not a program that reads the output, which command comes next."""
+    print(f"next: {command}", file=sys.stderr)
