@@ -16,13 +16,17 @@ import yaml
 from torch import nn
 
 import early_exit.handler
+from early_exit.archiver.quantize import quantize, recorded_inputs
 from early_exit.archiver.sample import image_input, model_input, sample_image
 from early_exit.archiver.source import eager_model, model_from_factory
 from early_exit.archiver.validate import validate
 from early_exit.handler.backbone import Backbone, BackboneDescription, load_program
-from early_exit.handler.config import ServingConfig
+from early_exit.handler.config import EARLY, ServingConfig
+from early_exit.handler.early import SERVER_SETTINGS
+from early_exit.handler.engine import ENGINES, INT8, require_engine
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.layout import HANDLER, ArchiveLayout, extract
+from early_exit.handler.openvino_engine import PIECES
 from early_exit.handler.plan import build_heads, load_plan, save_plan
 from early_exit.handler.signature import InputSpec
 
@@ -53,6 +57,8 @@ class ArchiveRequest:
     """Replaces the source's model-config.yaml."""
     engine: str | None = None
     """Written into model-config.yaml, its only owner: an archive without a plan is executed by an engine too."""
+    calibrate: Path | None = None
+    """Folder with recorded request bytes, for an engine that is made from them."""
     request: Path | None = None
     """Body of a typical request."""
 
@@ -75,7 +81,7 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
         if request is None:
             say("no sample request is known, so the handler's pre- and post-processing are not tried out; "
                 "--request FILE gives one")
-        _write_ours(asked, layout, original, backbone, request)
+        _write_ours(asked, layout, original, backbone, request, say, Path(scratch))
         asked.to.mkdir(parents=True, exist_ok=True)
         manifest = json.loads(layout.manifest.read_text())["model"]
         target = asked.to / f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
@@ -152,41 +158,66 @@ def _manifest_for(asked: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any
 
 
 def _write_ours(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
-                request: bytes | None) -> None:
+                request: bytes | None, say: Callable[[str], None], scratch: Path) -> None:
     """Replace everything of ours in the layout: handler code, backbone, plan, manifests, configuration."""
+    config = asked.config or _existing(layout.root, original["model"].get("configFile"))
+    configuration, engine = _configuration(config, asked.engine, say)
+    pieces = scratch / PIECES
+    if engine == INT8:
+        _keep_or_quantize(asked, layout, original, backbone, pieces, say)
     shutil.rmtree(layout.folder, ignore_errors=True)
     code = layout.folder / "handler"
     code.mkdir(parents=True)
     for file in sorted(Path(early_exit.handler.__path__[0]).glob("*.py")):
         shutil.copyfile(file, code / file.name)
     backbone.save(layout.folder)
+    if pieces.exists():
+        shutil.move(pieces, layout.folder / PIECES)
     if request is not None:
         layout.sample_request.write_bytes(request)
     if asked.plan is not None:
         plan, tensors = load_plan(asked.plan)
+        require_engine(plan, ENGINES[engine].identity(layout.folder))
         save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
     layout.original_manifest.write_text(json.dumps(original, indent=1, sort_keys=True))
-    config = asked.config or _existing(layout.root, original["model"].get("configFile"))
     has_config = config is not None or asked.engine is not None
     if has_config:
-        (layout.root / CONFIG_FILE).write_text(_configuration(config, asked.engine))
+        (layout.root / CONFIG_FILE).write_text(configuration)
     layout.manifest.parent.mkdir(exist_ok=True)
     layout.manifest.write_text(_manifest(asked, original, has_config=has_config))
 
 
-def _configuration(config: Path | None, engine: str | None) -> str:
-    """Return the text of a valid model-config.yaml: the given one, with the engine where one is asked for."""
+def _keep_or_quantize(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
+                      pieces: Path, say: Callable[[str], None]) -> None:
+    """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
+    if asked.calibrate is not None:
+        quantize(backbone, recorded_inputs(asked.calibrate, layout, original, backbone), pieces.parent, say)
+    elif (layout.folder / PIECES).exists():
+        shutil.move(layout.folder / PIECES, pieces)
+    else:
+        raise ArchiveError(f"the engine {INT8} is made from recorded requests: pass --calibrate RECORDS, a folder that "
+                           "was recorded with 'early_exit: {keep_requests: true}' in model-config.yaml")
+
+
+def _configuration(config: Path | None, engine: str | None, say: Callable[[str], None]) -> tuple[str, str]:
+    """Return the text of a valid model-config.yaml, and the engine that it names: the given one, with the engine where
+    one is asked for and with TorchServe set as early answers need it."""
     try:
         text = config.read_text() if config else ""
         content = yaml.safe_load(text)
     except (OSError, yaml.YAMLError) as error:
         raise ArchiveError(f"cannot read the configuration {config}: {error}") from error
-    ServingConfig.from_model_config(content)
-    if engine is None:
-        return text
-    content = {**(content or {}), "early_exit": {**((content or {}).get("early_exit") or {}), "engine": engine}}
-    ServingConfig.from_model_config(content)
-    return yaml.safe_dump(content, sort_keys=False)
+    serving = ServingConfig.from_model_config(content)
+    changed = dict(content or {})
+    if engine is not None:
+        changed["early_exit"] = {**(changed.get("early_exit") or {}), "engine": engine}
+        serving = ServingConfig.from_model_config(changed)
+    needed = {name: value for name, value in SERVER_SETTINGS.items() if changed.get(name) != value}
+    if serving.answers == EARLY and needed:
+        changed |= needed
+        say("early answers need TorchServe's continuous batching with one worker: the archive's model-config.yaml says "
+            + ", ".join(f"{name}: {str(value).lower()}" for name, value in needed.items()))
+    return text if changed == (content or {}) else yaml.safe_dump(changed, sort_keys=False), serving.engine
 
 
 def _manifest(asked: ArchiveRequest, original: dict[str, Any], *, has_config: bool) -> str:

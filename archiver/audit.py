@@ -13,6 +13,7 @@ from typing import Any
 
 from early_exit.handler.errors import ServerError
 
+AUDIT_FILE = "audit.jsonl"
 Event = dict[str, Any]
 
 

@@ -6,40 +6,65 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.inspect import describe, in_words
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.errors import EarlyExitError
+from early_exit.archiver.quantize import N_SAMPLES
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.signature import InputSpec
+from early_exit.training.command import command_parser, run_command, say_next
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ee-archive`; return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _show(given[1:]) if given[:1] == ["show"] else _build(given)
-    except (EarlyExitError, FileNotFoundError) as error:
-        print(f"ee-archive: {error}", file=sys.stderr)
-        return 1
+    if given[:1] == ["show"]:
+        asked = _show_parser().parse_args(given[1:])
+        return run_command("ee-archive", lambda: _show(asked.archive, as_json=asked.json))
+    options = _parser().parse_args(given)
+    return run_command("ee-archive", lambda: _build(options))
 
 
-def _show(given: list[str]) -> int:
-    parser = argparse.ArgumentParser("ee-archive show", description="Tell what is in an early-exit archive.")
-    parser.add_argument("archive", type=Path, metavar="FILE.mar")
-    parser.add_argument("--json", action="store_true", help="for machines")
-    options = parser.parse_args(given)
-    print(json.dumps(describe(options.archive), indent=1) if options.json else in_words(options.archive))
+def _show(archive: Path, *, as_json: bool) -> int:
+    print(json.dumps(describe(archive), indent=1) if as_json else in_words(archive))
     return 0
 
 
-def _build(given: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "ee-archive", description="Repackage a model for TorchServe: without a plan it answers in full and records, "
-        "with one it exits early. 'ee-archive show FILE.mar' tells what is in an archive.")
+def _build(options: argparse.Namespace) -> int:
+    asked = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
+    made = build_archive(ArchiveRequest(**{**asked, "inputs": tuple(options.inputs)}),
+                         lambda line: print(f"ee-archive: {line}", file=sys.stderr))
+    _show(made, as_json=options.json)
+    say_next(f"ee-roll {made}" if options.plan else
+             f"ee-serve {made.name} --model-store {made.parent}, or ee-roll {made} where a server runs")
+    return 0
+
+
+def _show_parser() -> argparse.ArgumentParser:
+    parser = command_parser("ee-archive show", "Tell what is in an early-exit archive.", """
+        ee-archive show model-store/cifar-2.0.mar --json""")
+    parser.add_argument("archive", type=Path, metavar="FILE.mar")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "ee-archive", "Repackage a model for TorchServe: without a plan it answers in full and records, with one it "
+        "exits early. 'ee-archive show FILE.mar' tells what is in an archive.", """
+        a .mar that TorchServe serves today, to record:
+          ee-archive cifar.mar --input-shape 3,32,32
+        the same with exits:
+          ee-archive model-store/cifar-2.0.mar --plan runs/first/plan.json
+        a model without a .mar:
+          ee-archive torchvision.models:resnet50 --weights resnet50.safetensors --input-shape 3,224,224
+                     --handler image_classifier --model-name photos
+        a text model of two inputs:
+          ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128""")
     parser.add_argument("source", help="an existing .mar with an eager model, package.module:function, or a .pt2")
     parser.add_argument("--plan", type=Path, help="plan.json of an ee-train run")
     parser.add_argument("--version", help="model version; by default one above the source's")
@@ -55,12 +80,11 @@ def _build(given: list[str]) -> int:
     parser.add_argument("--config", type=Path, help="model-config.yaml to use instead of the source's")
     parser.add_argument("--engine", choices=list(ENGINES),
                         help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
+    parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
+                        help=f"for {INT8}: records folder with request bytes, of which at most {N_SAMPLES} are used")
     parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
-    options = parser.parse_args(given)
-    target = build_archive(ArchiveRequest(**{**vars(options), "inputs": tuple(options.inputs)}),
-                           lambda line: print(f"ee-archive: {line}", file=sys.stderr))
-    print(in_words(target))
-    return 0
+    parser.add_argument("--json", action="store_true", help="tell for machines what is in the archive")
+    return parser
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from early_exit.handler.errors import ServerError
 from early_exit.handler.probe import PROBE_HEADER
 
 _TIMEOUT_S = 30.0
-_TOKEN_REFUSED = "Token"
+_TOKEN_REFUSED = "Token either incorrect, expired"
 """In TorchServe's answer to a token that is wrong or has expired."""
 
 
@@ -94,12 +94,21 @@ class Management:
             return self._send(method, url, key, headers=headers or {}, params=params, data=data)
 
         response = send()
-        if self._key_file and response.status_code in (400, 401) and _TOKEN_REFUSED in response.text:
-            # A watcher outlives its tokens. TorchServe writes the new one into its key file, and accepts the token for
-            # this from that file only.
+        return send() if self.renewed(key, response.status_code, response.text) else response
+
+    def renewed(self, key: str, status: int, text: str) -> bool:
+        """Get a new 'inference' or 'management' token where an answer says that the old one is refused.
+
+        A watcher outlives its tokens. TorchServe writes the new one into its key file, and accepts the token for this
+        from that file only.
+
+        Raises:
+            ServerError: TorchServe does not answer, or the key file cannot be read.
+        """
+        refused = self._key_file is not None and status in (400, 401) and _TOKEN_REFUSED in text
+        if refused:
             self._send("GET", f"{self._addresses.management}/token", "API", params={"type": key})
-            response = send()
-        return response
+        return refused
 
     def _send(self, method: str, url: str, key: str, *, headers: dict[str, str] | None = None,
               params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:

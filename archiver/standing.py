@@ -42,13 +42,14 @@ class Standing:
     """Of this version and plan, one for each records folder that has one."""
 
     @property
-    def first_alarm(self) -> float | None:
-        """Unix time at which the certificate became void; none while it holds."""
-        return min((alarm.time for state in self.monitors for alarm in state.alarms), default=None)
+    def alarm_times(self) -> tuple[float, ...]:
+        """Unix times of all alarms of this version, ascending."""
+        return tuple(sorted(alarm.time for state in self.monitors for alarm in state.alarms))
 
     @property
-    def latest_alarm(self) -> float | None:
-        return max((alarm.time for state in self.monitors for alarm in state.alarms), default=None)
+    def first_alarm(self) -> float | None:
+        """Unix time at which the certificate became void; none while it holds."""
+        return self.alarm_times[0] if self.alarm_times else None
 
     @property
     def n_watched(self) -> int:

@@ -45,14 +45,14 @@ class Terms:
 
 def fired(standing: Standing, audit: Audit, terms: Terms, now: float) -> Trigger | None:
     """Return why the plan is to be renewed now, if it is; never with fewer fresh records than can certify one."""
-    plan, alarm = standing.plan, standing.latest_alarm
+    plan = standing.plan
     since = fresh_after(standing, audit, now)
     n_new, n_total = standing.n_newer(since), len(standing.times)
     if n_new < terms.n_enough:
         return None
     evidence = {"records": n_total, "fresh_records": n_new, "backbone": standing.backbone.sha256,
                 "plan": plan.digest() if plan else None}
-    if alarm is not None:
+    if standing.first_alarm is not None:
         alarms = [[alarm.__dict__ for alarm in state.alarms] for state in standing.monitors]
         return Trigger("alarm", since, {**evidence, "alarms": alarms})
     if plan is None:
@@ -78,18 +78,31 @@ def fresh_after(standing: Standing, audit: Audit, now: float) -> float:
 
 
 def newest_mark(standing: Standing, audit: Audit) -> float:
-    """Return the Unix time of the newest record that a plan was certified or refused on, or of a later alarm."""
-    plan, alarm = standing.plan, standing.latest_alarm
-    marks = [0.0 if alarm is None else alarm]
+    """Return the Unix time of the newest record that a plan was certified or refused on, or of the first alarm since.
+
+    The first, because traffic that has changed makes the safer settings alarm too, one after the other, and each
+    would put the renewal off. Counting from the first keeps the fresh records free of what the later alarms saw: they
+    only say that the served plan is worse still.
+    """
+    plan = standing.plan
+    marks = [0.0]
     if plan is not None and plan.certificate is not None:
         marks.append(plan.certificate.window[1])
     marks += [event["newest_record"] for event in audit.read()
               if event["event"] == ATTEMPT and event["backbone"] == standing.backbone.sha256]
-    return float(max(marks))
+    mark = max(marks)
+    return float(next((alarm for alarm in standing.alarm_times if alarm > mark), mark))
 
 
-def is_better(new: ExitPlan, current: ExitPlan | None, reason: str) -> tuple[bool, str]:
-    """Tell whether a renewed plan is to replace the current one, and why."""
+def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost: float | None) -> tuple[bool, str]:
+    """Tell whether a renewed plan is to replace the current one, and why.
+
+    Args:
+        new: as it was trained.
+        current: that serves.
+        reason: of the renewal.
+        current_cost: what `current` costs on the records and by the clock that `new` was made with, if these tell.
+    """
     if new.certificate is None:
         return False, "it has no certificate"
     if not new.exits:
@@ -98,9 +111,8 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str) -> tuple[boo
         return True, f"it is certified, and the current plan is not any more ({reason})"
     if current is None or not current.exits:
         return True, "it is certified, and nothing exits now"
-    if (new.measure, new.batch_size) != (current.measure, current.batch_size):
-        return False, (f"its cost is in {new.measure} for batches of {new.batch_size}, the current plan's in "
-                       f"{current.measure} for {current.batch_size}: they cannot be compared")
-    if new.expected_cost >= current.expected_cost:
-        return False, f"it costs {new.expected_cost:.3f}, the current plan {current.expected_cost:.3f}"
-    return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current.expected_cost:.3f}"
+    if current_cost is None:
+        return False, "the new records do not tell what the current plan costs: they lack one of its layers"
+    if new.expected_cost >= current_cost:
+        return False, f"on the new records it costs {new.expected_cost:.3f}, the current plan {current_cost:.3f}"
+    return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current_cost:.3f} on the new records"

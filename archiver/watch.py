@@ -18,8 +18,8 @@ from early_exit.archiver.standing import Standing
 from early_exit.archiver.triggers import Terms, fresh_after
 from early_exit.archiver.watcher import Watched, Watcher
 from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.errors import EarlyExitError
 from early_exit.training.cli import add_options, options_of
+from early_exit.training.command import command_parser, run_command
 
 _DAY_S = 24 * 3600.0
 
@@ -29,26 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     status = given[:1] == ["status"]
     options = _parser().parse_args(given[1:] if status else given)
+    if status or options.dry_run:
+        return run_command("ee-watch", lambda: _tell(options))
+    # What is measured here must hold for the server's workers.
+    restart_with_allocator("early_exit.archiver.watch", given)
+    raise_on_terminate()
+    return run_command("ee-watch", lambda: _watch(options))
+
+
+def _tell(options: argparse.Namespace) -> int:
+    print(_status(_watched(options), json_wanted=options.json))
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    watched = _watched(options)
+    os.nice(10)  # the requests come first
     try:
-        watched = _watched(options)
-        if status or options.dry_run:
-            print(_status(watched, json_wanted=options.json))
-            return 0
-        # What is measured here must hold for the server's workers.
-        restart_with_allocator("early_exit.archiver.watch", given)
-        raise_on_terminate()
-        os.nice(10)  # the requests come first
         with only_watcher(options.model_store / f".ee-watch-{options.model}.lock"):
-            _watch(watched, options)
-    except (EarlyExitError, OSError) as error:
-        print(f"ee-watch: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+            _keep_looking(watched, options)
+    except KeyboardInterrupt:  # that is how it is ended
         pass
     return 0
 
 
-def _watch(watched: Watched, options: argparse.Namespace) -> None:
+def _keep_looking(watched: Watched, options: argparse.Namespace) -> None:
     watcher = Watcher(watched, lambda line: print(line, file=sys.stderr, flush=True))
     while True:
         watcher.tick()
@@ -58,10 +63,14 @@ def _watch(watched: Watched, options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "ee-watch", description="Watch a served model: train and roll in a new plan when a fifth of the records are "
-        "new, the backbone has changed, the monitor alarms or the certificate is too old; roll back what alarms on "
-        "trial. 'ee-watch status ...' tells where the model stands.")
+    parser = command_parser(
+        "ee-watch", "Watch a served model: train and roll in a new plan when a fifth of the records are new, the "
+        "backbone has changed, the monitor alarms or the certificate is too old; roll back what alarms on trial. "
+        "'ee-watch status ...' tells where the model stands.", """
+        ee-watch cifar --records records --tolerance 0.02
+        what it would do now, and where the model stands:
+          ee-watch cifar --dry-run
+          ee-watch status cifar --json""")
     parser.add_argument("model", help="name of the served model")
     parser.add_argument("--records", nargs="+", default=["records"], metavar="RECORDS",
                         help="folders and URLs, one or more for each host (%(default)s)")

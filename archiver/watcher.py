@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.audit import Audit, Event
+from early_exit.archiver.audit import AUDIT_FILE, Audit, Event
 from early_exit.archiver.fleet import roll_all
 from early_exit.archiver.management import Management
 from early_exit.archiver.standing import Standing, look
 from early_exit.archiver.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
 from early_exit.handler.errors import EarlyExitError, RecordError
 from early_exit.handler.layout import ArchiveLayout, extract
-from early_exit.handler.plan import ExitPlan, load_plan
+from early_exit.handler.plan import ExitPlan, build_heads, load_plan
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
+from early_exit.training.reassess import cost_on_run
 
 _TRIES = 3
 ROLLING, ROLLED, ROLL_FAILED = "rolling", "rolled", "roll failed"
@@ -50,7 +51,7 @@ class Watched:
 
     @property
     def audit(self) -> Audit:
-        return Audit(self.state / "audit.jsonl")
+        return Audit(self.state / AUDIT_FILE)
 
 
 class Watcher:
@@ -150,12 +151,13 @@ class Watcher:
         self._note(ATTEMPT, reason=trigger.reason, **trigger.evidence, version=standing.version, run=run.root.name,
                    newest_record=standing.times[-1].item(), certify_after=trigger.fresh_after)
         try:
-            plan = self._train(standing, trigger, run)
+            plan, current_cost = self._train(standing, trigger, run)
         except RecordError as error:
             self._note("kept", version=standing.version, why=str(error))
             return
-        better, why = is_better(plan, standing.plan, trigger.reason)
-        evidence = {"why": why, "run": run.root.name, "new": _in_short(plan), "current": _in_short(standing.plan)}
+        better, why = is_better(plan, standing.plan, trigger.reason, current_cost)
+        evidence = {"why": why, "run": run.root.name, "new": _in_short(plan), "current": _in_short(standing.plan),
+                    "current_cost_now": current_cost}
         if not better:
             self._note("kept", version=standing.version, **evidence)
             return
@@ -165,18 +167,24 @@ class Watcher:
         self._roll({"version": version, "archive": mar.name, "replaces": standing.version,
                     "replaced_archive": standing.archive.name, "tries": 0, **evidence})
 
-    def _train(self, standing: Standing, trigger: Trigger, run: RunPaths) -> ExitPlan:
+    def _train(self, standing: Standing, trigger: Trigger, run: RunPaths) -> tuple[ExitPlan, float | None]:
+        """Train a new plan; return it and what the current one costs on its records."""
         with tempfile.TemporaryDirectory() as scratch:
             layout = ArchiveLayout(Path(scratch))
             extract(standing.archive, layout.root)
             options = replace(self._watched.options(layout), fresh_after=trigger.fresh_after)
             train(standing.model, layout, list(standing.shards), options, run, mar=standing.archive,
                   labels=self._watched.labels, say=self._say)
-        return load_plan(run.plan)[0]
+            current_cost = None
+            if layout.plan.exists():
+                current, tensors = load_plan(layout.plan)
+                heads = build_heads(current, tensors, standing.backbone)
+                current_cost = cost_on_run(current, heads, run, standing.backbone, options)
+        return load_plan(run.plan)[0], current_cost
 
     def _roll(self, asked: Event) -> None:
         facts = {key: asked[key] for key in ("version", "archive", "replaces", "replaced_archive", "why", "new",
-                                             "current")}
+                                             "current", "current_cost_now")}
         facts["tries"] = asked["tries"] + 1
         self._note(ROLLING, **facts)
         try:

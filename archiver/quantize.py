@@ -1,0 +1,92 @@
+"""Makes the 8-bit pieces that the engine openvino-int8 executes, from what the model saw in service."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.errors import ArchiveError, ConfigError, RecordError
+from early_exit.handler.graph import split
+from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.openvino_engine import PIECES, convert, import_openvino
+from early_exit.training.dataset import find_shards, load_traffic
+from early_exit.training.requests import preprocessing
+
+N_SAMPLES = 300
+_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int)
+
+
+def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Tensor:
+    """Return (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
+
+    Args:
+        records: a folder.
+        layout: the archive with the user's files.
+        original: the manifest that the user's handler expects.
+        backbone: of the records.
+
+    Raises:
+        RecordError: no request bytes of this backbone were recorded.
+        ArchiveError: the model takes several inputs.
+    """
+    if len(backbone.description.inputs) > 1:
+        raise ArchiveError("the engine openvino-int8 is calibrated for models with one input, this one has "
+                           f"{len(backbone.description.inputs)}: choose --engine openvino or bfloat16")
+    name = original["model"]["modelName"]
+    traffic = load_traffic(find_shards(records, name, backbone.description))
+    inputs: list[Tensor] = []
+    with preprocessing(layout.root, original) as handler:
+        for _, bodies in traffic.bodies():
+            inputs += handler.model_input(bodies[:N_SAMPLES - len(inputs)])
+            if len(inputs) >= N_SAMPLES:
+                break
+    if not inputs:
+        raise RecordError(f"{records} has no records of {name} to calibrate with")
+    return torch.stack(inputs)
+
+
+def quantize(backbone: Backbone, inputs: Tensor, folder: Path,
+             say: Callable[[str], None] = lambda line: None) -> None:
+    """Write the pieces of a backbone in 8 bits below an existing folder; what is there is replaced.
+
+    Ranges of activations are those of the inputs' own, piece by piece, in float32.
+
+    Args:
+        backbone: to quantize.
+        inputs: (N, ...) like those that it will serve.
+        folder: of the archive's own files.
+        say: told how far it has come.
+
+    Raises:
+        ConfigError: NNCF or OpenVINO is not installed.
+    """
+    openvino = import_openvino()
+    try:
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        import nncf
+    except ImportError as error:
+        raise ConfigError("to quantize, ee-archive needs NNCF: "
+                          "pip install 'early-exit-torchserve[openvino]'") from error
+    pieces = split(backbone.graph, [layer.node for layer in backbone.description.candidates])
+    kind = nncf.ModelType.TRANSFORMER if _has_attention(backbone) else None
+    samples: list[Sequence[Tensor]] = [(one[None],) for one in inputs]
+    target = folder / PIECES
+    target.mkdir(exist_ok=True)
+    for number, piece in enumerate(pieces):
+        say(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
+        fed = nncf.Dataset(samples, lambda live: {f"in{index}": x.numpy() for index, x in enumerate(live)})
+        small = nncf.quantize(convert(piece), fed, subset_size=len(samples), model_type=kind,
+                              preset=nncf.QuantizationPreset.PERFORMANCE)
+        openvino.save_model(small, target / f"{number:03}.xml", compress_to_fp16=False)
+        with torch.no_grad():
+            samples = [tuple(x.contiguous() for x in piece(*live)) for live in samples]
+
+
+def _has_attention(backbone: Backbone) -> bool:
+    return any(node.target in _ATTENTION for node in backbone.graph.graph.nodes)
