@@ -9,7 +9,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,demo,test,bench,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,lint]'
 	touch $@
 
 demo: install
@@ -27,6 +27,12 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.loop --json loop.json
 	$(BIN)/python -m tests.benchmarks.overhead --json overhead.json
 	$(BIN)/python -m tests.benchmarks.engine --json engine.json
+	$(BIN)/python -m tests.benchmarks.answers --json answers.json
+	$(BIN)/python -m tests.benchmarks.search --json search.json
+	$(BIN)/python -m tests.benchmarks.certify --json certify.json
+	$(BIN)/python -m tests.benchmarks.paper --json paper.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[models]'
+	$(BIN)/python -m tests.benchmarks.coverage --json coverage.json
 	$(BIN)/python -m tests.benchmarks.drift --json drift.json
 	$(BIN)/python -m tests.benchmarks.roll --json roll.json
 	$(BIN)/python -m tests.benchmarks.fuzz --json fuzz.json
