@@ -70,6 +70,17 @@ def test_an_alarm_renews_on_what_was_recorded_after_it(backbone: BackboneDescrip
     assert trigger.evidence["alarms"][0][0]["mean_loss"] == 0.06
 
 
+def test_later_alarms_do_not_put_a_renewal_off(backbone: BackboneDescription, audit: Audit) -> None:
+    """Traffic that changed makes the safer settings alarm too, in the middle of what is to renew the plan."""
+    found = standing(backbone, 9000, 1000, alarm_at=94 * DAY)
+    again = MonitorState(2, Evidence(), (*found.monitors[0].alarms, Alarm(1, 96 * DAY, 150, 0.07, 22.0)))
+    found = replace(found, monitors=(again,))
+    trigger = fired(found, audit, TERMS, NOW)
+    assert trigger is not None and trigger.fresh_after == 94 * DAY
+    audit.append(ATTEMPT, backbone=backbone.sha256, newest_record=95 * DAY)
+    assert fresh_after(found, audit, NOW) == 96 * DAY, "the first since the plan could not be renewed"
+
+
 def test_a_backbone_without_a_plan_and_an_old_certificate_renew(backbone: BackboneDescription, audit: Audit) -> None:
     assert reason(standing(backbone, 0, 1000, plan=None), audit) == "backbone"
     old = standing(backbone, 9000, 1000, new_at=121 * DAY)
@@ -97,15 +108,14 @@ def test_a_clock_that_was_set_back_does_not_stop_the_loop(backbone: BackboneDesc
 
 def test_a_new_plan_must_be_certified_and_cheaper_or_safer() -> None:
     cheaper = replace(PLAN, expected_cost=0.6)
-    assert is_better(cheaper, PLAN, "records")[0]
-    assert not is_better(replace(PLAN, expected_cost=0.71), PLAN, "records")[0]
-    assert is_better(replace(PLAN, expected_cost=0.9), PLAN, "alarm")[0], "safer than a void one"
-    assert is_better(replace(PLAN, expected_cost=0.9), PLAN, "expired")[0]
-    assert is_better(PLAN, None, "backbone")[0]
-    for refused, why in ((replace(cheaper, certificate=None), "no certificate"),
-                         (replace(cheaper, exits=()), "no exit"),
-                         (replace(cheaper, measure="flops"), "cannot be compared")):
-        better, found = is_better(refused, PLAN, "records")
+    assert is_better(cheaper, PLAN, "records", 0.61)[0]
+    assert not is_better(cheaper, PLAN, "records", 0.59)[0], "what counts is what the current plan costs now"
+    assert is_better(replace(PLAN, expected_cost=0.9), PLAN, "alarm", 0.7)[0], "safer than a void one"
+    assert is_better(replace(PLAN, expected_cost=0.9), PLAN, "expired", 0.7)[0]
+    assert is_better(PLAN, None, "backbone", None)[0]
+    for refused, cost, why in ((replace(cheaper, certificate=None), 0.7, "no certificate"),
+                               (replace(cheaper, exits=()), 0.7, "no exit"), (cheaper, None, "do not tell")):
+        better, found = is_better(refused, PLAN, "records", cost)
         assert not better and why in found
 
 

@@ -154,10 +154,10 @@ def answered(model: ServedModel, plan: ExitPlan, backbone: Backbone, inputs: Ten
         for x in inputs.split(100):
             said = []
             for stage in model.stages:
-                x = stage.forward(x)
+                [x] = stage.forward(x)
                 if stage.exit is not None:
                     said.append(stage.exit.head(x))
-            confidence.append(torch.stack([planned.policy().confidence(logits)
+            confidence.append(torch.stack([planned.served_policy().confidence(logits)
                                            for planned, logits in zip(plan.exits, said)]))
             classes.append(torch.stack([logits.argmax(dim=1) for logits in said]))
             reference.append(x.argmax(dim=1))

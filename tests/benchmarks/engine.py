@@ -23,9 +23,10 @@ import torch
 import torchvision
 from torch import Tensor
 
+from early_exit.archiver.quantize import quantize
 from early_exit.handler.allocator import restart_with_allocator, return_freed_memory
 from early_exit.handler.backbone import Backbone
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
+from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.plan import ExitPlan, PlannedExit
 from early_exit.handler.served import ServedModel
@@ -43,6 +44,9 @@ SPEC = HeadSpec(pool=4, widths=(64,))
 def main() -> int:
     parser = argparse.ArgumentParser(description="Exits on top of every engine.")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES), metavar="ENGINE",
+                        help="to measure, besides eager (all of %(choices)s)")
+    parser.add_argument("--batches", nargs="*", type=int, choices=LEAVERS, default=list(LEAVERS), metavar="SIZE")
     parser.add_argument("--resident", nargs=2, metavar=("FOLDER", "ARM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.resident:
@@ -52,12 +56,19 @@ def main() -> int:
         parser.error("--json FILE is needed")
     restart_with_allocator("tests.benchmarks.engine", sys.argv[1:])
     torch.manual_seed(0)
-    backbone = Backbone.from_module(torchvision.models.resnet50(weights=None).eval(), (3, 224, 224))
-    resident = memory(backbone)
-    with one_thread(), torch.no_grad():
-        cells = [cell for size in LEAVERS for cell in measure(backbone, size)]
-    figures = summary(cells) | {"memory": resident, "cells": cells}
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    engines = ["eager", *(name for name in options.engines if name != "eager")]
+    with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
+        folder = Path(scratch)
+        Backbone.from_module(torchvision.models.resnet50(weights=None).eval(), (3, 224, 224)).save(folder)
+        resident = memory(folder)
+        backbone = Backbone.load(folder)
+        if INT8 in engines:  # what is fast does not depend on the values
+            quantize(backbone, torch.randn(8, 3, 224, 224), folder)
+        cells: list[dict[str, Any]] = []
+        for size in options.batches:
+            cells += measure(backbone, size, engines)
+            figures = summary(cells) | {"memory": resident, "cells": cells}
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     return 0
 
@@ -91,10 +102,11 @@ def exiting_model(backbone: Backbone, engine: str) -> ServedModel:
     layers = [description.layer(path) for path in LAYERS]
     heads = {layer.path: Head(SPEC, layer.shape, description.n_classes).eval() for layer in layers}
     exits = tuple(PlannedExit(layer.path, SPEC, 1.0, 2.0, layer.cost, 0.001) for layer in layers)
-    return ServedModel(backbone, ExitPlan(description.sha256, "paper", exits, None), heads, engine=engine)
+    identity = ENGINES[engine].identity(backbone.folder)
+    return ServedModel(backbone, ExitPlan(description.sha256, "paper", exits, None, identity), heads, engine=engine)
 
 
-def measure(backbone: Backbone, size: int) -> list[dict[str, Any]]:
+def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str, Any]]:
     """Return a row for each engine, with and without exits."""
     n_calls = 10 if size == 1 else 1
     destinies = torch.repeat_interleave(torch.arange(4), torch.tensor(LEAVERS[size]))
@@ -103,7 +115,7 @@ def measure(backbone: Backbone, size: int) -> list[dict[str, Any]]:
     arms: dict[str, Any] = {}
 
     def unsplit(engine: str) -> Any:
-        whole = ENGINES[engine].unsplit(backbone.graph)
+        whole = ENGINES[engine].unsplit(backbone)
         return lambda item: [whole.forward(batch) for batch in item[0]]
 
     def exits(model: ServedModel) -> Any:
@@ -115,14 +127,14 @@ def measure(backbone: Backbone, size: int) -> list[dict[str, Any]]:
                 run_with_exits((batch,), stages)
         return run
 
-    for engine in ENGINES:
+    for engine in engines:
         model = exiting_model(backbone, engine)
         arms[f"{engine} unsplit"] = unsplit(engine)
         arms[f"{engine} none"] = lambda item, stages=model.stages: [run_with_exits((one,), stages) for one in item[0]]
         arms[f"{engine} 10/60/12"] = exits(model)
     seconds = interleaved(arms, [rounds[number % 3] for number in range(ROUNDS)])
     rows = []
-    for engine in ENGINES:
+    for engine in engines:
         ideal = ideal_saving(backbone, engine, size)
         for leave in ("none", "10/60/12"):
             taken = seconds[f"{engine} {leave}"]
@@ -143,13 +155,12 @@ def ideal_saving(backbone: Backbone, engine: str, size: int) -> float:
     return 1 - float(leavers @ spent / leavers.sum())
 
 
-def memory(backbone: Backbone) -> dict[str, float]:
-    """Return the resident MB of a process with the plain exported backbone and of one with exits, and their ratio."""
-    with tempfile.TemporaryDirectory() as folder:
-        backbone.save(Path(folder))
-        resident = {arm: int(subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.engine", "--resident", folder, arm], check=True,
-            capture_output=True, text=True).stdout) for arm in ("plain", "exits")}
+def memory(folder: Path) -> dict[str, float]:
+    """Return the resident MB of a process with the plain exported backbone of a folder and of one with exits, and
+    their ratio."""
+    resident = {arm: int(subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.engine", "--resident", str(folder), arm], check=True,
+        capture_output=True, text=True).stdout) for arm in ("plain", "exits")}
     return {"plain_mb": resident["plain"] / 1e6, "exits_mb": resident["exits"] / 1e6,
             "ratio": resident["exits"] / resident["plain"]}
 
@@ -170,19 +181,24 @@ def resident_bytes(folder: Path, arm: str) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def summary(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the figures that the project is held to, on the default engine."""
-    def cell(batch: int, exits: str) -> dict[str, Any]:
-        return next(one for one in cells if (one["batch"], one["engine"], one["exits"]) == (
-            batch, DEFAULT_ENGINE, exits))
+def summary(cells: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the figures that the project is held to, as far as they were measured."""
+    def cell(batch: int, figure: str, engine: str = DEFAULT_ENGINE, exits: str = "10/60/12") -> float | None:
+        return next((one[figure] for one in cells if (one["batch"], one["engine"], one["exits"]) == (
+            batch, engine, exits)), None)
+
+    def worst(engine: str) -> float | None:
+        return max((one["ratio_to_same_engine"] for one in cells if (one["engine"], one["exits"]) == (engine, "none")),
+                   default=None)
 
     return {
-        "no_exit_ratio": max(cell(size, "none")["ratio_to_same_engine"] for size in LEAVERS),
-        "exits_same_engine_b8": cell(8, "10/60/12")["ratio_to_same_engine"],
-        "exits_vs_eager_b8": cell(8, "10/60/12")["ratio_to_eager"],
-        "share_of_ideal_b8": cell(8, "10/60/12")["share_of_ideal"],
-        "share_of_ideal_b32": cell(32, "10/60/12")["share_of_ideal"],
-        "batch1_mixed_ratio": cell(1, "10/60/12")["ratio_to_same_engine"],
+        "no_exit_ratio": worst(DEFAULT_ENGINE), "no_exit_ratio_int8": worst(INT8),
+        "exits_same_engine_b8": cell(8, "ratio_to_same_engine"),
+        "exits_vs_eager_b8": cell(8, "ratio_to_eager"),
+        "bf16_vs_eager_b8": cell(8, "ratio_to_eager", "bfloat16"),
+        "int8_vs_eager_b8": cell(8, "ratio_to_eager", INT8),
+        "share_of_ideal_b8": cell(8, "share_of_ideal"), "share_of_ideal_b32": cell(32, "share_of_ideal"),
+        "batch1_mixed_ratio": cell(1, "ratio_to_same_engine"),
     }
 
 

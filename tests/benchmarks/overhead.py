@@ -55,7 +55,7 @@ def main() -> int:
 def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int]) -> dict[str, Any]:
     """Return the largest difference of the answers and the cost ratios by batch size."""
     backbone = Backbone.from_module(model.eval(), input_shape)
-    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone.graph), ServedModel(backbone)
+    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), ServedModel(backbone)
     found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}}
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
         for size in BATCHES:

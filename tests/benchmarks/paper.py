@@ -13,12 +13,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.candidates import spread_over
@@ -54,18 +56,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The paper's tables in this project's numbers.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--subjects", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, metavar="METHOD",
+                        help="rows to measure (all of %(choices)s)")
     parser.add_argument("--trials", type=int, default=20, help="of the search for each layer (%(default)s)")
+    parser.add_argument("--work", type=Path, metavar="FOLDER",
+                        help="keep heads and material there: a run that is stopped or repeated goes on with them")
     options = parser.parse_args()
     restart_with_allocator("tests.benchmarks.paper", sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for name in options.subjects:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                bench = Bench.prepare(SUBJECTS[name](Path(scratch)), Path(scratch), options.trials)
+                kept = options.work / name if options.work else Path(scratch)
+                bench = Bench.prepare(SUBJECTS[name](Path(scratch)), kept, options.trials)
             except DataMissing as missing:
                 print(f"{name} is left out: {missing}", file=sys.stderr)
                 continue
-            for one in bench.rows():
+            for one in bench.rows(options.methods):
                 rows.append(one)
                 print(json.dumps(one), flush=True)
                 options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
@@ -74,80 +81,98 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Bench:
-    """A subject with heads of three kinds, all trained."""
+    """A subject, and heads of three kinds, trained when a method asks for them."""
 
     subject: Subject
+    folder: Path
     options: TrainingOptions
     recorded: Material
     replayed: Material
-    searched: list[TrainedHead]
-    default: list[TrainedHead]
-    """The default architecture, trained with replay."""
-    plain: list[TrainedHead]
-    """The default architecture, trained on the records alone."""
+    """The same as `recorded` where requests are no images."""
     profile: Profile
 
     @classmethod
     def prepare(cls, subject: Subject, folder: Path, n_trials: int) -> Bench:
-        options = TrainingOptions(search=Search(n_trials), batch_size=BATCH, replay=Replay())
+        are_images = subject.inputs.dim() == 4
+        options = TrainingOptions(search=Search(n_trials), batch_size=BATCH, replay=Replay() if are_images else None)
         backbone = subject.backbone
         shards = find_shards(subject.records, "model", backbone.description)
         traffic = load_traffic(shards)
         layers = spread_over(list(backbone.description.candidates), options.layers)
         recorded = prepare(RunPaths(folder / "recorded").material, traffic, layers, backbone.description.n_classes, 4)
         original = json.loads(subject.archive.original_manifest.read_text())
-        _say(subject, "replaying")
-        with preprocessing(subject.archive.root, original) as handler:
-            replayed = replay_records(RunPaths(folder / "searched").material, traffic, layers, backbone, handler,
-                                      options.replay or Replay())
-        profile = profile_backbone(backbone, layers)
-        head_cost = TimeCost(profile, BATCH)
-        _say(subject, "searching")
-        found, _ = find_architectures(RunPaths(folder / "searched"), replayed, options, head_cost)
-        _say(subject, "training")
-        searched = train_heads(RunPaths(folder / "searched"), replayed, options, found, head_cost)
-        without = replace(options, search=None)
-        both = []
-        for name, material in (("default", replayed), ("plain", recorded)):
-            found, _ = find_architectures(RunPaths(folder / name), material, without, head_cost)
-            both.append(train_heads(RunPaths(folder / name), material, without, found, head_cost))
-        return cls(subject, options, recorded, replayed, searched, *both, profile)
+        replayed = recorded
+        if options.replay is not None:
+            _say(subject, "replaying")
+            with preprocessing(subject.archive.root, original) as handler:
+                replayed = replay_records(RunPaths(folder / "searched").material, traffic, layers, backbone, handler,
+                                          options.replay)
+        return cls(subject, folder, options, recorded, replayed, profile_backbone(backbone, layers))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return every method's row."""
-        full = torch.cat([self.subject.backbone.graph(batch) for batch in self.subject.inputs.split(250)]).detach()
+    @cached_property
+    def searched(self) -> list[TrainedHead]:
+        return self._trained("searched", self.replayed, self.options)
+
+    @cached_property
+    def default(self) -> list[TrainedHead]:
+        """The default architecture, trained with replay."""
+        return self._trained("default", self.replayed, replace(self.options, search=None))
+
+    @cached_property
+    def plain(self) -> list[TrainedHead]:
+        """The default architecture, trained on the records alone."""
+        return self._trained("plain", self.recorded, replace(self.options, search=None))
+
+    def _trained(self, name: str, material: Material, options: TrainingOptions) -> list[TrainedHead]:
+        _say(self.subject, f"training the heads '{name}'")
+        run, head_cost = RunPaths(self.folder / name), TimeCost(self.profile, BATCH)
+        found, _ = find_architectures(run, material, options, head_cost)
+        return train_heads(run, material, options, found, head_cost)
+
+    def rows(self, methods: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Yield a row for each of some methods."""
+        with torch.no_grad():
+            full = torch.cat([self.subject.backbone.graph(batch) for batch in self.subject.inputs.split(250)])
         accuracy = replace(self.options, risk=Risk.ACCURACY)
         gap = replace(self.options, risk=Risk.CONFIDENCE_GAP)
         flops = replace(self.options, measure="flops")
         papers = replace(self.options, thresholds="paper", measure="flops")
-        rows = []
-        for method, material, heads, options in (
-                ("certified", self.replayed, self.searched, self.options),
-                ("certified-accuracy", self.replayed, self.searched, accuracy),
-                ("certified-confidence-gap", self.replayed, self.searched, gap),
-                ("certified-batch-8", self.replayed, self.searched, replace(self.options, batch_size=8)),
-                ("certified-batch-1", self.replayed, self.searched, replace(self.options, batch_size=1)),
-                ("certified-flops", self.replayed, self.searched, flops),
-                ("no-nas", self.replayed, self.default, self.options),
-                ("no-replay", self.recorded, self.plain, self.options),
-                *((f"paper-{count}-layers" if count > PAPER_LAYERS else "paper", self.replayed,
-                   _spread(self.searched, count), papers) for count in range(PAPER_LAYERS, PAPER_LAYERS + 4)),
-                ("paper-no-nas", self.recorded, _spread(self.plain, PAPER_LAYERS), papers),
-                ("equal", self.replayed, self.searched, replace(papers, thresholds="equal"))):
+        loss = 0.0
+        for method, material, kind, count, options in (
+                ("certified", self.replayed, "searched", None, self.options),
+                ("certified-accuracy", self.replayed, "searched", None, accuracy),
+                ("certified-confidence-gap", self.replayed, "searched", None, gap),
+                ("certified-batch-8", self.replayed, "searched", None, replace(self.options, batch_size=8)),
+                ("certified-batch-1", self.replayed, "searched", None, replace(self.options, batch_size=1)),
+                ("certified-flops", self.replayed, "searched", None, flops),
+                ("no-nas", self.replayed, "default", None, self.options),
+                ("no-replay", self.recorded, "plain", None, self.options),
+                *((f"paper-{count}-layers" if count > PAPER_LAYERS else "paper", self.replayed, "searched", count,
+                   papers) for count in range(PAPER_LAYERS, PAPER_LAYERS + 4)),
+                ("paper-no-nas", self.recorded, "plain", PAPER_LAYERS, papers),
+                ("equal", self.replayed, "searched", None, replace(papers, thresholds="equal"))):
+            if method not in methods:
+                continue
+            heads: list[TrainedHead] = getattr(self, kind)
+            heads = _spread(heads, count) if count else heads
             _say(self.subject, method)
             plan, exits = self._plan(material, heads, options)
             certificate = plan.certificate
-            rows.append(row(self.subject, method, exits, full, tolerance=options.tolerance, labelled=False,
-                            certificate=None if certificate is None else certificate.in_words()))
-        for method, baseline in BASELINES.items():
-            for max_loss in (self.options.tolerance, _close_to(rows[0]["accuracy_loss"])):
+            found = row(self.subject, method, exits, full, tolerance=options.tolerance, labelled=False,
+                        certificate=None if certificate is None else certificate.in_words())
+            if method == "certified":
+                loss = found["accuracy_loss"]
+            yield found
+        for method in [name for name in BASELINES if name in methods]:
+            for max_loss in (self.options.tolerance, _close_to(loss)):
                 _say(self.subject, f"{method} at an accuracy loss of {max_loss:.3f}")
-                rows.append(row(self.subject, method, baseline(self._labelled(), max_loss), full, tolerance=max_loss,
-                                labelled=True, certificate=None))
-        return rows
+                yield row(self.subject, method, BASELINES[method](self._labelled(), max_loss), full,
+                          tolerance=max_loss, labelled=True, certificate=None)
 
     def _plan(self, material: Material, heads: Sequence[TrainedHead],
               options: TrainingOptions) -> tuple[ExitPlan, dict[str, Exit]]:
+        if not heads:  # none is better than chance: the backbone stays as it is
+            return ExitPlan(self.subject.backbone.description.sha256, options.thresholds, (), None), {}
         labels = None
         if options.risk is Risk.ACCURACY:
             labels = load_labels(self.subject.labels, material.request, material.n_classes)
@@ -156,9 +181,8 @@ class Bench:
         choice = choose(judged, options)
         plan = make_plan(choice, judged, heads, material, description, options, profile)
         by_path = {one.layer.path: one.head for one in heads}
-        return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), lambda logits: logits,
-                                      planned.shrink_from)
-                      for planned in plan.exits}
+        return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), _calibrated(planned.temperature),
+                                          planned.shrink_from) for planned in plan.exits}
 
     def _labelled(self) -> LabelledRecords:
         material = self.recorded
@@ -175,9 +199,18 @@ BASELINES: Mapping[str, Callable[[LabelledRecords, float], dict[str, Exit]]] = {
     "branchynet": branchynet, "gati": gati, "earlyon": earlyon}
 
 
+METHODS = ("certified", "certified-accuracy", "certified-confidence-gap", "certified-batch-8", "certified-batch-1",
+           "certified-flops", "no-nas", "no-replay", "paper", "paper-4-layers", "paper-5-layers", "paper-6-layers",
+           "paper-no-nas", "equal", *BASELINES)
+
+
 def _spread(heads: list[TrainedHead], count: int) -> list[TrainedHead]:
     chosen = spread_over([one.layer for one in heads], count)
     return [one for one in heads if one.layer in chosen]
+
+
+def _calibrated(temperature: float) -> Callable[[Tensor], Tensor]:
+    return lambda logits: logits / temperature
 
 
 def _close_to(loss: float) -> float:

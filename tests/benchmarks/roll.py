@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.roll --json FILE
 
-Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back.
+Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back: once
+with plain batching and once with early answers.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe, raise_on_terminate
+from early_exit.handler.config import ANSWERS
 from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
 from tests.support.digits import traffic, train_backbone
 from tests.support.original import original_mar
 from tests.support.plans import write_plan
 
-CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
+CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  answers: {answers}\n"
 CLIENTS = 8
 MODEL = "digits"
 
@@ -37,21 +39,27 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--rolls", type=int, default=20)
     parser.add_argument("--rollbacks", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=20_000, help="at least so many")
+    parser.add_argument("--requests", type=int, default=20_000, help="at least so many in each mode")
+    parser.add_argument("--answers", nargs="*", choices=ANSWERS, default=ANSWERS)
     options = parser.parse_args()
     raise_on_terminate()
-    with tempfile.TemporaryDirectory() as scratch:
-        figures = measure(Path(scratch), options.rolls, options.rollbacks, options.requests)
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    modes: dict[str, dict[str, Any]] = {}
+    for answers in options.answers:
+        with tempfile.TemporaryDirectory() as scratch:
+            modes[answers] = measure(Path(scratch), answers, options.rolls, options.rollbacks, options.requests)
+        figures = {key: combine(mode[key] for mode in modes.values())
+                   for key, combine in (("requests", sum), ("failed", sum), ("lost", sum), ("p99_ratio", max),
+                                        ("max_ms", max))} | {"modes": modes}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     return 0
 
 
-def measure(folder: Path, n_rolls: int, n_rollbacks: int, n_requests: int) -> dict[str, Any]:
-    """Roll through versions under load and return the figures."""
+def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_requests: int) -> dict[str, Any]:
+    """Roll through versions under load and return the figures of an answer mode."""
     store = folder / "store"
     original = original_mar(folder / "original", MODEL, "digits_resnet.py", "digits_handler.py",
-                            train_backbone(n_steps=100).state_dict(), CONFIG)
+                            train_backbone(n_steps=100).state_dict(), CONFIG.format(answers=answers))
     recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(1, 32, 32)))
     first = build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder)))
     versions = [first, *(_as_version(first, number) for number in range(4, n_rolls + 4))]

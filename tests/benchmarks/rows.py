@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.graph import split
+from early_exit.handler.head import Head
+from early_exit.handler.served_head import ServedHead
 from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
 from early_exit.training.ltma import AllocationCounter, ltma
 from early_exit.training.performance import categorize
@@ -34,18 +36,22 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
         full: (M, K) scores of the backbone for the requests.
         more: further columns.
     """
+    # Every method's heads as they would serve.
+    exits = {path: replace(one, head=ServedHead(one.head, 1.0)) if isinstance(one.head, Head) else one
+             for path, one in exits.items()}
     layers = [layer for layer in subject.backbone.description.candidates if layer.path in exits]
     engine = ENGINES[DEFAULT_ENGINE]
-    plain = engine.unsplit(subject.backbone.graph)
-    parts = engine.compile(split(subject.backbone.graph, [layer.node for layer in layers]))
+    plain = engine.unsplit(subject.backbone)
+    parts = engine.compile(subject.backbone, [layer.node for layer in layers])
     ends: list[Exit | None] = [exits[layer.path] for layer in layers]
-    stages = [Stage(part.forward, end) for part, end in zip(parts, [*ends, None])]
+    stages = [Stage(part.module.forward, end) for part, end in zip(parts, [*ends, None])]
     counter = AllocationCounter()
     with torch.no_grad(), counter:
         answers = [run_with_exits((batch,), stages) for batch in subject.inputs.split(BATCH)]
     ltma_bytes = (subject.inputs.nbytes + counter.n_bytes) / len(subject.inputs)
     one_batch = subject.inputs[:BATCH]
-    classes = torch.cat([one.outputs for one in answers]).argmax(dim=1)
+    outputs = torch.cat([one.outputs for one in answers])
+    classes = outputs.argmax(dim=1)
     taken = torch.cat([one.stages for one in answers])
     names = [*(layer.path for layer in layers), "full"]
     heads = [_flops(exits[layer.path], layer.shape) / subject.backbone.description.flops for layer in layers]
@@ -53,8 +59,9 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
     accuracy = (classes == subject.truth).double().mean().item()
     left = taken != FULL
     parameters = sum(p.numel() for p in subject.backbone.graph.parameters())
+    binary = {} if full.shape[1] > 2 else {"auc": _auc(outputs, subject.truth), "auc_before": _auc(full, subject.truth)}
     return {
-        "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy,
+        "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy, **binary,
         "accuracy_loss": before - accuracy,
         "disagreement": (classes != full.argmax(dim=1)).double().mean().item(),
         "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
@@ -66,6 +73,19 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
         "size_ratio": 1 + sum(_parameters(exits[layer.path]) for layer in layers) / parameters,
         **more,
     }
+
+
+def _auc(scores: Tensor, truth: Tensor) -> float:
+    """Return the chance that a positive ranks above a negative, ties half: the Mann-Whitney statistic.
+
+    Args:
+        scores: (N, 2) logits.
+        truth: (N,) 0 or 1.
+    """
+    ranks = torch.from_numpy(rankdata((scores[:, 1] - scores[:, 0]).numpy()))
+    n_positive = int(truth.sum())
+    above = ranks[truth == 1].sum().item() - n_positive * (n_positive + 1) / 2
+    return above / (n_positive * (len(truth) - n_positive))
 
 
 def _time_ratios(subject: Subject, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:

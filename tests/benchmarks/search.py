@@ -65,8 +65,8 @@ def killed_search(subject: Subject, folder: Path) -> dict[str, Any]:
     return {"records": sum(report["records"].values()), "candidates": len(subject.backbone.description.candidates),
             "trials": len(after), "trials_wanted": n_wanted, "trials_before_kill": len(before),
             "trials_lost": len([one for one in before if one not in after]),
-            "stopped_early": sum(trial.stopped for trial in after),
-            "seconds_of_trials": sum(trial.seconds for trial in after),
+            "stopped_early": sum(trial.stopped for _, trial in after),
+            "seconds_of_trials": sum(trial.seconds for _, trial in after),
             "seconds_in_all": time.monotonic() - started}
 
 

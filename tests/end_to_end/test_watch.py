@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -134,6 +135,17 @@ def test_when_a_worker_alarms_the_others_step_back_by_themselves(server: TorchSe
     assert any(float(line.rsplit(" ", 1)[1]) >= 1 for line in steps), steps
 
 
+def test_every_metric_that_the_dashboard_asks_for_is_there(server: TorchServe) -> None:
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana-dashboard.json").read_text())
+    asked = {name for panel in dashboard["panels"] for target in panel["targets"]
+             for name in re.findall(r"\b(?:ee|ts)_\w+", target["expr"])}
+    assert len(asked) > 10
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    metrics = requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
+    found = {line.partition("{")[0].partition(" ")[0] for line in metrics.splitlines() if not line.startswith("#")}
+    assert asked <= found, sorted(asked - found)
+
+
 def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watched: Watched) -> None:
     watcher = Watcher(watched)
     serve(server, drifted(1600, seed=24))
@@ -142,7 +154,8 @@ def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watc
         if last(watched)["event"] == "rolled":
             break
     events = watched.audit.read()
-    assert [event["event"] for event in events if event.get("reason") == "alarm"] == ["attempt"]
+    states = [file.read_text() for file in (server.state.parent / "records").rglob("monitor-*.json")]
+    assert [event["event"] for event in events if event.get("reason") == "alarm"] == ["attempt"], (states, events[-1])
     assert events[-1]["event"] == "rolled", events[-1]
 
 

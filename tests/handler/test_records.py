@@ -33,14 +33,16 @@ def some_records(count: int, *, bodies: list[bytes] | None = None) -> Records:
     return Records(
         activations={"layer1": torch.randn(count, 3, 4, 4).half(), "layer2": torch.randn(count, 5).half()},
         log_probabilities=torch.randn(count, 10).log_softmax(1).half(),
-        backbone_class=torch.randint(10, (count,)).int(), answered_class=torch.randint(10, (count,)).int(),
+        backbone_class=torch.randint(10, (count,)).int(), full_class=torch.randint(10, (count,)).int(),
+        answered_class=torch.randint(10, (count,)).int(),
         exit=torch.full((count,), -1, dtype=torch.int16), request=torch.randint(2**62, (count,)),
         time=torch.full((count,), 1e9, dtype=torch.float64), sampling_rate=torch.ones(count), bodies=bodies)
 
 
 def assert_same(found: Records, expected: Records) -> None:
     assert found.bodies == expected.bodies
-    for name in ("log_probabilities", "backbone_class", "answered_class", "exit", "request", "time", "sampling_rate"):
+    for name in ("log_probabilities", "backbone_class", "full_class", "answered_class", "exit", "request", "time",
+                 "sampling_rate"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     for layer, activation in expected.activations.items():
         assert torch.equal(found.activations[layer], activation)
@@ -63,10 +65,10 @@ def test_only_the_asked_layers_are_read(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("early_exit.handler.records.FORMAT", "2")
+    monkeypatch.setattr("early_exit.handler.records.FORMAT", "3")
     write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
     monkeypatch.undo()
-    with pytest.raises(RecordError, match="record format '2', this version reads 1"):
+    with pytest.raises(RecordError, match="record format '3', this version reads 2"):
         read_header(tmp_path / "a.safetensors")
 
 

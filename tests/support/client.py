@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import TracebackType
 
 import requests
 
-from early_exit.archiver.addresses import read_token
+from early_exit.archiver.addresses import free_ports, read_token
 from early_exit.archiver.server import TorchServe
 
 TIMEOUT_S = 60.0
@@ -61,6 +65,37 @@ def send(server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: in
     for thread in threads:
         thread.join()
     return [reply for reply in replies if reply is not None]
+
+
+def send_openly(server: TorchServe, model: str, bodies: Sequence[bytes], rate: float, *, seed: int = 0,
+                clients: int = 64) -> list[Reply]:
+    """Send every body once, at the times of a Poisson process, whether or not the ones before are answered.
+
+    Args:
+        rate: requests per second.
+        seed: of the times.
+        clients: at most so many requests wait for their answers.
+
+    Returns:
+        Replies in order of the bodies; a latency counts from when the request was due.
+    """
+    random_times = random.Random(seed)
+    due = list(accumulate(random_times.expovariate(rate) for _ in bodies))
+    sessions = threading.local()
+    started = time.perf_counter()
+
+    def one(number: int) -> Reply:
+        if not hasattr(sessions, "own"):
+            sessions.own = _session(server)
+        reply = _post(sessions.own, server, model, bodies[number])
+        return replace(reply, latency_s=time.perf_counter() - started - due[number])
+
+    with ThreadPoolExecutor(clients) as pool:
+        waiting = []
+        for number, at in enumerate(due):
+            time.sleep(max(0.0, started + at - time.perf_counter()))
+            waiting.append(pool.submit(one, number))
+        return [future.result() for future in waiting]
 
 
 class BackgroundLoad:
@@ -117,3 +152,17 @@ def _post(session: requests.Session, server: TorchServe, model: str, body: bytes
         return Reply(0, repr(error).encode(), time.perf_counter() - started, "", "")
     return Reply(response.status_code, response.content, time.perf_counter() - started,
                  response.headers.get("X-Early-Exit", ""), response.headers.get("X-Early-Exit-Version", ""))
+
+
+def consecutive_free_ports() -> int:
+    """Return the first of three ports in a row that nobody listens on right now."""
+    for _ in range(50):
+        (first,) = free_ports(1)
+        if not any(_in_use(first + offset) for offset in range(3)):
+            return first
+    raise AssertionError("no three free ports in a row")
+
+
+def _in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

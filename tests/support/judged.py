@@ -30,6 +30,7 @@ def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.
         labels = torch.where(torch.rand(n_records, generator=generator) < 0.7, teacher, guess[:, 0])
         labels[torch.rand(n_records, generator=generator) >= labelled] = -1
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
-        parts[part] = Judgement(Candidates(confidence, answers == teacher[:, None], losses, costs), answers, teacher,
-                                labels)
+        said = Candidates(confidence, answers == teacher[:, None], losses, torch.ones(n_records, dtype=torch.bool),
+                          torch.zeros(n_records), costs)
+        parts[part] = Judgement(said, answers, teacher, teacher.clone(), labels)
     return Judged(layers, tuple(1.0 + number for number in range(n_layers)), parts)

@@ -36,6 +36,7 @@ def made_material(folder: Path, target: Callable[[Tensor], Tensor] | None = None
     part = torch.zeros(n_records, dtype=torch.int8)
     part[n_records // 2:] = list(Part).index(Part.TUNE)
     finish(paths, [LAYER], None, 3, {
-        "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1), "part": part,
+        "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1),
+        "full_class": logits.argmax(dim=1), "part": part,
         "request": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64)})
     return Material.load(paths)

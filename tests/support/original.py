@@ -1,14 +1,18 @@
-"""A user's archive as it was before early exits: made with torch-model-archiver."""
+"""What users bring: an archive made with torch-model-archiver, or a model class with its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from early_exit.archiver.archive import ArchiveRequest
 
 MODELS = Path(__file__).with_name("models")
 
@@ -34,3 +38,26 @@ def original_mar(folder: Path, name: str, model_file: str, handler: str, weights
         handler=str(MODELS / handler) if handler.endswith(".py") else handler,
         config_file=str(folder / "model-config.yaml"), export_path=str(folder), force=True, runtime="python"))
     return folder / f"{name}.mar"
+
+
+def factory_request(folder: Path, to: Path, name: str, model: nn.Module, handler: str, config: str, *,
+                    extra_files: Sequence[str] = (), **more: Any) -> ArchiveRequest:
+    """Return what to ask of `ee-archive` for a model without an archive: its class, its weights, and a handler.
+
+    Args:
+        folder: where the weights and the configuration are written; created.
+        to: folder for the archive.
+        name: model name.
+        model: an instance of a class of `tests/support/models`, whose file may hold others too.
+        handler: file name of the handler.
+        config: text of model-config.yaml.
+        extra_files: file names of what the handler imports.
+        more: of the request.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    (folder / "model-config.yaml").write_text(config)
+    return ArchiveRequest(f"{type(model).__module__}:{type(model).__name__}", to, model_name=name,
+                          weights=folder / "weights.safetensors", handler=str(MODELS / handler),
+                          extra_files=[MODELS / file for file in extra_files],
+                          config=folder / "model-config.yaml", **more)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from early_exit.handler.backbone import Backbone
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.layout import read_archive
-from early_exit.handler.plan import ExitPlan, PlannedExit, save_plan
+from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, save_plan
 
 
-def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None) -> Path:
+def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None,
+               certificate: Certificate | None = None) -> Path:
     """Write a plan with untrained heads after every second candidate of an archive; return its path."""
     _, description = read_archive(archive)
     torch.manual_seed(0)
@@ -19,5 +21,17 @@ def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone:
     heads = {layer.path: Head(HeadSpec(widths=()), layer.shape, description.n_classes) for layer in layers}
     exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), 0.2, threshold, layer.cost, 0.01) for layer in layers)
     folder.mkdir(parents=True, exist_ok=True)
-    save_plan(folder, ExitPlan(backbone or description.sha256, "paper", exits, None), heads)
+    save_plan(folder, ExitPlan(backbone or description.sha256, "certified" if certificate else "paper", exits,
+                               certificate), heads)
     return folder / "plan.json"
+
+
+def random_exits(backbone: Backbone, engine: str = "folded", *,
+                 threshold: float = 0.55) -> tuple[ExitPlan, dict[str, Head]]:
+    """Return a plan with untrained heads whose confidence differs widely between inputs."""
+    torch.manual_seed(1)
+    layers = backbone.description.candidates[1:-1:2]
+    spec = HeadSpec(pool=2, widths=())
+    heads = {layer.path: Head(spec, layer.shape, backbone.description.n_classes).eval() for layer in layers}
+    exits = tuple(PlannedExit(layer.path, spec, 0.1, threshold, layer.cost, 0.01) for layer in layers)
+    return ExitPlan(backbone.description.sha256, "paper", exits, None, engine), heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -35,7 +36,23 @@ def simulated(n_records: int, seed: int = 0) -> Candidates:
     confidence = torch.sigmoid(6 * margin)
     agrees = torch.rand(n_records, 3, generator=generator) < 0.3 + 0.7 * confidence
     costs = Costs("flops", 1, np.array([[0, 0.2], [0, 0.3], [0, 0.3], [0, 0.2]]), np.array([[0, 0.01]] * 3))
-    return Candidates(confidence, agrees, (~agrees).float(), costs)
+    return Candidates(confidence, agrees, (~agrees).float(), torch.ones(n_records, dtype=torch.bool),
+                      torch.zeros(n_records), costs)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), share=st.floats(0, 0.1))
+def test_what_an_engine_changes_counts_for_those_that_leave_nowhere(seed: int, share: float) -> None:
+    exact = simulated(400, seed)
+    differs = torch.rand(400, generator=torch.Generator().manual_seed(seed)) < share
+    lossy = replace(exact, full_agrees=~differs, full_losses=differs.float())
+    assert outcome(Choice((), ()), lossy).losses.sum() == differs.sum()
+    for choice in certified_path(lossy, 0.1, 0.05, 400)[::10]:
+        found, without = outcome(choice, lossy), outcome(choice, exact)
+        assert torch.equal(found.exit, without.exit)
+        left = found.exit >= 0
+        assert torch.equal(found.losses[left], without.losses[left])
+        assert torch.equal(found.differs[~left], differs[~left])
 
 
 @settings(deadline=None, max_examples=150)
@@ -59,7 +76,7 @@ def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
         assert spent(max(lower)) > budget - 1e-9
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 1000), low=st.floats(0.3, 1.0), high=st.floats(0.3, 1.0))
 def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high: float) -> None:
     records = simulated(50, seed)

@@ -1,0 +1,138 @@
+"""Early answers through a real TorchServe: the same answers, sooner, from one worker that cannot deadlock."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from early_exit.archiver.addresses import Addresses, read_token
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.management import Management
+from early_exit.archiver.roll import roll
+from early_exit.archiver.server import TorchServe
+from early_exit.handler.records import list_shards, read_shard
+from tests.conftest import WORKERS
+from tests.support.client import BackgroundLoad, failed, send
+from tests.support.digits import traffic
+from tests.support.plans import write_plan
+
+pytestmark = pytest.mark.slow
+
+BODIES = [request.body for request in traffic(80, seed=8)]
+
+
+@pytest.fixture(scope="module")
+def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with the same exits twice: digits 3.0 with plain batching, digits 4.0 with early answers."""
+    folder = tmp_path_factory.mktemp("early")
+    plan = write_plan(folder / "run", recorder_mar, threshold=0.4)
+    plain, early = folder / "plain.yaml", folder / "early.yaml"
+    plain.write_text(WORKERS.format(n=2))
+    early.write_text(WORKERS.format(n=2).replace("batchSize: 4", "batchSize: 16")
+                     + "  answers: early\n  sampling_rate: 0.5\n")
+    build_archive(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="3.0", config=plain))
+    said: list[str] = []
+    build_archive(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="4.0", config=early), said.append)
+    assert [line for line in said if "continuousBatching: true, minWorkers: 1, maxWorkers: 1" in line]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    state = tmp_path_factory.mktemp("state")
+    with TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-3.0.mar"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def management(server: TorchServe) -> Management:
+    return Management(server.addresses, server.key_file)
+
+
+def test_a_roll_under_load_to_early_answers_loses_nothing_and_changes_no_answer(
+        server: TorchServe, management: Management, store: Path) -> None:
+    plain = send(server, "digits", BODIES)
+    with BackgroundLoad(server, "digits", BODIES) as load:
+        roll(management, store / "digits-4.0.mar", longest_batch_s=1)
+    assert failed(load.replies) == 0
+    [status] = management.versions("digits")
+    assert (status.version, status.n_workers) == ("4.0", 1), "the version before had two"
+    early = send(server, "digits", BODIES, clients=12)
+    assert failed(early) == 0
+    assert [reply.exit for reply in early] == [reply.exit for reply in plain]
+    assert len({reply.exit for reply in early}) > 2
+    for one, other in zip(plain, early):
+        assert json.loads(one.body) == pytest.approx(json.loads(other.body), abs=1e-4)
+
+
+def opinions(server: TorchServe, version: str, body: bytes) -> tuple[str, list[dict[str, object]]]:
+    """Ask a version what all its exits think; return the exit that answered and what they said."""
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    reply = requests.post(f"{server.addresses.inference}/predictions/digits/{version}", data=body, timeout=20,
+                          headers={**token, "X-Early-Exit-Anytime": "1"})
+    assert reply.status_code == 200
+    return reply.headers["X-Early-Exit"], json.loads(reply.headers["X-Early-Exit-Opinions"])
+
+
+def test_who_asks_hears_every_exit_whenever_answers_leave(server: TorchServe, management: Management,
+                                                          store: Path) -> None:
+    """The same exits with plain batching beside the early ones."""
+    management.register("digits-3.0.mar", workers=1)
+    deadline = time.monotonic() + 120
+    while not [one for one in management.versions("digits") if one.version == "3.0" and one.n_ready]:
+        assert time.monotonic() < deadline, "the worker does not start"
+        time.sleep(0.5)
+    for body in BODIES[:4]:
+        (early, said), (plain, said_plainly) = (opinions(server, version, body) for version in ("4.0", "3.0"))
+        assert early == plain and [one["exit"] for one in said] == [one["exit"] for one in said_plainly]
+        assert said[-1]["exit"] == "full" and len(said) > 2 and early in [one["exit"] for one in said]
+        for one, other in zip(said, said_plainly):
+            assert one == pytest.approx(other, abs=2e-4)
+    management.unregister("digits", "3.0")
+
+
+def test_bad_items_fail_alone(server: TorchServe) -> None:
+    bodies = [b"not an image" if number % 5 == 2 else body for number, body in enumerate(BODIES)]
+    replies = send(server, "digits", bodies, clients=12)
+    assert [reply.status for reply in replies] == [400 if body == b"not an image" else 200 for body in bodies]
+
+
+def test_shadow_samples_are_recorded_and_counted(server: TorchServe) -> None:
+    deadline = time.monotonic() + 20
+    while not (shards := [shard for shard in list_shards(server.state / "records") if shard.name.startswith("4.0")]):
+        assert time.monotonic() < deadline, "no records"
+        time.sleep(0.5)
+        send(server, "digits", BODIES[:4])
+    records = read_shard(shards[0], [])
+    assert len(records) and (records.exit >= 0).any(), "samples of requests that left early reach the end too"
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    text = requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
+    assert 'ee_shadow_samples_total{ModelName="digits",ModelVersion="4.0"' in text
+
+
+def test_a_client_that_goes_away_delays_nobody(server: TorchServe) -> None:
+    host, port = server.addresses.inference.removeprefix("http://").split(":")
+    token = read_token(server.key_file, "inference")
+    for body in BODIES[:8]:
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(f"POST /predictions/digits HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n"
+                         f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert failed(send(server, "digits", BODIES)) == 0
+
+
+def test_a_second_worker_is_refused_and_the_first_goes_on(server: TorchServe) -> None:
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'management')}"}
+    requests.put(f"{server.addresses.management}/models/digits/4.0", headers=token, timeout=10,
+                 params={"min_worker": 2, "max_worker": 2})
+    log = server.state / "logs" / "model.log"
+    deadline = time.monotonic() + 60
+    while "early answers need exactly one worker" not in log.read_text():
+        assert time.monotonic() < deadline, "the second worker is not refused"
+        time.sleep(0.5)
+    assert failed(send(server, "digits", BODIES, clients=12)) == 0

@@ -1,0 +1,165 @@
+"""The gateway's WebSocket in front of a real TorchServe: answers one by one, limits, tokens."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from early_exit.archiver.addresses import Addresses, read_token
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.server import TorchServe
+from early_exit.handler.gateway.messages import Limits
+from tests.conftest import WORKERS
+from tests.support.digits import traffic
+from tests.support.gateway import gateway, wait_for_state
+from tests.support.plans import write_plan
+
+pytestmark = pytest.mark.slow
+
+BODIES = [one.body for one in traffic(40, seed=15)]
+
+
+@pytest.fixture(scope="module")
+def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    folder = tmp_path_factory.mktemp("gateway")
+    config = folder / "config.yaml"
+    config.write_text(WORKERS.format(n=1))
+    plan = write_plan(folder / "run", recorder_mar, threshold=0.4)
+    mar = build_archive(ArchiveRequest(str(recorder_mar), folder / "store", plan=plan, version="3.0", config=config))
+    with TorchServe(folder / "store", folder / "state", Addresses.free(), models=[mar.name]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(server: TorchServe) -> Iterator[str]:
+    with gateway(server.addresses, server.key_file, store=server.model_store,
+                 limits=Limits(bytes_per_item=100_000, in_flight=8)) as at:
+        yield at
+
+
+def as_text(bodies: dict[str, bytes], **more: Any) -> str:
+    return json.dumps({"items": [{"id": name, "data": base64.b64encode(body).decode()}
+                                 for name, body in bodies.items()], **more})
+
+
+def as_bytes(bodies: dict[str, bytes], **more: Any) -> bytes:
+    header = json.dumps({"items": [{"id": name, "size": len(body)} for name, body in bodies.items()], **more}).encode()
+    return len(header).to_bytes(4, "big") + header + b"".join(bodies.values())
+
+
+def receive(socket: ClientConnection, count: int) -> dict[str, dict[str, Any]]:
+    told = [json.loads(socket.recv(timeout=60)) for _ in range(count)]
+    return {one.pop("id"): one for one in told}
+
+
+def test_each_item_is_answered_by_itself_as_the_server_would_and_a_bad_one_costs_nothing(
+        server: TorchServe, address: str) -> None:
+    bodies = {f"item {number}": body for number, body in enumerate(BODIES)}
+    bodies |= {"bad": b"no image", "big": bytes(100_001)}
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(as_text(dict(list(bodies.items())[:20])))
+        socket.send(as_bytes(dict(list(bodies.items())[20:])))
+        told = receive(socket, len(bodies))
+    assert told.keys() == bodies.keys()
+    assert (told["bad"]["status"], told["big"]["status"]) == (400, 413)
+    assert "UnidentifiedImageError" in told["bad"]["error"]
+    good = [told[f"item {number}"] for number in range(len(BODIES))]
+    assert {one["status"] for one in good} == {200} and {one["version"] for one in good} == {"3.0"}
+    assert len({one["exit"] for one in good}) > 1
+    assert all(0 < one["confidence"] <= 1 < one["latency_ms"] for one in good)
+    assert all(len(one["answer"]) == 3 for one in good), "the handler's own answer"
+
+
+def test_opinions_come_with_the_answer_when_asked_for(address: str) -> None:
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(as_bytes({"a": BODIES[0]}, anytime=True))
+        told = receive(socket, 1)["a"]
+    assert [one["exit"] for one in told["opinions"]][-1] == "full" and told["exit"] in [
+        one["exit"] for one in told["opinions"]]
+    asked = requests.post(f"http://{address}/ask/digits", data=BODIES[0], timeout=30).json()
+    assert asked["opinions"] == told["opinions"]
+
+
+def test_what_cannot_be_read_closes_with_a_code_and_the_reason_after_what_was_asked_before(address: str) -> None:
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(as_text({"a": BODIES[0]}))
+        socket.send("nonsense")
+        assert receive(socket, 1)["a"]["status"] == 200
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=30)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1003 and "expected JSON" in closed.value.rcvd.reason
+
+
+def test_an_unknown_model_and_a_server_that_is_gone_are_errors_of_the_item(address: str, tmp_path: Path) -> None:
+    with connect(f"ws://{address}/ws/nothing") as socket:
+        socket.send(as_text({"a": BODIES[0]}))
+        assert receive(socket, 1)["a"]["status"] == 404
+    key_file = tmp_path / "keys.json"
+    key_file.write_text(json.dumps({kind: {"key": "none"} for kind in ("inference", "management")}))
+    with gateway(Addresses.free(), key_file) as alone, connect(f"ws://{alone}/ws/digits") as socket:
+        socket.send(as_text({"a": BODIES[0]}))
+        told = receive(socket, 1)["a"]
+        assert told["status"] == 502 and "does not answer" in told["error"]
+        state = wait_for_state(alone, lambda state: state["trouble"] is not None)
+        assert "does not answer" in state["trouble"] and state["model"] is None
+
+
+def test_with_a_token_nobody_else_gets_in_and_other_sites_never_do(server: TorchServe, address: str) -> None:
+    with gateway(server.addresses, server.key_file, token="secret") as closed:
+        assert requests.get(f"http://{closed}/state", timeout=30).status_code == 401
+        allowed = {"Authorization": "Bearer secret"}
+        assert requests.get(f"http://{closed}/state", headers=allowed, timeout=30).status_code == 200
+        assert requests.get(f"http://{closed}/state", headers={"Authorization": "Bearer s\u00e9cret".encode()},
+                            timeout=30).status_code == 401
+        with connect(f"ws://{closed}/ws/digits") as socket, pytest.raises(ConnectionClosed) as refused:
+            socket.recv(timeout=30)
+        assert refused.value.rcvd is not None and refused.value.rcvd.code == 1008
+        with connect(f"ws://{closed}/ws/digits?token=secret") as socket:
+            socket.send(as_text({"a": BODIES[0]}))
+            assert receive(socket, 1)["a"]["status"] == 200
+    elsewhere = {"Origin": "http://elsewhere.example"}
+    assert requests.get(f"http://{address}/state", headers=elsewhere, timeout=30).status_code == 401
+    renamed = {"Host": "elsewhere.example"}
+    assert requests.get(f"http://{address}/state", headers=renamed, timeout=30).status_code == 400
+
+
+def test_a_token_that_is_refused_is_renewed(server: TorchServe, address: str) -> None:
+    """TorchServe's tokens are valid for an hour, and a gateway runs for longer."""
+    keys = json.loads(server.key_file.read_text())
+    keys["inference"]["key"] = keys["management"]["key"] = "expired"
+    server.key_file.write_text(json.dumps(keys))
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(as_text({str(number): BODIES[0] for number in range(6)}))
+        assert {one["status"] for one in receive(socket, 6).values()} == {200}
+    assert read_token(server.key_file, "inference") != "expired"
+    wait_for_state(address, lambda state: state["trouble"] is None)
+    assert read_token(server.key_file, "management") != "expired"
+
+
+def test_no_more_clients_than_allowed_are_connected(server: TorchServe) -> None:
+    limits = Limits(connections=1)
+    with gateway(server.addresses, server.key_file, limits=limits) as narrow, connect(f"ws://{narrow}/ws/digits"):
+        with connect(f"ws://{narrow}/ws/digits") as second, pytest.raises(ConnectionClosed) as refused:
+            second.recv(timeout=30)
+        assert refused.value.rcvd is not None and refused.value.rcvd.code == 1013
+
+
+def test_a_client_that_leaves_or_does_not_read_holds_up_nobody(address: str) -> None:
+    many = as_bytes({str(number): BODIES[number % len(BODIES)] for number in range(60)})
+    with connect(f"ws://{address}/ws/digits") as lazy, connect(f"ws://{address}/ws/digits") as leaves:
+        lazy.send(many)
+        leaves.send(many)
+        leaves.close()
+        with connect(f"ws://{address}/ws/digits") as socket:
+            socket.send(as_text({"a": BODIES[0]}))
+            assert receive(socket, 1)["a"]["status"] == 200
+        assert len(receive(lazy, 60)) == 60, "what it did not read waited for it"

@@ -1,0 +1,167 @@
+"""The commands of the README and of the tutorial, run as they stand; what they print has the form that these show."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+from websockets.sync.client import connect
+
+from early_exit.archiver.addresses import Addresses
+from early_exit.archiver.server import TorchServe
+from tests.support.client import consecutive_free_ports, failed, send
+from tests.support.digits import traffic
+from tests.support.documents import README, ROOT, blocks
+from tests.support.models.digits_resnet import DigitsResNet
+from tests.support.original import original_mar
+from tests.support.reader import Reader
+
+pytestmark = pytest.mark.slow
+
+TUTORIAL = ROOT / "docs" / "own-images.md"
+CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 20\nearly_exit:\n  seal_after_s: 2\n"
+N_PHOTOS = 260
+
+
+def test_the_readme_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Path) -> None:
+    """With digits in place of CIFAR's photos, and a short search."""
+    reader = Reader(README, tmp_path, instead={"3,32,32": "1,32,32", "cifar_handler": "digits_handler"},
+                    more={"ee-train records": "--trials 2 --layers 3", "ee-watch": "--once"},
+                    elsewhere=dict.fromkeys(("openvino-int8", "--replay", "runs/int8"), "test_int8.py"))
+    mar = original_mar(tmp_path / "user", "cifar", "digits_resnet.py", "digits_handler.py",
+                       digits_backbone.state_dict(), CONFIG)
+    shutil.copy(mar, tmp_path / "cifar.mar")
+    bodies = [one.body for one in traffic(1500, seed=6)]
+    (tmp_path / "00000.jpg").write_bytes(bodies[0])
+    reader.check("ee-archive cifar.mar")
+    with reader.running(reader.follow("ee-serve")) as serving:
+        server = server_at(reader)
+        asked = reader.follow("curl")
+        if shutil.which("curl"):
+            printed = reader.run(asked)
+            assert "X-Early-Exit: full" in printed and "X-Early-Exit-Confidence: " in printed
+        assert failed(send(server, "cifar", bodies)) == 0
+        time.sleep(4)  # the last shard is sealed after two seconds
+        reader.check("ee-train records")
+        reader.check("ee-train report")
+        reader.check("ee-archive model-store/cifar-2.0.mar --plan")
+        reader.check("ee-roll")
+        fresh = send(server, "cifar", [one.body for one in traffic(300, seed=7)])
+        assert failed(fresh) == 0 and {one.version for one in fresh} == {"3.0"}
+        assert any(one.exit != "full" for one in fresh)
+        reader.check("ee-watch")
+        port = consecutive_free_ports()
+        with reader.running(reader.follow("ee-gateway"), f" --port {port}"):
+            ask_through_the_gateway(port, bodies[0])
+        workers = psutil.Process(serving.pid).children(recursive=True)
+        assert len(workers) >= 2, "the server and a worker"
+    reader.at_the_end()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive, "Ctrl-C stops the server and its workers"
+    assert not (tmp_path / ".ee-serve" / "key_file.json").exists()
+
+
+def server_at(reader: Reader) -> TorchServe:
+    """Return the server that the document's `ee-serve` started, to send to."""
+    addresses = Addresses.on_loopback(*range(reader.port, reader.port + 3))
+    return TorchServe(reader.folder / "model-store", reader.folder / ".ee-serve", addresses)
+
+
+def ask_through_the_gateway(port: int, body: bytes) -> None:
+    """Send the README's message, with a request in it, and get messages of its form."""
+    said = next(block for block in blocks(README) if block.startswith("> {"))
+    message, answer = (line[2:] for line in said.splitlines()[:2])
+    message = message.replace("<base64>", base64.b64encode(body).decode())
+    for _ in range(50):
+        try:
+            requests.get(f"http://127.0.0.1:{port}/", timeout=5)
+            break
+        except requests.ConnectionError:
+            time.sleep(0.2)
+    with connect(f"ws://127.0.0.1:{port}/ws/cifar") as socket:
+        socket.send(message)
+        for _ in range(2):
+            told = json.loads(socket.recv(timeout=60))
+            assert told.keys() == json.loads(answer.replace("{...}", "{}")).keys() and told["status"] == 200
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the tutorial sends photos with curl")
+def test_the_tutorial_works_as_it_stands(tmp_path: Path) -> None:
+    """With 260 striped pictures of five kinds as photos, and without a search."""
+    model, names = (re.search(rf"^```{kind}\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)
+                    for kind in ("python", "json"))
+    assert model is not None and names is not None
+    (tmp_path / "model.py").write_text(model[1])
+    (tmp_path / "index_to_name.json").write_text(names[1])
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(N_PHOTOS):
+        (photos / f"{number:03}.png").write_bytes(striped(number))
+    torch.save(weights(model[1], [(photos / f"{number:03}.png").read_bytes() for number in range(30)]),
+               tmp_path / "weights.pth")
+    reader = Reader(TUTORIAL, tmp_path, instead={},
+                    more={"ee-archive photos.mar": f"--config {sealing_soon(tmp_path)}",
+                          "ee-train records": "--search none --layers 3"})
+    reader.check("torch-model-archiver")
+    reader.check("ee-archive photos.mar")
+    with reader.running(reader.follow("ee-serve")):
+        reader.check("KEY=")
+        time.sleep(4)
+        reader.check("ee-train records")
+        reader.check("ee-train report")
+        reader.check("ee-archive model-store/photos-2.0.mar --plan")
+        reader.check("ee-roll")
+        [reply] = send(server_at(reader), "photos", [striped(7)])
+    reader.at_the_end()
+    assert reply.version == "3.0" and reply.top() in json.loads(names[1]).values()
+
+
+def sealing_soon(folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text("early_exit:\n  seal_after_s: 2\n")
+    return path
+
+
+def striped(number: int) -> bytes:
+    """Return a picture of one of five kinds: stripes of that width, in a colour of its own."""
+    generator = torch.Generator().manual_seed(number)
+    phase, *colour = torch.rand(4, generator=generator).tolist()
+    waves = torch.sin((torch.arange(64) / 2 ** (number % 5) + phase) * torch.pi)
+    picture = waves[:, None].expand(64, 64)
+    noisy = picture[None] * torch.tensor(colour)[:, None, None] + 0.2 * torch.randn(3, 64, 64, generator=generator)
+    out = io.BytesIO()
+    Image.fromarray(((noisy + 1) * 127).clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(out, "png")
+    return out.getvalue()
+
+
+def weights(source: str, bodies: list[bytes]) -> dict[str, torch.Tensor]:
+    """Return weights with which the tutorial's model tells the kinds apart: its last layer compares with the mean
+    features of each."""
+    scope: dict[str, type[nn.Module]] = {}
+    exec(source, scope)
+    torch.manual_seed(0)
+    model = scope["Photos"]().eval()
+    prepare = v2.Compose([v2.PILToTensor(), v2.Resize(256), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True),
+                          v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    classifier, model.fc = model.fc, nn.Identity()
+    with torch.no_grad():
+        features = model(torch.stack([prepare(Image.open(io.BytesIO(body))) for body in bodies]))
+        kinds = torch.stack([features[kind::5].mean(dim=0) for kind in range(5)])
+        spread = features.std(dim=0).clamp_min(1e-6)
+        directions = (kinds - features.mean(dim=0)) / spread**2
+        classifier.weight.copy_(directions)
+        classifier.bias.copy_(-(directions * (kinds + features.mean(dim=0)) / 2).sum(dim=1))
+    model.fc = classifier
+    return model.state_dict()

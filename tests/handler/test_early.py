@@ -1,0 +1,235 @@
+"""Early answers: any handler's calls stand still at the model and leave one by one. With TorchServe's own context."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.bookkeeping import Bookkeeper
+from early_exit.handler.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
+from early_exit.handler.errors import ArchiveError, ConfigError
+from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.isolation import answer_items
+from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.metrics import ServingMetrics
+from early_exit.handler.plan import ExitPlan, PlannedExit
+from early_exit.handler.served import ServedModel
+from early_exit.training.requests import worker_context
+
+
+class Numbers:
+    """A handler that notes in itself what it needs after the model, and counts."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self.n_loaded = 0
+        self.vocabulary: dict[str, int] | None = None
+        self.seen: Any = None
+
+    def initialize(self, context: Any) -> None: ...
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        if self.vocabulary is None:
+            self.vocabulary = {"loaded": 1}
+            self.n_loaded += 1
+        self.seen = [item["body"] for item in data]
+        with torch.inference_mode():
+            scores = self.model(torch.stack([torch.tensor(body) for body in self.seen]))
+        context.set_response_header(0, "X-Own", str(self.seen[0][0]))
+        return [{"class": row.argmax().item(), "of": body, "ratio": 1 / body[3]}
+                for row, body in zip(scores, self.seen)]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone.from_module(nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), (4,))
+
+
+@pytest.fixture
+def model(backbone: Backbone) -> ServedModel:
+    """A model with an exit that about half of the random requests take."""
+    torch.manual_seed(1)
+    layers = backbone.description.candidates[:2]
+    spec = HeadSpec(widths=())
+    plan = ExitPlan(backbone.description.sha256, "paper", tuple(
+        PlannedExit(layer.path, spec, 0.2, 0.75, layer.cost, 0.01) for layer in layers), None)
+    heads = {layer.path: Head(spec, layer.shape, 3) for layer in layers}
+    return ServedModel(backbone, plan, heads)
+
+
+class Frontend:
+    """What TorchServe's continuous batching does between its worker's steps."""
+
+    def __init__(self, model: ServedModel, handler: Any = None) -> None:
+        manifest = {"model": {"modelName": "numbers", "handler": "none"}}
+        self.context = worker_context(Path(), manifest)
+        self.handler = handler or Numbers(model)
+        self.early = EarlyAnswers(model, self.handler, Bookkeeper(
+            model, "1.0", ServingMetrics(self.context.metrics, "numbers", "1.0"), None, keep_requests=False))
+        self.waiting: dict[str, Any] = {}
+        self.answers: dict[str, tuple[int, Any, dict[str, str]]] = {}
+
+    def step(self) -> None:
+        from ts.context import RequestProcessor
+
+        ids = list(self.waiting)
+        self.context.request_ids = dict(enumerate(ids))
+        self.context.request_processor = [RequestProcessor({}) for _ in ids]
+        responses = self.early.step([{"body": self.waiting[name]} for name in ids], self.context)
+        for item, (name, response) in enumerate(zip(ids, responses)):
+            if response is not UNANSWERED:
+                status, _ = self.context.get_response_status(item)
+                self.answers[name] = status, response, self.context.get_response_headers(item)
+                del self.waiting[name]
+
+    def finish(self) -> None:
+        for _ in range(200):
+            if not self.waiting:
+                return
+            self.step()
+        raise AssertionError("a request is never answered")
+
+
+def requests(count: int, seed: int = 0) -> list[list[float]]:
+    rows: list[list[float]] = (2 * torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))).tolist()
+    return rows
+
+
+def plainly(model: ServedModel, body: Any) -> tuple[int, Any, dict[str, str]]:
+    """Answer a request as plain batching does, alone."""
+    from ts.context import RequestProcessor
+
+    context = worker_context(Path(), {"model": {"modelName": "numbers", "handler": "none"}})
+    context.request_processor = [RequestProcessor({})]
+    bookkeeper = Bookkeeper(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None, keep_requests=False)
+    model.run = model.run_at_once
+    [served] = answer_items([{"body": body}], context, Numbers(model), model)
+    bookkeeper.note(served, [{"body": body}], context)
+    return context.get_response_status(0)[0], served.responses[0], context.get_response_headers(0)
+
+
+def test_every_request_gets_the_answer_status_and_headers_of_plain_batching(model: ServedModel) -> None:
+    frontend = Frontend(model)
+    bodies: dict[str, Any] = {f"id-{number}": body for number, body in enumerate(requests(40))}
+    bodies |= {"text": "no numbers", "short": [1.0, 2.0], "late": [1.0, 2.0, 3.0, 0.0]}  # 400, 400, 500
+    order = random.Random(0).sample(sorted(bodies), len(bodies))
+    for start in range(0, len(order), 5):
+        frontend.waiting |= {name: bodies[name] for name in order[start:start + 5]}
+        frontend.step()
+    frontend.finish()
+    assert {frontend.answers[name][0] for name in bodies if name.startswith("id-")} == {200}
+    assert {name: frontend.answers[name][0] for name in ("text", "short", "late")} == {
+        "text": 400, "short": 400, "late": 500}
+    for name, body in bodies.items():
+        assert frontend.answers[name] == plainly(model, body), name
+    exits = {headers["X-Early-Exit"] for status, _, headers in frontend.answers.values() if status == 200}
+    assert len(exits) == 3, "the test needs requests that leave at each exit and at the end"
+
+
+def test_who_exits_first_is_answered_first_and_others_join_meanwhile(model: ServedModel) -> None:
+    frontend = Frontend(model)
+    frontend.waiting = {f"id-{number}": body for number, body in enumerate(requests(8))}
+    frontend.step()
+    first = {headers["X-Early-Exit"] for _, _, headers in frontend.answers.values()}
+    assert first == {model.layers[0]} and frontend.waiting
+    frontend.waiting["new"] = requests(1, 5)[0]
+    frontend.finish()
+    assert frontend.answers["new"][0] == 200
+
+
+def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: ServedModel) -> None:
+    frontend = Frontend(model)
+    for number, body in enumerate(requests(6)):
+        frontend.waiting[f"id-{number}"] = body
+        frontend.finish()
+    assert frontend.handler.n_loaded == 1
+
+
+def test_a_request_that_torchserve_forgets_is_dropped_and_its_thread_is_free(model: ServedModel) -> None:
+    frontend = Frontend(model)
+    before = threading.active_count()
+    for number in range(20):
+        frontend.waiting = {f"{number}-{row}": body for row, body in enumerate(requests(3, number))}
+        frontend.step()
+    frontend.waiting = {"last": requests(1, 99)[0]}
+    frontend.finish()
+    assert frontend.answers["last"][0] == 200
+    assert threading.active_count() - before <= 4
+
+
+def test_a_handler_may_call_its_model_twice_or_not_at_all(model: ServedModel) -> None:
+    class Twice(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            if data[0]["body"][0] > 0:
+                return ["without the model"]
+            return [[super().handle(data, context), super().handle(data, context)]]
+
+    frontend = Frontend(model, Twice(model))
+    frontend.waiting = {f"id-{number}": body for number, body in enumerate(requests(12))}
+    frontend.finish()
+    for number, body in enumerate(requests(12)):
+        status, answer, headers = frontend.answers[f"id-{number}"]
+        assert status == 200
+        if body[0] > 0:
+            assert answer == "without the model" and headers == {}
+        else:
+            assert answer[0] == answer[1] == [plainly(model, body)[1]]
+
+
+def test_an_explanation_still_follows_the_gradient(model: ServedModel) -> None:
+    class Explains(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            batch = torch.tensor([data[0]["body"]], requires_grad=True)
+            self.model(batch).sum().backward()
+            assert isinstance(batch.grad, Tensor)
+            return [batch.grad.abs().sum().item() > 0]
+
+    frontend = Frontend(model, Explains(model))
+    frontend.waiting = {"id": requests(1)[0]}
+    frontend.step()
+    assert frontend.answers["id"][1] is True
+
+
+def test_out_of_memory_is_left_to_torchserve_and_the_next_requests_are_served(
+        model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hungry(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            if data[0]["body"] == "much":
+                raise MemoryError
+            return super().handle(data, context)
+
+    frontend = Frontend(model, Hungry(model))
+    frontend.waiting = {"a": requests(1)[0], "b": "much"}
+    with pytest.raises(MemoryError):
+        frontend.step()
+    frontend.waiting = {"c": requests(1)[0]}  # TorchServe has answered the others with 507
+    frontend.finish()
+    assert frontend.answers["c"][0] == 200
+
+
+def test_a_server_that_is_set_otherwise_is_refused_at_load() -> None:
+    require_continuous_batching({"continuousBatching": True, "minWorkers": 1, "maxWorkers": 1})
+    with pytest.raises(ConfigError, match=r"'minWorkers': 2.*ee-archive"):
+        require_continuous_batching({"continuousBatching": True, "minWorkers": 2, "maxWorkers": 2})
+    with pytest.raises(ConfigError, match="'continuousBatching': None"):
+        require_continuous_batching({"minWorkers": 1, "maxWorkers": 1})
+
+
+def test_a_second_worker_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    layout = ArchiveLayout(tmp_path)
+    layout.manifest.parent.mkdir()
+    layout.manifest.write_text("{}")
+    claim = claim_only_worker(layout)
+    with pytest.raises(ArchiveError, match="exactly one worker"):
+        claim_only_worker(layout)
+    claim.close()
+    claim_only_worker(layout).close()

@@ -1,0 +1,66 @@
+"""What the documents say, as tests can run and compare it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_OPTIONAL = ("...", "not used:")
+"""How lines begin that a run may lack."""
+README = ROOT / "README.md"
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A command with the lines that a document shows below it."""
+
+    command: str
+    output: tuple[str, ...]
+
+    def missing(self, printed: str) -> list[str]:
+        """Return the lines that are not among those that were printed, whatever their numbers and names."""
+        forms = {form(line) for line in printed.splitlines()}
+        return [line for line in self.output
+                if line.strip() and not line.strip().startswith(_OPTIONAL) and form(line) not in forms]
+
+
+def blocks(document: Path) -> list[str]:
+    """Return what stands between fences, in order."""
+    return re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: Path) -> list[Shown]:
+    """Return the commands after a prompt, in order, each with what is shown of its output."""
+    found: list[Shown] = []
+    for block in blocks(document):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            found.append(Shown(command, tuple(output.splitlines())))
+    return found
+
+
+def form(line: str) -> str:
+    """Return a line without what differs from run to run: words with a digit in them, how heads are built, and spaces.
+
+    >>> form("  layer1.0   0.14  6.1%") == form("layer4.1 0.2 12%")
+    True
+    """
+    line = re.sub(r"\bpool \d.*", "#", line)
+    words = ["#" if any(character.isdigit() for character in word) else word for word in line.split()]
+    return re.sub(r"(#[,;]? ?)+", "# ", " ".join(words)).strip()
+
+
+def table(document: Path, first: str) -> dict[str, tuple[str, ...]]:
+    """Return the rows of the table whose first column has a title, by what stands in that column."""
+    lines = document.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows: dict[str, tuple[str, ...]] = {}
+    for line in lines[start + 2:]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        rows[cells[0].strip("` |")] = tuple(cells[1:])
+    return rows

@@ -1,0 +1,52 @@
+"""A gateway on a free port, in a thread of this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from early_exit.archiver.addresses import Addresses, free_ports, read_token
+from early_exit.archiver.management import Management
+from early_exit.handler.gateway.app import create_app
+from early_exit.handler.gateway.live import Decisions
+from early_exit.handler.gateway.messages import Limits
+from early_exit.handler.gateway.server import make_server
+from early_exit.handler.gateway.upstream import Upstream
+
+
+@contextmanager
+def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None, token: str | None = None,
+            limits: Limits | None = None, decisions: Decisions = lambda model: []) -> Iterator[str]:
+    """Yield host and port of a gateway in front of a TorchServe."""
+    limits = limits or Limits()
+    upstream = Upstream(addresses.inference, addresses.management, addresses.metrics,
+                        lambda kind: read_token(key_file, kind), Management(addresses, key_file).renewed,
+                        connections=limits.in_flight_in_all)
+    [port] = free_ports(1)
+    app = create_app(upstream, store=store, token=token, limits=limits, decisions=decisions)
+    server = make_server(app, "127.0.0.1", port, limits)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_for_state(address: str, holds: Callable[[dict[str, Any]], object], limit_s: float = 30.0) -> dict[str, Any]:
+    """Wait until something holds for what the gateway's live page is told; return that."""
+    deadline = time.monotonic() + limit_s
+    while not holds(state := requests.get(f"http://{address}/state", timeout=30).json()):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.2)
+    found: dict[str, Any] = state
+    return found
