@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,13 @@ def _serve(options: argparse.Namespace) -> int:
                         Management(addresses, key_file).renewed, connections=limits.in_flight_in_all)
     app = create_app(upstream, store=options.model_store, token=token, limits=limits,
                      decisions=lambda model: Audit(options.watch / model / AUDIT_FILE).read())
-    print(f"live page   http://{options.host}:{options.port}/\n"
-          f"websocket   ws://{options.host}:{options.port}/ws/MODEL\nCtrl-C stops it", flush=True)
-    server = make_server(app, options.host, options.port, limits)
-    server.run()
-    if not server.started:
-        raise ServerError(f"cannot listen on {options.host}:{options.port}: choose another --port")
+    server = make_server(app, options.host, options.port, limits, lambda: print(
+        f"live page   http://{options.host}:{options.port}/\n"
+        f"websocket   ws://{options.host}:{options.port}/ws/MODEL\nCtrl-C stops it", flush=True))
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
+        server.run()
+        if not server.started:
+            raise ServerError(f"cannot listen on {options.host}:{options.port}: choose another --port")
     return 0
 
 
