@@ -11,6 +11,8 @@ import pytest
 # busy machine threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
@@ -24,7 +26,10 @@ WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
 
 @pytest.fixture(scope="session")
 def digits_backbone() -> DigitsResNet:
-    return train_backbone(n_steps=200)
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
+    backbone = train_backbone(n_steps=200)
+    torch.set_num_threads(1)
+    return backbone
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtr
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
@@ -41,7 +41,7 @@ def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> 
 
 def p_value(k: int, n: int, tolerance: float) -> float:
     """Return P(Binomial(n, tolerance) <= k): how likely so few differences are at exactly the tolerated rate."""
-    return float(binom.cdf(k, n, tolerance))
+    return float(bdtr(min(k, n), n, tolerance)) if k >= 0 else 0.0
 
 
 def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float:
@@ -69,10 +69,7 @@ def most_failures(n: int, tolerance: float, delta: float) -> int:
     >>> most_failures(299, 0.01, 0.05), most_failures(298, 0.01, 0.05)
     (0, -1)
     """
-    k = int(binom.ppf(delta, n, tolerance)) + 1
-    while k >= 0 and p_value(k, n, tolerance) > delta:
-        k -= 1
-    return k
+    return int(np.count_nonzero(bdtr(np.arange(n), n, tolerance) <= delta)) - 1
 
 
 def records_needed(tolerance: float, delta: float) -> int:

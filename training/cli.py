@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engine import ENGINES
 from early_exit.handler.errors import ConfigError
@@ -36,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     work, options = (_report, _report_parser().parse_args(given[1:])) if given[:1] == ["report"] else (
         _train, _parser().parse_args(given))
-    # What is measured here must hold for the server's workers.
-    restart_with_allocator("early_exit.training.cli", given)
     return run_command("ee-train", lambda: work(options),
                when_interrupted="interrupted; the same command goes on where this one was")
 
@@ -185,7 +182,3 @@ def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.special import bdtr
 from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.candidates import CandidateLayer
@@ -50,7 +50,7 @@ class Costs:
     def at(self, alive: float) -> StepCosts:
         """Return the mean costs when each request of a batch still travels with probability `alive`."""
         if alive not in self._known:
-            chances = binom.pmf(np.arange(self.batch_size + 1), self.batch_size, alive)
+            chances = np.diff(bdtr(np.arange(self.batch_size + 1), self.batch_size, alive), prepend=0.0)
             until = np.concatenate([[0.0], np.cumsum(self.stages @ chances)])
             self._known[alive] = StepCosts(tuple(until.tolist()), tuple((self.exits @ chances).tolist()))
         return self._known[alive]

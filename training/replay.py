@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
@@ -46,15 +45,19 @@ class Replay:
     seed: int = 0
 
 
-def augmentation(replay: Replay, shape: Sequence[int]) -> v2.Transform:
+def augmentation(replay: Replay, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """Return the random transform of one (C, H, W) input.
 
     Raises:
         RecordError: the inputs are not images.
     """
+    if not replay.rounds or not replay.augmentations:
+        return lambda item: item
     if len(shape) != 3:
         raise RecordError(f"a replay augments images, but the model's input has shape {tuple(shape)}: train without "
                           "--replay")
+    from torchvision.transforms import v2  # takes seconds, which only a replay should cost
+
     height, width = shape[1:]
     known: dict[str, v2.Transform] = {
         "flip": v2.RandomHorizontalFlip(),
@@ -62,7 +65,8 @@ def augmentation(replay: Replay, shape: Sequence[int]) -> v2.Transform:
                               padding_mode="reflect"),
         "rotate": v2.RandomApply([v2.RandomRotation(10)], p=0.3),
     }
-    return v2.Compose([known[name] for name in replay.augmentations] or [v2.Identity()])
+    compose: Callable[[Tensor], Tensor] = v2.Compose([known[name] for name in replay.augmentations])
+    return compose
 
 
 def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -85,7 +89,7 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
     Raises:
         RecordError: no bodies were recorded, or the backbone does not answer them as it did when it served.
     """
-    transform = augmentation(replay, backbone.description.input_shape) if replay.rounds else v2.Identity()
+    transform = augmentation(replay, backbone.description.input_shape)
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())
     n_rows = len(traffic) + replay.rounds * n_train

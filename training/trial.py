@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
+from scipy.special import bdtrc
 from torch import Tensor
 
 from early_exit.handler.candidates import CandidateLayer
@@ -141,5 +141,6 @@ def logits_of(classify: Classify, spec: HeadSpec, activations: Activations, rows
 def is_better_than_chance(agrees: Tensor, teacher: Tensor) -> bool:
     """Tell whether a head agrees with the (N,) teacher more often than always naming its commonest class would."""
     commonest = float(teacher.bincount().max()) / len(teacher)
-    test = binomtest(int(agrees.sum()), len(agrees), min(commonest, 1.0), alternative="greater")
-    return bool(test.pvalue < _CHANCE_LEVEL)
+    n_agree = int(agrees.sum())
+    by_chance = float(bdtrc(n_agree - 1, len(agrees), commonest)) if n_agree else 1.0  # P(Binomial >= n_agree)
+    return by_chance < _CHANCE_LEVEL

@@ -89,7 +89,7 @@ def many_records(subject: Subject, folder: Path) -> dict[str, Any]:
 
 def command(subject: Subject, records: Path, run: RunPaths, n_trials: int) -> list[str]:
     archive = next((subject.archive.root.parent / "store").glob("*.mar"))
-    return [sys.executable, "-m", "early_exit.training.cli", str(records), "--archive", str(archive), "--to",
+    return [sys.executable, "-m", "early_exit.training", str(records), "--archive", str(archive), "--to",
             str(run.root), "--trials", str(n_trials), "--json"]
 
 

@@ -42,18 +42,18 @@ def train_backbone(n_steps: int = 400, seed: int = 0) -> DigitsResNet:
     images, labels = _digits(slice(None, N_FOR_BACKBONE))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = DigitsResNet().train()
+    model = DigitsResNet().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=n_steps + 1)
     for _ in range(n_steps):
         batch = torch.randint(len(images), (64,), generator=generator)
-        inputs = (_augment(images[batch], generator) - 0.3) / 0.35
+        inputs = ((_augment(images[batch], generator) - 0.3) / 0.35).to(memory_format=torch.channels_last)
         loss = functional.cross_entropy(model(inputs), labels[batch], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
 
 
 def _digits(which: slice) -> tuple[Tensor, Tensor]:
