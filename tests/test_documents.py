@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from model_archiver.arg_parser import ArgParser  # a dependency of the extra [serve]
 
+from early_exit.archiver.cli import _parser as archive_parser
+from early_exit.archiver.cli import _show_parser as show_parser
+from early_exit.archiver.gateway_cli import _parser as gateway_parser
+from early_exit.archiver.roll_cli import _parser as roll_parser
+from early_exit.archiver.serve import _parser as serve_parser
+from early_exit.archiver.watch import _parser as watch_parser
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engine import ENGINES
 from early_exit.training.cli import _parser as train_parser
-from tests.support.documents import DOCUMENTS, README, ROOT, table
+from early_exit.training.cli import _report_parser as report_parser
+from tests.support.documents import DOCUMENTS, README, ROOT, blocks, table
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -35,10 +44,33 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             assert told[field.name][0].strip("`") == expected, field.name
 
 
-def test_the_readme_names_options_that_there_are() -> None:
-    known = {option for action in train_parser()._actions for option in action.option_strings}
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+KNOWN = {"ee-archive": options_of(archive_parser()) | options_of(show_parser()), "ee-serve": options_of(serve_parser()),
+         "ee-train": options_of(train_parser()) | options_of(report_parser()), "ee-roll": options_of(roll_parser()),
+         "ee-watch": options_of(watch_parser()), "ee-gateway": options_of(gateway_parser()),
+         "torch-model-archiver": options_of(ArgParser.export_model_args_parser())}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_that_a_document_names_is_there(document: Path) -> None:
+    """Behind a command one of its own, alone one of any."""
+    text = document.read_text()
+    lines = [line.removeprefix("$ ") for block in blocks(document) for line in block.splitlines()]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    known = set().union(*KNOWN.values())
+    for code in (*lines, *inline):
+        command = code.split()[0] if code.split() else ""
+        if command in KNOWN or command.startswith("--"):
+            told = set(re.findall(r"(?<!\S)--[\w-]+", code.partition("#")[0]))
+            assert told <= KNOWN.get(command, known), f"{document.name}: {code}"
+
+
+def test_the_readmes_options_are_those_of_training() -> None:
     told = {re.match(r"--[\w-]+", row).group() for row in table(README, "option")}  # type: ignore[union-attr]
-    assert len(told) > 5 and told <= known
+    assert len(told) > 5 and told <= KNOWN["ee-train"]
 
 
 def test_the_readme_describes_every_engine() -> None:

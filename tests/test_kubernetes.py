@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.serve import _parser as serve_parser
+from early_exit.archiver.server import TorchServe
 from early_exit.archiver.watch import _parser as watch_parser
 
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
@@ -79,8 +84,20 @@ def test_every_claim_and_service_that_is_named_is_there() -> None:
                        for number in range(stateful["spec"]["replicas"])], "one for each pod"
 
 
-def test_the_probes_script_is_python() -> None:
-    for pod in pods():
-        for container in pod["containers"]:
-            if probe := container.get("readinessProbe"):
-                compile(probe["exec"]["command"][-1], "readinessProbe", "exec")
+@pytest.mark.slow
+def test_the_startup_probe_succeeds_when_the_server_answers(recorder_mar: Path, tmp_path: Path) -> None:
+    scripts = [container["startupProbe"]["exec"]["command"][-1] for pod in pods() for container in pod["containers"]
+               if "startupProbe" in container]
+    assert len(scripts) == 2
+    server = TorchServe(recorder_mar.parent, tmp_path / "state", Addresses.free(), models=[recorder_mar.name])
+    for script in scripts:
+        assert probed(script, server) == 1
+    with server:
+        assert [probed(script, server) for script in scripts] == [0, 0]
+
+
+def probed(script: str, server: TorchServe) -> int:
+    """Run a probe beside a server; return its exit status."""
+    here = script.replace("http://127.0.0.1:8080", server.addresses.inference).replace("/tmp/state", str(server.state))
+    here = re.sub(r'f"/state/.*?/(\w+\.json)"', rf'"{server.state}/\1"', here)
+    return subprocess.run([sys.executable, "-c", here], capture_output=True, timeout=60, check=False).returncode
