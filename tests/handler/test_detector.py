@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 from torchvision.models import resnet18
 from torchvision.models.detection import keypointrcnn_resnet50_fpn
 
@@ -19,14 +17,12 @@ from early_exit.handler import detector as known
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.detections import CERTAIN, Strategy, class_scores, with_nulls
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
-from early_exit.handler.head import Head
-from early_exit.handler.plan import ExitPlan
 from early_exit.handler.served import ServedModel
 from early_exit.handler.stages import FULL
 from early_exit.handler.stepwise import StepwiseRun
+from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS
-from tests.support.plans import random_exits
 
 SHAPE = (3, 90, 128)
 """Scaled to 96 x 136, and padded to 96 x 160."""
@@ -35,30 +31,12 @@ Detected = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def detector() -> SmallDetector:
-    """Untrained, but sure of what it sees."""
-    torch.manual_seed(0)
-    model = SmallDetector().eval()
-    with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.weight *= 30
-    return model
+    return sure_detector()
 
 
 @pytest.fixture(scope="module")
 def backbone(detector: SmallDetector) -> Backbone:
     return backbone_of_detector(detector, SHAPE, None, 1, "small_detector.py")
-
-
-def images(count: int, seed: int = 0) -> Tensor:
-    """Patches of colour, more or less contrasted: no two images are alike to an untrained network."""
-    generator = torch.Generator().manual_seed(seed)
-    patches = torch.rand(count, 3, 5, 7, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
-    return functional.interpolate(patches, size=SHAPE[1:], mode="nearest")
-
-
-def one_exit(backbone: Backbone, threshold: float) -> tuple[ExitPlan, dict[str, Head]]:
-    """Return the first of some untrained exits: the others would let everyone go."""
-    plan, heads = random_exits(backbone, threshold=threshold)
-    return replace(plan, exits=plan.exits[:1]), heads
 
 
 def require_same(found: Detected, expected: Detected, tolerance: float = 1e-3) -> None:
@@ -74,7 +52,7 @@ def test_without_exits_all_detections_are_the_detectors_own(detector: SmallDetec
     served = ServedModel(backbone, engine=engine, record_layers=100)
     assert len(served.layers) >= 2, "cut where several maps travel"
     for count in (1, 3):
-        batch = images(count)
+        batch = images(count, SHAPE)
         expected = detector(list(batch))
         assert all(len(one["boxes"]) for one in expected)
         for found, own in zip(served(batch), expected):
@@ -87,7 +65,7 @@ def test_who_leaves_early_gets_a_class_and_the_others_their_own_boxes(detector: 
                                                                      backbone: Backbone) -> None:
     plan, heads = one_exit(backbone, threshold=0.8)
     served = ServedModel(backbone, plan, heads, sampling_rate=0.3)
-    batch = images(24)
+    batch = images(24, SHAPE)
     expected = detector(list(batch))
     found = served(batch)
     stages = served.take_served()[0].answers.stages.tolist()
@@ -105,7 +83,7 @@ def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None
     plan, heads = one_exit(backbone, threshold=0.8)
     served = ServedModel(backbone, plan, heads)
     stepwise = StepwiseRun([served.stages])
-    calls = [images(count, seed=count) for count in (3, 1, 4)]
+    calls = [images(count, SHAPE, seed=count) for count in (3, 1, 4)]
     journeys = []
     for batch in calls:
         journeys.append(stepwise.enter((batch,), torch.zeros(len(batch), dtype=torch.bool)))
@@ -123,14 +101,14 @@ def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None
 @torch.no_grad()
 def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
         backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = ServedModel(backbone)(images(2))
+    expected = ServedModel(backbone)(images(2, SHAPE))
     folder = tmp_path / "early_exit"
     folder.mkdir()
     backbone.save(folder)
     source = (MODELS / "small_detector.py").read_text()
     (tmp_path / "small_detector.py").write_text(source)
     monkeypatch.setattr(known, "_tails", {})  # as in another process
-    for found, own in zip(ServedModel(Backbone.load(folder))(images(2)), expected):
+    for found, own in zip(ServedModel(Backbone.load(folder))(images(2, SHAPE)), expected):
         require_same(found, own, 1e-5)
     monkeypatch.setattr(known, "_tails", {})
     (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
@@ -164,7 +142,7 @@ def test_a_pedestrian_is_answered_with_the_label_of_pedestrians(detector: SmallD
     backbone = backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 3, "small_detector.py")
     assert backbone.description.n_classes == 2
     plan, heads = one_exit(backbone, threshold=0.0)
-    labels = [one["labels"].tolist() for one in ServedModel(backbone, plan, heads)(images(24))]
+    labels = [one["labels"].tolist() for one in ServedModel(backbone, plan, heads)(images(24, SHAPE))]
     assert {tuple(one) for one in labels} <= {(), (3,)}
     with pytest.raises(GraphError, match="has the labels 1 to 3, found 4"):
         backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 4, "small_detector.py")
