@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from early_exit.handler.candidates import CandidateLayer, LeftOut, discover_layers
-from early_exit.handler.detector import DetectorSpec, load_tail, save_tail
+from early_exit.handler.detector import DetectorSpec, load_tail, parameters_of, save_tail
 from early_exit.handler.errors import ArchiveError, GraphError
 from early_exit.handler.export import backbone_graph, export_backbone
 from early_exit.handler.graph import index_limits, inputs_of
@@ -174,6 +174,10 @@ class Backbone:
         description = BackboneDescription(**{**draft.__dict__, "n_classes": scores.shape[1],
                                              "scores": score_kind(scores), "probe": tuple(scores[0].tolist())})
         return cls(program, graph, description)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters, with those of a detector that the graph only calls."""
+        return [*self.graph.parameters(), *parameters_of(self.description.detector)]
 
     def save(self, folder: Path) -> None:
         """Write program and description into an existing folder."""

@@ -146,6 +146,11 @@ def images_of(spec: DetectorSpec, answers: Answers) -> list[dict[str, Tensor]]:
                       has_mask=tail.roi_heads.has_mask())
 
 
+def parameters_of(spec: DetectorSpec | None) -> list[nn.Parameter]:
+    """Return the parameters of a tail, or none without a detector."""
+    return [] if spec is None else list(_tails[spec.tail].parameters())
+
+
 def save_tail(spec: DetectorSpec, folder: Path) -> None:
     """Write the weights of a tail into the folder of its backbone."""
     tensors = {name: tensor.contiguous() for name, tensor in _tails[spec.tail].state_dict().items()}
