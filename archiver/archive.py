@@ -131,8 +131,7 @@ def _unpack_source(asked: ArchiveRequest, layout: ArchiveLayout) -> tuple[dict[s
                            "an --input NAME:DTYPE:SHAPE for each input")
     model = model_from_factory(asked.source, asked.weights)
     if is_detector(model):
-        raise ArchiveError("a detector has parts that only its own code can run, so it comes as a .mar with a model "
-                           "file: torch-model-archiver --model-file ... --handler object_detector")
+        raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
     return manifest, _exported(model, asked)
 
 
