@@ -16,12 +16,14 @@ import yaml
 from torch import nn
 
 import early_exit.handler
+from early_exit.archiver.detector import PEDESTRIAN, backbone_of_detector, is_detector
 from early_exit.archiver.quantize import quantize, recorded_inputs
 from early_exit.archiver.sample import image_input, model_input, sample_image
 from early_exit.archiver.source import eager_model, model_from_factory
 from early_exit.archiver.validate import validate
 from early_exit.handler.backbone import Backbone, BackboneDescription, load_program
 from early_exit.handler.config import EARLY, ServingConfig
+from early_exit.handler.detections import Strategy
 from early_exit.handler.early import SERVER_SETTINGS
 from early_exit.handler.engine import ENGINES, INT8, require_engine
 from early_exit.handler.errors import ArchiveError
@@ -61,6 +63,10 @@ class ArchiveRequest:
     """Folder with recorded request bytes, for an engine that is made from them."""
     request: Path | None = None
     """Body of a typical request."""
+    strategy: Strategy | None = None
+    """What the class of an image is, for a detector; by default its most confident object."""
+    pedestrian: int = PEDESTRIAN
+    """Their label, for a detector."""
 
 
 def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -124,11 +130,18 @@ def _unpack_source(asked: ArchiveRequest, layout: ArchiveLayout) -> tuple[dict[s
         raise ArchiveError("a factory needs --weights FILE.safetensors|.pth, and --input-shape, such as 3,224,224, or "
                            "an --input NAME:DTYPE:SHAPE for each input")
     model = model_from_factory(asked.source, asked.weights)
+    if is_detector(model):
+        raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
     return manifest, _exported(model, asked)
 
 
 def _backbone_of_mar(asked: ArchiveRequest, layout: ArchiveLayout, manifest: dict[str, Any]) -> Backbone:
     model = eager_model(layout.root, manifest)
+    if is_detector(model):
+        return backbone_of_detector(model, asked.input_shape, asked.strategy, asked.pedestrian,
+                                    manifest["model"]["modelFile"])
+    if asked.strategy is not None:
+        raise ArchiveError(f"{type(model).__name__} is no detector of torchvision, so it has no --strategy")
     if asked.input_shape is not None or asked.inputs:
         return _exported(model, asked)
     if asked.request is not None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.detector import PEDESTRIAN
 from early_exit.archiver.inspect import describe, in_words
 from early_exit.archiver.quantize import N_SAMPLES
+from early_exit.handler.detections import Strategy
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.signature import InputSpec
 from early_exit.training.command import command_parser, run_command, say_next
@@ -83,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
                         help=f"for {INT8}: records folder with request bytes, of which at most {N_SAMPLES} are used")
     parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
+    parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
+                        help=f"for a detector, what an image's class is: {', '.join(one.value for one in Strategy)} "
+                             f"({Strategy.OBJECT.value})")
+    parser.add_argument("--pedestrian", type=int, default=PEDESTRIAN, metavar="LABEL",
+                        help="of a detector (%(default)s, COCO's person)")
     parser.add_argument("--json", action="store_true", help="tell for machines what is in the archive")
     return parser
 

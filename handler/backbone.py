@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from early_exit.handler.candidates import CandidateLayer, LeftOut, discover_layers
+from early_exit.handler.detector import DetectorSpec, load_tail, parameters_of, save_tail
 from early_exit.handler.errors import ArchiveError, GraphError
 from early_exit.handler.export import backbone_graph, export_backbone
 from early_exit.handler.graph import index_limits, inputs_of
@@ -47,6 +48,8 @@ class BackboneDescription:
     left_out: tuple[LeftOut, ...]
     probe: tuple[float, ...]
     """(K,) scores for `probe_inputs`, computed where the archive was made."""
+    detector: DetectorSpec | None = None
+    """Where the classes are those of the images that a detector sees."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -89,6 +92,7 @@ class BackboneDescription:
             n_classes=data["n_classes"], scores=ScoreKind(data["scores"]), flops=data["flops"],
             candidates=tuple(CandidateLayer.from_json(layer) for layer in data["candidates"]),
             left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
+            detector=DetectorSpec.from_json(data["detector"]) if data.get("detector") else None,
         )
 
 
@@ -103,7 +107,8 @@ class Backbone:
     """Where it was read from: an engine may have put more there."""
 
     @classmethod
-    def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Backbone:
+    def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32,
+                    detector: DetectorSpec | None = None) -> Backbone:
         """Export an eager classifier.
 
         Raises:
@@ -111,27 +116,31 @@ class Backbone:
         """
         parameters = list(inspect.signature(model.forward).parameters)
         name = parameters[0] if parameters else "x"
-        return cls.from_inputs(model, [InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))])
+        spec = InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))
+        return cls.from_inputs(model, [spec], detector)
 
     @classmethod
-    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec]) -> Backbone:
+    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec],
+                    detector: DetectorSpec | None = None) -> Backbone:
         """Export an eager classifier with several inputs, which are given to it by name.
 
         Raises:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
         """
         program, output = export_backbone(model, inputs)
-        return cls.from_program(program, [one.name for one in inputs], output)
+        return cls.from_program(program, [one.name for one in inputs], output, detector)
 
     @classmethod
     def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
-                     output: OutputSpec = OutputSpec()) -> Backbone:  # noqa: B008 - it is frozen
+                     output: OutputSpec = OutputSpec(),  # noqa: B008 - it is frozen
+                     detector: DetectorSpec | None = None) -> Backbone:
         """Describe an exported classifier.
 
         Args:
             program: maps (B, ...) inputs to (B, K) scores.
             names: of the inputs; by default those in the program.
             output: what the user's model returned.
+            detector: that it is a part of, if any.
 
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
@@ -152,6 +161,7 @@ class Backbone:
         draft = BackboneDescription(
             sha256=_identity(program, inputs), inputs=inputs, output=output, n_classes=0, scores=ScoreKind.LOGITS,
             flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
+            detector=detector,
         )
         with torch.no_grad():
             scores = graph(*probe)
@@ -165,6 +175,10 @@ class Backbone:
                                              "scores": score_kind(scores), "probe": tuple(scores[0].tolist())})
         return cls(program, graph, description)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters, with those of a detector that the graph only calls."""
+        return [*self.graph.parameters(), *parameters_of(self.description.detector)]
+
     def save(self, folder: Path) -> None:
         """Write program and description into an existing folder."""
         # Neither the example input nor the source lines of the model's code (with the paths of the machine
@@ -174,6 +188,8 @@ class Backbone:
             node.meta.pop("stack_trace", None)
         torch.export.save(self.program, folder / PROGRAM_FILE)
         self.description.save(folder / DESCRIPTION_FILE)
+        if self.description.detector is not None:
+            save_tail(self.description.detector, folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> Backbone:
@@ -183,6 +199,8 @@ class Backbone:
             ArchiveError: the files are damaged or of a newer format.
         """
         description = BackboneDescription.load(folder / DESCRIPTION_FILE)
+        if description.detector is not None:  # which the program calls
+            load_tail(description.detector, folder, description.input_shape)
         program = load_program(folder / PROGRAM_FILE)
         if torch.device(device).type != "cpu":
             program = move_to_device_pass(program, torch.device(device))

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.errors import GraphError
-from early_exit.handler.graph import find_cuts
+from early_exit.handler.graph import beside, find_cuts
 
 MIN_COST_LEFT = 0.05
 """A layer with less than this share of the FLOPs after it saves too little to be a candidate."""
@@ -79,7 +79,9 @@ def discover_layers(
         raise GraphError("the backbone has no convolution, matrix product or attention whose cost could be saved")
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     spent = dict(zip(order, _running_share(flops.values(), total)))
-    cuts = {cut.value for cut in find_cuts(module) if not cut.others}
+    # A detector's pyramid reads several stages: what it still needs travels beside the value that a head reads.
+    several = bool(beside(module.graph.output_node().all_input_nodes[0]))
+    cuts = {cut.value for cut in find_cuts(module) if several or not cut.others}
     layers: list[CandidateLayer] = []
     left_out: list[LeftOut] = []
     calls: Counter[str] = Counter()

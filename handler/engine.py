@@ -103,7 +103,7 @@ def _integers(x: Tensor) -> tuple[Tensor, Read]:
     return (x * 255).byte(), Tensor.float
 
 
-DEFAULT_ENGINE = "folded"
+DEFAULT_ENGINE, EAGER = "folded", "eager"
 INT8 = "openvino-int8"
 ENGINES = {engine.name: engine for engine in (
     Engine("folded", _folded, _channels_last, is_exact=True, max_probe_error=1e-3),

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.node import Argument
 
 from early_exit.handler.errors import GraphError
-from early_exit.handler.graph import batch_size, inputs_of, is_batch_first, tensor_of
+from early_exit.handler.graph import batch_size, inputs_of, is_batch_first, keep_beside, tensor_of
 from early_exit.handler.signature import InputSpec, OutputSpec
 
 
@@ -111,6 +111,7 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     # Tensors in, one tensor out, whatever structures the program was exported with.
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)
+    keep_beside(scores[0])
     # A plain module: the one that torch.export returns forbids eval(), which every handler calls.
     return fx.GraphModule(module, module.graph)
 

@@ -56,8 +56,8 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     Returns:
         len(boundaries) + 1 graph modules. Each takes the tensors that travel to it as arguments, the first stage
         the backbone's inputs, and returns a tuple of those that travel on, first the one that a head reads; the
-        last returns a tuple of the scores alone. Chained they compute exactly what `module` computes, for any
-        number of rows, and the rows may become fewer between two stages.
+        last returns a tuple of the scores and what is beside them, such as a detector's boxes. Chained they compute
+        exactly what `module` computes, for any number of rows, and the rows may become fewer between two stages.
 
     Raises:
         GraphError: a boundary is not a cut of this graph.
@@ -72,7 +72,7 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     if not isinstance(scores, fx.Node):
         raise GraphError(f"expected a backbone that returns one tensor of scores, found {scores}")
     starts = [known.inputs, *(cut.live for cut in cuts)]
-    ends = [*starts[1:], (scores,)]
+    ends = [*starts[1:], (scores, *beside(scores))]
     return [known.stage(start, end) for start, end in zip(starts, ends)]
 
 
@@ -223,6 +223,26 @@ def batch_size(graph: fx.Graph) -> int | torch.SymInt:
     """Return the number of rows that the graph was exported for: a symbol where it may be any."""
     size: int | torch.SymInt = inputs_of(graph)[0].meta["val"].shape[0]
     return size
+
+
+def keep_beside(scores: fx.Node) -> None:
+    """Give names to what the operation that makes the scores returns beside them, which an export drops."""
+    if scores.target is not operator.getitem:
+        return
+    source = scores.all_input_nodes[0]
+    known = {user.args[1] for user in source.users}
+    with scores.graph.inserting_after(scores):
+        for index, value in enumerate(source.meta["val"]):
+            if index not in known:
+                node = scores.graph.call_function(operator.getitem, (source, index))
+                node.meta = {**scores.meta, "val": value}
+
+
+def beside(scores: fx.Node) -> tuple[fx.Node, ...]:
+    """Return what the operation that makes the scores returns beside them: a row per item, too."""
+    if scores.target is not operator.getitem:
+        return ()
+    return tuple(node for node in scores.all_input_nodes[0].users if node is not scores)
 
 
 def index_limits(module: fx.GraphModule) -> dict[str, int]:

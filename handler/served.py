@@ -17,7 +17,8 @@ from early_exit.handler.benefit import Benefit
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.compiled import read_and_pool
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
+from early_exit.handler.detector import images_of
+from early_exit.handler.engine import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout
@@ -103,6 +104,9 @@ class ServedModel(nn.Module):
         """How a batch gets through the stages."""
         self.engine = engine_of(engine)
         self.engine_identity = self.engine.identity(backbone.folder)
+        if self.description.detector is not None and self.engine.name not in (DEFAULT_ENGINE, EAGER):
+            raise ConfigError(f"a detector is executed by {DEFAULT_ENGINE} or {EAGER}, found early_exit.engine "
+                              f"{self.engine.name!r}")
         if plan is not None:
             require_engine(plan, self.engine_identity)
         # The backbone itself is not kept: an engine may have its own copy of the weights.
@@ -166,7 +170,13 @@ class ServedModel(nn.Module):
             served = self.run(inputs, shadow, self._anytime(inputs))
         self._calls.served.append(served)
         self._calls.is_computing = False
-        return self.description.output.output(served.answers.outputs)
+        return self._as_the_users(served.answers)
+
+    def _as_the_users(self, answers: Answers) -> Any:
+        """Return answers as the user's model returns its own."""
+        if self.description.detector is not None:
+            return images_of(self.description.detector, answers)
+        return self.description.output.output(answers.outputs)
 
     def _anytime(self, inputs: Live) -> Tensor | None:
         """Return which rows ask for every exit's opinion; rows are requests where the handler makes one of each."""
@@ -209,7 +219,7 @@ class ServedModel(nn.Module):
         live = inputs
         for part in self._parts if self._original is None else [self._original]:
             live = part(*live)
-        [scores] = live
+        scores = live[0]
         if not scores.requires_grad:
             raise InputError(f"an explanation needs gradients, which the engine {self.engine.name} does not compute")
         return scores

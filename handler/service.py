@@ -15,6 +15,7 @@ import torch
 from early_exit.handler.allocator import return_freed_memory
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import EARLY, ServingConfig
+from early_exit.handler.detections import with_nulls
 from early_exit.handler.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import load_inner_handler
@@ -64,6 +65,8 @@ class EarlyExitService:
         """Return one response per request, in order; with early answers some requests are left for later calls."""
         responses = self._respond(data, context)
         for item, response in enumerate(responses):
+            if self.model.description.detector is not None:
+                responses[item] = with_nulls(response)
             if response is UNANSWERED:
                 del context.request_ids[item]  # TorchServe answers those that are in there
                 responses[item] = None

@@ -62,6 +62,9 @@ class Answers:
     """(A,) int64: rows that asked for every exit's opinion, so they ran to the end too."""
     opinions: Mapping[int, Tensor]
     """By stage, and by `FULL` for the whole backbone, the (A, K) scores that they would have got there."""
+    beside: Live = ()
+    """What the backbone returned beside the scores: (W, ...) for the rows that left nowhere, in order; none where all
+    left."""
 
 
 def run_with_exits(
@@ -89,6 +92,7 @@ def run_with_exits(
     answered: list[int] = []  # the rows of the pieces, one after the other
     opinions: dict[int, Tensor] = {}
     seconds: list[float] = []
+    beside: Live = ()
     live = list(inputs)
     del inputs
     for number, stage in enumerate(stages):
@@ -116,6 +120,7 @@ def run_with_exits(
     else:
         wait = [row for row in rows if waits[row]]
         pieces.append(_take(live[0], rows, wait))
+        beside = tuple(_take(x, rows, wait) for x in live[1:])
         answered += wait
     outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if answered != sorted(answered):
@@ -125,7 +130,7 @@ def run_with_exits(
         opinions[FULL] = _take(live[0], rows, anytime_rows)
     stages_taken, shadows, anytimes = (torch.tensor(numbers, dtype=torch.int64, device=device)
                                        for numbers in (left_after, shadow_rows, anytime_rows))
-    return Answers(outputs, stages_taken, shadows, reference, tuple(seconds), anytimes, opinions)
+    return Answers(outputs, stages_taken, shadows, reference, tuple(seconds), anytimes, opinions, beside)
 
 
 def decide(exit_: Exit, x: Tensor, waiting: Sequence[bool]) -> tuple[Tensor, list[int]]:

@@ -38,6 +38,8 @@ class Journey:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """(K,) scores by row, as far as they are known."""
     left_after: dict[int, int] = field(default_factory=dict)
+    beside: dict[int, Live] = field(default_factory=dict)
+    """By row that left nowhere."""
     reference: dict[int, Tensor] = field(default_factory=dict)
     pooled: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     """By stage and shadow row."""
@@ -59,7 +61,8 @@ class Journey:
         return Answers(
             outputs, torch.tensor(left_after, device=outputs.device), _rows(shadow, outputs),
             torch.stack([self.reference[row] for row in shadow]) if shadow else outputs[:0], tuple(self.seconds),
-            _rows(anytime, outputs), _stacked(self.opinions))
+            _rows(anytime, outputs), _stacked(self.opinions),
+            tuple(torch.stack(rows) for rows in zip(*(self.beside[row] for row in sorted(self.beside)))))
 
     def activations(self) -> dict[int, Tensor]:
         """Return by stage what was recorded of the (S, ...) shadow rows."""
@@ -145,9 +148,10 @@ class StepwiseRun:
             journey.pooled.setdefault(number, {})[row] = activation
         stay = [] if is_last else [position for position, (journey, row) in enumerate(rows) if journey.travels_on(row)]
         if is_last:
-            for (journey, row), scores in zip(rows, live[0]):
+            for (journey, row), scores, *beside in zip(rows, *live):
                 if row not in journey.outputs:
                     journey.outputs[row], journey.left_after[row] = scores, FULL
+                    journey.beside[row] = tuple(beside)
                 if journey.shadow[row]:
                     journey.reference[row] = scores
                 if journey.anytime[row]:

@@ -182,8 +182,8 @@ def _flops(judged: Judged, heads: list[dict[str, Any]], backbone: BackboneDescri
 def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], taken: Tensor,
                flops_ratio: float) -> tuple[Resources, Resources]:
     """Return what the model needs without exits and with them."""
-    held = [*backbone.graph.parameters(), *backbone.graph.buffers()]
-    parameters, size = sum(p.numel() for p in backbone.graph.parameters()), sum(tensor.nbytes for tensor in held)
+    held = [*backbone.parameters(), *backbone.graph.buffers()]
+    parameters, size = sum(p.numel() for p in backbone.parameters()), sum(tensor.nbytes for tensor in held)
     flops = backbone.description.flops
     whole = engine_of(plan.engine).unsplit(backbone)
     plain = Resources(flops, parameters, size, ltma(whole, backbone.description.probe_inputs()))

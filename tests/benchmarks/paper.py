@@ -93,7 +93,8 @@ class Bench:
 
     @classmethod
     def prepare(cls, subject: Subject, folder: Path, n_trials: int) -> Bench:
-        are_images = subject.inputs.dim() == 4
+        # A detector takes too long to replay everything several times.
+        are_images = subject.inputs.dim() == 4 and subject.backbone.description.detector is None
         options = TrainingOptions(search=Search(n_trials), batch_size=BATCH, replay=Replay() if are_images else None)
         backbone = subject.backbone
         shards = find_shards(subject.records, "model", backbone.description)

@@ -58,7 +58,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
     before = (full.argmax(dim=1) == subject.truth).double().mean().item()
     accuracy = (classes == subject.truth).double().mean().item()
     left = taken != FULL
-    parameters = sum(p.numel() for p in subject.backbone.graph.parameters())
+    parameters = sum(p.numel() for p in subject.backbone.parameters())
     binary = {} if full.shape[1] > 2 else {"auc": _auc(outputs, subject.truth), "auc_before": _auc(full, subject.truth)}
     return {
         "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy, **binary,

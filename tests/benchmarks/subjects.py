@@ -14,7 +14,7 @@ from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.training.requests import preprocessing
-from tests.benchmarks import faces, recommender, transformer
+from tests.benchmarks import faces, recommender, scenes, transformer
 from tests.support import digits
 from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights
 from tests.support.original import factory_request, original_mar
@@ -96,9 +96,19 @@ def vit(folder: Path) -> Subject:
                     [one.label for one in requests], n_recorded=transformer.N_TRAFFIC // 2)
 
 
+def mask_rcnn(folder: Path) -> Subject:
+    """A Mask R-CNN trained here, and scenes that it has not seen; what counts is their most confident object."""
+    bodies, labels = scenes.traffic()
+    mar = original_mar(folder / "original", "scenes", "scene_detector.py", "object_detector",
+                       scenes.trained().state_dict(), CONFIG)
+    asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, scenes.SIDE, scenes.SIDE))
+    return _subject(folder, "Mask R-CNN (ResNet-18)", "composed scenes", asked, bodies, labels,
+                    n_recorded=scenes.N_TRAFFIC * 2 // 3)
+
+
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "resnet18": resnet18, "resnet56": resnet56, "efficientnet": efficientnet, "vit": vit,
-    "mobilefacenet": mobilefacenet, "dlrm": dlrm}
+    "mobilefacenet": mobilefacenet, "dlrm": dlrm, "mask-rcnn": mask_rcnn}
 
 
 def _cifar(folder: Path, name: str, model_file: str, weights: str) -> Subject:

@@ -1,7 +1,9 @@
-"""Models that read no images, through a real TorchServe: records of counts and categories, and texts with a mask."""
+"""Models that classify no single image, through a real TorchServe: records of counts and categories, texts with a mask,
+and a detector of objects."""
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -9,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.detector import backbone_of_detector
 from early_exit.archiver.server import TorchServe
+from early_exit.handler.plan import save_plan
 from early_exit.handler.records import list_shards, read_shard
 from early_exit.handler.signature import InputSpec
 from tests.conftest import WORKERS
 from tests.support.client import failed, send
+from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.criteo import encode, from_json
 from tests.support.models.dlrm import DLRM
 from tests.support.models.text_classifier import TextClassifier
@@ -31,16 +37,18 @@ CLICKS: list[dict[str, Any]] = [
     for number in range(24)]
 TEXTS = [("early exits answer easy texts soon " * 2)[number:number + number % 15 + 2] for number in range(24)]
 
+SCENE = (3, 96, 96)
+
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
-    return {"clicks": DLRM().eval(), "texts": TextClassifier().eval()}
+    return {"clicks": DLRM().eval(), "texts": TextClassifier().eval(), "scenes": sure_detector()}
 
 
 @pytest.fixture(scope="module")
 def server(models: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """Both models: clicks record and answer in full, texts have exits."""
+    """All models: clicks record and answer in full, texts and scenes have exits."""
     folder = tmp_path_factory.mktemp("inputs")
     store, config = folder / "store", WORKERS.format(n=1) + "  sampling_rate: 1.0\n"
     request = folder / "click.json"
@@ -53,6 +61,12 @@ def server(models: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPath
                                               config, extra_files=["criteo.py"], input_shape=(39,), request=request)),
                 build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder,
                                                                                    threshold=0.6)))]
+    scenes = original_mar(folder / "scenes", "scenes", "small_detector.py", "object_detector",
+                          models["scenes"].state_dict(), config)
+    backbone = backbone_of_detector(models["scenes"], SCENE, None, 1, "small_detector.py")
+    save_plan(folder / "scenes", *one_exit(backbone, threshold=0.8))
+    archives.append(build_archive(ArchiveRequest(str(scenes), store, input_shape=SCENE,
+                                                 plan=folder / "scenes" / "plan.json")))
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[one.name for one in archives]) as running:
         yield running
@@ -97,3 +111,29 @@ def test_texts_leave_early_and_the_others_get_the_models_own_answers(
     for reply, scores in zip(replies, expected.tolist()):
         if reply.exit == "full":
             assert json.loads(reply.body)["scores"] == pytest.approx(scores, abs=1e-4)
+
+
+@torch.no_grad()
+def test_scenes_that_leave_early_have_no_box_and_the_others_the_models_own(
+        server: TorchServe, models: dict[str, torch.nn.Module]) -> None:
+    scenes = images(24, SCENE)
+    replies = send(server, "scenes", [_png(scene) for scene in scenes])
+    assert failed(replies) == 0
+    exits = [reply.exit for reply in replies]
+    assert 0 < exits.count("full") < len(exits)
+    for reply, scene in zip(replies, scenes):
+        objects = json.loads(reply.body)
+        if reply.exit == "full":
+            [expected] = models["scenes"]([(scene * 255).round() / 255])
+            for found, label, box in zip(objects, expected["labels"].tolist(), expected["boxes"].tolist()):
+                assert found[str(label)] == pytest.approx(box, abs=0.1)
+            assert len(objects) == (expected["scores"] >= 0.5).sum()
+        else:
+            assert len(objects) <= 1 and all(box is None for one in objects for name, box in one.items()
+                                             if name != "score")
+
+
+def _png(image: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    to_pil_image((image * 255).round().byte()).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,166 @@
+"""A detector with exits: whole answers are its own, early ones a class without a box."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.models import resnet18
+from torchvision.models.detection import keypointrcnn_resnet50_fpn
+
+from early_exit.archiver.detector import backbone_of_detector, is_detector
+from early_exit.handler import detector as known
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.detections import CERTAIN, Strategy, class_scores, with_nulls
+from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
+from early_exit.handler.served import ServedModel
+from early_exit.handler.stages import FULL
+from early_exit.handler.stepwise import StepwiseRun
+from tests.support.detector import images, one_exit, sure_detector
+from tests.support.models.small_detector import SmallDetector
+from tests.support.original import MODELS
+
+SHAPE = (3, 90, 128)
+"""Scaled to 96 x 136, and padded to 96 x 160."""
+Detected = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def detector() -> SmallDetector:
+    return sure_detector()
+
+
+@pytest.fixture(scope="module")
+def backbone(detector: SmallDetector) -> Backbone:
+    return backbone_of_detector(detector, SHAPE, None, 1, "small_detector.py")
+
+
+def require_same(found: Detected, expected: Detected, tolerance: float = 1e-3) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("engine", ["eager", "folded"])
+@torch.no_grad()
+def test_without_exits_all_detections_are_the_detectors_own(detector: SmallDetector, backbone: Backbone,
+                                                           engine: str) -> None:
+    served = ServedModel(backbone, engine=engine, record_layers=100)
+    assert len(served.layers) >= 2, "cut where several maps travel"
+    for count in (1, 3):
+        batch = images(count, SHAPE)
+        expected = detector(list(batch))
+        assert all(len(one["boxes"]) for one in expected)
+        for found, own in zip(served(batch), expected):
+            require_same(found, own)
+    assert len(backbone.description.candidates) + len(backbone.description.left_out) >= 11, "stages are looked into"
+
+
+@torch.no_grad()
+def test_who_leaves_early_gets_a_class_and_the_others_their_own_boxes(detector: SmallDetector,
+                                                                     backbone: Backbone) -> None:
+    plan, heads = one_exit(backbone, threshold=0.8)
+    served = ServedModel(backbone, plan, heads, sampling_rate=0.3)
+    batch = images(24, SHAPE)
+    expected = detector(list(batch))
+    found = served(batch)
+    stages = served.take_served()[0].answers.stages.tolist()
+    assert 0 < stages.count(FULL) < len(batch), "some leave and some stay"
+    for stage, one, own in zip(stages, found, expected):
+        if stage == FULL:
+            require_same(one, own)
+        else:
+            assert one["boxes"].isnan().all() and one["masks"].isnan().all()
+            assert len(one["labels"]) == len(one["scores"]) == len(one["boxes"]) == len(one["masks"]) <= 1
+
+
+@torch.no_grad()
+def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None:
+    plan, heads = one_exit(backbone, threshold=0.8)
+    served = ServedModel(backbone, plan, heads)
+    stepwise = StepwiseRun([served.stages])
+    calls = [images(count, SHAPE, seed=count) for count in (3, 1, 4)]
+    journeys = []
+    for batch in calls:
+        journeys.append(stepwise.enter((batch,), torch.zeros(len(batch), dtype=torch.bool)))
+        stepwise.run_stage()
+    while any(journey.n_travelling for journey in journeys):
+        stepwise.run_stage()
+    spec = backbone.description.detector
+    assert spec is not None
+    for batch, journey in zip(calls, journeys):
+        for one, expected in zip(known.images_of(spec, journey.answers()), served(batch)):
+            for name, value in expected.items():
+                torch.testing.assert_close(one[name], value, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+@torch.no_grad()
+def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
+        backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ServedModel(backbone)(images(2, SHAPE))
+    folder = tmp_path / "early_exit"
+    folder.mkdir()
+    backbone.save(folder)
+    source = (MODELS / "small_detector.py").read_text()
+    (tmp_path / "small_detector.py").write_text(source)
+    monkeypatch.setattr(known, "_tails", {})  # as in another process
+    for found, own in zip(ServedModel(Backbone.load(folder))(images(2, SHAPE)), expected):
+        require_same(found, own, 1e-5)
+    monkeypatch.setattr(known, "_tails", {})
+    (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
+    with pytest.raises(ArchiveError, match="not what the archive was made with"):
+        Backbone.load(folder)
+    (tmp_path / "small_detector.py").write_text(source.replace("num_classes=4", "num_classes=5"))
+    with pytest.raises(ArchiveError, match="cannot make the detector of small_detector.py: RuntimeError"):
+        Backbone.load(folder)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.floats(0.05, 1.0)), max_size=6), st.sampled_from(Strategy))
+def test_the_class_of_an_image_is_that_of_the_strategy(found: list[tuple[int, float]], strategy: Strategy) -> None:
+    labels = torch.tensor([label for label, _ in found], dtype=torch.int64)
+    scores = torch.tensor([score for _, score in found], dtype=torch.float64)
+    classes = class_scores(labels, scores, 4, strategy, pedestrian=2)
+    assert classes.sum().item() == pytest.approx(1) and (classes >= 0).all()
+    certain = [(label, score) for label, score in found if score >= CERTAIN]
+    best = max(found, key=lambda one: one[1], default=(0, 0.0))
+    if strategy is Strategy.PEDESTRIAN:
+        assert classes[1].item() == pytest.approx(max((score for label, score in found if label == 2), default=0.0))
+    elif not certain:
+        assert classes.argmax() == 0 or best[1] == pytest.approx(CERTAIN)
+    elif strategy is Strategy.OBJECT:
+        assert classes[best[0]] == classes.amax()
+    else:
+        sums = [sum(score for label, score in certain if label == one) for one in (1, 2, 3)]
+        assert classes[1:].tolist() == pytest.approx([one / (sum(sums) + 1 - best[1]) for one in sums])
+
+
+def test_a_pedestrian_is_answered_with_the_label_of_pedestrians(detector: SmallDetector) -> None:
+    backbone = backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 3, "small_detector.py")
+    assert backbone.description.n_classes == 2
+    plan, heads = one_exit(backbone, threshold=0.0)
+    labels = [one["labels"].tolist() for one in ServedModel(backbone, plan, heads)(images(24, SHAPE))]
+    assert {tuple(one) for one in labels} <= {(), (3,)}
+    with pytest.raises(GraphError, match="has the labels 1 to 3, found 4"):
+        backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 4, "small_detector.py")
+
+
+def test_what_is_no_such_detector_is_refused_with_what_is(backbone: Backbone) -> None:
+    assert is_detector(SmallDetector()) and not is_detector(resnet18())
+    with pytest.raises(GraphError, match="finds keypoints: expected a Faster R-CNN or a Mask R-CNN"):
+        backbone_of_detector(keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None), SHAPE, None, 1, "x.py")
+    with pytest.raises(GraphError, match="pass --input-shape"):
+        backbone_of_detector(SmallDetector(), None, None, 1, "x.py")
+    with pytest.raises(ConfigError, match="executed by folded or eager"):
+        ServedModel(backbone, engine="openvino")
+
+
+def test_json_has_null_where_there_is_no_box() -> None:
+    nan = float("nan")
+    response = [{"person": [nan] * 4, "score": 0.75}, {"car": [1.0, 2.0, 3.0, 4.0], "mask": [[[nan]]], "x": [None]}]
+    assert with_nulls(response) == [{"person": None, "score": 0.75},
+                                    {"car": [1.0, 2.0, 3.0, 4.0], "mask": None, "x": [None]}]
+    assert with_nulls([]) == [] and with_nulls("nan") == "nan"

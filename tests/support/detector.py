@@ -1,0 +1,38 @@
+"""A detector that sees something without having been trained, images for it, and an exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.head import Head
+from early_exit.handler.plan import ExitPlan
+from tests.support.models.small_detector import SmallDetector
+from tests.support.plans import random_exits
+
+
+def sure_detector() -> SmallDetector:
+    torch.manual_seed(0)
+    model = SmallDetector().eval()
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight *= 30
+    return model
+
+
+def images(count: int, shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Return patches of colour, more or less contrasted: no two images are alike to an untrained network."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.rand(count, 3, 5, 7, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    return functional.interpolate(patches, size=tuple(shape[1:]), mode="nearest")
+
+
+def one_exit(backbone: Backbone, threshold: float) -> tuple[ExitPlan, dict[str, Head]]:
+    """Return the first of some untrained exits: the others would let everyone go."""
+    plan, heads = random_exits(backbone, threshold=threshold)
+    first = plan.exits[0].layer
+    return replace(plan, exits=plan.exits[:1]), {first: heads[first]}
