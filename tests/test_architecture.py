@@ -16,7 +16,8 @@ MAY_IMPORT = {
 IN_A_WORKER = {"torch", "safetensors", "ts"}
 """What the handler may import besides the standard library: all that stock TorchServe needs is safetensors."""
 
-OF_AN_ENGINE = {"openvino_engine.py": {"openvino"}}
+OF_SOME = {"openvino_engine.py": {"openvino"}, "detector.py": {"torchvision"}, "detections.py": {"torchvision"}}
+"""And what an engine or a kind of model needs besides."""
 
 IN_THE_GATEWAY = {"starlette", "uvicorn", "httpx", "prometheus_client"}
 
@@ -39,12 +40,12 @@ def test_imports_point_one_way(package: str) -> None:
         assert ours <= MAY_IMPORT[package], f"{file.name} imports {sorted(ours - MAY_IMPORT[package])}"
 
 
-def test_the_handler_needs_nothing_but_torch_and_safetensors_unless_an_engine_is_asked_for_that_does() -> None:
+def test_the_handler_needs_nothing_but_torch_and_safetensors_unless_an_engine_or_a_detector_does() -> None:
     import sys
 
     for file in (ROOT / "handler").glob("*.py"):
         others = {name.split(".")[0] for name in imported_modules(file)} - set(sys.stdlib_module_names) - {"early_exit"}
-        may = IN_A_WORKER | OF_AN_ENGINE.get(file.name, set())
+        may = IN_A_WORKER | OF_SOME.get(file.name, set())
         assert others <= may, f"{file.name} imports {sorted(others - may)}"
 
 

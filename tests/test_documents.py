@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from model_archiver.arg_parser import ArgParser  # a dependency of the extra [serve]
+from model_archiver.model_archiver_config import ModelArchiverConfig
 
 from early_exit.archiver.cli import _parser as archive_parser
 from early_exit.archiver.cli import _show_parser as show_parser
@@ -51,7 +51,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 KNOWN = {"ee-archive": options_of(archive_parser()) | options_of(show_parser()), "ee-serve": options_of(serve_parser()),
          "ee-train": options_of(train_parser()) | options_of(report_parser()), "ee-roll": options_of(roll_parser()),
          "ee-watch": options_of(watch_parser()), "ee-gateway": options_of(gateway_parser()),
-         "torch-model-archiver": options_of(ArgParser.export_model_args_parser())}
+         "torch-model-archiver": {"--" + field.name.replace("_", "-") for field in fields(ModelArchiverConfig)}}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

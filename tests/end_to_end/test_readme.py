@@ -114,14 +114,14 @@ def test_the_tutorial_works_as_it_stands(tmp_path: Path) -> None:
                tmp_path / "weights.pth")
     reader = Reader(TUTORIAL, tmp_path, instead={},
                     more={"ee-archive photos.mar": f"--config {sealing_soon(tmp_path)}",
-                          "ee-train records": "--search none --layers 3"})
+                          "ee-train records": "--search none --layers 3"},
+                    elsewhere={"ee-train report": "the README's walk"})
     reader.check("torch-model-archiver")
     reader.check("ee-archive photos.mar")
     with reader.running(reader.follow("ee-serve")):
         reader.check("KEY=")
         time.sleep(4)
         reader.check("ee-train records")
-        reader.check("ee-train report")
         reader.check("ee-archive model-store/photos-2.0.mar --plan")
         reader.check("ee-roll")
         [reply] = send(server_at(reader), "photos", [striped(7)])
