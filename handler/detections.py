@@ -52,7 +52,7 @@ def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, found:
     """Return for each image what a detector of torchvision returns.
 
     An image that left early has one object, or none where its label is 0: with label and score, and NaN for its box and
-    its mask.
+    its mask. The score is at least what a detection must have to count, so that no handler drops it.
 
     Args:
         stages: for each of B images where it left, `FULL` if it did not.
@@ -81,7 +81,7 @@ def _in_full(found: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
 
 def _early(label: Tensor, confidence: Tensor, size: tuple[int, int], *,
            has_mask: bool) -> dict[str, Tensor]:
-    label, confidence = label[label > 0], confidence[label > 0]
+    label, confidence = label[label > 0], confidence[label > 0].clamp_min(CERTAIN)
     detected = {"boxes": confidence.new_full((len(label), 4), torch.nan), "labels": label, "scores": confidence}
     if has_mask:
         detected["masks"] = confidence.new_full((len(label), 1, *size), torch.nan)
