@@ -23,11 +23,11 @@ from tests.support.cifar import data_folder, load_requests
 from tests.support.models.scene_detector import SceneDetector
 
 SIDE = 128
-N_TRAFFIC = 3000
+N_TRAFFIC = 2000
 PERSON = 1
 _CIFAR_LABELS = {1: 2, 3: 3, 8: 4}
 """Automobile, cat, ship: the detector's labels after the person."""
-_N_STEPS, _BATCH = 500, 8
+_N_STEPS, _BATCH = 300, 8
 
 
 @dataclass(frozen=True)

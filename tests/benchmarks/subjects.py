@@ -103,7 +103,7 @@ def mask_rcnn(folder: Path) -> Subject:
                        scenes.trained().state_dict(), CONFIG)
     asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, scenes.SIDE, scenes.SIDE))
     return _subject(folder, "Mask R-CNN (ResNet-18)", "composed scenes", asked, bodies, labels,
-                    n_recorded=scenes.N_TRAFFIC * 2 // 3)
+                    n_recorded=scenes.N_TRAFFIC * 4 // 5)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {

@@ -14,4 +14,5 @@ class SceneDetector(MaskRCNN):
                                    [64, 128, 256, 512], 128)
         anchors = AnchorGenerator(((16,), (32,), (64,), (96,), (128,)), ((0.75, 1.0, 1.33),) * 5)
         super().__init__(backbone, num_classes=5, min_size=128, max_size=128, rpn_anchor_generator=anchors,
-                         rpn_post_nms_top_n_test=50, box_detections_per_img=10)
+                         rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200,
+                         rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=10)
