@@ -226,10 +226,10 @@ def batch_size(graph: fx.Graph) -> int | torch.SymInt:
 
 
 def keep_beside(scores: fx.Node) -> None:
-    """Give names to what the operation that makes the scores returns beside them, which an export drops."""
-    if scores.target is not operator.getitem:
+    """Give names to what an operation of ours that makes the scores returns beside them, which an export drops."""
+    source = _ours(scores)
+    if source is None:
         return
-    source = scores.all_input_nodes[0]
     known = {user.args[1] for user in source.users}
     with scores.graph.inserting_after(scores):
         for index, value in enumerate(source.meta["val"]):
@@ -239,10 +239,17 @@ def keep_beside(scores: fx.Node) -> None:
 
 
 def beside(scores: fx.Node) -> tuple[fx.Node, ...]:
-    """Return what the operation that makes the scores returns beside them: a row per item, too."""
+    """Return what an operation of ours that makes the scores returns beside them, with a row per item: detections."""
+    source = _ours(scores)
+    return () if source is None else tuple(node for node in source.users if node is not scores)
+
+
+def _ours(scores: fx.Node) -> fx.Node | None:
+    """Return the operation of this package that makes the scores and more, if one does."""
     if scores.target is not operator.getitem:
-        return ()
-    return tuple(node for node in scores.all_input_nodes[0].users if node is not scores)
+        return None
+    source = scores.all_input_nodes[0]
+    return source if getattr(source.target, "namespace", None) == "early_exit" else None
 
 
 def index_limits(module: fx.GraphModule) -> dict[str, int]:

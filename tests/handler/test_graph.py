@@ -50,6 +50,31 @@ def test_rows_may_leave_between_stages() -> None:
     torch.testing.assert_close(live, (model(x)[[1, 4]],))
 
 
+class Halved(nn.Module):
+    """Its scores are one of two results of an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.out(self.second(self.first(x).relu()).relu())
+        scores: Tensor = torch.ops.aten.native_dropout(x, 0.5, False)[0]
+        return scores
+
+
+@torch.no_grad()
+def test_scores_travel_alone_unless_a_detector_makes_them() -> None:
+    model = Halved().eval()
+    backbone = Backbone.from_module(model, (8,))
+    x = torch.randn(3, 8)
+    live = (x,)
+    for stage in split(backbone.graph, [layer.node for layer in backbone.description.candidates]):
+        live = stage(*live)
+    assert len(live) == 1
+    torch.testing.assert_close(live[0], model(x))
+
+
 class Skipping(nn.Module):
     """A skip over `inner` and one over everything after `first`."""
 
