@@ -26,6 +26,7 @@ from early_exit.handler.detections import Strategy, class_scores, detections
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import own_classes
 from early_exit.handler.stages import Answers
+from early_exit.handler.tails import TAILS
 
 TAIL_FILE = "detector.safetensors"
 
@@ -127,19 +128,16 @@ def _is_setting(value: object) -> bool:
         isinstance(value, dict) and bool(value) and all(isinstance(one, (int, float)) for one in value.values()))
 
 
-_tails: dict[str, Tail] = {}
-
-
 def register(tail: Tail) -> str:
     """Make a tail known to the graphs that call it; return its identity."""
     identity = tail.eval().identity()
-    _tails.setdefault(identity, tail)
+    TAILS.setdefault(identity, tail)
     return identity
 
 
 def images_of(spec: DetectorSpec, answers: Answers) -> list[dict[str, Tensor]]:
     """Return for each image of a batch what the user's detector returns, as far as it is known."""
-    tail = _tails[spec.tail]
+    tail = TAILS[spec.tail]
     confidence, classes = answers.outputs.max(dim=1)
     [found] = answers.beside or (answers.outputs[:0],)
     return detections(answers.stages.tolist(), spec.labels(classes), confidence, found, tail.size,
@@ -148,12 +146,12 @@ def images_of(spec: DetectorSpec, answers: Answers) -> list[dict[str, Tensor]]:
 
 def parameters_of(spec: DetectorSpec | None) -> list[nn.Parameter]:
     """Return the parameters of a tail, or none without a detector."""
-    return [] if spec is None else list(_tails[spec.tail].parameters())
+    return [] if spec is None else list(TAILS[spec.tail].parameters())
 
 
 def save_tail(spec: DetectorSpec, folder: Path) -> None:
     """Write the weights of a tail into the folder of its backbone."""
-    tensors = {name: tensor.contiguous() for name, tensor in _tails[spec.tail].state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in TAILS[spec.tail].state_dict().items()}
     save_file(tensors, folder / TAIL_FILE)
 
 
@@ -168,7 +166,7 @@ def load_tail(spec: DetectorSpec, folder: Path, shape: Sequence[int]) -> None:
     Raises:
         ArchiveError: the model file or the weights are not those of the archive.
     """
-    if spec.tail in _tails:
+    if spec.tail in TAILS:
         return
     file = folder.parent / spec.model_file
     sys.path.insert(0, str(file.parent))  # it may import the user's other files
@@ -201,7 +199,7 @@ def detect(maps: list[Tensor], tail: str, n_classes: int, n_found: int, n_number
     """
     if not len(maps[0]):
         return maps[0].new_zeros(0, n_classes), maps[0].new_zeros(0, n_found, n_numbers)
-    scores, found = _tails[tail].to(maps[0].device)(*maps)
+    scores, found = TAILS[tail].to(maps[0].device)(*maps)
     return scores, found
 
 
@@ -213,4 +211,5 @@ def _(maps: list[Tensor], tail: str, n_classes: int, n_found: int, n_numbers: in
 
 @register_flop_formula(torch.ops.early_exit.detect)
 def _flops(maps: list[Sequence[int]], tail: str, *args: object, **kwargs: object) -> int:
-    return _tails[tail].flops * maps[0][0]
+    of_an_image: int = TAILS[tail].flops
+    return of_an_image * maps[0][0]

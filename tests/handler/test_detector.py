@@ -13,13 +13,14 @@ from torchvision.models import resnet18
 from torchvision.models.detection import keypointrcnn_resnet50_fpn
 
 from early_exit.archiver.detector import backbone_of_detector, is_detector
-from early_exit.handler import detector as known
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.detections import CERTAIN, Strategy, class_scores, with_nulls
+from early_exit.handler.detector import images_of
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
 from early_exit.handler.served import ServedModel
 from early_exit.handler.stages import FULL
 from early_exit.handler.stepwise import StepwiseRun
+from early_exit.handler.tails import TAILS
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS
@@ -93,7 +94,7 @@ def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None
     spec = backbone.description.detector
     assert spec is not None
     for batch, journey in zip(calls, journeys):
-        for one, expected in zip(known.images_of(spec, journey.answers()), served(batch)):
+        for one, expected in zip(images_of(spec, journey.answers()), served(batch)):
             for name, value in expected.items():
                 torch.testing.assert_close(one[name], value, atol=1e-3, rtol=1e-3, equal_nan=True)
 
@@ -107,10 +108,12 @@ def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
     backbone.save(folder)
     source = (MODELS / "small_detector.py").read_text()
     (tmp_path / "small_detector.py").write_text(source)
-    monkeypatch.setattr(known, "_tails", {})  # as in another process
+    assert backbone.description.detector is not None
+    tail = backbone.description.detector.tail
+    monkeypatch.delitem(TAILS, tail)  # as in another process
     for found, own in zip(ServedModel(Backbone.load(folder))(images(2, SHAPE)), expected):
         require_same(found, own, 1e-5)
-    monkeypatch.setattr(known, "_tails", {})
+    del TAILS[tail]
     (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
     with pytest.raises(ArchiveError, match="not what the archive was made with"):
         Backbone.load(folder)
