@@ -81,7 +81,6 @@ class Tail(nn.Module):
         self.resized, self.padded = sizes_in(detector.transform, shape)
         self.n_labels: int = detector.roi_heads.box_predictor.cls_score.out_features
         self.n_found: int = detector.roi_heads.detections_per_img
-        self.n_classes = 2 if strategy is Strategy.PEDESTRIAN else self.n_labels
         self.flops = 0
         """Of one image."""
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work, options = (_report, _report_parser().parse_args(given[1:])) if given[:1] == ["report"] else (
         _train, _parser().parse_args(given))
     return run_command("ee-train", lambda: work(options),
-               when_interrupted="interrupted; the same command goes on where this one was")
+                       when_interrupted="interrupted; the same command goes on where this one was")
 
 
 def _train(options: argparse.Namespace) -> int:
