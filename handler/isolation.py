@@ -7,6 +7,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from early_exit.handler.anytime import who_asks
 from early_exit.handler.errors import InputError
 from early_exit.handler.inner import InnerHandler
@@ -62,9 +64,11 @@ def _call(items: tuple[int, ...], data: list[Any], context: Any, inner: InnerHan
 
 def _refuse(item: int, error: Exception, context: Any, model: ServedModel) -> Served:
     """Set an item's error status and return its JSON body."""
-    if isinstance(error, MemoryError) or "CUDA" in str(error):
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # By its type, never by its text, which may be a client's.
+    if isinstance(error, torch.AcceleratorError) or (out_of_memory and model.is_computing):
         raise error  # TorchServe answers these with 507 and knows what to do with the worker
-    reached_model = bool(model.take_served()) or model.is_computing
+    reached_model = bool(model.take_served()) or model.is_computing or out_of_memory
     code = getattr(error, "error_code", None)  # ts.utils.util.PredictionException carries its own
     if not isinstance(code, int):
         code = 500 if reached_model and not isinstance(error, InputError) else 400

@@ -25,6 +25,11 @@ class Numbers:
     def initialize(self, context: Any) -> None: ...
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
+        for item in data:
+            if item["body"] == "vast":
+                raise MemoryError("Unable to allocate 1 PiB")
+            if item["body"] == "CUDA":
+                CODES[item["body"]]
         batch = torch.stack([torch.tensor(item["body"]) for item in data])
         classes = self.model(batch).argmax(1).tolist()
         return [1 // (0 if item["body"][0] == 99.0 else 1) and number for item, number in zip(data, classes)]
@@ -45,11 +50,14 @@ def context_for(count: int) -> Any:
     return context
 
 
+CODES = {"CPU": 1}
 GOOD = [1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(("bad", "status", "message"), [
     ("text", 400, "TypeError"),                    # fails before the model
+    ("CUDA", 400, "KeyError: 'CUDA'"),             # the client's text, not the device's
+    ("vast", 500, "Unable to allocate"),           # its memory, not the worker's
     ([1.0, 2.0], 400, r"expected float32 input of shape \(4,\)"),  # does not fit the model
     ([99.0, 0.0, 0.0, 0.0], 500, "ZeroDivisionError"),             # fails after the model
 ])
