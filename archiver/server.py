@@ -54,7 +54,7 @@ class TorchServe:
             records: where handlers record unless their configuration says otherwise.
             models: .mar file names to load at the start.
             token_minutes: how long TorchServe's tokens are valid.
-            threads: of one worker, `default_threads()` by default.
+            threads: of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
         """
         self.model_store, self.state = model_store.resolve(), state.resolve()
         self.addresses = addresses
@@ -62,7 +62,7 @@ class TorchServe:
         self._records = records.resolve() if records else None
         self._models = list(models)
         self._token_minutes = token_minutes
-        self._threads = threads or default_threads()
+        self._threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> TorchServe:
@@ -114,7 +114,7 @@ class TorchServe:
         self._require_free_ports()
         (self.state / "config.properties").write_text(self._properties())
         (self.state / "log4j2.xml").write_text(_log_configuration(self.state / "logs"))
-        environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(self._threads), **os.environ,
+        environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
                        "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs")}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
         if self._records is not None:

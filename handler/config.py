@@ -70,7 +70,9 @@ class ServingConfig:
         for name in ("records_max_age_s", "seal_after_s"):
             _require(_is_number(getattr(self, name), int, float) and getattr(self, name) > 0, name,
                      "seconds above 0", getattr(self, name))
-        _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
+        # A list cannot be looked up in a dictionary, and True is 1.
+        _require(isinstance(self.engine, str) and self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}",
+                 self.engine)
         _require(self.answers in ANSWERS, "answers", f"one of {', '.join(ANSWERS)}", self.answers)
         _require(not isinstance(self.pool, bool) and self.pool in POOL_SIDES, "pool", f"one of {POOL_SIDES}", self.pool)
         _require(self.records is None or (isinstance(self.records, str) and Path(self.records).is_absolute()),
@@ -115,8 +117,14 @@ class ServingConfig:
         return 0.05 if has_exits else 1.0
 
     def records_folder(self) -> Path | None:
-        """Return where records go, or None when nothing is to be recorded."""
+        """Return where records go, or None when nothing is to be recorded.
+
+        Raises:
+            ConfigError: the environment names a folder relative to the worker's own, which goes when the worker goes.
+        """
         folder = self.records or os.environ.get(RECORDS_VARIABLE)
+        if folder and not Path(folder).is_absolute():
+            raise ConfigError(f"{RECORDS_VARIABLE}: expected an absolute path, found {folder!r}")
         return Path(folder) if folder else None
 
 

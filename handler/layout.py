@@ -58,7 +58,7 @@ def extract(mar: Path, folder: Path) -> None:
         with zipfile.ZipFile(mar) as archive:
             for name in archive.namelist():
                 path = PurePosixPath(name.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
                     raise ArchiveError(f"{mar} holds the entry {name!r}, which leaves the archive: refused")
             damaged = archive.testzip()
             if damaged is not None:

@@ -20,6 +20,7 @@ def test_a_missing_block_gives_the_defaults() -> None:
     ({"sampling_rate": 1.5}, "early_exit.sampling_rate .* fraction in .* found 1.5"),
     ({"sampling_rate": True}, "early_exit.sampling_rate"),
     ({"engine": "fast"}, "early_exit.engine .* expected one of folded, eager.*found 'fast'"),
+    ({"engine": ["folded"]}, r"early_exit.engine .* found \['folded'\]"),
     ({"pool": 3}, "early_exit.pool .* found 3"),
     ({"pool": True}, "early_exit.pool"),
     ({"layers": 0}, "early_exit.layers .* at least 1"),
@@ -47,3 +48,9 @@ def test_the_configured_folder_wins_over_the_environment(monkeypatch: pytest.Mon
     assert ServingConfig(records="/from/config").records_folder() == Path("/from/config")
     monkeypatch.delenv(RECORDS_VARIABLE)
     assert ServingConfig().records_folder() is None
+
+
+def test_a_folder_below_the_workers_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RECORDS_VARIABLE, "records")
+    with pytest.raises(ConfigError, match="EARLY_EXIT_RECORDS: expected an absolute path, found 'records'"):
+        ServingConfig().records_folder()
