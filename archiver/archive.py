@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import nn
 
 import early_exit.handler
 from early_exit.archiver.detector import PEDESTRIAN, backbone_of_detector, is_detector
+from early_exit.archiver.publish import publish, zip_folder
 from early_exit.archiver.quantize import quantize, recorded_inputs
 from early_exit.archiver.sample import image_input, model_input, sample_image
 from early_exit.archiver.source import eager_model, model_from_factory
@@ -32,7 +31,6 @@ from early_exit.handler.openvino_engine import PIECES
 from early_exit.handler.plan import build_heads, load_plan, save_plan
 from early_exit.handler.signature import InputSpec
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
 CONFIG_FILE = "model-config.yaml"
 
@@ -77,7 +75,8 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
         say: told what the user should know about the archive.
 
     Raises:
-        EarlyExitError: the source, the plan or the configuration cannot be used; nothing is published.
+        EarlyExitError: the source, the plan or the configuration cannot be used, or another archive has the name;
+            nothing is published.
     """
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch) / "archive")
@@ -95,7 +94,7 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
         kept = _set_aside(layout.root, weights, Path(scratch))
         with tempfile.TemporaryDirectory(dir=asked.to, prefix=".building-") as building:
             draft = Path(building) / target.name
-            _zip(layout.root, draft)
+            zip_folder(layout.root, draft)
             try:
                 validate(draft)
             except ArchiveError:
@@ -103,10 +102,10 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
                     raise
                 # A handler whose initialize() reads the weights itself needs them; then they are in twice.
                 shutil.move(kept, layout.root / weights)
-                _zip(layout.root, draft)
+                zip_folder(layout.root, draft)
                 validate(draft)
                 say(f"the handler reads {weights} itself, so the archive holds the weights twice")
-            draft.replace(target)
+            publish(draft, target)
     return target
 
 
@@ -285,16 +284,3 @@ def _sample_request(asked: ArchiveRequest, layout: ArchiveLayout, original: dict
     except ArchiveError:  # not a handler of images: the probe must do
         return None
     return image if shape == backbone.input_shape else None
-
-
-def _zip(folder: Path, target: Path) -> None:
-    """Zip a folder so that the same files give the same bytes; compiled Python is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # deflate differs between zlib versions
-        for path in files:
-            entry = zipfile.ZipInfo(str(path.relative_to(folder)), _EPOCH)
-            entry.external_attr = 0o644 << 16
-            with path.open("rb") as source, archive.open(entry, "w") as sink:
-                shutil.copyfileobj(source, sink)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -104,6 +104,21 @@ class Anything:
     """Stands for arbitrary code in a pickle."""
 
 
+def test_an_entry_without_a_name_is_refused(digits_mar: Path, tmp_path: Path) -> None:
+    evil = rewritten(digits_mar, tmp_path / "evil.mar", **{"./": b""})
+    with pytest.raises(ArchiveError, match=r"'\./', which leaves the archive"):
+        build_archive(ArchiveRequest(str(evil), tmp_path / "store", input_shape=SHAPE))
+
+
+def test_another_archive_of_that_name_is_not_replaced(recorder_mar: Path, tmp_path: Path) -> None:
+    made = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, version="7.0"))
+    before = made.read_bytes()
+    plan = write_plan(tmp_path / "run", recorder_mar)
+    with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar is there already .* pass another --version"):
+        build_archive(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan, version="7.0"))
+    assert made.read_bytes() == before
+
+
 def test_weights_with_anything_but_tensors_are_refused(digits_mar: Path, tmp_path: Path) -> None:
     torch.save({"fc.weight": Anything()}, tmp_path / "weights.pth")
     evil = rewritten(digits_mar, tmp_path / "evil.mar", **{"weights.pth": (tmp_path / "weights.pth").read_bytes()})
