@@ -30,11 +30,15 @@ def describe(mar: Path) -> dict[str, Any]:
         manifest = json.loads(layout.manifest.read_text())["model"]
         backbone = BackboneDescription.load(layout.folder / DESCRIPTION_FILE)
         plan: ExitPlan | None = load_plan(layout.plan)[0] if layout.plan.exists() else None
+        config = archived_config(layout)
+        serving = ServingConfig.from_model_config(config)
         return {
             "model": manifest["modelName"],
             "version": manifest["modelVersion"],
             "bytes": mar.stat().st_size,
-            "engine": ServingConfig.from_model_config(archived_config(layout)).engine,
+            "workers": config.get("minWorkers"),
+            "engine": serving.engine,
+            "answers": serving.answers,
             "handler": json.loads(layout.original_manifest.read_text())["model"]["handler"],
             "backbone": {
                 "sha256": backbone.sha256, "input_shape": backbone.input_shape,
@@ -44,6 +48,7 @@ def describe(mar: Path) -> dict[str, Any]:
                 "left_out": [layer.__dict__ for layer in backbone.left_out],
             },
             "plan": plan.to_json() if plan else None,
+            "plan_digest": plan.digest() if plan else None,
         }
 
 

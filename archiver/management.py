@@ -9,6 +9,7 @@ from typing import Any
 import requests
 
 from early_exit.archiver.addresses import Addresses, read_token
+from early_exit.handler.anytime import ANYTIME_HEADER
 from early_exit.handler.errors import ServerError
 from early_exit.handler.probe import PROBE_HEADER
 
@@ -29,6 +30,8 @@ class VersionStatus:
     pending_requests: int
     """In the version's queue; those that a worker has taken are not counted."""
     max_batch_delay_s: float
+    batch_size: int
+    """Most requests that a worker takes at once."""
     file_name: str
     """Of its archive in the model store."""
 
@@ -62,6 +65,11 @@ class Management:
         _require_ok(self._call("POST", f"{self._addresses.management}/models",
                                params={"url": file_name, "initial_workers": workers, "synchronous": "false"}))
 
+    def scale(self, model: str, version: str, workers: int) -> None:
+        """Let a version have so many workers; they start in the background."""
+        _require_ok(self._call("PUT", f"{self._addresses.management}/models/{model}/{version}",
+                               params={"min_worker": workers, "max_worker": workers, "synchronous": "false"}))
+
     def set_default(self, model: str, version: str) -> None:
         """Send the requests that name no version to this one from now on."""
         _require_ok(self._call("PUT", f"{self._addresses.management}/models/{model}/{version}/set-default"))
@@ -77,14 +85,20 @@ class Management:
         found: dict[str, Any] = _json(response)
         return found
 
-    def predict(self, model: str, version: str, body: bytes) -> bytes:
+    def predict(self, model: str, version: str, body: bytes, *, to_the_end: bool = False) -> bytes:
         """Return a version's answer to a request.
+
+        Args:
+            model: a served model.
+            version: registered.
+            body: of the request.
+            to_the_end: whether the request runs through the whole backbone, whatever the exits say.
 
         Raises:
             ServerError: it is not answered with 200.
         """
         response = self._call("POST", f"{self._addresses.inference}/predictions/{model}/{version}", key="inference",
-                              data=body)
+                              headers={ANYTIME_HEADER: "1"} if to_the_end else {}, data=body)
         _require_ok(response)
         return response.content
 
@@ -126,7 +140,7 @@ def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
         version=version["modelVersion"], is_default=version["modelVersion"] == default_version,
         n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in workers),
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
-        max_batch_delay_s=version["maxBatchDelay"] / 1000,
+        max_batch_delay_s=version["maxBatchDelay"] / 1000, batch_size=version["batchSize"],
         file_name=version["modelUrl"].rsplit("/", 1)[-1])
 
 

@@ -14,12 +14,15 @@ from typing import Any
 
 from early_exit.archiver.inspect import describe, sample_request
 from early_exit.archiver.management import Management, VersionStatus
-from early_exit.handler.errors import ServerError
+from early_exit.handler.config import EARLY
+from early_exit.handler.errors import ArchiveError, ServerError
 
 _POLL_S = 0.2
 LONGEST_BATCH_S = 5.0
-"""How long a worker may still work on the batch that it took before its queue was seen empty: TorchServe
+"""How long a worker may at least still work on the batch that it took before its queue was seen empty: TorchServe
 does not tell, and removing a version ends its workers."""
+_HASTE = 2
+"""How many times as long as one request after the other a batch may take, on a machine that is busy."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
             the archive's sample request.
         ready_limit_s: how long the new workers may take to start.
         drain_limit_s: how long the old version may take to answer what it has.
-        longest_batch_s: how long the old version's workers may take for one batch.
+        longest_batch_s: how long the old version's workers may take for one batch; longer where the request that
+            tries out the new version, run to the end, says so.
         say: told about each step.
 
     Raises:
@@ -65,15 +69,22 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
     old = next((one for one in served if one.is_default), None)
     started = time.monotonic()
     say(f"registering {model} {version}")
-    management.register(mar.name, workers=max(1, old.n_workers if old else 1))
+    management.register(mar.name, workers=1)
     try:
         _wait_until_ready(management, model, version, ready_limit_s)
+        if old is not None and contents["answers"] != EARLY and (workers := _scaled_to(old, mar.parent)):
+            management.scale(model, version, workers)
+            _wait_until_ready(management, model, version, ready_limit_s)
         ready_s = time.monotonic() - started
         say(f"ready after {ready_s:.1f} s")
         _require_same(contents, management.probe(model, version))
         sample = request if request is not None else sample_request(mar)
         if sample is not None:
             management.predict(model, version, sample)
+            asked = time.monotonic()
+            management.predict(model, version, sample, to_the_end=True)
+            if old is not None:
+                longest_batch_s = max(longest_batch_s, _HASTE * old.batch_size * (time.monotonic() - asked))
         management.set_default(model, version)
     except BaseException as error:
         _remove_quietly(management, model, version, say)
@@ -83,17 +94,45 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
     say(f"{version} is the default")
     switched = time.monotonic()
     if old is not None:
-        _drain(management, model, old, drain_limit_s, longest_batch_s)
-        management.unregister(model, old.version)
+        retire(management, model, old, drain_limit_s=drain_limit_s, longest_batch_s=longest_batch_s)
         say(f"{old.version} has answered everything and is removed")
     return RollReport(model, version, old.version if old else None, ready_s, time.monotonic() - switched,
                       old.file_name if old else None)
 
 
+def retire(management: Management, model: str, version: VersionStatus, *, drain_limit_s: float = 300.0,
+           longest_batch_s: float = LONGEST_BATCH_S) -> None:
+    """Remove a version that gets no requests any more once it has answered those that it got.
+
+    Args:
+        management: of the server.
+        model: served by it.
+        version: not the default.
+        drain_limit_s: how long it may take to answer what it has.
+        longest_batch_s: how long its workers may take for one batch.
+
+    Raises:
+        ServerError: it still has requests; it is left registered.
+    """
+    _drain(management, model, version, drain_limit_s, longest_batch_s)
+    management.unregister(model, version.version)
+
+
+def _scaled_to(old: VersionStatus, store: Path) -> int | None:
+    """Return the workers that a version was given while it served, if these are others than its archive asks for."""
+    archive = store / old.file_name
+    try:
+        asked = describe(archive)["workers"]
+    except ArchiveError:  # not one of ours, or not here
+        return None
+    return old.n_workers if old.n_workers and old.n_workers != (asked or 1) else None
+
+
 def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
     """Check that the server loaded this archive, not another file of that name in its model store."""
-    planned = [one["layer"] for one in (contents["plan"] or {"exits": []})["exits"]]
-    if probe.get("backbone") != contents["backbone"]["sha256"] or (probe["exits"] and probe["exits"] != planned):
+    # No plan is told where the configuration says "exits: false".
+    if (probe.get("backbone") != contents["backbone"]["sha256"]
+            or probe.get("plan") not in (None, contents["plan_digest"])):
         raise ServerError("the server loaded another archive of that name: is this one in its model store?")
 
 

@@ -33,7 +33,8 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
                            f"with the engine {model.engine.name}: {allowed:.0e}): the weights are damaged, or this "
                            "device computes differently")
     exits = [path for path, stage in zip(model.layers, model.stages) if stage.exit is not None]
-    return {"probe": "ok", "relative_error": error.item(), "backbone": model.description.sha256, "exits": exits}
+    return {"probe": "ok", "relative_error": error.item(), "backbone": model.description.sha256, "exits": exits,
+            "plan": model.plan.digest() if model.plan else None}
 
 
 def is_probe(headers: dict[str, str]) -> bool:

@@ -24,16 +24,19 @@ from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.errors import EarlyExitError, ServerError
+from early_exit.handler.plan import Certificate
 from early_exit.handler.records import list_shards, read_shard
-from tests.support.client import BackgroundLoad, failed, send
+from tests.support.client import BackgroundLoad, Reply, failed, send
 from tests.support.digits import traffic
+from tests.support.plans import write_plan
 
 pytestmark = pytest.mark.slow
 
 BODIES = [request.body for request in traffic(60, seed=15)]
 CLIENTS = 8
+RECORDS_PER_SHARD = 64
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 10\n"
-          "early_exit:\n  seal_after_s: 1\n  records_per_shard: 64\n")
+          f"early_exit:\n  seal_after_s: 1\n  records_per_shard: {RECORDS_PER_SHARD}\n")
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +93,11 @@ def default(management: Management) -> str:
 
 
 @contextlib.contextmanager
-def loaded(server: TorchServe, expected: list[str], *, may_fail: int = 0) -> Iterator[None]:
+def loaded(server: TorchServe, expected: list[str], *, may_fail: int = 0) -> Iterator[BackgroundLoad]:
     """Load the server from 8 clients while the block runs; then no answer was wrong, and few or none lost."""
     with BackgroundLoad(server, "digits", BODIES, clients=CLIENTS) as load:
         time.sleep(1)
-        yield
+        yield load
         time.sleep(1)
     assert failed(load.replies) <= may_fail, [reply for reply in load.replies if not reply.ok][:3]
     assert all(reply.top() == expected[reply.number] for reply in load.replies if reply.ok)
@@ -115,11 +118,22 @@ def test_the_management_api_asks_for_its_own_token(server: TorchServe) -> None:
 
 
 def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, expected: list[str]) -> None:
-    worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
-    with loaded(server, expected, may_fail=4):
-        os.kill(worker.pid, signal.SIGKILL)
+    """And the records that it had not written: less than a shard."""
+    records = server.state.parent / "records"
+    time.sleep(2.5)  # until those of before are on disk
+    before = n_records(records)
+    with loaded(server, expected, may_fail=4) as load:
+        kill_worker(server)
         time.sleep(3)
     wait_until_ready(server)
+    time.sleep(2.5)
+    answered = len(load.replies) - failed(load.replies)
+    assert answered - RECORDS_PER_SHARD <= n_records(records) - before <= answered + CLIENTS
+
+
+def kill_worker(server: TorchServe) -> None:
+    worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
+    os.kill(worker.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("damage", "message"), [("cut short", "cannot read|damaged"), ("too new", "format 999"),
@@ -223,13 +237,37 @@ def in_parallel(calls: list[object]) -> list[object]:
     return outcomes
 
 
-def test_when_the_second_server_fails_the_first_is_put_back(
+def test_when_the_second_server_fails_the_first_is_put_back_with_the_workers_it_had(
         server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
     before = default(management)
+    management.scale("digits", before, 2)  # its archive asks for one
     nobody = Management(Addresses.free(), None)
     with loaded(server, expected), pytest.raises(ServerError, match=f"no answer from .*\n.* was put back to {before}"):
         roll_all([management, nobody], store / "digits-6.0.mar", put_back=True, longest_batch_s=1.0)
-    assert default(management) == before
+    [status] = management.versions("digits")
+    assert (status.version, status.n_workers, status.n_ready) == (before, 2, 2)
+    management.scale("digits", before, 1)
+
+
+def test_a_roll_waits_for_batches_that_take_longer_than_it_was_told(
+        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+    for version in ("7.0", "8.0"):
+        rewrite(store / "digits-6.0.mar", store / "manifest.mar", "MAR-INF/MANIFEST.json",
+                lambda text, version=version: text.replace('"6.0"', f'"{version}"'))
+        rewrite(store / "manifest.mar", store / f"digits-{version}.mar", "digits_handler.py", slowed)
+    roll(management, store / "digits-7.0.mar", longest_batch_s=1.0)
+    with loaded(server, expected):
+        roll(management, store / "digits-8.0.mar", longest_batch_s=0.1)
+    assert default(management) == "8.0"
+
+
+def slowed(handler: str) -> str:
+    """Return the code of a handler that takes 0.4 s an image."""
+    assert "class DigitsClassifier" in handler
+    return handler + ("\n    def preprocess(self, data):\n"
+                      "        import time\n"
+                      "        time.sleep(0.4 * len(data))\n"
+                      "        return super().preprocess(data)\n")
 
 
 def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_started_with_and_can_be_rolled(
@@ -250,3 +288,28 @@ def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_start
         assert [reply.top() for reply in send(server, "digits", BODIES)] == expected
         roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)
         assert default(management) == "6.0"
+
+
+def test_exits_that_differ_too_often_are_given_up_and_stay_so_in_a_new_worker(
+        recorder_mar: Path, tmp_path: Path) -> None:
+    """Heads that were never trained, with a certificate that says that they may differ in 2 %."""
+    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (0.0, 1.0))
+    plan = write_plan(tmp_path / "run", recorder_mar, threshold=0.0, certificate=certificate)
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG + "  sampling_rate: 1.0\n")
+    (tmp_path / "store").mkdir()
+    build_archive(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="2.0", config=config))
+    with TorchServe(tmp_path / "store", tmp_path / "state", Addresses.free(), records=tmp_path / "records",
+                    models=["digits-2.0.mar"]) as server:
+        wait_until_ready(server)
+        first = send(server, "digits", BODIES[:8])
+        assert failed(first) == 0 and all(reply.exit != "full" for reply in first)
+        deadline = time.monotonic() + 60
+        while any(reply.exit != "full" for reply in send(server, "digits", BODIES)):
+            assert time.monotonic() < deadline, "no alarm"
+        kill_worker(server)
+        replies: list[Reply] = []
+        while not replies or failed(replies):
+            assert time.monotonic() < deadline, "the worker does not come back"
+            replies = send(server, "digits", BODIES[:8])
+        assert all(reply.exit == "full" for reply in replies)
