@@ -71,8 +71,8 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
         cache: folder for copies of records from URLs.
 
     Raises:
-        EarlyExitError: the server does not answer or serve the model, its archive is not one of ours, or a folder of
-            records cannot be read.
+        EarlyExitError: the server does not answer or serve the model, its archive is not one of ours, no folder of
+            records is there, or a monitor's state cannot be read.
     """
     versions = server.versions(model)
     served = next((one for one in versions if one.is_default), None)
@@ -81,7 +81,10 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
     archive = store / served.file_name
     _, backbone = read_archive(archive)
     plan = _plan(archive)
-    folders = local_folders(sources, cache)
+    folders = [folder for folder in local_folders(sources, cache) if folder.is_dir()]
+    if not folders:
+        raise RecordError(f"none of the records folders {', '.join(sources)} is there: pass those that the servers "
+                          "write to")
     try:
         shards = find_shards(folders, model, backbone)
     except RecordError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +15,10 @@ from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.audit import AUDIT_FILE, Audit, Event
 from early_exit.archiver.fleet import roll_all
 from early_exit.archiver.management import Management
+from early_exit.archiver.roll import retire
 from early_exit.archiver.standing import Standing, look
 from early_exit.archiver.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
-from early_exit.handler.errors import EarlyExitError, RecordError
+from early_exit.handler.errors import EarlyExitError, RecordError, ServerError
 from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.handler.plan import ExitPlan, build_heads, load_plan
 from early_exit.training.options import TrainingOptions
@@ -25,7 +28,8 @@ from early_exit.training.reassess import cost_on_run
 
 _TRIES = 3
 ROLLING, ROLLED, ROLL_FAILED = "rolling", "rolled", "roll failed"
-ACCEPTED, ROLLED_BACK = "accepted", "rolled back"
+ACCEPTED, TAKING_BACK, ROLLED_BACK = "accepted", "taking back", "rolled back"
+KEPT, TROUBLE = "kept", "trouble"
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Watcher:
         except Exception as error:  # one bad tick must not end the watch
             trouble = f"{type(error).__name__}: {error}"
             if trouble != self._trouble:
-                self._note("trouble", error=trouble)
+                with contextlib.suppress(OSError):  # the trouble may be the disk of the audit
+                    self._note(TROUBLE, error=trouble)
             self._trouble = trouble
 
     def look(self) -> Standing:
@@ -78,14 +83,14 @@ class Watcher:
         return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote")
 
     def trigger(self, standing: Standing) -> Trigger | None:
-        """Return why the plan is to be renewed; nothing while a new version is on trial."""
-        if self.on_trial(standing) is not None:
+        """Return why the plan is to be renewed; nothing while a new version is on trial or taken back."""
+        if self.on_trial(standing) is not None or self._taken_back_in_part() is not None:
             return None
         return fired(standing, self._audit, self._watched.terms, time.time())
 
     def on_trial(self, standing: Standing) -> Event | None:
         """Return the decision that brought the served version in, while it is not accepted yet."""
-        event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, ROLLED_BACK)
+        event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, TAKING_BACK, ROLLED_BACK)
         if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != standing.version:
             return None
         return event
@@ -93,14 +98,17 @@ class Watcher:
     def _tick(self) -> None:
         standing = self.look()
         self._note_clock(standing)
-        if (trial := self.on_trial(standing)) is not None:
+        if (begun := self._taken_back_in_part()) is not None:
+            self._take_back(begun)
+        elif (trial := self.on_trial(standing)) is not None:
             if trial["event"] == ROLLING:
                 self._finish(trial)
             self._judge(standing, trial)
         elif (pending := self._pending(standing)) is not None:
             self._roll(pending)
-        elif (trigger := self.trigger(standing)) is not None:
-            self._renew(standing, trigger)
+        elif (attempt := self._attempt(standing)) is not None:
+            self._require_agreement(standing)
+            self._renew(standing, attempt)
 
     def _note_clock(self, standing: Standing) -> None:
         mark, noticed = newest_mark(standing, self._audit), self._audit.latest(CLOCK)
@@ -109,19 +117,47 @@ class Watcher:
 
     def _finish(self, trial: Event) -> None:
         """Complete a roll that was cut short after the first switch."""
-        for server in self._watched.servers:
-            if any(one.version == trial["version"] and one.is_default for one in server.versions(self._watched.model)):
-                self._remove_leftover(server, trial["replaces"])
-            else:
-                self._remove_leftover(server, trial["version"])
-                roll_all([server], self._watched.store / trial["archive"],
-                         longest_batch_s=self._watched.longest_batch_s, say=self._say)
+        self._replace(trial["replaces"], trial["version"], trial["archive"])
         self._note(ROLLED, **{key: value for key, value in trial.items() if key not in ("time", "event")})
 
-    def _remove_leftover(self, server: Management, version: str) -> None:
-        """Remove a version that gets no requests, unless it is not there."""
-        if any(one.version == version and not one.is_default for one in server.versions(self._watched.model)):
-            server.unregister(self._watched.model, version)
+    def _taken_back_in_part(self) -> Event | None:
+        """Return the decision to take a version back that was not carried out to the end."""
+        event = self._audit.latest(ROLLING, TAKING_BACK, ROLLED_BACK)
+        return event if event is not None and event["event"] == TAKING_BACK else None
+
+    def _take_back(self, begun: Event) -> None:
+        self._replace(begun["version"], begun["to"], begun["archive"])
+        self._note(ROLLED_BACK, version=begun["version"], version_now=begun["to"])
+
+    def _replace(self, version: str, by: str, archive: str) -> None:
+        """Let every server that serves a version serve another, whatever a roll that was cut short left there."""
+        for server in self._watched.servers:
+            serves = next((one.version for one in server.versions(self._watched.model) if one.is_default), None)
+            if serves == by:
+                self._retire(server, version)
+            elif serves == version:
+                self._retire(server, by)
+                roll_all([server], self._watched.store / archive, longest_batch_s=self._watched.longest_batch_s,
+                         say=self._say)
+            else:  # somebody else decided
+                self._say(f"{server} serves {serves}, neither {version} nor {by}, and is left so")
+
+    def _retire(self, server: Management, version: str) -> None:
+        """Remove a version that gets no new requests, unless it is not there."""
+        for one in server.versions(self._watched.model):
+            if one.version == version and not one.is_default:
+                retire(server, self._watched.model, one, longest_batch_s=self._watched.longest_batch_s)
+
+    def _require_agreement(self, standing: Standing) -> None:
+        """Check that all servers serve the version that is looked at: one that was restarted may not.
+
+        Raises:
+            ServerError: one serves another.
+        """
+        for server in self._watched.servers:
+            if not any(one.version == standing.version and one.is_default for one in server.versions(standing.model)):
+                raise ServerError(f"{server} does not serve {standing.model} {standing.version} as "
+                                  f"{self._watched.servers[0]} does: bring one version into all of them with ee-roll")
 
     def _judge(self, standing: Standing, trial: Event) -> None:
         """Accept a new version, take it back, or let it go on."""
@@ -129,10 +165,9 @@ class Watcher:
                     "plan": standing.plan.digest() if standing.plan else None}
         if standing.first_alarm is not None:
             alarms = [alarm.__dict__ for state in standing.monitors for alarm in state.alarms]
-            self._note("taking back", **evidence, alarms=alarms, to=trial["replaces"])
-            roll_all(self._watched.servers, self._watched.store / trial["replaced_archive"],
-                     longest_batch_s=self._watched.longest_batch_s, say=self._say)
-            self._note(ROLLED_BACK, **evidence, version_now=trial["replaces"])
+            begun = {**evidence, "alarms": alarms, "to": trial["replaces"], "archive": trial["replaced_archive"]}
+            self._note(TAKING_BACK, **begun)
+            self._take_back(begun)
         elif standing.n_watched >= self._watched.trial_samples:
             self._note(ACCEPTED, **evidence)
 
@@ -141,38 +176,56 @@ class Watcher:
         event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED)
         if event is None or event["event"] == ROLLED or event["replaces"] != standing.version:
             return None
-        if event["event"] == ROLLING and event["version"] in standing.registered:
-            for server in self._watched.servers:  # what a killed watcher left half done
-                self._remove_leftover(server, event["version"])
-        return event if event["tries"] < _TRIES else None
+        if event["tries"] >= _TRIES:
+            return None
+        for server in self._watched.servers:  # what was left half done
+            self._retire(server, event["version"])
+        return event
 
-    def _renew(self, standing: Standing, trigger: Trigger) -> None:
-        run = RunPaths(self._watched.state / "runs" / time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
-        self._note(ATTEMPT, reason=trigger.reason, **trigger.evidence, version=standing.version, run=run.root.name,
-                   newest_record=standing.times[-1].item(), certify_after=trigger.fresh_after)
+    def _attempt(self, standing: Standing) -> Event | None:
+        """Return the renewal that was cut short, or a new one that there is reason for."""
+        event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
+        if (event is not None and event["event"] == ATTEMPT and event["version"] == standing.version
+                and event["tries"] < _TRIES):
+            return {key: value for key, value in event.items() if key not in ("time", "event")}
+        if (trigger := self.trigger(standing)) is None:
+            return None
+        return {
+            "reason": trigger.reason, **trigger.evidence, "version": standing.version,
+            "run": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "newest_record": standing.times[-1].item(),
+            "certify_after": trigger.fresh_after, "tries": 0}
+
+    def _renew(self, standing: Standing, attempt: Event) -> None:
+        run = RunPaths(self._watched.state / "runs" / attempt["run"])
+        self._note(ATTEMPT, **{**attempt, "tries": attempt["tries"] + 1})
         try:
-            plan, current_cost = self._train(standing, trigger, run)
+            plan, current_cost = self._train(standing, attempt["certify_after"], run)
         except RecordError as error:
-            self._note("kept", version=standing.version, why=str(error))
+            self._keep(standing, run, why=str(error))
             return
-        better, why = is_better(plan, standing.plan, trigger.reason, current_cost)
+        better, why = is_better(plan, standing.plan, attempt["reason"], current_cost)
         evidence = {"why": why, "run": run.root.name, "new": _in_short(plan), "current": _in_short(standing.plan),
                     "current_cost_now": current_cost}
         if not better:
-            self._note("kept", version=standing.version, **evidence)
+            self._keep(standing, run, **evidence)
             return
         mar = build_archive(ArchiveRequest(str(standing.archive), self._watched.store, plan=run.plan,
                                            version=self._next_version(standing)), self._say)
         version = mar.stem.removeprefix(f"{standing.model}-")
+        _forget_material(run)
         self._roll({"version": version, "archive": mar.name, "replaces": standing.version,
                     "replaced_archive": standing.archive.name, "tries": 0, **evidence})
 
-    def _train(self, standing: Standing, trigger: Trigger, run: RunPaths) -> tuple[ExitPlan, float | None]:
+    def _keep(self, standing: Standing, run: RunPaths, **evidence: Any) -> None:
+        self._note(KEPT, version=standing.version, **evidence)
+        _forget_material(run)
+
+    def _train(self, standing: Standing, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
         """Train a new plan; return it and what the current one costs on its records."""
         with tempfile.TemporaryDirectory() as scratch:
             layout = ArchiveLayout(Path(scratch))
             extract(standing.archive, layout.root)
-            options = replace(self._watched.options(layout), fresh_after=trigger.fresh_after)
+            options = replace(self._watched.options(layout), fresh_after=certify_after)
             train(standing.model, layout, list(standing.shards), options, run, mar=standing.archive,
                   labels=self._watched.labels, say=self._say)
             current_cost = None
@@ -202,9 +255,15 @@ class Watcher:
         return f"{int(max(numbers, default=0)) + 1}.0"
 
     def _note(self, event: str, **evidence: Any) -> None:
-        self._audit.append(event, **evidence)
         about = ", ".join(f"{key} {value}" for key, value in evidence.items() if not isinstance(value, (dict, list)))
         self._say(f"{event}: {about}")
+        self._audit.append(event, **evidence)
+
+
+def _forget_material(run: RunPaths) -> None:
+    """Remove a decided run's copy of the records: they would outlive their own age and size limits there."""
+    shutil.rmtree(run.material.root, ignore_errors=True)
+    shutil.rmtree(run.remote, ignore_errors=True)
 
 
 def _in_short(plan: ExitPlan | None) -> dict[str, Any] | None:

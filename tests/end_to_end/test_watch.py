@@ -22,6 +22,7 @@ from early_exit.archiver.management import Management
 from early_exit.archiver.server import TorchServe
 from early_exit.archiver.triggers import Terms
 from early_exit.archiver.watcher import Watched, Watcher
+from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.monitor import Monitored
 from early_exit.handler.records import ShardHeader, list_shards
 from early_exit.handler.watchman import Watchman, monitor_file
@@ -99,12 +100,19 @@ def test_a_backbone_without_a_plan_gets_one_though_a_shard_is_damaged(server: To
     serve(server, clean(1500, seed=20))
     whole = list_shards(server.state.parent / "records")[0]
     whole.with_name("half.safetensors").write_bytes(whole.read_bytes()[:1000])
+    with pytest.raises(KeyboardInterrupt):  # a watcher that is ended while it trains
+        Watcher(replace(watched, options=interrupted)).tick()
     watcher.tick()
     events = watched.audit.read()
-    assert [event["event"] for event in events] == ["attempt", "rolling", "rolled"], events
-    assert events[0]["reason"] == "backbone"
+    assert [event["event"] for event in events] == ["attempt", "attempt", "rolling", "rolled"], events
+    assert events[0]["reason"] == events[1]["reason"] == "backbone" and events[0]["run"] == events[1]["run"]
+    assert not list(watched.state.rglob("*.npy")), "the run's copy of the records is gone"
     assert events[-1]["new"]["certificate"]["bound"] == TOLERANCE
     assert {reply.version for reply in serve(server, clean(20, seed=21))} == {"3.0"}
+
+
+def interrupted(archive: ArchiveLayout) -> TrainingOptions:
+    raise KeyboardInterrupt
 
 
 def test_what_passes_its_trial_is_accepted(server: TorchServe, watched: Watched) -> None:
@@ -162,11 +170,19 @@ def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watc
 
 
 def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched) -> None:
+    """Also when the watcher was ended, or could not do it, before it was done."""
     alarm(server, watched)
+    archive = watched.store / "digits-3.0.mar"
+    archive.rename(watched.store / "away")
+    watcher = Watcher(watched)
+    watcher.tick()
+    assert [event["event"] for event in watched.audit.read()[-2:]] == ["taking back", "trouble"]
+    (watched.store / "away").rename(archive)
     Watcher(watched).tick()
     events = watched.audit.read()
-    assert [event["event"] for event in events[-2:]] == ["taking back", "rolled back"], events[-2:]
-    assert events[-2]["alarms"][0]["mean_loss"] > TOLERANCE
+    assert [event["event"] for event in events[-3:]] == ["taking back", "trouble", "rolled back"], events[-3:]
+    assert events[-3]["alarms"][0]["mean_loss"] > TOLERANCE
+    assert [one.version for one in watched.servers[0].versions("digits")] == ["3.0"]
     assert {reply.version for reply in serve(server, clean(20, seed=26))} == {"3.0"}
 
 
