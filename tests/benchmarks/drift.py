@@ -5,7 +5,8 @@
 A plan for ResNet-18 (width 32) is trained and certified on 5,000 CIFAR-10 requests. The others are answered clean and
 corrupted, once, with every setting that the plan can step back to; streams of shadow samples are then drawn from these
 answers, and go through the handler's own monitor. Where a corruption breaks the tolerance, it is also mixed with clean
-requests until the true disagreement is exactly three times the tolerance.
+requests until the true disagreement is exactly three times the tolerance. At last a server and its watcher live through
+a drift (`recovery`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +34,10 @@ from early_exit.training.dataset import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
+from tests.benchmarks.recovery import recovered
 from tests.benchmarks.subjects import Subject, resnet18
 from tests.support.cifar import DataMissing, as_batch, load_requests
 from tests.support.corrupt import corrupted
-from tests.support.recording import record
 
 STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.1, 0.2, 0.3), "contrast": (0.5, 0.75, 0.9)}
 QUIET = 500
@@ -45,8 +45,6 @@ QUIET = 500
 LIMIT = 3000
 """Shadow samples after which a stream is given up."""
 SAMPLING_RATE = 0.05
-N_RENEWED = 3500
-"""Drifted requests that the renewed plan is made with; the others measure it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             figures = measure(resnet18(Path(scratch)), Path(scratch) / "run", options.streams, options.requests)
+            figures["recovery"] = recovered(Path(scratch) / "recovery")
     except DataMissing as missing:
         print(missing, file=sys.stderr)
         return 1
@@ -124,26 +123,7 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
         "streams": n_streams, "samples_per_clean_stream": LIMIT, "quiet_samples_before_drift": QUIET,
         "tolerance": monitored.tolerance, "clean_disagreement": clean.rate(), "steps": len(model.steps),
         "certificate": {"n": plan.certificate.n, "k": plan.certificate.k}, "rows": rows,
-        "recovery": recovery(subject, RunPaths(folder.with_name("renewed")), bodies, "blur", STRENGTHS["blur"][1]),
     }
-
-
-def recovery(subject: Subject, run: RunPaths, bodies: Sequence[bytes], kind: str, strength: float) -> dict[str, Any]:
-    """Record drifted traffic and renew the plan as `ee-watch` does after an alarm; return what the new one does."""
-    inputs = as_batch([corrupted(body, kind, strength, seed=number) for number, body in enumerate(bodies)])
-    alarm_at = time.time()
-    record(subject.backbone, inputs[:N_RENEWED], subject.records, first_request=10**6, layers=32)
-    shards = find_shards(subject.records, "model", subject.backbone.description)
-    options = TrainingOptions(measure="flops", search=None, fresh_after=alarm_at)
-    report = train("cifar", subject.archive, shards, options, run)
-    plan, tensors = load_plan(run.plan)
-    model = ServedModel(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
-    certificate = plan.certificate
-    assert certificate is not None
-    return {"traffic": kind, "strength": strength, "fresh_records": N_RENEWED, "exits": len(plan.exits),
-            "certificate": {"n": certificate.n, "k": certificate.k, "bound": certificate.tolerance},
-            "cost": report.cost_ratio,
-            "disagreement_on_unseen": answered(model, plan, subject.backbone, inputs[N_RENEWED:]).rate()}
 
 
 def answered(model: ServedModel, plan: ExitPlan, backbone: Backbone, inputs: Tensor) -> Traffic:

@@ -1,0 +1,178 @@
+"""From a drift to a new certified plan, as a server and its watcher live through it.
+
+    python -m tests.benchmarks.recovery --json FILE
+
+A real TorchServe serves ResNet-18 (width 32) to CIFAR-10 requests, and `ee-watch`'s own loop looks after it: it brings
+in a first plan; the traffic turns blurred; the worker's monitor alarms and steps back; the loop makes a new plan from
+what was recorded since, rolls it in, and accepts it. No request is sent twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from early_exit.archiver.addresses import Addresses
+from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.audit import Audit
+from early_exit.archiver.management import Management
+from early_exit.archiver.server import TorchServe
+from early_exit.archiver.triggers import Terms
+from early_exit.archiver.watcher import Watched, Watcher
+from early_exit.training.options import TrainingOptions
+from tests.support.cifar import DataMissing, as_batch, load_requests, load_weights
+from tests.support.client import Reply, failed, send
+from tests.support.corrupt import corrupted
+from tests.support.original import original_mar
+from tests.support.served import served_model
+
+CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
+          "early_exit:\n  seal_after_s: 2\n  sampling_rate: 0.5\n")
+OPTIONS = TrainingOptions(measure="flops", search=None)
+N_FIRST, N_CLEAN, N_DRIFTED = 3500, 500, 5000
+"""Requests for the first plan, to watch it, and after the drift; the others measure the new plan."""
+BLUR = 2.0
+"""Radius in pixels."""
+_CHUNK = 100
+"""Requests between two looks at the monitor."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Some requests and how they were answered."""
+
+    replies: list[Reply]
+    expected: list[str]
+    """The backbone's classes."""
+    step: int
+    """Of the monitor, before they were sent."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="From a drift to a new certified plan.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures = recovered(Path(scratch))
+    except DataMissing as missing:
+        print(missing, file=sys.stderr)
+        return 1
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+def recovered(folder: Path) -> dict[str, Any]:
+    """Live through it; return what was answered differently, and how long it took.
+
+    Args:
+        folder: for everything that is made.
+    """
+    bodies = load_requests()[0]
+    clean = bodies[:N_FIRST + N_CLEAN]
+    drifted = [corrupted(body, "blur", BLUR) for body in bodies[len(clean):]]
+    original = original_mar(folder / "original", "cifar", "cifar_resnet18w32.py", "cifar_handler.py",
+                            load_weights("resnet18w32-cifar10-jpeg"), CONFIG)
+    store = folder / "store"
+    recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(3, 32, 32)))
+    backbone = served_model(recorder)
+    with torch.no_grad():
+        expected = [str(label) for batch in as_batch([*clean, *drifted]).split(250)
+                    for label in backbone(batch).argmax(dim=1).tolist()]
+    server = TorchServe(store, folder / "state", Addresses.free(), records=folder / "records", models=[recorder.name])
+    with server:
+        watched = Watched("cifar", [Management(server.addresses, server.key_file)], store, [str(folder / "records")],
+                          folder / "watch", lambda archive: OPTIONS, None, Terms(OPTIONS.tolerance, 0.05, 1e9),
+                          trial_samples=200, longest_batch_s=1.0)
+        watcher = Watcher(watched, print)
+        served = Requests(server, watcher, [*clean, *drifted], expected)
+        list(served.take(N_FIRST))
+        tick(watcher, watched.audit, "rolled")
+        before = list(served.take(N_CLEAN))
+        tick(watcher, watched.audit, "accepted")
+        began = time.monotonic()
+        alarm_s = n_to_alarm = None
+        during = []
+        for chunk in served.take(N_DRIFTED):
+            during.append(chunk)
+            if alarm_s is None and served.step:
+                alarm_s, n_to_alarm = time.monotonic() - began, _CHUNK * len(during)
+        sent_s = time.monotonic() - began
+        tick(watcher, watched.audit, "rolled")
+        renewed_s = time.monotonic() - began
+        after = list(served.take(len(drifted) - N_DRIFTED))
+        tick(watcher, watched.audit, "accepted")
+        plan = watcher.look().plan
+    assert plan is not None and plan.certificate is not None and alarm_s is not None
+    steps = sorted({chunk.step for chunk in during})
+    return {
+        "traffic": f"blur of {BLUR} pixels", "tolerance": OPTIONS.tolerance, "sampling_rate": 0.5,
+        "disagreement_before": disagreement(before),
+        "disagreement_by_step": {step: disagreement([one for one in during if one.step == step]) for step in steps},
+        "disagreement_after": disagreement(after),
+        "requests_to_alarm": n_to_alarm, "seconds_to_alarm": alarm_s, "seconds_of_drifted_traffic": sent_s,
+        "seconds_to_new_plan": renewed_s - sent_s,
+        "new_plan": {"exits": len(plan.exits), "cost": plan.expected_cost, "n": plan.certificate.n,
+                     "k": plan.certificate.k},
+        "left_early_after": share_of_early(after),
+        "failed": sum(failed(one.replies) for one in [*before, *during, *after]),
+        "decisions": [event["event"] for event in watched.audit.read()],
+    }
+
+
+class Requests:
+    """Sends every request once, in order."""
+
+    def __init__(self, server: TorchServe, watcher: Watcher, bodies: Sequence[bytes], expected: Sequence[str]) -> None:
+        self._server, self._watcher = server, watcher
+        self._bodies, self._expected, self._sent = bodies, expected, 0
+
+    @property
+    def step(self) -> int:
+        """Where the monitor of the served version has stepped back to."""
+        return max((state.step for state in self._watcher.look().monitors), default=0)
+
+    def take(self, n: int) -> Iterator[Served]:
+        """Send the next requests and wait until those that were sampled are on disk."""
+        end = self._sent + n
+        while self._sent < end:
+            step, part = self.step, slice(self._sent, min(end, self._sent + _CHUNK))
+            self._sent = part.stop
+            yield Served(send(self._server, "cifar", self._bodies[part]), list(self._expected[part]), step)
+        time.sleep(5)
+
+
+def tick(watcher: Watcher, audit: Audit, decision: str) -> None:
+    """Let the watcher look once.
+
+    Raises:
+        RuntimeError: it did not decide what was expected.
+    """
+    watcher.tick()
+    latest = audit.read()[-1]
+    if latest["event"] != decision:
+        raise RuntimeError(f"expected the watcher to note {decision!r}, found {latest}")
+
+
+def disagreement(served: Sequence[Served]) -> float:
+    pairs = [(reply.top(), label) for one in served for reply, label in zip(one.replies, one.expected) if reply.ok]
+    return sum(top != label for top, label in pairs) / len(pairs)
+
+
+def share_of_early(served: Sequence[Served]) -> float:
+    replies = [reply for one in served for reply in one.replies]
+    return sum(reply.exit != "full" for reply in replies) / len(replies)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
