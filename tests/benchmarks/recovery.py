@@ -36,9 +36,9 @@ from tests.support.original import original_mar
 from tests.support.served import served_model
 
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
-          "early_exit:\n  seal_after_s: 2\n  sampling_rate: 0.5\n")
+          "early_exit:\n  seal_after_s: 2\n  sampling_rate: 1.0\n")
 OPTIONS = TrainingOptions(measure="flops", search=None)
-N_FIRST, N_CLEAN, N_DRIFTED = 3500, 500, 5000
+N_FIRST, N_CLEAN, N_DRIFTED = 3500, 500, 4000
 """Requests for the first plan, to watch it, and after the drift; the others measure the new plan."""
 BLUR = 2.0
 """Radius in pixels."""
@@ -116,7 +116,7 @@ def recovered(folder: Path) -> dict[str, Any]:
     assert plan is not None and plan.certificate is not None and alarm_s is not None
     steps = sorted({chunk.step for chunk in during})
     return {
-        "traffic": f"blur of {BLUR} pixels", "tolerance": OPTIONS.tolerance, "sampling_rate": 0.5,
+        "traffic": f"blur of {BLUR} pixels", "tolerance": OPTIONS.tolerance, "sampling_rate": 1.0,
         "disagreement_before": disagreement(before),
         "disagreement_by_step": {step: disagreement([one for one in during if one.step == step]) for step in steps},
         "disagreement_after": disagreement(after),
