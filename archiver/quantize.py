@@ -25,7 +25,7 @@ _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.ate
 def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Tensor:
     """Return (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
 
-    Only requests of the train part: a certificate of what is made here rests on records that were used for nothing else.
+    Only requests of the train part: those that certify what is made here are used for nothing else.
 
     Args:
         records: a folder.
