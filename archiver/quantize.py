@@ -15,7 +15,7 @@ from early_exit.handler.errors import ArchiveError, ConfigError, RecordError
 from early_exit.handler.graph import split
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.openvino_engine import PIECES, convert, import_openvino
-from early_exit.training.dataset import find_shards, load_traffic
+from early_exit.training.dataset import Part, find_shards, load_traffic
 from early_exit.training.requests import preprocessing
 
 N_SAMPLES = 300
@@ -24,6 +24,8 @@ _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.ate
 
 def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Tensor:
     """Return (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
+
+    Only requests of the train part: those that certify what is made here are used for nothing else.
 
     Args:
         records: a folder.
@@ -40,14 +42,16 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
                            f"{len(backbone.description.inputs)}: choose --engine openvino or bfloat16")
     name = original["model"]["modelName"]
     traffic = load_traffic(find_shards(records, name, backbone.description))
+    is_train = traffic.part == list(Part).index(Part.TRAIN)
     inputs: list[Tensor] = []
     with preprocessing(layout.root, original) as handler:
-        for _, bodies in traffic.bodies():
-            inputs += handler.model_input(bodies[:N_SAMPLES - len(inputs)])
+        for start, bodies in traffic.bodies():
+            chosen = [body for row, body in enumerate(bodies, start) if is_train[row]][:N_SAMPLES - len(inputs)]
+            inputs += handler.model_input(chosen) if chosen else []
             if len(inputs) >= N_SAMPLES:
                 break
     if not inputs:
-        raise RecordError(f"{records} has no records of {name} to calibrate with")
+        raise RecordError(f"{records} has no records of {name} in its train part to calibrate with: record more")
     return torch.stack(inputs)
 
 

@@ -72,7 +72,7 @@ class Certificate:
     """How likely so small a loss is where the expected loss is above the tolerance."""
     method: str
     window: tuple[float, float]
-    """Unix times, in seconds, of the first and last record used."""
+    """Unix times, in seconds, of the first record of the certify part, and of the last record used for anything."""
 
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
@@ -82,7 +82,8 @@ class Certificate:
                    f"({differed})."
         if self.risk == "accuracy":
             return f"{confidence} the accuracy is at most {tolerance} below the backbone's (on {self.n} labelled " \
-                   f"held-out records it was {100 * self.observed:.2f}% below; {differed})."
+                   f"held-out records it was {100 * self.observed:.2f}% below; {differed}), as long as the requests " \
+                   "that have labels are a random sample of the traffic."
         return f"{confidence} the backbone finds the served classes on average at most {tolerance} less probable " \
                f"than its own (observed {100 * self.observed:.2f}%; {differed}). That bounds the loss of accuracy as " \
                "long as the backbone is not under-confident."

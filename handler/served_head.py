@@ -6,6 +6,8 @@ where feature maps are flattened, the next layer's weights are in the order in w
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,7 +32,8 @@ class ServedHead(nn.Module):
         layers = list(head.layers)
         flatten = next(index for index, layer in enumerate(layers) if isinstance(layer, nn.Flatten))
         self._pool = head.pool
-        self._convolutions = nn.Sequential(*layers[:flatten]) if flatten else None
+        # A copy: moving what serves to its device must leave the trained head where it is.
+        self._convolutions = deepcopy(nn.Sequential(*layers[:flatten])) if flatten else None
         linears = [layer for layer in layers[flatten:] if isinstance(layer, nn.Linear)]
         weights = [layer.weight.detach() for layer in linears]
         biases = [layer.bias.detach() for layer in linears]

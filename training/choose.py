@@ -9,6 +9,7 @@ from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.training.certify import METHODS, risk_p_value, walk
 from early_exit.training.cost import head_flops
+from early_exit.training.dataset import Part
 from early_exit.training.heads import TrainedHead
 from early_exit.training.judged import Judged
 from early_exit.training.material import Material
@@ -29,7 +30,8 @@ from early_exit.training.thresholds import (
 
 def settings(judged: Judged, options: TrainingOptions) -> list[Choice]:
     """Return what a certified choice is made among, from "never exit" to aggressive."""
-    return certified_path(judged.tune, options.tolerance, options.delta, len(judged.certify))
+    return certified_path(judged.tune, options.tolerance, options.delta, len(judged.certify),
+                          risk=options.risk)
 
 
 def choose(judged: Judged, options: TrainingOptions, path: Sequence[Choice] | None = None) -> Choice:
@@ -74,11 +76,12 @@ def make_plan(choice: Choice, judged: Judged, heads: Sequence[TrainedHead], mate
     found = outcome(choice, judged.certify)
     certificate = None
     if options.thresholds == "certified":
+        certified_from = material.time[material.rows(Part.CERTIFY)].min().item()
         certificate = Certificate(
             risk=options.risk.value, tolerance=options.tolerance, confidence=options.confidence,
             n=len(judged.certify), k=int(found.differs.sum()), observed=found.losses.double().mean().item(),
             p_value=risk_p_value(options.risk, found.losses, options.tolerance, options.delta),
-            method=METHODS[options.risk], window=(material.time.min().item(), material.time.max().item()))
+            method=METHODS[options.risk], window=(certified_from, material.time.max().item()))
     costs = judged.certify.costs
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
                     measure=costs.measure, batch_size=costs.batch_size,

@@ -16,7 +16,7 @@ from early_exit.handler.backbone import BackboneDescription
 from early_exit.handler.engine import are_alike
 from early_exit.handler.errors import RecordError
 from early_exit.handler.pooling import Side
-from early_exit.handler.records import Records, list_shards, read_header, read_shard
+from early_exit.handler.records import Records, list_shards, read_header, read_shard, read_times
 
 
 class Part(Enum):
@@ -122,18 +122,25 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
 
 
 def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
-    """Return the paths of the layers that every shard holds, and the side to which they were pooled.
-
-    Raises:
-        RecordError: there is no such layer, or not one side: the settings changed between the shards.
-    """
+    """Return the paths of the layers that every shard of one setting holds, and the side to which they were pooled."""
     headers = [read_header(shard) for shard in shards]
-    layers = set.intersection(*(set(header.layers) for header in headers))
-    pools = {header.pool for header in headers}
-    if not layers or len(pools) > 1:
-        raise RecordError(f"the records were made with different settings (early_exit.pool {sorted(map(str, pools))}, "
-                          f"{len(layers)} common layers): remove those of the old setting")
-    return layers, pools.pop()
+    return set.intersection(*(set(header.layers) for header in headers)), headers[0].pool
+
+
+def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
+    """Return the shards that can be used together with the newest: pooled alike, and with layers in common.
+
+    Shards that hold layers besides the common ones stay: what is recorded depends on the plan that serves.
+    """
+    headers = {shard: read_header(shard) for shard in shards}
+    newest_first = sorted(shards, key=lambda shard: read_times(shard).max().item(), reverse=True)
+    newest = headers[newest_first[0]]
+    common, found = set(newest.layers), set[Path]()
+    for shard in newest_first:
+        if headers[shard].pool == newest.pool and common & set(headers[shard].layers):
+            common &= set(headers[shard].layers)
+            found.add(shard)
+    return [shard for shard in shards if shard in found]
 
 
 def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.errors import ConfigError
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.training.distill import Classify
 from early_exit.training.material import Material
@@ -39,12 +41,13 @@ def find_architectures(run: RunPaths, material: Material, options: TrainingOptio
     """Return the architecture for each layer that is worth a head, and why the others are not.
 
     Raises:
-        ConfigError: a head that the user gives cannot be trained on these records.
+        ConfigError: a head that the user gives is for no layer of these records, or cannot be trained on them.
     """
     found: dict[str, tuple[HeadSpec, tuple[Trial, ...]]] = {}
     dropped: list[str] = []
     search = options.search
     given = options.space.heads
+    _require_known(given, [layer.path for layer in material.layers])
     n_trials = search.trials * sum(layer.path not in given for layer in material.layers) if search else 0
     with tqdm(total=n_trials, desc="search", unit="trial", disable=None if n_trials else True) as progress:
         for layer in material.layers:
@@ -62,10 +65,22 @@ def find_architectures(run: RunPaths, material: Material, options: TrainingOptio
                                                progress.update)
                 best = best_trial(trials)
                 if best is None:
-                    dropped.append(f"{layer.path}: none of {len(trials)} heads is better than chance")
+                    n_stopped = sum(trial.stopped for trial in trials)
+                    dropped.append(f"{layer.path}: none of {len(trials)} heads is better than chance"
+                                   + (f", {n_stopped} of which were given up early" if n_stopped else ""))
                 else:
                     found[layer.path] = best.head, tuple(trials)
     return found, dropped
+
+
+def _require_known(given: Iterable[str], layers: Sequence[str]) -> None:
+    """Check that heads are given only for layers that there are records of."""
+    for path in given:
+        if path not in layers:
+            close = difflib.get_close_matches(path, layers, n=1)
+            raise ConfigError(f"a head is given for {path!r}, which is no layer that this run has records of: "
+                              + (f"did you mean {close[0]!r}? " if close else "")
+                              + f"There are {', '.join(layers)}; --layers and early_exit.layers say how many")
 
 
 def train_heads(run: RunPaths, material: Material, options: TrainingOptions,

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from early_exit.handler.backbone import Backbone, BackboneDescription
@@ -15,10 +16,18 @@ from early_exit.handler.candidates import CandidateLayer, spread_over
 from early_exit.handler.errors import RecordError
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import save_plan
-from early_exit.training.certify import require_enough
+from early_exit.handler.records import read_times
+from early_exit.training.certify import records_needed, require_enough
 from early_exit.training.choose import choose, make_plan
 from early_exit.training.cost import Costs, FlopCost, flop_costs
-from early_exit.training.dataset import Part, RecordedTraffic, load_traffic, of_engine, recorded_layers
+from early_exit.training.dataset import (
+    Part,
+    RecordedTraffic,
+    load_traffic,
+    of_engine,
+    of_newest_setting,
+    recorded_layers,
+)
 from early_exit.training.heads import HeadCost, TrainedHead, find_architectures, train_heads
 from early_exit.training.judged import judge
 from early_exit.training.labels import load_labels
@@ -56,10 +65,9 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     description = backbone.description
     material, left_out = _material(archive, mar, backbone, shards, options, run, say)
     truth = load_labels(labels, material.request, material.n_classes) if labels else None
-    if options.risk is Risk.ACCURACY and truth is None:
-        raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
-                          "classes, or choose --risk disagreement or confidence-gap, which need none")
-    profile = _profile(run, backbone, material.layers, options)
+    if options.risk is Risk.ACCURACY:
+        _require_labels(truth, material, options)
+    profile = _profile(run, archive, backbone, material.layers, options)
     head_cost: HeadCost = FlopCost(description.flops)
     if profile is not None and options.service is None:
         head_cost = TimeCost(profile, options.batch_size)
@@ -89,17 +97,17 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
         material = Material.load(run.material)
     else:
         if options.replay is None:
-            shards = of_engine(shards, options.engine)
+            shards = _alike(of_engine(shards, options.engine), say)
         traffic = load_traffic(shards, options.fresh_after)
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
-        recorded, pool = recorded_layers(shards)
-        layers = spread_over([layer for layer in description.candidates
-                              if options.replay or layer.path in recorded], options.layers)
         if options.replay is None:
+            recorded, pool = recorded_layers(shards)
+            layers = spread_over([layer for layer in description.candidates if layer.path in recorded], options.layers)
             material = prepare(run.material, traffic, layers, description.n_classes, pool)
         else:
+            layers = spread_over(description.candidates, options.layers)
             original = json.loads(archive.original_manifest.read_text())
             with preprocessing(archive.root, original) as handler, \
                     tqdm(desc="replay", unit="request", disable=None,
@@ -111,11 +119,39 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
                       for layer in description.candidates if layer.path not in kept]
 
 
+def _alike(shards: list[Path], say: Callable[[str], None]) -> list[Path]:
+    """Return the shards that can be used together, and say how many records the others hold."""
+    found = of_newest_setting(shards)
+    others = [shard for shard in shards if shard not in found]
+    if others:
+        say(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
+            "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where request bytes "
+            "were kept")
+    return found
+
+
 def _require_enough(traffic: RecordedTraffic, options: TrainingOptions) -> None:
     if options.thresholds == "certified":
         require_enough(traffic.size(Part.CERTIFY), Part.CERTIFY.share, options.tolerance, options.delta)
     if not all(traffic.size(part) for part in Part):
         raise RecordError(f"{len(traffic)} records are too few to split into {', '.join(p.name.lower() for p in Part)}")
+
+
+def _require_labels(truth: Tensor | None, material: Material, options: TrainingOptions) -> None:
+    if truth is None:
+        raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
+                          "classes, or choose --risk disagreement or confidence-gap, which need none")
+    to_certify = records_needed(options.tolerance, options.delta) if options.thresholds == "certified" else 1
+    for part, least in ((Part.TUNE, 1), (Part.CERTIFY, to_certify)):
+        rows = material.rows(part)
+        n_labelled = int((truth[rows] >= 0).sum())
+        if n_labelled < least:
+            fresh = "" if options.fresh_after is None else ", recorded since the last certificate,"
+            raise RecordError(
+                f"{n_labelled} of the {len(rows)} records of the {part.name.lower()} part have a label, but the risk "
+                f"'accuracy' needs at least {least} there: label about {round((least - n_labelled) / part.share)} "
+                f"more requests{fresh} drawn at random, of which {part.share:.0%} belong to that part. No plan was "
+                "written")
 
 
 def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], options: TrainingOptions,
@@ -139,13 +175,15 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], op
     return [Path(shard) for shard in started["shards"]], started
 
 
-def _profile(run: RunPaths, backbone: Backbone, layers: Sequence[CandidateLayer],
+def _profile(run: RunPaths, archive: ArchiveLayout, backbone: Backbone, layers: Sequence[CandidateLayer],
              options: TrainingOptions) -> Profile | None:
     """Return the measured times of the backbone's stages, where time is what counts."""
     if options.measure == "flops":
         return None
     if not run.profile.exists():
-        profile = profile_backbone(backbone, layers, engine=options.engine, device=options.measure_device)
+        device = options.measure_device
+        here = backbone if device == "cpu" else Backbone.load(archive.folder, device)
+        profile = profile_backbone(here, layers, engine=options.engine, device=device)
         with replacing(run.profile) as scratch:
             scratch.write_text(json.dumps(asdict(profile), indent=1))
     return Profile.load(run.profile)

@@ -71,6 +71,9 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
 
 
 def best_trial(trials: list[Trial]) -> Trial | None:
-    """Return the finished trial with the least objective, or None when no head is better than chance."""
-    return min((trial for trial in trials if trial.better_than_chance and not trial.stopped),
-               key=lambda trial: trial.objective, default=None)
+    """Return the trial with the least objective, or None when no head is better than chance.
+
+    A trial that was stopped early counts only where no finished one is better than chance: it will be trained in full.
+    """
+    return min((trial for trial in trials if trial.better_than_chance),
+               key=lambda trial: (trial.stopped, trial.objective), default=None)

@@ -39,8 +39,8 @@ class Service:
     """Where trials run and how many at once, in the keys of NNI's own experiment configuration."""
 
     settings: Mapping[str, Any] = field(default_factory=lambda: dict(_LOCAL))
-    port: int = 8080
-    """Of NNI's web page."""
+    port: int = 8088
+    """Of NNI's web page; 8080 to 8082 are those of a server."""
 
     @classmethod
     def load(cls, path: Path) -> Service:

@@ -94,3 +94,12 @@ def test_a_safer_setting_needs_a_threshold_for_each_exit(backbone: Backbone) -> 
     plan, _ = plan_for(backbone)
     with pytest.raises(PlanError, match="2 thresholds"):
         replace(plan, safer=((0.9,),))
+
+
+@pytest.mark.parametrize(("risk", "assumption"), [
+    ("confidence-gap", "as long as the backbone is not under-confident"),
+    ("accuracy", "as long as the requests that have labels are a random sample of the traffic")])
+def test_a_certificate_says_what_it_assumes(risk: str, assumption: str, backbone: Backbone) -> None:
+    certificate = plan_for(backbone)[0].certificate
+    assert certificate is not None and "as long as" not in certificate.in_words()
+    assert assumption in replace(certificate, risk=risk).in_words()

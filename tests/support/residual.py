@@ -19,6 +19,11 @@ class Residual(nn.Module):
         return x + 0.3 * self.inner(x)
 
 
+def recorded_inputs() -> Tensor:
+    """Return the (N_RECORDS, 16) inputs of the requests request-0, request-1 and so on."""
+    return torch.randn(N_RECORDS, 16, generator=torch.Generator().manual_seed(1))
+
+
 def residual_backbone() -> Backbone:
     torch.manual_seed(0)
     return Backbone.from_module(nn.Sequential(*(Residual() for _ in range(6)), nn.Linear(16, 4)), (16,))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.layout import ArchiveLayout
 from tests.support.recording import record
-from tests.support.residual import N_RECORDS, residual_backbone
+from tests.support.residual import recorded_inputs, residual_backbone
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +28,6 @@ def archive(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Arc
 @pytest.fixture(scope="session")
 def records(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
-    inputs = torch.randn(N_RECORDS, 16, generator=torch.Generator().manual_seed(1))
-    for number, shard in enumerate(inputs.split(500)):
+    for number, shard in enumerate(recorded_inputs().split(500)):
         record(backbone, shard, folder, first_request=500 * number)
     return folder

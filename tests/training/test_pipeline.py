@@ -8,21 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
-from early_exit.handler.errors import RecordError
+from early_exit.handler.bookkeeping import request_hash
+from early_exit.handler.errors import ConfigError, RecordError
+from early_exit.handler.head import HeadSpec
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.plan import build_heads, load_plan
-from early_exit.handler.records import list_shards
+from early_exit.handler.records import Records, ShardHeader, list_shards, write_shard
 from early_exit.handler.served import ServedModel
-from early_exit.training.dataset import Part, find_shards, load_traffic
+from early_exit.training.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
 from early_exit.training.distill import Distillation
-from early_exit.training.options import TrainingOptions
+from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
+from early_exit.training.risk import Risk
+from early_exit.training.space import SearchSpace
 from tests.support.recording import record
-from tests.support.residual import N_RECORDS, Residual
+from tests.support.residual import N_RECORDS, Residual, recorded_inputs
 
 OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10))
 
@@ -66,12 +70,28 @@ def test_the_records_of_another_backbone_are_not_mixed_in(backbone: Backbone, re
         find_shards(records, "model", other.description)
 
 
-@pytest.mark.parametrize("rule", ["certified", "paper", "equal"])
+def true_classes(log_probabilities: Tensor) -> Tensor:
+    """Return (N,) int64 labels: what a backbone that is well calibrated would be measured by."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return torch.distributions.Categorical(logits=log_probabilities).sample()
+
+
+def written(labels: Tensor, path: Path) -> Path:
+    path.write_text("".join(f"request-{number},{label}\n" for number, label in enumerate(labels.tolist())))
+    return path
+
+
+@pytest.mark.parametrize(("rule", "risk"), [
+    ("certified", Risk.DISAGREEMENT), ("certified", Risk.CONFIDENCE_GAP), ("certified", Risk.ACCURACY),
+    ("paper", Risk.DISAGREEMENT), ("equal", Risk.DISAGREEMENT)])
 def test_a_run_makes_a_plan_that_serves_as_it_reports(
-        rule: str, backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+        rule: Rule, risk: Risk, backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "run")
-    options = replace(OPTIONS, thresholds=rule)  # type: ignore[arg-type]
-    report = train("model", archive, find_shards(records, "model", backbone.description), options, run)
+    options = replace(OPTIONS, thresholds=rule, risk=risk)
+    with torch.no_grad():
+        labels = written(true_classes(backbone.graph(recorded_inputs()).log_softmax(dim=1)), tmp_path / "labels.csv")
+    report = train("model", archive, find_shards(records, "model", backbone.description), options, run, labels=labels)
     plan, tensors = load_plan(run.plan)
     assert plan == report.plan
     assert plan.exits, "this backbone is easy enough to exit from"
@@ -80,11 +100,13 @@ def test_a_run_makes_a_plan_that_serves_as_it_reports(
     fresh = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2))
     served = ServedModel(backbone, plan, build_heads(plan, tensors, backbone.description))
     with torch.no_grad():
-        differs = (served(fresh).argmax(1) != backbone.graph(fresh).argmax(1)).double().mean().item()
+        answers, log_probabilities = served(fresh).argmax(1), backbone.graph(fresh).log_softmax(dim=1)
+    full = log_probabilities.argmax(dim=1)
     left = (served.take_served()[0].answers.stages >= 0).double().mean().item()
     assert left == pytest.approx(sum(one.hit_rate for one in report.exits), abs=0.05)
-    assert differs == pytest.approx(report.disagreement, abs=0.03)
-    assert differs <= OPTIONS.tolerance + 0.01
+    assert (answers != full).double().mean().item() == pytest.approx(report.disagreement, abs=0.03)
+    losses = risk.losses(answers[:, None], full, log_probabilities, true_classes(log_probabilities))
+    assert losses.mean() <= OPTIONS.tolerance + 0.01
 
 
 def test_a_stopped_run_keeps_its_heads_and_its_records(
@@ -148,6 +170,73 @@ def test_an_impossible_tolerance_gives_a_plan_without_exits(
     report = train("model", archive, shards, options, RunPaths(tmp_path / "run"))
     assert report.disagreement <= 0.004
     assert report.flops_ratio == pytest.approx(1, abs=0.05)
+
+
+def test_too_few_labels_are_said_before_anything_is_trained(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    options, run = replace(OPTIONS, risk=Risk.ACCURACY), RunPaths(tmp_path / "run")
+    traffic = load_traffic(shards)
+    certifies = dict(zip(traffic.request.tolist(), (traffic.part == list(Part).index(Part.CERTIFY)).tolist()))
+    ids = [f"request-{number}" for number in range(N_RECORDS)]
+    of_certify = [one for one in ids if certifies[request_hash(one)]]
+    others = [one for one in ids if not certifies[request_hash(one)]]
+    for labelled, trouble in (
+            (others, r"0 of the \d+ records of the certify part .* at least 59 there: label about 197 more requests"),
+            (others + of_certify[:50], r"50 of the \d+ records of the certify part .* label about 30 more requests "),
+            (of_certify, r"0 of the \d+ records of the tune part have a label, .* label about 5 more")):
+        labels = tmp_path / "labels.csv"
+        labels.write_text("".join(f"{one},0\n" for one in labelled))
+        with pytest.raises(RecordError, match=trouble):
+            train("model", archive, shards, options, run, labels=labels)
+    assert not (run.root / "heads").exists()
+
+
+def test_a_certificate_is_about_the_time_of_the_records_that_certify(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    every = load_traffic(shards)
+    after = every.time.sort().values[N_RECORDS // 3].item()
+    report = train("model", archive, shards, replace(OPTIONS, fresh_after=after), RunPaths(tmp_path / "run"))
+    assert report.plan.certificate is not None
+    assert report.plan.certificate.window == (every.time[(every.part == 2) & (every.time > after)].min().item(),
+                                              every.time.max().item())
+
+
+def test_a_head_for_a_layer_without_records_is_refused_with_the_one_that_was_meant(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    layer = backbone.description.candidates[0].path
+    options = replace(OPTIONS, space=SearchSpace(heads={f"{layer}x": HeadSpec()}))
+    with pytest.raises(ConfigError, match=f"for '{layer}x', which is no layer .* did you mean '{layer}'"):
+        train("model", archive, find_shards(records, "model", backbone.description), options, RunPaths(tmp_path))
+
+
+def test_records_of_an_older_setting_are_passed_over_and_counted(
+        backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
+    inputs = torch.randn(1000, 16, generator=torch.Generator().manual_seed(1))
+    record(backbone, inputs[:100], tmp_path / "records", pool=2)
+    record(backbone, inputs[100:], tmp_path / "records", first_request=100, pool=4)
+    shards = find_shards(tmp_path / "records", "model", backbone.description)
+    said: list[str] = []
+    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), say=said.append)
+    assert sum(report.records.values()) == 900
+    assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in said)
+
+
+def test_shards_with_layers_in_common_are_used_together(tmp_path: Path) -> None:
+    old, other, new = (written_shard(tmp_path, time, layers) for time, layers in enumerate(
+        [("a", "b", "c"), ("d",), ("b", "c")]))
+    assert of_newest_setting([old, other, new]) == [old, new]
+    assert recorded_layers([old, new]) == ({"b", "c"}, 4)
+
+
+def written_shard(folder: Path, time: float, layers: tuple[str, ...]) -> Path:
+    path = folder / f"{time}.safetensors"
+    write_shard(path, ShardHeader("model", "1.0", "ab", 4, layers), Records(
+        {layer: torch.zeros(2, 3).half() for layer in layers}, torch.zeros(2, 3).half(),
+        *(torch.zeros(2).int() for _ in range(3)), torch.zeros(2).short(), torch.arange(2),
+        torch.full((2,), time, dtype=torch.float64), torch.ones(2)))
+    return path
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

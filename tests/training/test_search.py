@@ -94,8 +94,10 @@ def test_always_naming_the_commonest_class_is_chance() -> None:
     assert is_better_than_chance(torch.ones(100, dtype=torch.bool), teacher)
 
 
-def test_a_stopped_trial_is_never_the_best() -> None:
+def test_a_stopped_trial_is_the_best_only_where_no_finished_one_beats_chance() -> None:
     done = Trial(0, {}, HeadSpec(), 0.9, True, 0.1, (0.9, 0.8, 0.7), 1.0)
     stopped = replace(done, number=1, history=(0.5,))
     assert best_trial([done, stopped]) == done
+    assert best_trial([replace(done, better_than_chance=False), stopped]) == stopped
+    assert best_trial([replace(stopped, better_than_chance=False)]) is None
     assert Trial.from_json(done.to_json()) == done

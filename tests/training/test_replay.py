@@ -1,0 +1,115 @@
+"""Replays of recorded requests with augmentations, through a user's handler and a small backbone of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.errors import RecordError
+from early_exit.handler.records import list_shards
+from early_exit.training.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.training.paths import MaterialPaths
+from early_exit.training.replay import Replay, augmentation, replay_records
+from early_exit.training.requests import Preprocessing, preprocessing
+from tests.support.recording import record
+
+N_RECORDS, ROUNDS = 90, 2
+HANDLER = """
+import torch
+
+
+class RawImages:
+    def initialize(self, context):
+        self.model = torch.nn.Identity()
+
+    def handle(self, data, context):
+        images = [torch.frombuffer(bytearray(row["body"]), dtype=torch.float32).view(3, 8, 8) for row in data]
+        return self.model(torch.stack(images)).tolist()
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).eval()
+
+
+@pytest.fixture(scope="module")
+def backbone(model: nn.Sequential) -> Backbone:
+    return Backbone.from_module(model, (3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def traffic(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> RecordedTraffic:
+    folder = tmp_path_factory.mktemp("records")
+    images = torch.randn(N_RECORDS, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    record(backbone, images, folder, bodies=[image.numpy().tobytes() for image in images])
+    return load_traffic(list_shards(folder))
+
+
+@pytest.fixture
+def handler(tmp_path: Path) -> Iterator[Preprocessing]:
+    (tmp_path / "raw_images.py").write_text(HANDLER)
+    with preprocessing(tmp_path, {"model": {"modelName": "model", "handler": "raw_images.py"}}) as loaded:
+        yield loaded
+
+
+def test_only_the_train_part_is_augmented_and_the_backbone_is_asked_about_what_came_of_it(
+        model: nn.Sequential, backbone: Backbone, traffic: RecordedTraffic, handler: Preprocessing,
+        tmp_path: Path) -> None:
+    layers = backbone.description.candidates
+    found = replay_records(MaterialPaths(tmp_path / "material"), traffic, layers, backbone, handler,
+                           Replay(ROUNDS, pool=None))
+    plain = replay_records(MaterialPaths(tmp_path / "plain"), traffic, layers, backbone, handler, Replay(0, pool=None))
+    train = found.rows(Part.TRAIN)
+    assert len(train) == (1 + ROUNDS) * traffic.size(Part.TRAIN)
+    assert [len(found.rows(part)) for part in (Part.TUNE, Part.CERTIFY)] == [
+        traffic.size(part) for part in (Part.TUNE, Part.CERTIFY)]
+    as_recorded, augmented = torch.arange(N_RECORDS), torch.arange(N_RECORDS, len(found.log_probabilities))
+    assert set(augmented.tolist()) < set(train.tolist())
+    for layer in layers:
+        seen = found.activations(layer)
+        assert torch.equal(seen[as_recorded], plain.activations(layer)[as_recorded])
+        originals = seen[plain.rows(Part.TRAIN)]
+        differs = (seen[augmented] != torch.cat([originals] * ROUNDS)).flatten(1).any(dim=1)
+        assert differs.double().mean() > 0.8  # a draw may also be to leave an image as it is
+        rest = model[int(layer.path) + 1:]
+        expected = rest(seen[augmented].float()).log_softmax(dim=1)
+        torch.testing.assert_close(found.log_probabilities[augmented].float(), expected, atol=0.01, rtol=0.01)
+    assert torch.equal(found.backbone_class[as_recorded], traffic.backbone_class)
+
+
+def test_a_stopped_replay_goes_on_after_its_last_full_round(
+        backbone: Backbone, traffic: RecordedTraffic, handler: Preprocessing, tmp_path: Path) -> None:
+    layers, replay = backbone.description.candidates, Replay(ROUNDS)
+    whole = replay_records(MaterialPaths(tmp_path / "whole"), traffic, layers, backbone, handler, replay)
+    paths, n_train, n_run = MaterialPaths(tmp_path / "stopped"), traffic.size(Part.TRAIN), 0
+
+    def stop_in_the_last_round(n: int) -> None:
+        nonlocal n_run
+        n_run += n
+        if n_run > N_RECORDS + n_train:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replay_records(paths, traffic, layers, backbone, handler, replay, on_batch=stop_in_the_last_round)
+    assert not paths.index.exists()
+    run_again: list[int] = []
+    resumed = replay_records(paths, traffic, layers, backbone, handler, replay, on_batch=run_again.append)
+    assert sum(run_again) == n_train
+    assert torch.equal(resumed.log_probabilities, whole.log_probabilities)
+    every = torch.arange(len(whole.log_probabilities))
+    assert all(torch.equal(resumed.activations(layer)[every], whole.activations(layer)[every]) for layer in layers)
+
+
+def test_what_is_no_image_is_not_augmented_but_can_be_replayed() -> None:
+    with pytest.raises(RecordError, match=r"augments images, but the model's input has shape \(16,\)"):
+        augmentation(Replay(1), (16,))
+    item = torch.randn(16)
+    assert augmentation(Replay(0), (16,))(item) is item
