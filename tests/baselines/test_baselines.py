@@ -34,8 +34,9 @@ def records() -> LabelledRecords:
 
     errs = torch.rand(N_RECORDS, generator=generator) < 0.02
     layers = tuple(CandidateLayer(path, path, (N_CLASSES, 4, 4), cost) for path, cost in (("one", 0.3), ("two", 0.6)))
-    return LabelledRecords(layers, 4, {"one": layer(0.5), "two": layer(0.3)}, labels, (labels + errs.long()) % N_CLASSES,
-                           N_CLASSES, torch.arange(0, 600), torch.arange(600, N_RECORDS))
+    return LabelledRecords(layers, 4, {"one": layer(0.5), "two": layer(0.3)}, labels,
+                           (labels + errs.long()) % N_CLASSES, N_CLASSES, torch.arange(0, 600),
+                           torch.arange(600, N_RECORDS))
 
 
 class Backbone(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,11 +101,16 @@ def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
                                    on_epoch_end=lambda log: None)
         package.calibrate_thresholds(wrapper, loader(records.tune[1::2]), target_accuracy_drop=max_loss,
                                      fit_temperature=True, temperature_loader=loader(records.tune[::2]))
-    return {layer.path: Exit(MeansHead(wrapper.exit_heads[point.name], records.recorded).eval().requires_grad_(False),
-                             ConfidencePolicy(config.temperatures[point.name], threshold), lambda logits: logits)
-            for config in (wrapper.config,)
-            for layer, point, threshold, enabled in zip(records.layers, config.exit_points,
-                                                        config.confidence_thresholds, config.enabled_exits) if enabled}
+    config = wrapper.config
+    exits: dict[str, Exit] = {}
+    for layer, point, threshold, enabled in zip(records.layers, config.exit_points, config.confidence_thresholds,
+                                                config.enabled_exits):
+        if enabled:
+            head = MeansHead(wrapper.exit_heads[point.name], records.recorded).eval().requires_grad_(False)
+            temperature = config.temperatures[point.name]
+            exits[layer.path] = Exit(head, ConfidencePolicy(temperature, threshold),
+                                     partial(torch.div, other=temperature))
+    return exits
 
 
 def earlyon_thresholds(logits: Tensor, scores: Tensor, labels: Tensor,
