@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.pooling import pool_activation
 from early_exit.handler.stages import FULL, Exit, Stage, run_with_exits
 from tests.benchmarks.baselines.branchynet import branchynet, entropy
-from tests.benchmarks.baselines.earlyon import earlyon
+from tests.benchmarks.baselines.earlyon import _means, earlyon
 from tests.benchmarks.baselines.gati import gati
 from tests.benchmarks.baselines.labelled import LabelledRecords
 from tests.support.cifar import DataMissing
@@ -33,8 +34,9 @@ def records() -> LabelledRecords:
 
     errs = torch.rand(N_RECORDS, generator=generator) < 0.02
     layers = tuple(CandidateLayer(path, path, (N_CLASSES, 4, 4), cost) for path, cost in (("one", 0.3), ("two", 0.6)))
-    return LabelledRecords(layers, {"one": layer(0.5), "two": layer(0.3)}, labels, (labels + errs.long()) % N_CLASSES,
-                           N_CLASSES, torch.arange(0, 600), torch.arange(600, N_RECORDS))
+    return LabelledRecords(layers, 4, {"one": layer(0.5), "two": layer(0.3)}, labels,
+                           (labels + errs.long()) % N_CLASSES, N_CLASSES, torch.arange(0, 600),
+                           torch.arange(600, N_RECORDS))
 
 
 class Backbone(nn.Module):
@@ -84,6 +86,24 @@ def test_the_same_records_give_the_same_exits(
     assert list(one) == list(other)
     x = records.pooled["two"][:50]
     assert torch.equal(one["two"].policy(one["two"].head(x)), other["two"].policy(other["two"].head(x)))
+
+
+@pytest.mark.parametrize("shape", [(N_CLASSES, 7, 6), (9, N_CLASSES), (N_CLASSES,)], ids=["maps", "tokens", "vectors"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_served_head_reads_what_it_was_trained_on(
+        method: Callable[[LabelledRecords, float], dict[str, Exit]], shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(N_CLASSES, (400,), generator=generator)
+    signal = nn.functional.one_hot(labels, N_CLASSES).float()
+    signal = signal.view(-1, 1, N_CLASSES) if len(shape) == 2 else signal.view(-1, N_CLASSES, *(1 for _ in shape[1:]))
+    raw = signal + 0.3 * torch.randn(400, *shape, generator=generator)
+    recorded = pool_activation(raw, 4)
+    records = LabelledRecords((CandidateLayer("one", "one", shape, 0.5),), 4, {"one": recorded}, labels, labels,
+                              N_CLASSES, torch.arange(200), torch.arange(200, 400))
+    head = _exits(method, records, 0.1)["one"].head
+    trained_on = _means(recorded) if method is earlyon else records.spec.reads(recorded)
+    torch.testing.assert_close(head.pool(raw), trained_on)  # type: ignore[attr-defined]
+    assert (head(raw).argmax(dim=1) == labels).double().mean() > 0.9
 
 
 def test_the_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size() -> None:

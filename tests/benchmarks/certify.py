@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.certify --json FILE
 
-Heads are trained once on a quarter of the CIFAR-10 requests. The others are split at random, again and again:
-every rule chooses its exits with 2,500 of them; the certified one uses 1,000 to choose and 1,500 to prove. A rule
-breaks its budget when more than the tolerated share of all 6,500 requests that could have been drawn for the proof are
-answered differently: these are what the certificate speaks of. The 5,000 that no rule has seen are a sample of them;
-how often more than the tolerated share of this sample differs is told too, luck of the draw included. earlyon's rule
-promises something else, from labels: it breaks its budget when it loses more accuracy than that.
+Heads are trained once on a quarter of the CIFAR-10 requests. The others are split at random, again and again: every rule
+chooses its exits with 2,500 of them, ours by the very function that ee-train calls; the certified one uses 1,000 to
+choose and 1,500 to prove. A rule breaks its budget when more than the tolerated share of all 6,500 requests that could
+have been drawn for the proof are answered differently: these are what the certificate speaks of. The 5,000 that no rule
+has seen are a sample of them; how often more than the tolerated share of this sample differs is told too, luck of the
+draw included. earlyon's rule promises something else, from labels: it breaks its budget when it loses more accuracy than
+that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,27 +31,19 @@ from early_exit.handler.head import HeadSpec
 from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.served import ServedModel
 from early_exit.training.calibrate import fit_temperature
-from early_exit.training.certify import p_value, walk
+from early_exit.training.choose import choose
 from early_exit.training.cost import Costs, flop_costs, head_flops
+from early_exit.training.dataset import Part
 from early_exit.training.distill import Distillation, train_head
+from early_exit.training.judged import Judged, Judgement
+from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.profile import one_thread
-from early_exit.training.thresholds import (
-    NEVER,
-    Candidates,
-    Choice,
-    certified_path,
-    equal_choice,
-    mean_cost,
-    outcome,
-    paper_choice,
-    served_classes,
-)
+from early_exit.training.thresholds import NEVER, Candidates, Choice, mean_cost, outcome, served_classes
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.subjects import Subject, resnet18
 from tests.support.cifar import DataMissing, as_batch, load_requests
 
 N_TRAIN, N_TUNE, N_CERTIFY = 2500, 1000, 1500
-DELTA = 0.05
 
 
 def main() -> int:
@@ -103,11 +97,14 @@ class Heads:
         return cls(torch.stack(logits, dim=1), scores[N_TRAIN:], torch.tensor(labels[N_TRAIN:]),
                    flop_costs(layers, flops))
 
-    def calibrated(self, tune: Tensor, *others: Tensor) -> list[Candidates]:
+    def judged(self, tune: Tensor, certify: Tensor) -> Judged:
         """Fit the temperatures on some rows; return what the heads say about these and about others."""
-        temperatures = [fit_temperature(self.logits[tune, layer], self.backbone_class[tune])
-                        for layer in range(self.costs.n_layers)]
-        return [self.candidates(rows, temperatures) for rows in (tune, *others)]
+        temperatures = tuple(fit_temperature(self.logits[tune, layer], self.backbone_class[tune])
+                             for layer in range(self.costs.n_layers))
+        parts = {part: Judgement(self.candidates(rows, temperatures), self.logits[rows].argmax(dim=2),
+                                 self.backbone_class[rows], self.backbone_class[rows], self.labels[rows])
+                 for part, rows in ((Part.TUNE, tune), (Part.CERTIFY, certify))}
+        return Judged(tuple(map(str, range(self.costs.n_layers))), temperatures, parts)
 
     def candidates(self, rows: Tensor, temperatures: Sequence[float]) -> Candidates:
         """Return what heads of these temperatures say about some rows."""
@@ -130,21 +127,12 @@ class Heads:
         return ((backbone == labels).double().mean() - (served == labels).double().mean()).item()
 
 
-def certified(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
-    tune, certify, unseen = heads.calibrated(rows[:N_TUNE], rows[N_TUNE:], test)
-    path = certified_path(tune, tolerance, DELTA, len(certify))
-    p_values = (p_value(int(outcome(choice, certify).differs.sum()), len(certify), tolerance) for choice in path)
-    return path[walk(p_values, DELTA)], unseen
-
-
-def paper(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
-    tune, unseen = heads.calibrated(rows, test)
-    return paper_choice(tune, tolerance), unseen
-
-
-def equal(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
-    tune, unseen = heads.calibrated(rows, test)
-    return equal_choice(tune, tolerance), unseen
+def chosen(thresholds: Rule, heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
+    """Choose by one of our rules, as ee-train does."""
+    n_tune = N_TUNE if thresholds == "certified" else len(rows)
+    judged = heads.judged(rows[:n_tune], rows[n_tune:])
+    options = TrainingOptions(tolerance=tolerance, thresholds=thresholds, measure="flops")
+    return choose(judged, options), heads.candidates(test, judged.temperatures)
 
 
 def earlyon(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
@@ -155,7 +143,8 @@ def earlyon(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple
 
 
 RULES: dict[str, Callable[[Heads, Tensor, Tensor, float], tuple[Choice, Candidates]]] = {
-    "certified": certified, "paper": paper, "equal": equal, "earlyon": earlyon}
+    "certified": partial(chosen, "certified"), "paper": partial(chosen, "paper"), "equal": partial(chosen, "equal"),
+    "earlyon": earlyon}
 
 
 def broken(heads: Heads, tolerance: float, n_splits: int) -> list[dict[str, Any]]:

@@ -1,14 +1,17 @@
 """Who is on a photo: MobileFaceNet's pretrained embedding and a classifier of the 40 people of the ORL faces.
 
 The classifier is trained on three photos of each person. Traffic shows the other seven as a camera would, shifted,
-turned, lit and blurred at random: four of them in what is recorded, three in what is measured.
+turned, lit and blurred at random, 20 times: four of them in what is recorded, three in what is measured. So what is
+measured are other photos of known people. All variants of a recorded photo are in the same part of the records; a
+certificate still counts each as a request of its own, and so promises more than the 43 photos there can.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -16,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
+from early_exit.handler.bookkeeping import request_hash
+from early_exit.training.dataset import RecordedTraffic
 from tests.support.cifar import data_folder, load_weights
 from tests.support.models.face_handler import FaceClassifier
 from tests.support.models.mobilefacenet import MobileFaceNet
@@ -36,12 +41,11 @@ def trained() -> MobileFaceNet:
     if unknown or {name.split(".")[0] for name in missing} != {"identities"}:
         raise RuntimeError(f"the weights do not fit: missing {missing}, unknown {unknown}")
     model.eval()
-    photos, people = _photos(range(N_TRAINED))
-    bodies, labels = _seen_by_camera(photos, people, seed=0)
+    seen = _seen_by_camera(*_photos(range(N_TRAINED)), seed=0)
     with torch.no_grad():
-        directions = torch.cat([model.embed(_model_input(bodies[start:start + 64]))
-                                for start in range(0, len(bodies), 64)])
-    target = torch.tensor(labels)
+        directions = torch.cat([model.embed(_model_input(seen.bodies[start:start + 64]))
+                                for start in range(0, len(seen.bodies), 64)])
+    target = torch.tensor(seen.people)
     optimizer = torch.optim.AdamW(model.identities.parameters(), lr=0.05)
     for _ in range(300):
         loss = functional.cross_entropy(model.identities(directions), target)
@@ -51,11 +55,38 @@ def trained() -> MobileFaceNet:
     return model
 
 
-def traffic() -> tuple[list[bytes], list[int], int]:
-    """Return PNG bodies, their people, and how many of them are to be recorded: the first."""
-    recorded = _seen_by_camera(*_photos(range(N_TRAINED, N_TRAINED + N_RECORDED)), seed=1)
-    measured = _seen_by_camera(*_photos(range(N_TRAINED + N_RECORDED, 10)), seed=2)
-    return recorded[0] + measured[0], recorded[1] + measured[1], len(recorded[0])
+@dataclass(frozen=True)
+class Seen:
+    """N variants of photos, as the camera sees them."""
+
+    bodies: list[bytes]
+    """PNG."""
+    people: list[int]
+    photos: list[int]
+    """Which photo each is a variant of."""
+
+    def request_ids(self) -> list[str]:
+        """Return an id for each, such that all variants of a photo fall into the same part of the records."""
+        ids: dict[int, Iterator[str]] = {}
+        for photo in set(self.photos):
+            names = [f"photo-{photo}-{number}" for number in range(40 * _VARIANTS)]
+            parts = _parts(names)
+            # Whatever part the first is in, so many others are there too: the smallest part has a fifth of all.
+            ids[photo] = iter([name for name, part in zip(names, parts) if part == parts[0]])
+        return [next(ids[photo]) for photo in self.photos]
+
+
+def traffic() -> tuple[Seen, Seen]:
+    """Return what is recorded and what is measured."""
+    return (_seen_by_camera(*_photos(range(N_TRAINED, N_TRAINED + N_RECORDED)), seed=1),
+            _seen_by_camera(*_photos(range(N_TRAINED + N_RECORDED, 10)), seed=2))
+
+
+def _parts(names: Sequence[str]) -> list[int]:
+    """Return the parts of the records that requests of these names fall into."""
+    hashes, none = torch.tensor([request_hash(name) for name in names]), torch.zeros(len(names))
+    parts: list[int] = RecordedTraffic((), (), hashes, none, none, none, hashes, none).part.tolist()
+    return parts
 
 
 def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
@@ -68,16 +99,16 @@ def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
     return [photo for photo, _ in found], [person for _, person in found]
 
 
-def _seen_by_camera(photos: Sequence[Image.Image], people: Sequence[int], seed: int) -> tuple[list[bytes], list[int]]:
-    bodies, labels = [], []
+def _seen_by_camera(photos: Sequence[Image.Image], people: Sequence[int], seed: int) -> Seen:
+    bodies = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for number in torch.randperm(len(photos) * _VARIANTS).tolist():
+        order = [number % len(photos) for number in torch.randperm(len(photos) * _VARIANTS).tolist()]
+        for number in order:
             buffer = io.BytesIO()
-            _CAMERA(photos[number % len(photos)]).save(buffer, "PNG")
+            _CAMERA(photos[number]).save(buffer, "PNG")
             bodies.append(buffer.getvalue())
-            labels.append(people[number % len(photos)])
-    return bodies, labels
+    return Seen(bodies, [people[number] for number in order], order)
 
 
 def _model_input(bodies: Sequence[bytes]) -> Tensor:

@@ -4,18 +4,21 @@
 
 Each method chooses its exits with the recorded requests only; each row is measured on requests that nothing was
 chosen with. Costs are CPU time of one thread against the plain backbone, interleaved, with the server's allocator.
+Baselines get the same records and replays of them, and labels, but half of the layers: they choose no layers, and would
+pay for a head at each. Where a subject or a method is left out, its row says why.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.candidates import spread_over
+from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.stages import Exit
 from early_exit.training.choose import choose, make_plan
@@ -48,8 +52,10 @@ from tests.benchmarks.rows import row
 from tests.benchmarks.subjects import SUBJECTS, Subject
 from tests.support.cifar import DataMissing
 
-PAPER_LAYERS = 3
+PAPER_LAYERS, BASELINE_LAYERS = 3, 8
 BATCH = 32
+EXPECTED = (DataMissing, EarlyExitError)
+"""What may keep a subject or a method from a row."""
 
 
 def main() -> int:
@@ -66,17 +72,22 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for name in options.subjects:
         with tempfile.TemporaryDirectory() as scratch:
-            try:
-                kept = options.work / name if options.work else Path(scratch)
-                bench = Bench.prepare(SUBJECTS[name](Path(scratch)), kept, options.trials)
-            except DataMissing as missing:
-                print(f"{name} is left out: {missing}", file=sys.stderr)
-                continue
-            for one in bench.rows(options.methods):
+            kept = options.work / name if options.work else Path(scratch)
+            for one in rows_of(name, Path(scratch), kept, options.trials, options.methods):
                 rows.append(one)
                 print(json.dumps(one), flush=True)
-                options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                options.json.write_text(legible({"rows": rows}) + "\n")
     return 0
+
+
+def rows_of(name: str, scratch: Path, kept: Path, n_trials: int, methods: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each method on a subject; what cannot be had has a row that says why, and the others follow."""
+    try:
+        bench = Bench.prepare(SUBJECTS[name](scratch), kept, n_trials)
+    except EXPECTED as error:
+        yield {"backbone": name, "left_out": str(error)}
+    else:
+        yield from bench.rows(methods)
 
 
 @dataclass(frozen=True)
@@ -154,21 +165,35 @@ class Bench:
                 ("equal", self.replayed, "searched", None, replace(papers, thresholds="equal"))):
             if method not in methods:
                 continue
-            heads: list[TrainedHead] = getattr(self, kind)
-            heads = _spread(heads, count) if count else heads
-            _say(self.subject, method)
-            plan, exits = self._plan(material, heads, options)
-            certificate = plan.certificate
-            found = row(self.subject, method, exits, full, tolerance=options.tolerance, labelled=False,
-                        certificate=None if certificate is None else certificate.in_words())
+            found = self._attempt(method, partial(self._own_row, method, material, kind, count, options, full))
             if method == "certified":
-                loss = found["accuracy_loss"]
+                loss = found.get("accuracy_loss", loss)
             yield found
         for method in [name for name in BASELINES if name in methods]:
             for max_loss in (self.options.tolerance, _close_to(loss)):
-                _say(self.subject, f"{method} at an accuracy loss of {max_loss:.3f}")
-                yield row(self.subject, method, BASELINES[method](self._labelled(), max_loss), full,
-                          tolerance=max_loss, labelled=True, certificate=None)
+                yield self._attempt(method, partial(self._labelled_row, method, max_loss, full))
+
+    def _attempt(self, method: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        _say(self.subject, method)
+        try:
+            return measure()
+        except EXPECTED as error:
+            return {"backbone": self.subject.name, "data": self.subject.data, "method": method, "left_out": str(error)}
+
+    def _own_row(self, method: str, material: Material, kind: str, count: int | None, options: TrainingOptions,
+                 full: Tensor) -> dict[str, Any]:
+        heads: list[TrainedHead] = getattr(self, kind)
+        heads = _spread(heads, count) if count else heads
+        plan, exits = self._plan(material, heads, options)
+        certificate = plan.certificate
+        return row(self.subject, method, exits, full, tolerance=options.tolerance, labelled=False, layers=len(heads),
+                   replayed=material is not self.recorded,
+                   certificate=None if certificate is None else certificate.in_words())
+
+    def _labelled_row(self, method: str, max_loss: float, full: Tensor) -> dict[str, Any]:
+        return row(self.subject, method, BASELINES[method](self.labelled, max_loss), full, tolerance=max_loss,
+                   labelled=True, layers=len(self.labelled.layers), replayed=self.replayed is not self.recorded,
+                   certificate=None)
 
     def _plan(self, material: Material, heads: Sequence[TrainedHead],
               options: TrainingOptions) -> tuple[ExitPlan, dict[str, Exit]]:
@@ -185,15 +210,21 @@ class Bench:
         return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), _calibrated(planned.temperature),
                                           planned.shrink_from) for planned in plan.exits}
 
-    def _labelled(self) -> LabelledRecords:
-        material = self.recorded
+    @cached_property
+    def labelled(self) -> LabelledRecords:
+        """What the baselines get; a replay has the label of the request that it replays."""
+        material = self.replayed
         labels = load_labels(self.subject.labels, material.request, material.n_classes)
-        every = torch.arange(material.n_records)
-        layers = spread_over(list(material.layers), 8)
+        n_train = int((material.part == list(Part).index(Part.TRAIN)).sum())
+        originals = material.rows(Part.TRAIN)[:n_train]
+        n_rounds = (len(material.backbone_class) - material.n_records) // max(1, n_train)
+        layers = spread_over(list(material.layers), BASELINE_LAYERS)
         return LabelledRecords(
-            layers=tuple(layers), pooled={one.path: material.activations(one)[every].float() for one in layers},
-            labels=labels, backbone_class=material.backbone_class, n_classes=material.n_classes,
-            train=material.rows(Part.TRAIN), tune=torch.cat([material.rows(Part.TUNE), material.rows(Part.CERTIFY)]))
+            layers=tuple(layers), recorded=material.recorded,
+            pooled={one.path: material.activations(one) for one in layers},
+            labels=torch.cat([labels, labels[originals].repeat(n_rounds)]), backbone_class=material.backbone_class,
+            n_classes=material.n_classes, train=material.rows(Part.TRAIN),
+            tune=torch.cat([material.rows(Part.TUNE), material.rows(Part.CERTIFY)]))
 
 
 BASELINES: Mapping[str, Callable[[LabelledRecords, float], dict[str, Exit]]] = {
@@ -217,6 +248,11 @@ def _calibrated(temperature: float) -> Callable[[Tensor], Tensor]:
 def _close_to(loss: float) -> float:
     """Return an accuracy loss for baselines that compares with a measured one; half a per mille at least."""
     return max(0.0005, loss)
+
+
+def legible(rows: Mapping[str, Any]) -> str:
+    """Return JSON in which a list of numbers takes one line."""
+    return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(rows, indent=1))
 
 
 def _say(subject: Subject, what: str) -> None:

@@ -11,14 +11,17 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.head import Head
+from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.served_head import ServedHead
 from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
 from early_exit.training.ltma import AllocationCounter, ltma
 from early_exit.training.performance import categorize
 from early_exit.training.profile import one_thread
 from tests.benchmarks.subjects import Subject
+from tests.benchmarks.tables import judgement, tables
 from tests.support.timing import cpu_ratio
 
 BATCH = 250
@@ -58,7 +61,10 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
     before = (full.argmax(dim=1) == subject.truth).double().mean().item()
     accuracy = (classes == subject.truth).double().mean().item()
     left = taken != FULL
-    parameters = sum(p.numel() for p in subject.backbone.parameters())
+    held = [*subject.backbone.parameters(), *subject.backbone.graph.buffers()]
+    parameters, n_bytes = sum(p.numel() for p in subject.backbone.parameters()), sum(one.nbytes for one in held)
+    of_heads = [one for layer in layers for one in _parameters(exits[layer.path])]
+    flops, flops_ratio = subject.backbone.description.flops, _flops_ratio(taken, [one.cost for one in layers], heads)
     binary = {} if full.shape[1] > 2 else {"auc": _auc(outputs, subject.truth), "auc_before": _auc(full, subject.truth)}
     return {
         "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy, **binary,
@@ -66,13 +72,27 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
         "disagreement": (classes != full.argmax(dim=1)).double().mean().item(),
         "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
                  for number, name in enumerate(names)},
-        "flops_ratio": _flops_ratio(taken, [layer.cost for layer in layers], heads),
+        "flops_ratio": flops_ratio, "flops_before": flops, "flops": round(flops * flops_ratio),
         "cpu_time_ratio": _time_ratios(subject, plain, stages),
         "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(plain, (one_batch,)) / len(one_batch)),
         "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), subject.truth[left])),
-        "size_ratio": 1 + sum(_parameters(exits[layer.path]) for layer in layers) / parameters,
-        **more,
+        "size_ratio": 1 + sum(one.numel() for one in of_heads) / parameters,
+        "megabytes_before": n_bytes / 1e6, "megabytes": (n_bytes + sum(one.nbytes for one in of_heads)) / 1e6,
+        **more, **_tables(subject, layers, stages, full, heads),
     }
+
+
+def _tables(subject: Subject, layers: Sequence[CandidateLayer], stages: Sequence[Stage], full: Tensor,
+            heads: Sequence[float]) -> dict[str, Any]:
+    """Return what a plan of confidences and thresholds has beyond one number."""
+    policies = [stage.exit.policy for stage in stages if stage.exit is not None]
+    thresholds = [policy.threshold for policy in policies if isinstance(policy, ConfidencePolicy)]
+    if not policies or len(thresholds) < len(policies):
+        return {}
+    with torch.no_grad():
+        answers = [run_with_exits((batch,), stages, anytime=torch.ones(len(batch), dtype=torch.bool))
+                   for batch in subject.inputs.split(BATCH)]
+    return tables(judgement(answers, full, subject.truth, layers, heads), layers, thresholds)
 
 
 def _auc(scores: Tensor, truth: Tensor) -> float:
@@ -113,6 +133,6 @@ def _flops(exit_: Exit, shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops())
 
 
-def _parameters(exit_: Exit) -> int:
-    modules = [part for part in (exit_.head, exit_.policy) if isinstance(part, torch.nn.Module)]
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def _parameters(exit_: Exit) -> list[nn.Parameter]:
+    modules = [part for part in (exit_.head, exit_.policy) if isinstance(part, nn.Module)]
+    return [parameter for module in modules for parameter in module.parameters()]

@@ -80,10 +80,11 @@ def dlrm(folder: Path) -> Subject:
 
 def mobilefacenet(folder: Path) -> Subject:
     """MobileFaceNet's embedding with a classifier, and faces that this has not seen."""
-    bodies, people, n_recorded = faces.traffic()
+    recorded, measured = faces.traffic()
     asked = factory_request(folder / "original", folder / "store", "faces", faces.trained(), "face_handler.py", CONFIG,
                             input_shape=(3, 112, 96))
-    return _subject(folder, "MobileFaceNet", "ORL faces", asked, bodies, people, n_recorded=n_recorded)
+    return _subject(folder, "MobileFaceNet", "ORL faces", asked, recorded.bodies + measured.bodies,
+                    recorded.people + measured.people, n_recorded=len(recorded.bodies), ids=recorded.request_ids())
 
 
 def vit(folder: Path) -> Subject:
@@ -119,7 +120,7 @@ def _cifar(folder: Path, name: str, model_file: str, weights: str) -> Subject:
 
 
 def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: Sequence[bytes],
-             labels: Sequence[int], *, n_recorded: int) -> Subject:
+             labels: Sequence[int], *, n_recorded: int, ids: Sequence[str] | None = None) -> Subject:
     made = build_archive(asked)
     archive = ArchiveLayout(folder / "archive")
     extract(made, archive.root)
@@ -127,11 +128,12 @@ def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: 
     original = json.loads(archive.original_manifest.read_text())
     with preprocessing(archive.root, original) as handler:
         inputs = torch.cat([handler.model_input(bodies[start:start + 64]) for start in range(0, len(bodies), 64)])
+    names = ids or [f"request-{number}" for number in range(n_recorded)]
     for start in range(0, n_recorded, _SHARD):
         end = min(start + _SHARD, n_recorded)
-        record(backbone, inputs[start:end], folder / "records", first_request=start, bodies=bodies[start:end],
+        record(backbone, inputs[start:end], folder / "records", ids=names[start:end], bodies=bodies[start:end],
                layers=32)
-    lines = [f"request-{number},{label}" for number, label in enumerate(labels[:n_recorded])]
+    lines = [f"{name},{label}" for name, label in zip(names, labels)]
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
     return Subject(name, data, archive, backbone, folder / "records", folder / "labels.csv", inputs[n_recorded:],
                    torch.tensor(labels[n_recorded:]))

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models import resnet18
-from torchvision.models.detection import keypointrcnn_resnet50_fpn
+from torchvision.models.detection import MaskRCNN, keypointrcnn_resnet50_fpn
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
 from early_exit.archiver.detector import backbone_of_detector, is_detector
 from early_exit.handler.backbone import Backbone
@@ -59,6 +62,30 @@ def test_without_exits_all_detections_are_the_detectors_own(detector: SmallDetec
         for found, own in zip(served(batch), expected):
             require_same(found, own)
     assert len(backbone.description.candidates) + len(backbone.description.left_out) >= 11, "stages are looked into"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_detector_that_torchvision_has_coco_weights_for_is_cut_too() -> None:
+    """Its batch norms are frozen, and lose their epsilon when the weights are loaded."""
+    torch.manual_seed(0)
+    body = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    detector = MaskRCNN(body, num_classes=91, min_size=96, max_size=128, rpn_post_nms_top_n_test=50,
+                        box_detections_per_img=5).eval()
+    overwrite_eps(detector, 0.0)
+    frozen = [one for one in detector.modules() if isinstance(one, FrozenBatchNorm2d)]
+    assert len(frozen) == 53
+    for one in frozen:
+        for values in (one.weight, one.running_var):
+            values.uniform_(0.4, 0.6)
+        one.running_mean.normal_(0.0, 0.1)
+    detector.roi_heads.box_predictor.cls_score.weight *= 30
+    found = backbone_of_detector(detector, SHAPE, None, 1, "coco.py")
+    served, batch = ServedModel(found, record_layers=100), images(2, SHAPE)
+    expected = detector(list(batch))
+    assert len(served.layers) >= 2 and all(len(one["boxes"]) for one in expected)
+    for one, own in zip(served(batch), expected):
+        require_same(one, own)
 
 
 @torch.no_grad()

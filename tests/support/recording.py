@@ -20,9 +20,13 @@ from early_exit.training.requests import worker_context
 
 
 def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "model", first_request: int = 0,
-           bodies: Sequence[bytes] | None = None, layers: int = ServingConfig.layers,
-           pool: int | str = ServingConfig.pool) -> None:
-    """Serve (N, ...) inputs in full and record each as a request of its own, with its body where bodies are given."""
+           ids: Sequence[str] | None = None, bodies: Sequence[bytes] | None = None,
+           layers: int = ServingConfig.layers, pool: int | str = ServingConfig.pool) -> None:
+    """Serve (N, ...) inputs in full and record each as a request of its own, with its body where bodies are given.
+
+    Without ids of their own the requests are numbered.
+    """
+    names = ids or [f"request-{first_request + row}" for row in range(len(inputs))]
     # One shard, so that nothing is dropped, however slow the disk is.
     config = ServingConfig(records_per_shard=len(inputs), layers=layers, pool=pool)
     model = ServedModel(backbone, sampling_rate=1.0, record_layers=config.layers, record_pool=config.pool_side)
@@ -37,7 +41,7 @@ def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "mod
         with torch.no_grad():
             model(batch)
         n_rows = len(batch)
-        context.request_ids = {row: f"request-{first_request + start + row}" for row in range(n_rows)}
+        context.request_ids = dict(enumerate(names[start:start + n_rows]))
         context.request_processor = [processor] * n_rows
         data = [{"body": body} for body in bodies[start:start + 64]] if bodies is not None else [{}] * n_rows
         bookkeeper.note(Served(tuple(range(n_rows)), [None] * n_rows, model.take_served()), data, context)

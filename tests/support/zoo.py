@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
+from early_exit.handler.served import ServedModel
 from early_exit.handler.signature import InputSpec
 
 VOCABULARY, LENGTH = 99, 12
@@ -25,6 +28,13 @@ class Specimen:
     def export(self, model: nn.Module) -> Backbone:
         return Backbone.from_inputs(model, self.inputs)
 
+    def served(self, backbone: Backbone) -> ServedModel:
+        """Return a backbone as `ee-archive` has it served: written, read again, cut at every candidate, folded."""
+        with tempfile.TemporaryDirectory() as folder:
+            backbone.save(Path(folder))
+            read = Backbone.load(Path(folder))
+        return ServedModel(read, record_layers=len(read.description.candidates))
+
     def batch(self, size: int) -> dict[str, Tensor]:
         """Return images of noise; or texts of random tokens, which end where the mask ends."""
         if self.inputs[0].dtype == "float32":
@@ -35,7 +45,7 @@ class Specimen:
 
     def scores(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         output = model(*inputs.values()) if len(inputs) == 1 else model(**inputs)
-        scores: Tensor = output if isinstance(output, Tensor) else output.logits
+        scores: Tensor = output if isinstance(output, Tensor) else output["logits"]
         return scores
 
 
@@ -106,21 +116,27 @@ IMAGE_MODELS: dict[str, dict[str, object]] = {
 }
 
 
-def hugging_face_classifiers() -> Iterator[Specimen]:
-    """Yield sequence classifiers (tokens and a mask) and image classifiers of transformers, from small configs."""
+def _hugging_face(name: str, task: str, more: dict[str, object]) -> nn.Module:
     import transformers
 
-    def make(name: str, task: str, more: dict[str, object]) -> nn.Module:
-        config = getattr(transformers, f"{name}Config")(**SMALL, **more)
-        model: nn.Module = getattr(transformers, f"{name}For{task}Classification")(config)
-        return model
+    config = getattr(transformers, f"{name}Config")(**SMALL, **more)
+    model: nn.Module = getattr(transformers, f"{name}For{task}Classification")(config)
+    return model
 
+
+def small_bert() -> nn.Module:
+    """Return a classifier of texts whose tokens are ASCII."""
+    return _hugging_face("Bert", "Sequence", {"vocab_size": 128})
+
+
+def hugging_face_classifiers() -> Iterator[Specimen]:
+    """Yield sequence classifiers (tokens and a mask) and image classifiers of transformers, from small configs."""
     for name, more in TEXT_MODELS.items():
         settings = {"vocab_size": VOCABULARY, **more}
-        yield Specimen(name, lambda name=name, more=settings: make(name, "Sequence", more), TEXT)
+        yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Sequence", more), TEXT)
     for name, more in IMAGE_MODELS.items():
         settings = {"image_size": 64, **more}
-        yield Specimen(name, lambda name=name, more=settings: make(name, "Image", more), image(64, "pixel_values"))
+        yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Image", more), image(64, "pixel_values"))
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Specimen]]] = {

@@ -30,9 +30,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 def branchynet(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
     """Return exits whose common entropy threshold loses at most so much accuracy on the tune rows."""
-    heads = {layer.path: records.labelled_head(layer) for layer in records.layers}
     tune = records.tune
-    logits = [head.classify(records.pooled[path][tune]) for path, head in heads.items()]
+    logits = records.logits(tune)
     answers, spread = [one.argmax(dim=1) for one in logits], [entropy(one) for one in logits]
     levels = torch.logspace(-5, 0, 120, dtype=torch.float64).mul(math.log(records.n_classes)).tolist()
     threshold = most_aggressive(levels, lambda level: records.loss(answers, [one <= level for one in spread], tune),
@@ -40,4 +39,4 @@ def branchynet(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
     if threshold is None:
         return {}
     return {path: Exit(head, EntropyPolicy(threshold), lambda scores: scores)
-            for (path, head), one in zip(heads.items(), spread) if bool((one <= threshold).any())}
+            for (path, head), one in zip(records.heads.items(), spread) if bool((one <= threshold).any())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.pooling import Side, pool_activation
 from early_exit.handler.stages import Exit
 from tests.benchmarks.baselines.labelled import LabelledRecords
 from tests.support.cifar import DataMissing
 
 EPOCHS = 20
 _BATCH = 128
+_CHUNK = 1024
 
 
 class _Part(nn.Module):
@@ -50,6 +53,29 @@ class Playback(nn.Module):
         return scores
 
 
+class MeansHead(nn.Module):
+    """An exit head of earlyon, and before it what makes of an activation the means that it was trained with."""
+
+    def __init__(self, head: nn.Module, recorded: Side) -> None:
+        super().__init__()
+        self.head, self.recorded = head, recorded
+
+    def pool(self, activation: Tensor) -> Tensor:
+        """Return the (B, C) means of a (B, ...) activation as the backbone computes it."""
+        return _means(pool_activation(activation, self.recorded))
+
+    def forward(self, activation: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(activation))
+        return logits
+
+
+def _means(recorded: Tensor) -> Tensor:
+    """Return what earlyon's heads pool to: of maps the mean of each channel, of tokens the mean of all; vectors."""
+    if recorded.dim() == 4:
+        return recorded.mean(dim=(2, 3))
+    return recorded[:, 1] if recorded.dim() == 3 else recorded
+
+
 def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
     """Return the exits that earlyon enables for an accuracy budget.
 
@@ -57,7 +83,8 @@ def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
         DataMissing: the package is not installed.
     """
     package = _package()
-    means = [records.pooled[layer.path].mean(dim=(2, 3)) for layer in records.layers]
+    means = [torch.cat([_means(records.pooled[layer.path][rows].float()) for rows in torch.arange(
+        len(records.labels)).split(_CHUNK)]) for layer in records.layers]
     scores = nn.functional.one_hot(records.backbone_class, records.n_classes).float()
     columns = torch.cat([*means, scores], dim=1)
     widths = [one.shape[1] for one in (*means, scores)]
@@ -74,11 +101,16 @@ def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
                                    on_epoch_end=lambda log: None)
         package.calibrate_thresholds(wrapper, loader(records.tune[1::2]), target_accuracy_drop=max_loss,
                                      fit_temperature=True, temperature_loader=loader(records.tune[::2]))
-    return {layer.path: Exit(wrapper.exit_heads[point.name].eval().requires_grad_(False),
-                             ConfidencePolicy(config.temperatures[point.name], threshold), lambda logits: logits)
-            for config in (wrapper.config,)
-            for layer, point, threshold, enabled in zip(records.layers, config.exit_points,
-                                                        config.confidence_thresholds, config.enabled_exits) if enabled}
+    config = wrapper.config
+    exits: dict[str, Exit] = {}
+    for layer, point, threshold, enabled in zip(records.layers, config.exit_points, config.confidence_thresholds,
+                                                config.enabled_exits):
+        if enabled:
+            head = MeansHead(wrapper.exit_heads[point.name], records.recorded).eval().requires_grad_(False)
+            temperature = config.temperatures[point.name]
+            exits[layer.path] = Exit(head, ConfidencePolicy(temperature, threshold),
+                                     partial(torch.div, other=temperature))
+    return exits
 
 
 def earlyon_thresholds(logits: Tensor, scores: Tensor, labels: Tensor,

@@ -37,19 +37,17 @@ def gati(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
     the threshold is chosen on the other half.
     """
     learn, choose = records.tune[::2], records.tune[1::2]
-    heads = {layer.path: records.labelled_head(layer) for layer in records.layers}
     selectors, answers, trusts = [], [], []
-    for path, head in heads.items():
-        logits = head.classify(records.pooled[path][learn])
+    for logits in records.logits(learn):
         selectors.append(_train(Selector(records.n_classes), logits, logits.argmax(dim=1) == records.labels[learn]))
-        logits = head.classify(records.pooled[path][choose])
+    for selector, logits in zip(selectors, records.logits(choose)):
         answers.append(logits.argmax(dim=1))
-        trusts.append(selectors[-1].trust(logits))
+        trusts.append(selector.trust(logits))
     levels = (1 - torch.logspace(-4, 0, 120, dtype=torch.float64)).tolist()
     threshold = most_aggressive(levels, lambda level: records.loss(answers, [one >= level for one in trusts], choose),
                                 max_loss)
     exits: dict[str, Exit] = {}
-    for (path, head), selector, trust in zip(heads.items(), selectors, trusts):
+    for (path, head), selector, trust in zip(records.heads.items(), selectors, trusts):
         if threshold is not None and bool((trust >= threshold).any()):
             selector.threshold = threshold
             exits[path] = Exit(head, selector, lambda scores: scores)

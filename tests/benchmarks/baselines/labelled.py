@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.pooling import Side
+from early_exit.training.activations import Activations, Selected
 from early_exit.training.distill import Distillation, train_head
-
-SPEC = HeadSpec(pool=4, widths=(64,))
-"""All methods have heads of the same capacity."""
 
 
 @dataclass(frozen=True)
 class LabelledRecords:
-    """N requests with their true classes."""
+    """N requests with their true classes, replays of them included."""
 
     layers: tuple[CandidateLayer, ...]
     """Candidates, in the order of the backbone."""
-    pooled: Mapping[str, Tensor]
-    """By layer path: (N, C, h, w) float32 activations pooled to 4x4."""
+    recorded: Side
+    """Side to which the activations are pooled."""
+    pooled: Mapping[str, Activations | Tensor]
+    """By layer path: (N, ...) activations, as recorded."""
     labels: Tensor
     """(N,) int64."""
     backbone_class: Tensor
@@ -34,12 +36,23 @@ class LabelledRecords:
     tune: Tensor
     """(V,) rows to choose thresholds with."""
 
-    def labelled_head(self, layer: CandidateLayer, seed: int = 0) -> Head:
-        """Train a head with cross-entropy against the labels."""
+    @property
+    def spec(self) -> HeadSpec:
+        """The head of every layer: our default, which reads records as they are."""
+        return HeadSpec(pool=self.recorded, recorded=self.recorded)
+
+    @cached_property
+    def heads(self) -> dict[str, Head]:
+        """By layer path: heads trained with cross-entropy against the labels."""
         # KL against a distribution that is all on the label is the cross-entropy.
-        certain = torch.nn.functional.one_hot(self.labels, self.n_classes).float().log()
-        return train_head(SPEC, layer.shape, self.pooled[layer.path][self.train], certain[self.train],
-                          Distillation(seed=seed))
+        certain = torch.nn.functional.one_hot(self.labels, self.n_classes).float().log()[self.train]
+        return {layer.path: train_head(self.spec, layer.shape, Selected(self.pooled[layer.path], self.train), certain,
+                                       Distillation())
+                for layer in self.layers}
+
+    def logits(self, rows: Tensor) -> list[Tensor]:
+        """Return what each of the heads says, (M, K), of some rows."""
+        return [head.classify(self.spec.reads(self.pooled[path][rows].float())) for path, head in self.heads.items()]
 
     def loss(self, answers: Sequence[Tensor], leaves: Sequence[Tensor], rows: Tensor) -> float:
         """Return the loss of accuracy on some rows when exits answer in order.

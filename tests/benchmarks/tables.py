@@ -1,0 +1,79 @@
+"""What the paper tells of a plan beyond one number: its exits (Table 2) and other thresholds (Figures 2 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.stages import FULL, Answers
+from early_exit.training.cost import flop_costs
+from early_exit.training.judged import Judgement
+from early_exit.training.performance import Performance, curve, exit_performances, setting
+from early_exit.training.thresholds import Candidates, Choice
+
+_LEVELS = tuple(step / 20 for step in range(21))
+_EVERY = 5
+"""Of the thresholds of a curve, which are a hundredth apart."""
+
+
+def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: Sequence[CandidateLayer],
+              heads: Sequence[float]) -> Judgement:
+    """Return what the exits of a plan say about requests that asked for every opinion.
+
+    Args:
+        answers: of M requests.
+        full: (M, K) scores of the backbone.
+        truth: (M,) true classes.
+        layers: of the exits.
+        heads: FLOPs of each head as a fraction of the backbone's.
+    """
+    said = [torch.cat([one.opinions[stage] for one in answers]) for stage in (*range(len(layers)), FULL)]
+    *opinions, served = said
+    teacher, classes = full.argmax(dim=1), torch.stack([one.argmax(dim=1) for one in opinions], dim=1)
+    confidence = torch.stack([ConfidencePolicy(1.0, 0.0).confidence(one) for one in opinions], dim=1)
+    agrees, full_class = classes == teacher[:, None], served.argmax(dim=1)
+    candidates = Candidates(confidence, agrees, (~agrees).float(), full_class == teacher,
+                            (full_class != teacher).float(), flop_costs(layers, heads))
+    return Judgement(candidates, classes, teacher, full_class, truth)
+
+
+def tables(said: Judgement, layers: Sequence[CandidateLayer], thresholds: Sequence[float]) -> dict[str, Any]:
+    """Return the exits with their hits and their accuracy, alone at each threshold too, and all at common thresholds.
+
+    Args:
+        said: of the measured requests.
+        layers: of the exits.
+        thresholds: of the exits.
+    """
+    every = tuple(range(len(layers)))
+    exits = []
+    for index, (alone, together) in enumerate(exit_performances(Choice(every, tuple(thresholds)), said)):
+        at = curve(layers[index].path, index, said)
+        exits.append({
+            "layer": layers[index].path, "threshold": _short(thresholds[index]), **_performance(together),
+            "alone": _performance(alone),
+            "at_thresholds": {"threshold": _column(at.thresholds[::_EVERY]), "hit_rate": _column(at.hit_rate[::_EVERY]),
+                              "accuracy": _column(at.accuracy[::_EVERY])}})
+    settings = [setting(Choice(every, (level,) * len(every)), said, said.candidates.costs) for level in _LEVELS]
+    return {"exits": exits, "at_common_thresholds": {
+        "threshold": _column(_LEVELS), "flops_ratio": _column([one.flops for one in settings]),
+        "disagreement": _column([one.disagreement for one in settings]),
+        "accuracy": _column([one.accuracy.served if one.accuracy else None for one in settings])}}
+
+
+def _performance(found: Performance) -> Mapping[str, float | None]:
+    return {"hit_rate": _short(found.hit_rate), "agreement": _short(found.agreement),
+            "accuracy": _short(found.accuracy), "effect": _short(found.effect)}
+
+
+def _column(values: Sequence[float | None]) -> list[float | None]:
+    return [_short(value) for value in values]
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
