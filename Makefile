@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/python -m tests.demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	mkdir -p .typing && ln -sfn .. .typing/early_exit

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from torch import nn
+from tqdm import tqdm
 
 import early_exit.handler
 from early_exit.archiver.detector import PEDESTRIAN, backbone_of_detector, is_detector
@@ -78,10 +79,11 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
         EarlyExitError: the source, the plan or the configuration cannot be used, or another archive has the name;
             nothing is published.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=3, desc="export", unit="step", disable=None) as progress:
         layout = ArchiveLayout(Path(scratch) / "archive")
         layout.root.mkdir()
         original, backbone = _unpack_source(asked, layout)
+        _advance(progress, "fill")
         request = _sample_request(asked, layout, original, backbone.description)
         if request is None:
             say("no sample request is known, so the handler's pre- and post-processing are not tried out; "
@@ -95,6 +97,7 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
         with tempfile.TemporaryDirectory(dir=asked.to, prefix=".building-") as building:
             draft = Path(building) / target.name
             zip_folder(layout.root, draft)
+            _advance(progress, "try out")
             try:
                 validate(draft)
             except ArchiveError:
@@ -106,7 +109,13 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
                 validate(draft)
                 say(f"the handler reads {weights} itself, so the archive holds the weights twice")
             publish(draft, target)
+        progress.update()
     return target
+
+
+def _advance(progress: Any, to: str) -> None:
+    progress.update()
+    progress.set_description(to)
 
 
 def _unpack_source(asked: ArchiveRequest, layout: ArchiveLayout) -> tuple[dict[str, Any], Backbone]:

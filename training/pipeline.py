@@ -196,5 +196,6 @@ def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: 
     if profile is None:
         cost = FlopCost(backbone.flops)
         return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
-    exits = [profile_exit(one.head, one.layer, engine=profile.engine, device=profile.device) for one in heads]
+    exits = [profile_exit(one.head, one.layer, engine=profile.engine, device=profile.device)
+             for one in tqdm(heads, desc="profile", unit="exit", disable=None)]
     return profile.costs([layer.path for layer in layers], exits, options.batch_size)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
@@ -109,7 +110,7 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
     shrinks_by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
         stages = engine_of(engine).compile(backbone, [layer.node for layer in layers])
-        for size in sizes:
+        for size in tqdm(sizes, desc="profile", unit="batch size", disable=None):
             inputs = tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items)
 
             def one_round(inputs: Live = inputs) -> tuple[list[float], list[float]]:
