@@ -7,19 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.inspect import describe
-from early_exit.archiver.quantize import N_SAMPLES, recorded_inputs
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.engine import ENGINES, INT8
 from early_exit.handler.errors import ArchiveError, PlanError, RecordError
 from early_exit.handler.layout import ArchiveLayout, extract
 from early_exit.handler.records import list_shards, read_header, read_shard
-from early_exit.training.dataset import Part, load_traffic
 from early_exit.training.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
@@ -66,16 +63,6 @@ def test_int8_is_made_from_recorded_requests_or_not_at_all(recorder_mar: Path, t
     with pytest.raises(ArchiveError, match="made from recorded requests: pass --calibrate RECORDS"):
         build_archive(ArchiveRequest(str(recorder_mar), tmp_path, engine=INT8))
     assert not list(tmp_path.glob("*.mar"))
-
-
-def test_only_requests_of_the_train_part_calibrate(recorder: ArchiveLayout, records: Path) -> None:
-    backbone, original = Backbone.load(recorder.folder), json.loads(recorder.original_manifest.read_text())
-    inputs = recorded_inputs(records, recorder, original, backbone)
-    served = load_traffic(list_shards(records))
-    [(_, bodies)] = served.bodies()
-    of_train = [bodies[row] for row in (served.part == list(Part).index(Part.TRAIN)).nonzero().flatten().tolist()]
-    with preprocessing(recorder.root, original) as handler:
-        assert torch.equal(inputs, handler.model_input(of_train[:N_SAMPLES]))
 
 
 def test_exits_on_int8_keep_one_promise_together_through_torchserve(

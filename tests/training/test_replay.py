@@ -16,47 +16,32 @@ from early_exit.training.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.paths import MaterialPaths
 from early_exit.training.replay import Replay, augmentation, replay_records
 from early_exit.training.requests import Preprocessing, preprocessing
-from tests.support.recording import record
+from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 
 N_RECORDS, ROUNDS = 90, 2
-HANDLER = """
-import torch
-
-
-class RawImages:
-    def initialize(self, context):
-        self.model = torch.nn.Identity()
-
-    def handle(self, data, context):
-        images = [torch.frombuffer(bytearray(row["body"]), dtype=torch.float32).view(3, 8, 8) for row in data]
-        return self.model(torch.stack(images)).tolist()
-"""
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
-                         nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).eval()
+    return image_model()
 
 
 @pytest.fixture(scope="module")
 def backbone(model: nn.Sequential) -> Backbone:
-    return Backbone.from_module(model, (3, 8, 8))
+    return Backbone.from_module(model, SHAPE)
 
 
 @pytest.fixture(scope="module")
 def traffic(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> RecordedTraffic:
     folder = tmp_path_factory.mktemp("records")
-    images = torch.randn(N_RECORDS, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    record(backbone, images, folder, bodies=[image.numpy().tobytes() for image in images])
+    record_images(backbone, N_RECORDS, folder)
     return load_traffic(list_shards(folder))
 
 
 @pytest.fixture
 def handler(tmp_path: Path) -> Iterator[Preprocessing]:
-    (tmp_path / "raw_images.py").write_text(HANDLER)
-    with preprocessing(tmp_path, {"model": {"modelName": "model", "handler": "raw_images.py"}}) as loaded:
+    write_handler(tmp_path)
+    with preprocessing(tmp_path, MANIFEST) as loaded:
         yield loaded
 
 
