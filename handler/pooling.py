@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_LARGEST = torch.finfo(torch.float16).max
 _LARGE_MAP = 256
 _LARGE_CHANNELS_LAST_MAP = 784
 
@@ -18,23 +17,16 @@ Side = int | None
 
 
 def pool_activation(activation: Tensor, side: Side) -> Tensor:
-    """Return a small summary of each row of an activation, within the range of float16.
-
-    Records are kept in float16: so a head reads in service what it would read of a record, also where an activation is
-    larger than that can hold.
+    """Return a small summary of each row of an activation.
 
     Args:
         activation: (B, C, H, W) feature maps, (B, T, D) tokens or (B, D) vectors.
-        side: feature maps are average-pooled to at most (side, side); none keeps the activation raw.
+        side: feature maps are average-pooled to at most (side, side); none returns the activation.
 
     Returns:
         (B, C, min(side, H), min(side, W)) for maps; (B, 2, D) for tokens: the first token, which is the
         class token where a model has one, and the mean of all; vectors as they are.
     """
-    return _summary(activation, side).clamp(-_LARGEST, _LARGEST)
-
-
-def _summary(activation: Tensor, side: Side) -> Tensor:
     if side is None:
         return activation
     if activation.dim() == 4:
