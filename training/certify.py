@@ -8,11 +8,9 @@ ends the walk, and the one before it is deployed. No correction for the number o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 from scipy.special import bdtr
 from torch import Tensor
 
@@ -60,52 +58,9 @@ def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float
     mean = (0.5 + np.cumsum(losses)) / (count + 1)
     variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (count + 1)
     before = np.concatenate([[0.25], variance[:-1]])  # a stake may depend on the past only
-    capital = np.cumsum(np.log1p(-_stake(before, n, tolerance, delta) * (losses - tolerance)))
+    stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.95 / (1 - tolerance))
+    capital = np.cumsum(np.log1p(-stake * (losses - tolerance)))
     return float(min(1.0, math.exp(-max(0.0, capital.max()))))
-
-
-def _stake(variance: np.ndarray, n: int, tolerance: float, delta: float) -> np.ndarray:
-    """Return what to bet, at losses of some variance, to reach a capital of 1 / delta in n rounds."""
-    stake: np.ndarray = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * variance)), 0.95 / (1 - tolerance))
-    return stake
-
-
-@dataclass(frozen=True)
-class LossBudget:
-    """What a setting may lose on other records so that a certify part can be expected to certify it.
-
-    Prices add up over records, so that a search can keep count of them.
-    """
-
-    price: Callable[[Tensor], Tensor]
-    """Of losses: 0 of none, 1 of the largest."""
-    mean: float
-    """Largest mean price of a record."""
-
-
-def loss_budget(risk: Risk, variance: float, n: int, tolerance: float, delta: float) -> LossBudget:
-    """Return what may be lost where n records will certify.
-
-    The binomial test counts losses. A gambler's capital grows less for each loss, and the logarithm of what it falls
-    short by is the price: so what varies much is dear, also where gains make up for the losses.
-
-    Args:
-        risk: what the losses measure.
-        variance: of the losses, by which the gambler sets the stake; a guess will do.
-        n: records in the certify part.
-        tolerance: T.
-        delta: 1 - confidence.
-    """
-    if risk is Risk.DISAGREEMENT:
-        return LossBudget(lambda losses: losses, most_failures(n, tolerance, delta) / n)
-    stake = float(_stake(np.array(max(variance, 1e-9)), n, tolerance, delta))
-
-    def growth(losses: Tensor) -> Tensor:
-        return torch.log1p(-stake * (losses.double() - tolerance))
-
-    without, worst = growth(torch.tensor([0.0, 1.0])).tolist()
-    return LossBudget(lambda losses: (without - growth(losses)) / (without - worst),
-                      (without - math.log(1 / delta) / n) / (without - worst))
 
 
 def most_failures(n: int, tolerance: float, delta: float) -> int:

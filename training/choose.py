@@ -30,8 +30,7 @@ from early_exit.training.thresholds import (
 
 def settings(judged: Judged, options: TrainingOptions) -> list[Choice]:
     """Return what a certified choice is made among, from "never exit" to aggressive."""
-    return certified_path(judged.tune, options.tolerance, options.delta, len(judged.certify),
-                          risk=options.risk)
+    return certified_path(judged.tune, options.tolerance, options.delta, len(judged.certify))
 
 
 def choose(judged: Judged, options: TrainingOptions, path: Sequence[Choice] | None = None) -> Choice:

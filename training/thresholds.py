@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from early_exit.training.certify import loss_budget
+from early_exit.training.certify import most_failures
 from early_exit.training.cost import Costs
-from early_exit.training.risk import Risk
 from early_exit.training.subset import Option, Subset, best_subset, bit_mask, improved_subset, loss_masks
 
 NEVER = 2.0
@@ -121,7 +120,7 @@ def equal_choice(tune: Candidates, tolerance: float) -> Choice:
 
 
 def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int,
-                   levels: Sequence[float] | None = None, risk: Risk = Risk.DISAGREEMENT) -> list[Choice]:
+                   levels: Sequence[float] | None = None) -> list[Choice]:
     """Return the settings to certify, from "never exit" to aggressive.
 
     The settings share one subset and one confidence level for all its exits. The subset is the one that
@@ -133,17 +132,14 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         delta: 1 - confidence.
         n_certify: how many records there are to certify with.
         levels: confidences to try, descending.
-        risk: what the losses measure.
     """
     levels = list(levels) if levels is not None else confidence_levels()
+    # So many failures the binomial test would accept; the other risks vary less, so they accept no fewer.
+    # What the engine loses without exits is spent already.
+    max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
     for level in levels[::-4]:
-        losses = torch.where(tune.confidence >= level, tune.losses, tune.full_losses[:, None])
-        budget = loss_budget(risk, losses.square().mean().item(), n_certify, tolerance, delta)
-        priced = replace(tune, losses=budget.price(tune.losses), full_losses=budget.price(tune.full_losses))
-        # What the engine loses without exits is spent already.
-        max_loss = len(tune) * budget.mean - priced.full_losses.sum().item()
-        options = [priced.option(layer, level) for layer in range(tune.n_layers)]
+        options = [tune.option(layer, level) for layer in range(tune.n_layers)]
         best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
                                tune.costs, len(tune), max_loss=max_loss, best=best)
     return [Choice(best.layers, (level,) * len(best.layers)) for level in (NEVER, *levels)]

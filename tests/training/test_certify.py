@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import brentq
 
 from early_exit.handler.errors import RecordError
 from early_exit.training.certify import (
     betting_p_value,
-    loss_budget,
     most_failures,
     p_value,
     records_needed,
@@ -111,29 +109,3 @@ def test_the_confidence_gap_is_what_the_backbone_thinks_of_the_answer() -> None:
 def test_the_accuracy_risk_needs_labels() -> None:
     with pytest.raises(RecordError, match="--labels"):
         Risk.ACCURACY.losses(torch.zeros(1, 1).long(), torch.zeros(1).long(), torch.zeros(1, 2))
-
-
-@pytest.mark.parametrize("n", [600, 1465, 4000])
-@pytest.mark.parametrize(("risk", "values", "shares"), [
-    (Risk.ACCURACY, (1.0, -1.0), (0.6, 0.4)), (Risk.ACCURACY, (1.0, -1.0), (0.9, 0.1)),
-    (Risk.CONFIDENCE_GAP, (0.1, 0.5), (0.5, 0.5)), (Risk.DISAGREEMENT, (1.0,), (1.0,))])
-def test_what_fits_the_budget_is_certified_about_as_often_as_not_and_more_than_that_seldom(
-        risk: Risk, values: tuple[float, ...], shares: tuple[float, ...], n: int) -> None:
-    """Losses of some kind, as frequent as the budget allows at most."""
-    tolerance, delta = 0.04, 0.05
-    kinds, weights = np.array((0.0, *values)), np.array(shares)
-
-    def spent(frequency: float) -> float:
-        budget = loss_budget(risk, frequency * weights @ kinds[1:] ** 2, n, tolerance, delta)
-        return float(frequency * weights @ budget.price(torch.from_numpy(kinds[1:])).numpy()) - budget.mean
-
-    frequency = brentq(spent, 1e-6, 0.9)
-    generator = np.random.default_rng(0)
-
-    def certified(frequency: float) -> float:
-        chances = np.array([1 - frequency, *frequency * weights])
-        draws = [torch.from_numpy(generator.choice(kinds, n, p=chances)) for _ in range(200)]
-        return float(np.mean([risk_p_value(risk, draw, tolerance, delta) <= delta for draw in draws]))
-
-    assert certified(frequency) > 0.4
-    assert certified(1.6 * frequency) < 0.3
