@@ -14,6 +14,9 @@ from torch import Tensor
 
 from early_exit.handler.errors import RecordError
 
+_ROWS = 4096
+"""Read at once."""
+
 
 class Activations:
     """The (N, ...) activations of one layer, in a .npy file; indexing reads the asked rows only.
@@ -62,6 +65,10 @@ class Activations:
         """Store (M, ...) values as the rows from `start` on."""
         self._file.seek(self._offset + start * self._row_bytes)
         self._file.write(values.contiguous().numpy().astype(self._dtype, copy=False).tobytes())
+
+    def are_finite(self) -> bool:
+        """Tell whether all of them are numbers: what is too large for float16 was stored as infinity."""
+        return all(bool(self[rows].isfinite().all()) for rows in torch.arange(len(self)).split(_ROWS))
 
     def flush(self) -> None:
         """See that what was written is on the disk."""

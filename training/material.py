@@ -85,7 +85,11 @@ def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[Can
 
 def finish(paths: MaterialPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
            columns: Mapping[str, Tensor]) -> None:
-    """Write the columns, and then the index, which says that all is there."""
+    """Write the columns, and then the index, which says that all is there.
+
+    Layers with activations that float16 cannot hold are left out: a head would read something else of them in service.
+    """
+    layers = [layer for layer in layers if Activations(paths.activations(layer.path)).are_finite()]
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in columns.items()}, scratch)
     index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes}

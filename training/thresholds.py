@@ -134,7 +134,8 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         levels: confidences to try, descending.
     """
     levels = list(levels) if levels is not None else confidence_levels()
-    # So many failures the binomial test would accept; the other risks vary less, so they accept no fewer.
+    # So many failures the binomial test would accept. For the other risks it is a guess: the walk on the certify part
+    # picks the level again, and a budget made for their test chose subsets that cost the same.
     # What the engine loses without exits is spent already.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)

@@ -28,6 +28,16 @@ def test_what_is_written_in_pieces_is_read_after_opening_again(tmp_path: Path) -
     assert torch.equal(Activations(tmp_path / "rows.npy")[torch.arange(10)], values)
 
 
+def test_what_float16_cannot_hold_is_noticed(tmp_path: Path) -> None:
+    values = torch.randn(10, 3)
+    file = Activations.create(tmp_path / "rows.npy", 10, (3,))
+    file.write(0, values.half())
+    assert file.are_finite()
+    values[7, 1] = 70_000.0
+    file.write(0, values.half())
+    assert not file.are_finite()
+
+
 def test_selected_rows_count_from_zero(tmp_path: Path) -> None:
     file = Activations.create(tmp_path / "rows.npy", 5, (1,))
     file.write(0, torch.arange(5.0)[:, None].half())
