@@ -115,8 +115,8 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
                 material = replay_records(run.material, traffic, layers, backbone, handler, options.replay,
                                           engine=options.engine, on_batch=progress.update)
     kept = {layer.path for layer in material.layers}
-    return material, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} that cover "
-                      "the cost evenly"
+    return material, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} that "
+                      "cover the cost evenly"
                       for layer in description.candidates if layer.path not in kept]
 
 

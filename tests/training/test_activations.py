@@ -32,9 +32,11 @@ def test_what_float16_cannot_hold_is_noticed(tmp_path: Path) -> None:
     values = torch.randn(10, 3)
     file = Activations.create(tmp_path / "rows.npy", 10, (3,))
     file.write(0, values.half())
+    file.flush()
     assert file.are_finite()
     values[7, 1] = 70_000.0
     file.write(0, values.half())
+    file.flush()
     assert not file.are_finite()
 
 
