@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from early_exit.archiver.addresses import Addresses, read_token
 from early_exit.archiver.archive import ArchiveRequest, build_archive
@@ -19,7 +17,7 @@ from early_exit.archiver.server import TorchServe
 from early_exit.handler.gateway.messages import Limits
 from tests.conftest import WORKERS
 from tests.support.digits import traffic
-from tests.support.gateway import gateway, wait_for_state
+from tests.support.gateway import as_bytes, as_text, gateway, receive, wait_for_state
 from tests.support.plans import write_plan
 
 pytestmark = pytest.mark.slow
@@ -43,21 +41,6 @@ def address(server: TorchServe) -> Iterator[str]:
     with gateway(server.addresses, server.key_file, store=server.model_store,
                  limits=Limits(bytes_per_item=100_000, in_flight=8)) as at:
         yield at
-
-
-def as_text(bodies: dict[str, bytes], **more: Any) -> str:
-    return json.dumps({"items": [{"id": name, "data": base64.b64encode(body).decode()}
-                                 for name, body in bodies.items()], **more})
-
-
-def as_bytes(bodies: dict[str, bytes], **more: Any) -> bytes:
-    header = json.dumps({"items": [{"id": name, "size": len(body)} for name, body in bodies.items()], **more}).encode()
-    return len(header).to_bytes(4, "big") + header + b"".join(bodies.values())
-
-
-def receive(socket: ClientConnection, count: int) -> dict[str, dict[str, Any]]:
-    told = [json.loads(socket.recv(timeout=60)) for _ in range(count)]
-    return {one.pop("id"): one for one in told}
 
 
 def test_each_item_is_answered_by_itself_as_the_server_would_and_a_bad_one_costs_nothing(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
+from websockets.sync.client import connect
 
 from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.archive import ArchiveRequest, build_archive
@@ -21,7 +23,7 @@ from tests.conftest import WORKERS
 from tests.support.browser import CHROMIUM, Browser, browser
 from tests.support.client import failed, send
 from tests.support.digits import traffic
-from tests.support.gateway import gateway, wait_for_state
+from tests.support.gateway import as_bytes, gateway, receive, wait_for_state
 from tests.support.plans import write_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")]
@@ -93,7 +95,12 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
     (tmp_path / "digit.png").write_bytes(BODIES[0])
     tab.choose_file("#file", tmp_path / "digit.png")
     tab.wait_for("answered", "opinions together took")
-    tab.wait_for("half in")  # the answer came through the gateway
+    assert not requests.get(f"http://{address}/state", timeout=30).json()["latency"], "it ran to the end"
+    tab.wait_for("No answer has come over this gateway's WebSocket yet")
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:60])}))
+        told = receive(socket, 60)
+    tab.wait_for("half in", *{"v 3.0 in full" if one["exit"] == "full" else "v 3.0 left early" for one in told.values()})
     for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False)):
         tab.open(f"http://{address}/", width=width, dark=dark)
         tab.wait_for("requests left the model early")

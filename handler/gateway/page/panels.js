@@ -69,8 +69,8 @@ export function drawLatency(place, state) {
   const means = Object.entries(all).filter(([, one]) => one.seconds).sort(([a], [b]) => byNumber(a, b))
     .map(([version, one]) => `${milliseconds((1000 * one.seconds) / one.requests)} with version ${version}`);
   place.replaceChildren(rows.length ? distributions(rows, place.clientWidth)
-    : make("p", "No answer has come through this gateway yet, by its WebSocket or the box below. Times by exit are "
-      + "measured on those.", { class: "empty" }));
+    : make("p", "No answer has come over this gateway's WebSocket yet. Times by exit are measured there, on answers "
+      + "without every exit's opinion: those with it run to the end.", { class: "empty" }));
   if (means.length) {
     place.append(make("p", "Everything TorchServe answered in these ten minutes, whichever way it came, took on "
       + `average ${means.join(", ")}.`, { class: "quiet below" }));
