@@ -69,6 +69,8 @@ def test_opinions_come_with_the_answer_when_asked_for(address: str) -> None:
         one["exit"] for one in told["opinions"]]
     asked = requests.post(f"http://{address}/ask/digits", data=BODIES[0], timeout=30).json()
     assert asked["opinions"] == told["opinions"]
+    state = wait_for_state(address, lambda state: sum(look["anytime"].get("3.0", 0) for look in state["looks"]) == 2)
+    assert sum(sum(look["answers"].get("3.0", {}).values()) for look in state["looks"]) >= 2, "they are answers as well"
 
 
 def test_what_cannot_be_read_closes_with_a_code_and_the_reason_after_what_was_asked_before(address: str) -> None:

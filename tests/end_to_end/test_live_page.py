@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,13 @@ def address(server: TorchServe, audit: Audit) -> Iterator[str]:
         yield at
 
 
+def work_told(tab: Browser) -> int:
+    """Return the percentage of the full model's work that the page tells."""
+    found = re.search(r"so it did (\d+) % of the work", tab.text())
+    assert found is not None, tab.text()
+    return int(found.group(1))
+
+
 def test_before_any_traffic_the_page_says_so(tab: Browser, address: str, pictures: Path) -> None:
     wait_for_state(address, lambda state: state["looks"] if state["model"] else None)
     tab.open(f"http://{address}/")
@@ -95,12 +103,6 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
     (tmp_path / "digit.png").write_bytes(BODIES[0])
     tab.choose_file("#file", tmp_path / "digit.png")
     tab.wait_for("answered", "opinions together took")
-    assert not requests.get(f"http://{address}/state", timeout=30).json()["latency"], "it ran to the end"
-    tab.wait_for("No answer has come over this gateway's WebSocket yet")
-    with connect(f"ws://{address}/ws/digits") as socket:
-        socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:60])}))
-        told = receive(socket, 60)
-    tab.wait_for("half in", *{"v 3.0 in full" if one["exit"] == "full" else "v 3.0 left early" for one in told.values()})
     for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False)):
         tab.open(f"http://{address}/", width=width, dark=dark)
         tab.wait_for("requests left the model early")
@@ -109,6 +111,26 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
         assert tab.run("document.documentElement.scrollWidth") <= width, "nothing reaches over the edge"
         tab.picture(pictures / f"{name}.png")
     assert not tab.complaints
+
+
+def test_times_by_exit_are_of_answers_that_did_not_run_on_for_opinions_and_those_save_nothing(
+        tab: Browser, address: str) -> None:
+    assert not requests.get(f"http://{address}/state", timeout=30).json()["latency"], "all that were dropped ran on"
+    tab.open(f"http://{address}/")
+    tab.wait_for("No answer has come over this gateway's WebSocket yet")
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:60])}))
+        told = receive(socket, 60)
+        tab.wait_for("half in", *{f"v 3.0 {'in full' if one['exit'] == 'full' else 'left early'}"
+                                  for one in told.values()})
+        work = work_told(tab)
+        for again in range(4):
+            socket.send(as_bytes({f"{again} {number}": body for number, body in enumerate(BODIES[:60])}, anytime=True))
+        receive(socket, 240)
+    deadline = time.monotonic() + 30
+    while work_told(tab) <= work:
+        assert time.monotonic() < deadline, "who hears every exit has run to the end"
+        time.sleep(0.2)
 
 
 def test_everything_can_be_reached_with_the_keyboard(tab: Browser, address: str) -> None:
@@ -139,7 +161,7 @@ def test_the_page_says_what_is_wrong_and_recovers(tab: Browser, server: TorchSer
     key_file.write_text(json.dumps({kind: {"key": "none"} for kind in ("inference", "management", "API")}))
     with gateway(Addresses.free(), key_file) as alone:
         tab.open(f"http://{alone}/")
-        tab.wait_for("TorchServe cannot be reached", "no server")
+        tab.wait_for("TorchServe does not answer at", "no news")
         tab.picture(pictures / "gone.png")
     tab.wait_for("The gateway does not answer")
     with gateway(server.addresses, server.key_file, token="secret") as closed:

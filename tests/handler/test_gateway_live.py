@@ -25,6 +25,9 @@ ee_answers_total{ModelName="digits",ModelVersion="3.0",Exit="full",Hostname="hos
 # HELP ee_shadow_samples_total Torchserve prometheus counter metric with unit: count
 # TYPE ee_shadow_samples_total counter
 ee_shadow_samples_total{ModelName="digits",ModelVersion="3.0",Hostname="host",} 4.0
+# HELP ee_anytime_answers_total Torchserve prometheus counter metric with unit: count
+# TYPE ee_anytime_answers_total counter
+ee_anytime_answers_total{ModelName="digits",ModelVersion="3.0",Hostname="host",} 2.0
 # HELP ee_monitor_mean_loss Torchserve prometheus gauge metric with unit: ratio
 # TYPE ee_monitor_mean_loss gauge
 ee_monitor_mean_loss{ModelName="digits",ModelVersion="3.0",Hostname="host",} 0.25
@@ -43,7 +46,7 @@ ts_inference_latency_microseconds{model_name="digits",model_version="3.0",hostna
 
 def test_the_metrics_of_a_server_are_read_by_model_and_version() -> None:
     assert read_metrics(TEXT) == {"digits": {"3.0": VersionMetrics(
-        answers={"layer1.0": 30.0, "full": 12.0}, shadow=4.0, monitor={"mean_loss": 0.25}, bypassed={1},
+        answers={"layer1.0": 30.0, "full": 12.0}, shadow=4.0, anytime=2.0, monitor={"mean_loss": 0.25}, bypassed={1},
         requests=42.0, seconds=2.1)}}
 
 

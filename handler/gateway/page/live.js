@@ -26,15 +26,16 @@ function exitNames(current) {
 }
 
 // The share of the model's FLOPs that was spent: a request pays up to its exit, the heads that it asked, and the rest
-// all the same where it is of the shadow sample.
+// all the same where it is of the shadow sample, which is drawn by chance, or where it asked for every exit's opinion.
 function workDone(current, names, counts) {
   const plan = current?.plan, all = sum(Object.values(counts));
   if (!plan?.exits.length || !all || names.some((name) => counts[name] && name !== FULL
     && !plan.exits.some((exit) => exit.layer === name))) return null;
-  const shadow = Math.min(1, sum(state.looks.map((look) => look.shadow[current.version] ?? 0)) / all);
+  const share = (kind) => Math.min(1, sum(state.looks.map((look) => look[kind][current.version] ?? 0)) / all);
+  const through = 1 - (1 - share("shadow")) * (1 - share("anytime"));
   let here = all, spent = 0;
   for (const exit of plan.exits) {
-    spent += here * exit.head_cost + (counts[exit.layer] ?? 0) * (exit.cost + shadow * (1 - exit.cost));
+    spent += here * exit.head_cost + (counts[exit.layer] ?? 0) * (exit.cost + through * (1 - exit.cost));
     here -= counts[exit.layer] ?? 0;
   }
   return (spent + here) / all;
@@ -74,7 +75,7 @@ function lost(watched, monitor) {
 }
 
 function drawAll() {
-  showTrouble(state.trouble ? `TorchServe cannot be reached. ${state.trouble}. `
+  showTrouble(state.trouble ? `${state.trouble}. `
     + `${state.looked_at ? `What follows is of ${clock(state.looked_at)}. ` : ""}This page goes on trying.` : null);
   const select = get("model"), pill = get("serving");
   if ([...select.options].map((option) => option.value).join() !== state.models.join()) {
@@ -83,7 +84,7 @@ function drawAll() {
   get("choice").hidden = state.models.length < 2;
   document.querySelector("main").hidden = !state.model;
   if (!state.model) {
-    pill.textContent = state.trouble ? "no server" : state.looked_at ? "no model yet" : "looking";
+    pill.textContent = state.trouble ? "no news" : state.looked_at ? "no model yet" : "looking";
     pill.className = `pill ${state.trouble ? "bad" : ""}`;
     if (!state.trouble && state.looked_at) showTrouble("TorchServe serves no model yet: ee-roll MODEL.mar brings one.");
     return;
@@ -92,7 +93,7 @@ function drawAll() {
   document.title = `${state.model}: early exits, live`;
   const current = state.versions.find((one) => one.serves), step = current?.monitor?.step;
   const exits = current?.plan?.exits.length ?? 0;
-  pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no server"
+  pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no news"
     : !current ? "does not serve" : step ? "stepped back" : exits ? `${exits} exits` : "answers in full");
   pill.className = `pill ${!current || step || state.trouble ? "bad" : exits ? "good" : ""}`;
   const { names, cost } = exitNames(current), color = colors(names);
