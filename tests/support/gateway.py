@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from starlette.applications import Starlette
 from websockets.sync.client import ClientConnection
 
 from early_exit.archiver.addresses import Addresses, free_ports, read_token
@@ -31,8 +32,14 @@ def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None, 
     upstream = Upstream(addresses.inference, addresses.management, addresses.metrics,
                         lambda kind: read_token(key_file, kind), Management(addresses, key_file).renewed,
                         connections=limits.in_flight_in_all)
+    with serving(create_app(upstream, store=store, token=token, limits=limits, decisions=decisions), limits) as address:
+        yield address
+
+
+@contextmanager
+def serving(app: Starlette, limits: Limits) -> Iterator[str]:
+    """Yield host and port of an application as the gateway's process serves it."""
     [port] = free_ports(1)
-    app = create_app(upstream, store=store, token=token, limits=limits, decisions=decisions)
     server = make_server(app, "127.0.0.1", port, limits)
     thread = threading.Thread(target=server.run)
     thread.start()
