@@ -7,6 +7,8 @@ import { byNumber, drawTimeline } from "./timeline.js";
 
 let token = new URLSearchParams(location.hash.slice(1)).get("token") || sessionStorage.getItem("token") || "";
 let chosen = null, state = null, drawnAt = 0;
+let looks = 0, questions = 0, asked = null;  // replies to any but the latest look or question come too late
+const unasked = [...get("opinions").children];
 
 function ask(path, options = {}) {
   return fetch(path, { ...options, headers: token ? { Authorization: `Bearer ${token}` } : {} });
@@ -90,6 +92,7 @@ function drawAll() {
     return;
   }
   select.value = state.model;
+  if (asked && asked !== state.model) forgetQuestion();
   document.title = `${state.model}: early exits, live`;
   const current = state.versions.find((one) => one.serves), step = current?.monitor?.step;
   const exits = current?.plan?.exits.length ?? 0;
@@ -116,20 +119,22 @@ function drawAll() {
 }
 
 async function look() {
+  const number = looks += 1;
   try {
     const reply = await ask(`state${chosen ? `?model=${encodeURIComponent(chosen)}` : ""}`);
-    const refused = reply.status === 401;
+    const refused = reply.status === 401, told = refused ? state : await reply.json();
+    if (number !== looks) return;
     get("refused").hidden = !refused || !token;
     get("token").hidden = !refused;
     if (refused) {
       document.querySelector("main").hidden = true;
       get("serving").textContent = "locked";
     } else {
-      state = await reply.json();
+      state = told;
       drawAll();
     }
   } catch (error) {
-    showTrouble(`The gateway does not answer (${error.message}). This page goes on trying.`);
+    if (number === looks) showTrouble(`The gateway does not answer (${error.message}). This page goes on trying.`);
   }
 }
 
@@ -139,21 +144,32 @@ async function watch() {
 }
 
 async function askEveryExit(file) {
-  const preview = get("preview"), opinions = get("opinions");
+  const preview = get("preview"), opinions = get("opinions"), number = questions += 1;
+  asked = get("model").value;
   preview.hidden = !file.type.startsWith("image/");
   if (!preview.hidden) preview.src = URL.createObjectURL(file);
   opinions.replaceChildren(make("p", "Asking ...", { class: "quiet" }));
   let told;
   try {
-    told = await (await ask(`ask/${encodeURIComponent(state.model)}`, { method: "POST", body: file })).json();
+    told = await (await ask(`ask/${encodeURIComponent(asked)}`, { method: "POST", body: file })).json();
   } catch (error) {
     told = { error: `The gateway does not answer: ${error.message}` };
   }
-  drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
+  if (number === questions) drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
+}
+
+function forgetQuestion() {
+  questions += 1;
+  asked = null;
+  get("preview").hidden = true;
+  get("opinions").replaceChildren(...unasked);
 }
 
 get("model").addEventListener("change", (event) => { chosen = event.target.value; drawnAt = 0; look(); });
-get("file").addEventListener("change", (event) => { if (event.target.files[0]) askEveryExit(event.target.files[0]); });
+get("file").addEventListener("change", (event) => {
+  if (event.target.files[0]) askEveryExit(event.target.files[0]);
+  event.target.value = "";  // so that the same file can be chosen again
+});
 get("token").addEventListener("submit", (event) => {
   event.preventDefault();
   token = event.target.querySelector("input").value;
