@@ -95,12 +95,12 @@ def looked(said: dict[str, str], *later: dict[str, str]) -> list[dict[str, Any]]
 def test_numbers_that_json_has_no_word_for_arrive_as_null() -> None:
     opinions = '[{"exit":"full","class":0,"confidence":NaN}]'
     headers = {"X-Early-Exit-Confidence": "nan", "X-Early-Exit-Opinions": opinions}
-    with stand_in({"/predictions/digits": '{"a": [NaN, 1.5, -Infinity, 1e999]}'}, headers) as upstream:
-        with serving(create_app(upstream, store=None, token=None), Limits()) as address:
-            asked = requests.post(f"http://{address}/ask/digits", data=b"a", timeout=30)
-            with connect(f"ws://{address}/ws/digits") as socket:
-                socket.send(as_text({"a": b"a"}))
-                sent = json.loads(socket.recv(timeout=30), parse_constant=pytest.fail)
+    with stand_in({"/predictions/digits": '{"a": [NaN, 1.5, -Infinity, 1e999]}'}, headers) as upstream, \
+            serving(create_app(upstream, store=None, token=None), Limits()) as address:
+        asked = requests.post(f"http://{address}/ask/digits", data=b"a", timeout=30)
+        with connect(f"ws://{address}/ws/digits") as socket:
+            socket.send(as_text({"a": b"a"}))
+            sent = json.loads(socket.recv(timeout=30), parse_constant=pytest.fail)
     for told in (asked.json(), sent):
         assert (told["status"], told["answer"]) == (200, {"a": [None, 1.5, None, None]})
         assert told["confidence"] is None and told["opinions"][0]["confidence"] is None
