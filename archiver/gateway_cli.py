@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,14 +45,21 @@ def _serve(options: argparse.Namespace) -> int:
                         Management(addresses, key_file).renewed, connections=limits.in_flight_in_all)
     app = create_app(upstream, store=options.model_store, token=token, limits=limits,
                      decisions=lambda model: Audit(options.watch / model / AUDIT_FILE).read())
-    server = make_server(app, options.host, options.port, limits, lambda: print(
-        f"live page   http://{options.host}:{options.port}/\n"
-        f"websocket   ws://{options.host}:{options.port}/ws/MODEL\nCtrl-C stops it", flush=True))
+    server = make_server(app, options.host, options.port, limits, lambda: _tell(options))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
         server.run()
         if not server.started:
             raise ServerError(f"cannot listen on {options.host}:{options.port}: choose another --port")
     return 0
+
+
+def _tell(options: argparse.Namespace) -> None:
+    told = {"page": f"http://{options.host}:{options.port}/",
+            "websocket": f"ws://{options.host}:{options.port}/ws/MODEL"}
+    if options.json:
+        print(json.dumps(told), flush=True)
+    else:
+        print(f"live page   {told['page']}\nwebsocket   {told['websocket']}\nCtrl-C stops it", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,4 +87,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--in-flight", type=int, default=32, metavar="N",
                         help="items of a connection that TorchServe works at (%(default)s)")
     parser.add_argument("--in-flight-in-all", type=int, default=256, metavar="N", help="(%(default)s)")
+    parser.add_argument("--json", action="store_true", help="tell the addresses as one line for machines")
     return parser

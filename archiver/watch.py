@@ -16,12 +16,14 @@ from early_exit.archiver.roll import LONGEST_BATCH_S
 from early_exit.archiver.server import raise_on_terminate
 from early_exit.archiver.standing import Standing
 from early_exit.archiver.triggers import Terms, fresh_after
-from early_exit.archiver.watcher import Watched, Watcher
+from early_exit.archiver.watcher import ROLL_FAILED, Watched, Watcher
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.cli import add_options, options_of
 from early_exit.training.command import command_parser, run_command
 
 _DAY_S = 24 * 3600.0
+_TROUBLE = "trouble"
+"""The event of a look that failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,18 +49,23 @@ def _watch(options: argparse.Namespace) -> int:
     os.nice(10)  # the requests come first
     try:
         with only_watcher(options.model_store / f".ee-watch-{options.model}.lock"):
-            _keep_looking(watched, options)
+            return _keep_looking(watched, options)
     except KeyboardInterrupt:  # that is how it is ended
-        pass
-    return 0
+        return 0
 
 
-def _keep_looking(watched: Watched, options: argparse.Namespace) -> None:
+def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
+    """Look again and again; return the exit status of a single look."""
     watcher = Watcher(watched, lambda line: print(line, file=sys.stderr, flush=True))
+    n_known = len(watched.audit.read())
     while True:
         watcher.tick()
+        events = watched.audit.read()
+        decisions, n_known = events[n_known:], len(events)
+        if options.json:
+            print(*map(json.dumps, decisions), sep="\n", end="\n" if decisions else "", flush=True)
         if options.once:
-            return
+            return int(any(one["event"] in (_TROUBLE, ROLL_FAILED) for one in decisions))
         time.sleep(options.every_s)
 
 
@@ -83,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
                         help="shadow samples after which a new version is accepted (%(default)s)")
     parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
                         help="how long the old version may take for one batch (%(default)s)")
-    parser.add_argument("--once", action="store_true", help="look once, do what is to be done, and end")
+    parser.add_argument("--once", action="store_true",
+                        help="look once, do what is to be done, and end; status 1 if the look or a roll fails")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
-    parser.add_argument("--json", action="store_true", help="status for machines")
+    parser.add_argument("--json", action="store_true", help="status, or each decision as one line, for machines")
     add_server_options(parser)
     add_options(parser)
     return parser

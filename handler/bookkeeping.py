@@ -97,6 +97,7 @@ class Bookkeeper:
         for stage, count in Counter(batch.answers.stages.tolist()).items():
             self._metrics.answered(self._name(stage), count)
         self._metrics.shadow_samples(len(batch.answers.shadow))
+        self._metrics.anytime_answers(len(batch.answers.anytime))
         if batch.time - self._stages_reported < STAGE_REPORT_S:
             return
         self._stages_reported = batch.time

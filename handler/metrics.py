@@ -25,6 +25,7 @@ class ServingMetrics:
         self._written = metric("records_written_total", "count", MetricTypes.COUNTER)
         self._dropped = metric("records_dropped_total", "count", MetricTypes.COUNTER)
         self._shadow = metric("shadow_samples_total", "count", MetricTypes.COUNTER)
+        self._anytime = metric("anytime_answers_total", "count", MetricTypes.COUNTER)
         self._refused = metric("items_refused_total", "count", MetricTypes.COUNTER)
         self._step = metric("monitor_step", "count", MetricTypes.GAUGE)
         self._samples = metric("monitor_samples", "count", MetricTypes.GAUGE)
@@ -33,7 +34,7 @@ class ServingMetrics:
         self._bypassed = metric("exits_bypassed", "bool", MetricTypes.GAUGE, "BatchSize")
         # TorchServe's histogram buckets reach from 0.005 to 10, which suits seconds.
         self._seconds = metric("stage_seconds", "seconds", MetricTypes.HISTOGRAM, "Stage")
-        for counter in (self._written, self._dropped, self._shadow, self._refused):
+        for counter in (self._written, self._dropped, self._shadow, self._anytime, self._refused):
             counter.add_or_update(0, self._own)  # a rate needs a value to begin with
 
     def answered(self, exit_name: str, count: int) -> None:
@@ -44,6 +45,9 @@ class ServingMetrics:
 
     def shadow_samples(self, count: int) -> None:
         self._add(self._shadow, count)
+
+    def anytime_answers(self, count: int) -> None:
+        self._add(self._anytime, count)
 
     def records(self, written: int, dropped: int) -> None:
         self._add(self._written, written)

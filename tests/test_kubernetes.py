@@ -13,13 +13,15 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from early_exit.archiver.addresses import Addresses
+from early_exit.archiver.addresses import KEY_FILE, Addresses
+from early_exit.archiver.gateway_cli import TOKEN_VARIABLE
+from early_exit.archiver.gateway_cli import _parser as gateway_parser
 from early_exit.archiver.serve import _parser as serve_parser
 from early_exit.archiver.server import TorchServe
 from early_exit.archiver.watch import _parser as watch_parser
 
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
-PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser}
+PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser, "ee-gateway": gateway_parser}
 Manifest = dict[str, Any]
 
 
@@ -63,6 +65,24 @@ def test_commands_can_be_started_as_the_manifests_start_them() -> None:
             mounted = {one["mountPath"] for one in container["volumeMounts"]}
             for folder in ("/models", "/records"):
                 assert any(folder in str(value) for value in vars(parsed).values()) and folder in mounted
+
+
+def test_the_gateway_beside_a_server_finds_its_port_tokens_and_decisions() -> None:
+    [stateful] = [one for one in manifests("torchserve.yaml") if one["kind"] == "StatefulSet"]
+    server, gateway = stateful["spec"]["template"]["spec"]["containers"]
+    served, asked = started(server), started(gateway)
+    assert asked.server == f"http://127.0.0.1:{served.port}"
+    assert asked.tokens == served.state / KEY_FILE and asked.model_store == served.model_store
+    assert [port["containerPort"] for port in gateway["ports"]] == [asked.port]
+    assert TOKEN_VARIABLE in [one["name"] for one in gateway["env"]], "it listens for other machines"
+    [watch] = [one for one in manifests("ee-watch.yaml") if one["kind"] == "Deployment"]
+    watching = started(watch["spec"]["template"]["spec"]["containers"][0])
+    assert asked.watch / watching.model == watching.state
+
+
+def test_the_image_has_what_every_container_needs() -> None:
+    extras = set(re.findall(r"/src\[([\w,]+)\]", (FOLDER / "Dockerfile").read_text())[0].split(","))
+    assert {"serve", "train", "gateway"} <= extras
 
 
 def started(container: Manifest) -> argparse.Namespace:

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("handler", "training", "archiver")
+COMMANDS = {"ee-archive", "ee-train", "ee-serve", "ee-roll", "ee-watch", "ee-gateway"}
+IMPORTED = """
+import sys
+import early_exit.archiver.watch, early_exit.handler.gateway.app, early_exit.training.__main__
+print(*(module.__file__ for name, module in sys.modules.items()
+        if name.startswith("early_exit.") and not name.endswith("__main__")), sep="\\n")
+"""
 
 
-def test_a_wheel_has_every_module_the_page_and_the_type_markers(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # building leaves files behind
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # building leaves files behind
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
-                    tmp_path, source], check=True, capture_output=True)
-    [wheel] = tmp_path.glob("*.whl")
+                    folder, source], check=True, capture_output=True)
+    [built] = folder.glob("*.whl")
+    return built
+
+
+def test_a_wheel_has_every_module_the_page_and_the_type_markers(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    expected = {f"early_exit/{path.relative_to(source)}" for package in PACKAGES
-                for path in (source / package).rglob("*") if path.is_file()}
+    expected = {f"early_exit/{path.relative_to(ROOT)}" for package in PACKAGES
+                for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert expected <= names
     assert {f"early_exit/{package}/py.typed" for package in PACKAGES} <= names
     assert "early_exit/__init__.py" not in names, "the namespace must stay open for the copy inside archives"
+
+
+@pytest.mark.slow
+def test_every_command_starts_from_an_installed_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
+                   check=True, capture_output=True)
+    # What is on this path comes before what is installed beside the interpreter, such as the repository itself.
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: object) -> str:
+        done = subprocess.run(list(map(str, command)), cwd=elsewhere, env=environment, capture_output=True, text=True,
+                              timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    files = run(sys.executable, "-c", IMPORTED).splitlines()
+    assert len(files) > 50 and all(Path(file).is_relative_to(site) for file in files), files
+    assert {one.name for one in (site / "bin").iterdir()} == COMMANDS
+    for command in COMMANDS:
+        assert f"usage: {command}" in run(site / "bin" / command, "--help")

@@ -71,7 +71,6 @@ def create_app(upstream: Upstream, *, store: Path | None, token: str | None, lim
                 return JSONResponse({"status": 413, "error": f"at most {limits.bytes_per_item} bytes"}, 413)
         async with in_all:
             told = await upstream.predict(request.path_params["model"], bytes(body), anytime=True)
-        live.seen(request.path_params["model"], told)
         return JSONResponse(told, told["status"])
 
     async def socket(connection: WebSocket) -> None:

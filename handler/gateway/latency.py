@@ -1,4 +1,4 @@
-"""How long the answers took that went through the gateway."""
+"""How long the answers took that went over the gateway's WebSocket."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Latencies:
         self._ms: dict[str, dict[bool, deque[float]]] = {}
 
     def add(self, told: Mapping[str, Any]) -> None:
-        """Note a message of the protocol; only answers count."""
-        if told["status"] != 200 or "version" not in told:
+        """Note a message of the protocol; only answers count, without opinions: those ran to the end for them."""
+        if told["status"] != 200 or "version" not in told or "opinions" in told:
             return
         if told["version"] not in self._ms:
             self._ms[told["version"]] = defaultdict(lambda: deque(maxlen=_KEPT))

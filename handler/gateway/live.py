@@ -17,8 +17,10 @@ from early_exit.handler.gateway.scrape import VersionMetrics, read_metrics
 from early_exit.handler.gateway.upstream import Upstream
 
 EVERY_S = 2.0
-LOOKS = 300
-"""Kept of each model: ten minutes."""
+SHOWN_S = 600.0
+"""The page shows the looks of the last ten minutes."""
+_LOOKS = int(SHOWN_S / EVERY_S)
+"""Kept of each model: looks are never closer than `EVERY_S`, so no fewer than are shown."""
 _EVENTS = 40
 _DEFAULT = "default"
 
@@ -30,13 +32,16 @@ Decisions = Callable[[str], Sequence[Mapping[str, Any]]]
 class History:
     """What has been seen of one model since the gateway started."""
 
-    looks: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LOOKS))
+    looks: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_LOOKS))
     metrics: Mapping[str, VersionMetrics] | None = None
     """Of the last look, by version."""
     versions: list[dict[str, Any]] = field(default_factory=list)
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_EVENTS))
     decisions: list[dict[str, Any]] = field(default_factory=list)
     latencies: Latencies = field(default_factory=Latencies)
+    looked_at: float | None = None
+    trouble: str | None = None
+    """Why the last look at this model failed."""
 
 
 class Live:
@@ -59,14 +64,26 @@ class Live:
     async def run(self) -> None:
         """Look again and again until cancelled."""
         while True:
-            try:
-                await self._look()
-                self._trouble = None
-            except ServerError as error:
-                self._trouble = str(error)
-            except Exception as error:  # one look that fails must not be the last
-                self._trouble = f"{type(error).__name__}: {error}"
+            await self.look()
             await asyncio.sleep(EVERY_S)
+
+    async def look(self) -> None:
+        """Look once at all models; what fails is told by the state, of one model or of all."""
+        try:
+            models = await self._upstream.models()
+            scrape = read_metrics(await self._upstream.metrics())
+            self._trouble = None
+        except Exception as error:  # one look that fails must not be the last
+            self._trouble = _in_a_sentence(error)
+            return
+        for model in models:
+            history = self._histories[model]
+            try:
+                await self._look_at(model, history, scrape.get(model, {}))
+                history.trouble = None
+            except Exception as error:  # nor hide the other models
+                history.trouble = _in_a_sentence(error)
+        self._models, self._looked_at = models, time.time()
 
     def seen(self, model: str, told: Mapping[str, Any]) -> None:
         """Note an answer that went through the gateway."""
@@ -78,24 +95,25 @@ class Live:
         ours = [name for name in self._models if any(one.answers for one in
                                                      (self._histories[name].metrics or {}).values())]
         name = model if model in self._models else next(iter([*ours, *self._models]), None)
-        return {"time": time.time(), "looked_at": self._looked_at, "every_s": EVERY_S, "trouble": self._trouble,
-                "models": self._models, "model": name, **(self._of(self._histories[name]) if name else {})}
+        now = time.time()
+        told = {"time": now, "every_s": EVERY_S, "models": self._models, "model": name}
+        if name is None:
+            return {**told, "looked_at": self._looked_at, "trouble": self._trouble}
+        history = self._histories[name]
+        return {**told, "looked_at": history.looked_at, "trouble": self._trouble or history.trouble,
+                **self._of(history, now)}
 
-    def _of(self, history: History) -> dict[str, Any]:
-        return {"versions": history.versions, "looks": list(history.looks), "latency": history.latencies.told(),
+    def _of(self, history: History, now: float) -> dict[str, Any]:
+        return {"versions": history.versions, "latency": history.latencies.told(),
+                "looks": [look for look in history.looks if look["time"] > now - SHOWN_S],
                 "events": sorted([*history.events, *history.decisions], key=lambda event: event["time"])[-_EVENTS:]}
 
-    async def _look(self) -> None:
-        models = await self._upstream.models()
-        scrape = read_metrics(await self._upstream.metrics())
-        for model in models:
-            versions = await self._upstream.versions(model)
-            plans = [await asyncio.to_thread(self._promises.of, one["modelUrl"]) for one in versions]
-            decisions = await asyncio.to_thread(self._decisions, model)
-            history = self._histories[model]
-            history.decisions = [{"time": one["time"], "text": in_words(one)} for one in decisions[-_EVENTS:]]
-            self._note(history, versions, plans, scrape.get(model, {}))
-        self._models, self._looked_at = models, time.time()
+    async def _look_at(self, model: str, history: History, metrics: Mapping[str, VersionMetrics]) -> None:
+        versions = await self._upstream.versions(model)
+        plans = [await asyncio.to_thread(self._promises.of, one["modelUrl"]) for one in versions]
+        decisions = await asyncio.to_thread(self._decisions, model)
+        history.decisions = [{"time": one["time"], "text": in_words(one)} for one in decisions[-_EVENTS:]]
+        self._note(history, versions, plans, metrics)
 
     def _note(self, history: History, versions: Sequence[Mapping[str, Any]], plans: Sequence[dict[str, Any] | None],
               metrics: Mapping[str, VersionMetrics]) -> None:
@@ -110,10 +128,16 @@ class Live:
                 "time": now, "versions": {one["version"]: _standing(one) for one in told},
                 "answers": {version: one.answers for version, one in grown.items() if any(one.answers.values())},
                 "shadow": {version: one.shadow for version, one in grown.items() if one.shadow},
+                "anytime": {version: one.anytime for version, one in grown.items() if one.anytime},
                 # TorchServe counts requests that name no version under the name 'default'.
                 "took": {served if version == _DEFAULT else version: [one.requests, one.seconds]
                          for version, one in grown.items() if one.requests}})
-        history.metrics, history.versions = metrics, told
+        history.metrics, history.versions, history.looked_at = metrics, told, now
+
+
+def _in_a_sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, ServerError) else (
+        f"The gateway cannot read what TorchServe tells: {type(error).__name__}: {error}")
 
 
 def in_words(decision: Mapping[str, Any]) -> str:

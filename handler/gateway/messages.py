@@ -95,7 +95,7 @@ def read_message(message: str | bytes, limits: Limits) -> list[Item]:
 def _header(text: str | bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed(f"expected JSON with the key 'items': {error}") from error
     if not isinstance(header, dict):
         raise Malformed(f"expected JSON with the key 'items', found {type(header).__name__}")

@@ -22,6 +22,8 @@ class VersionMetrics:
     """Count by exit."""
     shadow: float = 0.0
     """Answers of the shadow sample."""
+    anytime: float = 0.0
+    """Answers with every exit's opinion."""
     monitor: dict[str, float] = field(default_factory=dict)
     """step, samples, wealth and mean_loss, where a certificate is watched."""
     bypassed: set[int] = field(default_factory=set)
@@ -40,8 +42,8 @@ class VersionMetrics:
             return now - then if now >= then else now
 
         return VersionMetrics({name: grown(n, before.answers.get(name, 0.0)) for name, n in self.answers.items()},
-                              grown(self.shadow, before.shadow), self.monitor, self.bypassed,
-                              grown(self.requests, before.requests), grown(self.seconds, before.seconds))
+                              grown(self.shadow, before.shadow), grown(self.anytime, before.anytime), self.monitor,
+                              self.bypassed, grown(self.requests, before.requests), grown(self.seconds, before.seconds))
 
 
 Scrape = Mapping[str, Mapping[str, VersionMetrics]]
@@ -63,6 +65,8 @@ def read_metrics(text: str) -> Scrape:
                     one.answers[labels["Exit"]] = one.answers.get(labels["Exit"], 0.0) + value
                 elif name == f"{PREFIX}shadow_samples_total":
                     one.shadow += value
+                elif name == f"{PREFIX}anytime_answers_total":
+                    one.anytime += value
                 elif name == f"{PREFIX}exits_bypassed" and value:
                     one.bypassed.add(int(labels["BatchSize"]))
                 elif name.startswith(_MONITOR):

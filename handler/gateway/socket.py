@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from early_exit.handler.gateway.messages import Item, Limits, Malformed, read_message
 from early_exit.handler.gateway.upstream import Upstream
+
+logger = logging.getLogger(__name__)
 
 Seen = Callable[[str, dict[str, Any]], None]
 """Told the model and the message of every answer."""
@@ -23,20 +26,31 @@ async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits
     tasks: set[asyncio.Task[None]] = set()
     left = False
 
+    async def told_of(item: Item) -> dict[str, Any]:
+        if len(item.body) > limits.bytes_per_item:
+            return {"status": 413, "error": f"an item may have {limits.bytes_per_item} bytes, this one has "
+                    f"{len(item.body)}"}
+        async with in_all:
+            return await upstream.predict(model, item.body, anytime=item.anytime)
+
+    async def message_of(item: Item) -> str:
+        try:
+            told = await told_of(item)
+            seen(model, told)
+            return json.dumps({"id": item.id, **told})
+        except Exception as error:  # whatever it is, the client waits for a message with this id
+            logger.exception("an item cannot be answered")
+            return json.dumps({"id": item.id, "status": 500, "error": f"the gateway fails: {error!r}"})
+
     async def answer(item: Item) -> None:
         nonlocal left
         try:
-            if len(item.body) > limits.bytes_per_item:
-                told: dict[str, Any] = {"status": 413, "error": f"an item may have {limits.bytes_per_item} bytes, this "
-                                        f"one has {len(item.body)}"}
-            else:
-                async with in_all:
-                    told = await upstream.predict(model, item.body, anytime=item.anytime)
-            seen(model, told)
+            message = await message_of(item)
             if socket.client_state is WebSocketState.CONNECTED:
-                await socket.send_text(json.dumps({"id": item.id, **told}))
-        except (WebSocketDisconnect, RuntimeError):
-            left = True
+                try:
+                    await socket.send_text(message)
+                except (WebSocketDisconnect, RuntimeError):
+                    left = True
         finally:
             own.release()
 

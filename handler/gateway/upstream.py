@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -25,6 +27,8 @@ PREDICTION_S = 120.0
 """Limit for a prediction, waiting in TorchServe's queue included."""
 _LOOK_S = 10.0
 """Limit for everything but predictions."""
+_MODELS_A_PAGE = 100
+"""More TorchServe does not tell at once."""
 
 
 class Upstream:
@@ -54,9 +58,9 @@ class Upstream:
                                 "latency_ms": round(1000 * (time.perf_counter() - started), 2)}
         if reply.status_code != 200:
             return {**told, "error": _message(reply)}
-        for key, header, kind in (("exit", EXIT_HEADER, str), ("confidence", CONFIDENCE_HEADER, float),
+        for key, header, kind in (("exit", EXIT_HEADER, str), ("confidence", CONFIDENCE_HEADER, _finite),
                                   ("version", VERSION_HEADER, str), ("step", STEP_HEADER, str),
-                                  ("opinions", OPINIONS_HEADER, json.loads)):
+                                  ("opinions", OPINIONS_HEADER, _from_json)):
             if header in reply.headers:
                 told[key] = kind(reply.headers[header])
         return {**told, **_answer(reply)}
@@ -67,8 +71,13 @@ class Upstream:
         Raises:
             ServerError: TorchServe does not answer, or refuses.
         """
-        found = await self._json(f"{self._management}/models?limit=100")
-        return [one["modelName"] for one in found["models"]]
+        names: list[str] = []
+        page: dict[str, Any] = {"nextPageToken": "0"}
+        while "nextPageToken" in page:
+            page = await self._json(f"{self._management}/models?limit={_MODELS_A_PAGE}"
+                                    f"&next_page_token={page['nextPageToken']}")
+            names += (one["modelName"] for one in page["models"])
+        return names
 
     async def versions(self, model: str) -> list[dict[str, Any]]:
         """Return what the management API tells of each version.
@@ -116,10 +125,23 @@ class Upstream:
         return (await send())[1] if fresh else reply
 
 
+def _finite(text: str) -> float | None:
+    """Return a number, None for one that JSON has no word for.
+
+    >>> _finite("0.5"), _finite("NaN"), _finite("1e999")
+    (0.5, None, None)
+    """
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+_from_json = partial(json.loads, parse_float=_finite, parse_constant=_finite)
+
+
 def _answer(reply: httpx.Response) -> dict[str, Any]:
     try:
-        return {"answer": json.loads(reply.content)}
-    except ValueError:
+        return {"answer": _from_json(reply.content)}
+    except (ValueError, RecursionError):
         pass
     try:
         return {"answer": reply.content.decode()}

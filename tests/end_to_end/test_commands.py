@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 
 from early_exit.archiver.cli import main as archive
 from early_exit.archiver.gateway_cli import main as gateway
@@ -32,6 +35,32 @@ def test_a_missing_server_is_a_message_and_status_1(recorder_mar: Path, tmp_path
     assert rolled.returncode == 1
     assert "Is TorchServe running there?" in rolled.stderr
     assert "Traceback" not in rolled.stderr
+
+
+def test_a_single_look_that_fails_is_status_1_and_a_line_for_machines(tmp_path: Path) -> None:
+    (tmp_path / "model-store").mkdir()
+    looked = run(tmp_path, "ee-watch", "cifar", "--once", "--json", "--port", consecutive_free_ports(), "--no-tokens")
+    assert looked.returncode == 1
+    [decision] = [json.loads(line) for line in looked.stdout.splitlines()]
+    assert decision["event"] == "trouble" and "Is TorchServe running there?" in decision["error"]
+    assert "trouble: error" in looked.stderr, "for people"
+
+
+def test_the_gateway_does_not_listen_for_other_machines_without_a_token(tmp_path: Path) -> None:
+    refused = run(tmp_path, "ee-gateway", "--host", "0.0.0.0")
+    assert refused.returncode == 1 and "set EE_GATEWAY_TOKEN to a secret" in refused.stderr
+
+
+def test_the_gateway_tells_its_addresses_in_a_line_for_machines(tmp_path: Path) -> None:
+    port = consecutive_free_ports()
+    with subprocess.Popen([COMMANDS / "ee-gateway", "--json", "--port", str(port)], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE) as gateway:
+        assert gateway.stdout is not None
+        told = json.loads(gateway.stdout.readline())
+        assert told == {"page": f"http://127.0.0.1:{port}/", "websocket": f"ws://127.0.0.1:{port}/ws/MODEL"}
+        assert "Early exits" in requests.get(told["page"], timeout=30).text
+        gateway.send_signal(signal.SIGINT)
+        assert gateway.wait(30) == 0
 
 
 @pytest.mark.parametrize("main, command", [

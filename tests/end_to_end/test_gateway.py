@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
+import torch
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from early_exit.archiver.addresses import Addresses, read_token
 from early_exit.archiver.archive import ArchiveRequest, build_archive
@@ -19,7 +19,9 @@ from early_exit.archiver.server import TorchServe
 from early_exit.handler.gateway.messages import Limits
 from tests.conftest import WORKERS
 from tests.support.digits import traffic
-from tests.support.gateway import gateway, wait_for_state
+from tests.support.gateway import as_bytes, as_text, gateway, receive, wait_for_state
+from tests.support.models.slow_end import SlowEnd
+from tests.support.original import factory_request
 from tests.support.plans import write_plan
 
 pytestmark = pytest.mark.slow
@@ -43,21 +45,6 @@ def address(server: TorchServe) -> Iterator[str]:
     with gateway(server.addresses, server.key_file, store=server.model_store,
                  limits=Limits(bytes_per_item=100_000, in_flight=8)) as at:
         yield at
-
-
-def as_text(bodies: dict[str, bytes], **more: Any) -> str:
-    return json.dumps({"items": [{"id": name, "data": base64.b64encode(body).decode()}
-                                 for name, body in bodies.items()], **more})
-
-
-def as_bytes(bodies: dict[str, bytes], **more: Any) -> bytes:
-    header = json.dumps({"items": [{"id": name, "size": len(body)} for name, body in bodies.items()], **more}).encode()
-    return len(header).to_bytes(4, "big") + header + b"".join(bodies.values())
-
-
-def receive(socket: ClientConnection, count: int) -> dict[str, dict[str, Any]]:
-    told = [json.loads(socket.recv(timeout=60)) for _ in range(count)]
-    return {one.pop("id"): one for one in told}
 
 
 def test_each_item_is_answered_by_itself_as_the_server_would_and_a_bad_one_costs_nothing(
@@ -86,6 +73,27 @@ def test_opinions_come_with_the_answer_when_asked_for(address: str) -> None:
         one["exit"] for one in told["opinions"]]
     asked = requests.post(f"http://{address}/ask/digits", data=BODIES[0], timeout=30).json()
     assert asked["opinions"] == told["opinions"]
+    state = wait_for_state(address, lambda state: sum(look["anytime"].get("3.0", 0) for look in state["looks"]) == 2)
+    assert sum(sum(look["answers"].get("3.0", {}).values()) for look in state["looks"]) >= 2, "they are answers as well"
+
+
+def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    asked = factory_request(tmp_path / "original", tmp_path, "slow", SlowEnd(), "digits_handler.py",
+                            WORKERS.format(n=1).replace("batchSize: 4", "batchSize: 16") + "  answers: early\n",
+                            input_shape=(1, 32, 32))
+    without = build_archive(replace(asked, version="1.0"))
+    plan = write_plan(tmp_path / "run", without, threshold=0.121, which=slice(3, 4))
+    mar = build_archive(ArchiveRequest(str(without), tmp_path / "store", plan=plan, version="2.0"))
+    with TorchServe(tmp_path / "store", tmp_path / "state", Addresses.free(), models=[mar.name]) as slow, \
+            gateway(slow.addresses, slow.key_file) as address, connect(f"ws://{address}/ws/slow") as socket:
+        socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:20])}))
+        told = receive(socket, 20)
+        early, full = ([BODIES[int(name)] for name, one in told.items() if (one["exit"] == "full") == is_full]
+                       for is_full in (False, True))
+        assert len(early) >= 4 and full
+        socket.send(as_bytes({"full": full[0], **{f"early {number}": body for number, body in enumerate(early[:4])}}))
+        assert list(receive(socket, 5))[-1] == "full"
 
 
 def test_what_cannot_be_read_closes_with_a_code_and_the_reason_after_what_was_asked_before(address: str) -> None:
@@ -97,6 +105,14 @@ def test_what_cannot_be_read_closes_with_a_code_and_the_reason_after_what_was_as
             socket.recv(timeout=30)
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1003 and "expected JSON" in closed.value.rcvd.reason
+
+
+def test_a_frame_that_is_too_large_closes_with_1009_before_it_is_read(address: str) -> None:
+    with connect(f"ws://{address}/ws/digits") as socket:
+        socket.send(bytes(4 * 100_000 + 1))
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=30)
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
 
 
 def test_an_unknown_model_and_a_server_that_is_gone_are_errors_of_the_item(address: str, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ ee_answers_total{ModelName="digits",ModelVersion="3.0",Exit="full",Hostname="hos
 # HELP ee_shadow_samples_total Torchserve prometheus counter metric with unit: count
 # TYPE ee_shadow_samples_total counter
 ee_shadow_samples_total{ModelName="digits",ModelVersion="3.0",Hostname="host",} 4.0
+# HELP ee_anytime_answers_total Torchserve prometheus counter metric with unit: count
+# TYPE ee_anytime_answers_total counter
+ee_anytime_answers_total{ModelName="digits",ModelVersion="3.0",Hostname="host",} 2.0
 # HELP ee_monitor_mean_loss Torchserve prometheus gauge metric with unit: ratio
 # TYPE ee_monitor_mean_loss gauge
 ee_monitor_mean_loss{ModelName="digits",ModelVersion="3.0",Hostname="host",} 0.25
@@ -43,7 +46,7 @@ ts_inference_latency_microseconds{model_name="digits",model_version="3.0",hostna
 
 def test_the_metrics_of_a_server_are_read_by_model_and_version() -> None:
     assert read_metrics(TEXT) == {"digits": {"3.0": VersionMetrics(
-        answers={"layer1.0": 30.0, "full": 12.0}, shadow=4.0, monitor={"mean_loss": 0.25}, bypassed={1},
+        answers={"layer1.0": 30.0, "full": 12.0}, shadow=4.0, anytime=2.0, monitor={"mean_loss": 0.25}, bypassed={1},
         requests=42.0, seconds=2.1)}}
 
 
@@ -69,12 +72,13 @@ def test_a_distribution_has_every_value_in_its_bin(values: list[float]) -> None:
     assert min(values) <= told["p50"] <= told["p95"] <= max(values)
 
 
-def test_the_latest_three_versions_are_compared() -> None:
+def test_the_latest_three_versions_are_compared_by_answers_that_did_not_wait_for_opinions() -> None:
     latencies = Latencies()
     for number in range(1, 6):
         for exit_name in ("layer1.0", "full"):
             latencies.add({"status": 200, "version": f"{number}.0", "exit": exit_name, "latency_ms": 5.0})
     latencies.add({"status": 502, "error": "TorchServe does not answer"})
+    latencies.add({"status": 200, "version": "5.0", "exit": "layer1.0", "latency_ms": 90.0, "opinions": []})
     assert [(one["version"], one["early"], one["n"]) for one in latencies.told()] == [
         (version, early, 1) for version in ("3.0", "4.0", "5.0") for early in (True, False)]
 

@@ -63,6 +63,18 @@ class Browser:
         node = self._call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self._call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
+    def drop_files(self, selector: str, *files: Path) -> None:
+        """Drag files over an element and let them go there, as a user does from the desktop."""
+        place = self.run(f"""(() => {{
+            const element = document.querySelector({json.dumps(selector)});
+            element.scrollIntoView();
+            const box = element.getBoundingClientRect();
+            return {{x: box.x + box.width / 2, y: box.y + box.height / 2}};
+        }})()""")
+        data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self._call("Input.dispatchDragEvent", type=kind, data=data, **place)
+
     def press(self, key: str, code: int) -> None:
         """Press and let go a key that is no letter."""
         for kind in ("keyDown", "keyUp"):

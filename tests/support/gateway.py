@@ -1,7 +1,9 @@
-"""A gateway on a free port, in a thread of this process."""
+"""A gateway on a free port, in a thread of this process, and the messages of its WebSocket."""
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from starlette.applications import Starlette
+from websockets.sync.client import ClientConnection
 
 from early_exit.archiver.addresses import Addresses, free_ports, read_token
 from early_exit.archiver.management import Management
@@ -28,8 +32,14 @@ def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None, 
     upstream = Upstream(addresses.inference, addresses.management, addresses.metrics,
                         lambda kind: read_token(key_file, kind), Management(addresses, key_file).renewed,
                         connections=limits.in_flight_in_all)
+    with serving(create_app(upstream, store=store, token=token, limits=limits, decisions=decisions), limits) as address:
+        yield address
+
+
+@contextmanager
+def serving(app: Starlette, limits: Limits) -> Iterator[str]:
+    """Yield host and port of an application as the gateway's process serves it."""
     [port] = free_ports(1)
-    app = create_app(upstream, store=store, token=token, limits=limits, decisions=decisions)
     server = make_server(app, "127.0.0.1", port, limits)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -50,3 +60,19 @@ def wait_for_state(address: str, holds: Callable[[dict[str, Any]], object], limi
         time.sleep(0.2)
     found: dict[str, Any] = state
     return found
+
+
+def as_text(bodies: dict[str, bytes], **more: Any) -> str:
+    return json.dumps({"items": [{"id": name, "data": base64.b64encode(body).decode()}
+                                 for name, body in bodies.items()], **more})
+
+
+def as_bytes(bodies: dict[str, bytes], **more: Any) -> bytes:
+    header = json.dumps({"items": [{"id": name, "size": len(body)} for name, body in bodies.items()], **more}).encode()
+    return len(header).to_bytes(4, "big") + header + b"".join(bodies.values())
+
+
+def receive(socket: ClientConnection, count: int) -> dict[str, dict[str, Any]]:
+    """Return as many messages by the ids of their items, in the order they came."""
+    told = [json.loads(socket.recv(timeout=60)) for _ in range(count)]
+    return {one.pop("id"): one for one in told}

@@ -13,11 +13,11 @@ from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, save_pla
 
 
 def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None,
-               certificate: Certificate | None = None) -> Path:
-    """Write a plan with untrained heads after every second candidate of an archive; return its path."""
+               certificate: Certificate | None = None, which: slice = slice(None, None, 2)) -> Path:
+    """Write a plan with untrained heads after some of an archive's candidates, every second one; return its path."""
     _, description = read_archive(archive)
     torch.manual_seed(0)
-    layers = description.candidates[::2]
+    layers = description.candidates[which]
     heads = {layer.path: Head(HeadSpec(widths=()), layer.shape, description.n_classes) for layer in layers}
     exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), 0.2, threshold, layer.cost, 0.01) for layer in layers)
     folder.mkdir(parents=True, exist_ok=True)

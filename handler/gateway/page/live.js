@@ -7,6 +7,8 @@ import { byNumber, drawTimeline } from "./timeline.js";
 
 let token = new URLSearchParams(location.hash.slice(1)).get("token") || sessionStorage.getItem("token") || "";
 let chosen = null, state = null, drawnAt = 0;
+let looks = 0, questions = 0, asked = null;  // replies to any but the latest look or question come too late
+const unasked = [...get("opinions").children];
 
 function ask(path, options = {}) {
   return fetch(path, { ...options, headers: token ? { Authorization: `Bearer ${token}` } : {} });
@@ -26,15 +28,16 @@ function exitNames(current) {
 }
 
 // The share of the model's FLOPs that was spent: a request pays up to its exit, the heads that it asked, and the rest
-// all the same where it is of the shadow sample.
+// all the same where it is of the shadow sample, which is drawn by chance, or where it asked for every exit's opinion.
 function workDone(current, names, counts) {
   const plan = current?.plan, all = sum(Object.values(counts));
   if (!plan?.exits.length || !all || names.some((name) => counts[name] && name !== FULL
     && !plan.exits.some((exit) => exit.layer === name))) return null;
-  const shadow = Math.min(1, sum(state.looks.map((look) => look.shadow[current.version] ?? 0)) / all);
+  const share = (kind) => Math.min(1, sum(state.looks.map((look) => look[kind][current.version] ?? 0)) / all);
+  const through = 1 - (1 - share("shadow")) * (1 - share("anytime"));
   let here = all, spent = 0;
   for (const exit of plan.exits) {
-    spent += here * exit.head_cost + (counts[exit.layer] ?? 0) * (exit.cost + shadow * (1 - exit.cost));
+    spent += here * exit.head_cost + (counts[exit.layer] ?? 0) * (exit.cost + through * (1 - exit.cost));
     here -= counts[exit.layer] ?? 0;
   }
   return (spent + here) / all;
@@ -74,7 +77,7 @@ function lost(watched, monitor) {
 }
 
 function drawAll() {
-  showTrouble(state.trouble ? `TorchServe cannot be reached. ${state.trouble}. `
+  showTrouble(state.trouble ? `${state.trouble}. `
     + `${state.looked_at ? `What follows is of ${clock(state.looked_at)}. ` : ""}This page goes on trying.` : null);
   const select = get("model"), pill = get("serving");
   if ([...select.options].map((option) => option.value).join() !== state.models.join()) {
@@ -83,16 +86,17 @@ function drawAll() {
   get("choice").hidden = state.models.length < 2;
   document.querySelector("main").hidden = !state.model;
   if (!state.model) {
-    pill.textContent = state.trouble ? "no server" : state.looked_at ? "no model yet" : "looking";
+    pill.textContent = state.trouble ? "no news" : state.looked_at ? "no model yet" : "looking";
     pill.className = `pill ${state.trouble ? "bad" : ""}`;
     if (!state.trouble && state.looked_at) showTrouble("TorchServe serves no model yet: ee-roll MODEL.mar brings one.");
     return;
   }
   select.value = state.model;
+  if (asked && asked !== state.model) forgetQuestion();
   document.title = `${state.model}: early exits, live`;
   const current = state.versions.find((one) => one.serves), step = current?.monitor?.step;
   const exits = current?.plan?.exits.length ?? 0;
-  pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no server"
+  pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no news"
     : !current ? "does not serve" : step ? "stepped back" : exits ? `${exits} exits` : "answers in full");
   pill.className = `pill ${!current || step || state.trouble ? "bad" : exits ? "good" : ""}`;
   const { names, cost } = exitNames(current), color = colors(names);
@@ -115,20 +119,22 @@ function drawAll() {
 }
 
 async function look() {
+  const number = looks += 1;
   try {
     const reply = await ask(`state${chosen ? `?model=${encodeURIComponent(chosen)}` : ""}`);
-    const refused = reply.status === 401;
+    const refused = reply.status === 401, told = refused ? state : await reply.json();
+    if (number !== looks) return;
     get("refused").hidden = !refused || !token;
     get("token").hidden = !refused;
     if (refused) {
       document.querySelector("main").hidden = true;
       get("serving").textContent = "locked";
     } else {
-      state = await reply.json();
+      state = told;
       drawAll();
     }
   } catch (error) {
-    showTrouble(`The gateway does not answer (${error.message}). This page goes on trying.`);
+    if (number === looks) showTrouble(`The gateway does not answer (${error.message}). This page goes on trying.`);
   }
 }
 
@@ -138,21 +144,32 @@ async function watch() {
 }
 
 async function askEveryExit(file) {
-  const preview = get("preview"), opinions = get("opinions");
+  const preview = get("preview"), opinions = get("opinions"), number = questions += 1;
+  asked = get("model").value;
   preview.hidden = !file.type.startsWith("image/");
   if (!preview.hidden) preview.src = URL.createObjectURL(file);
   opinions.replaceChildren(make("p", "Asking ...", { class: "quiet" }));
   let told;
   try {
-    told = await (await ask(`ask/${encodeURIComponent(state.model)}`, { method: "POST", body: file })).json();
+    told = await (await ask(`ask/${encodeURIComponent(asked)}`, { method: "POST", body: file })).json();
   } catch (error) {
     told = { error: `The gateway does not answer: ${error.message}` };
   }
-  drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
+  if (number === questions) drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
+}
+
+function forgetQuestion() {
+  questions += 1;
+  asked = null;
+  get("preview").hidden = true;
+  get("opinions").replaceChildren(...unasked);
 }
 
 get("model").addEventListener("change", (event) => { chosen = event.target.value; drawnAt = 0; look(); });
-get("file").addEventListener("change", (event) => { if (event.target.files[0]) askEveryExit(event.target.files[0]); });
+get("file").addEventListener("change", (event) => {
+  if (event.target.files[0]) askEveryExit(event.target.files[0]);
+  event.target.value = "";  // so that the same file can be chosen again
+});
 get("token").addEventListener("submit", (event) => {
   event.preventDefault();
   token = event.target.querySelector("input").value;

@@ -69,8 +69,8 @@ export function drawLatency(place, state) {
   const means = Object.entries(all).filter(([, one]) => one.seconds).sort(([a], [b]) => byNumber(a, b))
     .map(([version, one]) => `${milliseconds((1000 * one.seconds) / one.requests)} with version ${version}`);
   place.replaceChildren(rows.length ? distributions(rows, place.clientWidth)
-    : make("p", "No answer has come through this gateway yet, by its WebSocket or the box below. Times by exit are "
-      + "measured on those.", { class: "empty" }));
+    : make("p", "No answer has come over this gateway's WebSocket yet. Times by exit are measured there, on answers "
+      + "without every exit's opinion: those with it run to the end.", { class: "empty" }));
   if (means.length) {
     place.append(make("p", "Everything TorchServe answered in these ten minutes, whichever way it came, took on "
       + `average ${means.join(", ")}.`, { class: "quiet below" }));
@@ -127,26 +127,29 @@ export function drawOpinions(place, told, plan) {
     const needed = thresholds?.[planned.findIndex((exit) => exit.layer === opinion.exit)];
     if (needed <= 1) bar.append(make("i", null, { style: { left: length(needed) } }));
     list.append(make("li", null, { class: kind }, make("span", shown(opinion.exit), { title: opinion.exit }), bar,
-      make("span", nameOf(opinion), { title: nameOf(opinion) }), make("b", percent(opinion.confidence)),
+      make("span", nameOf(opinion), { title: nameOf(opinion) }), make("b", opinion.confidence === null ? "–" : percent(opinion.confidence)),
       make("small", kind === "answered" ? "answered" : kind === "later" ? "not needed" : "not sure enough")));
   });
-  place.replaceChildren(verdict(told.opinions[answered], planned), list,
-    make("p", "The mark on a bar is how sure the exit must be. All opinions together took "
+  const alone = told.opinions.every((opinion) => opinion.exit === FULL);
+  place.replaceChildren(verdict(told.opinions[answered], planned, alone), list,
+    make("p", (alone ? "The answer took " : "The mark on a bar is how sure the exit must be. All opinions together took ")
       + `${milliseconds(told.latency_ms)}.`, { class: "quiet" }));
 }
 
 const nameOf = (opinion) => String(opinion.label ?? `class ${opinion.class}`);
 
-function verdict(opinion, planned) {
+// alone: whether the whole model is the only one that was asked, without exits or after its last step back.
+function verdict(opinion, planned, alone) {
   const told = make("p", null, { class: "verdict" });
   if (!opinion || opinion.exit === FULL) {
-    told.append("No exit was sure enough, so the whole model answered",
-      ...(opinion ? [" ", make("b", nameOf(opinion))] : []), ".");
+    told.append(alone ? "No exit was asked: the whole model answered" : "No exit was sure enough, so the whole model "
+      + "answered", ...(opinion ? [" ", make("b", nameOf(opinion))] : []), ".");
     return told;
   }
   const cost = planned.find((exit) => exit.layer === opinion.exit)?.cost;
   told.append(make("b", opinion.exit), " was sure enough and answered ", make("b", nameOf(opinion)),
-    `${cost === undefined ? "" : ` after ${percent(cost)} of the work`}. What comes after is saved.`);
+    `${cost === undefined ? "" : ` after ${percent(cost)} of the work`}. What comes after is saved, unless every exit is `
+    + "asked as here.");
   return told;
 }
 

@@ -3,10 +3,10 @@
 import { clock, draw, FULL, label, make, sum } from "./dom.js";
 
 const HEIGHT = 130, TOP = 18, LANE = 24, AXIS = 22, LEFT = 76, QUIET = 0.01;
-const LONGEST_S = 600, SHORTEST_S = 60, STEPS_S = [10, 20, 30, 60, 120, 300];
+const SHORTEST_S = 60, STEPS_S = [10, 20, 30, 60, 120, 300];
 
 export function drawTimeline(place, state, names, color) {
-  const looks = state.looks.filter((one) => one.time > state.time - LONGEST_S);
+  const looks = state.looks;
   if (looks.length < 2) {
     place.replaceChildren(make("p", "Watching. The first figures appear in a few seconds.", { class: "empty" }));
     return;
