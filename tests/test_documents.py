@@ -15,7 +15,7 @@ from early_exit.archiver.cli import _show_parser as show_parser
 from early_exit.archiver.gateway_cli import _parser as gateway_parser
 from early_exit.archiver.roll_cli import _parser as roll_parser
 from early_exit.archiver.serve import _parser as serve_parser
-from early_exit.archiver.watch import _parser as watch_parser
+from early_exit.archiver.watch_cli import _parser as watch_parser
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engine import ENGINES
 from early_exit.training.cli import _parser as train_parser

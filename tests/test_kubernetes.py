@@ -18,7 +18,7 @@ from early_exit.archiver.gateway_cli import TOKEN_VARIABLE
 from early_exit.archiver.gateway_cli import _parser as gateway_parser
 from early_exit.archiver.serve import _parser as serve_parser
 from early_exit.archiver.server import TorchServe
-from early_exit.archiver.watch import _parser as watch_parser
+from early_exit.archiver.watch_cli import _parser as watch_parser
 
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
 PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser, "ee-gateway": gateway_parser}

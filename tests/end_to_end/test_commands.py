@@ -16,7 +16,7 @@ from early_exit.archiver.cli import main as archive
 from early_exit.archiver.gateway_cli import main as gateway
 from early_exit.archiver.roll_cli import main as roll
 from early_exit.archiver.serve import main as serve
-from early_exit.archiver.watch import main as watch
+from early_exit.archiver.watch_cli import main as watch
 from early_exit.training.cli import main as train
 from tests.support.client import consecutive_free_ports
 
