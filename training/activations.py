@@ -68,7 +68,8 @@ class Activations:
 
     def are_finite(self) -> bool:
         """Tell whether all of them are numbers: what is too large for float16 was stored as infinity."""
-        return all(bool(self[rows].isfinite().all()) for rows in torch.arange(len(self)).split(_ROWS))
+        starts = range(0, len(self), _ROWS)
+        return all(bool(self[torch.arange(start, min(start + _ROWS, len(self)))].isfinite().all()) for start in starts)
 
     def flush(self) -> None:
         """See that what was written is on the disk."""
