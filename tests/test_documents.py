@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 
+from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.cli import _parser as archive_parser
 from early_exit.archiver.cli import _show_parser as show_parser
 from early_exit.archiver.gateway_cli import _parser as gateway_parser
@@ -71,6 +73,14 @@ def test_every_option_that_a_document_names_is_there(document: Path) -> None:
 def test_the_readmes_options_are_those_of_training() -> None:
     told = {re.match(r"--[\w-]+", row).group() for row in table(README, "option")}  # type: ignore[union-attr]
     assert len(told) > 5 and told <= KNOWN["ee-train"]
+
+
+def test_prometheus_scrapes_where_ee_serve_shows_metrics_by_default() -> None:
+    [job] = yaml.safe_load((ROOT / "docs" / "prometheus.yml").read_text())["scrape_configs"]
+    options = serve_parser().parse_args([])
+    metrics = Addresses.of_server(f"http://{options.host}:{options.port}").metrics
+    [[target]] = [one["targets"] for one in job["static_configs"]]
+    assert (f"http://{target}", job["metrics_path"]) == (metrics, "/metrics")
 
 
 def test_the_readme_describes_every_engine() -> None:

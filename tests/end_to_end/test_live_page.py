@@ -196,7 +196,7 @@ def test_everything_can_be_reached_with_the_keyboard(tab: Browser, address: str)
 
 
 def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(
-        tab: Browser, server: TorchServe, address: str, audit: Audit, pictures: Path) -> None:
+        tab: Browser, server: TorchServe, address: str, audit: Audit, pictures: Path, tmp_path: Path) -> None:
     roll(Management(server.addresses, server.key_file), server.model_store / "digits-4.0.mar", longest_batch_s=1)
     audit.append("rolled", version="4.0", replaces="3.0", why="it is cheaper")
     tab.open(f"http://{address}/")
@@ -206,6 +206,9 @@ def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(
         assert failed(send(server, "digits", BODIES)) == 0
     tab.wait_for("version 4.0 serves instead of 3.0", "ee-watch: rolled 4.0 instead of 3.0 (it is cheaper)",
                  "alarm: version 4.0 has stepped back", "no longer holds", "version 3.0 is removed")
+    (tmp_path / "digit.png").write_bytes(BODIES[0])
+    tab.choose_file("#file", tmp_path / "digit.png")
+    tab.wait_for("No exit was asked: the whole model answered")
     tab.picture(pictures / "alarm.png")
     assert not tab.complaints
 

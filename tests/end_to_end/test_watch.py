@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -145,15 +146,34 @@ def test_when_a_worker_alarms_the_others_step_back_by_themselves(server: TorchSe
 
 
 def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_no_token(server: TorchServe) -> None:
-    dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
-    asked = {name for panel in dashboard["panels"] for target in panel["targets"]
-             for name in re.findall(r"\b(?:ee|ts)_\w+", target["expr"])}
+    asked = set(dashboard_labels())
     told = {name for document in DOCUMENTS for name in re.findall(r"\bee_\w+", document.read_text())}
     assert len(asked) > 10 and len(told) > 10
     metrics = requests.get(f"{server.addresses.metrics}/metrics", timeout=10).text
     found = {line.partition("{")[0].partition(" ")[0] for line in metrics.splitlines() if not line.startswith("#")}
     found |= {name.removesuffix("_bucket") for name in found}  # a histogram's own name
     assert asked | told <= found, sorted((asked | told) - found)
+    labels: dict[str, set[str]] = defaultdict(set)
+    for name, inside in re.findall(r"^(\w+){(.*)}", metrics, flags=re.MULTILINE):
+        labels[name] |= set(re.findall(r'(\w+)="', inside))
+    missing = {name: wanted - labels[name] for name, wanted in dashboard_labels().items() if wanted - labels[name]}
+    assert not missing, missing
+
+
+def dashboard_labels() -> dict[str, set[str]]:
+    """Return the labels that the dashboard wants of each metric it asks for."""
+    dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            [(name, label)] = re.findall(r"^label_values\((\w+), (\w+)\)$", variable["query"]["query"])
+            wanted[name].add(label)
+    for target in (target for panel in dashboard["panels"] for target in panel["targets"]):
+        grouped = set(re.findall(r"\w+", " ".join(re.findall(r"by \((.*?)\)", target["expr"]))))
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped, target
+        for name, selected in re.findall(r"\b((?:ee|ts)_\w+){(.*?)}", target["expr"]):
+            wanted[name] |= grouped | set(re.findall(r'(\w+)="', selected))
+    return wanted
 
 
 def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watched: Watched) -> None:

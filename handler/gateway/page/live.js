@@ -155,7 +155,8 @@ async function askEveryExit(file) {
   } catch (error) {
     told = { error: `The gateway does not answer: ${error.message}` };
   }
-  if (number === questions) drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
+  if (number !== questions) return;
+  drawOpinions(opinions, told, state.versions.find((one) => one.version === told.version)?.plan);
 }
 
 function forgetQuestion() {

@@ -127,12 +127,13 @@ export function drawOpinions(place, told, plan) {
     const needed = thresholds?.[planned.findIndex((exit) => exit.layer === opinion.exit)];
     if (needed <= 1) bar.append(make("i", null, { style: { left: length(needed) } }));
     list.append(make("li", null, { class: kind }, make("span", shown(opinion.exit), { title: opinion.exit }), bar,
-      make("span", nameOf(opinion), { title: nameOf(opinion) }), make("b", opinion.confidence === null ? "–" : percent(opinion.confidence)),
+      make("span", nameOf(opinion), { title: nameOf(opinion) }),
+      make("b", opinion.confidence === null ? "–" : percent(opinion.confidence)),
       make("small", kind === "answered" ? "answered" : kind === "later" ? "not needed" : "not sure enough")));
   });
   const alone = told.opinions.every((opinion) => opinion.exit === FULL);
   place.replaceChildren(verdict(told.opinions[answered], planned, alone), list,
-    make("p", (alone ? "The answer took " : "The mark on a bar is how sure the exit must be. All opinions together took ")
+    make("p", `${alone ? "The answer" : "The mark on a bar is how sure the exit must be. All opinions together"} took `
       + `${milliseconds(told.latency_ms)}.`, { class: "quiet" }));
 }
 
@@ -148,8 +149,8 @@ function verdict(opinion, planned, alone) {
   }
   const cost = planned.find((exit) => exit.layer === opinion.exit)?.cost;
   told.append(make("b", opinion.exit), " was sure enough and answered ", make("b", nameOf(opinion)),
-    `${cost === undefined ? "" : ` after ${percent(cost)} of the work`}. What comes after is saved, unless every exit is `
-    + "asked as here.");
+    `${cost === undefined ? "" : ` after ${percent(cost)} of the work`}. What comes after is saved, unless every exit `
+    + "is asked as here.");
   return told;
 }
 
