@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.certify --json FILE
 
-Heads are trained once on a quarter of the CIFAR-10 requests. The others are split at random, again and again: every rule
-chooses its exits with 2,500 of them, ours by the very function that ee-train calls; the certified one uses 1,000 to
-choose and 1,500 to prove. A rule breaks its budget when more than the tolerated share of all 6,500 requests that could
-have been drawn for the proof are answered differently: these are what the certificate speaks of. The 5,000 that no rule
-has seen are a sample of them; how often more than the tolerated share of this sample differs is told too, luck of the
-draw included. earlyon's rule promises something else, from labels: it breaks its budget when it loses more accuracy than
-that.
+Heads are trained once on a quarter of the CIFAR-10 requests. The others are split at random, again and again: every
+rule chooses its exits with 2,500 of them, ours by the very function that ee-train calls; the certified one uses 1,000
+to choose and 1,500 to prove. A rule breaks its budget when more than the tolerated share of all 6,500 requests that
+could have been drawn for the proof are answered differently: these are what the certificate speaks of. The 5,000 that
+no rule has seen are a sample of them; how often more than the tolerated share of this sample differs is told too, luck
+of the draw included. earlyon's rule promises something else, from labels: it breaks its budget when it loses more
+accuracy than that.
 """
 
 from __future__ import annotations

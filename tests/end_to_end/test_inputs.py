@@ -1,5 +1,5 @@
-"""Models that classify no single image, through a real TorchServe: records of counts and categories, texts with a mask,
-and a detector of objects."""
+"""Other models than ResNets, through a real TorchServe: records of counts and categories, texts with a mask, a detector
+of objects, faces for a MobileFaceNet, photos for an EfficientNet and digits for a transformer."""
 
 from __future__ import annotations
 
@@ -7,28 +7,42 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models import efficientnet_b0
 from torchvision.transforms.functional import to_pil_image
 
 from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.detector import backbone_of_detector
+from early_exit.archiver.management import Management
 from early_exit.archiver.server import TorchServe
-from early_exit.handler.plan import save_plan
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.head import Head
+from early_exit.handler.plan import ExitPlan, save_plan
 from early_exit.handler.records import list_shards, read_shard
+from early_exit.handler.served import ServedModel
 from early_exit.handler.signature import InputSpec
+from early_exit.handler.stages import FULL
 from tests.conftest import WORKERS
 from tests.support.client import failed, send
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.criteo import encode, from_json
+from tests.support.models.digits_handler import DigitsClassifier
 from tests.support.models.dlrm import DLRM
+from tests.support.models.face_handler import FaceClassifier
+from tests.support.models.mobilefacenet import MobileFaceNet
+from tests.support.models.small_vit import SmallViT
 from tests.support.models.text_classifier import TextClassifier
 from tests.support.models.text_handler import TextHandler
 from tests.support.original import factory_request, original_mar
-from tests.support.plans import write_plan
+from tests.support.plans import thirds, write_plan
 
 pytestmark = pytest.mark.slow
 
@@ -38,17 +52,41 @@ CLICKS: list[dict[str, Any]] = [
 TEXTS = [("early exits answer easy texts soon " * 2)[number:number + number % 15 + 2] for number in range(24)]
 
 SCENE = (3, 96, 96)
+Planned = tuple[Backbone, ExitPlan, dict[str, Head]]
+
+
+PICTURES = {"faces": "face_handler.py", "photos": "face_handler.py", "digits": "digits_handler.py"}
+"""And their handlers."""
+SHAPES = {"faces": (3, 112, 96), "photos": (3, 112, 96), "digits": (1, 32, 32), "clicks": (39,)}
+SEES = {"faces": FaceClassifier.image_processing, "photos": FaceClassifier.image_processing,
+        "digits": DigitsClassifier.image_processing}
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, torch.nn.Module]:
+def models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    return {"clicks": DLRM().eval(), "texts": TextClassifier().eval(), "scenes": sure_detector()}
+    pictures = {"faces": MobileFaceNet(), "photos": efficientnet_b0(), "digits": SmallViT()}
+    return {"clicks": DLRM().eval(), "texts": TextClassifier().eval(), "scenes": sure_detector(),
+            **{name: _sure(model.eval(), _inputs(name)) for name, model in pictures.items()}}
 
 
 @pytest.fixture(scope="module")
-def server(models: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """All models: clicks record and answer in full, texts and scenes have exits."""
+def plans(models: dict[str, nn.Module]) -> dict[str, Planned]:
+    """Two exits each: before and after the interaction for clicks."""
+    found = {}
+    for name, shape in SHAPES.items():
+        backbone = Backbone.from_module(models[name], shape)
+        paths = [one.path for one in backbone.description.candidates]
+        # What is deeper in an untrained network hardly differs between inputs.
+        layers = ["embeddings", "interaction"] if name == "clicks" else paths[1:4:2]
+        found[name] = backbone, *thirds(backbone, layers, _inputs(name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(models: dict[str, nn.Module], plans: dict[str, Planned],
+           tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """All models, with exits; everything is recorded."""
     folder = tmp_path_factory.mktemp("inputs")
     store, config = folder / "store", WORKERS.format(n=1) + "  sampling_rate: 1.0\n"
     request = folder / "click.json"
@@ -57,35 +95,60 @@ def server(models: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPath
                          models["texts"].state_dict(), config)
     inputs = (InputSpec("input_ids", (16,), "int64"), InputSpec("attention_mask", (16,), "int64"))
     recorder = build_archive(ArchiveRequest(str(texts), folder, inputs=inputs))
-    archives = [build_archive(factory_request(folder / "clicks", store, "clicks", models["clicks"], "click_handler.py",
-                                              config, extra_files=["criteo.py"], input_shape=(39,), request=request)),
-                build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder,
-                                                                                   threshold=0.6)))]
     scenes = original_mar(folder / "scenes", "scenes", "small_detector.py", "object_detector",
                           models["scenes"].state_dict(), config)
     backbone = backbone_of_detector(models["scenes"], SCENE, None, 1, "small_detector.py")
     save_plan(folder / "scenes", *one_exit(backbone, threshold=0.8))
-    archives.append(build_archive(ArchiveRequest(str(scenes), store, input_shape=SCENE,
-                                                 plan=folder / "scenes" / "plan.json")))
+    archives = [
+        build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder, threshold=0.6))),
+        build_archive(ArchiveRequest(str(scenes), store, input_shape=SCENE, plan=folder / "scenes" / "plan.json")),
+        build_archive(_made("clicks", models, plans, folder, store, config, "click_handler.py",
+                            extra_files=["criteo.py"], request=request))]
+    for name, handler in PICTURES.items():
+        archives.append(build_archive(_made(name, models, plans, folder, store, config, handler)))
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[one.name for one in archives]) as running:
+        management, deadline = Management(running.addresses, running.key_file), time.monotonic() + 180
+        while not all(management.versions(name)[0].n_ready for name in models):
+            assert time.monotonic() < deadline, "the workers do not start"
+            time.sleep(0.5)
         yield running
 
 
 @torch.no_grad()
-def test_clicks_as_json_and_binary_get_the_models_own_answers(
-        server: TorchServe, models: dict[str, torch.nn.Module]) -> None:
-    expected = models["clicks"](torch.tensor([from_json(one) for one in CLICKS])).softmax(dim=1)[:, 1].tolist()
+def test_clicks_as_json_and_binary_leave_early_or_get_the_models_own_answers(
+        server: TorchServe, models: dict[str, nn.Module], plans: dict[str, Planned]) -> None:
+    own = models["clicks"](_inputs("clicks")).softmax(dim=1)[:, 1].tolist()
+    expected, exits = _served("clicks", plans)
     as_json = send(server, "clicks", [json.dumps(one).encode() for one in CLICKS])
     alone = send(server, "clicks", [encode([one]) for one in CLICKS])
     [batch] = send(server, "clicks", [encode(CLICKS)])
     assert failed([*as_json, *alone, batch]) == 0
-    assert [json.loads(reply.body)["click"] for reply in as_json] == pytest.approx(expected, abs=1e-5)
-    assert [json.loads(reply.body)[0]["click"] for reply in alone] == pytest.approx(expected, abs=1e-5)
-    assert [one["click"] for one in json.loads(batch.body)] == pytest.approx(expected, abs=1e-5)
-    assert {reply.exit for reply in [*as_json, *alone]} == {"full"}
+    assert [reply.exit for reply in as_json] == [reply.exit for reply in alone] == exits
+    assert set(exits) == {"embeddings", "interaction", "full"}
+    click = expected.softmax(dim=1)[:, 1].tolist()
+    assert [answer for answer, exit_ in zip(click, exits) if exit_ == "full"] == pytest.approx(
+        [answer for answer, exit_ in zip(own, exits) if exit_ == "full"], abs=1e-5)
+    assert [json.loads(reply.body)["click"] for reply in as_json] == pytest.approx(click, abs=1e-5)
+    assert [json.loads(reply.body)[0]["click"] for reply in alone] == pytest.approx(click, abs=1e-5)
+    assert [one["click"] for one in json.loads(batch.body)] == pytest.approx(click, abs=1e-5)
     [bad] = send(server, "clicks", [b"CLK1 and too little"])
     assert bad.status == 400 and b"expected records of 156 bytes" in bad.body
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@torch.no_grad()
+def test_pictures_leave_early_or_get_the_models_own_answers(
+        name: str, server: TorchServe, models: dict[str, nn.Module], plans: dict[str, Planned]) -> None:
+    replies = send(server, name, _pictures(name))
+    assert failed(replies) == 0
+    expected, exits = _served(name, plans)
+    assert [reply.exit for reply in replies] == exits and len(set(exits)) == 3
+    own = models[name](_inputs(name))
+    for reply, scores in zip(replies, [own[row] if exit_ == "full" else expected[row]
+                                       for row, exit_ in enumerate(exits)]):
+        for label, probability in json.loads(reply.body).items():
+            assert probability == pytest.approx(scores.softmax(dim=0)[int(label)].item(), abs=1e-4)
 
 
 def test_clicks_are_recorded_before_and_after_the_interaction(server: TorchServe) -> None:
@@ -100,7 +163,7 @@ def test_clicks_are_recorded_before_and_after_the_interaction(server: TorchServe
 
 @torch.no_grad()
 def test_texts_leave_early_and_the_others_get_the_models_own_answers(
-        server: TorchServe, models: dict[str, torch.nn.Module]) -> None:
+        server: TorchServe, models: dict[str, nn.Module]) -> None:
     replies = send(server, "texts", [text.encode() for text in TEXTS])
     assert failed(replies) == 0
     handler = TextHandler()
@@ -115,7 +178,7 @@ def test_texts_leave_early_and_the_others_get_the_models_own_answers(
 
 @torch.no_grad()
 def test_scenes_that_leave_early_have_no_box_and_the_others_the_models_own(
-        server: TorchServe, models: dict[str, torch.nn.Module]) -> None:
+        server: TorchServe, models: dict[str, nn.Module]) -> None:
     scenes = images(24, SCENE)
     replies = send(server, "scenes", [_png(scene) for scene in scenes])
     assert failed(replies) == 0
@@ -131,6 +194,45 @@ def test_scenes_that_leave_early_have_no_box_and_the_others_the_models_own(
         else:
             assert len(objects) <= 1 and all(box is None for one in objects for name, box in one.items()
                                              if name != "score")
+
+
+def _sure(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return an untrained model whose answers differ from class to class."""
+    *_, classifier = (part for part in model.modules() if isinstance(part, nn.Linear))
+    with torch.no_grad():
+        classifier.weight.normal_()
+        classifier.bias.zero_()
+        classifier.weight *= 3 / model(inputs).std()
+    return model
+
+
+def _pictures(name: str) -> list[bytes]:
+    _, height, width = SHAPES[name]
+    return [_png(image) for image in images(24, (3, height, width))]
+
+
+def _inputs(name: str) -> Tensor:
+    """Return what the handler makes of the requests."""
+    if name == "clicks":
+        return torch.tensor([from_json(one) for one in CLICKS])
+    return torch.stack([SEES[name](Image.open(io.BytesIO(body))) for body in _pictures(name)])
+
+
+def _served(name: str, plans: dict[str, Planned]) -> tuple[Tensor, list[str]]:
+    """Return the scores and the exits that a model gives in this process."""
+    model = ServedModel(*plans[name])
+    scores: Tensor = model(_inputs(name))
+    stages = model.take_served()[0].answers.stages.tolist()
+    return scores, ["full" if stage == FULL else model.layers[stage] for stage in stages]
+
+
+def _made(name: str, models: dict[str, nn.Module], plans: dict[str, Planned], folder: Path, store: Path, config: str,
+          handler: str, **more: Any) -> ArchiveRequest:
+    asked = factory_request(folder / name, store, name, models[name], handler, config, input_shape=SHAPES[name],
+                            plan=folder / name / "plan.json", **more)
+    _, plan, heads = plans[name]
+    save_plan(folder / name, plan, heads)
+    return replace(asked, source="torchvision.models:efficientnet_b0") if name == "photos" else asked
 
 
 def _png(image: torch.Tensor) -> bytes:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
+from early_exit.handler.graph import split
 from early_exit.handler.head import Head, HeadSpec
 from early_exit.handler.layout import read_archive
 from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, save_plan
+from early_exit.handler.policy import ConfidencePolicy
 
 
 def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None,
@@ -35,3 +39,22 @@ def random_exits(backbone: Backbone, engine: str = "folded", *,
     heads = {layer.path: Head(spec, layer.shape, backbone.description.n_classes).eval() for layer in layers}
     exits = tuple(PlannedExit(layer.path, spec, 0.1, threshold, layer.cost, 0.01) for layer in layers)
     return ExitPlan(backbone.description.sha256, "paper", exits, None, engine), heads
+
+
+@torch.no_grad()
+def thirds(backbone: Backbone, layers: Sequence[str], inputs: Tensor) -> tuple[ExitPlan, dict[str, Head]]:
+    """Return a plan with two untrained heads: of the inputs a third leaves at each, and a third nowhere."""
+    torch.manual_seed(0)
+    spec = HeadSpec(pool=2, widths=())
+    found = [backbone.description.layer(path) for path in layers]
+    heads = {layer.path: Head(spec, layer.shape, backbone.description.n_classes).eval() for layer in found}
+    live, waits, exits = (inputs,), torch.ones(len(inputs), dtype=torch.bool), []
+    for layer, stage in zip(found, split(backbone.graph, [layer.node for layer in found])):
+        live = stage(*live)
+        logits = heads[layer.path](live[0])
+        temperature = logits.std().item()  # so that no two are quite sure
+        confidence = ConfidencePolicy(temperature, 0.0).confidence(logits)
+        last, first = confidence[waits].sort(descending=True).values[len(inputs) // 3 - 1:len(inputs) // 3 + 1].tolist()
+        exits.append(PlannedExit(layer.path, spec, temperature, (last + first) / 2, layer.cost, 0.01))
+        waits &= confidence < exits[-1].threshold
+    return ExitPlan(backbone.description.sha256, "paper", tuple(exits), None), heads

@@ -136,7 +136,8 @@ def hugging_face_classifiers() -> Iterator[Specimen]:
         yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Sequence", more), TEXT)
     for name, more in IMAGE_MODELS.items():
         settings = {"image_size": 64, **more}
-        yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Image", more), image(64, "pixel_values"))
+        yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Image", more),
+                       image(64, "pixel_values"))
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Specimen]]] = {
