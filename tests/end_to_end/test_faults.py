@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -24,11 +22,10 @@ from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.errors import EarlyExitError, ServerError
-from early_exit.handler.plan import Certificate
 from early_exit.handler.records import list_shards, read_shard
-from tests.support.client import BackgroundLoad, Reply, failed, send
+from tests.support.client import BackgroundLoad, failed, send
 from tests.support.digits import traffic
-from tests.support.plans import write_plan
+from tests.support.workers import kill_worker, wait_until_ready
 
 pytestmark = pytest.mark.slow
 
@@ -80,14 +77,6 @@ def expected(server: TorchServe) -> list[str]:
     return [reply.top() for reply in send(server, "digits", BODIES)]
 
 
-def wait_until_ready(server: TorchServe) -> None:
-    management = Management(server.addresses, server.key_file)
-    deadline = time.monotonic() + 90
-    while (versions := management.versions("digits")) and versions[0].n_ready < 1:
-        assert time.monotonic() < deadline, "the worker does not start"
-        time.sleep(0.5)
-
-
 def default(management: Management) -> str:
     return next(one.version for one in management.versions("digits") if one.is_default)
 
@@ -129,11 +118,6 @@ def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, exp
     time.sleep(2.5)
     answered = len(load.replies) - failed(load.replies)
     assert answered - RECORDS_PER_SHARD <= n_records(records) - before <= answered + CLIENTS
-
-
-def kill_worker(server: TorchServe) -> None:
-    worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
-    os.kill(worker.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("damage", "message"), [("cut short", "cannot read|damaged"), ("too new", "format 999"),
@@ -288,28 +272,3 @@ def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_start
         assert [reply.top() for reply in send(server, "digits", BODIES)] == expected
         roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)
         assert default(management) == "6.0"
-
-
-def test_exits_that_differ_too_often_are_given_up_and_stay_so_in_a_new_worker(
-        recorder_mar: Path, tmp_path: Path) -> None:
-    """Heads that were never trained, with a certificate that says that they may differ in 2 %."""
-    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (0.0, 1.0))
-    plan = write_plan(tmp_path / "run", recorder_mar, threshold=0.0, certificate=certificate)
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG + "  sampling_rate: 1.0\n")
-    (tmp_path / "store").mkdir()
-    build_archive(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="2.0", config=config))
-    with TorchServe(tmp_path / "store", tmp_path / "state", Addresses.free(), records=tmp_path / "records",
-                    models=["digits-2.0.mar"]) as server:
-        wait_until_ready(server)
-        first = send(server, "digits", BODIES[:8])
-        assert failed(first) == 0 and all(reply.exit != "full" for reply in first)
-        deadline = time.monotonic() + 60
-        while any(reply.exit != "full" for reply in send(server, "digits", BODIES)):
-            assert time.monotonic() < deadline, "no alarm"
-        kill_worker(server)
-        replies: list[Reply] = []
-        while not replies or failed(replies):
-            assert time.monotonic() < deadline, "the worker does not come back"
-            replies = send(server, "digits", BODIES[:8])
-        assert all(reply.exit == "full" for reply in replies)

@@ -80,7 +80,8 @@ def test_opinions_come_with_the_answer_when_asked_for(address: str) -> None:
 def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     asked = factory_request(tmp_path / "original", tmp_path, "slow", SlowEnd(), "digits_handler.py",
-                            WORKERS.format(n=1).replace("batchSize: 4", "batchSize: 16") + "  answers: early\n",
+                            WORKERS.format(n=1).replace("batchSize: 4", "batchSize: 16") + "  answers: early\n"
+                            "  sampling_rate: 0\n",  # a sampled request is answered at the end
                             input_shape=(1, 32, 32))
     without = build_archive(replace(asked, version="1.0"))
     plan = write_plan(tmp_path / "run", without, threshold=0.121, which=slice(3, 4))

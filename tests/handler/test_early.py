@@ -21,6 +21,7 @@ from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.metrics import ServingMetrics
 from early_exit.handler.plan import ExitPlan, PlannedExit
 from early_exit.handler.served import ServedModel
+from early_exit.handler.stepwise import StepwiseRun
 from early_exit.training.requests import worker_context
 
 
@@ -201,15 +202,13 @@ def test_an_explanation_still_follows_the_gradient(model: ServedModel) -> None:
 
 def test_out_of_memory_is_left_to_torchserve_and_the_next_requests_are_served(
         model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hungry(Numbers):
-        def handle(self, data: list[Any], context: Any) -> list[Any]:
-            if data[0]["body"] == "much":
-                raise MemoryError
-            return super().handle(data, context)
+    def broken(run: StepwiseRun) -> None:
+        raise MemoryError
 
-    frontend = Frontend(model, Hungry(model))
-    frontend.waiting = {"a": requests(1)[0], "b": "much"}
-    with pytest.raises(MemoryError):
+    frontend = Frontend(model, Numbers(model))
+    frontend.waiting = dict(zip("ab", requests(2)))
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(StepwiseRun, "run_stage", broken)
         frontend.step()
     frontend.waiting = {"c": requests(1)[0]}  # TorchServe has answered the others with 507
     frontend.finish()

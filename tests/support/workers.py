@@ -1,0 +1,25 @@
+"""The workers of a running TorchServe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from early_exit.archiver.management import Management
+from early_exit.archiver.server import TorchServe
+
+
+def wait_until_ready(server: TorchServe, model: str = "digits") -> None:
+    """Wait for the first worker of a model."""
+    management = Management(server.addresses, server.key_file)
+    deadline = time.monotonic() + 90
+    while (versions := management.versions(model)) and versions[0].n_ready < 1:
+        assert time.monotonic() < deadline, "the worker does not start"
+        time.sleep(0.5)
+
+
+def kill_worker(server: TorchServe) -> None:
+    """End a worker as the kernel does when memory is short."""
+    worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
+    os.kill(worker.pid, signal.SIGKILL)
