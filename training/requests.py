@@ -36,8 +36,8 @@ class _Messenger(nn.Module):
 class Preprocessing:
     """The part of a user's handler that comes before the model."""
 
-    def __init__(self, handler: InnerHandler, name: str, context: Any) -> None:
-        self._handler, self._name, self._context = handler, name, context
+    def __init__(self, handler: InnerHandler, name: str, context: Any, folder: Path) -> None:
+        self._handler, self._name, self._context, self._folder = handler, name, context, folder
 
     def model_input(self, bodies: Sequence[bytes]) -> Tensor:
         """Return the (B, ...) tensor that the handler gives its model for B requests.
@@ -48,7 +48,8 @@ class Preprocessing:
         self._context.request_ids = {number: f"request-{number}" for number in range(len(bodies))}
         self._context.request_processor = self._context.request_processor[:1] * len(bodies)
         try:
-            self._handler.handle([{"body": body} for body in bodies], self._context)
+            with _working_in(self._folder):
+                self._handler.handle([{"body": body} for body in bodies], self._context)
         except _ModelReached as reached:
             batch = reached.batch
         except Exception as error:  # the user's own code may raise anything
@@ -78,14 +79,21 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     """
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
     context = worker_context(folder, manifest)
-    working_directory = Path.cwd()
-    os.chdir(folder)  # a TorchServe worker runs in the folder of its model
-    try:
-        with importing_from(folder):
+    with importing_from(folder):
+        with _working_in(folder):
             handler = load_inner_handler(manifest, context, _Messenger())
-            yield Preprocessing(handler, manifest["model"]["handler"], context)
+        yield Preprocessing(handler, manifest["model"]["handler"], context, folder)
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Be where a TorchServe worker runs, in the folder of its model, and no longer: our own paths may be relative."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
     finally:
-        os.chdir(working_directory)
+        os.chdir(before)
 
 
 def worker_context(folder: Path, manifest: dict[str, Any]) -> Any:

@@ -52,7 +52,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
         record(Backbone.load(recorder.folder), handler.model_input(bodies), tmp_path / "records", name="digits",
                bodies=bodies)
     reader = Reader(README, tmp_path, instead={"cifar": "digits"},
-                    more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops"},
+                    more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
                     elsewhere=dict.fromkeys(("ee-serve", "curl", "ee-archive cifar.mar", "runs/first", "--tolerance",
                                              "ee-roll", "ee-watch", "ee-gateway"), "test_readme.py"))
     reader.check("ee-archive model-store/cifar-2.0.mar --engine openvino-int8")
