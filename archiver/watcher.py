@@ -186,7 +186,7 @@ class Watcher:
         """Return the renewal that was cut short, or a new one that there is reason for."""
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
         if (event is not None and event["event"] == ATTEMPT and event["version"] == standing.version
-                and event["tries"] < _TRIES):
+                and event.get("tries", _TRIES) < _TRIES):  # audits of before do not count them
             return {key: value for key, value in event.items() if key not in ("time", "event")}
         if (trigger := self.trigger(standing)) is None:
             return None
