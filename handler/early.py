@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from torch import Tensor
 
+from early_exit.handler.benefit import Epochs
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.inner import InnerHandler
@@ -52,6 +54,7 @@ class EarlyAnswers:
         self._threads = Threads()
         self._requests: dict[str, _Request] = {}
         self._waiting: dict[Journey, SuspendedWork] = {}
+        self._epochs = Epochs(model.benefit)
         model.run = self._run
 
     def step(self, data: list[Any], context: Any) -> list[Any]:
@@ -59,6 +62,7 @@ class EarlyAnswers:
 
         Requests that TorchServe does not send any more are forgotten.
         """
+        started = time.perf_counter()
         ids = [context.get_request_id(item) for item in range(len(data))]
         for gone in self._requests.keys() - set(ids):
             self._drop(gone)
@@ -69,7 +73,11 @@ class EarlyAnswers:
             work = self._waiting.pop(journey)
             work.resume(journey)
             self._wait(work)
-        return [self._leave(request_id, item, context) for item, request_id in enumerate(ids)]
+        responses = [self._leave(request_id, item, context) for item, request_id in enumerate(ids)]
+        if self._model.step != self._model.last_step:
+            n_answered = sum(response is not UNANSWERED for response in responses)
+            self._epochs.note(n_answered, time.perf_counter() - started)
+        return responses
 
     def _join(self, request_id: str, item: Any, context: Any) -> None:
         def handle() -> Served:
@@ -98,7 +106,8 @@ class EarlyAnswers:
         # A stage may write into its input, which torch forbids for one made in its inference mode.
         own = tuple(one.clone() if one.is_inference() else one for one in inputs)
         rate = model.sampling_rate  # the monitor may change it while the call is on its way
-        journey: Journey = work.ask((own, shadow, anytime, model.step))
+        step = model.step if anytime is not None or self._epochs.takes_exits else model.last_step
+        journey: Journey = work.ask((own, shadow, anytime, step))
         activations = {model.layers[stage]: rows for stage, rows in journey.activations().items()}
         return model.batch(inputs, journey.answers(), activations, journey.step, rate)
 

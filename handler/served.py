@@ -232,24 +232,25 @@ class ServedModel(nn.Module):
     def step_back(self, step: int) -> None:
         """Answer with another of `steps` from the next batch on."""
         self.step = step
-        if step == self._last_step:
+        if step == self.last_step:
             self.sampling_rate = self._sampling_rate_in_full
 
     @property
-    def _last_step(self) -> int:
+    def last_step(self) -> int:
+        """Of `steps`: the one without exits."""
         return len(self.steps) - 1
 
     def _step_of(self, n_rows: int) -> int:
-        if self.step == self._last_step or self.benefit.takes_exits(n_rows):
+        if self.step == self.last_step or self.benefit.takes_exits(n_rows):
             return self.step
-        return self._last_step
+        return self.last_step
 
     def _measure(self, outputs: Tensor, step: int, started: float) -> None:
-        if self.step == self._last_step:
+        if self.step == self.last_step:
             return
         if outputs.is_cuda:
             torch.cuda.synchronize(outputs.device)
-        self.benefit.measured(len(outputs), time.perf_counter() - started, with_exits=step != self._last_step)
+        self.benefit.measured(len(outputs), time.perf_counter() - started, with_exits=step != self.last_step)
 
     def start_call(self, anytime: Sequence[bool] = ()) -> None:
         """Forget what this thread computed before.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone import Backbone
+from early_exit.handler.benefit import Benefit
 from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
 from early_exit.handler.errors import ArchiveError, ConfigError
@@ -198,6 +202,27 @@ def test_an_explanation_still_follows_the_gradient(model: ServedModel) -> None:
     frontend.waiting = {"id": requests(1)[0]}
     frontend.step()
     assert frontend.answers["id"][1] is True
+
+
+def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, model: ServedModel) -> None:
+    """As with plain batching, but by stretches of requests."""
+    def slow(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def classify(x: Tensor) -> Tensor:
+            time.sleep(0.01)
+            return head(x)
+        return classify
+
+    model.benefit = Benefit(0.5, random.Random(0).random)
+    model.steps = tuple(tuple(replace(stage, exit=stage.exit and replace(stage.exit, head=slow(stage.exit.head)))
+                              for stage in stages) for stages in model.steps)
+    frontend = Frontend(model)
+    bodies = requests(16)
+    for _ in range(400):
+        frontend.waiting = {f"{number}": body for number, body in enumerate(bodies)}
+        frontend.finish()
+        if model.benefit.bypassed() == {1: True}:
+            return
+    raise AssertionError(model.benefit)
 
 
 def test_out_of_memory_is_left_to_torchserve_and_the_next_requests_are_served(
