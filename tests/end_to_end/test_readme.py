@@ -39,7 +39,8 @@ def test_the_readme_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: 
     """With digits in place of CIFAR's photos, and a short search."""
     reader = Reader(README, tmp_path, instead={"3,32,32": "1,32,32", "cifar_handler": "digits_handler"},
                     more={"ee-train records": "--trials 2 --layers 3", "ee-watch": "--once"},
-                    elsewhere=dict.fromkeys(("openvino-int8", "--replay", "runs/int8"), "test_int8.py"))
+                    elsewhere={**dict.fromkeys(("openvino-int8", "--replay", "runs/int8"), "test_int8.py"),
+                               "detector.mar": "test_migration.py"})
     mar = original_mar(tmp_path / "user", "cifar", "digits_resnet.py", "digits_handler.py",
                        digits_backbone.state_dict(), CONFIG)
     shutil.copy(mar, tmp_path / "cifar.mar")
