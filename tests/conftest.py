@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from filelock import FileLock
 
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from tests.support.digits import train_backbone
@@ -25,11 +26,19 @@ WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
 
 
 @pytest.fixture(scope="session")
-def digits_backbone() -> DigitsResNet:
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
-    backbone = train_backbone(n_steps=200)
-    torch.set_num_threads(1)
-    return backbone
+def digits_backbone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> DigitsResNet:
+    """Trained once for all processes that run tests: two at a time would take each other's cores."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+    weights = shared / "digits.pth"
+    with FileLock(shared / "digits.lock"):
+        if not weights.exists():
+            torch.set_num_threads(os.cpu_count() or 1)
+            torch.save(train_backbone(n_steps=200).state_dict(), weights)
+            torch.set_num_threads(1)
+    backbone = DigitsResNet()
+    backbone.load_state_dict(torch.load(weights, weights_only=True))
+    return backbone.eval()
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 from safetensors.torch import save_file
@@ -32,11 +34,13 @@ def original_mar(folder: Path, name: str, model_file: str, handler: str, weights
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict(weights), folder / "weights.pth")
     (folder / "model-config.yaml").write_text(config)
-    generate_model_archive(ModelArchiverConfig(
-        model_name=name, version="1.0", model_file=str(MODELS / model_file),
-        serialized_file=str(folder / "weights.pth"),
-        handler=str(MODELS / handler) if handler.endswith(".py") else handler,
-        config_file=str(folder / "model-config.yaml"), export_path=str(folder), force=True, runtime="python"))
+    # It works in a folder of the model's name, which another process may use for another model of that name.
+    with FileLock(Path(tempfile.gettempdir()) / "torch-model-archiver.lock"):
+        generate_model_archive(ModelArchiverConfig(
+            model_name=name, version="1.0", model_file=str(MODELS / model_file),
+            serialized_file=str(folder / "weights.pth"),
+            handler=str(MODELS / handler) if handler.endswith(".py") else handler,
+            config_file=str(folder / "model-config.yaml"), export_path=str(folder), force=True, runtime="python"))
     return folder / f"{name}.mar"
 
 
