@@ -12,11 +12,9 @@ a drift (`recovery`).
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +33,9 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from tests.benchmarks.recovery import recovered
+from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
-from tests.support.cifar import DataMissing, as_batch, load_requests
+from tests.support.cifar import as_batch, load_requests
 from tests.support.corrupt import corrupted
 
 STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.1, 0.2, 0.3), "contrast": (0.5, 0.75, 0.9)}
@@ -69,16 +68,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--requests", type=int, default=1000, help="of each kind of traffic")
     options = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            figures = measure(resnet18(Path(scratch)), Path(scratch) / "run", options.streams, options.requests)
-            figures["recovery"] = recovered(Path(scratch) / "recovery")
-    except DataMissing as missing:
-        print(missing, file=sys.stderr)
-        return 1
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    return 0
+    return report(options.json, lambda scratch: {
+        **measure(resnet18(scratch), scratch / "run", options.streams, options.requests),
+        "recovery": recovered(scratch / "recovery")})
 
 
 def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> dict[str, Any]:

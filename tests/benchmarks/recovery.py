@@ -10,9 +10,7 @@ what was recorded since, rolls it in, and accepts it. No request is sent twice.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ from early_exit.archiver.server import TorchServe
 from early_exit.archiver.triggers import Terms
 from early_exit.archiver.watcher import Watched, Watcher
 from early_exit.training.options import TrainingOptions
-from tests.support.cifar import DataMissing, as_batch, load_requests, load_weights
+from tests.benchmarks.report import report
+from tests.support.cifar import as_batch, load_requests, load_weights
 from tests.support.client import Reply, failed, send
 from tests.support.corrupt import corrupted
 from tests.support.original import original_mar
@@ -61,15 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="From a drift to a new certified plan.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            figures = recovered(Path(scratch))
-    except DataMissing as missing:
-        print(missing, file=sys.stderr)
-        return 1
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    return 0
+    return report(options.json, recovered)
 
 
 def recovered(folder: Path) -> dict[str, Any]:

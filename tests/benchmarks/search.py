@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from early_exit.handler.records import list_shards, read_header, read_shard, wri
 from early_exit.training.journal import read_journal
 from early_exit.training.paths import RunPaths
 from early_exit.training.trial import Trial
+from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
-from tests.support.cifar import DataMissing
 
 TRIALS = 20
 TIMES = 10
@@ -37,16 +36,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time, resumption and memory of the search for heads.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            subject = resnet18(Path(scratch))
-            figures = {**killed_search(subject, Path(scratch)), **many_records(subject, Path(scratch))}
-    except DataMissing as missing:
-        print(missing, file=sys.stderr)
-        return 1
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    return 0
+    def measure(scratch: Path) -> dict[str, Any]:
+        subject = resnet18(scratch)
+        return {**killed_search(subject, scratch), **many_records(subject, scratch)}
+
+    return report(options.json, measure)
 
 
 def killed_search(subject: Subject, folder: Path) -> dict[str, Any]:
