@@ -69,7 +69,7 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
     old = next((one for one in served if one.is_default), None)
     started = time.monotonic()
     say(f"registering {model} {version}")
-    management.register(mar.name, workers=1)
+    management.register(mar.name, workers=max(1, old.n_workers if old else 1))
     try:
         _wait_until_ready(management, model, version, ready_limit_s)
         if old is not None and contents["answers"] != EARLY and (workers := _scaled_to(old, mar.parent)):
