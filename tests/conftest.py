@@ -14,10 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from filelock import FileLock
 
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
+from tests.support.untried import build_untried
 
 collect_ignore = ["benchmarks", "demo", "support"]
 """Run by hand, or imported by tests: what they need more of is not for every run."""
@@ -52,4 +53,4 @@ def digits_mar(digits_backbone: DigitsResNet, tmp_path_factory: pytest.TempPathF
 def recorder_mar(digits_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, repackaged to record and answer in full: digits 2.0."""
     store = tmp_path_factory.mktemp("store")
-    return build_archive(ArchiveRequest(str(digits_mar), store, input_shape=(1, 32, 32)))
+    return build_untried(ArchiveRequest(str(digits_mar), store, input_shape=(1, 32, 32)))

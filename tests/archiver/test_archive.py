@@ -24,6 +24,7 @@ from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import MODELS, original_mar
 from tests.support.plans import write_plan
 from tests.support.served import served_model
+from tests.support.untried import build_untried
 
 SHAPE = (1, 32, 32)
 
@@ -65,8 +66,8 @@ def test_an_archive_holds_the_weights_once_and_the_users_files(recorder_mar: Pat
 
 def test_the_version_counts_up_and_can_be_given(recorder_mar: Path, tmp_path: Path) -> None:
     assert recorder_mar.name == "digits-2.0.mar"
-    assert build_archive(ArchiveRequest(str(recorder_mar), tmp_path)).name == "digits-3.0.mar"
-    given = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, version="7.5", model_name="numbers"))
+    assert build_untried(ArchiveRequest(str(recorder_mar), tmp_path)).name == "digits-3.0.mar"
+    given = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="7.5", model_name="numbers"))
     assert (given.name, describe(given)["model"]) == ("numbers-7.5.mar", "numbers")
 
 
@@ -111,7 +112,7 @@ def test_an_entry_without_a_name_is_refused(digits_mar: Path, tmp_path: Path) ->
 
 
 def test_another_archive_of_that_name_is_not_replaced(recorder_mar: Path, tmp_path: Path) -> None:
-    made = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, version="7.0"))
+    made = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="7.0"))
     before = made.read_bytes()
     plan = write_plan(tmp_path / "run", recorder_mar)
     with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar is there already .* pass another --version"):
@@ -250,5 +251,5 @@ def test_a_users_mistake_is_a_message_and_status_1(tmp_path: Path, capsys: pytes
 def test_the_asked_engine_is_stored_and_kept_by_later_archives(recorder_mar: Path, tmp_path: Path) -> None:
     eager = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, engine="eager"))
     assert describe(recorder_mar)["engine"] == "folded"
-    again = build_archive(ArchiveRequest(str(eager), tmp_path))
+    again = build_untried(ArchiveRequest(str(eager), tmp_path))
     assert describe(eager)["engine"] == describe(again)["engine"] == "eager"

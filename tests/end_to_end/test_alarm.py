@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.plan import Certificate
 from tests.conftest import WORKERS
 from tests.support.client import Reply, failed, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 from tests.support.workers import kill_worker, wait_until_ready
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def test_exits_that_differ_too_often_are_given_up_and_stay_so_in_a_new_worker(
     config = tmp_path / "config.yaml"
     config.write_text(WORKERS.format(n=1) + "  sampling_rate: 1.0\n")
     (tmp_path / "store").mkdir()
-    build_archive(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="2.0", config=config))
+    build_untried(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="2.0", config=config))
     with TorchServe(tmp_path / "store", tmp_path / "state", Addresses.free(), records=tmp_path / "records",
                     models=["digits-2.0.mar"]) as server:
         wait_until_ready(server)

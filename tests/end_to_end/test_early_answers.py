@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
@@ -21,6 +21,7 @@ from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +37,9 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain.write_text(WORKERS.format(n=2))
     early.write_text(WORKERS.format(n=2).replace("batchSize: 4", "batchSize: 16")
                      + "  answers: early\n  sampling_rate: 0.5\n")
-    build_archive(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="3.0", config=plain))
+    build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="3.0", config=plain))
     said: list[str] = []
-    build_archive(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="4.0", config=early), said.append)
+    build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="4.0", config=early), said.append)
     assert [line for line in said if "continuousBatching: true, minWorkers: 1, maxWorkers: 1" in line]
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import threading
@@ -16,15 +17,17 @@ import psutil
 import pytest
 
 from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.fleet import roll_all
 from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.errors import EarlyExitError, ServerError
 from early_exit.handler.records import list_shards, read_shard
-from tests.support.client import BackgroundLoad, failed, send
+from tests.support.client import BackgroundLoad, Reply, failed, send
 from tests.support.digits import traffic
+from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 from tests.support.workers import kill_worker, wait_until_ready
 
 pytestmark = pytest.mark.slow
@@ -32,18 +35,21 @@ pytestmark = pytest.mark.slow
 BODIES = [request.body for request in traffic(60, seed=15)]
 CLIENTS = 8
 RECORDS_PER_SHARD = 64
+SAMPLING_RATE = 0.5
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 10\n"
-          f"early_exit:\n  seal_after_s: 1\n  records_per_shard: {RECORDS_PER_SHARD}\n")
+          f"early_exit:\n  sampling_rate: {SAMPLING_RATE}\n  control_rate: 0\n  seal_after_s: 1\n"
+          f"  records_per_shard: {RECORDS_PER_SHARD}\n")
 
 
 @pytest.fixture(scope="module")
 def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with digits 2.0 to 6.0, which all answer in full."""
+    """A model store with digits 2.0 to 6.0, all with the same exits."""
     folder = tmp_path_factory.mktemp("faults") / "store"
     folder.mkdir()
     config = folder.parent / "config.yaml"
     config.write_text(CONFIG)
-    build_archive(ArchiveRequest(str(recorder_mar), folder, version="2.0", config=config))
+    plan = write_plan(folder.parent / "run", recorder_mar, threshold=0.4)
+    build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="2.0", config=config))
     for version in ("3.0", "4.0", "5.0", "6.0"):
         rewrite(folder / "digits-2.0.mar", folder / f"digits-{version}.mar", "MAR-INF/MANIFEST.json",
                 lambda text, version=version: text.replace('"2.0"', f'"{version}"'))
@@ -73,8 +79,15 @@ def management(server: TorchServe) -> Management:
 
 
 @pytest.fixture(scope="module")
-def expected(server: TorchServe) -> list[str]:
-    return [reply.top() for reply in send(server, "digits", BODIES)]
+def expected(server: TorchServe) -> list[tuple[str, str]]:
+    """The class of each body, and the exit that says so."""
+    answers = [answer(reply) for reply in send(server, "digits", BODIES)]
+    assert len({left_at for _, left_at in answers}) > 2
+    return answers
+
+
+def answer(reply: Reply) -> tuple[str, str]:
+    return reply.top(), reply.exit
 
 
 def default(management: Management) -> str:
@@ -82,14 +95,14 @@ def default(management: Management) -> str:
 
 
 @contextlib.contextmanager
-def loaded(server: TorchServe, expected: list[str], *, may_fail: int = 0) -> Iterator[BackgroundLoad]:
+def loaded(server: TorchServe, expected: list[tuple[str, str]], *, may_fail: int = 0) -> Iterator[BackgroundLoad]:
     """Load the server from 8 clients while the block runs; then no answer was wrong, and few or none lost."""
     with BackgroundLoad(server, "digits", BODIES, clients=CLIENTS) as load:
         time.sleep(1)
         yield load
         time.sleep(1)
     assert failed(load.replies) <= may_fail, [reply for reply in load.replies if not reply.ok][:3]
-    assert all(reply.top() == expected[reply.number] for reply in load.replies if reply.ok)
+    assert all(answer(reply) == expected[reply.number] for reply in load.replies if reply.ok)
     assert load.replies[-1].ok
 
 
@@ -106,7 +119,7 @@ def test_the_management_api_asks_for_its_own_token(server: TorchServe) -> None:
         Management(server.addresses, None).versions("digits")
 
 
-def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, expected: list[str]) -> None:
+def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, expected: list[tuple[str, str]]) -> None:
     """And the records that it had not written: less than a shard."""
     records = server.state.parent / "records"
     time.sleep(2.5)  # until those of before are on disk
@@ -117,13 +130,15 @@ def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, exp
     wait_until_ready(server)
     time.sleep(2.5)
     answered = len(load.replies) - failed(load.replies)
-    assert answered - RECORDS_PER_SHARD <= n_records(records) - before <= answered + CLIENTS
+    sampled = SAMPLING_RATE * answered
+    chance = 5 * math.sqrt(answered * SAMPLING_RATE * (1 - SAMPLING_RATE))
+    assert sampled - chance - RECORDS_PER_SHARD <= n_records(records) - before <= sampled + chance + CLIENTS
 
 
 @pytest.mark.parametrize(("damage", "message"), [("cut short", "cannot read|damaged"), ("too new", "format 999"),
                                                  ("other weights", "was not ready within")])
 def test_a_new_archive_that_is_damaged_leaves_the_old_one_serving(
-        server: TorchServe, management: Management, store: Path, expected: list[str], damage: str,
+        server: TorchServe, management: Management, store: Path, expected: list[tuple[str, str]], damage: str,
         message: str) -> None:
     mar, good = store / "digits-9.0.mar", store / "digits-3.0.mar"
     before = default(management)
@@ -152,7 +167,7 @@ def n_records(records: Path) -> int:
 
 
 def test_a_records_folder_that_goes_away_or_cannot_be_written_costs_no_answer_and_is_used_again(
-        server: TorchServe, expected: list[str]) -> None:
+        server: TorchServe, expected: list[tuple[str, str]]) -> None:
     records = server.state.parent / "records"
     with loaded(server, expected):
         shutil.rmtree(records / "digits", ignore_errors=True)
@@ -169,7 +184,7 @@ def test_a_records_folder_that_goes_away_or_cannot_be_written_costs_no_answer_an
 
 
 def test_a_full_disk_costs_no_answer_and_recording_goes_on_when_there_is_room(
-        server: TorchServe, expected: list[str]) -> None:
+        server: TorchServe, expected: list[tuple[str, str]]) -> None:
     records = server.state.parent / "records" / "digits"
     shutil.rmtree(records, ignore_errors=True)
     records.mkdir(parents=True, exist_ok=True)
@@ -189,14 +204,14 @@ def test_a_full_disk_costs_no_answer_and_recording_goes_on_when_there_is_room(
 
 
 def test_two_rolls_of_one_archive_at_once_bring_it_in_once(
-        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+        server: TorchServe, management: Management, store: Path, expected: list[tuple[str, str]]) -> None:
     outcomes = in_parallel([lambda: roll(management, store / "digits-3.0.mar", longest_batch_s=1.0)] * 2)
     assert default(management) == "3.0"
     assert sum(isinstance(outcome, ServerError) for outcome in outcomes) == 1, outcomes
 
 
 def test_rolls_of_two_archives_at_once_lose_no_request(
-        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+        server: TorchServe, management: Management, store: Path, expected: list[tuple[str, str]]) -> None:
     with loaded(server, expected):
         in_parallel([lambda: roll(management, store / "digits-4.0.mar", longest_batch_s=1.0),
                      lambda: roll(management, store / "digits-5.0.mar", longest_batch_s=1.0)])
@@ -222,7 +237,7 @@ def in_parallel(calls: list[object]) -> list[object]:
 
 
 def test_when_the_second_server_fails_the_first_is_put_back_with_the_workers_it_had(
-        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+        server: TorchServe, management: Management, store: Path, expected: list[tuple[str, str]]) -> None:
     before = default(management)
     management.scale("digits", before, 2)  # its archive asks for one
     nobody = Management(Addresses.free(), None)
@@ -234,7 +249,7 @@ def test_when_the_second_server_fails_the_first_is_put_back_with_the_workers_it_
 
 
 def test_a_roll_waits_for_batches_that_take_longer_than_it_was_told(
-        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+        server: TorchServe, management: Management, store: Path, expected: list[tuple[str, str]]) -> None:
     for version in ("7.0", "8.0"):
         rewrite(store / "digits-6.0.mar", store / "manifest.mar", "MAR-INF/MANIFEST.json",
                 lambda text, version=version: text.replace('"6.0"', f'"{version}"'))
@@ -255,7 +270,7 @@ def slowed(handler: str) -> str:
 
 
 def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_started_with_and_can_be_rolled(
-        server: TorchServe, management: Management, store: Path, expected: list[str]) -> None:
+        server: TorchServe, management: Management, store: Path, expected: list[tuple[str, str]]) -> None:
     outcomes: list[object] = []
     rolling = threading.Thread(target=lambda: outcomes.extend(in_parallel([
         lambda: roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)])))
@@ -269,6 +284,6 @@ def test_a_server_that_restarts_in_the_middle_of_a_roll_serves_what_it_was_start
     with server:
         wait_until_ready(server)
         assert default(management) == "2.0"
-        assert [reply.top() for reply in send(server, "digits", BODIES)] == expected
+        assert [answer(reply) for reply in send(server, "digits", BODIES)] == expected
         roll(management, store / "digits-6.0.mar", longest_batch_s=1.0)
         assert default(management) == "6.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.gateway.messages import Limits
 from tests.conftest import WORKERS
@@ -23,6 +24,7 @@ from tests.support.gateway import as_bytes, as_text, gateway, receive, wait_for_
 from tests.support.models.slow_end import SlowEnd
 from tests.support.original import factory_request
 from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +37,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     config = folder / "config.yaml"
     config.write_text(WORKERS.format(n=1))
     plan = write_plan(folder / "run", recorder_mar, threshold=0.4)
-    mar = build_archive(ArchiveRequest(str(recorder_mar), folder / "store", plan=plan, version="3.0", config=config))
+    mar = build_untried(ArchiveRequest(str(recorder_mar), folder / "store", plan=plan, version="3.0", config=config))
     with TorchServe(folder / "store", folder / "state", Addresses.free(), models=[mar.name]) as running:
         yield running
 
@@ -83,9 +85,9 @@ def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: P
                             WORKERS.format(n=1).replace("batchSize: 4", "batchSize: 16") + "  answers: early\n"
                             "  sampling_rate: 0\n",  # a sampled request is answered at the end
                             input_shape=(1, 32, 32))
-    without = build_archive(replace(asked, version="1.0"))
+    without = build_untried(replace(asked, version="1.0"))
     plan = write_plan(tmp_path / "run", without, threshold=0.121, which=slice(3, 4))
-    mar = build_archive(ArchiveRequest(str(without), tmp_path / "store", plan=plan, version="2.0"))
+    mar = build_untried(ArchiveRequest(str(without), tmp_path / "store", plan=plan, version="2.0"))
     with TorchServe(tmp_path / "store", tmp_path / "state", Addresses.free(), models=[mar.name]) as slow, \
             gateway(slow.addresses, slow.key_file) as address, connect(f"ws://{address}/ws/slow") as socket:
         socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:20])}))
@@ -93,8 +95,12 @@ def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: P
         early, full = ([BODIES[int(name)] for name, one in told.items() if (one["exit"] == "full") == is_full]
                        for is_full in (False, True))
         assert len(early) >= 4 and full
+        # While the worker is busy with these, the others arrive, so it takes them on together.
+        before = {f"before {number}": full[0] for number in range(4)}
+        socket.send(as_bytes(before))
+        time.sleep(0.2)
         socket.send(as_bytes({"full": full[0], **{f"early {number}": body for number, body in enumerate(early[:4])}}))
-        assert list(receive(socket, 5))[-1] == "full"
+        assert list(receive(socket, 9))[-1] == "full"
 
 
 def test_what_cannot_be_read_closes_with_a_code_and_the_reason_after_what_was_asked_before(address: str) -> None:

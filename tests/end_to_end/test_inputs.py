@@ -43,6 +43,7 @@ from tests.support.models.text_classifier import TextClassifier
 from tests.support.models.text_handler import TextHandler
 from tests.support.original import factory_request, original_mar
 from tests.support.plans import thirds, write_plan
+from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
@@ -94,18 +95,18 @@ def server(models: dict[str, nn.Module], plans: dict[str, Planned],
     texts = original_mar(folder / "texts", "texts", "text_classifier.py", "text_handler.py",
                          models["texts"].state_dict(), config)
     inputs = (InputSpec("input_ids", (16,), "int64"), InputSpec("attention_mask", (16,), "int64"))
-    recorder = build_archive(ArchiveRequest(str(texts), folder, inputs=inputs))
+    recorder = build_untried(ArchiveRequest(str(texts), folder, inputs=inputs))
     scenes = original_mar(folder / "scenes", "scenes", "small_detector.py", "object_detector",
                           models["scenes"].state_dict(), config)
     backbone = backbone_of_detector(models["scenes"], SCENE, None, 1, "small_detector.py")
     save_plan(folder / "scenes", *one_exit(backbone, threshold=0.8))
     archives = [
-        build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder, threshold=0.6))),
-        build_archive(ArchiveRequest(str(scenes), store, input_shape=SCENE, plan=folder / "scenes" / "plan.json")),
+        build_untried(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder, threshold=0.6))),
+        build_untried(ArchiveRequest(str(scenes), store, input_shape=SCENE, plan=folder / "scenes" / "plan.json")),
         build_archive(_made("clicks", models, plans, folder, store, config, "click_handler.py",
                             extra_files=["criteo.py"], request=request))]
     for name, handler in PICTURES.items():
-        archives.append(build_archive(_made(name, models, plans, folder, store, config, handler)))
+        archives.append(build_untried(_made(name, models, plans, folder, store, config, handler)))
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[one.name for one in archives]) as running:
         management, deadline = Management(running.addresses, running.key_file), time.monotonic() + 180

@@ -14,7 +14,7 @@ import requests
 from websockets.sync.client import connect
 
 from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.audit import Audit
 from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
@@ -27,6 +27,7 @@ from tests.support.digits import traffic
 from tests.support.documents import ROOT
 from tests.support.gateway import as_bytes, gateway, receive, wait_for_state
 from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")]
 
@@ -54,7 +55,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     for version, tolerance in (("3.0", 0.97), ("4.0", 0.02)):
         certificate = Certificate("disagreement", tolerance, 0.95, 1000, 5, 0.005, 0.01, "by hand", (0.0, 1.0))
         plan = write_plan(folder / version, recorder_mar, threshold=0.4, certificate=certificate)
-        build_archive(ArchiveRequest(str(recorder_mar), folder / "store", plan=plan, version=version,
+        build_untried(ArchiveRequest(str(recorder_mar), folder / "store", plan=plan, version=version,
                                      config=folder / "config.yaml"))
     with TorchServe(folder / "store", folder / "state", Addresses.free(), records=folder / "records",
                     models=["digits-3.0.mar"]) as running:

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
@@ -23,6 +23,7 @@ from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
@@ -35,10 +36,10 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     config = folder / "config.yaml"
     config.write_text(WORKERS.format(n=2) + "  keep_requests: true\n")
-    build_archive(ArchiveRequest(str(recorder_mar), folder, version="2.0", config=config))
+    build_untried(ArchiveRequest(str(recorder_mar), folder, version="2.0", config=config))
     plan = write_plan(folder / "run", recorder_mar, threshold=0.3)
     for version in ("3.0", "4.0"):
-        build_archive(ArchiveRequest(str(recorder_mar), folder, plan=plan, version=version))
+        build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version=version))
     return folder
 
 

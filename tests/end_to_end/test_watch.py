@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.audit import only_watcher
 from early_exit.archiver.management import Management
 from early_exit.archiver.server import TorchServe
@@ -33,6 +33,7 @@ from tests.support.client import Reply, failed, send
 from tests.support.corrupt import corrupted
 from tests.support.digits import traffic
 from tests.support.documents import DOCUMENTS, ROOT
+from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     (folder / "store").mkdir()
     config = folder / "config.yaml"
     config.write_text(CONFIG)
-    build_archive(ArchiveRequest(str(recorder_mar), folder / "store", version="2.0", config=config))
+    build_untried(ArchiveRequest(str(recorder_mar), folder / "store", version="2.0", config=config))
     with TorchServe(folder / "store", folder / "state", Addresses.free(), records=folder / "records",
                     models=["digits-2.0.mar"]) as running:
         yield running

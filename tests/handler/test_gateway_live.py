@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from early_exit.archiver.archive import ArchiveRequest, build_archive
+from early_exit.archiver.archive import ArchiveRequest
 from early_exit.handler.gateway.latency import DECADES, PER_DECADE, Latencies, distribution
 from early_exit.handler.gateway.live import changes
 from early_exit.handler.gateway.promise import Promises
 from early_exit.handler.gateway.scrape import VersionMetrics, read_metrics
 from early_exit.handler.plan import Certificate
 from tests.support.plans import write_plan
+from tests.support.untried import build_untried
 
 TEXT = """# HELP ee_answers_total Torchserve prometheus counter metric with unit: count
 # TYPE ee_answers_total counter
@@ -87,7 +88,7 @@ def test_an_archive_tells_its_exits_and_its_promise_and_anything_else_nothing(
         recorder_mar: Path, tmp_path: Path) -> None:
     certificate = Certificate("disagreement", 0.02, 0.95, 1000, 5, 0.005, 0.01, "by hand", (0.0, 1.0))
     plan = write_plan(tmp_path / "run", recorder_mar, certificate=certificate)
-    mar = build_archive(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="3.0"))
+    mar = build_untried(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="3.0"))
     (tmp_path / "store" / "other.mar").write_bytes(b"no archive")
     promises = Promises(tmp_path / "store")
     told = promises.of(f"file:///elsewhere/{mar.name}")
