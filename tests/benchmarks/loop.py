@@ -84,6 +84,7 @@ def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> d
         "cpu_time_ratio_by_batch": ratios,
         "worker_cpu_ms_per_request": {"before": 1000 * result.worker_cpu_s_before,
                                       "after": 1000 * result.worker_cpu_s_after},
+        "worker_mb": {"before": result.worker_mb_before, "after": result.worker_mb_after},
         "p50_ms": {"before": latency_ms(result.before, 0.5), "after": latency_ms(result.after, 0.5)},
         "p95_ms": {"before": latency_ms(result.before, 0.95), "after": latency_ms(result.after, 0.95)},
         "requests": len(result.replies),

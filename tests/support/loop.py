@@ -39,6 +39,9 @@ class LoopResult:
     worker_cpu_s_before: float
     """CPU seconds of the worker per request while `before` was answered, pre- and post-processing included."""
     worker_cpu_s_after: float
+    worker_mb_before: float
+    """Resident size of the worker when it had answered `before`."""
+    worker_mb_after: float
     n_records: int
     record_bytes: int
     report: RunReport
@@ -89,7 +92,7 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         management = Management(server.addresses, server.key_file)
         say(f"ee-serve    TorchServe with the original model at {server.addresses.inference}")
         name = original.stem
-        before, cpu_before = _measured(server, name, measure)
+        before, cpu_before, mb_before = _measured(server, name, measure)
         say(f"            {len(measure)} requests measured before")
         recorder = build_archive(ArchiveRequest(str(original), store, input_shape=input_shape))
         _, backbone = read_archive(recorder)
@@ -111,17 +114,18 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         with BackgroundLoad(server, name, measure) as load:
             roll(management, exiting)
         say("ee-roll     rolled in under load; measuring the same requests again")
-        after, cpu_after = _measured(server, name, measure)
-    return LoopResult(recording, before, load.replies, after, cpu_before, cpu_after,
+        after, cpu_after, mb_after = _measured(server, name, measure)
+    return LoopResult(recording, before, load.replies, after, cpu_before, cpu_after, mb_before, mb_after,
                       n_records, record_bytes, report, recorder, exiting)
 
 
-def _measured(server: TorchServe, model: str, bodies: Sequence[bytes]) -> tuple[list[Reply], float]:
-    """Send bodies; return the replies and the workers' CPU seconds per request."""
+def _measured(server: TorchServe, model: str, bodies: Sequence[bytes]) -> tuple[list[Reply], float, float]:
+    """Send bodies; return the replies, the workers' CPU seconds per request and their resident MB."""
     send(server, model, bodies[:50])  # the first batches fill caches
     started = _worker_cpu_s(server)
     replies = send(server, model, bodies)
-    return replies, (_worker_cpu_s(server) - started) / len(bodies)
+    cpu_s = (_worker_cpu_s(server) - started) / len(bodies)
+    return replies, cpu_s, sum(worker.memory_info().rss for worker in server.workers()) / 1e6
 
 
 def _worker_cpu_s(server: TorchServe) -> float:
