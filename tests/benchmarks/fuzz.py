@@ -12,7 +12,6 @@ import json
 import random
 import struct
 import sys
-import tempfile
 import threading
 import zlib
 from collections import Counter
@@ -26,10 +25,12 @@ import requests
 from early_exit.archiver.addresses import Addresses, read_token
 from early_exit.archiver.archive import ArchiveRequest, build_archive
 from early_exit.archiver.server import TorchServe, raise_on_terminate
+from tests.benchmarks.report import report
 from tests.support.client import send
 from tests.support.digits import traffic, train_backbone
 from tests.support.original import original_mar
 from tests.support.plans import write_plan
+from tests.support.workers import resident_mb
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  control_rate: 0\n"
 CLIENTS = 8
@@ -88,11 +89,7 @@ def main() -> int:
     parser.add_argument("--bad", type=int, default=10_000)
     options = parser.parse_args()
     raise_on_terminate()
-    with tempfile.TemporaryDirectory() as scratch:
-        figures = fuzz(Path(scratch), options.bad)
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    return 0
+    return report(options.json, lambda scratch: fuzz(scratch, options.bad))
 
 
 def fuzz(folder: Path, n_bad: int) -> dict[str, Any]:
@@ -113,16 +110,12 @@ def fuzz(folder: Path, n_bad: int) -> dict[str, Any]:
         wrong: Counter[str] = Counter()
         n_answered: Counter[str] = Counter()
         _all(server, mixed[:WARM_UP], bodies, expected, wrong, n_answered)
-        started_mb = _memory_mb(server)
+        started_mb = resident_mb(server)
         _all(server, mixed[WARM_UP:], bodies, expected, wrong, n_answered)
-        grown_mb = _memory_mb(server) - started_mb
+        grown_mb = resident_mb(server) - started_mb
         deaths = len(before - {worker.pid for worker in server.workers()})
     return {"sent": len(mixed), "wrong": wrong.total(), "worker_deaths": deaths, "rss_growth_mb": grown_mb,
             "bad": n_bad, "good": len(mixed) - n_bad, "wrong_by_kind": dict(wrong), "statuses": dict(n_answered)}
-
-
-def _memory_mb(server: TorchServe) -> float:
-    return sum(worker.memory_info().rss for worker in server.workers()) / 2**20
 
 
 def _all(server: TorchServe, mixed: list[Bad | int], bodies: list[bytes], expected: list[str], wrong: Counter[str],

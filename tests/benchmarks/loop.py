@@ -9,9 +9,7 @@ load; the last 5,000 are measured before and after.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from early_exit.handler.served import ServedModel
 from early_exit.handler.stages import FULL
 from early_exit.training.options import TrainingOptions
 from early_exit.training.profile import one_thread
-from tests.support.cifar import DataMissing, as_batch, load_requests, load_weights
+from tests.benchmarks.report import report
+from tests.support.cifar import as_batch, load_requests, load_weights
 from tests.support.client import failed, latency_ms
 from tests.support.loop import LoopResult, run_loop
 from tests.support.original import original_mar
@@ -41,23 +40,18 @@ def main() -> int:
     parser.add_argument("--confidence", type=float, default=0.95)
     options = parser.parse_args()
     restart_with_allocator("tests.benchmarks.loop", sys.argv[1:])
-    try:
-        bodies, labels = load_requests()
-        weights = load_weights("resnet18w32-cifar10-jpeg")
-    except DataMissing as missing:
-        print(missing, file=sys.stderr)
-        return 1
+    training = TrainingOptions(options.tolerance, options.confidence, search=None)
+    return report(options.json, lambda scratch: measure(scratch, training))
+
+
+def measure(folder: Path, options: TrainingOptions) -> dict[str, Any]:
+    """Run the loop in a folder and return its figures."""
+    bodies, labels = load_requests()
+    weights = load_weights("resnet18w32-cifar10-jpeg")
     half = len(bodies) // 2
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        original = original_mar(folder / "original", "cifar", "cifar_resnet18w32.py", "cifar_handler.py", weights,
-                                CONFIG)
-        result = run_loop(original, folder, bodies[:half], bodies[half:], input_shape=(3, 32, 32),
-                          options=TrainingOptions(options.tolerance, options.confidence, search=None))
-        figures = summarise(result, labels[half:], bodies[half:])
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    return 0
+    original = original_mar(folder / "original", "cifar", "cifar_resnet18w32.py", "cifar_handler.py", weights, CONFIG)
+    result = run_loop(original, folder, bodies[:half], bodies[half:], input_shape=(3, 32, 32), options=options)
+    return summarise(result, labels[half:], bodies[half:])
 
 
 def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> dict[str, Any]:

@@ -36,11 +36,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time, resumption and memory of the search for heads.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    def measure(scratch: Path) -> dict[str, Any]:
-        subject = resnet18(scratch)
-        return {**killed_search(subject, scratch), **many_records(subject, scratch)}
-
     return report(options.json, measure)
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Return what the search takes, and what many records take."""
+    subject = resnet18(folder)
+    return {**killed_search(subject, folder), **many_records(subject, folder)}
 
 
 def killed_search(subject: Subject, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from early_exit.archiver.roll import roll
 from early_exit.archiver.server import TorchServe
 from early_exit.handler.records import list_shards, read_shard
 from tests.conftest import WORKERS
-from tests.support.client import BackgroundLoad, failed, send
+from tests.support.client import BackgroundLoad, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
@@ -112,9 +112,7 @@ def test_shadow_samples_are_recorded_and_counted(server: TorchServe) -> None:
         send(server, "digits", BODIES[:4])
     records = read_shard(shards[0], [])
     assert len(records) and (records.exit >= 0).any(), "samples of requests that left early reach the end too"
-    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
-    text = requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
-    assert 'ee_shadow_samples_total{ModelName="digits",ModelVersion="4.0"' in text
+    assert 'ee_shadow_samples_total{ModelName="digits",ModelVersion="4.0"' in metrics(server)
 
 
 def test_a_client_that_goes_away_delays_nobody(server: TorchServe) -> None:

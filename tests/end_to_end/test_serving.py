@@ -12,7 +12,7 @@ import psutil
 import pytest
 import requests
 
-from early_exit.archiver.addresses import Addresses, read_token
+from early_exit.archiver.addresses import Addresses
 from early_exit.archiver.archive import ArchiveRequest
 from early_exit.archiver.management import Management
 from early_exit.archiver.roll import roll
@@ -20,7 +20,7 @@ from early_exit.archiver.server import TorchServe
 from early_exit.handler.errors import ServerError
 from early_exit.handler.records import list_shards, read_shard
 from tests.conftest import WORKERS
-from tests.support.client import BackgroundLoad, failed, send
+from tests.support.client import BackgroundLoad, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
@@ -53,11 +53,6 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
 @pytest.fixture(scope="module")
 def management(server: TorchServe) -> Management:
     return Management(server.addresses, server.key_file)
-
-
-def metrics(server: TorchServe) -> str:
-    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
-    return requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
 
 
 def test_two_workers_answer_and_record_every_request(server: TorchServe, management: Management) -> None:

@@ -29,7 +29,7 @@ from early_exit.handler.records import ShardHeader, list_shards
 from early_exit.handler.watchman import Watchman, monitor_file
 from early_exit.training.distill import Distillation
 from early_exit.training.options import TrainingOptions
-from tests.support.client import Reply, failed, send
+from tests.support.client import Reply, failed, metrics, send
 from tests.support.corrupt import corrupted
 from tests.support.digits import traffic
 from tests.support.documents import DOCUMENTS, ROOT
@@ -141,8 +141,7 @@ def test_when_a_worker_alarms_the_others_step_back_by_themselves(server: TorchSe
     answer = requests.post(f"{server.addresses.inference}/predictions/digits", data=clean(1, seed=27)[0], headers=token,
                            timeout=10)
     assert int(answer.headers["X-Early-Exit-Step"].split(" of ")[0]) >= 1
-    metrics = requests.get(f"{server.addresses.metrics}/metrics", headers=token, timeout=10).text
-    steps = [line for line in metrics.splitlines() if line.startswith("ee_monitor_step{")]
+    steps = [line for line in metrics(server).splitlines() if line.startswith("ee_monitor_step{")]
     assert any(float(line.rsplit(" ", 1)[1]) >= 1 for line in steps), steps
 
 
@@ -150,12 +149,12 @@ def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_
     asked = set(dashboard_labels())
     told = {name for document in DOCUMENTS for name in re.findall(r"\bee_\w+", document.read_text())}
     assert len(asked) > 10 and len(told) > 10
-    metrics = requests.get(f"{server.addresses.metrics}/metrics", timeout=10).text
-    found = {line.partition("{")[0].partition(" ")[0] for line in metrics.splitlines() if not line.startswith("#")}
+    text = requests.get(f"{server.addresses.metrics}/metrics", timeout=10).text
+    found = {line.partition("{")[0].partition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
     found |= {name.removesuffix("_bucket") for name in found}  # a histogram's own name
     assert asked | told <= found, sorted((asked | told) - found)
     labels: dict[str, set[str]] = defaultdict(set)
-    for name, inside in re.findall(r"^(\w+){(.*)}", metrics, flags=re.MULTILINE):
+    for name, inside in re.findall(r"^(\w+){(.*)}", text, flags=re.MULTILINE):
         labels[name] |= set(re.findall(r'(\w+)="', inside))
     missing = {name: wanted - labels[name] for name, wanted in dashboard_labels().items() if wanted - labels[name]}
     assert not missing, missing

@@ -127,6 +127,11 @@ class BackgroundLoad:
             number += len(self._threads)
 
 
+def metrics(server: TorchServe) -> str:
+    """Return the server's metrics as Prometheus reads them."""
+    return _session(server).get(f"{server.addresses.metrics}/metrics", timeout=10).text
+
+
 def failed(replies: Sequence[Reply]) -> int:
     return sum(not reply.ok for reply in replies)
 

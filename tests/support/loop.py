@@ -23,6 +23,7 @@ from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.report import RunReport
 from tests.support.client import BackgroundLoad, Reply, send
+from tests.support.workers import resident_mb
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _measured(server: TorchServe, model: str, bodies: Sequence[bytes]) -> tuple[
     started = _worker_cpu_s(server)
     replies = send(server, model, bodies)
     cpu_s = (_worker_cpu_s(server) - started) / len(bodies)
-    return replies, cpu_s, sum(worker.memory_info().rss for worker in server.workers()) / 1e6
+    return replies, cpu_s, resident_mb(server)
 
 
 def _worker_cpu_s(server: TorchServe) -> float:

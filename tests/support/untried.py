@@ -1,4 +1,4 @@
-"""Archives for a server that a test starts."""
+"""Archives for a server that a test starts, and for tests of what is written into one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from early_exit.archiver.archive import ArchiveRequest
 
 
 def build_untried(asked: ArchiveRequest, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Build an archive without the ten seconds in which `ee-archive` loads and runs it: the server does that next."""
+    """Build an archive without the ten seconds in which `ee-archive` loads and runs it.
+
+    A server does that next; where there is none, other tests try out such archives.
+    """
     with mock.patch.object(archive, "validate"):
         return archive.build_archive(asked, say)

@@ -19,6 +19,11 @@ def wait_until_ready(server: TorchServe, model: str = "digits") -> None:
         time.sleep(0.5)
 
 
+def resident_mb(server: TorchServe) -> float:
+    """Return the memory that all workers hold."""
+    return sum(worker.memory_info().rss for worker in server.workers()) / 2**20
+
+
 def kill_worker(server: TorchServe) -> None:
     """End a worker as the kernel does when memory is short."""
     worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
