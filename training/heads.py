@@ -18,7 +18,7 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.search import best_trial, search_layer
 from early_exit.training.service import search_in_service
-from early_exit.training.space import given_head
+from early_exit.training.space import default_head, given_head
 from early_exit.training.trial import Evaluator, Trial
 
 HeadCost = Callable[[Head, CandidateLayer], float]
@@ -55,7 +55,7 @@ def find_architectures(run: RunPaths, material: Material, options: TrainingOptio
             if layer.path in given:
                 found[layer.path] = given_head(given[layer.path], material.recorded), ()
             elif search is None:
-                found[layer.path] = HeadSpec(pool=material.recorded, recorded=material.recorded), ()
+                found[layer.path] = default_head(material.recorded), ()
             else:
                 evaluator = Evaluator(layer, material, options.tolerance, options.trial_recipe, head_cost)
                 if options.service is None:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import nni
-from nni.algorithms.hpo.tpe_tuner import TpeTuner
 from nni.assessor import AssessResult
 
-from early_exit.training.algorithms import MedianOfAll
+from early_exit.training.algorithms import HeadTpe, MedianOfAll
 from early_exit.training.journal import append, read_journal, save_trained
 from early_exit.training.paths import RunPaths
 from early_exit.training.space import SearchSpace
@@ -24,7 +23,7 @@ class Search:
 
     trials: int = 20
     startup: int = 8
-    """So many trials are drawn at random before the tuner models what it has seen."""
+    """So many trials, the default head and others at random, come before the tuner models what it has seen."""
     seed: int = 0
 
     def seed_for(self, layer: str, n_done: int) -> int:
@@ -42,8 +41,7 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
     layer, recorded = evaluator.layer, evaluator.material.recorded
     trials = read_journal(run, layer.path)
     logging.getLogger("nni").setLevel(logging.ERROR)  # it tells how it avoids trying a head twice
-    tuner = TpeTuner("minimize", seed=search.seed_for(layer.path, len(trials)),
-                     tpe_args={"n_startup_jobs": search.startup})
+    tuner = HeadTpe(search.seed_for(layer.path, len(trials)), search.startup)
     tuner.update_search_space(space.choices(layer.shape, recorded))
     tuner.import_data([{"parameter": trial.parameters, "value": trial.objective} for trial in trials])
     assessor = MedianOfAll("minimize")

@@ -97,6 +97,33 @@ class SearchSpace:
         return {name: {"_type": "choice", "_value": list(options)} for name, options in values.items()}
 
 
+def default_head(recorded: Side) -> HeadSpec:
+    """Return the head that is taken where nothing is searched for, on records pooled to a side."""
+    return HeadSpec(pool=recorded, recorded=recorded)
+
+
+def default_choice(choices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the tuner's choice that stands for the default head, or None where the space has no such head."""
+    default = default_head(None)
+    wanted = {"pool": RAW, "convolutions": len(default.convolutions), "linears": len(default.widths),
+              **{f"width{number}": width for number, width in enumerate(default.widths, 1)}}
+    choice = {name: wanted.get(name, options["_value"][0]) for name, options in choices.items()}
+    return choice if all(value in choices[name]["_value"] for name, value in choice.items()) else None
+
+
+def used(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a tuner's choice shows in the head: not the second width of a head with one linear layer.
+
+    >>> used({"linears": 1, "width1": 64, "width2": 32})
+    {'linears': 1, 'width1': 64}
+    """
+    def shows(name: str) -> bool:
+        count = parameters["linears" if name.startswith("width") else "convolutions"] if name[-1].isdigit() else None
+        return count is None or int(name[-1]) <= count
+
+    return {name: value for name, value in parameters.items() if shows(name)}
+
+
 def spec_of(parameters: Mapping[str, Any], shape: tuple[int, ...], recorded: Side) -> HeadSpec:
     """Return the head that a tuner's choice stands for; what the choice leaves unused does not show.
 

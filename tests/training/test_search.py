@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.head import HeadSpec
+from early_exit.training.algorithms import HeadTpe
 from early_exit.training.cost import FlopCost
 from early_exit.training.distill import Distillation
 from early_exit.training.journal import read_journal
 from early_exit.training.paths import RunPaths
 from early_exit.training.search import Search, best_trial, search_layer
-from early_exit.training.space import SearchSpace
+from early_exit.training.space import SearchSpace, default_head, spec_of
 from early_exit.training.trial import Evaluator, Trial, is_better_than_chance
 from tests.support.material import LAYER, made_material
 
@@ -43,6 +44,27 @@ def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:
     assert all(run.trial(LAYER.path, number).exists() for number in range(4))
     best = best_trial(trials)
     assert best is not None and best.objective == min(one.objective for one in trials if not one.stopped)
+
+
+def test_the_default_head_is_tried_first_where_the_space_has_it(tmp_path: Path) -> None:
+    judge = evaluator(tmp_path / "material")
+    first, = search_layer(judge, SearchSpace(), Search(trials=1), RunPaths(tmp_path / "run"))
+    assert first.head == default_head(judge.material.recorded)
+    other, = search_layer(judge, SPACE, Search(trials=1), RunPaths(tmp_path / "other"))
+    assert other.head.widths in ((), (2,), (4,), (8,), (16,))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("shape", [(64, 8, 8), (128,)])
+def test_a_tuner_starts_with_the_default_head_and_asks_for_none_twice(shape: tuple[int, ...], seed: int) -> None:
+    space = SearchSpace(linears=(0, 1, 2))
+    tuner, heads = HeadTpe(seed, startup=4), []
+    tuner.update_search_space(space.choices(shape, 4))
+    tuner.import_data([{"parameter": tuner.generate_parameters(0), "value": 1.0}])  # a search that goes on
+    for number in range(12):
+        heads.append(spec_of(tuner.generate_parameters(number), shape, 4))
+        tuner.receive_trial_result(number, {}, float(len(heads[-1].widths)))  # the same few heads are best
+    assert len(set(heads)) == 12 and default_head(4) not in heads
 
 
 def test_no_head_is_tried_twice(tmp_path: Path) -> None:
