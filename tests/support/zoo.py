@@ -111,15 +111,16 @@ TEXT_MODELS: dict[str, dict[str, object]] = {
 }
 IMAGE_MODELS: dict[str, dict[str, object]] = {
     "ViT": {}, "DeiT": {}, "Beit": {}, "Dinov2": {"patch_size": 8}, "ConvNextV2": {"depths": [1, 1, 2, 1]},
-    "ResNet": {"depths": [1, 1, 2, 1]}, "MobileNetV2": {}, "PoolFormer": {}, "Segformer": {},
-    "Swin": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
+    "ResNet": {"depths": [1, 1, 2, 1]}, "MobileNetV2": {}, "PoolFormer": {},
+    "Segformer": {"num_attention_heads": [1, 2, 4, 8]},
+    "Swin": {"embed_dim": 16, "window_size": 2, "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 4, 8]},
 }
 
 
 def _hugging_face(name: str, task: str, more: dict[str, object]) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**SMALL, **more)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **more})
     model: nn.Module = getattr(transformers, f"{name}For{task}Classification")(config)
     return model
 
