@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -19,6 +19,8 @@ MIN_COST_LEFT = 0.05
 """A layer with less than this share of the FLOPs after it saves too little to be a candidate."""
 SAME_COST = 0.005
 """Layers closer than this share of the FLOPs are one place; the later one stands for it."""
+FEW = 2
+"""With fewer candidates whose output alone determines the answer, those count that need others beside them."""
 LARGE_COMPONENT = 0.25
 """A module with more than this share of the FLOPs is looked into, not taken as one component."""
 
@@ -79,14 +81,30 @@ def discover_layers(
         raise GraphError("the backbone has no convolution, matrix product or attention whose cost could be saved")
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     spent = dict(zip(order, _running_share(flops.values(), total)))
+    components = list(_components([node for node in order if node.op == "call_function"], 1, flops, total))
+    components.sort(key=lambda component: order[component.end])
+    cuts = find_cuts(module)
     # A detector's pyramid reads several stages: what it still needs travels beside the value that a head reads.
     several = bool(beside(module.graph.output_node().all_input_nodes[0]))
-    cuts = {cut.value for cut in find_cuts(module) if several or not cut.others}
+    layers, left_out = _candidates(components, spent, {cut.value for cut in cuts if several or not cut.others})
+    if len(layers) < FEW and not several:  # the branches of the backbone run beside each other
+        layers, left_out = _candidates(components, spent, {cut.value for cut in cuts})
+    return layers, left_out, total
+
+
+def _candidates(components: Sequence[_Component], spent: Mapping[fx.Node, float],
+                cuts: Collection[fx.Node]) -> tuple[list[CandidateLayer], list[LeftOut]]:
+    """Sort components into those whose outputs are worth a head, and the others.
+
+    Args:
+        components: in the order of their ends.
+        spent: share of the FLOPs spent once a node is computed.
+        cuts: the values at which the backbone may be cut.
+    """
     layers: list[CandidateLayer] = []
     left_out: list[LeftOut] = []
     calls: Counter[str] = Counter()
-    components = list(_components([node for node in order if node.op == "call_function"], 1, flops, total))
-    for component in sorted(components, key=lambda component: order[component.end]):
+    for component in components:
         cost = spent[component.end]
         value = component.end.meta.get("val")
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
@@ -107,7 +125,7 @@ def discover_layers(
             calls[component.path] += 1
             path = component.path + (f"@{calls[component.path]}" if calls[component.path] > 1 else "")
             layers.append(CandidateLayer(path, component.end.name, shape, cost))
-    return layers, left_out, total
+    return layers, left_out
 
 
 def spread_over(layers: Sequence[CandidateLayer], count: int) -> list[CandidateLayer]:

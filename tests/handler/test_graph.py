@@ -114,9 +114,39 @@ def test_every_component_is_a_candidate_or_is_left_out_with_a_reason() -> None:
 
 
 def test_a_layer_inside_a_skip_is_left_out_because_it_does_not_determine_the_answer() -> None:
-    backbone = Backbone.from_module(Skipping(), (8,)).description
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Skipping())
+    backbone = Backbone.from_module(model, (8,)).description
     reasons = {layer.path: layer.reason for layer in backbone.left_out}
-    assert reasons["inner"] == reasons["second"] == "its output alone does not determine the answer"
+    assert reasons["2.inner"] == reasons["2.second"] == "its output alone does not determine the answer"
+
+
+class Branches(nn.Module):
+    """Two branches that meet at the end, as in a transformer of two token sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.ModuleList(nn.Linear(8, 8) for _ in range(3)) for _ in range(2))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = right = x
+        for to_left, to_right in zip(self.left, self.right):
+            left, right = to_left(left).relu(), to_right(right).relu()
+        scores: Tensor = self.out(left + right)
+        return scores
+
+
+@torch.no_grad()
+def test_where_branches_run_beside_each_other_the_other_ones_travel_beside_the_value_that_a_head_reads() -> None:
+    model = Branches().eval()
+    backbone = Backbone.from_module(model, (8,))
+    layers = backbone.description.candidates
+    assert {"left.1", "right.1"} <= {layer.path for layer in layers}
+    x = torch.randn(5, 8)
+    keep, live = torch.tensor([0, 2, 3]), (x,)
+    for number, stage in enumerate(split(backbone.graph, [layer.node for layer in layers])):
+        live = stage(*(one[keep] if number == 1 else one for one in live))
+    torch.testing.assert_close(live, (model(x)[keep],))
 
 
 def test_dropout_is_left_out_as_doing_nothing_at_inference() -> None:
