@@ -32,7 +32,8 @@ class Distillation:
     """How heads are trained."""
 
     epochs: int = 40
-    max_steps: int = 2500
+    max_steps: int = 7500
+    """Many records or replays are seen less often than `epochs`."""
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.3

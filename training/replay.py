@@ -29,7 +29,8 @@ from early_exit.training.requests import Preprocessing
 
 _BATCH = 64
 _LEAST_AGREEMENT = 0.98
-AUGMENTATIONS = ("flip", "crop", "rotate")
+MIXUP = "mixup"
+AUGMENTATIONS = ("flip", "crop", "rotate", MIXUP)
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,24 @@ class Replay:
     pool: Side = 8
     """Side to which the activations are pooled: free of what was recorded."""
     augmentations: tuple[str, ...] = AUGMENTATIONS
-    """Those that leave requests looking like requests: digits, say, should not be flipped."""
+    """Those whose results a request could be: digits, say, should not be flipped. And 'mixup', which averages half of
+    the images with others: the backbone answers between the classes, which teaches a head more than few requests can
+    (Beyer et al., Knowledge distillation: a good teacher is patient and consistent, CVPR 2022)."""
     seed: int = 0
 
 
 def augmentation(replay: Replay, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Return the random transform of one (C, H, W) input.
+    """Return the random transform of (B, C, H, W) inputs.
+
+    Args:
+        replay: which.
+        shape: one row of the model's input.
 
     Raises:
         RecordError: the inputs are not images.
     """
     if not replay.rounds or not replay.augmentations:
-        return lambda item: item
+        return lambda batch: batch
     if len(shape) != 3:
         raise RecordError(f"a replay augments images, but the model's input has shape {tuple(shape)}: train without "
                           "--replay")
@@ -65,8 +72,20 @@ def augmentation(replay: Replay, shape: Sequence[int]) -> Callable[[Tensor], Ten
                               padding_mode="reflect"),
         "rotate": v2.RandomApply([v2.RandomRotation(10)], p=0.3),
     }
-    compose: Callable[[Tensor], Tensor] = v2.Compose([known[name] for name in replay.augmentations])
-    return compose
+    of_one = [known[name] for name in replay.augmentations if name != MIXUP]
+
+    def transform(batch: Tensor) -> Tensor:
+        for augment in of_one:
+            batch = torch.stack([augment(image) for image in batch])
+        return _mixed(batch) if MIXUP in replay.augmentations else batch
+
+    return transform
+
+
+def _mixed(batch: Tensor) -> Tensor:
+    """Return (B, ...) images of which half are weighted means with another image of the batch."""
+    weight = torch.rand(len(batch)).where(torch.rand(len(batch)) < 0.5, 1.0)[:, None, None, None]
+    return weight * batch + (1 - weight) * batch[torch.randperm(len(batch))]
 
 
 def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -108,7 +127,7 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
             for bodies in _batches(traffic, train if number else torch.ones_like(train)):
                 batch = handler.model_input(bodies)
                 if number:
-                    batch = torch.stack([transform(item) for item in batch])
+                    batch = transform(batch)
                 with torch.no_grad():
                     model(batch)
                 served = model.take_served()[0]

@@ -31,7 +31,7 @@ from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.plan import ExitPlan
 from early_exit.handler.stages import Exit
 from early_exit.training.choose import choose, make_plan
-from early_exit.training.dataset import Part, find_shards, load_traffic
+from early_exit.training.dataset import Part, RecordedTraffic, find_shards, load_traffic
 from early_exit.training.heads import TrainedHead, find_architectures, train_heads
 from early_exit.training.judged import judge
 from early_exit.training.labels import load_labels
@@ -40,7 +40,7 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import exit_costs
 from early_exit.training.profile import Profile, TimeCost, profile_backbone
-from early_exit.training.replay import replay_records
+from early_exit.training.replay import MIXUP, Replay, replay_records
 from early_exit.training.requests import preprocessing
 from early_exit.training.risk import Risk
 from early_exit.training.search import Search
@@ -97,9 +97,8 @@ class Bench:
     subject: Subject
     folder: Path
     options: TrainingOptions
+    traffic: RecordedTraffic
     recorded: Material
-    replayed: Material
-    """The same as `recorded` where nothing is replayed."""
     profile: Profile
 
     @classmethod
@@ -110,14 +109,30 @@ class Bench:
         traffic = load_traffic(shards)
         layers = spread_over(list(backbone.description.candidates), options.layers)
         recorded = prepare(RunPaths(folder / "recorded").material, traffic, layers, backbone.description.n_classes, 4)
-        original = json.loads(subject.archive.original_manifest.read_text())
-        replayed = recorded
-        if options.replay is not None:
-            _say(subject, "replaying")
-            with preprocessing(subject.archive.root, original) as handler:
-                replayed = replay_records(RunPaths(folder / "searched").material, traffic, layers, backbone, handler,
-                                          options.replay)
-        return cls(subject, folder, options, recorded, replayed, profile_backbone(backbone, layers))
+        return cls(subject, folder, options, traffic, recorded, profile_backbone(backbone, layers))
+
+    @cached_property
+    def replayed(self) -> Material:
+        """Records and replays; the records alone where nothing is replayed."""
+        return self._replayed("searched", self.subject.replay)
+
+    @cached_property
+    def of_one_class(self) -> Material:
+        """The same with replays that are of one class each, for those who learn from labels."""
+        replay = self.subject.replay
+        if replay is None or MIXUP not in replay.augmentations:
+            return self.replayed
+        others = tuple(name for name in replay.augmentations if name != MIXUP)
+        return self._replayed("labelled", replace(replay, augmentations=others))
+
+    def _replayed(self, name: str, replay: Replay | None) -> Material:
+        if replay is None:
+            return self.recorded
+        _say(self.subject, f"replaying for '{name}'")
+        archive = self.subject.archive
+        with preprocessing(archive.root, json.loads(archive.original_manifest.read_text())) as handler:
+            return replay_records(RunPaths(self.folder / name).material, self.traffic, self.recorded.layers,
+                                  self.subject.backbone, handler, replay)
 
     @cached_property
     def searched(self) -> list[TrainedHead]:
@@ -148,22 +163,22 @@ class Bench:
         flops = replace(self.options, measure="flops")
         papers = replace(self.options, thresholds="paper", measure="flops")
         loss = 0.0
-        for method, material, kind, count, options in (
-                ("certified", self.replayed, "searched", None, self.options),
-                ("certified-accuracy", self.replayed, "searched", None, accuracy),
-                ("certified-confidence-gap", self.replayed, "searched", None, gap),
-                ("certified-batch-8", self.replayed, "searched", None, replace(self.options, batch_size=8)),
-                ("certified-batch-1", self.replayed, "searched", None, replace(self.options, batch_size=1)),
-                ("certified-flops", self.replayed, "searched", None, flops),
-                ("no-nas", self.replayed, "default", None, self.options),
-                ("no-replay", self.recorded, "plain", None, self.options),
-                *((f"paper-{count}-layers" if count > PAPER_LAYERS else "paper", self.replayed, "searched", count,
+        for method, kind, count, options in (
+                ("certified", "searched", None, self.options),
+                ("certified-accuracy", "searched", None, accuracy),
+                ("certified-confidence-gap", "searched", None, gap),
+                ("certified-batch-8", "searched", None, replace(self.options, batch_size=8)),
+                ("certified-batch-1", "searched", None, replace(self.options, batch_size=1)),
+                ("certified-flops", "searched", None, flops),
+                ("no-nas", "default", None, self.options),
+                ("no-replay", "plain", None, self.options),
+                *((f"paper-{count}-layers" if count > PAPER_LAYERS else "paper", "searched", count,
                    papers) for count in range(PAPER_LAYERS, PAPER_LAYERS + 4)),
-                ("paper-no-nas", self.recorded, "plain", PAPER_LAYERS, papers),
-                ("equal", self.replayed, "searched", None, replace(papers, thresholds="equal"))):
+                ("paper-no-nas", "plain", PAPER_LAYERS, papers),
+                ("equal", "searched", None, replace(papers, thresholds="equal"))):
             if method not in methods:
                 continue
-            found = self._attempt(method, partial(self._own_row, method, material, kind, count, options, full))
+            found = self._attempt(method, partial(self._own_row, method, kind, count, options, full))
             if method == "certified":
                 loss = found.get("accuracy_loss", loss)
             yield found
@@ -178,8 +193,9 @@ class Bench:
         except EXPECTED as error:
             return {"backbone": self.subject.name, "data": self.subject.data, "method": method, "left_out": str(error)}
 
-    def _own_row(self, method: str, material: Material, kind: str, count: int | None, options: TrainingOptions,
+    def _own_row(self, method: str, kind: str, count: int | None, options: TrainingOptions,
                  full: Tensor) -> dict[str, Any]:
+        material = self.recorded if kind == "plain" else self.replayed
         heads: list[TrainedHead] = getattr(self, kind)
         heads = _spread(heads, count) if count else heads
         plan, exits = self._plan(material, heads, options)
@@ -190,7 +206,7 @@ class Bench:
 
     def _labelled_row(self, method: str, max_loss: float, full: Tensor) -> dict[str, Any]:
         return row(self.subject, method, BASELINES[method](self.labelled, max_loss), full, tolerance=max_loss,
-                   labelled=True, layers=len(self.labelled.layers), replayed=self.replayed is not self.recorded,
+                   labelled=True, layers=len(self.labelled.layers), replayed=self.of_one_class is not self.recorded,
                    certificate=None)
 
     def _plan(self, material: Material, heads: Sequence[TrainedHead],
@@ -211,7 +227,7 @@ class Bench:
     @cached_property
     def labelled(self) -> LabelledRecords:
         """What the baselines get; a replay has the label of the request that it replays."""
-        material = self.replayed
+        material = self.of_one_class
         labels = load_labels(self.subject.labels, material.request, material.n_classes)
         n_train = int((material.part == list(Part).index(Part.TRAIN)).sum())
         originals = material.rows(Part.TRAIN)[:n_train]

@@ -23,7 +23,7 @@ from tests.support.recording import record
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 5\n"
 _SHARD = 500
-_IMAGES = Replay()
+_IMAGES = Replay(rounds=12)
 
 
 @dataclass(frozen=True)

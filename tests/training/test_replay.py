@@ -96,5 +96,16 @@ def test_a_stopped_replay_goes_on_after_its_last_full_round(
 def test_what_is_no_image_is_not_augmented_but_can_be_replayed() -> None:
     with pytest.raises(RecordError, match=r"augments images, but the model's input has shape \(16,\)"):
         augmentation(Replay(1), (16,))
-    item = torch.randn(16)
-    assert augmentation(Replay(0), (16,))(item) is item
+    batch = torch.randn(2, 16)
+    assert augmentation(Replay(0), (16,))(batch) is batch
+
+
+def test_mixup_averages_about_half_of_the_images_with_another_one() -> None:
+    mix = augmentation(Replay(1, augmentations=("mixup",)), (1, 1, 1))
+    torch.manual_seed(0)
+    batch = torch.eye(400)[:, None, None, :]  # each image has a pixel of its own
+    mixed = mix(batch).squeeze()
+    torch.testing.assert_close(mixed.sum(dim=1), torch.ones(400))
+    shares = mixed.sort(dim=1, descending=True).values
+    assert (shares[:, 2:] == 0).all()
+    assert 0.4 < (mixed.diagonal() < 1).double().mean() < 0.6
