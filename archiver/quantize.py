@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
-from early_exit.handler.errors import ArchiveError, ConfigError, RecordError
+from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.graph import split
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.openvino_engine import PIECES, convert, import_openvino
+from early_exit.handler.stages import Live
 from early_exit.training.dataset import Part, find_shards, load_traffic
 from early_exit.training.requests import preprocessing
 
@@ -22,8 +22,8 @@ N_SAMPLES = 300
 _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int)
 
 
-def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Tensor:
-    """Return (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
+def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Live:
+    """Return the (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
 
     Only requests of the train part: those that certify what is made here are used for nothing else.
 
@@ -35,27 +35,26 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
 
     Raises:
         RecordError: no request bytes of this backbone were recorded.
-        ArchiveError: the model takes several inputs.
     """
-    if len(backbone.description.inputs) > 1:
-        raise ArchiveError("the engine openvino-int8 is calibrated for models with one input, this one has "
-                           f"{len(backbone.description.inputs)}: choose --engine openvino or bfloat16")
     name = original["model"]["modelName"]
     traffic = load_traffic(find_shards(records, name, backbone.description))
     is_train = traffic.part == list(Part).index(Part.TRAIN)
-    inputs: list[Tensor] = []
+    batches: list[Live] = []
+    n_found = 0
     with preprocessing(layout.root, original) as handler:
         for start, bodies in traffic.bodies():
-            chosen = [body for row, body in enumerate(bodies, start) if is_train[row]][:N_SAMPLES - len(inputs)]
-            inputs += handler.model_input(chosen) if chosen else []
-            if len(inputs) >= N_SAMPLES:
+            chosen = [body for row, body in enumerate(bodies, start) if is_train[row]][:N_SAMPLES - n_found]
+            n_found += len(chosen)
+            if chosen:
+                batches.append(handler.model_inputs(chosen, backbone.description.inputs))
+            if n_found >= N_SAMPLES:
                 break
-    if not inputs:
+    if not batches:
         raise RecordError(f"{records} has no records of {name} in its train part to calibrate with: record more")
-    return torch.stack(inputs)
+    return tuple(torch.cat(one) for one in zip(*batches))
 
 
-def quantize(backbone: Backbone, inputs: Tensor, folder: Path,
+def quantize(backbone: Backbone, inputs: Live, folder: Path,
              say: Callable[[str], None] = lambda line: None) -> None:
     """Write the pieces of a backbone in 8 bits below an existing folder; what is there is replaced.
 
@@ -63,7 +62,7 @@ def quantize(backbone: Backbone, inputs: Tensor, folder: Path,
 
     Args:
         backbone: to quantize.
-        inputs: (N, ...) like those that it will serve.
+        inputs: the backbone's, (N, ...) each, like those that it will serve.
         folder: of the archive's own files.
         say: told how far it has come.
 
@@ -79,12 +78,12 @@ def quantize(backbone: Backbone, inputs: Tensor, folder: Path,
                           "pip install 'early-exit-torchserve[openvino]'") from error
     pieces = split(backbone.graph, [layer.node for layer in backbone.description.candidates])
     kind = nncf.ModelType.TRANSFORMER if _has_attention(backbone) else None
-    samples: list[Sequence[Tensor]] = [(one[None],) for one in inputs]
+    samples: list[Live] = [tuple(one[row:row + 1] for one in inputs) for row in range(len(inputs[0]))]
     target = folder / PIECES
     target.mkdir(exist_ok=True)
     for number, piece in enumerate(pieces):
         say(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
-        fed = nncf.Dataset(samples, lambda live: {f"in{index}": x.numpy() for index, x in enumerate(live)})
+        fed = nncf.Dataset(samples, lambda live: [x.numpy() for x in live])
         small = nncf.quantize(convert(piece), fed, subset_size=len(samples), model_type=kind,
                               preset=nncf.QuantizationPreset.PERFORMANCE)
         openvino.save_model(small, target / f"{number:03}.xml", compress_to_fp16=False)

@@ -47,8 +47,8 @@ def import_openvino() -> Any:
 
 
 def convert(stage: fx.GraphModule) -> Model:
-    """Return a stage as a float32 model whose inputs have any number of rows; they are named in0, in1, ..., its
-    outputs out0, out1, ..."""
+    """Return a stage as a float32 model whose inputs have any number of rows; their nodes are named in0, in1,
+    ..., those of its outputs out0, out1, ..."""
     openvino = import_openvino()
     example = tuple(torch.zeros(2, *map(int, node.meta["val"].shape[1:]), dtype=node.meta["val"].dtype)
                     for node in inputs_of(stage.graph))
@@ -57,10 +57,16 @@ def convert(stage: fx.GraphModule) -> Model:
         program = torch.export.export(stage, example, dynamic_shapes=tuple({0: rows} for _ in example))
     model = openvino.convert_model(program)
     model.reshape({number: [-1, *one.shape[1:]] for number, one in enumerate(example)})
+    # Nodes have names of their own; a tensor that travels on as it came, such as a mask, would lose one of two.
     for ends, name in ((model.inputs, "in"), (model.outputs, "out")):
         for number, end in enumerate(ends):
-            end.get_tensor().add_names({f"{name}{number}"})
+            end.get_node().set_friendly_name(f"{name}{number}")
     return model
+
+
+def _end(ends: Sequence[Any], name: str) -> Any:
+    """Return the input or output that `convert` named."""
+    return next(end for end in ends if end.get_node().get_friendly_name() == name)
 
 
 def compile_float(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
@@ -99,15 +105,15 @@ def _joined(pieces: Sequence[Model]) -> Model:
     """Return one model that runs models one after the other."""
     for before, after in pairwise(pieces):
         for number in range(len(after.inputs)):
-            _replace(after.input(f"in{number}"), _source(before, number))
-    results = [pieces[-1].output(f"out{number}").get_node() for number in range(len(pieces[-1].outputs))]
-    parameters = [pieces[0].input(f"in{number}").get_node() for number in range(len(pieces[0].inputs))]
+            _replace(_end(after.inputs, f"in{number}"), _source(before, number))
+    results = [_end(pieces[-1].outputs, f"out{number}").get_node() for number in range(len(pieces[-1].outputs))]
+    parameters = [_end(pieces[0].inputs, f"in{number}").get_node() for number in range(len(pieces[0].inputs))]
     return import_openvino().Model(results, parameters)
 
 
 def _source(model: Model, number: int) -> Any:
     """Return what is computed for an output."""
-    return model.output(f"out{number}").get_node().input_value(0)
+    return _end(model.outputs, f"out{number}").get_node().input_value(0)
 
 
 def _replace(old: Any, new: Any) -> None:
@@ -121,14 +127,14 @@ def _travel_as_integers(stage: Model, following: Model) -> Read:
     same; return what makes floats of it."""
     openvino = import_openvino()
     ops = openvino.opset13
-    parameter = following.input("in0")
+    parameter = _end(following.inputs, "in0")
     readers = [reader.get_node() for reader in parameter.get_target_inputs()]
     ranges = [_range(reader) for reader in readers]
     if not ranges or ranges[0] is None or any(one != ranges[0] for one in ranges):
         return read_as_it_is
     low, high = ranges[0]
     scale = (high - low) / _STEPS
-    result = stage.output("out0").get_node()
+    result = _end(stage.outputs, "out0").get_node()
     low_to_high, no_to_all_steps = ([ops.constant(limit, openvino.Type.f32) for limit in limits]
                                     for limits in ((low, high), (0, _STEPS)))
     steps = ops.fake_quantize(result.input_value(0), *low_to_high, *no_to_all_steps, _STEPS + 1)
@@ -166,27 +172,26 @@ class _Compiled(nn.Module):
         super().__init__()
         openvino = import_openvino()
         self._tensor = openvino.Tensor
-        self._inputs = [f"in{number}" for number in range(len(model.inputs))]
-        self._outputs: dict[str, tuple[list[int], torch.dtype]] = {}
-        """By name: the shape of a row, and the dtype."""
-        for name in (f"out{number}" for number in range(len(model.outputs))):
-            end = model.output(name)
-            row = [size.get_length() for size in list(end.partial_shape)[1:]]
-            self._outputs[name] = row, getattr(torch, str(end.element_type.to_dtype()))
         # In float32 also on processors where OpenVINO would take bfloat16.
-        self._request = openvino.compile_model(model, "CPU", {
+        compiled = openvino.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads()}).create_infer_request()
+            "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+        self._inputs = [_end(compiled.inputs, f"in{number}") for number in range(len(compiled.inputs))]
+        self._outputs = [_end(compiled.outputs, f"out{number}") for number in range(len(compiled.outputs))]
+        self._made = [([size.get_length() for size in list(end.partial_shape)[1:]],
+                       getattr(torch, str(end.element_type.to_dtype()))) for end in self._outputs]
+        """Of each output: the shape of a row, and the dtype."""
+        self._request = compiled.create_infer_request()
         self._lock = threading.Lock()
 
     def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
         # Memory of our own: what a request allocates itself, its next run overwrites.
-        made = {name: torch.empty((len(live[0]), *row), dtype=dtype) for name, (row, dtype) in self._outputs.items()}
+        made = tuple(torch.empty((len(live[0]), *row), dtype=dtype) for row, dtype in self._made)
         if len(live[0]):
             with self._lock:
-                for name, x in zip(self._inputs, live):
-                    self._request.set_tensor(name, self._tensor(x.detach().contiguous().numpy(), shared_memory=True))
-                for name, x in made.items():
-                    self._request.set_tensor(name, self._tensor(x.numpy(), shared_memory=True))
+                for port, x in zip(self._inputs, live):
+                    self._request.set_tensor(port, self._tensor(x.detach().contiguous().numpy(), shared_memory=True))
+                for port, x in zip(self._outputs, made):
+                    self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
                 self._request.infer()
-        return tuple(made.values())
+        return made

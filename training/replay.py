@@ -125,11 +125,9 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(replay.seed * 1_000_003 + number)
             for bodies in _batches(traffic, train if number else torch.ones_like(train)):
-                batch = handler.model_input(bodies)
-                if number:
-                    batch = transform(batch)
+                first, *others = handler.model_inputs(bodies, backbone.description.inputs)
                 with torch.no_grad():
-                    model(batch)
+                    model(transform(first) if number else first, *others)
                 served = model.take_served()[0]
                 for path, file in files.items():
                     file.write(row, served.activations[path])
@@ -137,8 +135,8 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
                 answers.write(row, scores.half())
                 classes.write(row, scores.argmax(dim=1))
                 full.write(row, served.full_class)
-                row += len(batch)
-                on_batch(len(batch))
+                row += len(first)
+                on_batch(len(first))
         for file in (*files.values(), answers, classes, full):
             file.flush()
         if number == 0:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,23 @@ from torch import Tensor, nn
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inner import InnerHandler, load_inner_handler
 from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.signature import InputSpec, bind
+from early_exit.handler.stages import Live
+
+_Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
+"""What a model was called with, positional and by name -> its (B, ...) inputs."""
 
 
 class _ModelReached(BaseException):
     """Carries the first batch out of a handler, past any 'except Exception' of its own."""
 
-    def __init__(self, batch: object) -> None:
-        self.batch = batch
+    def __init__(self, given: tuple[object, ...], named: dict[str, object]) -> None:
+        self.given, self.named = given, named
 
 
 class _Messenger(nn.Module):
-    def forward(self, batch: Tensor) -> Tensor:
-        raise _ModelReached(batch)
+    def forward(self, *given: object, **named: object) -> Tensor:
+        raise _ModelReached(given, named)
 
 
 class Preprocessing:
@@ -40,30 +45,48 @@ class Preprocessing:
         self._handler, self._name, self._context, self._folder = handler, name, context, folder
 
     def model_input(self, bodies: Sequence[bytes]) -> Tensor:
-        """Return the (B, ...) tensor that the handler gives its model for B requests.
+        """Return the (B, ...) tensor that the handler gives its model for B requests, of whose inputs nothing is known.
+
+        Raises:
+            ArchiveError: the handler fails, gives its model something else, or does not make one row of each request.
+        """
+        def one_tensor(given: tuple[object, ...], named: dict[str, object]) -> Live:
+            values = [*given, *named.values()]
+            if len(values) != 1 or not isinstance(values[0], Tensor):
+                raise ArchiveError(f"expected {self._name} to give its model one tensor, found "
+                                   f"{', '.join(type(value).__name__ for value in values)}")
+            return (values[0],)
+
+        return self._reached(bodies, one_tensor)[0]
+
+    def model_inputs(self, bodies: Sequence[bytes], inputs: Sequence[InputSpec]) -> Live:
+        """Return the (B, ...) tensors that the handler gives its model for B requests, in the order of the inputs.
 
         Raises:
             ArchiveError: the handler fails, or does not make one row of each request.
+            InputError: it gives its model something else.
         """
+        return self._reached(bodies, lambda given, named: bind(inputs, given, named))
+
+    def _reached(self, bodies: Sequence[bytes], tensors: _Tensors) -> Live:
         self._context.request_ids = {number: f"request-{number}" for number in range(len(bodies))}
         self._context.request_processor = self._context.request_processor[:1] * len(bodies)
         try:
             with _working_in(self._folder):
                 self._handler.handle([{"body": body} for body in bodies], self._context)
         except _ModelReached as reached:
-            batch = reached.batch
+            batch = tensors(reached.given, reached.named)
         except Exception as error:  # the user's own code may raise anything
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
         else:
             raise ArchiveError(f"{self._name} answers a request without calling self.model")
-        if not isinstance(batch, Tensor):
-            raise ArchiveError(f"expected {self._name} to give its model one tensor, found {type(batch).__name__}")
-        if len(batch) == len(bodies):
+        if len(batch[0]) == len(bodies):
             return batch
         if len(bodies) == 1:
-            raise ArchiveError(f"{self._name} makes {len(batch)} rows of one request, so requests could not be told "
+            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, so requests could not be told "
                                "apart in a batch: it must make one")
-        return torch.cat([self.model_input([body]) for body in bodies])  # it calls its model once per request
+        # It calls its model once per request.
+        return tuple(torch.cat(rows) for rows in zip(*(self._reached([body], tensors) for body in bodies)))
 
 
 @contextmanager

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 
-from early_exit.archiver.quantize import recorded_inputs
+from early_exit.archiver.quantize import quantize, recorded_inputs
 from early_exit.handler.backbone import Backbone
+from early_exit.handler.engine import INT8
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.records import list_shards
+from early_exit.handler.served import ServedModel
+from early_exit.handler.signature import InputSpec
 from early_exit.training.dataset import Part, load_traffic
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
+from tests.support.models.text_classifier import LENGTH, TextClassifier
+from tests.support.models.text_handler import TextHandler
+from tests.support.original import MODELS
+from tests.support.recording import record
+
+TEXT = (InputSpec("input_ids", (LENGTH,), "int64"), InputSpec("attention_mask", (LENGTH,), "int64"))
 
 
 def test_only_requests_of_the_train_part_calibrate(tmp_path: Path) -> None:
@@ -20,6 +30,29 @@ def test_only_requests_of_the_train_part_calibrate(tmp_path: Path) -> None:
     write_handler(layout.root)
     images = record_images(backbone, 700, tmp_path / "records")
     is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
-    inputs = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone)
+    [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone)
     assert len(inputs) == 300
     assert torch.equal(inputs, images[is_train][:300])
+
+
+@torch.no_grad()
+def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TextClassifier().eval()
+    model.blocks = model.blocks[:2]  # three pieces are enough
+    backbone = Backbone.from_inputs(model, TEXT)
+    texts = [bytes(torch.randint(97, 123, (int(length),)).tolist()) for length in torch.randint(4, 20, (80,))]
+    tokens, mask = TextHandler().preprocess([{"body": text} for text in texts])
+    record(backbone, (tokens, mask), tmp_path / "records", bodies=texts)
+    layout = ArchiveLayout(tmp_path / "archive")
+    layout.folder.mkdir(parents=True)
+    shutil.copy(MODELS / "text_handler.py", layout.root)
+    backbone.save(layout.folder)
+    manifest = {"model": {"modelName": "model", "handler": "text_handler.py", "modelFile": "text_classifier.py"}}
+    found = recorded_inputs(tmp_path / "records", layout, manifest, backbone)
+    is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
+    assert [torch.equal(one, expected[is_train]) for one, expected in zip(found, (tokens, mask))] == [True, True]
+    quantize(backbone, found, layout.folder)
+    served = ServedModel(Backbone.load(layout.folder), engine=INT8)
+    scores, expected = served(input_ids=tokens, attention_mask=mask)["logits"], model(tokens, mask)["logits"]
+    assert 0 < (scores - expected).norm() / expected.norm() < 0.25, "8 bits change what random weights say"

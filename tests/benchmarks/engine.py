@@ -63,7 +63,7 @@ def main() -> int:
         resident = memory(folder)
         backbone = Backbone.load(folder)
         if INT8 in engines:  # what is fast does not depend on the values
-            quantize(backbone, torch.randn(8, 3, 224, 224), folder)
+            quantize(backbone, (torch.randn(8, 3, 224, 224),), folder)
         cells: list[dict[str, Any]] = []
         for size in options.batches:
             cells += measure(backbone, size, engines)

@@ -41,7 +41,7 @@ def backbone(digits_backbone: DigitsResNet, digits: Tensor, tmp_path_factory: py
     folder = tmp_path_factory.mktemp("quantized")
     whole = Backbone.from_module(digits_backbone, (1, 32, 32))
     whole.save(folder)
-    quantize(whole, digits[:50], folder)
+    quantize(whole, (digits[:50],), folder)
     return Backbone.load(folder)
 
 

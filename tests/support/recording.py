@@ -16,19 +16,22 @@ from early_exit.handler.metrics import ServingMetrics
 from early_exit.handler.recorder import RecordWriter
 from early_exit.handler.records import ShardHeader
 from early_exit.handler.served import ServedModel
+from early_exit.handler.stages import Live
 from early_exit.training.requests import worker_context
 
 
-def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "model", first_request: int = 0,
+def record(backbone: Backbone, inputs: Tensor | Live, folder: Path, *, name: str = "model", first_request: int = 0,
            ids: Sequence[str] | None = None, bodies: Sequence[bytes] | None = None,
            layers: int = ServingConfig.layers, pool: int | str = ServingConfig.pool) -> None:
-    """Serve (N, ...) inputs in full and record each as a request of its own, with its body where bodies are given.
+    """Serve (N, ...) inputs, one tensor or several, in full and record each row as a request of its own.
 
-    Without ids of their own the requests are numbered.
+    With its body where bodies are given. Without ids of their own the requests are numbered.
     """
-    names = ids or [f"request-{first_request + row}" for row in range(len(inputs))]
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    n_requests = len(tensors[0])
+    names = ids or [f"request-{first_request + row}" for row in range(n_requests)]
     # One shard, so that nothing is dropped, however slow the disk is.
-    config = ServingConfig(records_per_shard=len(inputs), layers=layers, pool=pool)
+    config = ServingConfig(records_per_shard=n_requests, layers=layers, pool=pool)
     model = ServedModel(backbone, sampling_rate=1.0, record_layers=config.layers, record_pool=config.pool_side)
     header = ShardHeader(name, "1.0", backbone.description.sha256, config.pool_side, model.layers)
     writer = RecordWriter(folder, header, config)
@@ -36,11 +39,11 @@ def record(backbone: Backbone, inputs: Tensor, folder: Path, *, name: str = "mod
     metrics = ServingMetrics(context.metrics, name, "1.0")
     bookkeeper = Bookkeeper(model, "1.0", metrics, writer, keep_requests=bodies is not None)
     processor = context.request_processor[0]
-    for start in range(0, len(inputs), 64):
-        batch = inputs[start:start + 64]
+    for start in range(0, n_requests, 64):
+        batch = [one[start:start + 64] for one in tensors]
         with torch.no_grad():
-            model(batch)
-        n_rows = len(batch)
+            model(*batch)
+        n_rows = len(batch[0])
         context.request_ids = dict(enumerate(names[start:start + n_rows]))
         context.request_processor = [processor] * n_rows
         data = [{"body": body} for body in bodies[start:start + 64]] if bodies is not None else [{}] * n_rows
