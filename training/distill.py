@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -68,7 +69,7 @@ def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         head = Head(spec, shape, n_classes)
-        trainee = _Trainee(head, spec.reads(recorded[_sample(len(recorded))].float()), recipe.dropout)
+        trainee = _Trainee(head, spec.reads(recorded[_sample(len(recorded))].float()), recipe.dropout, recipe.seed)
         trainee.to(recipe.device)
         n_steps = recipe.n_steps(len(recorded))
         optimizer = torch.optim.AdamW(trainee.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -98,10 +99,12 @@ def _sample(n_records: int) -> Tensor:
 class _Trainee(nn.Module):
     """A head as it is trained: inputs standardised, convolutions normalised, linear inputs dropped out."""
 
-    def __init__(self, head: Head, pooled: Tensor, dropout: float) -> None:
+    def __init__(self, head: Head, pooled: Tensor, dropout: float, seed: int) -> None:
         super().__init__()
-        self.head = head
+        # Channels_last: depthwise convolutions learn in half the time.
+        self.head = head.to(memory_format=torch.channels_last)
         self.dropout = dropout
+        self._noise = np.random.Generator(np.random.SFC64(seed))
         # Zero padding must stay zero before a convolution, so its inputs are scaled but not shifted.
         self.shifts = not head.spec.convolutions
         dims = (0,) if self.shifts else (0, 2, 3)
@@ -115,13 +118,23 @@ class _Trainee(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         x = (pooled - self.mean) / self.scale
+        if self.norms:
+            x = x.contiguous(memory_format=torch.channels_last)
         for index, layer in enumerate(self.head.layers):
-            if isinstance(layer, nn.Linear):
-                x = functional.dropout(x, self.dropout, self.training)
+            if isinstance(layer, nn.Linear) and self.training:
+                x = self._drop(x)
             x = layer(x)
             if str(index) in self.norms:
                 x = self.norms[str(index)](x)
         return x
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Return x with a share of its elements zero, to 1/256, and the others as much larger.
+
+        With a byte of noise for each: torch's dropout takes half of the time of a step of a linear head.
+        """
+        noise = torch.frombuffer(bytearray(self._noise.bytes(x.numel())), dtype=torch.uint8).to(x.device)
+        return x * (noise.view(x.shape) >= round(256 * self.dropout)) / (1 - self.dropout)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return (B, K) logits in evaluation mode, for one look during the training."""
@@ -133,7 +146,7 @@ class _Trainee(nn.Module):
 
     def fold(self) -> Head:
         """Fold what training added into the head's own layers and return it."""
-        head = self.cpu().head
+        head = self.cpu().head.to(memory_format=torch.contiguous_format)
         first = next(layer for layer in head.layers if isinstance(layer, (nn.Conv2d, nn.Linear)))
         with torch.no_grad():
             if isinstance(first, nn.Linear):
