@@ -35,6 +35,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
 
     Raises:
         RecordError: no request bytes of this backbone were recorded.
+        ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
     name = original["model"]["modelName"]
     traffic = load_traffic(find_shards(records, name, backbone.description))

@@ -87,7 +87,7 @@ def discover_layers(
     # A detector's pyramid reads several stages: what it still needs travels beside the value that a head reads.
     several = bool(beside(module.graph.output_node().all_input_nodes[0]))
     layers, left_out = _candidates(components, spent, {cut.value for cut in cuts if several or not cut.others})
-    if len(layers) < FEW and not several:  # the branches of the backbone run beside each other
+    if len(layers) < FEW and not several:  # branches run beside each other to the end, or all is within one skip
         layers, left_out = _candidates(components, spent, {cut.value for cut in cuts})
     return layers, left_out, total
 

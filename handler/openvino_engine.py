@@ -65,8 +65,16 @@ def convert(stage: fx.GraphModule) -> Model:
 
 
 def _end(ends: Sequence[Any], name: str) -> Any:
-    """Return the input or output that `convert` named."""
-    return next(end for end in ends if end.get_node().get_friendly_name() == name)
+    """Return the input or output that `convert` named.
+
+    Raises:
+        ArchiveError: there is none, as in pieces that were quantized before nodes had these names.
+    """
+    for end in ends:
+        if end.get_node().get_friendly_name() == name:
+            return end
+    raise ArchiveError(f"a quantized piece has no {name}: make the pieces again with ee-archive --engine openvino-int8 "
+                       "--calibrate RECORDS")
 
 
 def compile_float(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:

@@ -21,6 +21,7 @@ from early_exit.handler.engine import DEFAULT_ENGINE
 from early_exit.handler.errors import RecordError
 from early_exit.handler.pooling import Side, pooled_shape
 from early_exit.handler.served import ServedModel
+from early_exit.handler.signature import InputSpec
 from early_exit.training.activations import Activations
 from early_exit.training.dataset import Part, RecordedTraffic
 from early_exit.training.material import Material, finish
@@ -48,24 +49,20 @@ class Replay:
     seed: int = 0
 
 
-def augmentation(replay: Replay, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Return the random transform of (B, C, H, W) inputs.
-
-    Args:
-        replay: which.
-        shape: one row of the model's input.
+def augmentation(replay: Replay, inputs: Sequence[InputSpec]) -> Callable[[Tensor], Tensor]:
+    """Return the random transform of the (B, C, H, W) input of a model.
 
     Raises:
-        RecordError: the inputs are not images.
+        RecordError: its inputs are not images.
     """
     if not replay.rounds or not replay.augmentations:
         return lambda batch: batch
-    if len(shape) != 3:
-        raise RecordError(f"a replay augments images, but the model's input has shape {tuple(shape)}: train without "
-                          "--replay")
+    if len(inputs) != 1 or len(inputs[0].shape) != 3:
+        found = ", ".join(f"{one.name} {one.shape}" for one in inputs)
+        raise RecordError(f"a replay augments images, but the model's inputs are {found}: train without --replay")
     from torchvision.transforms import v2  # takes seconds, which only a replay should cost
 
-    height, width = shape[1:]
+    height, width = inputs[0].shape[1:]
     known: dict[str, v2.Transform] = {
         "flip": v2.RandomHorizontalFlip(),
         "crop": v2.RandomCrop((height, width), padding=(max(1, width // 8), max(1, height // 8)),
@@ -83,9 +80,10 @@ def augmentation(replay: Replay, shape: Sequence[int]) -> Callable[[Tensor], Ten
 
 
 def _mixed(batch: Tensor) -> Tensor:
-    """Return (B, ...) images of which half are weighted means with another image of the batch."""
+    """Return (B, ...) images of any dtype, half of them weighted means with another image of the batch."""
     weight = torch.rand(len(batch)).where(torch.rand(len(batch)) < 0.5, 1.0)[:, None, None, None]
-    return weight * batch + (1 - weight) * batch[torch.randperm(len(batch))]
+    mixed = weight * batch + (1 - weight) * batch[torch.randperm(len(batch))]
+    return (mixed if batch.is_floating_point() else mixed.round()).to(batch.dtype)
 
 
 def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -106,9 +104,11 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
         on_batch: told how many requests were run.
 
     Raises:
-        RecordError: no bodies were recorded, or the backbone does not answer them as it did when it served.
+        RecordError: no bodies were recorded, they are to be augmented and no images, or the backbone does not answer
+            them as it did when it served.
+        ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
-    transform = augmentation(replay, backbone.description.input_shape)
+    transform = augmentation(replay, backbone.description.inputs)
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())
     n_rows = len(traffic) + replay.rounds * n_train

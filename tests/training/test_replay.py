@@ -12,6 +12,7 @@ from torch import nn
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.records import list_shards
+from early_exit.handler.signature import InputSpec
 from early_exit.training.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.paths import MaterialPaths
 from early_exit.training.replay import Replay, augmentation, replay_records
@@ -93,19 +94,22 @@ def test_a_stopped_replay_goes_on_after_its_last_full_round(
     assert all(torch.equal(resumed.activations(layer)[every], whole.activations(layer)[every]) for layer in layers)
 
 
-def test_what_is_no_image_is_not_augmented_but_can_be_replayed() -> None:
-    with pytest.raises(RecordError, match=r"augments images, but the model's input has shape \(16,\)"):
-        augmentation(Replay(1), (16,))
+@pytest.mark.parametrize("shapes", [[(16,)], [(3, 8, 8), (4,)]])
+def test_what_is_no_image_is_not_augmented_but_can_be_replayed(shapes: list[tuple[int, ...]]) -> None:
+    inputs = [InputSpec(f"x{number}", shape) for number, shape in enumerate(shapes)]
+    with pytest.raises(RecordError, match="a replay augments images, but the model's inputs are x0"):
+        augmentation(Replay(1), inputs)
     batch = torch.randn(2, 16)
-    assert augmentation(Replay(0), (16,))(batch) is batch
+    assert augmentation(Replay(0), inputs)(batch) is batch
 
 
-def test_mixup_averages_about_half_of_the_images_with_another_one() -> None:
-    mix = augmentation(Replay(1, augmentations=("mixup",)), (1, 1, 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_mixup_averages_about_half_of_the_images_with_another_one(dtype: torch.dtype) -> None:
+    mix = augmentation(Replay(1, augmentations=("mixup",)), [InputSpec("x", (1, 1, 1))])
     torch.manual_seed(0)
-    batch = torch.eye(400)[:, None, None, :]  # each image has a pixel of its own
+    batch = (200 * torch.eye(400)[:, None, None, :]).to(dtype)  # each image has a pixel of its own
     mixed = mix(batch).squeeze()
-    torch.testing.assert_close(mixed.sum(dim=1), torch.ones(400))
-    shares = mixed.sort(dim=1, descending=True).values
-    assert (shares[:, 2:] == 0).all()
-    assert 0.4 < (mixed.diagonal() < 1).double().mean() < 0.6
+    assert mixed.dtype is dtype
+    torch.testing.assert_close(mixed.float().sum(dim=1), torch.full((400,), 200.0), atol=1.0, rtol=0)
+    assert (mixed.float().sort(dim=1, descending=True).values[:, 2:] == 0).all()
+    assert 0.4 < (mixed.diagonal() < 199).double().mean() < 0.6
