@@ -17,7 +17,7 @@ from early_exit.training.space import SearchSpace
 Rule = Literal["certified", "paper", "equal"]
 Measure = Literal["seconds", "flops"]
 
-_TRIAL_STEPS = 400
+_TRIAL_STEPS = 800
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,7 @@ class TrainingOptions:
 
     @property
     def trial_recipe(self) -> Distillation:
-        """Trials are trained briefly: they are compared with each other only."""
-        return replace(self.recipe, max_steps=min(_TRIAL_STEPS, self.recipe.max_steps))
+        """Trials are trained briefly, as they are compared with each other only; yet long enough for convolutions to
+        overtake linear heads."""
+        return replace(self.recipe, epochs=max(1, self.recipe.epochs // 2),
+                       max_steps=min(_TRIAL_STEPS, self.recipe.max_steps))

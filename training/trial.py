@@ -23,7 +23,7 @@ from early_exit.training.material import Material
 from early_exit.training.space import spec_of
 from early_exit.training.thresholds import NEVER, budget_threshold
 
-LOOKS = 3
+LOOKS = 2
 """How often a trial is judged while it trains, the end included."""
 _CHUNK = 1024
 _CHANCE_LEVEL = 0.01
