@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.random import Generator
 from early_exit.training.journal import read_journal, read_result
 from early_exit.training.paths import RunPaths
 from early_exit.training.space import default_choice, used
+from early_exit.training.trial import Trial
 
 _PATIENCE = 1000
 """So many changes at random that lead to no new head mean that there is none."""
@@ -51,6 +52,10 @@ class HeadTpe(TpeTuner):  # type: ignore[misc]
             self._running_params[parameter_id] = self.dedup(self._default)
             parameters = deformat_parameters(self._default, self.space)
         return parameters
+
+    def resume(self, trials: Iterable[Trial]) -> None:
+        """Learn of trials of an earlier attempt."""
+        self.import_data([{"parameter": trial.parameters, "value": trial.objective} for trial in trials])
 
 
 class _NewHeads:
@@ -100,8 +105,7 @@ class JournalTpe(HeadTpe):
 
     def update_search_space(self, space: Mapping[str, Any]) -> None:
         super().update_search_space(space)
-        self.import_data([{"parameter": trial.parameters, "value": trial.objective}
-                          for trial in read_journal(self._run, self._layer)])
+        self.resume(read_journal(self._run, self._layer))
 
     def receive_trial_result(self, parameter_id: int, parameters: Mapping[str, Any], value: Mapping[str, Any],
                              **more: Any) -> None:

@@ -40,10 +40,10 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
     """
     layer, recorded = evaluator.layer, evaluator.material.recorded
     trials = read_journal(run, layer.path)
-    logging.getLogger("nni").setLevel(logging.ERROR)  # it tells how it avoids trying a head twice
+    logging.getLogger("nni").setLevel(logging.ERROR)  # it tells its seed at every layer
     tuner = HeadTpe(search.seed_for(layer.path, len(trials)), search.startup)
     tuner.update_search_space(space.choices(layer.shape, recorded))
-    tuner.import_data([{"parameter": trial.parameters, "value": trial.objective} for trial in trials])
+    tuner.resume(trials)
     assessor = MedianOfAll("minimize")
     for trial in trials:
         assessor.assess_trial(trial.number, trial.history)
