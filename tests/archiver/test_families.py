@@ -13,17 +13,15 @@ from early_exit.handler.signature import InputSpec
 from tests.support.models.text_handler import LENGTH
 from tests.support.original import MODELS
 from tests.support.served import served_model
+from tests.support.zoo import image, text
 
 pytestmark = pytest.mark.slow
 
-IMAGE = (InputSpec("x", (3, 224, 224)),)
-TEXT = (InputSpec("input_ids", (LENGTH,), "int64"), InputSpec("attention_mask", (LENGTH,), "int64"))
-
 
 @pytest.mark.parametrize(("library", "factory", "handler", "inputs"), [
-    ("torchvision", "torchvision.models:squeezenet1_1", "image_classifier", IMAGE),
-    ("timm", "timm.models.mobilenetv3:lcnet_050", "image_classifier", IMAGE),
-    ("transformers", "tests.support.zoo:small_bert", str(MODELS / "text_handler.py"), TEXT)],
+    ("torchvision", "torchvision.models:squeezenet1_1", "image_classifier", image(224)),
+    ("timm", "timm.models.mobilenetv3:lcnet_050", "image_classifier", image(224)),
+    ("transformers", "tests.support.zoo:small_bert", str(MODELS / "text_handler.py"), text(LENGTH))],
     ids=["torchvision", "timm", "transformers"])
 @torch.no_grad()
 def test_an_archive_answers_as_the_librarys_model(library: str, factory: str, handler: str,

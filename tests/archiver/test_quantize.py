@@ -13,15 +13,13 @@ from early_exit.handler.engine import INT8
 from early_exit.handler.layout import ArchiveLayout
 from early_exit.handler.records import list_shards
 from early_exit.handler.served import ServedModel
-from early_exit.handler.signature import InputSpec
 from early_exit.training.dataset import Part, load_traffic
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.models.text_classifier import LENGTH, TextClassifier
 from tests.support.models.text_handler import TextHandler
 from tests.support.original import MODELS
 from tests.support.recording import record
-
-TEXT = (InputSpec("input_ids", (LENGTH,), "int64"), InputSpec("attention_mask", (LENGTH,), "int64"))
+from tests.support.zoo import text
 
 
 def test_only_requests_of_the_train_part_calibrate(tmp_path: Path) -> None:
@@ -40,7 +38,7 @@ def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Pa
     torch.manual_seed(0)
     model = TextClassifier().eval()
     model.blocks = model.blocks[:2]  # three pieces are enough
-    backbone = Backbone.from_inputs(model, TEXT)
+    backbone = Backbone.from_inputs(model, text(LENGTH))
     texts = [bytes(torch.randint(97, 123, (int(length),)).tolist()) for length in torch.randint(4, 20, (80,))]
     tokens, mask = TextHandler().preprocess([{"body": text} for text in texts])
     record(backbone, (tokens, mask), tmp_path / "records", bodies=texts)

@@ -28,7 +28,6 @@ from early_exit.handler.head import Head
 from early_exit.handler.plan import ExitPlan, save_plan
 from early_exit.handler.records import list_shards, read_shard
 from early_exit.handler.served import ServedModel
-from early_exit.handler.signature import InputSpec
 from early_exit.handler.stages import FULL
 from tests.conftest import WORKERS
 from tests.support.client import failed, send
@@ -44,6 +43,7 @@ from tests.support.models.text_handler import TextHandler
 from tests.support.original import factory_request, original_mar
 from tests.support.plans import thirds, write_plan
 from tests.support.untried import build_untried
+from tests.support.zoo import text
 
 pytestmark = pytest.mark.slow
 
@@ -94,8 +94,7 @@ def server(models: dict[str, nn.Module], plans: dict[str, Planned],
     request.write_text(json.dumps(CLICKS[0]))
     texts = original_mar(folder / "texts", "texts", "text_classifier.py", "text_handler.py",
                          models["texts"].state_dict(), config)
-    inputs = (InputSpec("input_ids", (16,), "int64"), InputSpec("attention_mask", (16,), "int64"))
-    recorder = build_untried(ArchiveRequest(str(texts), folder, inputs=inputs))
+    recorder = build_untried(ArchiveRequest(str(texts), folder, inputs=text(16)))
     scenes = original_mar(folder / "scenes", "scenes", "small_detector.py", "object_detector",
                           models["scenes"].state_dict(), config)
     backbone = backbone_of_detector(models["scenes"], SCENE, None, 1, "small_detector.py")

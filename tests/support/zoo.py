@@ -53,7 +53,8 @@ def image(side: int, name: str = "x") -> tuple[InputSpec, ...]:
     return (InputSpec(name, (3, side, side)),)
 
 
-TEXT = (InputSpec("input_ids", (LENGTH,), "int64"), InputSpec("attention_mask", (LENGTH,), "int64"))
+def text(length: int) -> tuple[InputSpec, ...]:
+    return tuple(InputSpec(name, (length,), "int64") for name in ("input_ids", "attention_mask"))
 
 
 def torchvision_classifiers() -> Iterator[Specimen]:
@@ -134,7 +135,7 @@ def hugging_face_classifiers() -> Iterator[Specimen]:
     """Yield sequence classifiers (tokens and a mask) and image classifiers of transformers, from small configs."""
     for name, more in TEXT_MODELS.items():
         settings = {"vocab_size": VOCABULARY, **more}
-        yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Sequence", more), TEXT)
+        yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Sequence", more), text(LENGTH))
     for name, more in IMAGE_MODELS.items():
         settings = {"image_size": 64, **more}
         yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Image", more),
