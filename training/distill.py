@@ -33,7 +33,7 @@ class Distillation:
     """How heads are trained."""
 
     epochs: int = 40
-    max_steps: int = 7500
+    max_steps: int = 5000
     """Many records or replays are seen less often than `epochs`."""
     batch_size: int = 128
     learning_rate: float = 3e-3

@@ -69,5 +69,5 @@ class TrainingOptions:
     def trial_recipe(self) -> Distillation:
         """Trials are trained briefly, as they are compared with each other only; yet long enough for convolutions to
         overtake linear heads."""
-        return replace(self.recipe, epochs=max(1, self.recipe.epochs // 2),
+        return replace(self.recipe, epochs=max(1, self.recipe.epochs // 3),
                        max_steps=min(_TRIAL_STEPS, self.recipe.max_steps))
