@@ -30,7 +30,9 @@ from early_exit.training.thresholds import (
 
 def settings(judged: Judged, options: TrainingOptions) -> list[Choice]:
     """Return what a certified choice is made among, from "never exit" to aggressive."""
-    return certified_path(judged.tune, options.tolerance, options.delta, len(judged.certify))
+    tune = judged.tune
+    expected = replace(tune, losses=options.risk.expected(tune.losses, tune.confidence))
+    return certified_path(expected, options.tolerance, options.delta, len(judged.certify))
 
 
 def choose(judged: Judged, options: TrainingOptions, path: Sequence[Choice] | None = None) -> Choice:

@@ -47,6 +47,12 @@ class Costs:
     def n_layers(self) -> int:
         return len(self.exits)
 
+    @property
+    def saved(self) -> tuple[float, ...]:
+        """What of the backbone a full batch saves that leaves after each candidate."""
+        full = self.at(1.0)
+        return tuple(full.between(layer, self.n_layers) for layer in range(self.n_layers))
+
     def at(self, alive: float) -> StepCosts:
         """Return the mean costs when each request of a batch still travels with probability `alive`."""
         if alive not in self._known:

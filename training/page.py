@@ -137,11 +137,11 @@ def _frontier(found: Evaluation) -> str:
         "frontier", f"{loss.capitalize()} against cost", summary,
         Axis("cost of a request, of the backbone's", min(costs) - 0.02, max(costs) + 0.02),
         Axis(loss, min(losses), max(losses)), series, [Limit(f"tolerance {100 * tolerance:.6g}%", y=tolerance)])
-    header = ["confidence ≥", _cost(found), "FLOPs", "answers that differ", "mean loss", "accuracy"]
+    header = ["first threshold", _cost(found), "FLOPs", "answers that differ", "mean loss", "accuracy"]
     rows = [[f"{one.thresholds[0]:.4f}" if one.thresholds and one.thresholds[0] <= 1 else "never",
              f"{one.cost:.3f}", f"{one.flops:.3f}", _share(one.disagreement), _share(one.loss),
              _share(one.accuracy.served if one.accuracy else None)] for one in path[::4]]
-    return _section("What more risk would save", "<p>The exits of the plan at every confidence they could share; the "
+    return _section("What more risk would save", "<p>The exits of the plan with ever lower thresholds; the "
                     f'circles are what is deployed.</p><div class="wide">{figure}</div>'
                     + _folded("the settings as a table", _table("Every fourth setting", header, rows)))
 

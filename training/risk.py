@@ -49,3 +49,16 @@ class Risk(str, Enum):
             raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
                               "classes, or choose --risk disagreement or confidence-gap, which need none")
         return (backbone_class == labels).float()[:, None] - (answer == labels[:, None]).float()
+
+    def expected(self, losses: Tensor, confidence: Tensor) -> Tensor:
+        """Return the (N, L) losses to choose exits by, which a few records tell more surely than those that occurred.
+
+        Whether an answer differs is the toss of a coin that the calibrated confidence knows the weight of: among
+        hundreds of subsets of exits, the best by what occurred is too often the one that was lucky. The confidence
+        gap is such a weight already; what labels say cannot be foreseen.
+
+        Args:
+            losses: (N, L) that occurred.
+            confidence: (N, L) calibrated.
+        """
+        return 1 - confidence if self is Risk.DISAGREEMENT else losses

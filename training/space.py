@@ -118,8 +118,11 @@ def used(parameters: Mapping[str, Any]) -> dict[str, Any]:
     {'linears': 1, 'width1': 64}
     """
     def shows(name: str) -> bool:
-        count = parameters["linears" if name.startswith("width") else "convolutions"] if name[-1].isdigit() else None
-        return count is None or int(name[-1]) <= count
+        if not name[-1].isdigit():
+            return True
+        if int(name[-1]) > parameters["linears" if name.startswith("width") else "convolutions"]:
+            return False
+        return not name.startswith("separable") or _is_wide(parameters, name[-1])
 
     return {name: value for name, value in parameters.items() if shows(name)}
 
@@ -134,10 +137,16 @@ def spec_of(parameters: Mapping[str, Any], shape: tuple[int, ...], recorded: Sid
     if len(shape) != 3:
         return HeadSpec(pool=recorded, widths=widths, recorded=recorded)
     convolutions = tuple(
-        Convolution(*(parameters[f"{name}{number}"] for name in ("kernel", "stride", "channels", "separable")))
+        Convolution(*(parameters[f"{name}{number}"] for name in ("kernel", "stride", "channels")),
+                    separable=parameters[f"separable{number}"] and _is_wide(parameters, number))
         for number in range(1, parameters["convolutions"] + 1))
     pool = recorded if parameters["pool"] == RAW else int(parameters["pool"])
     return HeadSpec(pool=pool, convolutions=convolutions, widths=widths, recorded=recorded)
+
+
+def _is_wide(parameters: Mapping[str, Any], number: int | str) -> bool:
+    """Tell whether a convolution has neighbours to read, so that taking them apart from the channels saves anything."""
+    return bool(parameters[f"kernel{number}"] > 1)
 
 
 def given_head(spec: HeadSpec, recorded: Side) -> HeadSpec:

@@ -11,7 +11,7 @@ from torch import Tensor
 from early_exit.training.cost import Costs
 
 MAX_EXACT = 16
-_LOSS_BITS = 6
+_LOSS_BITS = 10
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def bit_mask(flags: Tensor) -> int:
 
 
 def loss_masks(losses: Tensor) -> tuple[tuple[float, int], ...]:
-    """Return (N,) losses in [-1, 1] as weighted masks, rounded to 1/64.
+    """Return (N,) losses in [-1, 1] as weighted masks, rounded to 1/1024.
 
     >>> loss_masks(torch.tensor([1.0, 0.0, 0.25]))
     ((1.0, 1), (0.25, 4))

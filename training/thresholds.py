@@ -18,6 +18,7 @@ NEVER = 2.0
 """A threshold that no probability reaches."""
 _BATCHES = 400
 _SAFER = 8
+_RATES = (0.0, *torch.logspace(-4, 1, 157, dtype=torch.float64).tolist())
 
 
 @dataclass(frozen=True)
@@ -119,31 +120,38 @@ def equal_choice(tune: Candidates, tolerance: float) -> Choice:
     return Choice(best.layers, thresholds)
 
 
-def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int,
-                   levels: Sequence[float] | None = None) -> list[Choice]:
+def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int) -> list[Choice]:
     """Return the settings to certify, from "never exit" to aggressive.
 
-    The settings share one subset and one confidence level for all its exits. The subset is the one that
-    costs least on *tune* at some level, among those that lose no more there than the certify part can accept.
+    The settings share one subset, and differ in the rate at which risk buys time. The subset is the one that costs
+    least on *tune* at some rate, among those that lose no more there than the certify part can accept.
 
     Args:
         tune: records of the tune part.
         tolerance: T.
         delta: 1 - confidence.
         n_certify: how many records there are to certify with.
-        levels: confidences to try, descending.
     """
-    levels = list(levels) if levels is not None else confidence_levels()
     # So many failures the binomial test would accept. For the other risks it is a guess: the walk on the certify part
     # picks the level again, and a budget made for their test chose subsets that cost the same.
     # What the engine loses without exits is spent already.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
-    for level in levels[::-4]:
-        options = [tune.option(layer, level) for layer in range(tune.n_layers)]
+    for rate in _RATES[::-4]:
+        options = [tune.option(layer, least) for layer, least in enumerate(_thresholds(tune.costs, rate))]
         best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
                                tune.costs, len(tune), max_loss=max_loss, best=best)
-    return [Choice(best.layers, (level,) * len(best.layers)) for level in (NEVER, *levels)]
+    by_rate = [_thresholds(tune.costs, rate) for rate in _RATES]
+    return [Choice(best.layers, tuple(thresholds[layer] for layer in best.layers)) for thresholds in by_rate]
+
+
+def _thresholds(costs: Costs, rate: float) -> list[float]:
+    """Return for each candidate the least confidence that leaves when risk buys time at a rate.
+
+    A request leaves where the chance that its answer differs, 1 - confidence, is at most the rate times what of the
+    backbone it saves there: the first exit may risk more than the last. At the rate 0 nobody leaves.
+    """
+    return [max(0.0, 1 - rate * saved) if rate else NEVER for saved in costs.saved]
 
 
 def safer_settings(path: Sequence[Choice], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:

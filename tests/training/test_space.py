@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.head import Convolution, Head, HeadSpec
 from early_exit.handler.pooling import pool_activation, pooled_shape
-from early_exit.training.space import SearchSpace, given_head, spec_of
+from early_exit.training.space import SearchSpace, given_head, spec_of, used
 
 SHAPES = [(6, 8, 8), (6, 7, 7), (6, 1, 1), (5, 12), (20,)]
 
@@ -30,6 +30,16 @@ def test_every_choice_of_the_space_is_a_head_that_serves_as_it_was_trained(
     as_trained = head.classify(spec.reads(pool_activation(raw, recorded)))
     torch.testing.assert_close(head(raw), as_trained, atol=1e-5, rtol=1e-5)
     assert HeadSpec.from_json(spec.to_json()) == spec
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), shape=st.sampled_from(SHAPES))
+def test_choices_are_the_same_head_exactly_when_what_shows_of_them_is(
+        data: st.DataObject, shape: tuple[int, ...]) -> None:
+    choices = SearchSpace(channels=(32,), width=(64,), linears=(0, 1)).choices(shape, 8)
+    one, other = ({name: data.draw(st.sampled_from(choice["_value"])) for name, choice in choices.items()}
+                  for _ in range(2))
+    assert (used(one) == used(other)) == (spec_of(one, shape, 8) == spec_of(other, shape, 8))
 
 
 @given(shape=st.sampled_from(SHAPES), recorded=st.sampled_from([1, 2, 4, 8, None]))

@@ -125,8 +125,8 @@ def test_a_mask_has_exactly_the_set_bits(flags: list[bool]) -> None:
     assert [bool(mask >> index & 1) for index in range(len(flags))] == flags
 
 
-@given(losses=st.lists(st.integers(-64, 64), max_size=30))
+@given(losses=st.lists(st.integers(-1024, 1024), max_size=30))
 def test_weighted_masks_add_up_to_the_losses(losses: list[int]) -> None:
-    masks = loss_masks(torch.tensor(losses) / 64)
+    masks = loss_masks(torch.tensor(losses) / 1024)
     sums = [sum(weight for weight, mask in masks if mask >> index & 1) for index in range(len(losses))]
-    assert sums == [loss / 64 for loss in losses]
+    assert sums == [loss / 1024 for loss in losses]

@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from early_exit.training.certify import most_failures
+from early_exit.training.choose import settings as settings_to_certify
 from early_exit.training.cost import Costs
+from early_exit.training.dataset import Part
+from early_exit.training.options import TrainingOptions
 from early_exit.training.thresholds import (
     Candidates,
     Choice,
@@ -25,6 +28,7 @@ from early_exit.training.thresholds import (
     paper_choice,
     safer_settings,
 )
+from tests.support.judged import made_judged
 
 
 def simulated(n_records: int, seed: int = 0) -> Candidates:
@@ -107,6 +111,25 @@ def test_the_path_starts_where_nobody_exits_and_grows_more_aggressive() -> None:
     assert exited[0] == 0
     assert exited == sorted(exited)
     assert len({choice.layers for choice in path}) == 1 and path[0].layers
+
+
+def test_risk_buys_time_at_one_rate_at_all_exits_of_a_setting() -> None:
+    tune = simulated(1000)
+    until = tune.costs.stages.cumsum(axis=0)[:, 1]
+    for choice in certified_path(tune, 0.05, 0.05, 1500)[1:]:
+        rates = [(1 - threshold) / (1 - until[layer]) for layer, threshold in zip(choice.layers, choice.thresholds)
+                 if threshold > 0]
+        assert max(rates, default=0) == pytest.approx(min(rates, default=0))
+
+
+def test_luck_on_the_tune_part_does_not_choose_exits() -> None:
+    judged, options = made_judged(400), TrainingOptions(tolerance=0.1)
+    path = settings_to_certify(judged, options)
+    assert path[-1].layers
+    said = judged.parts[Part.TUNE]
+    other = replace(said, candidates=replace(said.candidates, agrees=~said.candidates.agrees,
+                                             losses=1 - said.candidates.losses))
+    assert settings_to_certify(replace(judged, parts={**judged.parts, Part.TUNE: other}), options) == path
 
 
 def test_the_chosen_subset_can_be_certified_where_it_was_chosen() -> None:
