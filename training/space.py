@@ -137,8 +137,8 @@ def spec_of(parameters: Mapping[str, Any], shape: tuple[int, ...], recorded: Sid
     if len(shape) != 3:
         return HeadSpec(pool=recorded, widths=widths, recorded=recorded)
     convolutions = tuple(
-        Convolution(*(parameters[f"{name}{number}"] for name in ("kernel", "stride", "channels")),
-                    separable=parameters[f"separable{number}"] and _is_wide(parameters, number))
+        Convolution(parameters[f"kernel{number}"], parameters[f"stride{number}"], parameters[f"channels{number}"],
+                    parameters[f"separable{number}"] and _is_wide(parameters, number))
         for number in range(1, parameters["convolutions"] + 1))
     pool = recorded if parameters["pool"] == RAW else int(parameters["pool"])
     return HeadSpec(pool=pool, convolutions=convolutions, widths=widths, recorded=recorded)
