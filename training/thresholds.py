@@ -151,7 +151,8 @@ def _thresholds(costs: Costs, rate: float) -> list[float]:
     A request leaves where the chance that its answer differs, 1 - confidence, is at most the rate times what of the
     backbone it saves there: the first exit may risk more than the last. At the rate 0 nobody leaves.
     """
-    return [max(0.0, 1 - rate * saved) if rate else NEVER for saved in costs.saved]
+    # Rounded, so that other processors, whose sums may differ in the last bit, find the same again.
+    return [max(0.0, round(1 - rate * saved, 6)) if rate else NEVER for saved in costs.saved]
 
 
 def safer_settings(path: Sequence[Choice], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
