@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -96,7 +97,9 @@ class Profile:
 
 def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, engine: str = DEFAULT_ENGINE,
                      device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> Profile:
-    """Time every stage between the layers, one thread, stage after stage in each round.
+    """Time every stage between the layers, one thread, stage after stage and size after size in each round.
+
+    What counts is how the sizes compare, and a machine that is busy for a while is so for all of them.
 
     Args:
         backbone: on the device.
@@ -106,28 +109,21 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
         sizes: batch sizes, ascending.
     """
     items = [one.to(device) for one in backbone.description.probe_inputs()]
-    by_size: list[list[float]] = []
-    shrinks_by_size: list[list[float]] = []
     with torch.no_grad(), one_thread():
         stages = engine_of(engine).compile(backbone, [layer.node for layer in layers])
-        for size in tqdm(sizes, desc="profile", unit="batch size", disable=None):
-            inputs = tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items)
+        batches = [tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items) for size in sizes]
 
-            def one_round(inputs: Live = inputs) -> tuple[list[float], list[float]]:
-                taken: list[float] = []
-                shrinking: list[float] = []
-                half, live = torch.arange(0, len(inputs[0]), 2, device=device), inputs
-                for stage in stages:
-                    seconds, live = timed(stage.module.forward, live, device)
-                    taken.append(seconds)
-                    shrinking.append(timed(lambda *kept: [take_rows(x, half) for x in kept], live, device)[0])
-                return taken, shrinking[:-1]
+        def one_round(live: Live) -> list[float]:
+            taken: list[float] = []
+            half = torch.arange(0, len(live[0]), 2, device=device)
+            for stage in stages:
+                seconds, live = timed(stage.module.forward, live, device)
+                taken += seconds, timed(lambda *kept: [take_rows(x, half) for x in kept], live, device)[0]
+            return taken[:-1]
 
-            taken, shrinking = zip(*_rounds(one_round))
-            by_size.append([statistics.median(times) for times in zip(*taken)])
-            shrinks_by_size.append([statistics.median(times) for times in zip(*shrinking)])
-    return Profile(engine, device, tuple(layer.path for layer in layers), tuple(sizes), tuple(zip(*by_size)),
-                   tuple(zip(*shrinks_by_size)))
+        steps = list(zip(*_medians([partial(one_round, batch) for batch in batches], desc="profile")))
+    return Profile(engine, device, tuple(layer.path for layer in layers), tuple(sizes), tuple(steps[::2]),
+                   tuple(steps[1::2]))
 
 
 def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENGINE, device: str = "cpu",
@@ -146,18 +142,15 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
         stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
         return lambda x: run_with_exits((x,), stages).stages
 
-    found = []
     with torch.no_grad(), one_thread():
-        for size in sizes:
-            x, read = engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device))
-            served = ServedHead(head, 1.0, read).to(device)
-            with_exit, without = loop(Exit(served.forward, half, lambda logits: logits[:, :2])), loop(None)
+        arranged = [engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device)) for size in sizes]
+        served = ServedHead(head, 1.0, arranged[0][1]).to(device)
+        with_exit, without = loop(Exit(served.forward, half, lambda logits: logits[:, :2])), loop(None)
 
-            def one_round(x: Tensor = x, with_exit: Loop = with_exit, without: Loop = without) -> float:
-                return timed(with_exit, (x,), device)[0] - timed(without, (x,), device)[0]
+        def one_round(x: Tensor) -> list[float]:
+            return [timed(with_exit, (x,), device)[0] - timed(without, (x,), device)[0]]
 
-            found.append(max(1e-6, statistics.median(_rounds(one_round))))
-    return tuple(found)
+        return tuple(max(1e-6, seconds) for [seconds] in _medians([partial(one_round, x) for x, _ in arranged]))
 
 
 @dataclass(frozen=True)
@@ -197,16 +190,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rounds(one_round: Callable[[], T]) -> list[T]:
-    """Return the results of repeated rounds after a warm-up, fewer when they take long."""
-    one_round()
+def _medians(measures: Sequence[Callable[[], list[float]]], desc: str | None = None) -> list[list[float]]:
+    """Return the medians of what each measure returns, over rounds of them all, fewer when they take long.
+
+    Args:
+        measures: take measurements.
+        desc: name of a progress bar; none by default.
+    """
+    for measure in measures:
+        measure()  # warms up
     started = time.perf_counter()
-    results: list[T] = []
-    while len(results) < _ROUNDS:
-        results.append(one_round())
-        if len(results) >= _LEAST_ROUNDS and time.perf_counter() - started > _SECONDS_PER_SIZE:
+    rounds: list[list[list[float]]] = []
+    for _ in tqdm(range(_ROUNDS), desc=desc, unit="round", disable=None if desc else True):
+        rounds.append([measure() for measure in measures])
+        if len(rounds) >= _LEAST_ROUNDS and time.perf_counter() - started > _SECONDS_PER_SIZE * len(measures):
             break
-    return results
+    return [[statistics.median(times) for times in zip(*results)] for results in zip(*rounds)]
 
 
 def timed(step: Callable[..., T], live: Live, device: str) -> tuple[float, T]:
