@@ -133,15 +133,15 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         n_certify: how many records there are to certify with.
     """
     # So many failures the binomial test would accept. For the other risks it is a guess: the walk on the certify part
-    # picks the level again, and a budget made for their test chose subsets that cost the same.
+    # picks the rate again, and a budget made for their test chose subsets that cost the same.
     # What the engine loses without exits is spent already.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
-    for rate in _RATES[::-4]:
-        options = [tune.option(layer, least) for layer, least in enumerate(_thresholds(tune.costs, rate))]
+    by_rate = [_thresholds(tune.costs, rate) for rate in _RATES]
+    for thresholds in by_rate[::-4]:
+        options = [tune.option(layer, least) for layer, least in enumerate(thresholds)]
         best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
                                tune.costs, len(tune), max_loss=max_loss, best=best)
-    by_rate = [_thresholds(tune.costs, rate) for rate in _RATES]
     return [Choice(best.layers, tuple(thresholds[layer] for layer in best.layers)) for thresholds in by_rate]
 
 
