@@ -175,6 +175,11 @@ class Backbone:
                                              "scores": score_kind(scores), "probe": tuple(scores[0].tolist())})
         return cls(program, graph, description)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next((one.device for one in self.graph.parameters()), torch.device("cpu"))
+
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters, with those of a detector that the graph only calls."""
         return [*self.graph.parameters(), *parameters_of(self.description.detector)]

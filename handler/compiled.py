@@ -23,6 +23,8 @@ def read_and_pool(x: Tensor, read: Read, pool: Callable[[Tensor], Tensor]) -> Te
     """Return what `pool` makes of the (B, ...) activation that `read` finds in x."""
     if read is read_as_it_is:
         return pool(x)
+    if x.is_cuda:  # which adds up in float32 whatever it reads
+        return read(pool(x))
     # A few rows at a time: the floats of a whole batch would leave the cache before they are pooled.
     return torch.cat([pool(read(rows)) for rows in torch.split(x, max(1, _CACHED // max(1, x[:1].numel())))])
 

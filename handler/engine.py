@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.bfloat16 import in_bfloat16
 from early_exit.handler.compiled import CompiledStage, Read, read_as_it_is
 from early_exit.handler.errors import PlanError
 from early_exit.handler.fold import fold
+from early_exit.handler.fuse import fuse
 from early_exit.handler.graph import split
 from early_exit.handler.openvino_engine import compile_float, compile_int8, int8_digest
 from early_exit.handler.plan import ExitPlan
@@ -80,11 +81,17 @@ def _as_exported(backbone: Backbone, boundaries: Sequence[str]) -> list[Compiled
 
 
 def _folded(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
-    return [CompiledStage(fold(stage)) for stage in split(backbone.graph, boundaries)]
+    return [CompiledStage(stage) for stage in _rewritten(backbone, boundaries)]
 
 
 def _in_bfloat16(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
-    return in_bfloat16([fold(stage) for stage in split(backbone.graph, boundaries)])
+    return in_bfloat16(_rewritten(backbone, boundaries))
+
+
+def _rewritten(backbone: Backbone, boundaries: Sequence[str]) -> list[fx.GraphModule]:
+    stages = [fold(stage) for stage in split(backbone.graph, boundaries)]
+    is_nvidia = backbone.device.type == "cuda" and torch.version.cuda is not None
+    return [fuse(stage) for stage in stages] if is_nvidia else stages
 
 
 def _as_given(x: Tensor) -> tuple[Tensor, Read]:

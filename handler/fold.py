@@ -39,8 +39,8 @@ def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     convolution, *statistics = norm.args[:5]
     if not isinstance(convolution, fx.Node) or convolution.target not in _CONVOLUTIONS or len(convolution.users) > 1:
         return
-    known = [_constant(module, value) for value in statistics]
-    weight, bias = _constant(module, convolution.args[1]), _constant(module, _argument(convolution, 2))
+    known = [constant(module, value) for value in statistics]
+    weight, bias = constant(module, convolution.args[1]), constant(module, _argument(convolution, 2))
     # A bias that is computed, or an argument given by name, is rare enough to be left alone.
     computed = isinstance(_argument(convolution, 2), fx.Node) and bias is None
     if weight is None or known[2] is None or known[3] is None or computed or norm.kwargs or convolution.kwargs:
@@ -53,23 +53,24 @@ def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     shift = shift if beta is None else shift + beta
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
     with module.graph.inserting_before(convolution):
-        convolution.args = (convolution.args[0], _attach(module, f"{norm.name}_weight", folded.to(weight.dtype)),
-                            _attach(module, f"{norm.name}_bias", shift.to(weight.dtype)), *convolution.args[3:])
+        convolution.args = (convolution.args[0], attach(module, f"{norm.name}_weight", folded.to(weight.dtype)),
+                            attach(module, f"{norm.name}_bias", shift.to(weight.dtype)), *convolution.args[3:])
     norm.replace_all_uses_with(convolution)
     module.graph.erase_node(norm)
 
 
 def _order_channels_last(module: fx.GraphModule, convolution: fx.Node) -> None:
     """Store a 2-d convolution's weight channels_last: the convolution then reads and writes channels_last maps."""
-    weight = _constant(module, convolution.args[1])
+    weight = constant(module, convolution.args[1])
     if weight is None or weight.dim() != 4:
         return
     ordered = weight.detach().contiguous(memory_format=torch.channels_last)
     with module.graph.inserting_before(convolution):
-        convolution.update_arg(1, _attach(module, f"{convolution.name}_ordered", ordered))
+        convolution.update_arg(1, attach(module, f"{convolution.name}_ordered", ordered))
 
 
-def _attach(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+def attach(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Give a module a parameter and return the node that reads it."""
     setattr(module, name, nn.Parameter(value, requires_grad=False))
     return module.graph.get_attr(name)
 
@@ -78,7 +79,7 @@ def _argument(node: fx.Node, index: int) -> Argument:
     return node.args[index] if len(node.args) > index else None
 
 
-def _constant(module: fx.GraphModule, value: Argument) -> Tensor | None:
+def constant(module: fx.GraphModule, value: Argument) -> Tensor | None:
     """Return the parameter or buffer that a node reads, or None where it computes something."""
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None

@@ -48,16 +48,21 @@ def pooled_shape(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
 
 
 def _pool_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Return what adaptive_avg_pool2d does, in less time on a CPU.
+    """Return what adaptive_avg_pool2d does, in less time.
 
-    That one is not vectorised for contiguous maps, where matrix products are, and reads large channels_last ones at
-    half the speed of sums.
+    On a CPU that one is not vectorised for contiguous maps, where matrix products are, and reads large channels_last
+    ones at half the speed of sums; on a GPU it takes three times as long as they do.
     """
     batch, channels, height, width = maps.shape
+    divides = height % rows == 0 and width % columns == 0
+    if maps.is_cuda and divides:
+        # Channels last, which makes it fast: the result is laid out like what is added up.
+        cells = torch.unflatten(torch.unflatten(maps.permute(0, 2, 3, 1), 2, (columns, -1)), 1, (rows, -1))
+        means: Tensor = cells.mean(dim=(2, 4), dtype=torch.float32)
+        return means.permute(0, 3, 1, 2)
     if maps.is_cuda or not maps.is_contiguous():
         windows = maps.permute(0, 2, 3, 1)
-        if not (windows.is_contiguous() and height * width >= _LARGE_CHANNELS_LAST_MAP
-                and height % rows == 0 and width % columns == 0):
+        if not (windows.is_contiguous() and height * width >= _LARGE_CHANNELS_LAST_MAP and divides):
             return torch.nn.functional.adaptive_avg_pool2d(maps, (rows, columns))
         sums = windows.view(batch, rows, height // rows, width, channels).sum(dim=2)
         sums = sums.view(batch, rows, columns, width // columns, channels).sum(dim=3)

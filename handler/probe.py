@@ -21,11 +21,9 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
         ArchiveError: the scores are not those that the archive was made with.
     """
     expected = torch.tensor([model.description.probe])
-    device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    inputs = tuple(one.to(device) for one in model.description.probe_inputs())
+    inputs = tuple(one.to(model.device) for one in model.description.probe_inputs())
     with torch.no_grad():
-        everything = torch.ones(1, dtype=torch.bool, device=device)
-        answers = run_with_exits(inputs, model.stages, shadow=everything)
+        answers = run_with_exits(inputs, model.stages, shadow=torch.ones(1, dtype=torch.bool))
     error = (answers.reference.cpu() - expected).abs().max() / expected.abs().max()
     allowed = model.engine.max_probe_error
     if not error <= allowed:  # also catches NaN

@@ -17,6 +17,7 @@ from early_exit.handler.benefit import Benefit
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.compiled import read_and_pool
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.cuda_stages import capture, graphed
 from early_exit.handler.detector import images_of
 from early_exit.handler.engine import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
@@ -87,7 +88,7 @@ class ServedModel(nn.Module):
             PlanError: the plan's heads and certificate are about another engine.
         """
         super().__init__()
-        self.description = backbone.description
+        self.description, self.device = backbone.description, backbone.device
         planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
         recorded = spread_over(self.description.candidates, record_layers) if record_layers else []
         cuts = [layer for layer in self.description.candidates if layer.path in planned or layer in recorded]
@@ -119,7 +120,8 @@ class ServedModel(nn.Module):
         self._heads = nn.ModuleList(served.values())
         exits = [self._exit(planned[path], served[path]) if path in planned else None for path in self.layers]
         # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
-        self.stages = tuple(Stage(stage.module.forward, exit_) for stage, exit_ in zip(compiled, (*exits, None)))
+        stages = [Stage(stage.module.forward, exit_) for stage, exit_ in zip(compiled, (*exits, None))]
+        self.stages = graphed(stages, backbone.device) if self.description.detector is None else tuple(stages)
         self.steps = stages_by_step(self.stages, plan)
         """The stages as deployed, then in ever safer settings; without exits at last."""
         self.step = 0
@@ -152,6 +154,10 @@ class ServedModel(nn.Module):
                    sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
                    control_rate=config.control_rate, anytime=config.anytime).to(device)
 
+    def prepare(self, batch_size: int) -> None:
+        """Let every batch of up to that many rows find its graphs on a GPU; does nothing elsewhere."""
+        capture(self.stages, tuple(one.to(self.device) for one in self.description.probe_inputs()), batch_size)
+
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would, with (B, K) scores, and keep what `take_served` returns.
 
@@ -166,7 +172,7 @@ class ServedModel(nn.Module):
             self._calls.is_computing = False
             return self.description.output.output(scores)
         with torch.no_grad():
-            shadow = torch.rand(len(inputs[0]), generator=self._random).to(inputs[0].device) < self.sampling_rate
+            shadow = torch.rand(len(inputs[0]), generator=self._random) < self.sampling_rate
             served = self.run(inputs, shadow, self._anytime(inputs))
         self._calls.served.append(served)
         self._calls.is_computing = False
@@ -183,7 +189,7 @@ class ServedModel(nn.Module):
         asked = self._calls.anytime
         if not any(asked) or len(asked) != len(inputs[0]):
             return None
-        return torch.tensor(asked, device=inputs[0].device)
+        return torch.tensor(asked)
 
     def run_at_once(self, inputs: Live, shadow: Tensor, anytime: Tensor | None) -> ServedBatch:
         """Run a batch through all stages without a pause; a `Runner`."""
@@ -206,7 +212,7 @@ class ServedModel(nn.Module):
         """Return what was served, with what the backbone in fp32 says of the shadow rows."""
         full_class = answers.reference.argmax(dim=1)
         if self._original is not None and len(answers.shadow):
-            [reference] = self._original(*(take_rows(one, answers.shadow) for one in inputs))
+            [reference] = self._original(*(take_rows(one, answers.shadow.to(one.device)) for one in inputs))
             answers = replace(answers, reference=reference)
         return ServedBatch(answers, activations, time.time(), step, sampling_rate, full_class)
 

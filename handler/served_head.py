@@ -15,6 +15,9 @@ from torch.nn import functional
 from early_exit.handler.compiled import Read, read_and_pool, read_as_it_is
 from early_exit.handler.head import Head
 
+_LONG, _PARTS = 1024, 16
+"""Inputs of a layer whose sums are cut on a GPU, and into how many."""
+
 
 class ServedHead(nn.Module):
     """Maps a (B, ...) activation, as the engine hands it on, to (B, K) calibrated logits."""
@@ -51,7 +54,18 @@ class ServedHead(nn.Module):
         x = (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).flatten(1)
         last = len(self._weights) - 1
         for number, (weight, bias) in enumerate(zip(self._weights, self._biases)):
-            x = functional.linear(x, weight, bias)
+            x = _linear(x, weight, bias)
             if number < last:
                 x = torch.relu_(x)
         return x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return what `functional.linear` does.
+
+    A few rows and a few outputs keep few of a GPU's processors busy, each with long sums; parts of them keep more.
+    """
+    if not x.is_cuda or x.shape[1] < _LONG or x.shape[1] % _PARTS:
+        return functional.linear(x, weight, bias)
+    rows, columns = (torch.unflatten(one, 1, (_PARTS, -1)) for one in (x, weight))
+    return torch.bmm(rows.transpose(0, 1), columns.permute(1, 2, 0)).sum(dim=0).add_(bias)

@@ -46,6 +46,8 @@ class EarlyExitService:
             self.claim = claim_only_worker(layout)
         gpu = context.system_properties.get("gpu_id")
         device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are made there
         self.model = ServedModel.load(layout, config, device)
         return_freed_memory()
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
@@ -57,6 +59,7 @@ class EarlyExitService:
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
         answer_probe(self.model)
+        self.model.prepare(int(context.system_properties.get("batch_size", 1)))
         self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests,
                                      watchman=watchman, labels=getattr(self.inner, "mapping", None))
         self.early = EarlyAnswers(self.model, self.inner, self.bookkeeper) if is_early else None

@@ -22,6 +22,23 @@ Observer = Callable[[int, Tensor], None]
 """Called after each stage but the last with its number and what a head would read of the shadow rows, if any."""
 
 
+class Verdict:
+    """What an exit says of the rows that are there."""
+
+    def __init__(self, logits: Tensor, sure: Tensor) -> None:
+        """Hold (B, K) logits and the (B,) bool mask of the rows that may leave."""
+        self._logits, self._sure = logits, sure
+
+    def sure(self) -> list[bool]:
+        """Return for each row whether it may leave; waits for it."""
+        found: list[bool] = self._sure.tolist()
+        return found
+
+    def logits(self) -> Tensor:
+        """Return the (B, K) logits; on a GPU in memory that the exit's next verdict overwrites."""
+        return self._logits
+
+
 @dataclass(frozen=True)
 class Exit:
     """What stands at the end of a stage that may answer."""
@@ -34,6 +51,19 @@ class Exit:
     shrink_from: int = 1
     """Fewest answered rows that are worth a copy of the others; fewer travel on, and are ignored from there on."""
 
+    def ask(self, x: Tensor) -> Verdict:
+        """Begin to decide about (B, ...) activations."""
+        logits = self.head(x)
+        return Verdict(logits, self.policy(logits))
+
+    def goes_on(self, n_rows: int) -> bool:
+        """Tell whether the next stage begins with all rows before the verdict on them is heard."""
+        return False
+
+    def shrinks(self, n_rows: int, n_staying: int) -> bool:
+        """Tell whether copying the rows that stay is worth it."""
+        return n_rows - n_staying >= self.shrink_from
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -43,6 +73,11 @@ class Stage:
     """Takes the tensors that travel to it as arguments."""
     exit: Exit | None = None
 
+    def take(self, live: Live, places: list[int]) -> Live:
+        """Return the rows in some places, ascending, of what travels to this stage."""
+        index = numbers_on(live[0].device, places)
+        return tuple(take_rows(x, index) for x in live)
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -51,15 +86,15 @@ class Answers:
     outputs: Tensor
     """(B, K) scores."""
     stages: Tensor
-    """(B,) int64: the stage after which each row was answered, or `FULL`."""
+    """(B,) int64 on the CPU: the stage after which each row was answered, or `FULL`."""
     shadow: Tensor
-    """(S,) int64: rows that ran to the end whatever the exits said."""
+    """(S,) int64 on the CPU: rows that ran to the end whatever the exits said."""
     reference: Tensor
     """(S, K) scores of the whole backbone for the shadow rows."""
     stage_seconds: tuple[float, ...]
     """Wall time of each stage that ran, with its head and shrink."""
     anytime: Tensor
-    """(A,) int64: rows that asked for every exit's opinion, so they ran to the end too."""
+    """(A,) int64 on the CPU: rows that asked for every exit's opinion, so they ran to the end too."""
     opinions: Mapping[int, Tensor]
     """By stage, and by `FULL` for the whole backbone, the (A, K) scores that they would have got there."""
     beside: Live = ()
@@ -83,83 +118,115 @@ def run_with_exits(
         anytime: (B,) bool mask of rows that ask for every exit's opinion, so they run to the end too; none by default.
         observe: sees the shadow rows' activations.
     """
-    n_rows, device = len(inputs[0]), inputs[0].device
-    shadow_rows, anytime_rows = _numbers(shadow), _numbers(anytime)
-    through = {*shadow_rows, *anytime_rows}
-    # Lists of numbers: on so few rows each operation on tensors would cost more than all of this.
-    rows, left_after, waits = list(range(n_rows)), [FULL] * n_rows, [True] * n_rows
-    pieces: list[Tensor] = []
-    answered: list[int] = []  # the rows of the pieces, one after the other
-    opinions: dict[int, Tensor] = {}
+    batch = _Batch(len(inputs[0]), _numbers(shadow), _numbers(anytime))
     seconds: list[float] = []
-    beside: Live = ()
+    asked: tuple[int, Exit, Verdict] | None = None
     live = list(inputs)
     del inputs
-    for number, stage in enumerate(stages):
+    for number, (stage, following) in enumerate(zip(stages, (*stages[1:], None))):
         started = time.perf_counter()
         # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
         live = list(stage.forward(live.pop()) if len(live) == 1 else stage.forward(*live))
-        if observe is not None and shadow_rows and number < len(stages) - 1:
-            observe(number, _take(live[0], rows, shadow_rows))
-        if stage.exit is not None:
-            logits, hit = decide(stage.exit, live[0], [waits[row] for row in rows])
-            if anytime_rows:
-                opinions[number] = stage.exit.answer(_take(logits, rows, anytime_rows))
-            if hit:
-                pieces.append(stage.exit.answer(take_rows(logits, torch.tensor(hit, device=device))))
-                for row in [rows[position] for position in hit]:
-                    answered.append(row)
-                    left_after[row], waits[row] = number, False
-                stay = [position for position, row in enumerate(rows) if waits[row] or row in through]
-                if not stay or len(rows) - len(stay) >= stage.exit.shrink_from:
-                    index = torch.tensor(stay, dtype=torch.int64, device=device)
-                    live, rows = [take_rows(x, index) for x in live], [rows[position] for position in stay]
+        if observe is not None and batch.shadow and following is not None:
+            observe(number, batch.take(live[0], batch.shadow))
+        if asked is not None:
+            live, asked = batch.hear(*asked, live, following), None
+        if stage.exit is not None and batch.rows:
+            asked = number, stage.exit, stage.exit.ask(live[0])
+            if not stage.exit.goes_on(len(batch.rows)):
+                live, asked = batch.hear(*asked, live, following), None
         seconds.append(time.perf_counter() - started)
-        if n_rows and not rows:
+        if batch.n_rows and not batch.rows:
             break
-    else:
-        wait = [row for row in rows if waits[row]]
-        pieces.append(_take(live[0], rows, wait))
-        beside = tuple(_take(x, rows, wait) for x in live[1:])
-        answered += wait
-    outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if answered != sorted(answered):
-        outputs = outputs[torch.tensor(sorted(range(n_rows), key=answered.__getitem__), device=device)]
-    reference = _take(live[0], rows, shadow_rows) if shadow_rows else outputs[:0]
-    if anytime_rows:
-        opinions[FULL] = _take(live[0], rows, anytime_rows)
-    stages_taken, shadows, anytimes = (torch.tensor(numbers, dtype=torch.int64, device=device)
-                                       for numbers in (left_after, shadow_rows, anytime_rows))
-    return Answers(outputs, stages_taken, shadows, reference, tuple(seconds), anytimes, opinions, beside)
+    return batch.answers(live, seconds)
 
 
-def decide(exit_: Exit, x: Tensor, waiting: Sequence[bool]) -> tuple[Tensor, list[int]]:
-    """Return what a head says of rows, and which of them it answers.
+class _Batch:
+    """Who is where, of a batch on its way.
+
+    Lists of numbers: on so few rows each operation on tensors would cost more than all of this.
+    """
+
+    def __init__(self, n_rows: int, shadow: list[int], anytime: list[int]) -> None:
+        self.n_rows, self.shadow = n_rows, shadow
+        self.rows = list(range(n_rows))
+        """Those that travel, in their places."""
+        self._anytime, self._through = anytime, {*shadow, *anytime}
+        self._left_after, self._waits = [FULL] * n_rows, [True] * n_rows
+        self._said: list[tuple[Exit, Verdict]] = []
+        """Verdicts that answered rows."""
+        self._source = [0] * n_rows
+        """For each row that was answered its place in what they said, one after the other,"""
+        self._n_said = 0
+        """which are so many."""
+        self._opinions: dict[int, Tensor] = {}
+
+    def hear(self, number: int, exit_: Exit, verdict: Verdict, live: list[Tensor], following: Stage | None
+             ) -> list[Tensor]:
+        """Let the rows leave that an exit was sure of; return what travels on to the following stage, if any."""
+        waiting = [self._waits[row] for row in self.rows]
+        hit = answered(verdict, waiting)
+        if self._anytime:
+            self._opinions[number] = exit_.answer(self.take(verdict.logits(), self._anytime).clone())
+        if not hit:
+            return live
+        for place in hit:
+            row = self.rows[place]
+            self._left_after[row], self._waits[row], self._source[row] = number, False, self._n_said + place
+        self._said.append((exit_, verdict))
+        self._n_said += len(self.rows)
+        stay = [place for place, row in enumerate(self.rows) if self._waits[row] or row in self._through]
+        if not stay or (following is not None and exit_.shrinks(len(self.rows), len(stay))):
+            self.rows = [self.rows[place] for place in stay]
+            if following is not None and stay:
+                return list(following.take(tuple(live), stay))
+        return live
+
+    def take(self, x: Tensor, wanted: list[int]) -> Tensor:
+        """Return some of the rows that travel, given by their numbers in the batch."""
+        place = {row: position for position, row in enumerate(self.rows)}
+        return self._at(x, [place[row] for row in wanted])
+
+    def _at(self, x: Tensor, places: list[int]) -> Tensor:
+        return x if len(places) == len(self.rows) else take_rows(x, numbers_on(x.device, places))
+
+    def answers(self, live: list[Tensor], seconds: list[float]) -> Answers:
+        """Return all answers, given what the last stage returned if a row came so far."""
+        outputs, wait = live[0], [place for place, row in enumerate(self.rows) if self._waits[row]]
+        beside = tuple(self._at(x, wait) for x in live[1:]) if self.rows else ()
+        if self._said:
+            for place in wait:
+                self._source[self.rows[place]] = self._n_said + place
+            said = [exit_.answer(verdict.logits()) for exit_, verdict in self._said]
+            outputs = torch.cat([*said, live[0]] if wait else said)
+            outputs = outputs.index_select(0, numbers_on(outputs.device, self._source))
+        reference = self.take(live[0], self.shadow) if self.shadow else outputs[:0]
+        opinions = self._opinions | ({FULL: self.take(live[0], self._anytime)} if self._anytime else {})
+        stages, shadow, anytime = (torch.tensor(numbers, dtype=torch.int64)
+                                   for numbers in (self._left_after, self.shadow, self._anytime))
+        return Answers(outputs, stages, shadow, reference, tuple(seconds), anytime, opinions, beside)
+
+
+def answered(verdict: Verdict, waiting: Sequence[bool]) -> list[int]:
+    """Return the ascending places of the rows that a verdict answers.
 
     Args:
-        exit_: where the rows are.
-        x: (B, ...) what its head reads.
-        waiting: for each of the B rows whether it wants an answer.
-
-    Returns:
-        (B, K) logits and the ascending positions of the rows that are answered.
+        verdict: on B rows.
+        waiting: for each of them whether it wants an answer.
     """
-    logits = exit_.head(x)
-    sure: list[bool] = exit_.policy(logits).tolist()
-    return logits, [position for position, (is_sure, waits) in enumerate(zip(sure, waiting)) if is_sure and waits]
+    return [place for place, (is_sure, waits) in enumerate(zip(verdict.sure(), waiting)) if is_sure and waits]
+
+
+def numbers_on(device: torch.device, numbers: list[int]) -> Tensor:
+    """Return (N,) int64 numbers on a device, without waiting for a GPU."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
 def _numbers(mask: Tensor | None) -> list[int]:
     found: list[int] = [] if mask is None else mask.nonzero().flatten().tolist()
     return found
-
-
-def _take(x: Tensor, rows: list[int], wanted: list[int]) -> Tensor:
-    """Return some of the rows of x, whose numbers in the batch are given."""
-    if len(wanted) == len(rows):
-        return x
-    place = {row: position for position, row in enumerate(rows)}
-    return take_rows(x, torch.tensor([place[row] for row in wanted], dtype=torch.int64, device=x.device))
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.schedule import Waiting, next_stage
-from early_exit.handler.stages import FULL, Answers, Live, Stage, decide, take_rows
+from early_exit.handler.stages import FULL, Answers, Live, Stage, answered, numbers_on, take_rows
 
 _Row = tuple["Journey", int]
 """A row of a call."""
@@ -58,10 +58,12 @@ class Journey:
         outputs = torch.stack([self.outputs[row] for row in range(len(self.shadow))])
         shadow, anytime = ([row for row, is_one in enumerate(mask) if is_one] for mask in (self.shadow, self.anytime))
         left_after = [self.left_after[row] for row in range(len(self.shadow))]
+        stages, shadow_rows, anytime_rows = (torch.tensor(numbers, dtype=torch.int64)
+                                             for numbers in (left_after, shadow, anytime))
         return Answers(
-            outputs, torch.tensor(left_after, device=outputs.device), _rows(shadow, outputs),
+            outputs, stages, shadow_rows,
             torch.stack([self.reference[row] for row in shadow]) if shadow else outputs[:0], tuple(self.seconds),
-            _rows(anytime, outputs), _stacked(self.opinions),
+            anytime_rows, _stacked(self.opinions),
             tuple(torch.stack(rows) for rows in zip(*(self.beside[row] for row in sorted(self.beside)))))
 
     def activations(self) -> dict[int, Tensor]:
@@ -158,7 +160,8 @@ class StepwiseRun:
                     journey.opinions.setdefault(FULL, {})[row] = scores
         elif stay:
             index = _rows(stay, live[0])
-            self._waiting[number + 1].append((tuple(take_rows(x, index) for x in live), [rows[one] for one in stay]))
+            self._waiting[number + 1].append((tuple(_own(take_rows(x, index), x) for x in live),
+                                              [rows[one] for one in stay]))
         for position in set(range(len(rows))) - set(stay):
             rows[position][0].n_travelling -= 1
         journeys = dict.fromkeys(journey for journey, _ in rows)
@@ -174,13 +177,18 @@ class StepwiseRun:
         waiting = [journey.step == step and row not in journey.outputs for journey, row in rows]
         asking = [position for position, (journey, row) in enumerate(rows) if journey.step == step
                   and journey.anytime[row]]
-        logits, hit = decide(exit_, x, waiting)
+        verdict = exit_.ask(x)
 
         def scores(positions: list[int]) -> _Scores:
-            chosen = logits.index_select(0, _rows(positions, logits))
+            chosen = verdict.logits().index_select(0, _rows(positions, x))
             return list(zip([rows[position] for position in positions], exit_.answer(chosen)))
 
-        return scores(hit), scores(asking)
+        return scores(answered(verdict, waiting)), scores(asking)
+
+
+def _own(taken: Tensor, x: Tensor) -> Tensor:
+    """Return rows that may wait: on a GPU the next that pass this stage overwrite what it handed on."""
+    return x.clone() if taken is x and x.is_cuda else taken
 
 
 def _together(parts: Sequence[Live]) -> Live:
@@ -200,4 +208,4 @@ def _select(chunk: _Chunk, wanted: Callable[[Journey], bool]) -> _Chunk:
 
 
 def _rows(numbers: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
+    return numbers_on(like.device, numbers)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from early_exit.handler.backbone import Backbone
 from early_exit.handler.candidates import CandidateLayer
+from early_exit.handler.cuda_stages import graphed
 from early_exit.handler.engine import DEFAULT_ENGINE, engine_of
 from early_exit.handler.head import Head
 from early_exit.handler.policy import ConfidencePolicy
@@ -112,14 +113,15 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
     """
     items = [one.to(device) for one in backbone.description.probe_inputs()]
     with torch.no_grad(), one_thread():
-        stages = engine_of(engine).compile(backbone, [layer.node for layer in layers])
+        compiled = engine_of(engine).compile(backbone, [layer.node for layer in layers])
+        stages = graphed([Stage(one.module.forward) for one in compiled], torch.device(device))
         batches = [tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items) for size in sizes]
 
         def one_round(live: Live) -> list[float]:
             taken: list[float] = []
             half = torch.arange(0, len(live[0]), 2, device=device)
             for stage in stages:
-                seconds, live = timed(stage.module.forward, live, device)
+                seconds, live = timed(stage.forward, live, device)
                 taken += seconds, timed(lambda *kept: [take_rows(x, half) for x in kept], live, device)[0]
             return taken[:-1]
 
@@ -142,7 +144,8 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
     def loop(end: Exit | None) -> Loop:
         # The scores at the end are cheap: what comes after the exit is timed elsewhere.
         stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
-        return lambda x: run_with_exits((x,), stages).stages
+        chained = graphed(stages, torch.device(device))
+        return lambda x: run_with_exits((x,), chained).stages
 
     with torch.no_grad(), one_thread():
         arranged = [engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device)) for size in sizes]

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,15 @@ def with_exits(model: ServedModel, script: Script) -> list[Stage]:
     return [scripted(number, stage) for number, stage in enumerate(model.stages)]
 
 
-def exiting_model(backbone: Backbone, engine: str) -> ServedModel:
+def exiting_model(backbone: Backbone, engine: str, paths: Sequence[str] = LAYERS) -> ServedModel:
     """Return a model with untrained heads that nobody leaves at."""
     description = backbone.description
-    layers = [description.layer(path) for path in LAYERS]
+    layers = [description.layer(path) for path in paths]
     heads = {layer.path: Head(SPEC, layer.shape, description.n_classes).eval() for layer in layers}
     exits = tuple(PlannedExit(layer.path, SPEC, 1.0, 2.0, layer.cost, 0.001) for layer in layers)
     identity = ENGINES[engine].identity(backbone.folder)
-    return ServedModel(backbone, ExitPlan(description.sha256, "paper", exits, None, identity), heads, engine=engine)
+    plan = ExitPlan(description.sha256, "paper", exits, None, identity)
+    return ServedModel(backbone, plan, heads, engine=engine).to(backbone.device)
 
 
 def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str, Any]]:

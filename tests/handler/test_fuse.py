@@ -1,0 +1,91 @@
+"""One kernel for a convolution, its bias, a sum and a ReLU: where it is possible, and that it computes the same."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+from early_exit.handler.backbone import Backbone
+from early_exit.handler.engine import ENGINES
+from early_exit.handler.fold import fold
+from early_exit.handler.fuse import fuse
+from early_exit.handler.graph import split
+
+ATEN = torch.ops.aten
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+
+
+class Odd(nn.Module):
+    """Sums and ReLUs that are not what they are in a ResNet."""
+
+    def __init__(self, between: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1, bias=False)
+        self.between, self.head = between, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(self.between(x, y, self.second(y)).mean(dim=(2, 3)))
+
+
+ODD: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
+    "a sum that is written over what is read later": (lambda x, y, z: torch.relu(y.add_(z)) + y, 0),
+    "twice the same": (lambda x, y, z: torch.relu(z + z), 0),
+    "of another shape": (lambda x, y, z: torch.relu(z + y.mean(dim=(2, 3), keepdim=True)), 0),
+    "with a number": (lambda x, y, z: torch.relu(z + 1), 0),
+    "scaled": (lambda x, y, z: torch.relu(torch.add(z, y, alpha=2)), 0),
+    "the convolution is read twice": (lambda x, y, z: torch.relu(z) * z, 0),
+    "on either side": (lambda x, y, z: torch.relu(y + z) + torch.relu(z - y), 0),
+    "as usual": (lambda x, y, z: torch.relu(z + y), 1),
+    "as usual, in place": (lambda x, y, z: torch.relu_(z.add_(y)), 1),
+}
+
+
+def folded(model: nn.Module, size: int) -> fx.GraphModule:
+    [whole] = split(Backbone.from_module(model.eval(), (3, size, size)).graph, [])
+    return fold(whole)
+
+
+def operations(graph: fx.GraphModule) -> Counter[object]:
+    return Counter(node.target for node in graph.graph.nodes if node.op == "call_function")
+
+
+def test_of_a_resnet_nothing_but_convolutions_is_left_between_stem_and_head() -> None:
+    found = operations(fuse(folded(torchvision.models.resnet18(weights=None), 64)))
+    assert found == {ATEN.cudnn_convolution_relu.default: 9, ATEN.cudnn_convolution_add_relu.default: 8,
+                     ATEN.conv2d.default: 3, ATEN.max_pool2d.default: 1, ATEN.adaptive_avg_pool2d.default: 1,
+                     ATEN.flatten.using_ints: 1, ATEN.linear.default: 1}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_only_what_computes_the_same_is_fused(kind: str) -> None:
+    between, n_fused = ODD[kind]
+    found = operations(fuse(folded(Odd(between), 8)))
+    assert found[ATEN.cudnn_convolution_add_relu.default] + found[ATEN.cudnn_convolution_relu.default] == n_fused
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ODD)
+def test_on_a_gpu_odd_sums_give_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert_same(Odd(ODD[kind][0]), 8, tmp_path)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "googlenet", "densenet121", "regnet_y_400mf", "vgg11"])
+def test_on_a_gpu_models_give_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert_same(getattr(torchvision.models, name)(weights=None), 64, tmp_path)
+
+
+def assert_same(model: nn.Module, size: int, folder: Path) -> None:
+    Backbone.from_module(model.eval(), (3, size, size)).save(folder)
+    backbone = Backbone.load(folder, "cuda")
+    x = torch.randn(5, 3, size, size, device="cuda")
+    with torch.no_grad():
+        [expected], [found] = (ENGINES[name].unsplit(backbone)(x) for name in ("eager", "folded"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
