@@ -20,8 +20,8 @@ from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.stages import Exit, Live, Stage, Verdict, numbers_on, run_with_exits
 
 _IDLE_S = 200e-6
-"""For how long a GPU stands idle after a head, until the CPU has read the verdict, copied the rows that stay and launched
-the next stage; measured on an H100."""
+"""For how long a GPU stands idle after a head, until the CPU has read the verdict, copied the rows that stay and
+launched the next stage; measured on an H100."""
 _LATEST = 0.1
 """Weight of the latest batch in the share of rows that leave."""
 
@@ -29,7 +29,7 @@ _LATEST = 0.1
 def graphed(stages: Sequence[Stage], device: torch.device) -> tuple[Stage, ...]:
     """Return stages that do the same in CUDA graphs on a GPU, torch's current one; elsewhere, the stages themselves.
 
-    What travels between these stages is overwritten when they run again; scores and logits are the caller's own.
+    What travels between these stages and what heads say is overwritten when they run again; scores are not.
     """
     if device.type != "cuda":
         return tuple(stages)
@@ -38,10 +38,10 @@ def graphed(stages: Sequence[Stage], device: torch.device) -> tuple[Stage, ...]:
     for stage in stages:
         graphs.append(Graphed(stage.forward, pool, graphs[-1] if graphs else None))
     exits = [stage.exit and GraphedExit(
-        stage.exit.head, stage.exit.policy, stage.exit.answer, stage.exit.shrink_from, here=here, following=following,
-        lane=lane) for stage, (here, following) in zip(stages, pairwise(graphs))]
+        stage.exit.head, stage.exit.policy, _copied(stage.exit.answer), stage.exit.shrink_from, here=here,
+        following=following, lane=lane) for stage, (here, following) in zip(stages, pairwise(graphs))]
     return (*(GraphedStage(forward, exit_, graph=forward) for forward, exit_ in zip(graphs, exits)),
-            GraphedStage(_copies_of(graphs[-1]), graph=graphs[-1]))
+            GraphedStage(lambda *live: tuple(x.clone() for x in graphs[-1](*live)), graph=graphs[-1]))
 
 
 def capture(stages: Sequence[Stage], inputs: Live, batch_size: int) -> None:
@@ -160,8 +160,8 @@ class _Pending(Verdict):
         return found
 
 
-def _copies_of(graph: Graphed) -> Callable[..., Live]:
-    return lambda *live: tuple(x.clone() for x in graph(*live))
+def _copied(answer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda logits: answer(logits).clone()
 
 
 def _take_rows(x: Tensor, index: Tensor, target: Tensor) -> None:

@@ -167,7 +167,7 @@ class _Batch:
         waiting = [self._waits[row] for row in self.rows]
         hit = answered(verdict, waiting)
         if self._anytime:
-            self._opinions[number] = exit_.answer(self.take(verdict.logits(), self._anytime).clone())
+            self._opinions[number] = exit_.answer(self.take(verdict.logits(), self._anytime))
         if not hit:
             return live
         for place in hit:
@@ -197,9 +197,10 @@ class _Batch:
         if self._said:
             for place in wait:
                 self._source[self.rows[place]] = self._n_said + place
-            said = [exit_.answer(verdict.logits()) for exit_, verdict in self._said]
-            outputs = torch.cat([*said, live[0]] if wait else said)
-            outputs = outputs.index_select(0, numbers_on(outputs.device, self._source))
+            pieces = [exit_.answer(verdict.logits()) for exit_, verdict in self._said] + ([live[0]] if wait else [])
+            outputs = pieces[0]  # all of them, if there are no others
+            if len(pieces) > 1:
+                outputs = torch.cat(pieces).index_select(0, numbers_on(outputs.device, self._source))
         reference = self.take(live[0], self.shadow) if self.shadow else outputs[:0]
         opinions = self._opinions | ({FULL: self.take(live[0], self._anytime)} if self._anytime else {})
         stages, shadow, anytime = (torch.tensor(numbers, dtype=torch.int64)

@@ -22,9 +22,13 @@ from early_exit.handler.stepwise import StepwiseRun
 from tests.support.models.digits_resnet import DigitsResNet
 
 CUDA = torch.device("cuda")
-torch.backends.cudnn.allow_tf32 = False
 SPEC = HeadSpec(pool=2, widths=(8,))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def stages(device: torch.device | str, shrink_from: int = 1) -> list[Stage]:
