@@ -23,21 +23,11 @@ from tests.support.digits import batches, traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import MODELS, original_mar
 from tests.support.plans import write_plan
+from tests.support.rewritten import MANIFEST, rewritten
 from tests.support.served import served_model
 from tests.support.untried import build_untried
 
 SHAPE = (1, 32, 32)
-
-
-def rewritten(mar: Path, target: Path, *, drop: str = "", **replaced: bytes) -> Path:
-    """Copy an archive, leaving out one entry and replacing or adding others."""
-    with zipfile.ZipFile(mar) as source, zipfile.ZipFile(target, "w") as sink:
-        for name in source.namelist():
-            if name != drop and name not in replaced:
-                sink.writestr(name, source.read(name))
-        for name, content in replaced.items():
-            sink.writestr(name, content)
-    return target
 
 
 @torch.no_grad()
@@ -130,11 +120,11 @@ def test_weights_with_anything_but_tensors_are_refused(digits_mar: Path, tmp_pat
 def test_a_torchscript_archive_is_refused_with_what_to_do(digits_mar: Path, tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "model.pt"))
     with zipfile.ZipFile(digits_mar) as archive:
-        manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))
+        manifest = json.loads(archive.read(MANIFEST))
     del manifest["model"]["modelFile"]
     manifest["model"]["serializedFile"] = "model.pt"
     scripted = rewritten(digits_mar, tmp_path / "scripted.mar", drop="weights.pth", **{
-        "MAR-INF/MANIFEST.json": json.dumps(manifest).encode(), "model.pt": (tmp_path / "model.pt").read_bytes()})
+        MANIFEST: json.dumps(manifest).encode(), "model.pt": (tmp_path / "model.pt").read_bytes()})
     with pytest.raises(ArchiveError, match="TorchScript archive, and torch.export needs the eager model"):
         build_archive(ArchiveRequest(str(scripted), tmp_path / "store", input_shape=SHAPE))
 

@@ -51,11 +51,6 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
         yield running
 
 
-@pytest.fixture(scope="module")
-def management(server: TorchServe) -> Management:
-    return Management(server.addresses, server.key_file)
-
-
 def test_a_roll_under_load_to_early_answers_loses_nothing_and_changes_no_answer(
         server: TorchServe, management: Management, store: Path) -> None:
     plain = send(server, "digits", BODIES)

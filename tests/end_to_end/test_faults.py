@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from early_exit.handler.records import list_shards, read_shard
 from tests.support.client import BackgroundLoad, Reply, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
+from tests.support.rewritten import renumbered, rewritten
 from tests.support.untried import build_untried
 from tests.support.workers import kill_worker, wait_until_ready
 
@@ -52,17 +52,8 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = write_plan(folder.parent / "run", recorder_mar, threshold=0.4)
     build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="2.0", config=config))
     for version in ("3.0", "4.0", "5.0", "6.0"):
-        rewrite(folder / "digits-2.0.mar", folder / f"digits-{version}.mar", "MAR-INF/MANIFEST.json",
-                lambda text, version=version: text.replace('"2.0"', f'"{version}"'))
+        renumbered(folder / "digits-2.0.mar", folder / f"digits-{version}.mar", "2.0", version)
     return folder
-
-
-def rewrite(source: Path, target: Path, entry: str, change: object) -> None:
-    """Copy an archive with one entry changed."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            new.writestr(name, change(content.decode()) if name == entry else content)  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +63,6 @@ def server(store: Path) -> Iterator[TorchServe]:
                     models=["digits-2.0.mar"]) as running:
         wait_until_ready(running)
         yield running
-
-
-@pytest.fixture(scope="module")
-def management(server: TorchServe) -> Management:
-    return Management(server.addresses, server.key_file)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +140,8 @@ def test_a_new_archive_that_is_damaged_leaves_the_old_one_serving(
             return json.dumps({**data, "format": 999} if damage == "too new"
                               else {**data, "probe": [-score for score in data["probe"]]})
 
-        rewrite(good, mar, "early_exit/backbone.json", change)
-        rewrite(mar, mar.with_suffix(".new"), "MAR-INF/MANIFEST.json", lambda text: text.replace('"3.0"', '"9.0"'))
-        mar.with_suffix(".new").replace(mar)
+        damaged = rewritten(good, mar.with_suffix(".damaged"), **{"early_exit/backbone.json": change})
+        renumbered(damaged, mar, "3.0", "9.0")
     with loaded(server, expected), pytest.raises(EarlyExitError, match=message):
         roll(management, mar, ready_limit_s=6)
     assert [(one.version, one.is_default) for one in management.versions("digits")] == [(before, True)]
@@ -255,9 +240,8 @@ def test_when_the_second_server_fails_the_first_is_put_back_with_the_workers_it_
 def test_a_roll_waits_for_batches_that_take_longer_than_it_was_told(
         server: TorchServe, management: Management, store: Path, expected: list[Answer]) -> None:
     for version in ("7.0", "8.0"):
-        rewrite(store / "digits-6.0.mar", store / "manifest.mar", "MAR-INF/MANIFEST.json",
-                lambda text, version=version: text.replace('"6.0"', f'"{version}"'))
-        rewrite(store / "manifest.mar", store / f"digits-{version}.mar", "digits_handler.py", slowed)
+        slow = rewritten(store / "digits-6.0.mar", store / "slow.mar", **{"digits_handler.py": slowed})
+        renumbered(slow, store / f"digits-{version}.mar", "6.0", version)
     roll(management, store / "digits-7.0.mar", longest_batch_s=1.0)
     with loaded(server, expected):
         roll(management, store / "digits-8.0.mar", longest_batch_s=0.1)

@@ -50,11 +50,6 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
         yield running
 
 
-@pytest.fixture(scope="module")
-def management(server: TorchServe) -> Management:
-    return Management(server.addresses, server.key_file)
-
-
 def test_two_workers_answer_and_record_every_request(server: TorchServe, management: Management) -> None:
     deadline = time.monotonic() + 60
     while management.versions("digits")[0].n_ready < 2:

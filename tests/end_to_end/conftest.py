@@ -1,0 +1,14 @@
+"""What the modules share that start a server of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from early_exit.archiver.management import Management
+from early_exit.archiver.server import TorchServe
+
+
+@pytest.fixture(scope="module")
+def management(server: TorchServe) -> Management:
+    """Of the module's server."""
+    return Management(server.addresses, server.key_file)

@@ -1,0 +1,32 @@
+"""Archives that differ from others in a few entries."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "MAR-INF/MANIFEST.json"
+
+
+def rewritten(mar: Path, target: Path, *, drop: str = "", **changed: bytes | Callable[[str], str]) -> Path:
+    """Copy an archive, leaving out one entry and changing others, or adding them.
+
+    Args:
+        mar: is copied.
+        target: where to.
+        drop: name of an entry.
+        **changed: by name of an entry its content, or what makes it of the text that is there.
+    """
+    with zipfile.ZipFile(mar) as source, zipfile.ZipFile(target, "w") as sink:
+        for name in source.namelist():
+            if name != drop and name not in changed:
+                sink.writestr(name, source.read(name))
+        for name, change in changed.items():
+            sink.writestr(name, change(source.read(name).decode()) if callable(change) else change)
+    return target
+
+
+def renumbered(mar: Path, target: Path, before: str, after: str) -> Path:
+    """Copy an archive as another version of it."""
+    return rewritten(mar, target, **{MANIFEST: lambda text: text.replace(f'"{before}"', f'"{after}"')})
