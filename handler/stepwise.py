@@ -136,7 +136,7 @@ class StepwiseRun:
         with torch.no_grad():
             live = self._steps[0][number].forward(*_together([some for some, _ in chunks]))
             if self._pooled is not None and shadows and not is_last:
-                pooled = self._pooled(number, take_rows(live[0], _rows(shadows, live[0])))
+                pooled = self._pooled(number, take_rows(live[0], numbers_on(live[0].device, shadows)))
             said = [self._said(step, number, live[0], rows)
                     for step in sorted({journey.step for journey, _ in rows})]
         # Nothing can fail from here on, so a row is never counted twice.
@@ -159,7 +159,7 @@ class StepwiseRun:
                 if journey.anytime[row]:
                     journey.opinions.setdefault(FULL, {})[row] = scores
         elif stay:
-            index = _rows(stay, live[0])
+            index = numbers_on(live[0].device, stay)
             self._waiting[number + 1].append((tuple(_own(take_rows(x, index), x) for x in live),
                                               [rows[one] for one in stay]))
         for position in set(range(len(rows))) - set(stay):
@@ -180,7 +180,7 @@ class StepwiseRun:
         verdict = exit_.ask(x)
 
         def scores(positions: list[int]) -> _Scores:
-            chosen = verdict.logits().index_select(0, _rows(positions, x))
+            chosen = verdict.logits().index_select(0, numbers_on(x.device, positions))
             return list(zip([rows[position] for position in positions], exit_.answer(chosen)))
 
         return scores(answered(verdict, waiting)), scores(asking)
@@ -203,9 +203,5 @@ def _stacked(by_stage: dict[int, dict[int, Tensor]]) -> dict[int, Tensor]:
 def _select(chunk: _Chunk, wanted: Callable[[Journey], bool]) -> _Chunk:
     live, rows = chunk
     positions = [position for position, (journey, _) in enumerate(rows) if wanted(journey)]
-    index = _rows(positions, live[0])
+    index = numbers_on(live[0].device, positions)
     return tuple(take_rows(x, index) for x in live), [rows[position] for position in positions]
-
-
-def _rows(numbers: list[int], like: Tensor) -> Tensor:
-    return numbers_on(like.device, numbers)

@@ -17,13 +17,13 @@ from early_exit.archiver.cli import main
 from early_exit.archiver.inspect import describe
 from early_exit.handler.errors import ArchiveError, ConfigError, PlanError
 from early_exit.handler.export import export_backbone
-from early_exit.handler.layout import extract
+from early_exit.handler.layout import MANIFEST, extract
 from early_exit.handler.signature import InputSpec
 from tests.support.digits import batches, traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import MODELS, original_mar
 from tests.support.plans import write_plan
-from tests.support.rewritten import MANIFEST, rewritten
+from tests.support.rewritten import rewritten
 from tests.support.served import served_model
 from tests.support.untried import build_untried
 

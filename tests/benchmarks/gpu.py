@@ -33,7 +33,7 @@ from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.served import ServedModel
 from early_exit.handler.stages import Stage, run_with_exits
 from tests.benchmarks.engine import exiting_model
-from tests.support.timing import median_ratio
+from tests.support.timing import interleaved, median_ratio
 
 LAYERS = {"resnet18": ("layer1.1", "layer2.1", "layer3.1"), "resnet50": ("layer1.2", "layer2.3", "layer3.5")}
 LEAVERS = {1: (1, 6, 1, 2), 16: (2, 9, 2, 3), 32: (3, 19, 4, 6), 64: (6, 38, 8, 12), 128: (13, 77, 15, 23)}
@@ -78,15 +78,15 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
     n_calls = 10 if size == 1 else 1
     destinies = torch.repeat_interleave(torch.arange(4), torch.tensor(LEAVERS[size]))
     batches = torch.randn(n_calls, size, 3, 224, 224, device=DEVICE)
-    arms: dict[str, Callable[[], object]] = {
-        "eager": lambda: [eager[0].forward(batch) for batch in batches],
-        "plain": lambda: [plain[0].forward(batch) for batch in batches],
-        "off": lambda: [run_with_exits((batch,), model.steps[-1]) for batch in batches],
-        "none": lambda: [run_with_exits((batch,), model.stages) for batch in batches]}
+    arms: dict[str, Callable[[int], object]] = {
+        "eager": lambda number: [eager[0].forward(batch) for batch in batches],
+        "plain": lambda number: [plain[0].forward(batch) for batch in batches],
+        "off": lambda number: [run_with_exits((batch,), model.steps[-1]) for batch in batches],
+        "none": lambda number: [run_with_exits((batch,), model.stages) for batch in batches]}
     scripts = [scripted(model, one) for one in destinies[torch.randperm(len(destinies))].view(n_calls, size)]
-    arms["10/60/12"] = lambda: [run_with_exits((batch,), stages) for batch, stages in zip(batches, scripts)]
+    arms["10/60/12"] = lambda number: [run_with_exits((batch,), one) for batch, one in zip(batches, scripts)]
     model.prepare(size)
-    seconds = interleaved(arms)
+    seconds = interleaved(arms, range(ROUNDS), gpu_clock)
     return [{"engine": engine, "batch": size, "exits": arm, "ms": 1e3 * sorted(taken)[len(taken) // 2] / n_calls,
              "ratio": median_ratio(taken, seconds["plain"]), "ratio_to_eager": median_ratio(taken, seconds["eager"]),
              "ideal": ideal(model, size) if arm == "10/60/12" else None} for arm, taken in seconds.items()]
@@ -129,19 +129,10 @@ def scripted(model: ServedModel, destinies: Tensor) -> list[Stage]:
     return [*stages, *model.stages[len(stages):]]
 
 
-def interleaved(arms: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Return each arm's seconds in every round, after a warm-up; another one goes first each time."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for number in range(-2, ROUNDS):
-        for name in names[number % len(names):] + names[:number % len(names)]:
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            arms[name]()
-            torch.cuda.synchronize()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+def gpu_clock() -> float:
+    """Return the seconds of the wall clock once the GPU has done what was asked of it."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:

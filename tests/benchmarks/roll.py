@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
 from tests.support.digits import traffic, train_backbone
 from tests.support.original import original_mar
 from tests.support.plans import write_plan
+from tests.support.rewritten import renumbered
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  answers: {answers}\n"
 CLIENTS = 8
@@ -62,7 +61,8 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
                             train_backbone(n_steps=100).state_dict(), CONFIG.format(answers=answers))
     recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(1, 32, 32)))
     first = build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder)))
-    versions = [first, *(_as_version(first, number) for number in range(4, n_rolls + 4))]
+    versions = [first, *(renumbered(first, first.with_name(f"{MODEL}-{number}.0.mar"), "3.0", f"{number}.0")
+                         for number in range(4, n_rolls + 4))]
     bodies = [one.body for one in traffic(200, seed=31)]
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[first.name]) as server:
@@ -97,19 +97,6 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
 def _lost(replies: list[Reply]) -> int:
     """Return how many requests got no answer at all."""
     return sum(reply.status == 0 for reply in replies)
-
-
-def _as_version(mar: Path, number: int) -> Path:
-    """Copy an archive as another version."""
-    target = mar.with_name(f"{MODEL}-{number}.0.mar")
-    with zipfile.ZipFile(mar) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            with old.open(name) as source, new.open(name, "w") as sink:
-                if name == "MAR-INF/MANIFEST.json":
-                    sink.write(source.read().replace(b'"3.0"', f'"{number}.0"'.encode()))
-                else:
-                    shutil.copyfileobj(source, sink)
-    return target
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from early_exit.handler.probe import answer_probe
 from early_exit.handler.served import ServedModel
 from early_exit.handler.stages import Exit, Stage, run_with_exits
 from early_exit.handler.stepwise import StepwiseRun
+from tests.support.gpu import needs_gpu
 from tests.support.models.digits_resnet import DigitsResNet
 
 CUDA = torch.device("cuda")
 SPEC = HeadSpec(pool=2, widths=(8,))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from early_exit.handler.engine import ENGINES
 from early_exit.handler.fold import fold
 from early_exit.handler.fuse import fuse
 from early_exit.handler.graph import split
+from tests.support.gpu import needs_gpu
 
 ATEN = torch.ops.aten
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
 
 class Odd(nn.Module):

@@ -24,8 +24,9 @@ def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], batch
     return median_ratio(second_s, first_s)
 
 
-def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T]) -> dict[str, list[float]]:
-    """Return each arm's CPU seconds for every round, after a warm-up; run it in `one_thread`.
+def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T],
+                clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
+    """Return each arm's seconds for every round, by default of CPU, after a warm-up; run it in `one_thread`.
 
     The arms of a round run one after the other, and another one goes first each time: who follows finds warm caches.
     """
@@ -36,9 +37,9 @@ def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T]) 
     for number, item in enumerate(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            started = time.process_time()
+            started = clock()
             arms[name](item)
-            seconds[name].append(time.process_time() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
