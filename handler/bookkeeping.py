@@ -98,7 +98,7 @@ class Bookkeeper:
             self._metrics.answered(self._name(stage), count)
         self._metrics.shadow_samples(len(batch.answers.shadow))
         self._metrics.anytime_answers(len(batch.answers.anytime))
-        if batch.time - self._stages_reported < STAGE_REPORT_S:
+        if not batch.answers.stage_seconds or batch.time - self._stages_reported < STAGE_REPORT_S:
             return
         self._stages_reported = batch.time
         for number, seconds in enumerate(batch.answers.stage_seconds):

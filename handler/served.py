@@ -17,17 +17,18 @@ from early_exit.handler.benefit import Benefit
 from early_exit.handler.candidates import spread_over
 from early_exit.handler.compiled import read_and_pool
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.cuda_stages import capture, graphed
+from early_exit.handler.cuda_stages import graphed
 from early_exit.handler.detector import images_of
 from early_exit.handler.engine import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.head import Head
 from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.passes import Passes
 from early_exit.handler.plan import ExitPlan, PlannedExit, build_heads, load_plan
 from early_exit.handler.pooling import Side, pool_activation
 from early_exit.handler.served_head import ServedHead
 from early_exit.handler.signature import bind
-from early_exit.handler.stages import Answers, Exit, Live, Stage, run_with_exits, take_rows
+from early_exit.handler.stages import Answers, Exit, Live, Stage, take_rows
 from early_exit.handler.steps import stages_by_step
 
 
@@ -124,6 +125,8 @@ class ServedModel(nn.Module):
         self.stages = graphed(stages, backbone.device) if self.description.detector is None else tuple(stages)
         self.steps = stages_by_step(self.stages, plan)
         """The stages as deployed, then in ever safer settings; without exits at last."""
+        self.passes = Passes(self.steps)
+        """Runs batches through them."""
         self.step = 0
         self.plan = plan
         self._sampling_rate_in_full = sampling_rate if sampling_rate_in_full is None else sampling_rate_in_full
@@ -155,8 +158,8 @@ class ServedModel(nn.Module):
                    control_rate=config.control_rate, anytime=config.anytime).to(device)
 
     def prepare(self, batch_size: int) -> None:
-        """Let every batch of up to that many rows find its graphs on a GPU; does nothing elsewhere."""
-        capture(self.stages, tuple(one.to(self.device) for one in self.description.probe_inputs()), batch_size)
+        """Let batches of up to that many rows find their graphs on a GPU; does nothing elsewhere."""
+        self.passes.prepare(tuple(one.to(self.device) for one in self.description.probe_inputs()), batch_size)
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would, with (B, K) scores, and keep what `take_served` returns.
@@ -201,8 +204,8 @@ class ServedModel(nn.Module):
         rate, started = self.sampling_rate, time.perf_counter()
         # A batch in which somebody wants to hear the exits goes by them, and says nothing about what they cost.
         step = self.step if anytime is not None else self._step_of(len(shadow))
-        answers = run_with_exits(inputs, self.steps[step], shadow=shadow, anytime=anytime,
-                                 observe=tap if self.records else None)
+        answers = self.passes.run(step, inputs, shadow=shadow, anytime=anytime,
+                                   observe=tap if self.records else None)
         if anytime is None:
             self._measure(answers.outputs, step, started)
         return self.batch(inputs, answers, taps, step, rate)

@@ -22,23 +22,6 @@ Observer = Callable[[int, Tensor], None]
 """Called after each stage but the last with its number and what a head would read of the shadow rows, if any."""
 
 
-class Verdict:
-    """What an exit says of the rows that are there."""
-
-    def __init__(self, logits: Tensor, sure: Tensor) -> None:
-        """Hold (B, K) logits and the (B,) bool mask of the rows that may leave."""
-        self._logits, self._sure = logits, sure
-
-    def sure(self) -> list[bool]:
-        """Return for each row whether it may leave; waits for it."""
-        found: list[bool] = self._sure.tolist()
-        return found
-
-    def logits(self) -> Tensor:
-        """Return the (B, K) logits; on a GPU in memory that the exit's next verdict overwrites."""
-        return self._logits
-
-
 @dataclass(frozen=True)
 class Exit:
     """What stands at the end of a stage that may answer."""
@@ -51,14 +34,10 @@ class Exit:
     shrink_from: int = 1
     """Fewest answered rows that are worth a copy of the others; fewer travel on, and are ignored from there on."""
 
-    def ask(self, x: Tensor) -> Verdict:
-        """Begin to decide about (B, ...) activations."""
+    def decide(self, x: Tensor) -> tuple[Tensor, list[bool]]:
+        """Return the (B, K) logits of (B, ...) activations, and for each row whether it may leave."""
         logits = self.head(x)
-        return Verdict(logits, self.policy(logits))
-
-    def goes_on(self, n_rows: int) -> bool:
-        """Tell whether the next stage begins with all rows before the verdict on them is heard."""
-        return False
+        return logits, self.policy(logits).tolist()
 
     def shrinks(self, n_rows: int, n_staying: int) -> bool:
         """Tell whether copying the rows that stay is worth it."""
@@ -92,7 +71,7 @@ class Answers:
     reference: Tensor
     """(S, K) scores of the whole backbone for the shadow rows."""
     stage_seconds: tuple[float, ...]
-    """Wall time of each stage that ran, with its head and shrink."""
+    """Wall time of each stage that ran, with its head and shrink; none where a GPU ran them in one launch."""
     anytime: Tensor
     """(A,) int64 on the CPU: rows that asked for every exit's opinion, so they ran to the end too."""
     opinions: Mapping[int, Tensor]
@@ -120,7 +99,6 @@ def run_with_exits(
     """
     batch = _Batch(len(inputs[0]), _numbers(shadow), _numbers(anytime))
     seconds: list[float] = []
-    asked: tuple[int, Exit, Verdict] | None = None
     live = list(inputs)
     del inputs
     for number, (stage, following) in enumerate(zip(stages, (*stages[1:], None))):
@@ -129,12 +107,8 @@ def run_with_exits(
         live = list(stage.forward(live.pop()) if len(live) == 1 else stage.forward(*live))
         if observe is not None and batch.shadow and following is not None:
             observe(number, batch.take(live[0], batch.shadow))
-        if asked is not None:
-            live, asked = batch.hear(*asked, live, following), None
         if stage.exit is not None and batch.rows:
-            asked = number, stage.exit, stage.exit.ask(live[0])
-            if not stage.exit.goes_on(len(batch.rows)):
-                live, asked = batch.hear(*asked, live, following), None
+            live = batch.leave(number, stage.exit, live, following)
         seconds.append(time.perf_counter() - started)
         if batch.n_rows and not batch.rows:
             break
@@ -153,27 +127,26 @@ class _Batch:
         """Those that travel, in their places."""
         self._anytime, self._through = anytime, {*shadow, *anytime}
         self._left_after, self._waits = [FULL] * n_rows, [True] * n_rows
-        self._said: list[tuple[Exit, Verdict]] = []
-        """Verdicts that answered rows."""
+        self._said: list[tuple[Exit, Tensor]] = []
+        """Exits that answered rows, with the logits of all that were there."""
         self._source = [0] * n_rows
         """For each row that was answered its place in what they said, one after the other,"""
         self._n_said = 0
         """which are so many."""
         self._opinions: dict[int, Tensor] = {}
 
-    def hear(self, number: int, exit_: Exit, verdict: Verdict, live: list[Tensor], following: Stage | None
-             ) -> list[Tensor]:
-        """Let the rows leave that an exit was sure of; return what travels on to the following stage, if any."""
-        waiting = [self._waits[row] for row in self.rows]
-        hit = answered(verdict, waiting)
+    def leave(self, number: int, exit_: Exit, live: list[Tensor], following: Stage | None) -> list[Tensor]:
+        """Let the rows leave that an exit is sure of; return what travels on to the following stage, if any."""
+        logits, sure = exit_.decide(live[0])
+        hit = answered(sure, [self._waits[row] for row in self.rows])
         if self._anytime:
-            self._opinions[number] = exit_.answer(self.take(verdict.logits(), self._anytime))
+            self._opinions[number] = exit_.answer(self.take(logits, self._anytime))
         if not hit:
             return live
         for place in hit:
             row = self.rows[place]
             self._left_after[row], self._waits[row], self._source[row] = number, False, self._n_said + place
-        self._said.append((exit_, verdict))
+        self._said.append((exit_, logits))
         self._n_said += len(self.rows)
         stay = [place for place, row in enumerate(self.rows) if self._waits[row] or row in self._through]
         if not stay or (following is not None and exit_.shrinks(len(self.rows), len(stay))):
@@ -197,7 +170,7 @@ class _Batch:
         if self._said:
             for place in wait:
                 self._source[self.rows[place]] = self._n_said + place
-            pieces = [exit_.answer(verdict.logits()) for exit_, verdict in self._said] + ([live[0]] if wait else [])
+            pieces = [exit_.answer(logits) for exit_, logits in self._said] + ([live[0]] if wait else [])
             outputs = pieces[0]  # all of them, if there are no others
             if len(pieces) > 1:
                 outputs = torch.cat(pieces).index_select(0, numbers_on(outputs.device, self._source))
@@ -208,14 +181,14 @@ class _Batch:
         return Answers(outputs, stages, shadow, reference, tuple(seconds), anytime, opinions, beside)
 
 
-def answered(verdict: Verdict, waiting: Sequence[bool]) -> list[int]:
-    """Return the ascending places of the rows that a verdict answers.
+def answered(sure: Sequence[bool], waiting: Sequence[bool]) -> list[int]:
+    """Return the ascending places of the rows that an exit answers.
 
     Args:
-        verdict: on B rows.
-        waiting: for each of them whether it wants an answer.
+        sure: for each row whether it may leave.
+        waiting: for each row whether it wants an answer.
     """
-    return [place for place, (is_sure, waits) in enumerate(zip(verdict.sure(), waiting)) if is_sure and waits]
+    return [place for place, (is_sure, waits) in enumerate(zip(sure, waiting)) if is_sure and waits]
 
 
 def numbers_on(device: torch.device, numbers: list[int]) -> Tensor:

@@ -177,13 +177,13 @@ class StepwiseRun:
         waiting = [journey.step == step and row not in journey.outputs for journey, row in rows]
         asking = [position for position, (journey, row) in enumerate(rows) if journey.step == step
                   and journey.anytime[row]]
-        verdict = exit_.ask(x)
+        logits, sure = exit_.decide(x)
 
         def scores(positions: list[int]) -> _Scores:
-            chosen = verdict.logits().index_select(0, numbers_on(x.device, positions))
+            chosen = logits.index_select(0, numbers_on(x.device, positions))
             return list(zip([rows[position] for position in positions], exit_.answer(chosen)))
 
-        return scores(answered(verdict, waiting)), scores(asking)
+        return scores(answered(sure, waiting)), scores(asking)
 
 
 def _own(taken: Tensor, x: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ from early_exit.handler.candidates import CandidateLayer
 from early_exit.handler.cuda_stages import graphed
 from early_exit.handler.engine import DEFAULT_ENGINE, engine_of
 from early_exit.handler.head import Head
+from early_exit.handler.passes import Passes
 from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.served_head import ServedHead
-from early_exit.handler.stages import Exit, Live, Stage, run_with_exits, take_rows
+from early_exit.handler.stages import Exit, Live, Stage, take_rows
 from early_exit.training.cost import Costs
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -144,8 +145,9 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
     def loop(end: Exit | None) -> Loop:
         # The scores at the end are cheap: what comes after the exit is timed elsewhere.
         stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
-        chained = graphed(stages, torch.device(device))
-        return lambda x: run_with_exits((x,), chained).stages
+        passes = Passes([graphed(stages, torch.device(device))])
+        passes.prepare((arranged[0][0][:1],), max(sizes))
+        return lambda x: passes.run(0, (x,), shadow=torch.zeros(len(x), dtype=torch.bool)).stages
 
     with torch.no_grad(), one_thread():
         arranged = [engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device)) for size in sizes]

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,15 +97,20 @@ def with_exits(model: ServedModel, script: Script) -> list[Stage]:
     return [scripted(number, stage) for number, stage in enumerate(model.stages)]
 
 
-def exiting_model(backbone: Backbone, engine: str, paths: Sequence[str] = LAYERS) -> ServedModel:
-    """Return a model with untrained heads that nobody leaves at."""
-    description = backbone.description
-    layers = [description.layer(path) for path in paths]
-    heads = {layer.path: Head(SPEC, layer.shape, description.n_classes).eval() for layer in layers}
-    exits = tuple(PlannedExit(layer.path, SPEC, 1.0, 2.0, layer.cost, 0.001) for layer in layers)
-    identity = ENGINES[engine].identity(backbone.folder)
-    plan = ExitPlan(description.sha256, "paper", exits, None, identity)
-    return ServedModel(backbone, plan, heads, engine=engine).to(backbone.device)
+def untrained_heads(backbone: Backbone, paths: Sequence[str] = LAYERS) -> dict[str, Head]:
+    """Return a head for each of some layers."""
+    layers = [backbone.description.layer(path) for path in paths]
+    return {layer.path: Head(SPEC, layer.shape, backbone.description.n_classes).eval() for layer in layers}
+
+
+def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], thresholds: Sequence[float] = (),
+                  control_rate: float = 0.0) -> ServedModel:
+    """Return a model with exits, which by default nobody leaves at."""
+    layers = [backbone.description.layer(path) for path in heads]
+    exits = tuple(PlannedExit(layer.path, SPEC, 1.0, threshold, layer.cost, 0.001)
+                  for layer, threshold in zip(layers, thresholds or [2.0] * len(layers)))
+    plan = ExitPlan(backbone.description.sha256, "paper", exits, None, ENGINES[engine].identity(backbone.folder))
+    return ServedModel(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)
 
 
 def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str, Any]]:
@@ -130,7 +135,7 @@ def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str,
         return run
 
     for engine in engines:
-        model = exiting_model(backbone, engine)
+        model = exiting_model(backbone, engine, untrained_heads(backbone))
         arms[f"{engine} unsplit"] = unsplit(engine)
         arms[f"{engine} none"] = lambda item, stages=model.stages: [run_with_exits((one,), stages) for one in item[0]]
         arms[f"{engine} 10/60/12"] = exits(model)
@@ -172,7 +177,7 @@ def resident_bytes(folder: Path, arm: str) -> int:
     torch.set_num_threads(1)
     backbone = Backbone.load(folder)
     if arm == "exits":
-        run = exiting_model(backbone, DEFAULT_ENGINE).forward
+        run = exiting_model(backbone, DEFAULT_ENGINE, untrained_heads(backbone)).forward
         del backbone
         return_freed_memory()  # as the handler does once it has loaded
     else:

@@ -3,10 +3,12 @@
     python -m tests.benchmarks.gpu --json FILE
 
 Wall time from inputs on the GPU to scores there, all arms interleaved, medians of the ratios of the rounds to the plain
-backbone on the same engine. Heads are real, untrained, and run; which rows leave after layers 1 to 3 is scripted. The
-arms: `eager` (the plain backbone as it was exported), `off` (cut in stages, no exit), `none` (three exits, nobody
-leaves), `10/60/12` (that many percent leave at them). At batch 1 a round is ten requests. `ideal` is what the stages
-alone take for the rows that reach them, in the sizes that graphs have.
+backbone on the same engine. Heads are real, untrained, and decide: thresholds are such that 10, 60 and 12 % of the
+inputs leave after layers 1 to 3, and batches are made of them in these shares. The arms: `eager` (the plain backbone as
+it was exported), `off` (cut in stages, the exits bypassed), `none` (three exits, nobody leaves), `10/60/12`, and
+`served` (the same, or off where the model found in 600 batches that its exits do not pay). At batch 1 a round is ten
+requests. `ideal` is what the stages alone take for the rows that reach them, in the sizes that graphs have; `left` is
+how many rows came to the end, and left after each layer; `prepare_s` is what capturing the graphs took.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ import torchvision
 from torch import Tensor
 
 from early_exit.handler.backbone import Backbone
-from early_exit.handler.cuda_graphs import padded
 from early_exit.handler.cuda_stages import GraphedStage, graphed
 from early_exit.handler.engine import ENGINES
 from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import Stage, run_with_exits
-from tests.benchmarks.engine import exiting_model
+from early_exit.handler.stages import Answers, Stage, run_with_exits
+from tests.benchmarks.engine import exiting_model, untrained_heads
 from tests.support.timing import interleaved, median_ratio
 
 LAYERS = {"resnet18": ("layer1.1", "layer2.1", "layer3.1"), "resnet50": ("layer1.2", "layer2.3", "layer3.5")}
@@ -40,6 +40,8 @@ LEAVERS = {1: (1, 6, 1, 2), 16: (2, 9, 2, 3), 32: (3, 19, 4, 6), 64: (6, 38, 8, 
 """By batch size: rows that leave after each layer, and those that reach the end; at batch 1 of ten requests."""
 ENGINE_NAMES = ("folded", "bfloat16")
 ROUNDS = 25
+N_INPUTS, N_LEARNED = 256, 600
+"""Inputs that batches are made of, and batches in which the model finds out whether its exits pay."""
 DEVICE = torch.device("cuda")
 
 
@@ -73,23 +75,69 @@ def main() -> int:
 
 def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -> list[dict[str, Any]]:
     """Return a row for each arm on one engine and batch size."""
-    model = exiting_model(backbone, engine, layers)
     eager, plain = (graphed([Stage(ENGINES[name].unsplit(backbone).forward)], DEVICE) for name in ("eager", engine))
+    pool = torch.randn(N_INPUTS, 3, 224, 224, device=DEVICE)
+    heads = untrained_heads(backbone, layers)
+    never = exiting_model(backbone, engine, heads)
+    asking = torch.ones(N_INPUTS, dtype=torch.bool)
+    thresholds, destinies = shares(run_with_exits((pool,), never.stages, anytime=asking))
+    model = exiting_model(backbone, engine, heads, thresholds, control_rate=0.5)
     n_calls = 10 if size == 1 else 1
-    destinies = torch.repeat_interleave(torch.arange(4), torch.tensor(LEAVERS[size]))
-    batches = torch.randn(n_calls, size, 3, 224, 224, device=DEVICE)
+    rows = torch.cat([(destinies == number).nonzero().flatten()[:n] for number, n in enumerate(LEAVERS[size])])
+    batches = pool[rows[torch.randperm(len(rows))]].view(n_calls, size, *pool.shape[1:])
+    never.prepare(size)
+    started = gpu_clock()
+    model.prepare(size)
+    prepare_s = gpu_clock() - started
+    pays = pays_for(model, batches)
+    off, served = len(model.steps) - 1, 0 if pays else len(model.steps) - 1
     arms: dict[str, Callable[[int], object]] = {
         "eager": lambda number: [eager[0].forward(batch) for batch in batches],
         "plain": lambda number: [plain[0].forward(batch) for batch in batches],
-        "off": lambda number: [run_with_exits((batch,), model.steps[-1]) for batch in batches],
-        "none": lambda number: [run_with_exits((batch,), model.stages) for batch in batches]}
-    scripts = [scripted(model, one) for one in destinies[torch.randperm(len(destinies))].view(n_calls, size)]
-    arms["10/60/12"] = lambda number: [run_with_exits((batch,), one) for batch, one in zip(batches, scripts)]
-    model.prepare(size)
+        "off": lambda number: every(model, batches, off),
+        "none": lambda number: every(never, batches),
+        "10/60/12": lambda number: every(model, batches),
+        "served": lambda number: every(model, batches, served)}
+    left = [int(n) for n in torch.cat([answers.stages + 1 for answers in every(model, batches)]).bincount(minlength=4)]
     seconds = interleaved(arms, range(ROUNDS), gpu_clock)
     return [{"engine": engine, "batch": size, "exits": arm, "ms": 1e3 * sorted(taken)[len(taken) // 2] / n_calls,
              "ratio": median_ratio(taken, seconds["plain"]), "ratio_to_eager": median_ratio(taken, seconds["eager"]),
-             "ideal": ideal(model, size) if arm == "10/60/12" else None} for arm, taken in seconds.items()]
+             **({"ideal": ideal(model, size), "left": left, "prepare_s": prepare_s} if arm == "10/60/12" else {})}
+            for arm, taken in seconds.items()]
+
+
+def every(model: ServedModel, batches: Tensor, step: int = 0) -> list[Answers]:
+    """Return a model's answers to batches in one of its settings."""
+    return [model.passes.run(step, (batch,), shadow=torch.zeros(len(batch), dtype=torch.bool)) for batch in batches]
+
+
+def pays_for(model: ServedModel, batches: Tensor) -> bool:
+    """Tell whether a model finds that its exits pay for batches."""
+    for number in range(N_LEARNED):
+        model.start_call()
+        model(batches[number % len(batches)])
+        if any(model.benefit.bypassed().values()):
+            return False
+    return True
+
+
+def shares(answers: Answers) -> tuple[list[float], Tensor]:
+    """Return thresholds that let the shares of `LEAVERS` leave, and after which stage each row does.
+
+    Args:
+        answers: with every exit's opinion of every row.
+    """
+    left = torch.full((N_INPUTS,), len(LEAVERS[128]) - 1)
+    thresholds = []
+    for number, n in enumerate(LEAVERS[128][:-1]):
+        confidence = ConfidencePolicy(1.0, 0.0).confidence(answers.opinions[number].float()).cpu()
+        confidence[left == number] = 0
+        waiting = left == len(LEAVERS[128]) - 1
+        n_leaving = round(N_INPUTS * n / 128)
+        most = confidence.where(waiting, torch.tensor(0.0)).sort(descending=True)
+        thresholds.append(float(most.values[n_leaving - 1:n_leaving + 1].mean()))
+        left[most.indices[:n_leaving]] = number
+    return thresholds, left
 
 
 def ideal(model: ServedModel, size: int) -> float:
@@ -99,34 +147,25 @@ def ideal(model: ServedModel, size: int) -> float:
     for stage, leavers in zip(model.stages, LEAVERS[size]):
         assert isinstance(stage, GraphedStage)
         # At batch 1 these are requests, one after the other.
-        spent += stage.graph.seconds(1) * staying if size == 1 else stage.graph.seconds(staying)
-        whole += stage.graph.seconds(size) * (sum(LEAVERS[1]) if size == 1 else 1)
+        spent += seconds_of(stage, 1) * staying if size == 1 else seconds_of(stage, staying)
+        whole += seconds_of(stage, size) * (sum(LEAVERS[1]) if size == 1 else 1)
         staying -= leavers
     return spent / whole
 
 
-def scripted(model: ServedModel, destinies: Tensor) -> list[Stage]:
-    """Return the model's stages with heads that are made sure of the rows that are to leave.
-
-    Args:
-        model: with an exit after each stage but the last.
-        destinies: (B,) for each row the number of the exit where it leaves, or that of the last stage.
-    """
-    stages: list[Stage] = []
-    for number, stage in enumerate(model.stages[:-1]):
-        assert stage.exit is not None
-        leaves = torch.zeros(padded(len(destinies)), 1, device=DEVICE)  # a graph has more rows than a batch
-        leaves[:len(destinies), 0] = 1e4 * (destinies == number)
-        sure = torch.cat([leaves, torch.zeros(len(leaves), model.description.n_classes - 1, device=DEVICE)], dim=1)
-        stages.append(replace(stage, exit=replace(
-            stage.exit, head=lambda x, head=stage.exit.head, sure=sure: head(x) + sure,
-            policy=ConfidencePolicy(1.0, 0.999))))
-        stay = destinies[destinies > number]
-        if stage.exit.shrinks(len(destinies), len(stay)):
-            destinies = stay
-        if not len(stay):
-            break
-    return [*stages, *model.stages[len(stages):]]
+def seconds_of(stage: GraphedStage, n_rows: int) -> float:
+    """Return what a stage takes for so many rows."""
+    captured = stage.graph.captured(n_rows, ())
+    assert captured is not None
+    taken = []
+    for _ in range(10):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        captured.graph.replay()
+        ended.record()
+        ended.synchronize()
+        taken.append(1e-3 * started.elapsed_time(ended))
+    return sorted(taken)[len(taken) // 2]
 
 
 def gpu_clock() -> float:
@@ -142,6 +181,7 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
                    default=float("nan"))
 
     return {"device": torch.cuda.get_device_name(), "worst_ratio_off": worst("off"), "worst_ratio_none": worst("none"),
+            "worst_ratio_served": worst("served"),
             "worst_ratio_with_exits": worst("10/60/12"), "worst_ratio_with_exits_b64_b128": worst("10/60/12", 64, 128)}
 
 

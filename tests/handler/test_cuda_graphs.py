@@ -24,6 +24,7 @@ from tests.support.models.digits_resnet import DigitsResNet
 
 CUDA = torch.device("cuda")
 SPEC = HeadSpec(pool=2, widths=(8,))
+SIZES = (3, 1, 9, 2, 16, 5, 0, 8, 1, 13)
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +45,15 @@ def stages(device: torch.device | str, shrink_from: int = 1) -> list[Stage]:
             Stage(lambda x: (last(x),))]
 
 
+def varied(size: int) -> Tensor:
+    """Return inputs of which some are easy."""
+    return torch.randn(size, 3, 12, 12, device=CUDA) * 8 * torch.rand(size, 1, 1, 1, device=CUDA)
+
+
 @given(st.integers(1, 5000))
-def test_a_batch_takes_a_graph_that_holds_it_and_wastes_less_than_a_third_of_it(n_rows: int) -> None:
-    assert n_rows <= padded(n_rows) < 1.5 * n_rows + 1
-    assert padded(n_rows) in sizes_up_to(n_rows) and len(sizes_up_to(n_rows)) <= 2 * n_rows.bit_length()
+def test_a_batch_takes_a_graph_that_holds_it_and_wastes_less_than_a_fifth_of_it(n_rows: int) -> None:
+    assert n_rows <= padded(n_rows) < 1.25 * n_rows
+    assert padded(n_rows) == sizes_up_to(n_rows)[-1] and len(sizes_up_to(n_rows)) <= 4 * n_rows.bit_length()
 
 
 def test_on_a_cpu_the_stages_stay_as_they_are() -> None:
@@ -60,8 +66,8 @@ def test_on_a_cpu_the_stages_stay_as_they_are() -> None:
 def test_batches_of_every_size_get_the_same_answers_in_any_order_of_sizes(shrink_from: int) -> None:
     plain, fast = stages(CUDA, shrink_from), graphed(stages(CUDA, shrink_from), CUDA)
     kept = []
-    for size in [3, 1, 9, 2, 16, 5, 0, 8, 1, 13]:
-        x = torch.randn(size, 3, 12, 12, device=CUDA) * 8 * torch.rand(size, 1, 1, 1, device=CUDA)
+    for size in SIZES:
+        x = varied(size)
         shadow = torch.rand(size) < 0.3
         seen, also_seen = {}, {}
         expected = run_with_exits((x.clone(),), plain, shadow=shadow, anytime=shadow, observe=seen.__setitem__)
@@ -109,7 +115,7 @@ def test_what_cannot_be_captured_is_launched_kernel_by_kernel(caplog: pytest.Log
     for _ in range(2):
         torch.testing.assert_close(function(torch.ones(3, 2, device=CUDA)), (torch.ones(3, 2, device=CUDA),))
     assert caplog.text.count("cannot be a CUDA graph") == 1
-    torch.testing.assert_close(torch.ones(2, device=CUDA) + 1, torch.full((2,), 2.0, device=CUDA))
+    assert torch.rand(5, device=CUDA).unique().numel() == 5, "torch is not usable any more"
 
 
 @needs_gpu

@@ -1,0 +1,146 @@
+"""A batch that is launched at once gets what it gets stage by stage. All but the compiler needs a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from early_exit.handler.cuda_kernels import compiled
+from early_exit.handler.cuda_stages import graphed
+from early_exit.handler.passes import Passes
+from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
+from tests.handler.test_cuda_graphs import CUDA, SIZES, stages, varied
+from tests.support.gpu import needs_gpu
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def prepared(*steps: list[Stage], batch_size: int = 16) -> Passes:
+    fast = graphed(steps[0], CUDA)
+    passes = Passes([fast, *(tuple(replace(one, exit=other.exit and replace(one.exit, policy=other.exit.policy))
+                                   for one, other in zip(fast, step)) for step in steps[1:])])
+    passes.prepare((varied(1),), batch_size)
+    return passes
+
+
+def assert_same(found: Answers, expected: Answers) -> None:
+    assert found.stages.tolist() == expected.stages.tolist()
+    assert found.shadow.tolist() == expected.shadow.tolist()
+    torch.testing.assert_close((found.outputs, found.reference), (expected.outputs, expected.reference), rtol=1e-3,
+                               atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_100"])
+def test_the_kernels_compile(architecture: str) -> None:
+    pytest.importorskip("cuda.bindings", reason="needs CUDA's Python bindings, which torch's CUDA build brings")
+    assert compiled(architecture).startswith(b"\x7fELF")
+
+
+@needs_gpu
+@pytest.mark.parametrize("shrink_from", [1, 3, 99])
+def test_launched_at_once_batches_of_every_size_get_the_same_answers(shrink_from: int) -> None:
+    plain, passes = stages(CUDA, shrink_from), prepared(stages(CUDA, shrink_from))
+    kept = []
+    for size in [*SIZES, *SIZES]:
+        x, shadow = varied(size), torch.rand(size) < 0.3
+        expected = run_with_exits((x.clone(),), plain, shadow=shadow)
+        found = passes.run(0, (x,), shadow=shadow)
+        assert not size or not found.stage_seconds, "launched stage by stage"
+        kept.append((found, expected))
+    for found, expected in kept:  # only now: what was returned must not change with later batches
+        assert_same(found, expected)
+    assert {stage for found, _ in kept for stage in found.stages.tolist()} == {0, 1, FULL}
+
+
+@needs_gpu
+def test_a_batch_that_leaves_whole_and_one_that_stays_whole_are_answered() -> None:
+    everybody, nobody = stages(CUDA), stages(CUDA)
+    everybody[0] = replace(everybody[0], exit=replace(everybody[0].exit, policy=ConfidencePolicy(1.0, 0.0)))
+    for number in (0, 1):
+        nobody[number] = replace(nobody[number], exit=replace(nobody[number].exit, policy=ConfidencePolicy(1.0, 2.0)))
+    x, no_shadow = varied(7), torch.zeros(7, dtype=torch.bool)
+    for given, left in ((everybody, 0), (nobody, FULL)):
+        found = prepared(given).run(0, (x,), shadow=no_shadow)
+        assert found.stages.tolist() == [left] * 7
+        assert_same(found, run_with_exits((x,), given))
+    assert_same(prepared(everybody).run(0, (x,), shadow=~no_shadow), run_with_exits((x,), everybody, shadow=~no_shadow))
+
+
+@needs_gpu
+def test_settings_differ_in_who_leaves_and_the_last_has_no_exits() -> None:
+    first, safer, off = stages(CUDA), stages(CUDA), [replace(one, exit=None) for one in stages(CUDA)]
+    for number in (0, 1):
+        safer[number] = replace(safer[number], exit=replace(safer[number].exit, policy=ConfidencePolicy(0.2, 0.9)))
+    passes = prepared(first, safer, off)
+    for size in (1, 7, 16):
+        x, shadow = varied(size), torch.rand(size) < 0.3
+        for step, plain in enumerate((first, safer, off)):
+            found = passes.run(step, (x,), shadow=shadow)
+            assert not found.stage_seconds
+            assert_same(found, run_with_exits((x,), plain, shadow=shadow))
+
+
+@needs_gpu
+def test_all_that_travels_keeps_its_rows_and_types() -> None:
+    def first(x: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+        maps = torch.stack((x, -x, x + 1), dim=1).unsqueeze(-1).contiguous(memory_format=torch.channels_last)
+        return maps, number, number > 2, maps.bfloat16()[:, :1, :1]
+
+    def last(maps: Tensor, number: Tensor, is_large: Tensor, half: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack((maps.sum(dim=(1, 2, 3)), number.float(), is_large.float(), half.flatten(1)[:, 0]), dim=1),)
+
+    given = [Stage(first, Exit(lambda maps: maps[:, 0, :4, 0], ConfidencePolicy(1.0, 0.5), lambda logits: logits)),
+             Stage(last)]
+    passes = Passes([graphed(given, CUDA)])
+    passes.prepare((torch.zeros(1, 6, device=CUDA), torch.zeros(1, dtype=torch.int64, device=CUDA)), 24)
+    for size in (1, 5, 24):
+        inputs = 2 * torch.randn(size, 6, device=CUDA), torch.arange(size, device=CUDA)
+        found = passes.run(0, inputs, shadow=torch.arange(size) % 5 == 4)
+        assert not found.stage_seconds
+        assert_same(found, run_with_exits(inputs, given, shadow=torch.arange(size) % 5 == 4))
+
+
+@needs_gpu
+@pytest.mark.parametrize("reason", ["the policy waits for the GPU", "a larger batch"])
+def test_what_cannot_be_launched_at_once_goes_stage_by_stage(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    given = stages(CUDA)
+    if reason == "the policy waits for the GPU":
+        decide = given[0].exit.policy
+        given[0] = replace(given[0], exit=replace(
+            given[0].exit, policy=lambda logits: decide(logits) & (float(logits.sum()) < 1e9)))
+    passes = prepared(given, batch_size=4 if reason == "a larger batch" else 16)
+    for size in (7, 16):
+        x, shadow = varied(size), torch.rand(size) < 0.3
+        found = passes.run(0, (x,), shadow=shadow)
+        assert found.stage_seconds
+        assert_same(found, run_with_exits((x,), given, shadow=shadow))
+    assert ("cannot decide itself" in caplog.text) == (reason != "a larger batch")
+    assert torch.rand(5, device=CUDA).unique().numel() == 5, "torch is not usable any more"
+
+
+@needs_gpu
+def test_observed_batches_show_the_shadow_rows_and_others_are_launched_at_once() -> None:
+    plain, passes = stages(CUDA), prepared(stages(CUDA))
+    x, shadow = varied(9), torch.arange(9) % 2 == 0
+    seen: dict[int, Tensor] = {}
+    also_seen: dict[int, Tensor] = {}
+    assert_same(passes.run(0, (x,), shadow=shadow, observe=seen.__setitem__),
+                run_with_exits((x,), plain, shadow=shadow, observe=also_seen.__setitem__))
+    torch.testing.assert_close(seen, also_seen, rtol=1e-3, atol=1e-3)
+    found = passes.run(0, (x,), shadow=~shadow & shadow, observe=seen.__setitem__)
+    assert not found.stage_seconds
+
+
+@needs_gpu
+def test_a_pass_that_was_made_in_inference_mode_serves_outside_of_it() -> None:
+    with torch.inference_mode():
+        passes = prepared(stages(CUDA))
+        x, shadow = varied(4), torch.zeros(4, dtype=torch.bool)
+        inside = passes.run(0, (x,), shadow=shadow).outputs.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(passes.run(0, (x + 0,), shadow=shadow).outputs, inside)
