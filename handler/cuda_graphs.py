@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from early_exit.handler.stages import Live
 
 _LOG = logging.getLogger(__name__)
 Pool = Any
-"""Names the memory that graphs share for what they forget when they end; only for graphs that never run together."""
+"""Names the memory that graphs share, of which no two run at a time. A graph may overwrite what one that was captured
+later has returned, so that is read, or copied, before."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Graphed:
         inputs = before.outputs[:len(live)] if before else tuple(x.new_zeros((size, *x.shape[1:])) for x in live)
         copies = tuple(x.clone() for x in inputs)  # a function may write to its inputs
         graph, outputs = capture(lambda: self.function(*inputs), self.pool, lambda: self.function(*copies))
+        graph.instantiate()
         return Captured(graph, inputs, outputs)
 
 
@@ -94,20 +97,24 @@ def capture(function: Callable[[], Live], pool: Pool, warm_up: Callable[[], obje
         warm_up: called before, for libraries to set themselves up, which a capture does not allow.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    random = generator.clone_state()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
+    random, stream, side = generator.clone_state(), torch.cuda.current_stream(), _side_stream(generator.device)
+    side.wait_stream(stream)
     with torch.cuda.stream(side):
         warm_up()
-    torch.cuda.current_stream().wait_stream(side)
+    stream.wait_stream(side)
     graph = torch.cuda.CUDAGraph(keep_graph=True)  # kept, so that it can be a part of another
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool):
             results = function()
-    except RuntimeError:
+    except BaseException:
         generator.graphsafe_set_state(random)  # that of a capture that failed gives no numbers any more
         raise
     return graph, results
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def sizes_up_to(batch_size: int) -> list[int]:

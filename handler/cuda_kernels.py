@@ -22,8 +22,6 @@ _SOURCE = r"""
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(cudaGraphConditionalHandle handle,
                                                                        unsigned int value);
 
-#define MAX_ROWS %(max_rows)d
-
 struct Batch {
     int n;                   // rows that travel
     int next;                // number of their size; beyond the last size if none travels
@@ -42,7 +40,7 @@ struct Batch {
 __device__ int count_before(bool chosen, int* total) {
     __shared__ int of_warp[32];
     unsigned votes = __ballot_sync(0xffffffffu, chosen);
-    int lane = threadIdx.x %% 32, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane == 0) of_warp[warp] = __popc(votes);
     __syncthreads();
     int before = 0, all = 0;
@@ -124,14 +122,10 @@ def launch(name: str, blocks: tuple[int, int], threads: int, *arguments: Tensor 
     """
     from cuda.bindings import driver
 
-    checked(driver.cuLaunchKernel(function(name), *blocks, 1, threads, 1, 1, 0,
-                                  torch.cuda.current_stream().cuda_stream, packed(*arguments), 0))
-
-
-def packed(*arguments: Tensor | int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return a kernel's arguments as the driver's bindings take them."""
     values = tuple(one.data_ptr() if isinstance(one, Tensor) else one or 0 for one in arguments)
-    return values, tuple(ctypes.c_int if isinstance(one, int) else ctypes.c_void_p for one in arguments)
+    types = tuple(ctypes.c_int if isinstance(one, int) else ctypes.c_void_p for one in arguments)
+    checked(driver.cuLaunchKernel(function(name), *blocks, 1, threads, 1, 1, 0,
+                                  torch.cuda.current_stream().cuda_stream, (values, types), 0))
 
 
 def move(source: Tensor, from_: Tensor | None, targets: Tensor, which: Tensor | None, to: Tensor | None,
@@ -139,7 +133,8 @@ def move(source: Tensor, from_: Tensor | None, targets: Tensor, which: Tensor | 
     """Copy rows of a tensor.
 
     Args:
-        source: (B, ...), whose rows lie densely one after the other.
+        source: (B, ...), whose rows lie densely one after the other, as those of the targets do. What both begin at
+            is a multiple of 16 bytes.
         from_: int32 numbers of the rows; 0, 1, 2, ... by default.
         targets: (T,) int64 addresses of memory with rows of the same layout.
         which: () int32: the target that is meant; the first by default.
@@ -147,7 +142,7 @@ def move(source: Tensor, from_: Tensor | None, targets: Tensor, which: Tensor | 
         count: () int32: of the rows.
     """
     n_bytes = source[0].numel() * source.element_size()
-    width = next(width for width in (16, 4, 2, 1) if n_bytes % width == 0 and source.data_ptr() % width == 0)
+    width = next(width for width in (16, 4, 2, 1) if n_bytes % width == 0)
     units = n_bytes // width
     launch(f"move{width}", (min(64, -(-units // 1024)), len(source)), 256, source, from_, targets, which, to, count,
            units)
@@ -161,27 +156,31 @@ def compiled(architecture: str) -> bytes:
     """
     from cuda.bindings import nvrtc
 
-    source = (_SOURCE % {"max_rows": MAX_ROWS}).encode()
-    program = checked(nvrtc.nvrtcCreateProgram(source, b"early_exit.cu", 0, [], []))
-    checked(nvrtc.nvrtcCompileProgram(program, 1, [f"--gpu-architecture={architecture}".encode()]))
+    program = checked(nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"early_exit.cu", 0, [], []))
+    options = [f"--gpu-architecture={architecture}".encode(), f"--define-macro=MAX_ROWS={MAX_ROWS}".encode()]
+    checked(nvrtc.nvrtcCompileProgram(program, len(options), options))
     binary = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
     checked(nvrtc.nvrtcGetCUBIN(program, binary))
     return binary
 
 
-@cache
-def _module() -> Any:
-    from cuda.bindings import driver
-
-    return checked(driver.cuModuleLoadData(compiled("sm_{}{}".format(*torch.cuda.get_device_capability()))))
-
-
-@cache
 def function(name: str) -> Any:
-    """Return one of the kernels, for the driver's bindings."""
+    """Return one of the kernels on torch's current device, for the driver's bindings."""
+    return _function(name, torch.cuda.current_device())
+
+
+@cache
+def _function(name: str, device: int) -> Any:
     from cuda.bindings import driver
 
-    return checked(driver.cuModuleGetFunction(_module(), name.encode()))
+    return checked(driver.cuModuleGetFunction(_module(device), name.encode()))
+
+
+@cache
+def _module(device: int) -> Any:
+    from cuda.bindings import driver
+
+    return checked(driver.cuModuleLoadData(compiled("sm_{}{}".format(*torch.cuda.get_device_capability(device)))))
 
 
 def checked(answer: tuple[Any, ...]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,17 +21,20 @@ from early_exit.handler.stages import FULL, Answers, Exit, Live
 
 
 class GraphedPass:
-    """Does what `run_with_exits` does, without observers and opinions."""
+    """Does what `run_with_exits` does, without observers, opinions and what a backbone returns beside its scores.
+
+    Its calls come from one stream.
+    """
 
     # What is captured outlives the call, which may be in torch's inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, stages: Sequence[GraphedStage], inputs: Live, batch_size: int) -> None:
-        """Capture everything for batches of up to so many rows.
+    def __init__(self, stages: Sequence[GraphedStage], batch_size: int) -> None:
+        """Capture the exits and put everything together.
 
         Args:
-            stages: the last returns the scores alone; the policies say the same of the same logits.
-            inputs: like those to come, with one row.
+            stages: captured for all sizes up to that of the batch; the last returns the scores alone. Policies depend
+                on nothing but the logits: what they did when they were captured is repeated.
             batch_size: the largest to come.
 
         Raises:
@@ -38,9 +42,10 @@ class GraphedPass:
         """
         if batch_size > kernels.MAX_ROWS:
             raise RuntimeError(f"a batch in one CUDA graph has at most {kernels.MAX_ROWS} rows, asked for {batch_size}")
-        self._sizes, self._pool, device = sizes_up_to(batch_size), stages[0].graph.pool, inputs[0].device
-        by_stage = _captured_by_stage(stages, inputs, self._sizes)
+        self._sizes, self._pool = sizes_up_to(batch_size), stages[0].graph.pool
+        by_stage = _by_stage(stages, self._sizes)
         self._first, [scores] = by_stage[0], by_stage[-1][-1].outputs
+        device = scores.device
         self._asked = torch.zeros(kernels.LEFT, dtype=torch.int32, pin_memory=True)
         self._told = torch.zeros(kernels.MAX_ROWS, dtype=torch.int32, pin_memory=True)
         self._state = torch.zeros(kernels.LENGTH, dtype=torch.int32, device=device)
@@ -57,12 +62,15 @@ class GraphedPass:
             is_last = stage is stages[-1]
             for case, one in zip(cases, here):
                 case.append(one.graph)
-                if stage.exit is not None or is_last:
-                    case.append(self._end(one) if stage.exit is None else self._exit(stage.exit, number, one))
-            if stage.exit is not None or is_last:
+                if is_last:
+                    case.append(self._end(one))
+                elif stage.exit is not None:
+                    case.append(self._exit(stage.exit, number, one))
+            if is_last or stage.exit is not None:
                 self._program.switch(self._at(kernels.NEXT), cases)
                 cases = [[] for _ in self._sizes]
         self._program.add(capture(self._tell, self._pool)[0])
+        self._program.instantiate()
 
     def __call__(self, inputs: Live, shadow: Tensor) -> Answers:
         """Return the answers of a batch.
@@ -89,12 +97,14 @@ class GraphedPass:
         return ()
 
     def _tell(self) -> Live:
-        return (self._told.copy_(self._state[kernels.LEFT:][:kernels.MAX_ROWS], non_blocking=True),)
+        self._told.copy_(self._state[kernels.LEFT:][:kernels.MAX_ROWS], non_blocking=True)
+        return ()
 
     def _exit(self, exit_: Exit, number: int, here: Captured) -> torch.cuda.CUDAGraph:
         def decide() -> tuple[Tensor, Tensor]:
             logits = exit_.head(here.outputs[0])
-            return exit_.policy(logits), exit_.answer(logits).to(self._answers.dtype).contiguous()
+            sure, answers = exit_.policy(logits), exit_.answer(logits)
+            return sure.to(logits.device, torch.bool).contiguous(), answers.to(self._answers.dtype).contiguous()
 
         def leave() -> Live:
             self._answer(*decide(), number, exit_.shrink_from)
@@ -129,19 +139,16 @@ class GraphedPass:
         return -(-self._sizes[-1] // 32) * 32
 
 
-def _captured_by_stage(stages: Sequence[GraphedStage], inputs: Live, sizes: Sequence[int]) -> list[list[Captured]]:
+def _by_stage(stages: Sequence[GraphedStage], sizes: Sequence[int]) -> list[list[Captured]]:
     """Return for each stage its graphs in ascending sizes."""
-    by_size = []
-    for size in reversed(sizes):  # smaller ones find the memory that the largest used
-        live, made = tuple(x.expand(size, *x.shape[1:]) for x in inputs), []
-        for stage in stages:
-            one = stage.graph.captured(size, live)
-            if one is None:
-                raise RuntimeError("a stage cannot be captured")
-            made.append(one)
-            live = one.outputs
-        by_size.append(made)
-    return [list(stage)[::-1] for stage in zip(*by_size)]
+    by_stage = [[one for one in (stage.graph.captured(size, ()) for size in sizes) if one] for stage in stages]
+    if any(len(made) < len(sizes) for made in by_stage):
+        raise RuntimeError("a stage cannot be captured")
+    for before, here in pairwise(by_stage):
+        reads = [(x, place) for one, next_ in zip(before, here) for x, place in zip(one.outputs, next_.inputs)]
+        if any(x is not place for x, place in reads):
+            raise RuntimeError("a stage was captured before the one that it follows, and so reads elsewhere")
+    return by_stage
 
 
 def _places(stage: Sequence[Captured]) -> list[Tensor]:

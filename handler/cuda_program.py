@@ -18,15 +18,21 @@ class Program:
     It needs CUDA 12.8 or later.
     """
 
+    _graph: Any = None
+    _executable: Any = None
+
     def __init__(self) -> None:
-        """Begin with none."""
+        """Begin with none.
+
+        Raises:
+            RuntimeError: CUDA refuses it, as may all that follow.
+        """
         from cuda.bindings import driver
 
-        self._driver = driver
+        self._driver, self._choose = driver, function("choose")
         self._graph = checked(driver.cuGraphCreate(0))
         self._last: list[Any] = []
         self._parts: list[torch.cuda.CUDAGraph] = []  # their memory is used for as long as this runs
-        self._executable: Any = None
 
     def add(self, *parts: torch.cuda.CUDAGraph) -> None:
         """Let graphs, captured with `keep_graph`, run next."""
@@ -43,7 +49,7 @@ class Program:
         context = checked(driver.cuCtxGetCurrent())
         handle = checked(driver.cuGraphConditionalHandleCreate(self._graph, context, 0, 0))
         kernel = driver.CUDA_KERNEL_NODE_PARAMS()
-        kernel.func = function("choose")
+        kernel.func = self._choose
         kernel.gridDimX = kernel.gridDimY = kernel.gridDimZ = 1
         kernel.blockDimX = kernel.blockDimY = kernel.blockDimZ = 1
         kernel.kernelParams = (int(handle), number.data_ptr()), (ctypes.c_ulonglong, ctypes.c_void_p)
@@ -54,19 +60,24 @@ class Program:
         node.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
         node.conditional.size = len(cases)
         node.conditional.ctx = context
-        self._last = [checked(driver.cuGraphAddNode(self._graph, [chosen], None, 1, node))]
+        add_node = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)  # what bindings of CUDA 12 call it
+        self._last = [checked(add_node(self._graph, [chosen], None, 1, node))]
         for body, parts in zip(node.conditional.phGraph_out, cases):
             self._chained(body, [], parts)
 
-    def launch(self) -> None:
-        """Run on the current stream.
+    def instantiate(self) -> None:
+        """Get ready, once everything is in."""
+        self._executable = checked(self._driver.cuGraphInstantiate(self._graph, 0))
 
-        Raises:
-            RuntimeError: CUDA refuses it.
-        """
-        if self._executable is None:
-            self._executable = checked(self._driver.cuGraphInstantiate(self._graph, 0))
+    def launch(self) -> None:
+        """Run on the current stream."""
         checked(self._driver.cuGraphLaunch(self._executable, torch.cuda.current_stream().cuda_stream))
+
+    def __del__(self) -> None:
+        if self._executable is not None:
+            self._driver.cuGraphExecDestroy(self._executable)
+        if self._graph is not None:
+            self._driver.cuGraphDestroy(self._graph)
 
     def _chained(self, graph: Any, last: list[Any], parts: Sequence[torch.cuda.CUDAGraph]) -> list[Any]:
         for part in parts:

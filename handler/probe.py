@@ -8,7 +8,6 @@ import torch
 
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import run_with_exits
 
 PROBE_HEADER = "X-Early-Exit-Probe"
 """A prediction request with this header is answered by `answer_probe` instead of the user's handler."""
@@ -23,7 +22,7 @@ def answer_probe(model: ServedModel) -> dict[str, Any]:
     expected = torch.tensor([model.description.probe])
     inputs = tuple(one.to(model.device) for one in model.description.probe_inputs())
     with torch.no_grad():
-        answers = run_with_exits(inputs, model.stages, shadow=torch.ones(1, dtype=torch.bool))
+        answers = model.passes.run(0, inputs, shadow=torch.ones(1, dtype=torch.bool))
     error = (answers.reference.cpu() - expected).abs().max() / expected.abs().max()
     allowed = model.engine.max_probe_error
     if not error <= allowed:  # also catches NaN

@@ -157,9 +157,11 @@ class ServedModel(nn.Module):
                    sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
                    control_rate=config.control_rate, anytime=config.anytime).to(device)
 
-    def prepare(self, batch_size: int) -> None:
-        """Let batches of up to that many rows find their graphs on a GPU; does nothing elsewhere."""
-        self.passes.prepare(tuple(one.to(self.device) for one in self.description.probe_inputs()), batch_size)
+    def prepare(self, batch_size: int, *, at_once: bool = True) -> None:
+        """Let batches of up to that many rows find their graphs on a GPU, for `run_at_once` or for another `Runner`;
+        does nothing elsewhere."""
+        inputs = tuple(one.to(self.device) for one in self.description.probe_inputs())
+        self.passes.prepare(inputs, batch_size, at_once=at_once)
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would, with (B, K) scores, and keep what `take_served` returns.

@@ -50,6 +50,8 @@ class EarlyExitService:
             torch.cuda.set_device(device)  # streams and graphs are made there
         self.model = ServedModel.load(layout, config, device)
         return_freed_memory()
+        # Before anything comes through: graphs follow each other only in the order in which they are captured.
+        self.model.prepare(int(context.system_properties.get("batch_size", 1)), at_once=not is_early)
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         root = config.records_folder()
         header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool_side,
@@ -59,7 +61,6 @@ class EarlyExitService:
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
         answer_probe(self.model)
-        self.model.prepare(int(context.system_properties.get("batch_size", 1)))
         self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests,
                                      watchman=watchman, labels=getattr(self.inner, "mapping", None))
         self.early = EarlyAnswers(self.model, self.inner, self.bookkeeper) if is_early else None

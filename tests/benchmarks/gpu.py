@@ -6,7 +6,7 @@ Wall time from inputs on the GPU to scores there, all arms interleaved, medians 
 backbone on the same engine. Heads are real, untrained, and decide: thresholds are such that 10, 60 and 12 % of the
 inputs leave after layers 1 to 3, and batches are made of them in these shares. The arms: `eager` (the plain backbone as
 it was exported), `off` (cut in stages, the exits bypassed), `none` (three exits, nobody leaves), `10/60/12`, and
-`served` (the same, or off where the model found in 600 batches that its exits do not pay). At batch 1 a round is ten
+`served` (the same, or off where the model found in 1500 batches that its exits do not pay). At batch 1 a round is ten
 requests. `ideal` is what the stages alone take for the rows that reach them, in the sizes that graphs have; `left` is
 how many rows came to the end, and left after each layer; `prepare_s` is what capturing the graphs took.
 """
@@ -40,7 +40,7 @@ LEAVERS = {1: (1, 6, 1, 2), 16: (2, 9, 2, 3), 32: (3, 19, 4, 6), 64: (6, 38, 8, 
 """By batch size: rows that leave after each layer, and those that reach the end; at batch 1 of ten requests."""
 ENGINE_NAMES = ("folded", "bfloat16")
 ROUNDS = 25
-N_INPUTS, N_LEARNED = 256, 600
+N_INPUTS, N_LEARNED = 256, 1500
 """Inputs that batches are made of, and batches in which the model finds out whether its exits pay."""
 DEVICE = torch.device("cuda")
 

@@ -42,11 +42,14 @@ def test_the_kernels_compile(architecture: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("shrink_from", [1, 3, 99])
-def test_launched_at_once_batches_of_every_size_get_the_same_answers(shrink_from: int) -> None:
-    plain, passes = stages(CUDA, shrink_from), prepared(stages(CUDA, shrink_from))
-    kept = []
-    for size in [*SIZES, *SIZES]:
+@pytest.mark.parametrize("exits", [{0, 1}, {1}, {0}])
+@pytest.mark.parametrize(("shrink_from", "sizes"), [(1, SIZES), (3, SIZES), (99, SIZES), (1, (130, 33, 64, 100, 129))])
+def test_launched_at_once_batches_of_every_size_get_the_same_answers(
+        shrink_from: int, sizes: tuple[int, ...], exits: set[int]) -> None:
+    plain = stages(CUDA, shrink_from)
+    plain = [one if number in exits else replace(one, exit=None) for number, one in enumerate(plain)]
+    passes, kept = prepared(plain, batch_size=max(sizes)), []
+    for size in [*sizes, *sizes]:
         x, shadow = varied(size), torch.rand(size) < 0.3
         expected = run_with_exits((x.clone(),), plain, shadow=shadow)
         found = passes.run(0, (x,), shadow=shadow)
@@ -54,7 +57,7 @@ def test_launched_at_once_batches_of_every_size_get_the_same_answers(shrink_from
         kept.append((found, expected))
     for found, expected in kept:  # only now: what was returned must not change with later batches
         assert_same(found, expected)
-    assert {stage for found, _ in kept for stage in found.stages.tolist()} == {0, 1, FULL}
+    assert {stage for found, _ in kept for stage in found.stages.tolist()} == {*exits, FULL}
 
 
 @needs_gpu
@@ -121,6 +124,20 @@ def test_what_cannot_be_launched_at_once_goes_stage_by_stage(reason: str, caplog
         assert_same(found, run_with_exits((x,), given, shadow=shadow))
     assert ("cannot decide itself" in caplog.text) == (reason != "a larger batch")
     assert torch.rand(5, device=CUDA).unique().numel() == 5, "torch is not usable any more"
+
+
+@needs_gpu
+def test_batches_that_came_before_the_graphs_were_made_do_not_mix_up_what_stages_read(
+        caplog: pytest.LogCaptureFixture) -> None:
+    plain = stages(CUDA)
+    passes = Passes([graphed(stages(CUDA), CUDA)])
+    for _ in range(5):  # batches that shrink to a few rows
+        passes.run(0, (varied(8),), shadow=torch.arange(8) < 2)
+    passes.prepare((varied(1),), 8)
+    for size in (1, 2, 3, 5, 8):
+        x, shadow = varied(size), torch.rand(size) < 0.3
+        assert_same(passes.run(0, (x,), shadow=shadow), run_with_exits((x,), plain, shadow=shadow))
+    assert "captured before the one that it follows" in caplog.text
 
 
 @needs_gpu
