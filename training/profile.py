@@ -103,7 +103,8 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
                      device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> Profile:
     """Time every stage between the layers, one thread, stage after stage and size after size in each round.
 
-    What counts is how the sizes compare, and a machine that is busy for a while is so for all of them.
+    What counts is how the sizes compare, and a machine that is busy for a while is so for all of them. On a GPU stages
+    and copies are launched one by one here, which takes longer than in the one launch that serves.
 
     Args:
         backbone: on the device.
