@@ -16,7 +16,8 @@ MAY_IMPORT = {
 IN_A_WORKER = {"torch", "safetensors", "ts"}
 """What the handler may import besides the standard library: all that stock TorchServe needs is safetensors."""
 
-OF_SOME = {"openvino_engine.py": {"openvino"}, "detector.py": {"torchvision"}, "detections.py": {"torchvision"}}
+OF_SOME = {"openvino_engine.py": {"openvino"}, "detector.py": {"torchvision"}, "detections.py": {"torchvision"},
+           "cuda_kernels.py": {"cuda"}, "cuda_program.py": {"cuda"}}
 """And what an engine or a kind of model needs besides."""
 
 IN_THE_GATEWAY = {"starlette", "uvicorn", "httpx", "prometheus_client"}
