@@ -23,7 +23,7 @@ from tests.support.cifar import data_folder, load_requests
 from tests.support.models.scene_detector import SceneDetector
 
 SIDE = 128
-N_TRAFFIC = 2000
+N_TRAFFIC = 4000
 PERSON = 1
 _CIFAR_LABELS = {1: 2, 3: 3, 8: 4}
 """Automobile, cat, ship: the detector's labels after the person."""
