@@ -53,7 +53,7 @@ class GraphedPass:
         self._size_of = torch.tensor(size_of, dtype=torch.int32, device=device)
         self._answers, self._full = (torch.zeros_like(scores, memory_format=torch.contiguous_format) for _ in range(2))
         self._answers_at, self._full_at = (_addresses([one]) for one in (self._answers, self._full))
-        self._places = [_places(stage) for stage in by_stage]
+        self._places = [_places(following) for following in by_stage[1:]]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._program = Program()
         self._program.add(capture(self._begin, self._pool)[0])
@@ -108,7 +108,7 @@ class GraphedPass:
 
         def leave() -> Live:
             self._answer(*decide(), number, exit_.shrink_from)
-            for x, places in zip(here.outputs, self._places[number + 1]):
+            for x, places in zip(here.outputs, self._places[number]):
                 kernels.move(x, self._at(kernels.MOVED), places, self._at(kernels.NEXT), None,
                              self._at(kernels.N_MOVED))
             return ()

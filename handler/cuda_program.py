@@ -34,9 +34,9 @@ class Program:
         self._last: list[Any] = []
         self._parts: list[torch.cuda.CUDAGraph] = []  # their memory is used for as long as this runs
 
-    def add(self, *parts: torch.cuda.CUDAGraph) -> None:
-        """Let graphs, captured with `keep_graph`, run next."""
-        self._last = self._chained(self._graph, self._last, parts)
+    def add(self, part: torch.cuda.CUDAGraph) -> None:
+        """Let a graph, captured with `keep_graph`, run next."""
+        self._last = self._chained(self._graph, self._last, [part])
 
     def switch(self, number: Tensor, cases: Sequence[Sequence[torch.cuda.CUDAGraph]]) -> None:
         """Let one of several sequences of graphs run next: that of a number, or none if it is out of range.

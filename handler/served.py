@@ -207,7 +207,7 @@ class ServedModel(nn.Module):
         # A batch in which somebody wants to hear the exits goes by them, and says nothing about what they cost.
         step = self.step if anytime is not None else self._step_of(len(shadow))
         answers = self.passes.run(step, inputs, shadow=shadow, anytime=anytime,
-                                   observe=tap if self.records else None)
+                                  observe=tap if self.records else None)
         if anytime is None:
             self._measure(answers.outputs, step, started)
         return self.batch(inputs, answers, taps, step, rate)

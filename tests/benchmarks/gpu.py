@@ -89,12 +89,11 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
     started = gpu_clock()
     model.prepare(size)
     prepare_s = gpu_clock() - started
-    pays = pays_for(model, batches)
-    off, served = len(model.steps) - 1, 0 if pays else len(model.steps) - 1
+    served = 0 if pays_for(model, batches) else model.last_step
     arms: dict[str, Callable[[int], object]] = {
         "eager": lambda number: [eager[0].forward(batch) for batch in batches],
         "plain": lambda number: [plain[0].forward(batch) for batch in batches],
-        "off": lambda number: every(model, batches, off),
+        "off": lambda number: every(model, batches, model.last_step),
         "none": lambda number: every(never, batches),
         "10/60/12": lambda number: every(model, batches),
         "served": lambda number: every(model, batches, served)}

@@ -12,12 +12,8 @@ from early_exit.handler.passes import Passes
 from early_exit.handler.policy import ConfidencePolicy
 from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
 from tests.handler.test_cuda_graphs import CUDA, SIZES, stages, varied
+from tests.handler.test_cuda_graphs import _full_precision as _full_precision
 from tests.support.gpu import needs_gpu
-
-
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def prepared(*steps: list[Stage], batch_size: int = 16) -> Passes:
