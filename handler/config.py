@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import ConfigError
-from early_exit.handler.pooling import Side
 
 RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
 """Environment variable that names the records folder when the configuration does not; `ee-serve` sets it."""

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from early_exit.handler.allocator import return_freed_memory
-from early_exit.handler.bookkeeping import Bookkeeper
+from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.config import EARLY, ServingConfig
-from early_exit.handler.detections import with_nulls
-from early_exit.handler.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
+from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.inner import load_inner_handler
-from early_exit.handler.isolation import answer_items, context_of
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.probe import answer_probe, is_probe
-from early_exit.handler.recorder import RecordWriter
-from early_exit.handler.records import ShardHeader
-from early_exit.handler.served import ServedModel
-from early_exit.handler.watchman import watch
+from early_exit.handler.model import ServedModel
+from early_exit.handler.monitor.shared_state import watch
+from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.serving.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
+from early_exit.handler.serving.isolation import answer_items, context_of
+from early_exit.handler.serving.probe import answer_probe, is_probe
+from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.torchserve.allocator import return_freed_memory
+from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.handler.user_handler.wrapper import load_inner_handler
 
 
 class EarlyExitService:

@@ -16,7 +16,7 @@ PACKAGES = ("handler", "training", "archiver")
 COMMANDS = {"ee-archive", "ee-train", "ee-serve", "ee-roll", "ee-watch", "ee-gateway"}
 IMPORTED = """
 import sys
-import early_exit.archiver.watch_cli, early_exit.handler.gateway.app, early_exit.training.__main__
+import early_exit.archiver.watch.cli, early_exit.archiver.gateway.app, early_exit.training.__main__
 print(*(module.__file__ for name, module in sys.modules.items()
         if name.startswith("early_exit.") and not name.endswith("__main__")), sep="\\n")
 """

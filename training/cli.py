@@ -9,25 +9,25 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.engine import ENGINES
+from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
-from early_exit.handler.layout import ArchiveLayout, extract, read_archive
 from early_exit.training.command import command_parser, run_command, say_next
-from early_exit.training.dataset import find_shards
-from early_exit.training.distill import Distillation
-from early_exit.training.evaluate import evaluate
+from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.preprocessing import archived_config
+from early_exit.training.data.replay import AUGMENTATIONS, Replay
+from early_exit.training.data.sources import local_folders
+from early_exit.training.heads.distill import Distillation
+from early_exit.training.heads.nni_service import Service
+from early_exit.training.heads.search import Search
+from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import TrainingOptions
-from early_exit.training.page import html_page
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
-from early_exit.training.replay import AUGMENTATIONS, Replay
-from early_exit.training.requests import archived_config
-from early_exit.training.risk import Risk
-from early_exit.training.search import Search
-from early_exit.training.service import Service
-from early_exit.training.sources import local_folders
-from early_exit.training.space import SearchSpace
+from early_exit.training.report.evaluate import evaluate
+from early_exit.training.report.html import html_page
+from early_exit.training.selection.risk import Risk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

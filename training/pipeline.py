@@ -11,16 +11,15 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from early_exit.handler.backbone import Backbone, BackboneDescription
-from early_exit.handler.candidates import CandidateLayer, spread_over
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
+from early_exit.handler.backbone.candidates import CandidateLayer, spread_over
 from early_exit.handler.errors import RecordError
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.plan import save_plan
-from early_exit.handler.records import read_times
-from early_exit.training.certify import records_needed, require_enough
-from early_exit.training.choose import choose, make_plan
-from early_exit.training.cost import Costs, FlopCost, flop_costs
-from early_exit.training.dataset import (
+from early_exit.handler.exits.plan import save_plan
+from early_exit.handler.recording.format import read_times
+from early_exit.training.costs.cost import Costs, FlopCost, flop_costs
+from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone, profile_exit
+from early_exit.training.data.dataset import (
     Part,
     RecordedTraffic,
     load_traffic,
@@ -28,17 +27,18 @@ from early_exit.training.dataset import (
     of_newest_setting,
     recorded_layers,
 )
-from early_exit.training.heads import HeadCost, TrainedHead, find_architectures, train_heads
-from early_exit.training.judged import judge
-from early_exit.training.labels import load_labels
-from early_exit.training.material import Material, prepare
+from early_exit.training.data.labels import load_labels
+from early_exit.training.data.preprocessing import preprocessing
+from early_exit.training.data.replay import replay_records
+from early_exit.training.data.training_set import Material, prepare
+from early_exit.training.heads.heads import HeadCost, TrainedHead, find_architectures, train_heads
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
-from early_exit.training.profile import Profile, TimeCost, profile_backbone, profile_exit
-from early_exit.training.replay import replay_records
-from early_exit.training.report import RunReport, make_report
-from early_exit.training.requests import preprocessing
-from early_exit.training.risk import Risk
+from early_exit.training.planning.choose import choose, make_plan
+from early_exit.training.planning.predictions import judge
+from early_exit.training.report.summary import RunReport, make_report
+from early_exit.training.selection.certify import records_needed, require_enough
+from early_exit.training.selection.risk import Risk
 
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,

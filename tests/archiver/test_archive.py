@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.cli import main
-from early_exit.archiver.inspect import describe
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.cli import main
+from early_exit.archiver.packaging.describe import describe
+from early_exit.handler.archive_layout import MANIFEST, extract
+from early_exit.handler.backbone.export import export_backbone
+from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import ArchiveError, ConfigError, PlanError
-from early_exit.handler.export import export_backbone
-from early_exit.handler.layout import MANIFEST, extract
-from early_exit.handler.signature import InputSpec
 from tests.support.digits import batches, traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import MODELS, original_mar
@@ -219,7 +219,7 @@ def test_the_archives_own_handler_code_is_used_not_the_installed_one(recorder_ma
     with zipfile.ZipFile(tmp_path / "changed.mar", "w") as changed:
         for file in [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".mar"]:
             changed.write(file, str(file.relative_to(tmp_path)))
-    from early_exit.archiver.validate import validate
+    from early_exit.archiver.packaging.validate import validate
     with pytest.raises(ArchiveError, match="the copy in the archive|Unable to load|No module named"):
         validate(tmp_path / "changed.mar")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.handler.signature import InputSpec
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.handler.backbone.signature import InputSpec
 from tests.support.models.text_handler import LENGTH
 from tests.support.original import MODELS
 from tests.support.served import served_model

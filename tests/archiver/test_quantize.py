@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from early_exit.archiver.quantize import quantize, recorded_inputs
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.engine import INT8
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.records import list_shards
-from early_exit.handler.served import ServedModel
-from early_exit.training.dataset import Part, load_traffic
+from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.engines.registry import INT8
+from early_exit.handler.model import ServedModel
+from early_exit.handler.recording.format import list_shards
+from early_exit.training.data.dataset import Part, load_traffic
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.models.text_classifier import LENGTH, TextClassifier
 from tests.support.models.text_handler import TextHandler

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from early_exit.archiver.audit import Audit, only_watcher
-from early_exit.archiver.standing import Standing
-from early_exit.archiver.triggers import ATTEMPT, CLOCK, Terms, fired, fresh_after, is_better
-from early_exit.handler.backbone import Backbone, BackboneDescription
+from early_exit.archiver.watch.audit import Audit, only_watcher
+from early_exit.archiver.watch.status import Standing
+from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, fired, fresh_after, is_better
+from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.errors import ServerError
-from early_exit.handler.head import HeadSpec
-from early_exit.handler.monitor import Alarm, Evidence, MonitorState
-from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.exits.head import HeadSpec
+from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.monitor.sequential_test import Alarm, Evidence, MonitorState
 
 DAY = 24 * 3600.0
 NOW = 100 * DAY

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.pooling import pool_activation
-from early_exit.handler.stages import FULL, Exit, Stage, run_with_exits
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.backbone.pooling import pool_activation
+from early_exit.handler.inference.forward import FULL, Exit, Stage, run_with_exits
 from tests.benchmarks.baselines.branchynet import branchynet, entropy
 from tests.benchmarks.baselines.earlyon import _means, earlyon
 from tests.benchmarks.baselines.gati import gati

@@ -24,20 +24,20 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.server import TorchServe, raise_on_terminate
-from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.graph import split
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.layout import ArchiveLayout, extract
-from early_exit.handler.plan import ExitPlan, PlannedExit, save_plan
-from early_exit.training.dataset import find_shards
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
+from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.graph import split
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit, save_plan
+from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
-from early_exit.training.requests import preprocessing
 from tests.benchmarks.subjects import resnet18
 from tests.support.cifar import DataMissing, data_folder, load_requests
 from tests.support.client import Reply, failed, latency_ms, send, send_openly

@@ -25,18 +25,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from early_exit.handler.head import HeadSpec
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.served import ServedModel
-from early_exit.training.calibrate import fit_temperature
-from early_exit.training.choose import choose
-from early_exit.training.cost import Costs, flop_costs, head_flops
-from early_exit.training.dataset import Part
-from early_exit.training.distill import Distillation, train_head
-from early_exit.training.judged import Judged, Judgement
+from early_exit.handler.exits.head import HeadSpec
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.model import ServedModel
+from early_exit.training.costs.cost import Costs, flop_costs, head_flops
+from early_exit.training.costs.profiling import one_thread
+from early_exit.training.data.dataset import Part
+from early_exit.training.heads.distill import Distillation, train_head
 from early_exit.training.options import Rule, TrainingOptions
-from early_exit.training.profile import one_thread
-from early_exit.training.thresholds import NEVER, Candidates, Choice, mean_cost, outcome, served_classes
+from early_exit.training.planning.choose import choose
+from early_exit.training.planning.predictions import Judged, Judgement
+from early_exit.training.selection.calibrate import fit_temperature
+from early_exit.training.selection.thresholds import NEVER, Candidates, Choice, mean_cost, outcome, served_classes
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18

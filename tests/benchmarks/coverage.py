@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.handler.backbone.graph import split
 from early_exit.handler.errors import GraphError
-from early_exit.handler.graph import split
-from early_exit.handler.head import Head, HeadSpec
+from early_exit.handler.exits.head import Head, HeadSpec
 from tests.support.zoo import FAMILIES, Specimen
 
 BATCHES = (1, 3, 8)

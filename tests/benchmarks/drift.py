@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.monitor import Monitored, MonitorState
-from early_exit.handler.plan import ExitPlan, build_heads, load_plan
-from early_exit.handler.served import ServedModel
-from early_exit.training.dataset import find_shards
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
+from early_exit.handler.model import ServedModel
+from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
+from early_exit.training.data.dataset import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train

@@ -24,15 +24,15 @@ import torch
 import torchvision
 from torch import Tensor
 
-from early_exit.archiver.quantize import quantize
-from early_exit.handler.allocator import restart_with_allocator, return_freed_memory
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES, INT8
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.plan import ExitPlan, PlannedExit
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import Stage, run_with_exits
-from early_exit.training.profile import one_thread, profile_backbone
+from early_exit.archiver.packaging.quantize import quantize
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.inference.forward import Stage, run_with_exits
+from early_exit.handler.model import ServedModel
+from early_exit.handler.torchserve.allocator import restart_with_allocator, return_freed_memory
+from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
 
 LAYERS = ("layer1.2", "layer2.3", "layer3.5")

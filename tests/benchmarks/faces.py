@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from early_exit.handler.bookkeeping import request_hash
-from early_exit.training.dataset import RecordedTraffic
+from early_exit.handler.serving.telemetry import request_hash
+from early_exit.training.data.dataset import RecordedTraffic
 from tests.support.cifar import data_folder, load_weights
 from tests.support.models.face_handler import FaceClassifier
 from tests.support.models.mobilefacenet import MobileFaceNet

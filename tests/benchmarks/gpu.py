@@ -26,12 +26,12 @@ import torch
 import torchvision
 from torch import Tensor
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.cuda_stages import GraphedStage, graphed
-from early_exit.handler.engine import ENGINES
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import Answers, Stage, run_with_exits
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.cuda.stages import GraphedStage, graphed
+from early_exit.handler.engines.registry import ENGINES
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.inference.forward import Answers, Stage, run_with_exits
+from early_exit.handler.model import ServedModel
 from tests.benchmarks.engine import exiting_model, untrained_heads
 from tests.support.timing import interleaved, median_ratio
 

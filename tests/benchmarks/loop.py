@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.plan import ExitPlan
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL
+from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.inference.forward import FULL
+from early_exit.handler.model import ServedModel
+from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
-from early_exit.training.profile import one_thread
 from tests.benchmarks.report import report
 from tests.support.cifar import as_batch, load_requests, load_weights
 from tests.support.client import failed, latency_ms

@@ -19,18 +19,18 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.bookkeeping import Bookkeeper
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.isolation import Served
-from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.recorder import RecordWriter
-from early_exit.handler.records import ShardHeader
-from early_exit.handler.served import ServedModel
-from early_exit.training.profile import one_thread
-from early_exit.training.requests import worker_context
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
+from early_exit.handler.model import ServedModel
+from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.serving.isolation import Served
+from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.training.costs.profiling import one_thread
+from early_exit.training.data.preprocessing import worker_context
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.timing import cpu_ratio
 

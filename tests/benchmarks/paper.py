@@ -25,25 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.candidates import spread_over
+from early_exit.handler.backbone.candidates import spread_over
 from early_exit.handler.errors import EarlyExitError
-from early_exit.handler.plan import ExitPlan
-from early_exit.handler.stages import Exit
-from early_exit.training.choose import choose, make_plan
-from early_exit.training.dataset import Part, RecordedTraffic, find_shards, load_traffic
-from early_exit.training.heads import TrainedHead, find_architectures, train_heads
-from early_exit.training.judged import judge
-from early_exit.training.labels import load_labels
-from early_exit.training.material import Material, prepare
+from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.inference.forward import Exit
+from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
+from early_exit.training.data.dataset import Part, RecordedTraffic, find_shards, load_traffic
+from early_exit.training.data.labels import load_labels
+from early_exit.training.data.preprocessing import preprocessing
+from early_exit.training.data.replay import MIXUP, Replay, replay_records
+from early_exit.training.data.training_set import Material, prepare
+from early_exit.training.heads.heads import TrainedHead, find_architectures, train_heads
+from early_exit.training.heads.search import Search
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import exit_costs
-from early_exit.training.profile import Profile, TimeCost, profile_backbone
-from early_exit.training.replay import MIXUP, Replay, replay_records
-from early_exit.training.requests import preprocessing
-from early_exit.training.risk import Risk
-from early_exit.training.search import Search
+from early_exit.training.planning.choose import choose, make_plan
+from early_exit.training.planning.predictions import judge
+from early_exit.training.selection.risk import Risk
 from tests.benchmarks.baselines.branchynet import branchynet
 from tests.benchmarks.baselines.earlyon import earlyon
 from tests.benchmarks.baselines.gati import gati

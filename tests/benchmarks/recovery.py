@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.audit import Audit
-from early_exit.archiver.management import Management
-from early_exit.archiver.server import TorchServe
-from early_exit.archiver.triggers import Terms
-from early_exit.archiver.watcher import Watched, Watcher
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.watch.audit import Audit
+from early_exit.archiver.watch.triggers import Terms
+from early_exit.archiver.watch.watcher import Watched, Watcher
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.report import report
 from tests.support.cifar import as_batch, load_requests, load_weights

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.management import Management
-from early_exit.archiver.roll import roll
-from early_exit.archiver.server import TorchServe, raise_on_terminate
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.rollout.roll import roll
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
 from early_exit.handler.config import ANSWERS
 from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
 from tests.support.digits import traffic, train_backbone

@@ -11,15 +11,15 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.engine import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.head import Head
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.served_head import ServedHead
-from early_exit.handler.stages import FULL, Answers, Exit, Stage, run_with_exits
-from early_exit.training.ltma import AllocationCounter, ltma
-from early_exit.training.performance import categorize
-from early_exit.training.profile import one_thread
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
+from early_exit.handler.exits.head import Head
+from early_exit.handler.exits.inference_head import ServedHead
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.inference.forward import FULL, Answers, Exit, Stage, run_with_exits
+from early_exit.training.costs.profiling import one_thread
+from early_exit.training.report.ltma import AllocationCounter, ltma
+from early_exit.training.report.performance import categorize
 from tests.benchmarks.subjects import Subject
 from tests.benchmarks.tables import judgement, tables
 from tests.support.timing import cpu_ratio

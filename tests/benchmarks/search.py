@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from early_exit.handler.records import list_shards, read_header, read_shard, write_shard
-from early_exit.training.journal import read_journal
+from early_exit.handler.recording.format import list_shards, read_header, read_shard, write_shard
+from early_exit.training.heads.journal import read_journal
+from early_exit.training.heads.trial import Trial
 from early_exit.training.paths import RunPaths
-from early_exit.training.trial import Trial
 from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
 

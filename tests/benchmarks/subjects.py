@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.layout import ArchiveLayout, extract
-from early_exit.training.replay import Replay
-from early_exit.training.requests import preprocessing
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.training.data.preprocessing import preprocessing
+from early_exit.training.data.replay import Replay
 from tests.benchmarks import faces, recommender, scenes, transformer
 from tests.support import digits
 from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.stages import FULL, Answers
-from early_exit.training.cost import flop_costs
-from early_exit.training.judged import Judgement
-from early_exit.training.performance import Performance, curve, exit_performances, setting
-from early_exit.training.thresholds import Candidates, Choice
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.inference.forward import FULL, Answers
+from early_exit.training.costs.cost import flop_costs
+from early_exit.training.planning.predictions import Judgement
+from early_exit.training.report.performance import Performance, curve, exit_performances, setting
+from early_exit.training.selection.thresholds import Candidates, Choice
 
 _LEVELS = tuple(step / 20 for step in range(21))
 _EVERY = 5

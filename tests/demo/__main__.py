@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from early_exit.archiver.server import raise_on_terminate
-from early_exit.handler.allocator import restart_with_allocator
+from early_exit.archiver.torchserve.process import raise_on_terminate
+from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
-from early_exit.training.profile import one_thread
 from tests.support.client import failed, latency_ms
 from tests.support.digits import batches, traffic, train_backbone
 from tests.support.loop import LoopResult, run_loop

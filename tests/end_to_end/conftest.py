@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from early_exit.archiver.management import Management
-from early_exit.archiver.server import TorchServe
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest
-from early_exit.archiver.server import TorchServe
-from early_exit.handler.plan import Certificate
+from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.handler.exits.plan import Certificate
 from tests.conftest import WORKERS
 from tests.support.client import Reply, failed, send
 from tests.support.digits import traffic

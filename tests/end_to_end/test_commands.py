@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import requests
 
-from early_exit.archiver.cli import main as archive
-from early_exit.archiver.gateway_cli import main as gateway
-from early_exit.archiver.roll_cli import main as roll
-from early_exit.archiver.serve import main as serve
-from early_exit.archiver.watch_cli import main as watch
+from early_exit.archiver.gateway.cli import main as gateway
+from early_exit.archiver.packaging.cli import main as archive
+from early_exit.archiver.rollout.cli import main as roll
+from early_exit.archiver.torchserve.cli import main as serve
+from early_exit.archiver.watch.cli import main as watch
 from early_exit.training.cli import main as train
 from tests.support.client import consecutive_free_ports
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest
-from early_exit.archiver.fleet import roll_all
-from early_exit.archiver.management import Management
-from early_exit.archiver.roll import roll
-from early_exit.archiver.server import TorchServe
+from early_exit.archiver.gateway.prometheus import read_metrics
+from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.rollout.fleet import roll_all
+from early_exit.archiver.rollout.roll import roll
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import EarlyExitError, ServerError
-from early_exit.handler.gateway.scrape import read_metrics
-from early_exit.handler.records import list_shards, read_shard
+from early_exit.handler.recording.format import list_shards, read_shard
 from tests.support.client import BackgroundLoad, Reply, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan

@@ -14,10 +14,10 @@ import torch
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest
-from early_exit.archiver.server import TorchServe
-from early_exit.handler.gateway.messages import Limits
+from early_exit.archiver.gateway.messages import Limits
+from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.torchserve.process import TorchServe
 from tests.conftest import WORKERS
 from tests.support.digits import traffic
 from tests.support.gateway import as_bytes, as_text, gateway, receive, wait_for_state

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
 from torchvision.transforms.functional import to_pil_image
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.detector import backbone_of_detector
-from early_exit.archiver.management import Management
-from early_exit.archiver.server import TorchServe
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.head import Head
-from early_exit.handler.plan import ExitPlan, save_plan
-from early_exit.handler.records import list_shards, read_shard
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.detector import backbone_of_detector
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.head import Head
+from early_exit.handler.exits.plan import ExitPlan, save_plan
+from early_exit.handler.inference.forward import FULL
+from early_exit.handler.model import ServedModel
+from early_exit.handler.recording.format import list_shards, read_shard
 from tests.conftest import WORKERS
 from tests.support.client import failed, send
 from tests.support.detector import images, one_exit, sure_detector

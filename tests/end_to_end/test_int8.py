@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.server import TorchServe
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.engine import ENGINES, INT8
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.engines.registry import ENGINES, INT8
 from early_exit.handler.errors import ArchiveError, PlanError, RecordError
-from early_exit.handler.layout import ArchiveLayout, extract
-from early_exit.handler.plan import load_plan
-from early_exit.handler.records import list_shards, read_header, read_shard
+from early_exit.handler.exits.plan import load_plan
+from early_exit.handler.recording.format import list_shards, read_header, read_shard
+from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
-from early_exit.training.requests import preprocessing
 from tests.support.client import failed, send
 from tests.support.digits import traffic
 from tests.support.documents import README

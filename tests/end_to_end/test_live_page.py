@@ -13,13 +13,13 @@ import pytest
 import requests
 from websockets.sync.client import connect
 
-from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest
-from early_exit.archiver.audit import Audit
-from early_exit.archiver.management import Management
-from early_exit.archiver.roll import roll
-from early_exit.archiver.server import TorchServe
-from early_exit.handler.plan import Certificate
+from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.rollout.roll import roll
+from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.watch.audit import Audit
+from early_exit.handler.exits.plan import Certificate
 from tests.conftest import WORKERS
 from tests.support.browser import CHROMIUM, Browser, browser
 from tests.support.client import failed, send

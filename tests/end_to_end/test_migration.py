@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.inspect import describe
-from early_exit.archiver.server import TorchServe
+from early_exit.archiver.packaging.describe import describe
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
 from tests.conftest import WORKERS
 from tests.support.client import send
 from tests.support.detector import sure_detector

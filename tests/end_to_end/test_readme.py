@@ -19,8 +19,8 @@ from torch import nn
 from torchvision.transforms import v2
 from websockets.sync.client import connect
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.server import TorchServe
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
 from tests.support.client import consecutive_free_ports, failed, send
 from tests.support.digits import traffic
 from tests.support.documents import README, ROOT, blocks

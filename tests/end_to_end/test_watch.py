@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 import requests
 
-from early_exit.archiver.addresses import Addresses, read_token
-from early_exit.archiver.archive import ArchiveRequest
-from early_exit.archiver.audit import only_watcher
-from early_exit.archiver.management import Management
-from early_exit.archiver.server import TorchServe
-from early_exit.archiver.triggers import Terms
-from early_exit.archiver.watcher import Watched, Watcher
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.monitor import Monitored
-from early_exit.handler.records import ShardHeader, list_shards
-from early_exit.handler.watchman import Watchman, monitor_file
-from early_exit.training.distill import Distillation
+from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.watch.audit import only_watcher
+from early_exit.archiver.watch.triggers import Terms
+from early_exit.archiver.watch.watcher import Watched, Watcher
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.monitor.sequential_test import Monitored
+from early_exit.handler.monitor.shared_state import Watchman, monitor_file
+from early_exit.handler.recording.format import ShardHeader, list_shards
+from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from tests.support.client import Reply, failed, metrics, send
 from tests.support.corrupt import corrupted
@@ -207,7 +207,7 @@ def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched
 
 
 def run(server: TorchServe, watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "early_exit.archiver.watch", *arguments, "digits", "--records",
+    command = [sys.executable, "-m", "early_exit.archiver.watch.__main__", *arguments, "digits", "--records",
                *watched.sources, "--model-store", str(watched.store), "--state", str(watched.state), "--server",
                f"{server.addresses.inference},{server.addresses.management}", "--tokens", str(server.key_file),
                "--tolerance", str(TOLERANCE)]

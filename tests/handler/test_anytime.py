@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from early_exit.handler.anytime import ANYTIME_HEADER, OPINIONS_HEADER
-from early_exit.handler.bookkeeping import Bookkeeper
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.isolation import answer_items
-from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL, run_with_exits
-from early_exit.training.requests import worker_context
+from early_exit.handler.inference.forward import FULL, run_with_exits
+from early_exit.handler.model import ServedModel
+from early_exit.handler.serving.anytime import ANYTIME_HEADER, OPINIONS_HEADER
+from early_exit.handler.serving.isolation import answer_items
+from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.training.data.preprocessing import worker_context
 from tests.handler.test_early import Numbers, backbone, model, requests
 from tests.handler.test_stages import inputs, three_stages
 

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.cuda_graphs import Graphed, padded, sizes_up_to
-from early_exit.handler.cuda_stages import graphed
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.plan import ExitPlan, PlannedExit
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.probe import answer_probe
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import Exit, Stage, run_with_exits
-from early_exit.handler.stepwise import StepwiseRun
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.cuda.graphs import Graphed, padded, sizes_up_to
+from early_exit.handler.cuda.stages import graphed
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.inference.continuous import StepwiseRun
+from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
+from early_exit.handler.model import ServedModel
+from early_exit.handler.serving.probe import answer_probe
 from tests.support.gpu import needs_gpu
 from tests.support.models.digits_resnet import DigitsResNet
 

@@ -15,15 +15,15 @@ from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from early_exit.archiver.detector import backbone_of_detector, is_detector
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.detections import CERTAIN, Strategy, class_scores, with_nulls
-from early_exit.handler.detector import images_of
+from early_exit.archiver.packaging.detector import backbone_of_detector, is_detector
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.detections import CERTAIN, Strategy, class_scores, with_nulls
+from early_exit.handler.detection.detector import images_of
+from early_exit.handler.detection.detector_registry import TAILS
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL
-from early_exit.handler.stepwise import StepwiseRun
-from early_exit.handler.tails import TAILS
+from early_exit.handler.inference.continuous import StepwiseRun
+from early_exit.handler.inference.forward import FULL
+from early_exit.handler.model import ServedModel
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS

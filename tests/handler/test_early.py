@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.benefit import Benefit
-from early_exit.handler.bookkeeping import Bookkeeper
-from early_exit.handler.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ArchiveError, ConfigError
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.isolation import answer_items
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.plan import ExitPlan, PlannedExit
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stepwise import StepwiseRun
-from early_exit.training.requests import worker_context
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.inference.bypass import Benefit
+from early_exit.handler.inference.continuous import StepwiseRun
+from early_exit.handler.model import ServedModel
+from early_exit.handler.serving.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
+from early_exit.handler.serving.isolation import answer_items
+from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.training.data.preprocessing import worker_context
 
 
 class Numbers:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.engine import ENGINES, INT8
-from early_exit.handler.export import backbone_graph, export_backbone
-from early_exit.handler.fold import fold
-from early_exit.handler.graph import split
-from early_exit.handler.served import ServedModel
-from early_exit.handler.signature import InputSpec
-from early_exit.handler.stages import Stage, run_with_exits
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.graph import split
+from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.engines.fold import fold
+from early_exit.handler.engines.registry import ENGINES, INT8
+from early_exit.handler.inference.forward import Stage, run_with_exits
+from early_exit.handler.model import ServedModel
 from tests.support.plans import random_exits
 
 

@@ -9,11 +9,11 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.engine import ENGINES
-from early_exit.handler.fold import fold
-from early_exit.handler.fuse import fuse
-from early_exit.handler.graph import split
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.graph import split
+from early_exit.handler.engines.fold import fold
+from early_exit.handler.engines.fuse import fuse
+from early_exit.handler.engines.registry import ENGINES
 from tests.support.gpu import needs_gpu
 
 ATEN = torch.ops.aten

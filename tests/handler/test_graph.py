@@ -9,12 +9,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.graph import find_cuts, split
+from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import GraphError
-from early_exit.handler.export import backbone_graph, export_backbone
-from early_exit.handler.graph import find_cuts, split
-from early_exit.handler.scores import ScoreKind
-from early_exit.handler.signature import InputSpec
 
 
 @pytest.mark.parametrize(("name", "side"), [

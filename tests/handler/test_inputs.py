@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.graph import find_cuts, split
+from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import GraphError, InputError
-from early_exit.handler.export import backbone_graph, export_backbone
-from early_exit.handler.graph import find_cuts, split
-from early_exit.handler.served import ServedModel
-from early_exit.handler.signature import InputSpec
+from early_exit.handler.model import ServedModel
 
 TEXT = (InputSpec("tokens", (6,), "int64"), InputSpec("mask", (6,), "int64"))
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.isolation import answer_items
-from early_exit.handler.served import ServedModel
-from early_exit.training.requests import worker_context
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.model import ServedModel
+from early_exit.handler.serving.isolation import answer_items
+from early_exit.training.data.preprocessing import worker_context
 
 
 class Numbers:
@@ -82,7 +82,7 @@ def test_an_error_inside_the_model_is_a_500(model: ServedModel, monkeypatch: pyt
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr("early_exit.handler.passes.run_with_exits", broken)
+    monkeypatch.setattr("early_exit.handler.inference.executor.run_with_exits", broken)
     context = context_for(1)
     answer_items([{"body": GOOD}], context, Numbers(model), model)
     assert context.get_response_status(0)[0] == 500
@@ -92,7 +92,7 @@ def test_out_of_memory_is_left_to_torchserve(model: ServedModel, monkeypatch: py
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr("early_exit.handler.passes.run_with_exits", broken)
+    monkeypatch.setattr("early_exit.handler.inference.executor.run_with_exits", broken)
     with pytest.raises(MemoryError):
         answer_items([{"body": GOOD}], context_for(1), Numbers(model), model)
 

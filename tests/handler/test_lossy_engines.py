@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from early_exit.archiver.quantize import quantize
-from early_exit.handler.backbone import Backbone
+from early_exit.archiver.packaging.quantize import quantize
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.engine import ENGINES, INT8, are_alike
+from early_exit.handler.engines.registry import ENGINES, INT8, are_alike
 from early_exit.handler.errors import ArchiveError, ConfigError, InputError, PlanError
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.plan import ExitPlan
-from early_exit.handler.served import ServedModel
+from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.model import ServedModel
 from tests.support.digits import traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.plans import random_exits

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from early_exit.handler.monitor import BETS, Evidence, Monitored, MonitorState, upper_limit
-from early_exit.handler.plan import Certificate
-from early_exit.handler.scores import ScoreKind
-from early_exit.handler.watchman import Watchman, read_state
+from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.monitor.sequential_test import BETS, Evidence, Monitored, MonitorState, upper_limit
+from early_exit.handler.monitor.shared_state import Watchman, read_state
 
 TOLERANCE = 0.02
 MONITORED = Monitored("disagreement", TOLERANCE, 0.05)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import PlanError
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, build_heads, load_plan, save_plan
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit, build_heads, load_plan, save_plan
 
 
 @pytest.fixture(scope="module")

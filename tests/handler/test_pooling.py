@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from early_exit.handler.pooling import pool_activation, pooled_shape
+from early_exit.handler.backbone.pooling import pool_activation, pooled_shape
 
 
 @settings(deadline=None, max_examples=60)

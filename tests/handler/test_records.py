@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import RecordError
-from early_exit.handler.recorder import RecordWriter
-from early_exit.handler.records import (
+from early_exit.handler.recording.format import (
     Records,
     ShardHeader,
     list_shards,
@@ -25,6 +24,7 @@ from early_exit.handler.records import (
     read_times,
     write_shard,
 )
+from early_exit.handler.recording.writer import RecordWriter
 
 HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1", "layer2"))
 
@@ -65,7 +65,7 @@ def test_only_the_asked_layers_are_read(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("early_exit.handler.records.FORMAT", "3")
+    monkeypatch.setattr("early_exit.handler.recording.format.FORMAT", "3")
     write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
     monkeypatch.undo()
     with pytest.raises(RecordError, match="record format '3', this version reads 2"):
@@ -124,8 +124,9 @@ def test_a_clock_that_jumps_back_loses_no_shard(tmp_path: Path, monkeypatch: pyt
     writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=2, records_max_age_s=3600))
     now, wait_until = time.time(), time.monotonic() + 10
     for count, jump_s in enumerate((0, -7200, -7200), start=1):
-        monkeypatch.setattr("early_exit.handler.recorder.time.time", lambda jump_s=jump_s: now + jump_s)
-        monkeypatch.setattr("early_exit.handler.recorder.time.time_ns", lambda jump_s=jump_s: int(1e9 * (now + jump_s)))
+        monkeypatch.setattr("early_exit.handler.recording.writer.time.time", lambda jump_s=jump_s: now + jump_s)
+        monkeypatch.setattr("early_exit.handler.recording.writer.time.time_ns",
+                            lambda jump_s=jump_s: int(1e9 * (now + jump_s)))
         writer.offer(some_records(2))
         while len(list_shards(tmp_path)) < count and time.monotonic() < wait_until:
             time.sleep(0.01)
@@ -177,7 +178,7 @@ def test_when_the_disk_does_not_keep_up_records_are_dropped_not_kept_in_memory(
     def slow(*args: object) -> None:
         time.sleep(0.5)
 
-    monkeypatch.setattr("early_exit.handler.recorder.write_shard", slow)
+    monkeypatch.setattr("early_exit.handler.recording.writer.write_shard", slow)
     writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=2))
     for _ in range(20):
         writer.offer(some_records(2))

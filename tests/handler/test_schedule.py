@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from early_exit.handler.schedule import Waiting, next_stage
+from early_exit.handler.inference.scheduler import Waiting, next_stage
 
 
 @settings(deadline=None, max_examples=100)

@@ -13,19 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.benefit import Benefit, Comparison
-from early_exit.handler.bookkeeping import EXIT_HEADER, STEP_HEADER, Bookkeeper
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.isolation import Served
-from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.monitor import MonitorState
-from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit
-from early_exit.handler.records import ShardHeader
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import FULL
-from early_exit.handler.watchman import watch
-from early_exit.training.requests import worker_context
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.inference.bypass import Benefit, Comparison
+from early_exit.handler.inference.forward import FULL
+from early_exit.handler.model import ServedModel
+from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.monitor.shared_state import watch
+from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.serving.isolation import Served
+from early_exit.handler.serving.telemetry import EXIT_HEADER, STEP_HEADER, Bookkeeper
+from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.training.data.preprocessing import worker_context
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from early_exit.handler.stages import Live, Stage, run_with_exits
-from early_exit.handler.stepwise import Journey, StepwiseRun
+from early_exit.handler.inference.continuous import Journey, StepwiseRun
+from early_exit.handler.inference.forward import Live, Stage, run_with_exits
 from tests.handler.test_stages import inputs, three_stages
 
 

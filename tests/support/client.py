@@ -15,8 +15,8 @@ from types import TracebackType
 
 import requests
 
-from early_exit.archiver.addresses import free_ports, read_token
-from early_exit.archiver.server import TorchServe
+from early_exit.archiver.torchserve.addresses import free_ports, read_token
+from early_exit.archiver.torchserve.process import TorchServe
 
 TIMEOUT_S = 60.0
 

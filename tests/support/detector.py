@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.head import Head
-from early_exit.handler.plan import ExitPlan
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.head import Head
+from early_exit.handler.exits.plan import ExitPlan
 from tests.support.models.small_detector import SmallDetector
 from tests.support.plans import random_exits
 

@@ -15,13 +15,13 @@ import requests
 from starlette.applications import Starlette
 from websockets.sync.client import ClientConnection
 
-from early_exit.archiver.addresses import Addresses, free_ports, read_token
-from early_exit.archiver.management import Management
-from early_exit.handler.gateway.app import create_app
-from early_exit.handler.gateway.live import Decisions
-from early_exit.handler.gateway.messages import Limits
-from early_exit.handler.gateway.server import make_server
-from early_exit.handler.gateway.upstream import Upstream
+from early_exit.archiver.gateway.app import create_app
+from early_exit.archiver.gateway.asgi_server import make_server
+from early_exit.archiver.gateway.dashboard import Decisions
+from early_exit.archiver.gateway.messages import Limits
+from early_exit.archiver.gateway.torchserve_client import Upstream
+from early_exit.archiver.torchserve.addresses import Addresses, free_ports, read_token
+from early_exit.archiver.torchserve.management import Management
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone
 from tests.support.recording import record
 
 SHAPE = (3, 8, 8)

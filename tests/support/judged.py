@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.training.cost import flop_costs
-from early_exit.training.dataset import Part
-from early_exit.training.judged import Judged, Judgement
-from early_exit.training.risk import Risk
-from early_exit.training.thresholds import Candidates
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.training.costs.cost import flop_costs
+from early_exit.training.data.dataset import Part
+from early_exit.training.planning.predictions import Judged, Judgement
+from early_exit.training.selection.risk import Risk
+from early_exit.training.selection.thresholds import Candidates
 
 N_CLASSES = 4
 

@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from early_exit.archiver.addresses import Addresses
-from early_exit.archiver.archive import ArchiveRequest, build_archive
-from early_exit.archiver.management import Management
-from early_exit.archiver.roll import roll
-from early_exit.archiver.server import TorchServe
-from early_exit.handler.bookkeeping import FULL_NAME
-from early_exit.handler.layout import ArchiveLayout, extract, read_archive
-from early_exit.handler.records import list_shards, read_shard
-from early_exit.training.dataset import find_shards
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.rollout.roll import roll
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
+from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.handler.serving.telemetry import FULL_NAME
+from early_exit.training.data.dataset import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
-from early_exit.training.report import RunReport
+from early_exit.training.report.summary import RunReport
 from tests.support.client import BackgroundLoad, Reply, send
 from tests.support.workers import resident_mb
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.training.activations import Activations
-from early_exit.training.dataset import Part
-from early_exit.training.material import Material, finish
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.training.data.activation_file import Activations
+from early_exit.training.data.dataset import Part
+from early_exit.training.data.training_set import Material, finish
 from early_exit.training.paths import MaterialPaths
 
 LAYER = CandidateLayer("layer", "layer", (12,), 0.4)

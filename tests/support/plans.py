@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.graph import split
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.layout import read_archive
-from early_exit.handler.plan import Certificate, ExitPlan, PlannedExit, save_plan
-from early_exit.handler.policy import ConfidencePolicy
+from early_exit.handler.archive_layout import read_archive
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.graph import split
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit, save_plan
+from early_exit.handler.exits.policy import ConfidencePolicy
 
 
 def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None,

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.bookkeeping import Bookkeeper
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.isolation import Served
-from early_exit.handler.metrics import ServingMetrics
-from early_exit.handler.recorder import RecordWriter
-from early_exit.handler.records import ShardHeader
-from early_exit.handler.served import ServedModel
-from early_exit.handler.stages import Live
-from early_exit.training.requests import worker_context
+from early_exit.handler.inference.forward import Live
+from early_exit.handler.model import ServedModel
+from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.serving.isolation import Served
+from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.training.data.preprocessing import worker_context
 
 
 def record(backbone: Backbone, inputs: Tensor | Live, folder: Path, *, name: str = "model", first_request: int = 0,

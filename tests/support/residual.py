@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone
 
 N_RECORDS = 3000
 

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from early_exit.handler.layout import MANIFEST
+from early_exit.handler.archive_layout import MANIFEST
 
 
 def rewritten(mar: Path, target: Path, *, drop: str = "", **changed: bytes | Callable[[str], str]) -> Path:

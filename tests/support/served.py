@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.layout import ArchiveLayout, extract
-from early_exit.handler.served import ServedModel
-from early_exit.training.requests import archived_config
+from early_exit.handler.model import ServedModel
+from early_exit.training.data.preprocessing import archived_config
 
 
 def served_model(mar: Path) -> ServedModel:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from early_exit.archiver import archive
-from early_exit.archiver.archive import ArchiveRequest
+from early_exit.archiver.packaging import archive
+from early_exit.archiver.packaging.archive import ArchiveRequest
 
 
 def build_untried(asked: ArchiveRequest, say: Callable[[str], None] = lambda line: None) -> Path:

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 
-from early_exit.archiver.management import Management
-from early_exit.archiver.server import TorchServe
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
 
 
 def wait_until_ready(server: TorchServe, model: str = "digits") -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.served import ServedModel
-from early_exit.handler.signature import InputSpec
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.model import ServedModel
 
 VOCABULARY, LENGTH = 99, 12
 

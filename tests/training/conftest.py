@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
 from tests.support.recording import record
 from tests.support.residual import recorded_inputs, residual_backbone
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from early_exit.training.activations import Activations, Selected
+from early_exit.training.data.activation_file import Activations, Selected
 
 
 @settings(deadline=None, max_examples=60)

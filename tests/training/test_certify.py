@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.handler.errors import RecordError
-from early_exit.training.certify import (
+from early_exit.training.selection.certify import (
     betting_p_value,
     most_failures,
     p_value,
@@ -21,7 +21,7 @@ from early_exit.training.certify import (
     risk_p_value,
     walk,
 )
-from early_exit.training.risk import Risk
+from early_exit.training.selection.risk import Risk
 
 
 @given(n=st.integers(1, 60), k=st.integers(0, 60), percent=st.integers(1, 99))

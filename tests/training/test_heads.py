@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from early_exit.handler.head import Convolution, HeadSpec
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.training.calibrate import MIN_TEMPERATURE, fit_temperature
-from early_exit.training.cost import head_flops
-from early_exit.training.distill import Classify, Distillation, train_head
+from early_exit.handler.exits.head import Convolution, HeadSpec
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.training.costs.cost import head_flops
+from early_exit.training.heads.distill import Classify, Distillation, train_head
+from early_exit.training.selection.calibrate import MIN_TEMPERATURE, fit_temperature
 
 RECIPE = Distillation(epochs=30)
 

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.export import backbone_graph, export_backbone
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.plan import ExitPlan, PlannedExit
-from early_exit.handler.signature import InputSpec
-from early_exit.training.ltma import expected_ltma, ltma
-from early_exit.training.rehearsal import Rehearsal
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.training.report.ltma import expected_ltma, ltma
+from early_exit.training.report.scripted_model import Rehearsal
 from tests.support.residual import residual_backbone
 
 FLOAT = 4

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.archive_layout import MANIFEST, ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ArchiveError, RecordError
-from early_exit.handler.layout import MANIFEST, ArchiveLayout
-from early_exit.training.dataset import find_shards
-from early_exit.training.distill import Distillation
-from early_exit.training.evaluate import Evaluation, evaluate
+from early_exit.training.data.dataset import find_shards
+from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
-from early_exit.training.page import html_page
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
-from early_exit.training.report import RunReport
+from early_exit.training.report.evaluate import Evaluation, evaluate
+from early_exit.training.report.html import html_page
+from early_exit.training.report.summary import RunReport
 from tests.support.residual import N_RECORDS
 
 OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10), batch_size=4)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from early_exit.training.dataset import Part
-from early_exit.training.judged import Judged, Judgement
-from early_exit.training.performance import categorize, curve, exit_performances, setting
-from early_exit.training.thresholds import NEVER, Choice
+from early_exit.training.data.dataset import Part
+from early_exit.training.planning.predictions import Judged, Judgement
+from early_exit.training.report.performance import categorize, curve, exit_performances, setting
+from early_exit.training.selection.thresholds import NEVER, Choice
 from tests.support.judged import made_judged
 
 CHOICE = Choice((0, 2), (0.9, 0.6))

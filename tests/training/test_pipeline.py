@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.bookkeeping import request_hash
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ConfigError, RecordError
-from early_exit.handler.head import HeadSpec
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.plan import build_heads, load_plan
-from early_exit.handler.records import Records, ShardHeader, list_shards, write_shard
-from early_exit.handler.served import ServedModel
-from early_exit.training.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
-from early_exit.training.distill import Distillation
+from early_exit.handler.exits.head import HeadSpec
+from early_exit.handler.exits.plan import build_heads, load_plan
+from early_exit.handler.model import ServedModel
+from early_exit.handler.recording.format import Records, ShardHeader, list_shards, write_shard
+from early_exit.handler.serving.telemetry import request_hash
+from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
+from early_exit.training.heads.distill import Distillation
+from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
-from early_exit.training.risk import Risk
-from early_exit.training.space import SearchSpace
+from early_exit.training.selection.risk import Risk
 from tests.support.recording import record
 from tests.support.residual import N_RECORDS, Residual, recorded_inputs
 

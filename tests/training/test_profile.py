@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.head import Convolution, Head, HeadSpec
-from early_exit.handler.served_head import ServedHead
-from early_exit.training.profile import Profile, profile_backbone
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.head import Convolution, Head, HeadSpec
+from early_exit.handler.exits.inference_head import ServedHead
+from early_exit.training.costs.profiling import Profile, profile_backbone
 
 SIZES = (1, 2, 4, 8)
 IN_PROPORTION = (1.0, 2.0, 4.0, 8.0)

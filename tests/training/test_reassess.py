@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.handler.backbone import Backbone
-from early_exit.handler.layout import ArchiveLayout
-from early_exit.handler.plan import build_heads, load_plan
-from early_exit.training.dataset import find_shards
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.plan import build_heads, load_plan
+from early_exit.training.data.dataset import find_shards
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
-from early_exit.training.reassess import cost_on_run
+from early_exit.training.planning.reassess import cost_on_run
 from tests.training.test_pipeline import OPTIONS
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from early_exit.handler.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import RecordError
-from early_exit.handler.records import list_shards
-from early_exit.handler.signature import InputSpec
-from early_exit.training.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.handler.recording.format import list_shards
+from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.training.data.preprocessing import Preprocessing, preprocessing
+from early_exit.training.data.replay import Replay, augmentation, replay_records
 from early_exit.training.paths import MaterialPaths
-from early_exit.training.replay import Replay, augmentation, replay_records
-from early_exit.training.requests import Preprocessing, preprocessing
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 
 N_RECORDS, ROUNDS = 90, 2

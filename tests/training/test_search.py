@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from early_exit.handler.head import HeadSpec
-from early_exit.training.algorithms import HeadTpe
-from early_exit.training.cost import FlopCost
-from early_exit.training.distill import Distillation
-from early_exit.training.journal import read_journal
+from early_exit.handler.exits.head import HeadSpec
+from early_exit.training.costs.cost import FlopCost
+from early_exit.training.heads.distill import Distillation
+from early_exit.training.heads.journal import read_journal
+from early_exit.training.heads.nni_algorithms import HeadTpe
+from early_exit.training.heads.search import Search, best_trial, search_layer
+from early_exit.training.heads.space import SearchSpace, default_choice, default_head, spec_of
+from early_exit.training.heads.trial import Evaluator, Trial, is_better_than_chance
 from early_exit.training.paths import RunPaths
-from early_exit.training.search import Search, best_trial, search_layer
-from early_exit.training.space import SearchSpace, default_choice, default_head, spec_of
-from early_exit.training.trial import Evaluator, Trial, is_better_than_chance
 from tests.support.material import LAYER, made_material
 
 SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 from early_exit.handler.errors import ConfigError
-from early_exit.training.algorithms import JournalTpe
-from early_exit.training.cost import FlopCost
-from early_exit.training.distill import Distillation
-from early_exit.training.journal import append, gather, read_journal, write_result
+from early_exit.training.costs.cost import FlopCost
+from early_exit.training.heads.distill import Distillation
+from early_exit.training.heads.journal import append, gather, read_journal, write_result
+from early_exit.training.heads.nni_algorithms import JournalTpe
+from early_exit.training.heads.nni_service import Service, search_in_service
+from early_exit.training.heads.search import Search, search_layer
+from early_exit.training.heads.space import SearchSpace
+from early_exit.training.heads.trial import Evaluator
 from early_exit.training.paths import RunPaths
-from early_exit.training.search import Search, search_layer
-from early_exit.training.service import Service, search_in_service
-from early_exit.training.space import SearchSpace
-from early_exit.training.trial import Evaluator
 from tests.support.material import LAYER, made_material
 from tests.support.sshd import USER, sshd
 

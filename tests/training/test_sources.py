@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from early_exit.archiver.addresses import free_ports
+from early_exit.archiver.torchserve.addresses import free_ports
 from early_exit.handler.errors import RecordError
-from early_exit.handler.records import Records, ShardHeader, list_shards, read_shard, write_shard
-from early_exit.training.sources import local_folders
+from early_exit.handler.recording.format import Records, ShardHeader, list_shards, read_shard, write_shard
+from early_exit.training.data.sources import local_folders
 
 HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1",))
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from early_exit.handler.backbone.pooling import pool_activation, pooled_shape
 from early_exit.handler.errors import ConfigError
-from early_exit.handler.head import Convolution, Head, HeadSpec
-from early_exit.handler.pooling import pool_activation, pooled_shape
-from early_exit.training.space import SearchSpace, given_head, spec_of, used
+from early_exit.handler.exits.head import Convolution, Head, HeadSpec
+from early_exit.training.heads.space import SearchSpace, given_head, spec_of, used
 
 SHAPES = [(6, 8, 8), (6, 7, 7), (6, 1, 1), (5, 12), (20,)]
 

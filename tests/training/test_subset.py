@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from early_exit.training.cost import Costs
-from early_exit.training.subset import Option, best_subset, bit_mask, improved_subset, loss_masks
+from early_exit.training.costs.cost import Costs
+from early_exit.training.selection.subset import Option, best_subset, bit_mask, improved_subset, loss_masks
 
 
 def random_costs(n_layers: int, generator: torch.Generator, *, batch_size: int) -> Costs:

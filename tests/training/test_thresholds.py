@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from early_exit.training.certify import most_failures
-from early_exit.training.choose import settings as settings_to_certify
-from early_exit.training.cost import Costs
-from early_exit.training.dataset import Part
+from early_exit.training.costs.cost import Costs
+from early_exit.training.data.dataset import Part
 from early_exit.training.options import TrainingOptions
-from early_exit.training.thresholds import (
+from early_exit.training.planning.choose import settings as settings_to_certify
+from early_exit.training.selection.certify import most_failures
+from early_exit.training.selection.thresholds import (
     Candidates,
     Choice,
     batch_costs,

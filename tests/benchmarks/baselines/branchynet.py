@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from early_exit.handler.stages import Exit
+from early_exit.handler.inference.forward import Exit
 from tests.benchmarks.baselines.labelled import LabelledRecords, most_aggressive
 
 

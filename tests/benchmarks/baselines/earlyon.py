@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from early_exit.handler.policy import ConfidencePolicy
-from early_exit.handler.pooling import Side, pool_activation
-from early_exit.handler.stages import Exit
+from early_exit.handler.backbone.pooling import Side, pool_activation
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.inference.forward import Exit
 from tests.benchmarks.baselines.labelled import LabelledRecords
 from tests.support.cifar import DataMissing
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from early_exit.handler.stages import Exit
+from early_exit.handler.inference.forward import Exit
 from tests.benchmarks.baselines.labelled import LabelledRecords, most_aggressive
 
 _STEPS = 400

@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from early_exit.handler.candidates import CandidateLayer
-from early_exit.handler.head import Head, HeadSpec
-from early_exit.handler.pooling import Side
-from early_exit.training.activations import Activations, Selected
-from early_exit.training.distill import Distillation, train_head
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.training.data.activation_file import Activations, Selected
+from early_exit.training.heads.distill import Distillation, train_head
 
 
 @dataclass(frozen=True)

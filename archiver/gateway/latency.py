@@ -1,0 +1,55 @@
+"""How long the answers took that went over the gateway's WebSocket."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from typing import Any
+
+from early_exit.handler.serving.telemetry import FULL_NAME
+
+_KEPT, _VERSIONS = 2000, 3
+FIRST_MS, PER_DECADE, DECADES = 1.0, 10, 5
+"""The bins are even on a logarithmic scale, from 1 ms to 100 s."""
+
+
+class Latencies:
+    """Of the latest answers of the latest versions, by whether they left early."""
+
+    def __init__(self) -> None:
+        self._ms: dict[str, dict[bool, deque[float]]] = {}
+
+    def add(self, told: Mapping[str, Any]) -> None:
+        """Note a message of the protocol; only answers count, without opinions: those ran to the end for them."""
+        if told["status"] != 200 or "version" not in told or "opinions" in told:
+            return
+        if told["version"] not in self._ms:
+            self._ms[told["version"]] = defaultdict(lambda: deque(maxlen=_KEPT))
+            if len(self._ms) > _VERSIONS:
+                del self._ms[next(iter(self._ms))]
+        self._ms[told["version"]][told.get("exit", FULL_NAME) != FULL_NAME].append(told["latency_ms"])
+
+    def told(self) -> list[dict[str, Any]]:
+        """Return a distribution for each version and kind of answer."""
+        return [{"version": version, "early": early, **distribution(list(values))}
+                for version, kinds in self._ms.items() for early, values in kinds.items()]
+
+
+def distribution(values: list[float]) -> dict[str, Any]:
+    """Return the count, the median, the 95th percentile and the share in each bin of some milliseconds.
+
+    >>> told = distribution([10.0, 10.5, 11.0, 2000.0])
+    >>> told["n"], told["p50"], told["bins"][10], told["bins"][33]
+    (4, 11.0, 0.75, 0.25)
+    """
+    ordered, bins = sorted(values), [0.0] * (PER_DECADE * DECADES)
+    for value in ordered:
+        place = math.floor(PER_DECADE * math.log10(max(value, FIRST_MS) / FIRST_MS))
+        bins[min(place, len(bins) - 1)] += 1 / len(ordered)
+    return {"n": len(ordered), "p50": _quantile(ordered, 0.5), "p95": _quantile(ordered, 0.95),
+            "bins": [round(share, 4) for share in bins]}
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -1,0 +1,1 @@
+"""`ee-archive`: writes and describes early-exit archives."""

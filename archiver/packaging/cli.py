@@ -1,0 +1,112 @@
+"""`ee-archive`: repackage a model so that TorchServe serves it with records and early exits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.describe import describe, in_words
+from early_exit.archiver.packaging.detector import PEDESTRIAN
+from early_exit.archiver.packaging.quantize import N_SAMPLES
+from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.detection.detections import Strategy
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
+from early_exit.training.command import command_parser, run_command, say_next
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ee-archive`; return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["show"]:
+        asked = _show_parser().parse_args(given[1:])
+        return run_command("ee-archive", lambda: _show(asked.archive, as_json=asked.json))
+    options = _parser().parse_args(given)
+    return run_command("ee-archive", lambda: _build(options))
+
+
+def _show(archive: Path, *, as_json: bool) -> int:
+    print(json.dumps(describe(archive), indent=1) if as_json else in_words(archive))
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    asked = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
+    made = build_archive(ArchiveRequest(**{**asked, "inputs": tuple(options.inputs)}),
+                         lambda line: print(f"ee-archive: {line}", file=sys.stderr))
+    _show(made, as_json=options.json)
+    say_next(f"ee-roll {made}" if options.plan else
+             f"ee-serve {made.name} --model-store {made.parent}, or ee-roll {made} where a server runs")
+    return 0
+
+
+def _show_parser() -> argparse.ArgumentParser:
+    parser = command_parser("ee-archive show", "Tell what is in an early-exit archive.", """
+        ee-archive show model-store/cifar-2.0.mar --json""")
+    parser.add_argument("archive", type=Path, metavar="FILE.mar")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "ee-archive", "Repackage a model for TorchServe: without a plan it answers in full and records, with one it "
+        "exits early. 'ee-archive show FILE.mar' tells what is in an archive.", """
+        a .mar that TorchServe serves today, to record:
+          ee-archive cifar.mar --input-shape 3,32,32
+        the same with exits:
+          ee-archive model-store/cifar-2.0.mar --plan runs/first/plan.json
+        a model without a .mar:
+          ee-archive torchvision.models:resnet50 --weights resnet50.safetensors --input-shape 3,224,224
+                     --handler image_classifier --model-name photos
+        a text model of two inputs:
+          ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128""")
+    parser.add_argument("source", help="an existing .mar with an eager model, package.module:function, or a .pt2")
+    parser.add_argument("--plan", type=Path, help="plan.json of an ee-train run")
+    parser.add_argument("--version", help="model version; by default one above the source's")
+    parser.add_argument("--to", type=Path, default=Path("model-store"), help="folder for the archive (%(default)s)")
+    parser.add_argument("--model-name", help="by default the source's")
+    parser.add_argument("--weights", type=Path, help="state dict for a factory: .safetensors or .pth")
+    parser.add_argument("--input-shape", type=_shape, metavar="C,H,W",
+                        help="one item's shape; by default what the handler makes of a sample request")
+    parser.add_argument("--input", type=_input, action="append", default=[], dest="inputs", metavar="NAME:DTYPE:SHAPE",
+                        help="instead, once for each input of forward: input_ids:int64:128")
+    parser.add_argument("--handler", help="for a factory or .pt2: a handler file or a built-in name")
+    parser.add_argument("--extra-files", type=Path, nargs="*", default=[], help="for a factory or .pt2")
+    parser.add_argument("--config", type=Path, help="model-config.yaml to use instead of the source's")
+    parser.add_argument("--engine", choices=list(ENGINES),
+                        help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
+    parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
+                        help=f"for {INT8}: records folder with request bytes, of which at most {N_SAMPLES} are used")
+    parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
+    parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
+                        help=f"for a detector, what an image's class is: {', '.join(one.value for one in Strategy)} "
+                             f"({Strategy.OBJECT.value})")
+    parser.add_argument("--pedestrian", type=int, default=PEDESTRIAN, metavar="LABEL",
+                        help="of a detector (%(default)s, COCO's person)")
+    parser.add_argument("--json", action="store_true", help="tell for machines what is in the archive")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes such as 3,224,224, found {text!r}")
+    return shape
+
+
+def _input(text: str) -> InputSpec:
+    name, _, rest = text.partition(":")
+    dtype, _, shape = rest.partition(":")
+    if not name.isidentifier() or not isinstance(getattr(torch, dtype or "-", None), torch.dtype):
+        raise argparse.ArgumentTypeError(f"expected NAME:DTYPE:SHAPE such as input_ids:int64:128, found {text!r}")
+    return InputSpec(name, _shape(shape), dtype)

@@ -1,0 +1,95 @@
+"""A user's object detector as a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.detections import Strategy
+from early_exit.handler.detection.detector import DetectorSpec, Tail, detect, register
+from early_exit.handler.errors import GraphError
+
+PEDESTRIAN = 1
+"""'person' among the labels of COCO."""
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Tell whether a model is a two-stage detector of torchvision."""
+    return all(hasattr(model, name) for name in ("transform", "backbone", "rpn", "roi_heads"))
+
+
+def backbone_of_detector(detector: nn.Module, shape: Sequence[int] | None, strategy: Strategy | None, pedestrian: int,
+                         model_file: str) -> Backbone:
+    """Export a detector as a classifier of images.
+
+    Args:
+        detector: one of torchvision's with two stages and a feature pyramid.
+        shape: (C, H, W) of its images.
+        strategy: what the class of an image is; by default its most confident object.
+        pedestrian: label of pedestrians.
+        model_file: of the user's archive, with the class that makes the detector.
+
+    Raises:
+        GraphError: the detector is of another kind, or cannot be exported.
+    """
+    if shape is None:
+        raise GraphError("a detector takes images of any size, its stages those of one: pass --input-shape C,H,W")
+    model = ImageClass(detector, shape, strategy or Strategy.OBJECT, pedestrian, model_file)
+    return Backbone.from_module(model, shape, detector=model.spec)
+
+
+class ImageClass(nn.Module):
+    """A detector that tells the class of each image, and what it detected beside it; all images have one size."""
+
+    def __init__(self, detector: Any, shape: Sequence[int], strategy: Strategy, pedestrian: int,
+                 model_file: str) -> None:
+        """Take a detector apart.
+
+        Raises:
+            GraphError: it is not one of torchvision's with a feature pyramid and boxes or masks alone.
+        """
+        super().__init__()
+        detector.eval()
+        if not hasattr(detector.backbone, "fpn") or detector.roi_heads.has_keypoint():
+            raise GraphError(f"{type(detector).__name__} has no feature pyramid, or finds keypoints: expected a Faster "
+                             "R-CNN or a Mask R-CNN of torchvision with an FPN")
+        tail = Tail(detector, shape, strategy, pedestrian)
+        if not 0 < pedestrian < tail.n_labels:
+            raise GraphError(f"the detector has the labels 1 to {tail.n_labels - 1}, found {pedestrian} for "
+                             "pedestrians")
+        self.body, self._read = detector.backbone.body, set(detector.backbone.body.return_layers)
+        self._mean, self._std = (torch.tensor(one).view(1, 3, 1, 1) for one in (detector.transform.image_mean,
+                                                                                detector.transform.image_std))
+        self._resized, self._padded = tail.resized, tail.padded
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            maps = self._maps(torch.rand(1, 3, *tail.padded, generator=torch.Generator().manual_seed(0)))
+            before = counter.get_total_flops()
+            scores, found = tail(*maps)
+            tail.flops = counter.get_total_flops() - before
+        self._sizes = (scores.shape[1], found.shape[1], found.shape[2])
+        self.spec = DetectorSpec(model_file, strategy, pedestrian, register(tail))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, K) probabilities and (B, N, 6 + M) detections for (B, 3, H, W) images in [0, 1]."""
+        x = (image - self._mean) / self._std
+        if self._resized != tuple(image.shape[2:]):
+            x = functional.interpolate(x, size=self._resized, mode="bilinear", align_corners=False)
+        (height, width), (below, right) = self._resized, self._padded
+        x = functional.pad(x, (0, right - width, 0, below - height))
+        scores, found = detect(self._maps(x), self.spec.tail, *self._sizes)
+        return scores, found
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        """Return what the body returns; its stages are called here, so that each is a component of its own."""
+        maps = []
+        for name, stage in self.body.items():
+            x = stage(x)
+            if name in self._read:
+                maps.append(x)
+        return maps

@@ -1,0 +1,96 @@
+"""Makes the 8-bit pieces that the engine openvino-int8 executes, from what the model saw in service."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.graph import split
+from early_exit.handler.engines.openvino import PIECES, convert, import_openvino
+from early_exit.handler.errors import ConfigError, RecordError
+from early_exit.handler.inference.forward import Live
+from early_exit.training.data.dataset import Part, find_shards, load_traffic
+from early_exit.training.data.preprocessing import preprocessing
+
+N_SAMPLES = 300
+_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int)
+
+
+def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Live:
+    """Return the (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
+
+    Only requests of the train part: those that certify what is made here are used for nothing else.
+
+    Args:
+        records: a folder.
+        layout: the archive with the user's files.
+        original: the manifest that the user's handler expects.
+        backbone: of the records.
+
+    Raises:
+        RecordError: no request bytes of this backbone were recorded.
+        ArchiveError, InputError: the handler does not make the model's inputs of them.
+    """
+    name = original["model"]["modelName"]
+    traffic = load_traffic(find_shards(records, name, backbone.description))
+    is_train = traffic.part == list(Part).index(Part.TRAIN)
+    batches: list[Live] = []
+    n_found = 0
+    with preprocessing(layout.root, original) as handler:
+        for start, bodies in traffic.bodies():
+            chosen = [body for row, body in enumerate(bodies, start) if is_train[row]][:N_SAMPLES - n_found]
+            n_found += len(chosen)
+            if chosen:
+                batches.append(handler.model_inputs(chosen, backbone.description.inputs))
+            if n_found >= N_SAMPLES:
+                break
+    if not batches:
+        raise RecordError(f"{records} has no records of {name} in its train part to calibrate with: record more")
+    return tuple(torch.cat(one) for one in zip(*batches))
+
+
+def quantize(backbone: Backbone, inputs: Live, folder: Path,
+             say: Callable[[str], None] = lambda line: None) -> None:
+    """Write the pieces of a backbone in 8 bits below an existing folder; what is there is replaced.
+
+    Ranges of activations are those of the inputs' own, piece by piece, in float32.
+
+    Args:
+        backbone: to quantize.
+        inputs: the backbone's, (N, ...) each, like those that it will serve.
+        folder: of the archive's own files.
+        say: told how far it has come.
+
+    Raises:
+        ConfigError: NNCF or OpenVINO is not installed.
+    """
+    openvino = import_openvino()
+    try:
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        import nncf
+    except ImportError as error:
+        raise ConfigError("to quantize, ee-archive needs NNCF: "
+                          "pip install 'early-exit-torchserve[openvino]'") from error
+    pieces = split(backbone.graph, [layer.node for layer in backbone.description.candidates])
+    kind = nncf.ModelType.TRANSFORMER if _has_attention(backbone) else None
+    samples: list[Live] = [tuple(one[row:row + 1] for one in inputs) for row in range(len(inputs[0]))]
+    target = folder / PIECES
+    target.mkdir(exist_ok=True)
+    for number, piece in enumerate(pieces):
+        say(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
+        fed = nncf.Dataset(samples, lambda live: [x.numpy() for x in live])
+        small = nncf.quantize(convert(piece), fed, subset_size=len(samples), model_type=kind,
+                              preset=nncf.QuantizationPreset.PERFORMANCE)
+        openvino.save_model(small, target / f"{number:03}.xml", compress_to_fp16=False)
+        with torch.no_grad():
+            samples = [tuple(x.contiguous() for x in piece(*live)) for live in samples]
+
+
+def _has_attention(backbone: Backbone) -> bool:
+    return any(node.target in _ATTENTION for node in backbone.graph.graph.nodes)

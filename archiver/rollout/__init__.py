@@ -1,0 +1,1 @@
+"""`ee-roll`: brings a version into service without losing a request."""

@@ -1,0 +1,51 @@
+"""`ee-roll`: bring a new model version into service on one server or on several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from early_exit.archiver.rollout.fleet import add_server_options, roll_all, servers_of
+from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
+from early_exit.archiver.torchserve.process import raise_on_terminate
+from early_exit.training.command import command_parser, run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ee-roll`; return its exit status."""
+    options = _parser().parse_args(arguments)
+    raise_on_terminate()
+    return run_command("ee-roll", lambda: _roll(options))
+
+
+def _roll(options: argparse.Namespace) -> int:
+    request = options.request.read_bytes() if options.request else None
+    reports = roll_all(servers_of(options), options.archive, put_back=options.put_back, request=request,
+                       longest_batch_s=options.longest_batch_s, say=lambda line: print(line, file=sys.stderr))
+    for report in reports:
+        instead = f" instead of {report.replaced}" if report.replaced else ""
+        print(json.dumps(asdict(report)) if options.json else f"{report.model} {report.version} serves{instead}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("ee-roll", "Bring a new model version into service without losing a request.", """
+        into the server that ee-serve started here:
+          ee-roll model-store/cifar-3.0.mar
+        into two others, one after the other; if one fails, both get their old version again:
+          ee-roll model-store/cifar-3.0.mar --server http://10.0.0.7:8080 --server http://10.0.0.8:8080
+                  --tokens keys.json --put-back""")
+    parser.add_argument("archive", type=Path, metavar="FILE.mar", help="an archive in the server's model store")
+    add_server_options(parser)
+    parser.add_argument("--put-back", action="store_true",
+                        help="when a server fails, roll the version before into those that are done")
+    parser.add_argument("--request", type=Path,
+                        help="body of a request that the new version must answer first; by default its own sample")
+    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
+                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the report for machines")
+    return parser

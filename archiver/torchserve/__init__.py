@@ -1,0 +1,1 @@
+"""`ee-serve`, TorchServe's process and its management API."""

@@ -1,0 +1,57 @@
+"""`ee-serve`: TorchServe, by default on loopback, with the right Java, allocator, tokens and metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
+from early_exit.training.command import command_parser, run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ee-serve` until Ctrl-C; return its exit status."""
+    options = _parser().parse_args(arguments)
+    raise_on_terminate()
+    return run_command("ee-serve", lambda: _serve(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    server = TorchServe(
+        options.model_store, options.state, Addresses.of_server(f"http://{options.host}:{options.port}"),
+        records=options.records, models=[Path(model).name for model in options.models],
+        token_minutes=options.token_minutes, threads=options.threads)
+    try:
+        with server:
+            told = {"inference": server.addresses.inference, "management": server.addresses.management,
+                    "metrics": f"{server.addresses.metrics}/metrics", "tokens": str(server.key_file),
+                    "records": str(options.records.resolve())}
+            if options.json:
+                print(json.dumps(told), flush=True)
+            else:
+                print(*(f"{name:10}  {value}" for name, value in told.items()), "Ctrl-C stops it", sep="\n", flush=True)
+            return server.wait()
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("ee-serve", "Start TorchServe and stop it, with its workers, on Ctrl-C.", """
+        ee-serve cifar-2.0.mar
+        two workers of a model on four cores, on other ports:
+          ee-serve cifar-2.0.mar --threads 2 --port 9080""")
+    parser.add_argument("models", nargs="*", help=".mar file names in the model store to load at the start")
+    parser.add_argument("--model-store", type=Path, default=Path("model-store"), help="(%(default)s)")
+    parser.add_argument("--records", type=Path, default=Path("records"), help="folder for the records (%(default)s)")
+    parser.add_argument("--state", type=Path, default=Path(".ee-serve"),
+                        help="tokens, logs, temporary files (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="to listen on; others see tokens and requests unless TLS is put in front (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="inference; management and metrics follow (%(default)s)")
+    parser.add_argument("--token-minutes", type=int, default=60, help="how long tokens are valid (%(default)s)")
+    parser.add_argument("--threads", type=int, help="of one worker; by default half the cores")
+    parser.add_argument("--json", action="store_true", help="tell the addresses as one line for machines")
+    return parser

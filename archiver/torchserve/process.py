@@ -1,0 +1,227 @@
+"""A TorchServe on loopback with the settings that early exits need, as a context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from xml.sax.saxutils import escape
+
+import psutil
+import requests
+
+from early_exit.archiver.torchserve.addresses import KEY_FILE, Addresses, free_ports, read_token
+from early_exit.archiver.torchserve.java import find_java
+from early_exit.handler.config import RECORDS_VARIABLE
+from early_exit.handler.errors import ServerError
+from early_exit.handler.torchserve.allocator import ALLOCATOR
+
+# Idle threads of one worker must not spin on cores that another worker needs.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def default_threads() -> int:
+    """Return the threads of one worker: half the cores, since a parallel step waits for its slowest thread and
+    the server needs cores too. On two cores one thread answered more requests than two."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+_STOP_S = 30.0
+
+
+class TorchServe:
+    """One server and everything it needs in one state folder.
+
+    The folder holds config.properties, the token file (key_file.json), logs and the server's temporary files.
+    """
+
+    def __init__(self, model_store: Path, state: Path, addresses: Addresses, *, records: Path | None = None,
+                 models: Sequence[str] = (), token_minutes: int = 60, threads: int | None = None) -> None:
+        """Describe the server; entering the context starts it.
+
+        Args:
+            model_store: folder of .mar files; archives may be loaded from nowhere else.
+            state: created, private to the user.
+            addresses: on loopback.
+            records: where handlers record unless their configuration says otherwise.
+            models: .mar file names to load at the start.
+            token_minutes: how long TorchServe's tokens are valid.
+            threads: of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
+        """
+        self.model_store, self.state = model_store.resolve(), state.resolve()
+        self.addresses = addresses
+        self.key_file = self.state / KEY_FILE
+        self._records = records.resolve() if records else None
+        self._models = list(models)
+        self._token_minutes = token_minutes
+        self._threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> TorchServe:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.stop()
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself; return its exit status."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the worker processes."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:  # it has just ended
+            return []
+
+    def stop(self) -> None:
+        """End the server and its workers; does nothing when it does not run."""
+        if self._process is None:
+            return
+        with _undisturbed():
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
+            # The server leads a session of its own: whatever is left in it, workers included, ends now.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self.key_file.unlink(missing_ok=True)  # its tokens died with the server
+        self._process = None
+
+    def _start(self) -> None:
+        if not self.model_store.is_dir():
+            raise ServerError(f"no model store at {self.model_store}: create the folder or pass --model-store")
+        for folder in (self.state, self.state / "logs", self.state / "tmp"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._require_free_ports()
+        (self.state / "config.properties").write_text(self._properties())
+        (self.state / "log4j2.xml").write_text(_log_configuration(self.state / "logs"))
+        environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
+                       "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs")}
+        environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
+        if self._records is not None:
+            self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
+            environment[RECORDS_VARIABLE] = str(self._records)
+        with (self.state / "logs" / "server.out").open("wb") as output:
+            # A session of its own: Ctrl-C reaches us, and we end it in order.
+            self._process = subprocess.Popen(self._command(), cwd=self.state, env=environment, stdout=output,
+                                             stderr=subprocess.STDOUT, start_new_session=True)
+        self._wait_until_healthy(60.0)
+
+    def _command(self) -> list[str]:
+        import ts
+
+        home = Path(ts.__file__).parent
+        command = [
+            find_java(), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={self.state / 'tmp'}",
+            f"-Dlog4j.configurationFile=file://{self.state / 'log4j2.xml'}", "-cp", f".:{home / 'frontend' / '*'}",
+            "org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", "config.properties",
+            "-s", str(self.model_store), "-ncs",
+        ]
+        return [*command, "-m", *self._models] if self._models else command
+
+    def _properties(self) -> str:
+        grpc = free_ports(2)
+        return "\n".join([
+            f"inference_address={self.addresses.inference}",
+            f"management_address={self.addresses.management}",
+            f"metrics_address={self.addresses.metrics}",
+            "grpc_inference_address=127.0.0.1", "grpc_management_address=127.0.0.1",
+            f"grpc_inference_port={grpc[0]}", f"grpc_management_port={grpc[1]}",
+            "enable_model_api=true",  # rolls register and unregister versions; the management token is needed
+            f"allowed_urls=file://{self.model_store}/.*",
+            "metrics_mode=prometheus", "model_metrics_auto_detect=true",
+            f"token_expiration_min={self._token_minutes}",
+            "install_py_dep_per_model=false", "default_workers_per_model=1", "",
+        ])
+
+    def _require_free_ports(self) -> None:
+        for address in (self.addresses.inference, self.addresses.management, self.addresses.metrics):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(address.rsplit(":", 1)[1]))) == 0:
+                    raise ServerError(f"something listens on {address} already: stop it or choose another port")
+
+    def _wait_until_healthy(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise ServerError(f"TorchServe ended with status {self._process.returncode}:\n{self._last_output()}")
+            try:
+                token = {"Authorization": f"Bearer {read_token(self.key_file, 'inference')}"}
+                if requests.get(self.addresses.inference + "/ping", headers=token, timeout=5).ok:
+                    return
+            except (requests.RequestException, ServerError):  # not listening, busy, or no tokens yet
+                pass
+            time.sleep(0.2)
+        raise ServerError(f"TorchServe did not answer within {limit_s:.0f} s:\n{self._last_output()}")
+
+    def _last_output(self) -> str:
+        return (self.state / "logs" / "server.out").read_text(errors="replace")[-2000:]
+
+
+def raise_on_terminate() -> None:
+    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that what was started is stopped.
+
+    Ctrl-C is named too: a shell starts background commands with SIGINT ignored, and Python leaves it so.
+    """
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let an impatient second Ctrl-C wait until the block is done; only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN)
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _log_configuration(folder: Path) -> str:
+    """Return a log4j2 configuration: size-limited files, the handlers' lines, no line per request."""
+    def appender(name: str) -> str:
+        path = escape(str(folder / name))
+        return (f'<RollingFile name="{name}" fileName="{path}.log" filePattern="{path}.%i.log">'
+                '<PatternLayout pattern="%d{ISO8601} [%-5p] %t %c - %m%n"/>'
+                '<Policies><SizeBasedTriggeringPolicy size="20 MB"/></Policies>'
+                '<DefaultRolloverStrategy max="3"/></RollingFile>')
+
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?><Configuration><Appenders>'
+        + appender("server") + appender("model") +
+        '</Appenders><Loggers>'
+        '<Logger name="ACCESS_LOG" level="off"/><Logger name="TS_METRICS" level="off"/>'
+        '<Logger name="MODEL_METRICS" level="off"/>'
+        # What a handler logs arrives at level info, whatever its own level; the worker's line per batch is noise.
+        '<Logger name="MODEL_LOG" level="info" additivity="false"><AppenderRef ref="model"/>'
+        '<RegexFilter regex=".*Backend received inference.*" onMatch="DENY" onMismatch="NEUTRAL"/></Logger>'
+        '<Root level="warn"><AppenderRef ref="server"/></Root></Loggers></Configuration>'
+    )

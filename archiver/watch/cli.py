@@ -1,0 +1,135 @@
+"""`ee-watch`: keeps a served model's exits right; renews them when there is reason to, and takes them back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from early_exit.archiver.rollout.fleet import add_server_options, servers_of
+from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
+from early_exit.archiver.torchserve.process import raise_on_terminate
+from early_exit.archiver.watch.audit import only_watcher
+from early_exit.archiver.watch.status import Standing
+from early_exit.archiver.watch.triggers import Terms, fresh_after
+from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
+from early_exit.training.cli import add_options, options_of
+from early_exit.training.command import command_parser, run_command
+
+_DAY_S = 24 * 3600.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ee-watch`; return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    status = given[:1] == ["status"]
+    options = _parser().parse_args(given[1:] if status else given)
+    if status or options.dry_run:
+        return run_command("ee-watch", lambda: _tell(options))
+    raise_on_terminate()
+    return run_command("ee-watch", lambda: _watch(options))
+
+
+def _tell(options: argparse.Namespace) -> int:
+    print(_status(_watched(options), json_wanted=options.json))
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    watched = _watched(options)
+    os.nice(10)  # the requests come first
+    try:
+        with only_watcher(options.model_store / f".ee-watch-{options.model}.lock"):
+            return _keep_looking(watched, options)
+    except KeyboardInterrupt:  # that is how it is ended
+        return 0
+
+
+def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
+    """Look again and again; return the exit status of a single look."""
+    watcher = Watcher(watched, lambda line: print(line, file=sys.stderr, flush=True))
+    n_known = len(watched.audit.read())
+    while True:
+        watcher.tick()
+        events = watched.audit.read()
+        decisions, n_known = events[n_known:], len(events)
+        if options.json:
+            print(*map(json.dumps, decisions), sep="\n", end="\n" if decisions else "", flush=True)
+        if options.once:
+            return int(any(one["event"] in (TROUBLE, ROLL_FAILED) for one in decisions))
+        time.sleep(options.every_s)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "ee-watch", "Watch a served model: train and roll in a new plan when a fifth of the records are new, the "
+        "backbone has changed, the monitor alarms or the certificate is too old; roll back what alarms on trial. "
+        "'ee-watch status ...' tells where the model stands.", """
+        ee-watch cifar --records records --tolerance 0.02
+        what it would do now, and where the model stands:
+          ee-watch cifar --dry-run
+          ee-watch status cifar --json""")
+    parser.add_argument("model", help="name of the served model")
+    parser.add_argument("--records", nargs="+", default=["records"], metavar="RECORDS",
+                        help="folders and URLs, one or more for each host (%(default)s)")
+    parser.add_argument("--model-store", type=Path, default=Path("model-store"), help="(%(default)s)")
+    parser.add_argument("--state", type=Path, help="audit and runs (.ee-watch/MODEL)")
+    parser.add_argument("--every-s", type=float, default=60.0, metavar="S", help="time between looks (%(default)s)")
+    parser.add_argument("--max-age-days", type=float, default=30.0, metavar="D",
+                        help="after which a certificate is renewed (%(default)s)")
+    parser.add_argument("--trial-samples", type=int, default=300, metavar="N",
+                        help="shadow samples after which a new version is accepted (%(default)s)")
+    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
+                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--once", action="store_true",
+                        help="look once, do what is to be done, and end; status 1 if the look or a roll fails")
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
+    parser.add_argument("--json", action="store_true", help="status, or each decision as one line, for machines")
+    add_server_options(parser)
+    add_options(parser)
+    return parser
+
+
+def _watched(options: argparse.Namespace) -> Watched:
+    return Watched(
+        model=options.model, servers=servers_of(options), store=options.model_store, sources=options.records,
+        state=options.state or Path(".ee-watch") / options.model, options=lambda archive: options_of(options, archive),
+        labels=options.labels, terms=Terms(options.tolerance, 1 - options.confidence, options.max_age_days * _DAY_S),
+        trial_samples=options.trial_samples, longest_batch_s=options.longest_batch_s)
+
+
+def _status(watched: Watched, *, json_wanted: bool) -> str:
+    watcher = Watcher(watched)
+    standing = watcher.look()
+    trigger, trial = watcher.trigger(standing), watcher.on_trial(standing)
+    since = fresh_after(standing, watched.audit, time.time())
+    events = watched.audit.read()
+    facts = {
+        "model": standing.model, "version": standing.version, "backbone": standing.backbone.sha256[:12],
+        "plan": standing.plan.digest() if standing.plan else "none",
+        "certificate": _certificate(standing), "step": max((state.step for state in standing.monitors), default=0),
+        "records": len(standing.times), "fresh records": standing.n_newer(since),
+        "needed": watched.terms.n_enough,
+        "shadow samples watched": standing.n_watched,
+        "on trial": trial is not None,
+        "next": "a verdict on the trial" if trial else f"renew ({trigger.reason})" if trigger else "wait",
+        "last decision": events[-1] if events else None,
+    }
+    if json_wanted:
+        return json.dumps(facts, indent=1)
+    if events:
+        facts["last decision"] = f"{time.strftime('%F %T', time.gmtime(events[-1]['time']))} {events[-1]['event']}"
+    return "\n".join(f"{name:22}  {value}" for name, value in facts.items())
+
+
+def _certificate(standing: Standing) -> str:
+    if standing.plan is None or standing.plan.certificate is None:
+        return "none"
+    if standing.first_alarm is not None:
+        return f"void since {time.strftime('%F %T', time.gmtime(standing.first_alarm))} UTC"
+    return standing.plan.certificate.in_words()
+

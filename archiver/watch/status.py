@@ -1,0 +1,128 @@
+"""Where a served model stands: its plan, its records, and what its monitor says."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from early_exit.archiver.torchserve.management import Management
+from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.errors import RecordError, ServerError
+from early_exit.handler.exits.plan import ExitPlan, load_plan
+from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.monitor.shared_state import monitor_file, read_state
+from early_exit.handler.recording.format import ShardHeader, read_times
+from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.sources import local_folders
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One look at a served model."""
+
+    model: str
+    version: str
+    registered: tuple[str, ...]
+    """All versions that the server has of it."""
+    archive: Path
+    backbone: BackboneDescription
+    plan: ExitPlan | None
+    shards: tuple[Path, ...]
+    """Those that can be read: a damaged one must not stop the loop."""
+    times: Tensor
+    """(N,) float64: when each record of this backbone was made, Unix seconds, ascending."""
+    monitors: tuple[MonitorState, ...]
+    """Of this version and plan, one for each records folder that has one."""
+
+    @property
+    def alarm_times(self) -> tuple[float, ...]:
+        """Unix times of all alarms of this version, ascending."""
+        return tuple(sorted(alarm.time for state in self.monitors for alarm in state.alarms))
+
+    @property
+    def first_alarm(self) -> float | None:
+        """Unix time at which the certificate became void; none while it holds."""
+        return self.alarm_times[0] if self.alarm_times else None
+
+    @property
+    def n_watched(self) -> int:
+        """Shadow samples that the monitors have seen of this version."""
+        return sum(state.evidence.n + sum(alarm.n for alarm in state.alarms) for state in self.monitors)
+
+    def n_newer(self, than: float) -> int:
+        return int((self.times > than).sum())
+
+
+def look(server: Management, model: str, store: Path, sources: Sequence[str], cache: Path) -> Standing:
+    """Return where a model stands.
+
+    Args:
+        server: that serves it.
+        model: its name.
+        store: the server's model store.
+        sources: records folders and URLs.
+        cache: folder for copies of records from URLs.
+
+    Raises:
+        EarlyExitError: the server does not answer or serve the model, its archive is not one of ours, no folder of
+            records is there, or a monitor's state cannot be read.
+    """
+    versions = server.versions(model)
+    served = next((one for one in versions if one.is_default), None)
+    if served is None:
+        raise ServerError(f"{server} does not serve {model}")
+    archive = store / served.file_name
+    _, backbone = read_archive(archive)
+    plan = _plan(archive)
+    folders = [folder for folder in local_folders(sources, cache) if folder.is_dir()]
+    if not folders:
+        raise RecordError(f"none of the records folders {', '.join(sources)} is there: pass those that the servers "
+                          "write to")
+    try:
+        shards = find_shards(folders, model, backbone)
+    except RecordError:
+        shards = []
+    times = _times(shards)
+    return Standing(model, served.version, tuple(one.version for one in versions), archive, backbone, plan,
+                    tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
+                    _monitors(folders, model, served.version, backbone, plan))
+
+
+def _plan(archive: Path) -> ExitPlan | None:
+    with tempfile.TemporaryDirectory() as scratch:
+        layout = ArchiveLayout(Path(scratch))
+        extract(archive, layout.root)
+        return load_plan(layout.plan)[0] if layout.plan.exists() else None
+
+
+def _times(shards: Sequence[Path]) -> dict[Path, Tensor]:
+    """Return when the records of each shard were made, but for shards that are damaged or have just gone."""
+    times = {}
+    for shard in shards:
+        with contextlib.suppress(RecordError):
+            times[shard] = read_times(shard)
+    return times
+
+
+def _monitors(folders: Sequence[Path], model: str, version: str, backbone: BackboneDescription,
+              plan: ExitPlan | None) -> tuple[MonitorState, ...]:
+    if plan is None:
+        return ()
+    header = ShardHeader(model, version, backbone.sha256, None, ())
+    states = []
+    for folder in folders:
+        path = monitor_file(folder, header, plan.digest())
+        try:
+            state = read_state(path)
+        except (OSError, ValueError) as error:
+            raise RecordError(f"cannot read the monitor's state in {path}: {error}") from error
+        if state is not None:
+            states.append(state)
+    return tuple(states)

@@ -1,0 +1,88 @@
+"""Where things lie in an archive of `ee-archive`, and how to get at them; the only owner of these names."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from early_exit.handler.backbone.backbone import DESCRIPTION_FILE, BackboneDescription
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.exits.plan import PLAN_FILE
+
+FOLDER = "early_exit"
+HANDLER = "early_exit.handler.service"
+"""The handler of every early-exit archive. Its code lies in the archive, in the namespace package `early_exit`."""
+MANIFEST = "MAR-INF/MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class ArchiveLayout:
+    """An extracted archive."""
+
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Everything of ours; all else belongs to the user."""
+        return self.root / FOLDER
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / MANIFEST
+
+    @property
+    def original_manifest(self) -> Path:
+        """The manifest that the user's own handler expects."""
+        return self.folder / "original-manifest.json"
+
+    @property
+    def sample_request(self) -> Path:
+        """Body of a request that the user's handler answers, where one is known."""
+        return self.folder / "sample-request"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / PLAN_FILE
+
+
+def extract(mar: Path, folder: Path) -> None:
+    """Unpack a model archive into an existing folder.
+
+    Raises:
+        ArchiveError: it is no .mar, it is damaged, or an entry would land outside the folder.
+    """
+    try:
+        with zipfile.ZipFile(mar) as archive:
+            for name in archive.namelist():
+                path = PurePosixPath(name.replace("\\", "/"))
+                if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                    raise ArchiveError(f"{mar} holds the entry {name!r}, which leaves the archive: refused")
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ArchiveError(f"{mar} is damaged: the checksum of {damaged} is wrong")
+            archive.extractall(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"cannot read {mar} as a model archive: {error}") from error
+    if not (folder / MANIFEST).is_file():
+        raise ArchiveError(f"{mar} has no {MANIFEST}: expected an archive made by torch-model-archiver")
+
+
+def read_archive(mar: Path) -> tuple[str, BackboneDescription]:
+    """Return the model name and the backbone of an early-exit archive.
+
+    Raises:
+        ArchiveError: it is not one.
+    """
+    description = f"{FOLDER}/{DESCRIPTION_FILE}"
+    try:
+        with zipfile.ZipFile(mar) as archive, tempfile.TemporaryDirectory() as scratch:
+            model = json.loads(archive.read(MANIFEST))["model"]["modelName"]
+            extracted = Path(archive.extract(description, scratch))
+            return str(model), BackboneDescription.load(extracted)
+    except KeyError as error:
+        raise ArchiveError(f"{mar} is not an early-exit archive: make one with 'ee-archive {mar}'") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"cannot read {mar}: {error}") from error

@@ -1,0 +1,1 @@
+"""The user's classifier as a graph: exported, described, cut into stages."""

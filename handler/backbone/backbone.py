@@ -1,0 +1,262 @@
+"""The user's classifier, exported: its program, candidate layers and identity, as stored in an archive."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from early_exit.handler.backbone.candidates import CandidateLayer, LeftOut, discover_layers
+from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.graph import index_limits, inputs_of
+from early_exit.handler.backbone.scores import ScoreKind, score_kind
+from early_exit.handler.backbone.signature import InputSpec, OutputSpec
+from early_exit.handler.detection.detector import DetectorSpec, load_tail, parameters_of, save_tail
+from early_exit.handler.errors import ArchiveError, GraphError
+
+FORMAT = 2
+PROGRAM_FILE = "backbone.pt2"
+DESCRIPTION_FILE = "backbone.json"
+
+
+@dataclass(frozen=True)
+class BackboneDescription:
+    """What is known of a backbone without loading it."""
+
+    sha256: str
+    """Identity of weights and operations; records and plans belong to exactly one."""
+    inputs: tuple[InputSpec, ...]
+    """In the order of the program."""
+    output: OutputSpec
+    """What the user's model returned."""
+    n_classes: int
+    scores: ScoreKind
+    flops: int
+    """Of one item, counting convolutions, matrix products and attention."""
+    candidates: tuple[CandidateLayer, ...]
+    left_out: tuple[LeftOut, ...]
+    probe: tuple[float, ...]
+    """(K,) scores for `probe_inputs`, computed where the archive was made."""
+    detector: DetectorSpec | None = None
+    """Where the classes are those of the images that a detector sees."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One item of the first input, without the batch dimension."""
+        return self.inputs[0].shape
+
+    def probe_inputs(self) -> tuple[Tensor, ...]:
+        """Return (1, ...) inputs that are the same on every machine."""
+        return tuple(one.probe() for one in self.inputs)
+
+    def layer(self, path: str) -> CandidateLayer:
+        """Return the candidate of that module path.
+
+        Raises:
+            GraphError: there is none.
+        """
+        for layer in self.candidates:
+            if layer.path == path:
+                return layer
+        names = ", ".join(layer.path for layer in self.candidates)
+        raise GraphError(f"{path!r} is not a candidate layer of this backbone; it has {names}")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> BackboneDescription:
+        """Read a description.
+
+        Raises:
+            ArchiveError: it is not one, or a newer version of this software wrote it.
+        """
+        data = json.loads(path.read_text())
+        if data.get("format") != FORMAT:
+            raise ArchiveError(f"{path} has format {data.get('format')!r}, this version reads {FORMAT}: "
+                               "use the version of early-exit-torchserve that wrote it, or a newer one")
+        return cls(
+            sha256=data["sha256"], output=OutputSpec(**data["output"]),
+            inputs=tuple(InputSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["inputs"]),
+            n_classes=data["n_classes"], scores=ScoreKind(data["scores"]), flops=data["flops"],
+            candidates=tuple(CandidateLayer.from_json(layer) for layer in data["candidates"]),
+            left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
+            detector=DetectorSpec.from_json(data["detector"]) if data.get("detector") else None,
+        )
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An exported classifier and its description."""
+
+    program: ExportedProgram
+    graph: fx.GraphModule
+    description: BackboneDescription
+    folder: Path | None = None
+    """Where it was read from: an engine may have put more there."""
+
+    @classmethod
+    def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32,
+                    detector: DetectorSpec | None = None) -> Backbone:
+        """Export an eager classifier.
+
+        Raises:
+            GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
+        """
+        parameters = list(inspect.signature(model.forward).parameters)
+        name = parameters[0] if parameters else "x"
+        spec = InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))
+        return cls.from_inputs(model, [spec], detector)
+
+    @classmethod
+    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec],
+                    detector: DetectorSpec | None = None) -> Backbone:
+        """Export an eager classifier with several inputs, which are given to it by name.
+
+        Raises:
+            GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
+        """
+        program, output = export_backbone(model, inputs)
+        return cls.from_program(program, [one.name for one in inputs], output, detector)
+
+    @classmethod
+    def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
+                     output: OutputSpec = OutputSpec(),  # noqa: B008 - it is frozen
+                     detector: DetectorSpec | None = None) -> Backbone:
+        """Describe an exported classifier.
+
+        Args:
+            program: maps (B, ...) inputs to (B, K) scores.
+            names: of the inputs; by default those in the program.
+            output: what the user's model returned.
+            detector: that it is a part of, if any.
+
+        Raises:
+            GraphError: it is no classifier, or offers no place for an exit.
+        """
+        graph = backbone_graph(program)
+        limits = index_limits(graph)
+        nodes = inputs_of(graph.graph)
+        inputs = tuple(
+            InputSpec(name, tuple(int(size) for size in node.meta["val"].shape[1:]),
+                      str(node.meta["val"].dtype).removeprefix("torch."), limits.get(node.name))
+            for node, name in zip(nodes, names or [node.name for node in nodes]))
+        probe = tuple(one.probe() for one in inputs)
+        try:
+            candidates, left_out, flops = discover_layers(graph, probe)
+        except RuntimeError as error:  # such as what only some texts may lack
+            raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on what an input "
+                             f"holds in a way that an export cannot follow: {error}") from error
+        draft = BackboneDescription(
+            sha256=_identity(program, inputs), inputs=inputs, output=output, n_classes=0, scores=ScoreKind.LOGITS,
+            flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
+            detector=detector,
+        )
+        with torch.no_grad():
+            scores = graph(*probe)
+        if scores.shape[1] < 2:
+            raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
+                             "to answer with; a binary classifier must return two scores")
+        if not candidates:
+            reasons = "; ".join(f"{layer.path}: {layer.reason}" for layer in left_out)
+            raise GraphError(f"no layer of this backbone can carry an exit ({reasons})")
+        description = BackboneDescription(**{**draft.__dict__, "n_classes": scores.shape[1],
+                                             "scores": score_kind(scores), "probe": tuple(scores[0].tolist())})
+        return cls(program, graph, description)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next((one.device for one in self.graph.parameters()), torch.device("cpu"))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters, with those of a detector that the graph only calls."""
+        return [*self.graph.parameters(), *parameters_of(self.description.detector)]
+
+    def save(self, folder: Path) -> None:
+        """Write program and description into an existing folder."""
+        # Neither the example input nor the source lines of the model's code (with the paths of the machine
+        # that exported it) are needed to run the program.
+        self.program.example_inputs = None
+        for node in self.program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        torch.export.save(self.program, folder / PROGRAM_FILE)
+        self.description.save(folder / DESCRIPTION_FILE)
+        if self.description.detector is not None:
+            save_tail(self.description.detector, folder)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Backbone:
+        """Read what `save` wrote, onto a device.
+
+        Raises:
+            ArchiveError: the files are damaged or of a newer format.
+        """
+        description = BackboneDescription.load(folder / DESCRIPTION_FILE)
+        if description.detector is not None:  # which the program calls
+            load_tail(description.detector, folder, description.input_shape)
+        program = load_program(folder / PROGRAM_FILE)
+        if torch.device(device).type != "cpu":
+            program = move_to_device_pass(program, torch.device(device))
+        return cls(program, backbone_graph(program), description, folder)
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Read a .pt2 file.
+
+    Raises:
+        ArchiveError: it is not an exported program that this torch can read.
+    """
+    _require_no_pickle(path)
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises many kinds for a damaged or newer file
+        raise ArchiveError(f"{path.name} cannot be read as an exported program by torch {torch.__version__}: "
+                           f"{type(error).__name__}: {error}") from error
+
+
+def _require_no_pickle(path: Path) -> None:
+    """Refuse a .pt2 with anything but tensors in it: torch would unpickle that, and so run any code.
+
+    Raises:
+        ArchiveError: it has, or it is no .pt2.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                content = archive.read(name) if name.endswith((".pt", "_config.json")) else b""
+                if name.endswith(".pt") and content:
+                    torch.load(io.BytesIO(content), weights_only=True)
+                elif b'"use_pickle": true' in content:
+                    raise ArchiveError(f"{path.name} holds the pickled entry {name}: save it with plain tensors")
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"cannot read {path} as an exported program: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ArchiveError(f"{path.name} holds more than tensors, and unpickling that could run any code: export it "
+                           "with tensors as example inputs") from error
+
+
+def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:
+    """Return a hash of everything that determines the answers: input, operations, weights and constants.
+
+    The operations are hashed as torch prints them, so another version of torch may give another hash for
+    the same model: records are then collected afresh, never mixed up.
+    """
+    digest = hashlib.sha256(f"{[(one.shape, one.dtype) for one in inputs]} {program.graph}".encode())
+    tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

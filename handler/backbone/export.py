@@ -1,0 +1,135 @@
+"""From an eager classifier to a graph of ATen operations, or a refusal that says what stands in the way."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.node import Argument
+
+from early_exit.handler.backbone.graph import batch_size, inputs_of, is_batch_first, keep_beside, tensor_of
+from early_exit.handler.backbone.signature import InputSpec, OutputSpec
+from early_exit.handler.errors import GraphError
+
+
+class ScoresOnly(nn.Module):
+    """A classifier that takes its inputs in order and returns its scores, whatever else it returns."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], note: Callable[[OutputSpec], object]) -> None:
+        super().__init__()
+        self.model = model
+        self._names, self._note = names, note
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.model(*inputs) if len(inputs) == 1 else self.model(**dict(zip(self._names, inputs)))
+        found = OutputSpec.of(output)
+        self._note(found)  # torch.export undoes what is assigned to the module
+        return found.scores(output)
+
+
+def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[ExportedProgram, OutputSpec]:
+    """Export a classifier's inference pass with a dynamic batch dimension.
+
+    Returns:
+        The program, which maps the inputs in order to (B, K) scores, and where they are in what the model returns.
+
+    Raises:
+        GraphError: the model cannot be exported; the message names the operation and the line that stand in the way.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("multi_label_classification", "regression"):
+        raise GraphError(f"the model's config says problem_type {problem!r}: an exit answers "
+                         "with one of several classes, which takes a single-label classifier")
+    model.eval()
+    found: list[OutputSpec] = []
+    wrapped = ScoresOnly(model, [one.name for one in inputs], found.append)
+    # Two rows: a batch of 0 or 1 would be taken for a constant.
+    example = tuple(one.zeros(2) for one in inputs)
+    batch = Dim("batch", min=1)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(wrapped, example, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+    except GraphError:
+        raise
+    except Exception as error:  # torch.export raises many kinds, and each is about the user's model
+        sizes = "; ".join(f"{one.name}: (batch, {', '.join(map(str, one.shape))})" for one in inputs)
+        raise GraphError(f"{type(model).__name__} cannot be exported for input {sizes}: {_line_of(error)}"
+                         f"{type(error).__name__}: {error}") from error
+    return program, found[-1]
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the last line of the model's own code that an error passed through."""
+    torch_folder = str(Path(torch.__file__).parent)
+    if "specialized it to be a constant" in str(error):  # found only at the end of the export
+        return "its code fixes the number of rows, as len(x) does: write x.shape[0] instead of len(x). "
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((torch_folder, __file__, "<"))]
+    if not own:
+        return ""
+    return f"it stops in {own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno}) at '{own[-1].line}' with "
+
+
+def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
+    """Return the forward pass of an exported backbone as a graph with its parameters attached.
+
+    Its inputs are (B, ...) tensors in the order of the program, its output is the (B, K) scores.
+
+    Raises:
+        GraphError: it does not map (B, ...) tensors to one (B, K) tensor.
+    """
+    module = program.module(check_guards=False)
+    if not isinstance(module, fx.GraphModule):
+        raise GraphError(f"expected a graph from torch.export, found {type(module).__name__}")
+    inputs = inputs_of(module.graph)
+    if not inputs or any(tensor_of(node) is None for node in inputs):
+        raise GraphError(f"expected a backbone whose inputs are tensors, found {inputs}")
+    batch = batch_size(module.graph)
+    if not isinstance(batch, torch.SymInt):
+        raise GraphError(f"the program was exported for batches of exactly {batch}: export it with "
+                         "dynamic_shapes=({0: torch.export.Dim('batch', min=1)},)")
+    if not all(is_batch_first(node, batch) for node in inputs):
+        raise GraphError("expected inputs with one row per item, found "
+                         + ", ".join(f"{node.name} of shape {tuple(node.meta['val'].shape)}" for node in inputs))
+    training = [node.name for node in module.graph.nodes if _is_training(node)]
+    if training:
+        raise GraphError(f"{', '.join(training[:3])} would behave as in training: call model.eval() before exporting")
+    scores = _outputs(module.graph)
+    if len(scores) != 1 or tensor_of(scores[0]) is None:
+        raise GraphError(f"expected a backbone that returns one tensor of scores, found {len(scores)} outputs")
+    shape = tuple(scores[0].meta["val"].shape)
+    if len(shape) != 2 or not is_batch_first(scores[0], batch):
+        raise GraphError(f"expected scores of shape (batch, classes), found {shape}: is this a classifier?")
+    if scores[0].target is torch.ops.aten.sigmoid.default:
+        raise GraphError(f"the backbone ends in a sigmoid over {shape[1]} scores: a multi-label model has no one class "
+                         "for an exit to answer with, and a binary one must return two scores, such as "
+                         "torch.cat([-z, z], dim=1) / 2 of its logit z")
+    # Tensors in, one tensor out, whatever structures the program was exported with.
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.graph.output_node().args = (scores[0],)
+    keep_beside(scores[0])
+    # A plain module: the one that torch.export returns forbids eval(), which every handler calls.
+    return fx.GraphModule(module, module.graph)
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    found: list[fx.Node] = []
+
+    def collect(argument: Argument) -> Argument:
+        if isinstance(argument, fx.Node):
+            found.append(argument)
+        return argument
+
+    fx.node.map_aggregate(graph.output_node().args, collect)
+    return found
+
+
+def _is_training(node: fx.Node) -> bool:
+    """Whether an operation draws at random or uses the statistics of the batch."""
+    name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
+    flag = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5}.get(name)
+    return flag is not None and len(node.args) > flag and node.args[flag] is True

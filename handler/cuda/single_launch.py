@@ -1,0 +1,166 @@
+"""A batch's whole way through stages and exits as one CUDA graph, in which the GPU itself decides who leaves.
+
+The CPU launches once, and hears at the end who left where. After each exit a kernel counts the rows that stay, and the
+graph goes on with the next stage in the size that holds them, or ends.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.cuda import kernels
+from early_exit.handler.cuda.graphs import Captured, capture, sizes_up_to
+from early_exit.handler.cuda.program import Program
+from early_exit.handler.cuda.stages import GraphedStage
+from early_exit.handler.inference.forward import FULL, Answers, Exit, Live
+
+
+class GraphedPass:
+    """Does what `run_with_exits` does, without observers, opinions and what a backbone returns beside its scores.
+
+    Its calls come from one stream.
+    """
+
+    # What is captured outlives the call, which may be in torch's inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, stages: Sequence[GraphedStage], batch_size: int) -> None:
+        """Capture the exits and put everything together.
+
+        Args:
+            stages: captured for all sizes up to that of the batch; the last returns the scores alone. Policies depend
+                on nothing but the logits: what they did when they were captured is repeated.
+            batch_size: the largest to come.
+
+        Raises:
+            RuntimeError: CUDA or the memory of what travels does not allow it.
+        """
+        if batch_size > kernels.MAX_ROWS:
+            raise RuntimeError(f"a batch in one CUDA graph has at most {kernels.MAX_ROWS} rows, asked for {batch_size}")
+        self._sizes, self._pool = sizes_up_to(batch_size), stages[0].graph.pool
+        by_stage = _by_stage(stages, self._sizes)
+        self._first, [scores] = by_stage[0], by_stage[-1][-1].outputs
+        device = scores.device
+        self._asked = torch.zeros(kernels.LEFT, dtype=torch.int32, pin_memory=True)
+        self._told = torch.zeros(kernels.MAX_ROWS, dtype=torch.int32, pin_memory=True)
+        self._state = torch.zeros(kernels.LENGTH, dtype=torch.int32, device=device)
+        size_of = [len(self._sizes), *(bisect_left(self._sizes, n) for n in range(1, self._sizes[-1] + 1))]
+        self._size_of = torch.tensor(size_of, dtype=torch.int32, device=device)
+        self._answers, self._full = (torch.zeros_like(scores, memory_format=torch.contiguous_format) for _ in range(2))
+        self._answers_at, self._full_at = (_addresses([one]) for one in (self._answers, self._full))
+        self._places = [_places(following) for following in by_stage[1:]]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._program = Program()
+        self._program.add(capture(self._begin, self._pool)[0])
+        cases: list[list[torch.cuda.CUDAGraph]] = [[] for _ in self._sizes]
+        for number, (stage, here) in enumerate(zip(stages, by_stage)):
+            is_last = stage is stages[-1]
+            for case, one in zip(cases, here):
+                case.append(one.graph)
+                if is_last:
+                    case.append(self._end(one))
+                elif stage.exit is not None:
+                    case.append(self._exit(stage.exit, number, one))
+            if is_last or stage.exit is not None:
+                self._program.switch(self._at(kernels.NEXT), cases)
+                cases = [[] for _ in self._sizes]
+        self._program.add(capture(self._tell, self._pool)[0])
+        self._program.instantiate()
+
+    def __call__(self, inputs: Live, shadow: Tensor) -> Answers:
+        """Return the answers of a batch.
+
+        Args:
+            inputs: (B, ...), with B > 0 and no larger than captured.
+            shadow: (B,) bool mask of the shadow rows, on the CPU.
+        """
+        n_rows = len(shadow)
+        self._asked[kernels.N] = n_rows
+        self._asked[kernels.THROUGH:][:n_rows] = shadow
+        for x, place in zip(inputs, self._first[bisect_left(self._sizes, n_rows)].inputs):
+            place[:n_rows].copy_(x)
+        self._program.launch()
+        self._done.record()
+        outputs, rows = self._answers[:n_rows].clone(), shadow.nonzero().flatten()
+        reference = self._full[rows] if len(rows) else outputs[:0]
+        self._done.synchronize()
+        return Answers(outputs, self._told[:n_rows].long(), rows, reference, (), rows[:0], {})
+
+    def _begin(self) -> Live:
+        self._state[:len(self._asked)].copy_(self._asked, non_blocking=True)
+        kernels.launch("begin", (1, 1), self._n_threads, self._state, self._size_of)
+        return ()
+
+    def _tell(self) -> Live:
+        self._told.copy_(self._state[kernels.LEFT:][:kernels.MAX_ROWS], non_blocking=True)
+        return ()
+
+    def _exit(self, exit_: Exit, number: int, here: Captured) -> torch.cuda.CUDAGraph:
+        def decide() -> tuple[Tensor, Tensor]:
+            logits = exit_.head(here.outputs[0])
+            sure, answers = exit_.policy(logits), exit_.answer(logits)
+            return sure.to(logits.device, torch.bool).contiguous(), answers.to(self._answers.dtype).contiguous()
+
+        def leave() -> Live:
+            self._answer(*decide(), number, exit_.shrink_from)
+            for x, places in zip(here.outputs, self._places[number]):
+                kernels.move(x, self._at(kernels.MOVED), places, self._at(kernels.NEXT), None,
+                             self._at(kernels.N_MOVED))
+            return ()
+
+        return capture(leave, self._pool, decide)[0]
+
+    def _end(self, here: Captured) -> torch.cuda.CUDAGraph:
+        def leave() -> Live:
+            scores = here.outputs[0].contiguous()
+            kernels.move(scores, None, self._full_at, None, self._at(kernels.ROWS), self._at(kernels.N))
+            self._answer(None, scores, FULL, 1)
+            return ()
+
+        return capture(leave, self._pool)[0]
+
+    def _answer(self, sure: Tensor | None, answers: Tensor, stage: int, shrink_from: int) -> None:
+        """Answer the rows that are sure, and find those that stay."""
+        kernels.launch("decide", (1, 1), self._n_threads, self._state, sure, stage, shrink_from, self._size_of)
+        kernels.move(answers, self._at(kernels.HITS), self._answers_at, None, self._at(kernels.HIT_ROWS),
+                     self._at(kernels.N_HITS))
+
+    def _at(self, field: int) -> Tensor:
+        """Return where a field of the state begins."""
+        return self._state[field:]
+
+    @property
+    def _n_threads(self) -> int:
+        return -(-self._sizes[-1] // 32) * 32
+
+
+def _by_stage(stages: Sequence[GraphedStage], sizes: Sequence[int]) -> list[list[Captured]]:
+    """Return for each stage its graphs in ascending sizes."""
+    by_stage = [[one for one in (stage.graph.captured(size, ()) for size in sizes) if one] for stage in stages]
+    if any(len(made) < len(sizes) for made in by_stage):
+        raise RuntimeError("a stage cannot be captured")
+    for before, here in pairwise(by_stage):
+        reads = [(x, place) for one, next_ in zip(before, here) for x, place in zip(one.outputs, next_.inputs)]
+        if any(x is not place for x, place in reads):
+            raise RuntimeError("a stage was captured before the one that it follows, and so reads elsewhere")
+    return by_stage
+
+
+def _places(stage: Sequence[Captured]) -> list[Tensor]:
+    """Return for each of a stage's inputs the addresses where graphs of ascending sizes read it."""
+    places = []
+    for inputs in zip(*(one.inputs for one in stage)):
+        layouts = {tuple(stride for stride, size in zip(x.stride()[1:], x.shape[1:]) if size > 1) for x in inputs}
+        if len(layouts) > 1:
+            raise RuntimeError(f"how a row lies in memory depends on the size of the batch: strides {layouts}")
+        places.append(_addresses(inputs))
+    return places
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([one.data_ptr() for one in tensors], dtype=torch.int64, device=tensors[0].device)

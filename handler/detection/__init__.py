@@ -1,0 +1,1 @@
+"""Object detectors of torchvision, served as classifiers of whole images."""

@@ -1,0 +1,99 @@
+"""What a detector says of an image: a class for the exits to learn, and the detections of those that left nowhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.inference.forward import FULL
+
+CERTAIN = 0.5
+"""An object with less than this score is no answer."""
+
+
+class Strategy(str, Enum):
+    """What the class of an image is, 0 meaning nothing: the paper's three ways to update exits."""
+
+    OBJECT = "most-confident-object"
+    """The label of the detection with the highest score."""
+    PEDESTRIAN = "most-confident-pedestrian"
+    """Whether there is a pedestrian."""
+    ALL = "all-objects"
+    """The label with most of the scores of all detections together."""
+
+
+def class_scores(labels: Tensor, scores: Tensor, n_labels: int, strategy: Strategy, pedestrian: int) -> Tensor:
+    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians and else the number of labels.
+
+    Args:
+        labels: (N,) int64 of the detections.
+        scores: (N,) of them.
+        n_labels: with 0 for the background.
+        strategy: what the class of an image is.
+        pedestrian: their label.
+    """
+    best = scores.new_zeros(n_labels).scatter_reduce(0, labels, scores, "amax")
+    if strategy is Strategy.PEDESTRIAN:
+        return torch.stack([1 - best[pedestrian], best[pedestrian]])
+    found = best
+    if strategy is Strategy.ALL and (certain := scores >= CERTAIN).any():
+        found = torch.zeros_like(best).index_add(0, labels[certain], scores[certain])
+    found[0] = 1 - best.amax()
+    return found / found.sum()
+
+
+def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, found: Tensor, size: tuple[int, int],
+               *, has_mask: bool) -> list[dict[str, Tensor]]:
+    """Return for each image what a detector of torchvision returns.
+
+    An image that left early has one object, or none where its label is 0: with label and score, and NaN for its box and
+    its mask. The score is at least what a detection must have to count, so that no handler drops it.
+
+    Args:
+        stages: for each of B images where it left, `FULL` if it did not.
+        labels: (B,) int64.
+        confidence: (B,).
+        found: (W, N, 6 + M) detections of those that did not leave, in order; anything where all left.
+        size: (height, width) of the images.
+        has_mask: whether the detector finds masks.
+    """
+    rows = iter(found)
+    return [_in_full(next(rows), size) if stage == FULL
+            else _early(labels[number:number + 1], confidence[number:number + 1], size, has_mask=has_mask)
+            for number, stage in enumerate(stages)]
+
+
+def _in_full(found: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    found = found[~found[:, 0].isnan()]
+    detected = {"boxes": found[:, :4], "labels": found[:, 4].long(), "scores": found[:, 5]}
+    if found.shape[1] > 6:
+        side = math.isqrt(found.shape[1] - 6)
+        detected["masks"] = paste_masks_in_image(found[:, 6:].view(-1, 1, side, side), detected["boxes"], size)
+    return detected
+
+
+def _early(label: Tensor, confidence: Tensor, size: tuple[int, int], *,
+           has_mask: bool) -> dict[str, Tensor]:
+    label, confidence = label[label > 0], confidence[label > 0].clamp_min(CERTAIN)
+    detected = {"boxes": confidence.new_full((len(label), 4), torch.nan), "labels": label, "scores": confidence}
+    if has_mask:
+        detected["masks"] = confidence.new_full((len(label), 1, *size), torch.nan)
+    return detected
+
+
+def with_nulls(response: Any) -> Any:
+    """Return a response for JSON: null where a box or a mask is NaN."""
+    if isinstance(response, dict):
+        return {name: with_nulls(value) for name, value in response.items()}
+    if isinstance(response, list):
+        values = [with_nulls(value) for value in response]
+        # A box is null, not a list of four: but nulls that were there before stay.
+        return None if values != response and all(value is None for value in values) else values
+    return None if isinstance(response, float) and math.isnan(response) else response

@@ -1,0 +1,214 @@
+"""Object detectors as classifiers of whole images: what is the main object, is there a pedestrian (the paper, 3.5.1).
+
+Exits stand on the stages of a detector's backbone. What comes after these depends on the data, so it cannot be
+exported: in the graph it is one operation, `early_exit::detect`, which gives for each image the scores of the classes,
+by the strategy, and beside them what was detected. An image that leaves early has the former alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+from early_exit.handler.detection.detections import Strategy, class_scores, detections
+from early_exit.handler.detection.detector_registry import TAILS
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.inference.forward import Answers
+from early_exit.handler.user_handler.wrapper import own_classes
+
+TAIL_FILE = "detector.safetensors"
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """A detector in `backbone.json`."""
+
+    model_file: str
+    """Of the user's archive, with the class that makes the detector."""
+    strategy: Strategy
+    pedestrian: int
+    """Label of pedestrians."""
+    tail: str
+    """Identity of what comes after the backbone's stages, by which the graph calls it."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DetectorSpec:
+        return cls(**{**data, "strategy": Strategy(data["strategy"])})
+
+    def labels(self, classes: Tensor) -> Tensor:
+        """Return the detector's labels for (B,) classes."""
+        return classes * self.pedestrian if self.strategy is Strategy.PEDESTRIAN else classes
+
+
+def sizes_in(transform: Any, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (height, width) of an image as the detector scales it, and with the padding that it adds."""
+    least, most = min(shape[1:]), max(shape[1:])
+    scale = min(transform.min_size[-1] / least, transform.max_size / most)
+    height, width = (int(size * scale) for size in shape[1:])
+    step = transform.size_divisible
+    return (height, width), (-(-height // step) * step, -(-width // step) * step)
+
+
+class Tail(nn.Module):
+    """A detector from its backbone's maps on: pyramid, proposals and heads."""
+
+    def __init__(self, detector: Any, shape: Sequence[int], strategy: Strategy, pedestrian: int) -> None:
+        """Take the parts of a torchvision detector.
+
+        Args:
+            detector: a `GeneralizedRCNN` whose backbone has a feature pyramid.
+            shape: (C, H, W) of its images.
+            strategy: what the class of an image is.
+            pedestrian: their label.
+        """
+        super().__init__()
+        self.fpn, self.rpn, self.roi_heads = detector.backbone.fpn, detector.rpn, detector.roi_heads
+        self.names = tuple(detector.backbone.body.return_layers.values())
+        self.strategy, self.pedestrian = strategy, pedestrian
+        self.size = (shape[1], shape[2])
+        self.resized, self.padded = sizes_in(detector.transform, shape)
+        self.n_labels: int = detector.roi_heads.box_predictor.cls_score.out_features
+        self.n_found: int = detector.roi_heads.detections_per_img
+        self.flops = 0
+        """Of one image."""
+
+    @torch.no_grad()
+    def forward(self, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, K) probabilities and (B, N, 6 + M) detections: box in pixels of the image, label, score, and the
+        M numbers of a mask in its box; NaN where there is none."""
+        from torchvision.models.detection.image_list import ImageList
+
+        n_images = len(maps[0])
+        features = self.fpn(OrderedDict(zip(self.names, maps)))
+        images = ImageList(maps[0].new_empty(1).expand(n_images, 3, *self.padded), [self.resized] * n_images)
+        proposals, _ = self.rpn(images, features)
+        detections, _ = self.roi_heads(features, proposals, images.image_sizes)
+        scores = [class_scores(one["labels"], one["scores"], self.n_labels, self.strategy, self.pedestrian)
+                  for one in detections]
+        stretch = maps[0].new_tensor([there / here for here, there in zip(self.resized, self.size)]).flip(0).repeat(2)
+        found = [self._row(one, stretch) for one in detections]
+        return torch.stack(scores), torch.stack(found)
+
+    def _row(self, detected: dict[str, Tensor], stretch: Tensor) -> Tensor:
+        columns = [detected["boxes"] * stretch, detected["labels"][:, None].float(), detected["scores"][:, None]]
+        if "masks" in detected:
+            columns.append(detected["masks"].flatten(1))
+        found = torch.cat(columns, dim=1)
+        return functional.pad(found, (0, 0, 0, self.n_found - len(found)), value=torch.nan)
+
+    def identity(self) -> str:
+        """Return a hash of all that determines what it detects."""
+        settings = [(name, key, value) for part in (self.fpn, self.rpn, self.roi_heads)
+                    for name, module in part.named_modules() for key, value in sorted(vars(module).items())
+                    if _is_setting(value)]
+        what = (self.strategy.value, self.pedestrian, self.size, self.resized, self, settings)
+        digest = hashlib.sha256(repr(what).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _is_setting(value: object) -> bool:
+    """Whether an attribute of a module is a number, or numbers by name, as for training and for use."""
+    return isinstance(value, (int, float)) or (
+        isinstance(value, dict) and bool(value) and all(isinstance(one, (int, float)) for one in value.values()))
+
+
+def register(tail: Tail) -> str:
+    """Make a tail known to the graphs that call it; return its identity."""
+    identity = tail.eval().identity()
+    TAILS.setdefault(identity, tail)
+    return identity
+
+
+def images_of(spec: DetectorSpec, answers: Answers) -> list[dict[str, Tensor]]:
+    """Return for each image of a batch what the user's detector returns, as far as it is known."""
+    tail = TAILS[spec.tail]
+    confidence, classes = answers.outputs.max(dim=1)
+    [found] = answers.beside or (answers.outputs[:0],)
+    return detections(answers.stages.tolist(), spec.labels(classes), confidence, found, tail.size,
+                      has_mask=tail.roi_heads.has_mask())
+
+
+def parameters_of(spec: DetectorSpec | None) -> list[nn.Parameter]:
+    """Return the parameters of a tail, or none without a detector."""
+    return [] if spec is None else list(TAILS[spec.tail].parameters())
+
+
+def save_tail(spec: DetectorSpec, folder: Path) -> None:
+    """Write the weights of a tail into the folder of its backbone."""
+    tensors = {name: tensor.contiguous() for name, tensor in TAILS[spec.tail].state_dict().items()}
+    save_file(tensors, folder / TAIL_FILE)
+
+
+def load_tail(spec: DetectorSpec, folder: Path, shape: Sequence[int]) -> None:
+    """Read a tail from the folder of its backbone and make it known.
+
+    Args:
+        spec: of the detector.
+        folder: where the weights are; the user's files are above it.
+        shape: (C, H, W) of the images.
+
+    Raises:
+        ArchiveError: the model file or the weights are not those of the archive.
+    """
+    if spec.tail in TAILS:
+        return
+    file = folder.parent / spec.model_file
+    sys.path.insert(0, str(file.parent))  # it may import the user's other files
+    try:
+        module_spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        [kind] = own_classes(module)
+        tail = Tail(kind(), shape, spec.strategy, spec.pedestrian)
+        tail.load_state_dict(load_file(folder / TAIL_FILE))
+    except Exception as error:  # the user's own code may raise anything
+        raise ArchiveError(f"cannot make the detector of {spec.model_file}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    if register(tail) != spec.tail:
+        raise ArchiveError(f"{TAIL_FILE} or {spec.model_file} are not what the archive was made with: make it again")
+
+
+@torch.library.custom_op("early_exit::detect", mutates_args=())
+def detect(maps: list[Tensor], tail: str, n_classes: int, n_found: int, n_numbers: int) -> tuple[Tensor, Tensor]:
+    """Return (B, n_classes) probabilities and (B, n_found, n_numbers) detections for the backbone's (B, ...) maps.
+
+    Args:
+        maps: of the backbone's stages, as the detector takes them.
+        tail: identity of a registered tail.
+        n_classes: of images.
+        n_found: most detections in an image.
+        n_numbers: of a detection.
+    """
+    if not len(maps[0]):
+        return maps[0].new_zeros(0, n_classes), maps[0].new_zeros(0, n_found, n_numbers)
+    scores, found = TAILS[tail].to(maps[0].device)(*maps)
+    return scores, found
+
+
+@detect.register_fake
+def _(maps: list[Tensor], tail: str, n_classes: int, n_found: int, n_numbers: int) -> tuple[Tensor, Tensor]:
+    n_images = maps[0].shape[0]
+    return maps[0].new_empty(n_images, n_classes), maps[0].new_empty(n_images, n_found, n_numbers)
+
+
+@register_flop_formula(torch.ops.early_exit.detect)
+def _flops(maps: list[Sequence[int]], tail: str, *args: object, **kwargs: object) -> int:
+    of_an_image: int = TAILS[tail].flops
+    return of_an_image * maps[0][0]

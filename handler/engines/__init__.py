@@ -1,0 +1,1 @@
+"""How a stage of the backbone is executed."""

@@ -1,0 +1,37 @@
+"""Stages in bfloat16: half the bytes and, on processors that have it, twice the speed, for three significant digits."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Argument
+
+from early_exit.handler.engines.compiled_stage import CompiledStage
+
+
+class _InBfloat16(nn.Module):
+    def __init__(self, stage: fx.GraphModule, *, is_last: bool) -> None:
+        super().__init__()
+        self.stage = copy.deepcopy(stage).to(torch.bfloat16)  # a copy: parameters may be shared with the backbone
+        for node in self.stage.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, _lowered)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, _lowered)
+        self.stage.recompile()
+        self._is_last = is_last
+
+    def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        handed_on: tuple[Tensor, ...] = self.stage(*(x.bfloat16() if x.is_floating_point() else x for x in live))
+        return tuple(x.float() for x in handed_on) if self._is_last else handed_on
+
+
+def _lowered(argument: Argument) -> Argument:
+    """Return bfloat16 where an operation was told to compute in float32."""
+    return torch.bfloat16 if argument is torch.float32 else argument
+
+
+def in_bfloat16(stages: list[fx.GraphModule]) -> list[CompiledStage]:
+    """Return the stages of a backbone as they are computed in bfloat16."""
+    return [CompiledStage(_InBfloat16(stage, is_last=number == len(stages)), Tensor.float)
+            for number, stage in enumerate(stages, start=1)]

@@ -1,0 +1,205 @@
+"""Stages executed by OpenVINO, in float32 or with the 8-bit integers that `archiver/packaging/quantize.py` made.
+
+Quantized are pieces: the backbone cut at all its candidates, so that the same integers serve any plan. Within a stage
+the pieces are joined to one model, as if the backbone had never been cut there. Between stages an activation that the
+next convolution would turn into integers travels as these integers: a cut computes nothing and copies a quarter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.graph import inputs_of, split
+from early_exit.handler.engines.compiled_stage import CompiledStage, Read, read_as_it_is
+from early_exit.handler.errors import ArchiveError, ConfigError
+
+PIECES = "int8"
+"""Folder of the quantized pieces, beside the backbone."""
+_STEPS = 255
+Model = Any
+"""An `openvino.Model`; the package is optional and has no complete types."""
+
+
+def import_openvino() -> Any:
+    """Return the package, without its telemetry: nothing leaves the machine.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise ConfigError("the engines openvino and openvino-int8 need OpenVINO on the machine that serves: "
+                          "pip install 'early-exit-torchserve[openvino]'") from error
+    return openvino
+
+
+def convert(stage: fx.GraphModule) -> Model:
+    """Return a stage as a float32 model whose inputs have any number of rows; their nodes are named in0, in1,
+    ..., those of its outputs out0, out1, ..."""
+    openvino = import_openvino()
+    example = tuple(torch.zeros(2, *map(int, node.meta["val"].shape[1:]), dtype=node.meta["val"].dtype)
+                    for node in inputs_of(stage.graph))
+    rows = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(stage, example, dynamic_shapes=tuple({0: rows} for _ in example))
+    model = openvino.convert_model(program)
+    model.reshape({number: [-1, *one.shape[1:]] for number, one in enumerate(example)})
+    # Nodes have names of their own; a tensor that travels on as it came, such as a mask, would lose one of two.
+    for ends, name in ((model.inputs, "in"), (model.outputs, "out")):
+        for number, end in enumerate(ends):
+            end.get_node().set_friendly_name(f"{name}{number}")
+    return model
+
+
+def _end(ends: Sequence[Any], name: str) -> Any:
+    """Return the input or output that `convert` named.
+
+    Raises:
+        ArchiveError: there is none, as in pieces that were quantized before nodes had these names.
+    """
+    for end in ends:
+        if end.get_node().get_friendly_name() == name:
+            return end
+    raise ArchiveError(f"a quantized piece has no {name}: make the pieces again with ee-archive --engine openvino-int8 "
+                       "--calibrate RECORDS")
+
+
+def compile_float(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
+    """Return the stages of a backbone in float32."""
+    return [CompiledStage(_Compiled(convert(stage))) for stage in split(backbone.graph, boundaries)]
+
+
+def compile_int8(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
+    """Return the stages of a backbone from its quantized pieces.
+
+    Raises:
+        ArchiveError: there are none.
+    """
+    openvino = import_openvino()
+    files = sorted((backbone.folder / PIECES).glob("*.xml")) if backbone.folder else []
+    nodes = [layer.node for layer in backbone.description.candidates]
+    if len(files) != len(nodes) + 1:
+        raise ArchiveError(f"the engine openvino-int8 needs {len(nodes) + 1} quantized pieces, found {len(files)}: "
+                           "make them with ee-archive --engine openvino-int8 --calibrate RECORDS")
+    core = openvino.Core()
+    ends = [0, *(nodes.index(node) + 1 for node in boundaries), len(files)]
+    stages = [_joined([core.read_model(file) for file in files[start:end]]) for start, end in pairwise(ends)]
+    reads = [_travel_as_integers(stage, following) for stage, following in pairwise(stages)]
+    return [CompiledStage(_Compiled(stage), read) for stage, read in zip(stages, [*reads, read_as_it_is])]
+
+
+def int8_digest(folder: Path) -> str:
+    """Return what tells the quantized pieces in an archive's folder from all others."""
+    digest = hashlib.sha256()
+    for file in sorted((folder / PIECES).glob("*")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _joined(pieces: Sequence[Model]) -> Model:
+    """Return one model that runs models one after the other."""
+    for before, after in pairwise(pieces):
+        for number in range(len(after.inputs)):
+            _replace(_end(after.inputs, f"in{number}"), _source(before, number))
+    results = [_end(pieces[-1].outputs, f"out{number}").get_node() for number in range(len(pieces[-1].outputs))]
+    parameters = [_end(pieces[0].inputs, f"in{number}").get_node() for number in range(len(pieces[0].inputs))]
+    return import_openvino().Model(results, parameters)
+
+
+def _source(model: Model, number: int) -> Any:
+    """Return what is computed for an output."""
+    return _end(model.outputs, f"out{number}").get_node().input_value(0)
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Let everything that reads one value read another."""
+    for reader in list(old.get_target_inputs()):
+        reader.replace_source_output(new)
+
+
+def _travel_as_integers(stage: Model, following: Model) -> Read:
+    """Move the quantization of the first tensor that travels before the cut, where all that reads it begins with the
+    same; return what makes floats of it."""
+    openvino = import_openvino()
+    ops = openvino.opset13
+    parameter = _end(following.inputs, "in0")
+    readers = [reader.get_node() for reader in parameter.get_target_inputs()]
+    ranges = [_range(reader) for reader in readers]
+    if not ranges or ranges[0] is None or any(one != ranges[0] for one in ranges):
+        return read_as_it_is
+    low, high = ranges[0]
+    scale = (high - low) / _STEPS
+    result = _end(stage.outputs, "out0").get_node()
+    low_to_high, no_to_all_steps = ([ops.constant(limit, openvino.Type.f32) for limit in limits]
+                                    for limits in ((low, high), (0, _STEPS)))
+    steps = ops.fake_quantize(result.input_value(0), *low_to_high, *no_to_all_steps, _STEPS + 1)
+    result.input(0).replace_source_output(ops.convert(steps, "u8").output(0))
+    stage.validate_nodes_and_infer_types()
+    parameter.get_node().set_element_type(openvino.Type.u8)
+    parameter.get_node().validate_and_infer_types()
+    centred = ops.subtract(ops.convert(parameter, "f32"), ops.constant(-low / scale, openvino.Type.f32))
+    floats = ops.multiply(centred, ops.constant(scale, openvino.Type.f32)).output(0)
+    for reader in readers:
+        _replace(reader.output(0), floats)
+    following.validate_nodes_and_infer_types()
+    return partial(_read_integers, scale=scale, low=low)
+
+
+def _range(node: Any) -> tuple[float, float] | None:
+    """Return the range of a quantization to 8 bits of a whole tensor; none for any other operation."""
+    if node.get_type_name() != "FakeQuantize" or node.get_levels() != _STEPS + 1:
+        return None
+    limits = [node.input_value(number).get_node() for number in range(1, 5)]
+    values = [one.get_vector().tolist() for one in limits if one.get_type_name() == "Constant"]
+    if len(values) < 4 or any(len(one) != 1 for one in values) or values[:2] != values[2:]:
+        return None
+    return values[0][0], values[1][0]
+
+
+def _read_integers(x: Tensor, *, scale: float, low: float) -> Tensor:
+    return x.float().mul_(scale).add_(low) if low else x.float().mul_(scale)
+
+
+class _Compiled(nn.Module):
+    """A model as a module: tensors in, new tensors out."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        openvino = import_openvino()
+        self._tensor = openvino.Tensor
+        # In float32 also on processors where OpenVINO would take bfloat16.
+        compiled = openvino.compile_model(model, "CPU", {
+            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+        self._inputs = [_end(compiled.inputs, f"in{number}") for number in range(len(compiled.inputs))]
+        self._outputs = [_end(compiled.outputs, f"out{number}") for number in range(len(compiled.outputs))]
+        self._made = [([size.get_length() for size in list(end.partial_shape)[1:]],
+                       getattr(torch, str(end.element_type.to_dtype()))) for end in self._outputs]
+        """Of each output: the shape of a row, and the dtype."""
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        # Memory of our own: what a request allocates itself, its next run overwrites.
+        made = tuple(torch.empty((len(live[0]), *row), dtype=dtype) for row, dtype in self._made)
+        if len(live[0]):
+            with self._lock:
+                for port, x in zip(self._inputs, live):
+                    self._request.set_tensor(port, self._tensor(x.detach().contiguous().numpy(), shared_memory=True))
+                for port, x in zip(self._outputs, made):
+                    self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
+                self._request.infer()
+        return made

@@ -1,0 +1,195 @@
+"""The exit plan: which exits a model version has, and what is certified about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.errors import PlanError
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.policy import ConfidencePolicy
+
+FORMAT = 1
+PLAN_FILE = "plan.json"
+HEADS_FILE = "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class PlannedExit:
+    """One exit of a plan."""
+
+    layer: str
+    """Module path of the candidate layer it stands after."""
+    head: HeadSpec
+    temperature: float
+    threshold: float
+    """Least calibrated confidence that leaves here."""
+    cost: float
+    """Fraction of the backbone's FLOPs spent when this layer has run, in (0, 1)."""
+    head_cost: float
+    """FLOPs of the head as a fraction of the backbone's."""
+    shrink_from: int = 1
+    """Fewest answered rows that are worth a copy of the others, by the times measured."""
+
+    def policy(self) -> ConfidencePolicy:
+        """Decide on the logits of the trained head."""
+        return ConfidencePolicy(self.temperature, self.threshold)
+
+    def served_policy(self) -> ConfidencePolicy:
+        """Decide on those of a `ServedHead`, which are calibrated."""
+        return ConfidencePolicy(1.0, self.threshold)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The expected loss of a served answer is at most the tolerance, with this confidence.
+
+    The statement holds for requests like those of the certify part: the shadow sample of the window.
+    """
+
+    risk: str
+    """The loss: 'disagreement' is 1 where the class differs from the backbone's, 'confidence-gap' how much less
+    probable the backbone finds it, 'accuracy' 1 where only the backbone is right and -1 where only the answer is."""
+    tolerance: float
+    confidence: float
+    """1 - delta: the share of such certificates that are true."""
+    n: int
+    """Records of the certify part, used for nothing else."""
+    k: int
+    """Among them, those where the served answer differed."""
+    observed: float
+    """Mean loss on them; for disagreement that is k / n."""
+    p_value: float
+    """How likely so small a loss is where the expected loss is above the tolerance."""
+    method: str
+    window: tuple[float, float]
+    """Unix times, in seconds, of the first record of the certify part, and of the last record used for anything."""
+
+    def in_words(self) -> str:
+        confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
+        differed = f"{self.k} of {self.n} held-out records differed"
+        if self.risk == "disagreement":
+            return f"{confidence} the served class differs from the backbone's on at most {tolerance} of requests " \
+                   f"({differed})."
+        if self.risk == "accuracy":
+            return f"{confidence} the accuracy is at most {tolerance} below the backbone's (on {self.n} labelled " \
+                   f"held-out records it was {100 * self.observed:.2f}% below; {differed}), as long as the requests " \
+                   "that have labels are a random sample of the traffic."
+        return f"{confidence} the backbone finds the served classes on average at most {tolerance} less probable " \
+               f"than its own (observed {100 * self.observed:.2f}%; {differed}). That bounds the loss of accuracy as " \
+               "long as the backbone is not under-confident."
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """The exits of one model version, in order, for exactly one backbone."""
+
+    backbone: str
+    """sha256 of the backbone that it was made for."""
+    thresholds: str
+    """How the thresholds were chosen: certified, paper or equal."""
+    exits: tuple[PlannedExit, ...]
+    certificate: Certificate | None
+    engine: str = "folded"
+    """Identity of the engine that serves: the certificate counts what it changes."""
+    measure: str = "flops"
+    """What `expected_cost` counts: flops, or seconds measured on the machine that trained."""
+    batch_size: int = 1
+    """For full batches of this size."""
+    expected_cost: float = 1.0
+    """Of a request on the certify part, heads included, as a fraction of the backbone's."""
+    safer: tuple[tuple[float, ...], ...] = ()
+    """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
+    deployed one; after the last comes no exit at all."""
+
+    def __post_init__(self) -> None:
+        costs = [planned.cost for planned in self.exits]
+        if sorted(set(costs)) != costs:
+            raise PlanError(f"the exits of a plan must be in order of cost, found {costs}")
+        if any(len(thresholds) != len(costs) for thresholds in self.safer):
+            raise PlanError(f"each safer setting needs {len(costs)} thresholds, one for each exit, found {self.safer}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    def digest(self) -> str:
+        """Return a short hash of the plan without its heads, by which it is known in records and audits."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: str) -> ExitPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: it is incomplete, or a newer version of this software wrote it.
+        """
+        if data.get("format") != FORMAT:
+            raise PlanError(f"{source} has format {data.get('format')!r}, this version reads {FORMAT}")
+        certificate = data.get("certificate")
+        try:
+            return cls(
+                backbone=data["backbone"], thresholds=data["thresholds"], engine=data["engine"],
+                measure=data["measure"], batch_size=data["batch_size"],
+                expected_cost=data["expected_cost"],
+                exits=tuple(PlannedExit(**{**planned, "head": HeadSpec.from_json(planned["head"])})
+                            for planned in data["exits"]),
+                certificate=None if certificate is None
+                else Certificate(**{**certificate, "window": tuple(certificate["window"])}),
+                safer=tuple(tuple(thresholds) for thresholds in data.get("safer", ())),
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"{source} is not a complete plan: {error}") from error
+
+
+def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> None:
+    """Write heads.safetensors and then plan.json into an existing folder; `heads` is by layer path."""
+    tensors = {f"{planned.layer}/{name}": tensor.contiguous()
+               for planned in plan.exits for name, tensor in heads[planned.layer].state_dict().items()}
+    save_file(tensors, folder / HEADS_FILE, metadata={"backbone": plan.backbone})
+    scratch = folder / (PLAN_FILE + ".writing")
+    scratch.write_text(json.dumps(plan.to_json(), indent=1))
+    scratch.replace(folder / PLAN_FILE)
+
+
+def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:
+    """Read a plan and the tensors of its heads, which lie beside it.
+
+    Raises:
+        PlanError: a file is missing, damaged or of a newer format.
+    """
+    try:
+        plan = ExitPlan.from_json(json.loads(path.read_text()), str(path))
+        return plan, load_file(path.with_name(HEADS_FILE))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PlanError(f"cannot read the plan {path} and {HEADS_FILE} beside it: {error}") from error
+
+
+def build_heads(plan: ExitPlan, tensors: Mapping[str, Tensor], backbone: BackboneDescription) -> dict[str, Head]:
+    """Return the heads of a plan, by layer path, with their weights.
+
+    Raises:
+        PlanError: the plan was made for another backbone, or its tensors do not fit its heads.
+    """
+    if plan.backbone != backbone.sha256:
+        raise PlanError(f"the plan was made for the backbone {plan.backbone[:12]}..., this one is "
+                        f"{backbone.sha256[:12]}...: train heads on records of this backbone, or use the other one")
+    heads: dict[str, Head] = {}
+    for planned in plan.exits:
+        head = Head(planned.head, backbone.layer(planned.layer).shape, backbone.n_classes)
+        prefix = planned.layer + "/"
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        try:
+            head.load_state_dict(own)
+        except RuntimeError as error:
+            raise PlanError(f"{HEADS_FILE} does not fit the head at {planned.layer}: {error}") from error
+        heads[planned.layer] = head.eval()
+    return heads

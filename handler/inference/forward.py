@@ -1,0 +1,218 @@
+"""The forward pass with early exits: decide per item, answer the hits, shrink the batch, go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.exits.policy import ExitPolicy
+
+FULL = -1
+"""Exit number of a row that the whole backbone answered."""
+
+Live = tuple[Tensor, ...]
+"""The (B, ...) tensors that travel from a stage to the next: first what a head reads, then whatever else the rest of
+the backbone needs, such as a mask. After the last stage: the scores alone."""
+
+Observer = Callable[[int, Tensor], None]
+"""Called after each stage but the last with its number and what a head would read of the shadow rows, if any."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """What stands at the end of a stage that may answer."""
+
+    head: Callable[[Tensor], Tensor]
+    """(B, ...) activation -> (B, K) logits."""
+    policy: ExitPolicy
+    answer: Callable[[Tensor], Tensor]
+    """(B, K) logits -> (B, K) scores of the kind that the backbone returns."""
+    shrink_from: int = 1
+    """Fewest answered rows that are worth a copy of the others; fewer travel on, and are ignored from there on."""
+
+    def decide(self, x: Tensor) -> tuple[Tensor, list[bool]]:
+        """Return the (B, K) logits of (B, ...) activations, and for each row whether it may leave."""
+        logits = self.head(x)
+        return logits, self.policy(logits).tolist()
+
+    def shrinks(self, n_rows: int, n_staying: int) -> bool:
+        """Tell whether copying the rows that stay is worth it."""
+        return n_rows - n_staying >= self.shrink_from
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the backbone and, unless nobody may leave there, the exit after it."""
+
+    forward: Callable[..., Live]
+    """Takes the tensors that travel to it as arguments."""
+    exit: Exit | None = None
+
+    def take(self, live: Live, places: list[int]) -> Live:
+        """Return the rows in some places, ascending, of what travels to this stage."""
+        index = numbers_on(live[0].device, places)
+        return tuple(take_rows(x, index) for x in live)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one batch, in request order."""
+
+    outputs: Tensor
+    """(B, K) scores."""
+    stages: Tensor
+    """(B,) int64 on the CPU: the stage after which each row was answered, or `FULL`."""
+    shadow: Tensor
+    """(S,) int64 on the CPU: rows that ran to the end whatever the exits said."""
+    reference: Tensor
+    """(S, K) scores of the whole backbone for the shadow rows."""
+    stage_seconds: tuple[float, ...]
+    """Wall time of each stage that ran, with its head and shrink; none where a GPU ran them in one launch."""
+    anytime: Tensor
+    """(A,) int64 on the CPU: rows that asked for every exit's opinion, so they ran to the end too."""
+    opinions: Mapping[int, Tensor]
+    """By stage, and by `FULL` for the whole backbone, the (A, K) scores that they would have got there."""
+    beside: Live = ()
+    """What the backbone returned beside the scores: (W, ...) for the rows that left nowhere, in order; none where all
+    left."""
+
+
+def run_with_exits(
+    inputs: Live, stages: Sequence[Stage], *, shadow: Tensor | None = None, anytime: Tensor | None = None,
+    observe: Observer | None = None
+) -> Answers:
+    """Run the backbone and let confident rows leave early (Algorithm 1 of the paper).
+
+    An item's answer does not depend on the batch it travelled in. Shadow rows are answered at their exit
+    like any other but keep travelling, so that what they would have got from the backbone is known.
+
+    Args:
+        inputs: the backbone's (B, ...) inputs; B may be 0.
+        stages: the backbone in order; the last stage returns the scores.
+        shadow: (B,) bool mask of shadow rows; none by default.
+        anytime: (B,) bool mask of rows that ask for every exit's opinion, so they run to the end too; none by default.
+        observe: sees the shadow rows' activations.
+    """
+    batch = _Batch(len(inputs[0]), _numbers(shadow), _numbers(anytime))
+    seconds: list[float] = []
+    live = list(inputs)
+    del inputs
+    for number, (stage, following) in enumerate(zip(stages, (*stages[1:], None))):
+        started = time.perf_counter()
+        # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
+        live = list(stage.forward(live.pop()) if len(live) == 1 else stage.forward(*live))
+        if observe is not None and batch.shadow and following is not None:
+            observe(number, batch.take(live[0], batch.shadow))
+        if stage.exit is not None and batch.rows:
+            live = batch.leave(number, stage.exit, live, following)
+        seconds.append(time.perf_counter() - started)
+        if batch.n_rows and not batch.rows:
+            break
+    return batch.answers(live, seconds)
+
+
+class _Batch:
+    """Who is where, of a batch on its way.
+
+    Lists of numbers: on so few rows each operation on tensors would cost more than all of this.
+    """
+
+    def __init__(self, n_rows: int, shadow: list[int], anytime: list[int]) -> None:
+        self.n_rows, self.shadow = n_rows, shadow
+        self.rows = list(range(n_rows))
+        """Those that travel, in their places."""
+        self._anytime, self._through = anytime, {*shadow, *anytime}
+        self._left_after, self._waits = [FULL] * n_rows, [True] * n_rows
+        self._said: list[tuple[Exit, Tensor]] = []
+        """Exits that answered rows, with the logits of all that were there."""
+        self._source = [0] * n_rows
+        """For each row that was answered its place in what they said, one after the other,"""
+        self._n_said = 0
+        """which are so many."""
+        self._opinions: dict[int, Tensor] = {}
+
+    def leave(self, number: int, exit_: Exit, live: list[Tensor], following: Stage | None) -> list[Tensor]:
+        """Let the rows leave that an exit is sure of; return what travels on to the following stage, if any."""
+        logits, sure = exit_.decide(live[0])
+        hit = answered(sure, [self._waits[row] for row in self.rows])
+        if self._anytime:
+            self._opinions[number] = exit_.answer(self.take(logits, self._anytime))
+        if not hit:
+            return live
+        for place in hit:
+            row = self.rows[place]
+            self._left_after[row], self._waits[row], self._source[row] = number, False, self._n_said + place
+        self._said.append((exit_, logits))
+        self._n_said += len(self.rows)
+        stay = [place for place, row in enumerate(self.rows) if self._waits[row] or row in self._through]
+        if not stay or (following is not None and exit_.shrinks(len(self.rows), len(stay))):
+            self.rows = [self.rows[place] for place in stay]
+            if following is not None and stay:
+                return list(following.take(tuple(live), stay))
+        return live
+
+    def take(self, x: Tensor, wanted: list[int]) -> Tensor:
+        """Return some of the rows that travel, given by their numbers in the batch."""
+        place = {row: position for position, row in enumerate(self.rows)}
+        return self._at(x, [place[row] for row in wanted])
+
+    def _at(self, x: Tensor, places: list[int]) -> Tensor:
+        return x if len(places) == len(self.rows) else take_rows(x, numbers_on(x.device, places))
+
+    def answers(self, live: list[Tensor], seconds: list[float]) -> Answers:
+        """Return all answers, given what the last stage returned if a row came so far."""
+        outputs, wait = live[0], [place for place, row in enumerate(self.rows) if self._waits[row]]
+        beside = tuple(self._at(x, wait) for x in live[1:]) if self.rows else ()
+        if self._said:
+            for place in wait:
+                self._source[self.rows[place]] = self._n_said + place
+            pieces = [exit_.answer(logits) for exit_, logits in self._said] + ([live[0]] if wait else [])
+            outputs = pieces[0]  # all of them, if there are no others
+            if len(pieces) > 1:
+                outputs = torch.cat(pieces).index_select(0, numbers_on(outputs.device, self._source))
+        reference = self.take(live[0], self.shadow) if self.shadow else outputs[:0]
+        opinions = self._opinions | ({FULL: self.take(live[0], self._anytime)} if self._anytime else {})
+        stages, shadow, anytime = (torch.tensor(numbers, dtype=torch.int64)
+                                   for numbers in (self._left_after, self.shadow, self._anytime))
+        return Answers(outputs, stages, shadow, reference, tuple(seconds), anytime, opinions, beside)
+
+
+def answered(sure: Sequence[bool], waiting: Sequence[bool]) -> list[int]:
+    """Return the ascending places of the rows that an exit answers.
+
+    Args:
+        sure: for each row whether it may leave.
+        waiting: for each row whether it wants an answer.
+    """
+    return [place for place, (is_sure, waits) in enumerate(zip(sure, waiting)) if is_sure and waits]
+
+
+def numbers_on(device: torch.device, numbers: list[int]) -> Tensor:
+    """Return (N,) int64 numbers on a device, without waiting for a GPU."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+def _numbers(mask: Tensor | None) -> list[int]:
+    found: list[int] = [] if mask is None else mask.nonzero().flatten().tolist()
+    return found
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return some rows of x, in x's memory format: x itself when they are all.
+
+    Args:
+        x: (B, ...).
+        index: ascending, each row once.
+    """
+    if len(index) == len(x):
+        return x
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        # index_select on channels_last returns a slow NCHW copy; on the permuted view it copies whole rows.
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)

@@ -1,0 +1,1 @@
+"""The sequential test of the certificate while a version serves."""

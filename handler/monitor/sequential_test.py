@@ -1,0 +1,168 @@
+"""The risk alarm: do the shadow samples still say what the certificate says?
+
+A gambler bets on every shadow sample that the expected loss is above the tolerance T: capital x (1 + b/T (loss - T)),
+for several b at once. While the certificate holds, the expected capital does not grow, so it ever reaches 1/delta with
+probability at most delta (Ville's inequality): the alarm may be looked at after every sample, for ever. Half of the
+capital is put down at the first sample, the rest is kept and put down in ever smaller parts, one every 100 samples:
+a gambler who has lost all in a long quiet time would notice a change late. Capital that is kept neither grows nor
+shrinks, so the bound is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.exits.plan import Certificate
+
+FORMAT = 1
+BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
+STAKE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """What is watched: the loss, how much of it is tolerated, and how sure an alarm is."""
+
+    risk: str
+    tolerance: float
+    delta: float
+    """Probability of ever raising a false alarm at one step."""
+
+    @classmethod
+    def of(cls, certificate: Certificate) -> Monitored:
+        """Return what can be watched of a certificate without labels.
+
+        For the risk of accuracy there are none in serving, so the disagreement is watched, against the upper
+        confidence limit of what it was when the accuracy was certified. An alarm then says that the traffic is not
+        like that of the certificate; a loss of accuracy at the same disagreement stays unseen.
+        """
+        delta = 1 - certificate.confidence
+        if certificate.risk == "accuracy":
+            return cls("disagreement", upper_limit(certificate.k, certificate.n, delta), delta)
+        return cls(certificate.risk, certificate.tolerance, delta)
+
+    def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
+        """Return what each answer lost, in [0, 1].
+
+        Args:
+            outputs: (S, K) served scores of the shadow rows.
+            reference: (S, K) the backbone's.
+            kind: of both.
+        """
+        served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
+        differs = (served != backbone).double()
+        if self.risk == "confidence-gap":
+            probabilities = kind.log_probabilities(reference.float()).exp()
+            gap = probabilities.gather(1, backbone[:, None]) - probabilities.gather(1, served[:, None])
+            differs = gap.flatten().double().clamp(0.0, 1.0) * differs
+        losses: list[float] = differs.tolist()
+        return losses
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the shadow samples of one step say against the certificate."""
+
+    n: int = 0
+    lost: float = 0.0
+    """Sum of the losses."""
+    capital: tuple[float, ...] = (0.0,) * len(BETS)
+    """What the stakes put down so far have become, by bet."""
+
+    def after(self, loss: float, tolerance: float) -> Evidence:
+        """Return the evidence after one more sample.
+
+        >>> Evidence().after(0.0, 0.02).wealth() < 1 < Evidence().after(1.0, 0.02).wealth()
+        True
+        """
+        number, into = divmod(self.n, STAKE_EVERY)
+        stake = 0.0 if into else 1 / ((number + 1) * (number + 2))  # these sum to 1
+        capital = tuple((has + stake) * (1 + bet / tolerance * (loss - tolerance))
+                        for has, bet in zip(self.capital, BETS))
+        return Evidence(self.n + 1, self.lost + loss, capital)
+
+    def wealth(self) -> float:
+        """Return the capital in all, kept or put down; it began with 1."""
+        kept = 1 / (-(-self.n // STAKE_EVERY) + 1)
+        return sum(self.capital) / len(BETS) + kept
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Why a step was left."""
+
+    step: int
+    time: float
+    """Unix time in seconds."""
+    n: int
+    """Shadow samples at that step."""
+    mean_loss: float
+    wealth: float
+
+
+@dataclass(frozen=True)
+class MonitorState:
+    """Where a version stands; each step back begins with fresh evidence."""
+
+    step: int = 0
+    """0 is the plan as deployed, then its safer settings in order, then no exits."""
+    evidence: Evidence = field(default_factory=Evidence)
+    alarms: tuple[Alarm, ...] = ()
+    """One for each step back; the first voids the certificate."""
+
+    def after(self, samples: Iterable[tuple[int, float]], monitored: Monitored, last_step: int,
+              now: float) -> MonitorState:
+        """Return the state after some (step, loss) samples; those answered at another step do not count."""
+        step, evidence, alarms = self.step, self.evidence, self.alarms
+        for answered_at, loss in samples:
+            if answered_at != step or step >= last_step:
+                continue
+            evidence = evidence.after(loss, monitored.tolerance)
+            if (wealth := evidence.wealth()) >= 1 / monitored.delta:
+                alarms = (*alarms, Alarm(step, now, evidence.n, evidence.lost / evidence.n, wealth))
+                step, evidence = step + 1, Evidence()
+        return MonitorState(step, evidence, alarms)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "certificate": "void" if self.alarms else "holds", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MonitorState:
+        """Read a state.
+
+        Raises:
+            ValueError: it is none, or of another format.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, found {data['format']!r}")
+            found = data["evidence"]
+            return cls(int(data["step"]), Evidence(int(found["n"]), float(found["lost"]), tuple(found["capital"])),
+                       tuple(Alarm(**alarm) for alarm in data["alarms"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected the state of a monitor, found {data!r:.80}") from error
+
+
+def upper_limit(k: int, n: int, delta: float) -> float:
+    """Return the p with P(Binomial(n, p) <= k) = delta: a larger one would seldom show so few (Clopper-Pearson).
+
+    >>> round(upper_limit(0, 299, 0.05), 5)
+    0.00997
+    """
+    def at_most_k(p: float) -> float:
+        return sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+                            + i * math.log(p) + (n - i) * math.log1p(-p)) for i in range(k + 1))
+
+    low, high = 0.0, 1.0
+    if k >= n:
+        return high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_most_k(middle) > delta else (low, middle)
+    return high

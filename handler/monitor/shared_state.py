@@ -1,0 +1,157 @@
+"""Keeps the monitor's state in the records folder: shared by the workers of a version, and kept over restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from early_exit.handler.model import ServedModel
+from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
+from early_exit.handler.recording.format import ShardHeader
+
+logger = logging.getLogger(__name__)
+
+MONITOR_FILES = "monitor-*.json"
+_SHARE_EVERY_S = 1.0
+_MOST_UNSHARED = 10_000
+
+
+def monitor_file(records: Path, header: ShardHeader, plan_digest: str) -> Path:
+    """Return where the workers that serve a plan keep their monitor's state."""
+    return header.folder(records) / f"monitor-{header.version}-{plan_digest}.json"
+
+
+def read_state(path: Path) -> MonitorState | None:
+    """Return the state in a file, none where there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not the state of a monitor.
+    """
+    try:
+        return MonitorState.from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+class Watchman:
+    """Takes shadow samples from the serving thread and adds them to the state from a thread of its own.
+
+    Every second each worker locks the file, adds its samples to what it finds there and renames the result into
+    place. So all workers feed one test and every sample counts once, in an order that its loss has no part in. The
+    kernel frees the lock of a killed worker, who loses the samples of a second. While the folder cannot be written,
+    or where there is none, a worker goes on alone with the last state it knows, and adds what it saw when it can.
+    """
+
+    def __init__(self, monitored: Monitored, last_step: int, path: Path | None) -> None:
+        """Read the state where there is one and start.
+
+        Args:
+            monitored: what is tested.
+            last_step: the step without exits, at which nothing is left to test.
+            path: of the shared state; none keeps it in memory.
+        """
+        self.monitored = monitored
+        self._last_step, self._path = last_step, path
+        self._shared = self.state = MonitorState()
+        self._unshared: list[tuple[int, float]] = []
+        self._failing = False
+        self._share()
+        self._queue: queue.SimpleQueue[list[tuple[int, float]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="early-exit-monitor", daemon=True)
+        self._thread.start()
+
+    def note(self, step: int, losses: list[float]) -> None:
+        """Take the losses of shadow samples that were answered at a step; never waits."""
+        self._queue.put([(step, loss) for loss in losses])
+
+    def close(self) -> None:
+        """Share what was noted and stop."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        share_at = time.monotonic() + _SHARE_EVERY_S
+        while True:
+            noted: list[tuple[int, float]] | None = []
+            with contextlib.suppress(queue.Empty):
+                noted = self._queue.get(timeout=max(0.0, share_at - time.monotonic()))
+            self._unshared += noted or []
+            if noted is None or time.monotonic() >= share_at:
+                try:
+                    self._share()
+                except Exception:  # nothing on the side may end this thread
+                    logger.exception("the monitor fails; answers go on at step %d", self.state.step)
+                share_at = time.monotonic() + _SHARE_EVERY_S
+            if noted is None:
+                return
+
+    def _share(self) -> None:
+        before = self.state
+        try:
+            if self._path is None:
+                self._shared, self._unshared = self._advanced(self._shared), []
+            else:
+                self._share_in(self._path)
+            self.state, self._failing = self._shared, False
+        except (OSError, ValueError) as error:
+            if not self._failing:
+                logger.warning("cannot share the monitor's state in %s: %s. This worker watches alone.",
+                               self._path, error)
+            self._failing = True
+            self.state = self._advanced(self._shared)
+            if len(self._unshared) > _MOST_UNSHARED:
+                self._shared, self._unshared = self.state, []
+        for alarm in self.state.alarms[len(before.alarms):]:
+            logger.error("ALARM: the mean loss of %d shadow samples is %.4f, certified was at most %.4f: the "
+                         "certificate is void, exits step back to step %d of %d", alarm.n, alarm.mean_loss,
+                         self.monitored.tolerance, alarm.step + 1, self._last_step)
+
+    def _share_in(self, path: Path) -> None:
+        if not self._unshared:
+            # The file is replaced as a whole, so it can be read without the lock.
+            self._shared = read_state(path) or self._shared
+            return
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _locked(path.with_suffix(".lock")):
+            try:
+                found = read_state(path)
+            except ValueError as error:
+                logger.warning("%s is replaced: %s", path, error)
+                found = None
+            state = self._advanced(found or self._shared)
+            scratch = path.with_suffix(f".{os.getpid()}")
+            try:
+                scratch.write_text(json.dumps(state.to_json()))
+                scratch.replace(path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    scratch.unlink(missing_ok=True)
+                raise
+        self._shared, self._unshared = state, []
+
+    def _advanced(self, state: MonitorState) -> MonitorState:
+        return state.after(self._unshared, self.monitored, self._last_step, time.time())
+
+
+def watch(model: ServedModel, records: Path | None, header: ShardHeader) -> Watchman | None:
+    """Start to watch what a model's plan promises; a plan without certificate or exits promises nothing."""
+    if model.plan is None or model.plan.certificate is None or not model.plan.exits:
+        return None
+    path = monitor_file(records, header, model.plan.digest()) if records else None
+    return Watchman(Monitored.of(model.plan.certificate), len(model.steps) - 1, path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

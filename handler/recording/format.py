@@ -1,0 +1,177 @@
+"""The record format: what is kept of a request for training, in shards that appear complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.errors import RecordError
+
+FORMAT = "2"
+SUFFIX = ".safetensors"
+SCRATCH_SUFFIX = ".writing"
+_ACTIVATION = "activation/"
+
+
+@dataclass(frozen=True)
+class Records:
+    """N records: shadow samples, each with what the whole backbone said of it."""
+
+    activations: Mapping[str, Tensor]
+    """By layer path: (N, ...) float16, pooled."""
+    log_probabilities: Tensor
+    """(N, K) float16: the backbone's distribution."""
+    backbone_class: Tensor
+    """(N,) int32: the class the backbone predicts."""
+    full_class: Tensor
+    """(N,) int32: the class that the engine that served predicts without exits: the same where it is exact."""
+    answered_class: Tensor
+    """(N,) int32: the class that was served."""
+    exit: Tensor
+    """(N,) int16: position in the shard's layers of the exit that answered, or -1 for the backbone."""
+    request: Tensor
+    """(N,) int64: hash of the request id."""
+    time: Tensor
+    """(N,) float64: Unix time in seconds."""
+    sampling_rate: Tensor
+    """(N,) float32: the probability with which the request was drawn."""
+    bodies: Sequence[bytes] | None = None
+    """N request bodies, where they are kept."""
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Records]) -> Records:
+        """Join records that have the same layers."""
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        activations = {path: torch.cat([part.activations[path] for part in parts]) for path in parts[0].activations}
+        kept = [part.bodies for part in parts if part.bodies is not None]
+        bodies = [body for bodies in kept for body in bodies] if len(kept) == len(parts) else None
+        return Records(activations=activations, bodies=bodies, **tensors)
+
+
+_COLUMNS = [field.name for field in fields(Records) if field.name not in ("activations", "bodies")]
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What all records of a shard have in common."""
+
+    model: str
+    version: str
+    backbone: str
+    """sha256 of the backbone."""
+    pool: Side
+    layers: tuple[str, ...]
+    """Layers at which the backbone was cut, in order; all are recorded, and `Records.exit` counts in them."""
+    engine: str = "folded"
+    """Identity of the engine that computed the activations."""
+
+    def folder(self, root: Path) -> Path:
+        return root / self.model / self.backbone
+
+
+def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
+    """Publish records as a shard: written beside, synced, renamed.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    tensors = {name: getattr(records, name) for name in _COLUMNS}
+    tensors |= {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
+    if records.bodies is not None:
+        sizes = torch.tensor([len(body) for body in records.bodies])
+        tensors["body_sizes"] = sizes
+        tensors["body_bytes"] = torch.frombuffer(bytearray(b"".join(records.bodies) or b"\0"), dtype=torch.uint8)
+    metadata = {"format": FORMAT, "header": json.dumps(header.__dict__)}
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    scratch = path.with_suffix(SCRATCH_SUFFIX)
+    try:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+        except SafetensorError as error:  # how the library reports a full disk or a missing permission
+            raise OSError(str(error)) from error
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """Return the complete shards below a folder, oldest first."""
+    found = []
+    for path in folder.rglob("*" + SUFFIX):
+        try:
+            found.append((path.stat().st_mtime, path))
+        except FileNotFoundError:  # deleted by the retention of a worker in the meantime
+            continue
+    return [path for _, path in sorted(found)]
+
+
+def read_header(path: Path) -> ShardHeader:
+    """Return the header of a shard.
+
+    Raises:
+        RecordError: the file is damaged, or a newer version of this software wrote it.
+    """
+    try:
+        with safe_open(path, "pt") as shard:
+            metadata = shard.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise RecordError(f"{path} has record format {metadata.get('format')!r}, this version reads {FORMAT}")
+    header = json.loads(metadata["header"])
+    return ShardHeader(**{**header, "layers": tuple(header["layers"])})
+
+
+def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Records:
+    """Return the records of a shard with the activations of some layers only, and the request bodies if asked.
+
+    Raises:
+        RecordError: the file is damaged or lacks a layer.
+    """
+    try:
+        with safe_open(path, "pt") as shard:
+            columns = {name: shard.get_tensor(name) for name in _COLUMNS}
+            activations = {layer: shard.get_tensor(_ACTIVATION + layer) for layer in layers}
+            kept = None
+            if bodies and "body_sizes" in shard.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+                sizes = shard.get_tensor("body_sizes").tolist()
+                kept = list(_cut(shard.get_tensor("body_bytes").numpy().tobytes(), sizes))
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    return Records(activations=activations, bodies=kept, **columns)
+
+
+def read_times(path: Path) -> Tensor:
+    """Return (N,) float64, the Unix times of a shard's records, and read nothing else.
+
+    Raises:
+        RecordError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as shard:
+            times: Tensor = shard.get_tensor("time")
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    return times
+
+
+def _cut(joined: bytes, sizes: Sequence[int]) -> Iterator[bytes]:
+    start = 0
+    for size in sizes:
+        yield joined[start:start + size]
+        start += size

@@ -1,0 +1,1 @@
+"""The user's own handler around a replaced model."""

@@ -1,0 +1,1 @@
+"""What stages and exits cost, in FLOPs or measured seconds."""

@@ -1,0 +1,1 @@
+"""From recorded requests to the tensors that heads are trained with."""

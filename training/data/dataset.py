@@ -1,0 +1,193 @@
+"""The records of one backbone, read shard by shard and split by request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.engines.registry import are_alike
+from early_exit.handler.errors import RecordError
+from early_exit.handler.recording.format import Records, list_shards, read_header, read_shard, read_times
+
+
+class Part(Enum):
+    """The disjoint parts of the records; the values are where each begins in [0, 1)."""
+
+    TRAIN = 0.0
+    TUNE = 0.5
+    CERTIFY = 0.7
+
+    @property
+    def share(self) -> float:
+        """Fraction of the records, as in section 3.2.2 of the paper."""
+        ends = [*(part.value for part in Part), 1.0]
+        return float(ends[ends.index(self.value) + 1] - self.value)
+
+
+@dataclass(frozen=True)
+class RecordedTraffic:
+    """N records without their activations, which are read layer by layer."""
+
+    shards: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    """Number of records in each shard."""
+    rows: Tensor
+    """(N,) int64, ascending: positions of the records used in the concatenated shards, each request once."""
+    log_probabilities: Tensor
+    """(N, K) float16: the backbone's distributions."""
+    backbone_class: Tensor
+    """(N,) int64: the class the backbone predicted."""
+    full_class: Tensor
+    """(N,) int64: the class that the engine which served predicted without exits."""
+    request: Tensor
+    """(N,) int64: a uniform hash of the request id."""
+    time: Tensor
+    """(N,) float64: Unix seconds."""
+    fresh_after: float = -math.inf
+    """Records up to this Unix time are all of the train part."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def part(self) -> Tensor:
+        """(N,) int8: index of each record's part, which the hash of its request decides, and its time."""
+        position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
+        starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
+        part = (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
+        return part.masked_fill(self.time <= self.fresh_after, list(Part).index(Part.TRAIN))
+
+    def size(self, part: Part) -> int:
+        """Return the number of a part's records."""
+        return int((self.part == list(Part).index(part)).sum())
+
+    def activation(self, layer: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield the (M, ...) float16 pooled activations of a layer, shard by shard, and where in N they begin.
+
+        Raises:
+            RecordError: a shard is damaged or has gone.
+        """
+        for start, inside, shard in self._by_shard():
+            yield start, read_shard(shard, [layer]).activations[layer][inside]
+
+    def bodies(self) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield the request bodies, shard by shard, and where in N they begin.
+
+        Raises:
+            RecordError: a shard is damaged or has gone, or holds no bodies.
+        """
+        for start, inside, shard in self._by_shard():
+            bodies = read_shard(shard, [], bodies=True).bodies
+            if bodies is None:
+                raise RecordError(f"{shard} holds no request bodies, which a replay needs: record with "
+                                  "'early_exit: {keep_requests: true}' in model-config.yaml")
+            yield start, [bodies[row] for row in inside.tolist()]
+
+    def _by_shard(self) -> Iterator[tuple[int, Tensor, Path]]:
+        start = 0
+        for end, size, shard in zip(accumulate(self.sizes), self.sizes, self.shards):
+            inside = self.rows[(self.rows >= end - size) & (self.rows < end)] - (end - size)
+            yield start, inside, shard
+            start += len(inside)
+
+
+def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
+    """Return the shards of one backbone below some records folders, oldest first.
+
+    Raises:
+        RecordError: there are none; the message tells what there is.
+    """
+    folders = [records] if isinstance(records, Path) else records
+    for folder in folders:
+        if not folder.is_dir():
+            raise RecordError(f"no records folder at {folder}: pass the one that ee-serve printed")
+    shards = [shard for folder in folders for shard in list_shards(folder)]
+    matching = [shard for shard in shards if shard.parent.name == backbone.sha256]
+    if matching:
+        return matching
+    others = sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards})
+    where = ", ".join(map(str, folders))
+    raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
+                      f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
+                      "first shard is sealed")
+
+
+def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
+    """Return the paths of the layers that every shard of one setting holds, and the side to which they were pooled."""
+    headers = [read_header(shard) for shard in shards]
+    return set.intersection(*(set(header.layers) for header in headers)), headers[0].pool
+
+
+def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
+    """Return the shards that can be used together with the newest: pooled alike, and with layers in common.
+
+    Shards that hold layers besides the common ones stay: what is recorded depends on the plan that serves.
+    """
+    headers = {shard: read_header(shard) for shard in shards}
+    newest_first = sorted(shards, key=lambda shard: read_times(shard).max().item(), reverse=True)
+    newest = headers[newest_first[0]]
+    common, found = set(newest.layers), set[Path]()
+    for shard in newest_first:
+        if headers[shard].pool == newest.pool and common & set(headers[shard].layers):
+            common &= set(headers[shard].layers)
+            found.add(shard)
+    return [shard for shard in shards if shard in found]
+
+
+def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
+    """Return the shards whose activations are those that heads will read.
+
+    Args:
+        shards: of one backbone.
+        engine: identity of the one that will serve.
+
+    Raises:
+        RecordError: other engines computed all of them.
+    """
+    made_on = {shard: read_header(shard).engine for shard in shards}
+    found = [shard for shard in shards if are_alike(made_on[shard], engine)]
+    if not found:
+        others = ", ".join(sorted(set(made_on.values())))
+        raise RecordError(f"the archive is executed by {engine}, but {others} made the records, and heads would read "
+                          "other activations: record with this archive, or run the recorded requests again with "
+                          "--replay, for which they must have been recorded with 'keep_requests: true'")
+    return found
+
+
+def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> RecordedTraffic:
+    """Read everything but the activations.
+
+    Args:
+        shards: of one backbone.
+        fresh_after: Unix time up to which all records are of the train part.
+
+    Raises:
+        RecordError: a shard is damaged or has gone.
+    """
+    parts = [read_shard(shard, []) for shard in shards]
+    records = Records.concatenate(parts)
+    rows = _first_of_each(records.request)
+    return RecordedTraffic(
+        shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
+        log_probabilities=records.log_probabilities[rows], backbone_class=records.backbone_class[rows].long(),
+        full_class=records.full_class[rows].long(),
+        request=records.request[rows], time=records.time[rows],
+        fresh_after=-math.inf if fresh_after is None else fresh_after)
+
+
+def _first_of_each(request: Tensor) -> Tensor:
+    """Return the positions of the first record of each request: TorchServe may run one twice."""
+    _, order = torch.sort(request, stable=True)
+    ordered = request[order]
+    is_first = torch.ones(len(order), dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    return order[is_first].sort().values

@@ -1,0 +1,164 @@
+"""What the user's handler makes of request bodies, without a server."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.signature import InputSpec, bind
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.inference.forward import Live
+from early_exit.handler.user_handler.wrapper import InnerHandler, load_inner_handler
+
+_Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
+"""What a model was called with, positional and by name -> its (B, ...) inputs."""
+
+
+class _ModelReached(BaseException):
+    """Carries the first batch out of a handler, past any 'except Exception' of its own."""
+
+    def __init__(self, given: tuple[object, ...], named: dict[str, object]) -> None:
+        self.given, self.named = given, named
+
+
+class _Messenger(nn.Module):
+    def forward(self, *given: object, **named: object) -> Tensor:
+        raise _ModelReached(given, named)
+
+
+class Preprocessing:
+    """The part of a user's handler that comes before the model."""
+
+    def __init__(self, handler: InnerHandler, name: str, context: Any, folder: Path) -> None:
+        self._handler, self._name, self._context, self._folder = handler, name, context, folder
+
+    def model_input(self, bodies: Sequence[bytes]) -> Tensor:
+        """Return the (B, ...) tensor that the handler gives its model for B requests, of whose inputs nothing is known.
+
+        Raises:
+            ArchiveError: the handler fails, gives its model something else, or does not make one row of each request.
+        """
+        def one_tensor(given: tuple[object, ...], named: dict[str, object]) -> Live:
+            values = [*given, *named.values()]
+            if len(values) != 1 or not isinstance(values[0], Tensor):
+                raise ArchiveError(f"expected {self._name} to give its model one tensor, found "
+                                   f"{', '.join(type(value).__name__ for value in values)}")
+            return (values[0],)
+
+        return self._reached(bodies, one_tensor)[0]
+
+    def model_inputs(self, bodies: Sequence[bytes], inputs: Sequence[InputSpec]) -> Live:
+        """Return the (B, ...) tensors that the handler gives its model for B requests, in the order of the inputs.
+
+        Raises:
+            ArchiveError: the handler fails, or does not make one row of each request.
+            InputError: it gives its model something else.
+        """
+        return self._reached(bodies, lambda given, named: bind(inputs, given, named))
+
+    def _reached(self, bodies: Sequence[bytes], tensors: _Tensors) -> Live:
+        self._context.request_ids = {number: f"request-{number}" for number in range(len(bodies))}
+        self._context.request_processor = self._context.request_processor[:1] * len(bodies)
+        try:
+            with _working_in(self._folder):
+                self._handler.handle([{"body": body} for body in bodies], self._context)
+        except _ModelReached as reached:
+            batch = tensors(reached.given, reached.named)
+        except Exception as error:  # the user's own code may raise anything
+            raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
+        else:
+            raise ArchiveError(f"{self._name} answers a request without calling self.model")
+        if len(batch[0]) == len(bodies):
+            return batch
+        if len(bodies) == 1:
+            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, so requests could not be told "
+                               "apart in a batch: it must make one")
+        # It calls its model once per request.
+        return tuple(torch.cat(rows) for rows in zip(*(self._reached([body], tensors) for body in bodies)))
+
+
+@contextmanager
+def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocessing]:
+    """Load the handler of an extracted archive as a TorchServe worker does, around a model that does nothing.
+
+    Args:
+        folder: the archive.
+        manifest: the manifest that the user's handler expects.
+
+    Raises:
+        ArchiveError: the handler cannot be loaded.
+    """
+    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
+    context = worker_context(folder, manifest)
+    with importing_from(folder):
+        with _working_in(folder):
+            handler = load_inner_handler(manifest, context, _Messenger())
+        yield Preprocessing(handler, manifest["model"]["handler"], context, folder)
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Be where a TorchServe worker runs, in the folder of its model, and no longer: our own paths may be relative."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def worker_context(folder: Path, manifest: dict[str, Any]) -> Any:
+    """Return TorchServe's context for a worker of an extracted archive, about to serve one request."""
+    import ts
+    from ts.context import Context, RequestProcessor
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+    from ts.utils.util import get_yaml_config
+
+    model = manifest["model"]
+    metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
+    metrics.initialize_cache()
+    metrics.set_request_ids("sample")
+    config = get_yaml_config(str(folder / model["configFile"])) if model.get("configFile") else {}
+    context = Context(model["modelName"], str(folder), manifest, 1, None, ts.__version__, True, metrics, config)
+    context.request_ids = {0: "sample"}
+    context.request_processor = [RequestProcessor({})]
+    return context
+
+
+def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
+    """Return the model-config.yaml of an extracted archive; empty where it has none."""
+    name = json.loads(archive.manifest.read_text())["model"].get("configFile")
+    return (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
+
+
+@contextmanager
+def importing_from(folder: Path, *, forget: bool = True) -> Iterator[None]:
+    """Import as a TorchServe worker does in that folder.
+
+    Args:
+        folder: first on sys.path inside the block.
+        forget: whether modules of the folder are removed afterwards, for one that is about to disappear.
+    """
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before if forget else ():
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and Path(origin).is_relative_to(folder):
+                del sys.modules[name]

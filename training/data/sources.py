@@ -1,0 +1,57 @@
+"""Where records come from: any number of folders, shared volumes and URLs that fsspec knows, such as s3://."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from early_exit.handler.errors import RecordError
+from early_exit.handler.monitor.shared_state import MONITOR_FILES
+from early_exit.handler.recording.format import SUFFIX
+from early_exit.training.paths import replacing
+
+
+def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
+    """Return a folder for each source; what lies behind a URL is copied into the cache, and kept up to date there.
+
+    Raises:
+        RecordError: a URL cannot be read.
+    """
+    return [_copied(source, cache) if "://" in source else Path(source) for source in sources]
+
+
+def _copied(url: str, cache: Path) -> Path:
+    try:
+        import fsspec
+
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise RecordError(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] installed?") from error
+    folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        filesystem.invalidate_cache()
+        found = set()
+        for source, target, size in _wanted(filesystem, root, folder):
+            found.add(target)
+            if target.suffix == SUFFIX and target.exists() and target.stat().st_size == size:
+                continue  # a shard never changes; the monitor's state does
+            with replacing(target) as scratch:
+                filesystem.get_file(source, str(scratch))
+    except Exception as error:  # each kind of storage has its own
+        raise RecordError(f"cannot read the records at {url}: {type(error).__name__}: {error}") from error
+    for kept in folder.rglob("*" + SUFFIX):
+        if kept not in found:  # deleted by the retention of the server that wrote it
+            kept.unlink()
+    return folder
+
+
+def _wanted(filesystem: Any, root: str, folder: Path) -> Iterator[tuple[str, Path, int]]:
+    """Yield the remote name, local path and size of each shard and each monitor's state."""
+    for name, about in filesystem.find(root, detail=True).items():
+        path = PurePosixPath(os.path.relpath(name, root))
+        if ".." not in path.parts and (path.suffix == SUFFIX or path.match(MONITOR_FILES)):
+            yield name, folder / path, int(about["size"])

@@ -1,0 +1,97 @@
+"""What heads are made of: the records of a run and replays of them, in files of which little is in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.backbone.pooling import Side, pooled_shape
+from early_exit.training.data.activation_file import Activations
+from early_exit.training.data.dataset import Part, RecordedTraffic
+from early_exit.training.paths import MaterialPaths, replacing
+
+
+@dataclass(frozen=True)
+class Material:
+    """N records, and after them R replays of those of the train part."""
+
+    layers: tuple[CandidateLayer, ...]
+    """The candidates that there are activations of, in order."""
+    recorded: Side
+    """Side to which the activations are pooled."""
+    n_classes: int
+    paths: MaterialPaths
+    log_probabilities: Tensor
+    """(N + R, K) float16: the backbone's distributions."""
+    backbone_class: Tensor
+    """(N + R,) int64: the class the backbone predicts."""
+    full_class: Tensor
+    """(N,) int64: the class that the engine which serves predicts without exits."""
+    part: Tensor
+    """(N,) int8: index of each record's part."""
+    request: Tensor
+    """(N,) int64: hash of each record's request id."""
+    time: Tensor
+    """(N,) float64: Unix seconds."""
+
+    @property
+    def n_records(self) -> int:
+        return len(self.part)
+
+    def rows(self, part: Part) -> Tensor:
+        """Return the (M,) rows of a part; replays belong to the train part."""
+        rows = (self.part == list(Part).index(part)).nonzero().flatten()
+        if part is Part.TRAIN:
+            return torch.cat([rows, torch.arange(self.n_records, len(self.log_probabilities))])
+        return rows
+
+    def activations(self, layer: CandidateLayer) -> Activations:
+        """Return the (N + R, ...) activations of a layer."""
+        return Activations(self.paths.activations(layer.path))
+
+    @classmethod
+    def load(cls, paths: MaterialPaths) -> Material:
+        """Read what `prepare` or a replay wrote."""
+        index: dict[str, Any] = json.loads(paths.index.read_text())
+        columns = load_file(paths.columns)
+        return cls(layers=tuple(CandidateLayer.from_json(layer) for layer in index["layers"]),
+                   recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, **columns)
+
+
+def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
+            n_classes: int, recorded: Side) -> Material:
+    """Bring together the records of each layer; what is there already is kept.
+
+    Afterwards the run no longer needs the shards, which the servers may delete.
+    """
+    if not paths.index.exists():
+        for layer in layers:
+            out = Activations.create(paths.activations(layer.path), len(traffic), pooled_shape(layer.shape, recorded))
+            for start, values in traffic.activation(layer.path):
+                out.write(start, values)
+            out.flush()
+        finish(paths, layers, recorded, n_classes, {
+            "log_probabilities": traffic.log_probabilities, "backbone_class": traffic.backbone_class,
+            "full_class": traffic.full_class, "part": traffic.part, "request": traffic.request, "time": traffic.time})
+    return Material.load(paths)
+
+
+def finish(paths: MaterialPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
+           columns: Mapping[str, Tensor]) -> None:
+    """Write the columns, and then the index, which says that all is there.
+
+    Layers with activations that float16 cannot hold are left out: a head would read something else of them in service.
+    """
+    layers = [layer for layer in layers if Activations(paths.activations(layer.path)).are_finite()]
+    with replacing(paths.columns) as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in columns.items()}, scratch)
+    index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes}
+    with replacing(paths.index) as scratch:
+        scratch.write_text(json.dumps(index, indent=1))

@@ -1,0 +1,1 @@
+"""Exit heads: their search space, training and search."""

@@ -1,0 +1,47 @@
+"""What a trial of NNI's service must know; it reads the records and writes its result in the folder of the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from early_exit.training.costs.cost import FlopCost
+from early_exit.training.data.training_set import Material
+from early_exit.training.heads.distill import Distillation
+from early_exit.training.heads.trial import Evaluator
+from early_exit.training.paths import RunPaths, replacing
+
+
+@dataclass(frozen=True)
+class Task:
+    """The parts of an evaluator that are the same for every layer.
+
+    Heads cost FLOPs here: the machines of trials differ, and neighbours keep each other from being timed.
+    """
+
+    tolerance: float
+    recipe: Distillation
+    flops: int
+    """Of the backbone."""
+
+    @classmethod
+    def of(cls, evaluator: Evaluator) -> Task:
+        """Return the task of an evaluator that counts FLOPs."""
+        if not isinstance(evaluator.head_cost, FlopCost):
+            raise TypeError(f"a trial elsewhere cannot measure what a head costs here: {evaluator.head_cost!r}")
+        return cls(evaluator.tolerance, evaluator.recipe, evaluator.head_cost.flops)
+
+    def save(self, run: RunPaths) -> None:
+        with replacing(run.task) as scratch:
+            scratch.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, run: RunPaths) -> Task:
+        data = json.loads(run.task.read_text())
+        return cls(data["tolerance"], Distillation(**data["recipe"]), data["flops"])
+
+    def evaluator(self, run: RunPaths, layer: str) -> Evaluator:
+        """Return the evaluator of a layer."""
+        material = Material.load(run.material)
+        [found] = [one for one in material.layers if one.path == layer]
+        return Evaluator(found, material, self.tolerance, self.recipe, FlopCost(self.flops))

@@ -1,0 +1,77 @@
+"""The search for heads with NNI's tuners, in this process; the journal of each layer survives a kill."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import nni
+from nni.assessor import AssessResult
+
+from early_exit.training.heads.journal import append, read_journal, save_trained
+from early_exit.training.heads.nni_algorithms import HeadTpe, MedianOfAll
+from early_exit.training.heads.space import SearchSpace
+from early_exit.training.heads.trial import Evaluator, Trial
+from early_exit.training.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Search:
+    """How much is tried for each layer."""
+
+    trials: int = 20
+    startup: int = 8
+    """So many trials, the default head and others at random, come before the tuner models what it has seen."""
+    seed: int = 0
+
+    def seed_for(self, layer: str, n_done: int) -> int:
+        """Return a seed that differs by layer, and after a restart, where the tuner would draw the same heads again."""
+        return zlib.crc32(f"{self.seed} {layer} {n_done}".encode())
+
+
+def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: RunPaths,
+                 on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
+    """Return the trials of a layer, those of an earlier attempt included.
+
+    Each trial's result is one line of the layer's journal, and its head lies beside, so a killed search
+    loses at most the trial that was running. `on_trials` is told how many more are done.
+    """
+    layer, recorded = evaluator.layer, evaluator.material.recorded
+    trials = read_journal(run, layer.path)
+    logging.getLogger("nni").setLevel(logging.ERROR)  # it tells its seed at every layer
+    tuner = HeadTpe(search.seed_for(layer.path, len(trials)), search.startup)
+    tuner.update_search_space(space.choices(layer.shape, recorded))
+    tuner.resume(trials)
+    assessor = MedianOfAll("minimize")
+    for trial in trials:
+        assessor.assess_trial(trial.number, trial.history)
+        assessor.trial_end(trial.number, True)
+    on_trials(len(trials))
+    for number in range(len(trials), search.trials):
+        try:
+            parameters = tuner.generate_parameters(number)
+        except nni.NoMoreTrialError:  # every head of the space has been tried
+            on_trials(search.trials - number)
+            break
+        trial, head = evaluator.run(
+            number, parameters,
+            lambda so_far: assessor.assess_trial(so_far.number, so_far.history) is AssessResult.Good)
+        save_trained(run, layer.path, trial, head)
+        append(run, layer.path, trial)
+        assessor.trial_end(number, True)
+        tuner.receive_trial_result(number, parameters, trial.objective)
+        tuner.trial_end(number, True)
+        trials.append(trial)
+        on_trials(1)
+    return trials
+
+
+def best_trial(trials: list[Trial]) -> Trial | None:
+    """Return the trial with the least objective, or None when no head is better than chance.
+
+    A trial that was stopped early counts only where no finished one is better than chance: it will be trained in full.
+    """
+    return min((trial for trial in trials if trial.better_than_chance),
+               key=lambda trial: (trial.stopped, trial.objective), default=None)

@@ -1,0 +1,146 @@
+"""One trial of a search: train a head, and say what an exit with it alone would be worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy.special import bdtrc
+from torch import Tensor
+
+from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.training.data.activation_file import Activations, Selected
+from early_exit.training.data.dataset import Part
+from early_exit.training.data.training_set import Material
+from early_exit.training.heads.distill import Classify, Distillation, train_head
+from early_exit.training.heads.space import spec_of
+from early_exit.training.selection.calibrate import fit_temperature
+from early_exit.training.selection.thresholds import NEVER, budget_threshold
+
+LOOKS = 2
+"""How often a trial is judged while it trains, the end included."""
+_CHUNK = 1024
+_CHANCE_LEVEL = 0.01
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one head."""
+
+    number: int
+    parameters: Mapping[str, Any]
+    """The tuner's choice."""
+    head: HeadSpec
+    agreement: float
+    """Share of the tune part on which the head's class is the backbone's."""
+    better_than_chance: bool
+    head_cost: float
+    """Of the head, as a fraction of the backbone's cost."""
+    history: tuple[float, ...]
+    """Objective at each look; the last is the result."""
+    seconds: float
+
+    @property
+    def objective(self) -> float:
+        """Cost of serving with this exit alone, as a fraction of the backbone's; smaller is better."""
+        return self.history[-1]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was given up before its end."""
+        return len(self.history) < LOOKS
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Trial:
+        data = json.loads(line)
+        return cls(**{**data, "head": HeadSpec.from_json(data["head"]), "history": tuple(data["history"])})
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Judges heads on one layer by the records of a run."""
+
+    layer: CandidateLayer
+    material: Material
+    tolerance: float
+    recipe: Distillation
+    head_cost: Callable[[Head, CandidateLayer], float]
+
+    def train(self, spec: HeadSpec, on_step: Callable[[int, Classify], bool]) -> Head:
+        """Train a head on the train part."""
+        rows = self.material.rows(Part.TRAIN)
+        return train_head(spec, self.layer.shape, Selected(self.material.activations(self.layer), rows),
+                          Selected(self.material.log_probabilities, rows), self.recipe, on_step)
+
+    def n_steps(self) -> int:
+        return self.recipe.n_steps(len(self.material.rows(Part.TRAIN)))
+
+    def run(self, number: int, parameters: Mapping[str, Any],
+            goes_on: Callable[[Trial], bool]) -> tuple[Trial, Head]:
+        """Train and judge one head.
+
+        Args:
+            number: of the trial.
+            parameters: the tuner's choice.
+            goes_on: given the trial so far, tells whether it is worth its end.
+        """
+        started = time.monotonic()
+        spec = spec_of(parameters, self.layer.shape, self.material.recorded)
+        cost = self.head_cost(Head(spec, self.layer.shape, self.material.n_classes).eval(), self.layer)
+        looks = {round(self.n_steps() * look / LOOKS) for look in range(1, LOOKS)}
+        trials: list[Trial] = []  # this one, at each look
+        stopped = False
+
+        def look(classify: Classify) -> Trial:
+            logits = logits_of(classify, spec, self.material.activations(self.layer), self.material.rows(Part.TUNE))
+            teacher = self.material.backbone_class[self.material.rows(Part.TUNE)]
+            agrees = logits.argmax(dim=1) == teacher
+            history = (*(trial.objective for trial in trials), self._objective(logits, agrees, teacher, cost))
+            return Trial(
+                number, dict(parameters), spec, agreement=agrees.double().mean().item(),
+                better_than_chance=is_better_than_chance(agrees, teacher), head_cost=cost, history=history,
+                seconds=round(time.monotonic() - started, 2))
+
+        def on_step(step: int, classify: Classify) -> bool:
+            nonlocal stopped
+            if step in looks:
+                trials.append(look(classify))
+                stopped = not goes_on(trials[-1])
+            return not stopped
+
+        head = self.train(spec, on_step)
+        if not stopped:
+            trials.append(look(head.classify))
+        return trials[-1], head
+
+    def _objective(self, logits: Tensor, agrees: Tensor, teacher: Tensor, head_cost: float) -> float:
+        """Return the mean cost with this exit alone over budgets around the tolerance, which one alone is noisy."""
+        confidence = ConfidencePolicy(fit_temperature(logits, teacher), NEVER).confidence(logits)
+        costs = []
+        for budget in (self.tolerance / 2, self.tolerance, 2 * self.tolerance):
+            hits = (confidence >= budget_threshold(confidence, agrees, budget)).double().mean().item()
+            costs.append(head_cost + 1 - hits * (1 - self.layer.cost))
+        return sum(costs) / len(costs)
+
+
+def logits_of(classify: Classify, spec: HeadSpec, activations: Activations, rows: Tensor) -> Tensor:
+    """Return the (M, K) logits of a head for some rows, a chunk at a time."""
+    return torch.cat([classify(spec.reads(activations[chunk].float()))
+                      for chunk in torch.split(rows, _CHUNK)])
+
+
+def is_better_than_chance(agrees: Tensor, teacher: Tensor) -> bool:
+    """Tell whether a head agrees with the (N,) teacher more often than always naming its commonest class would."""
+    commonest = float(teacher.bincount().max()) / len(teacher)
+    n_agree = int(agrees.sum())
+    by_chance = float(bdtrc(n_agree - 1, len(agrees), commonest)) if n_agree else 1.0  # P(Binomial >= n_agree)
+    return by_chance < _CHANCE_LEVEL

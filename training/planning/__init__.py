@@ -1,0 +1,1 @@
+"""From trained heads to an exit plan."""

@@ -1,0 +1,243 @@
+"""The report of a run as one HTML file that needs nothing else: no script, no font, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import chain
+
+from early_exit.training.report import chart
+from early_exit.training.report.chart import Axis, Limit, Series
+from early_exit.training.report.evaluate import Evaluation
+from early_exit.training.report.performance import Curve, Performance
+
+_STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#57606a;--line:#c9ced4;--panel:#f4f6f8;
+--s0:#0068a8;--s1:#b85000;--s2:#00775a}
+@media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e4e7ea;--soft:#a0a8b0;--line:#434a52;--panel:#1e2328;
+--s0:#62b5ee;--s1:#f0a050;--s2:#4cc9a0}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.5rem;margin:.5rem 0}
+h2{font-size:1.15rem;margin:2.2rem 0 .5rem}
+p{max-width:46rem;margin:.5rem 0}
+small,.note{color:var(--soft)}
+.promise{border-left:4px solid var(--s0);background:var(--panel);padding:.6rem .9rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.6rem;margin:1rem 0;padding:0}
+.cards div{background:var(--panel);padding:.5rem .8rem;display:flex;flex-direction:column-reverse;
+justify-content:flex-end}
+.cards dt{font-size:.8rem;color:var(--soft)}
+.cards dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1.2rem}
+.wide{max-width:30rem}
+figure{margin:0}
+figcaption{font-weight:600;font-size:.9rem;overflow-wrap:anywhere}
+.table{overflow-x:auto;margin:.6rem 0}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+caption{text-align:left;color:var(--soft);padding:.2rem 0}
+th,td{padding:.25rem .7rem .25rem 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:bottom}
+th{font-weight:600}
+thead th{min-width:4.5rem}
+tbody th{font-weight:400}
+tbody th,td{white-space:nowrap}
+th:first-child,.words{text-align:left}
+td.words{white-space:normal;min-width:9rem}
+details{margin:.6rem 0}
+summary{cursor:pointer;color:var(--soft)}
+""" + chart.STYLE
+_TABLE_THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
+_FIGURES: dict[str, Callable[[Performance], float | None]] = {
+    "hits": lambda at: at.hit_rate, "agreement": lambda at: at.agreement, "accuracy": lambda at: at.accuracy,
+    "effect": lambda at: at.effect, "bound": lambda at: at.bound}
+_LABELLED = ("accuracy", "effect")
+
+
+def html_page(found: Evaluation) -> str:
+    """Return the page."""
+    sections = [_head(found), _exits(found), _categories(found), _frontier(found), _curves(found), _resources(found),
+                _latencies(found), _heads(found), _asked(found)]
+    title = escape(f"Early exits for {found.model}")
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style></head>\n'
+            f"<body><main><h1>{title}</h1>\n{''.join(sections)}</main></body></html>\n")
+
+
+def _head(found: Evaluation) -> str:
+    now, accuracy = found.deployed, found.deployed.accuracy
+    cards = [("exits", str(len(found.exits))), (f"{_cost(found)}, of the backbone's", f"{now.cost:.2f}")]
+    if found.measure != "flops":
+        cards.append(("FLOPs, of the backbone's", f"{now.flops:.2f}"))
+    memory = found.with_exits.ltma_bytes / found.plain.ltma_bytes
+    cards.append(("live tensor memory, of the backbone's", f"{memory:.2f}"))
+    cards.append(("answers that differ", _share(now.disagreement)))
+    if accuracy is not None:
+        cards.append((f"accuracy; the backbone's is {_share(accuracy.backbone)}", _share(accuracy.served)))
+    records = ", ".join(f"{count} {name}" for name, count in found.records.items())
+    return (f'<p class="note">backbone {found.backbone[:12]} · records: {records}. Hit rates, agreement, accuracy and '
+            "costs below are those on the <em>certify</em> records, which nothing was chosen with.</p>"
+            f'<p class="promise">{escape(found.guarantee)}</p><dl class="cards">'
+            + "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in cards) + "</dl>\n")
+
+
+def _exits(found: Evaluation) -> str:
+    if not found.exits:
+        return _section("Exits", "<p>No exit saves anything within the tolerance: every request is answered "
+                        "in full.</p>")
+    full = 1 - sum(one.together.hit_rate for one in found.exits)
+    bars = [(one.layer, one.together.hit_rate, _share(one.together.hit_rate)) for one in found.exits]
+    bars.append(("full backbone", full, _share(full)))
+    names = [name for name in _FIGURES if found.deployed.accuracy or name not in _LABELLED]
+    header = ["layer", "cost", "confidence ≥", *chain.from_iterable((name, f"{name} alone") for name in names)]
+    rows = [[one.layer, f"{one.cost:.2f}", f"{one.threshold:.4f}", *chain.from_iterable(
+        (_share(_FIGURES[name](one.together)), _share(_FIGURES[name](one.alone))) for name in names)]
+        for one in found.exits]
+    words = ("<p>A request leaves at the first exit that is confident enough. Each figure is given for the exit behind "
+             "those before it, and for the exit alone. <em>Cost</em> is the share of the backbone's FLOPs before the "
+             "exit; <em>agreement</em> is with the backbone; <em>effect</em> is the change of the accuracy on all "
+             "requests, and no exit can lower it by more than the <em>bound</em>, hits (1 - agreement).</p>")
+    leaves = ", ".join(f"{words} at {name}" for name, _, words in bars)
+    return _section("Exits", f'<div class="wide">{chart.bar_chart("leave", "Where requests leave", leaves, bars)}</div>'
+                    + words + _table("Exits on the certify records", header, rows))
+
+
+def _categories(found: Evaluation) -> str:
+    rows = []
+    for one in found.exits:
+        for name, at in (("", one.together), (", alone", one.alone)):
+            counts = at.categories
+            if counts is not None:
+                numbers = (counts.both_right, counts.same_mistake, counts.only_backbone, counts.only_exit,
+                           counts.other_mistake)
+                rows.append([one.layer + name, str(counts.total), *(
+                    f"{number} ({number / counts.total:.1%})" if counts.total else "0" for number in numbers)])
+    if not rows:
+        return ""
+    header = ["exit", "labelled hits", "BC: both right", "¬(BC): same mistake", "B¬C: only the backbone right",
+              "¬BC: only the exit right", "¬B¬C: different mistakes"]
+    return _section("Who is right", "<p>B is the backbone's class, C the exit's. Only B¬C costs accuracy; ¬BC gains "
+                    "some.</p>" + _table("Answers of exits with a known label, by category", header, rows))
+
+
+def _frontier(found: Evaluation) -> str:
+    path, now, tolerance = found.frontier, found.deployed, float(found.asked["tolerance"])
+    # What lies far beyond the tolerance would press the rest into a corner.
+    shown = [one for one in path if one.loss <= 4 * tolerance]
+    series = [Series(_cost(found), [(one.cost, one.loss) for one in shown], (now.cost, now.loss))]
+    if found.measure != "flops":
+        series.append(Series("FLOPs", [(one.flops, one.loss) for one in shown], (now.flops, now.loss)))
+    costs = [now.cost, now.flops, 1.0, *(cost for line in series for cost, _ in line.points)]
+    losses = [0.0, 1.25 * tolerance, *(one.loss for one in shown)]
+    loss = f"mean loss ({found.asked['risk']})"
+    summary = (f"From {path[0].loss:.2%} at cost {path[0].cost:.2f} to {path[-1].loss:.2%} at cost "
+               f"{path[-1].cost:.2f}; deployed {now.loss:.2%} at {_cost(found)} {now.cost:.2f} and FLOPs "
+               f"{now.flops:.2f}; tolerance {tolerance:.2%}.")
+    figure = chart.line_chart(
+        "frontier", f"{loss.capitalize()} against cost", summary,
+        Axis("cost of a request, of the backbone's", min(costs) - 0.02, max(costs) + 0.02),
+        Axis(loss, min(losses), max(losses)), series, [Limit(f"tolerance {100 * tolerance:.6g}%", y=tolerance)])
+    header = ["first threshold", _cost(found), "FLOPs", "answers that differ", "mean loss", "accuracy"]
+    rows = [[f"{one.thresholds[0]:.4f}" if one.thresholds and one.thresholds[0] <= 1 else "never",
+             f"{one.cost:.3f}", f"{one.flops:.3f}", _share(one.disagreement), _share(one.loss),
+             _share(one.accuracy.served if one.accuracy else None)] for one in path[::4]]
+    return _section("What more risk would save", "<p>The exits of the plan with ever lower thresholds; the "
+                    f'circles are what is deployed.</p><div class="wide">{figure}</div>'
+                    + _folded("the settings as a table", _table("Every fourth setting", header, rows)))
+
+
+def _curves(found: Evaluation) -> str:
+    thresholds = {one.layer: one.threshold for one in found.exits}
+    figures, rows = [], []
+    for number, one in enumerate(found.curves):
+        series = [Series("hit rate", list(zip(one.thresholds, one.hit_rate))),
+                  Series("agreement", list(zip(one.thresholds, one.agreement)))]
+        if any(value is not None for value in one.accuracy):
+            series.append(Series("accuracy", list(zip(one.thresholds, one.accuracy))))
+        deployed = thresholds.get(one.layer)
+        first = f"Without a threshold {_share(one.agreement[0])} agree with the backbone"
+        title = one.layer + ("" if deployed is not None else " (no exit)")
+        figures.append(chart.line_chart(f"curve{number}", title, first, Axis("confidence threshold", 0, 1),
+                                        Axis("share", 0, 1), series,
+                                        [Limit("deployed", x=deployed)] if deployed is not None else []))
+        rows += _curve_rows(one)
+    header = ["layer", "threshold", "hit rate", "agreement", "accuracy"]
+    return _section("Each head alone, at every threshold", f'<div class="charts">{"".join(figures)}</div>'
+                    + _folded("the curves as a table", _table("Heads alone by threshold", header, rows)))
+
+
+def _curve_rows(one: Curve) -> list[list[str]]:
+    return [[one.layer, f"{one.thresholds[at]:.2f}", _share(one.hit_rate[at]), _share(one.agreement[at]),
+             _share(one.accuracy[at])] for at in (one.thresholds.index(value) for value in _TABLE_THRESHOLDS)]
+
+
+def _resources(found: Evaluation) -> str:
+    rows = []
+    for name, plain, exits, unit, scale in (
+            ("FLOPs of a request", found.plain.flops, found.with_exits.flops, " M", 1e6),
+            ("live tensor memory of a request", found.plain.ltma_bytes, found.with_exits.ltma_bytes, " MB", 1e6),
+            ("parameters", found.plain.parameters, found.with_exits.parameters, " M", 1e6),
+            ("model size", found.plain.size_bytes, found.with_exits.size_bytes, " MB", 1e6)):
+        rows.append([name, f"{plain / scale:.3f}{unit}", f"{exits / scale:.3f}{unit}", f"{exits / plain:.3f}"])
+    return _section("Computation and memory", _table("Means over the certify records", [
+        "", "backbone", "with exits", "ratio"], rows) + '<p class="note">Live tensor memory is the sum of all tensors '
+        "that are allocated from the input to the answer of a request that is served alone.</p>")
+
+
+def _latencies(found: Evaluation) -> str:
+    rows = [[one.device, str(one.batch_size), f"{one.plain_ms:.3f}", f"{one.exits_ms:.3f}", f"{one.ratio:.3f}",
+             str(one.repeats)] for one in found.latencies]
+    bars = [(f"{one.device}, batch {one.batch_size}", one.ratio, f"{one.ratio:.2f}") for one in found.latencies]
+    summary = ", ".join(f"{words} on {name}" for name, _, words in bars)
+    figure = chart.bar_chart("time", "Time with exits, of the backbone's (line: 1)", summary, bars, limit=1.0)
+    return _section("Latency", f'<div class="wide">{figure}</div>' + _table(
+        "Mean time of a batch; taking turns, one thread on a CPU",
+        ["device", "batch", "backbone ms", "with exits ms", "ratio", "repeats"], rows)
+        + '<p class="note">Rows leave where recorded requests did, drawn at random for each batch.</p>')
+
+
+def _heads(found: Evaluation) -> str:
+    used = {one.layer for one in found.exits}
+    rows = [[head["layer"], head["architecture"], _share(head["agreement"]), f"{head['flops_ratio']:.4f}",
+             str(head["n_trials"]), "exit" if head["layer"] in used else "dropped: not in the subset that costs least"]
+            for head in found.heads]
+    left_out = "".join(f"<li>{escape(reason)}</li>" for reason in found.left_out)
+    return _section("Heads, and what was dropped", _table(
+        "Trained heads; agreement on the tune records",
+        ["layer", "architecture", "agreement", "FLOPs, of the backbone's", "trials", "outcome"], rows, words=(1, 5))
+        + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else ""))
+
+
+def _asked(found: Evaluation) -> str:
+    plain = {name: value for name, value in found.asked.items() if not isinstance(value, dict)}
+    rows, more = ([[name, value if isinstance(value, str) else json.dumps(value)] for name, value in some.items()]
+                  for some in (plain, {name: found.asked[name] for name in found.asked if name not in plain}))
+    header = ["option", "value"]
+    return _section("What was asked for", _table("Options", header, rows, words=(1,)) + _folded(
+        "search, heads and training", _table("Options of search and training", header, more, words=(1,))))
+
+
+def _cost(found: Evaluation) -> str:
+    return "FLOPs" if found.measure == "flops" else f"time in batches of {found.batch_size}"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>\n"
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
+    """Return a table whose first column names the rows; the columns in `words` are text."""
+    kind = [" class=words" if index in words else "" for index in range(len(header))]
+    head = "".join(f'<th scope="col"{of}>{escape(name)}</th>' for of, name in zip(kind, header))
+    body = "".join(f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(
+        f"<td{of}>{escape(cell)}</td>" for of, cell in zip(kind[1:], row[1:])) + "</tr>" for row in rows)
+    return (f'<div class="table" role="region" aria-label="{escape(caption)}" tabindex="0"><table><caption>'
+            f"{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

@@ -1,0 +1,51 @@
+"""The served model on inputs that are at hand, with rows that leave where recorded requests did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.exits.head import Head
+from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.exits.policy import ExitPolicy
+from early_exit.handler.inference.forward import FULL, Answers, Live, run_with_exits
+from early_exit.handler.model import ServedModel
+
+
+class Rehearsal:
+    """A backbone and the exits of a plan that decide as they serve, but let rows leave as they were told.
+
+    What dense operations cost does not depend on the values, so no request is needed to measure it.
+    """
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head],
+                 device: torch.device | str = "cpu") -> None:
+        """Prepare the model on a device, where the backbone is already."""
+        served = ServedModel(backbone, plan, heads, engine=plan.engine).to(device)
+        self._device = device
+        self._leaves: list[Tensor] = []
+        self._items = [item.to(device) for item in backbone.description.probe_inputs()]
+        self._n_exits = len(plan.exits)
+        self._stages = [replace(stage, exit=stage.exit and replace(
+            stage.exit, policy=self._told(number, stage.exit.policy))) for number, stage in enumerate(served.stages)]
+
+    def tell(self, exits: Tensor) -> Live:
+        """Say at which exit, or `FULL`, each of (B,) rows will leave, and return the inputs of a batch of B rows."""
+        travels = [exits[(exits == FULL) | (exits >= number)] for number in range(self._n_exits)]
+        self._leaves = [(still == number).to(self._device) for number, still in enumerate(travels)]
+        return tuple(item.expand(len(exits), *item.shape[1:]).contiguous() for item in self._items)
+
+    def __call__(self, *inputs: Tensor) -> Answers:
+        """Answer the batch that `tell` returned."""
+        return run_with_exits(inputs, self._stages)
+
+    def _told(self, number: int, policy: ExitPolicy) -> ExitPolicy:
+        def decide(logits: Tensor) -> Tensor:
+            policy(logits)  # it costs what it costs
+            return self._leaves[number]
+
+        return decide

@@ -1,0 +1,1 @@
+"""Temperatures, thresholds, the subset of exits, and the certificate."""

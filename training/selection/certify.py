@@ -1,0 +1,125 @@
+"""A guarantee: the expected loss of the served answers is at most T, with probability 1 - delta.
+
+Fixed-sequence testing (Angelopoulos et al. 2021, Learn then Test): the path of ever more aggressive
+settings is laid down on other records; the first setting whose hypothesis "risk > T" cannot be rejected
+ends the walk, and the one before it is deployed. No correction for the number of tests is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.special import bdtr
+from torch import Tensor
+
+from early_exit.handler.errors import RecordError
+from early_exit.training.selection.risk import Risk
+
+METHODS = {
+    Risk.DISAGREEMENT: "fixed-sequence test, exact binomial",
+    Risk.CONFIDENCE_GAP: "fixed-sequence test, betting",
+    Risk.ACCURACY: "fixed-sequence test, betting",
+}
+
+
+def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> float:
+    """Return a p-value of the hypothesis that the expected loss is above T.
+
+    Args:
+        risk: what the losses measure.
+        losses: (N,) of independent records.
+        tolerance: T.
+        delta: level at which the p-value will be judged; it tunes the bets and nothing else.
+    """
+    if risk is Risk.DISAGREEMENT:
+        return p_value(int(losses.sum()), len(losses), tolerance)
+    span = 1 - risk.lowest
+    return betting_p_value((losses.double().numpy() - risk.lowest) / span, (tolerance - risk.lowest) / span, delta)
+
+
+def p_value(k: int, n: int, tolerance: float) -> float:
+    """Return P(Binomial(n, tolerance) <= k): how likely so few differences are at exactly the tolerated rate."""
+    return float(bdtr(min(k, n), n, tolerance)) if k >= 0 else 0.0
+
+
+def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float:
+    """Return a p-value of "mean > T" for losses in [0, 1], valid for any distribution.
+
+    A gambler who bets against the hypothesis round by round: while it holds, the expected capital does not grow,
+    so the largest capital seen exceeds 1 / p with probability at most p (Ville). The stakes adapt to the variance
+    (Waudby-Smith & Ramdas 2023, Estimating means of bounded random variables by betting, section 4.2).
+    """
+    n = len(losses)
+    if n == 0:
+        return 1.0
+    count = np.arange(1, n + 1)
+    mean = (0.5 + np.cumsum(losses)) / (count + 1)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (count + 1)
+    before = np.concatenate([[0.25], variance[:-1]])  # a stake may depend on the past only
+    stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.95 / (1 - tolerance))
+    capital = np.cumsum(np.log1p(-stake * (losses - tolerance)))
+    return float(min(1.0, math.exp(-max(0.0, capital.max()))))
+
+
+def most_failures(n: int, tolerance: float, delta: float) -> int:
+    """Return the largest k that certifies the tolerance on n records, or -1 when none does.
+
+    >>> most_failures(299, 0.01, 0.05), most_failures(298, 0.01, 0.05)
+    (0, -1)
+    """
+    return int(np.count_nonzero(bdtr(np.arange(n), n, tolerance) <= delta)) - 1
+
+
+def records_needed(tolerance: float, delta: float) -> int:
+    """Return the fewest records that can certify a tolerance: those on which not one answer differs.
+
+    >>> records_needed(0.01, 0.05)
+    299
+    """
+    return math.ceil(math.log(delta) / math.log1p(-tolerance))
+
+
+def require_enough(n: int, share: float, tolerance: float, delta: float) -> None:
+    """Check that the certify part can certify anything.
+
+    Args:
+        n: records in the certify part.
+        share: its fraction of all records.
+        tolerance: T.
+        delta: 1 - confidence.
+
+    Raises:
+        RecordError: it is too small; the message says how many records are needed.
+    """
+    least = records_needed(tolerance, delta)
+    if n < least:
+        raise RecordError(
+            f"{n} records to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
+            f"even if no answer differs: collect about {math.ceil(1.2 * least / share)} records in all (twice that to "
+            f"tolerate differences), or ask for a larger --tolerance. No plan was written")
+
+
+def walk(p_values: Iterable[float], delta: float) -> int:
+    """Return the index of the last setting of a path that is certified.
+
+    Args:
+        p_values: one for each setting, from "never exit" on.
+        delta: 1 - confidence.
+
+    Returns:
+        The index before the first setting that fails its test.
+
+    Raises:
+        RecordError: already the first setting fails: too few records.
+    """
+    certified = -1
+    for index, p in enumerate(p_values):
+        if p > delta:
+            break
+        certified = index
+    if certified < 0:
+        raise RecordError(f"the records cannot certify even a plan without exits at {1 - delta:.0%} confidence: "
+                          "collect more, or ask for a larger --tolerance")
+    return certified

@@ -1,0 +1,131 @@
+"""Which exits to keep: the subset that costs least, found exactly (equation 4 of the paper, K(S))."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit.training.costs.cost import Costs
+
+MAX_EXACT = 16
+_LOSS_BITS = 10
+
+
+@dataclass(frozen=True)
+class Option:
+    """One candidate exit at one threshold, on N records; a mask has bit i set for record i."""
+
+    hits: int
+    """Mask of the records that would leave here."""
+    loss: tuple[tuple[float, int], ...]
+    """Their losses, as weighted masks: a record loses the weights of the masks that it is in."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A choice of exits."""
+
+    layers: tuple[int, ...]
+    """Indices of the candidates, in order."""
+    cost: float
+    """Mean cost of a request as a fraction of the backbone's; 1 - K(S) / N where cost counts FLOPs."""
+
+
+def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *, max_loss: float | None = None,
+                size: int | None = None, among: Sequence[int] | None = None,
+                best: Subset = Subset((), 1.0)) -> Subset:
+    """Return the subset that costs least, by depth-first search; the empty subset costs 1.
+
+    Args:
+        option: gives candidate `layer` (0-based) as the `position`-th exit (1-based) of a plan.
+        costs: of the candidates, in the order of the backbone.
+        n_records: N.
+        max_loss: subsets that lose more over all records are not allowed.
+        size: only subsets of exactly this many exits, besides the empty one.
+        among: candidates to choose from; all by default.
+        best: returned unless something costs less; the better it is, the faster the search.
+    """
+    n_layers = costs.n_layers
+    open_to = sorted(among) if among is not None else list(range(n_layers))
+
+    def extend(chosen: tuple[int, ...], alive: int, spent: float, lost: float) -> None:
+        nonlocal best
+        last = chosen[-1] if chosen else -1
+        here = costs.at(alive.bit_count() / n_records)
+        total = spent + here.between(last, n_layers)
+        if total < best.cost and (size is None or len(chosen) == size):
+            best = Subset(chosen, total)
+        if len(chosen) == size:
+            return
+        for layer in open_to:
+            if layer <= last:
+                continue
+            reached = spent + here.between(last, layer)
+            if reached >= best.cost:
+                return  # later candidates cost even more to reach
+            reached += here.exits[layer]
+            if reached >= best.cost:
+                continue
+            this = option(layer, len(chosen) + 1)
+            lost_here = lost + sum(weight * (alive & mask).bit_count() for weight, mask in this.loss)
+            if max_loss is None or lost_here <= max_loss:
+                extend((*chosen, layer), alive & ~this.hits, reached, lost_here)
+
+    extend((), (1 << n_records) - 1, 0.0, 0.0)
+    return best
+
+
+def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *,
+                    max_loss: float | None = None, best: Subset = Subset((), 1.0)) -> Subset:
+    """Return a good subset of any number of candidates: exact up to 16, from there on by exact steps.
+
+    Each step solves exactly for the exits chosen so far and as many others, in turn, as make 16.
+    """
+    n_layers = costs.n_layers
+    if n_layers <= MAX_EXACT:
+        return best_subset(option, costs, n_records, max_loss=max_loss, best=best)
+    spread = [round(index * (n_layers - 1) / (MAX_EXACT - 1)) for index in range(MAX_EXACT)]
+    best = best_subset(option, costs, n_records, max_loss=max_loss, among=spread, best=best)
+    improved = True
+    while improved:
+        improved = False
+        others = [layer for layer in range(n_layers) if layer not in best.layers]
+        room = max(1, MAX_EXACT - len(best.layers))
+        for offset in range(-(-len(others) // room)):
+            among = [*best.layers, *others[offset::-(-len(others) // room)]]
+            found = best_subset(option, costs, n_records, max_loss=max_loss, among=among, best=best)
+            if found.cost < best.cost:
+                best, improved = found, True
+                break
+    return best
+
+
+def bit_mask(flags: Tensor) -> int:
+    """Return an int with bit i set where the (N,) bool tensor is true.
+
+    >>> bin(bit_mask(torch.tensor([True, False, True])))
+    '0b101'
+    """
+    packed = torch.zeros(-(-len(flags) // 8) * 8, dtype=torch.uint8)
+    packed[:len(flags)] = flags
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    return int.from_bytes(bytes((packed.view(-1, 8) * weights).sum(dim=1).tolist()), "little")
+
+
+def loss_masks(losses: Tensor) -> tuple[tuple[float, int], ...]:
+    """Return (N,) losses in [-1, 1] as weighted masks, rounded to 1/1024.
+
+    >>> loss_masks(torch.tensor([1.0, 0.0, 0.25]))
+    ((1.0, 1), (0.25, 4))
+    """
+    steps = (losses.abs() * 2**_LOSS_BITS).round().long()
+    masks = []
+    for sign, chosen in ((1.0, losses > 0), (-1.0, losses < 0)):
+        for bit in range(_LOSS_BITS, -1, -1):
+            mask = bit_mask(chosen & ((steps >> bit) & 1).bool())
+            if mask:
+                masks.append((sign * 2.0 ** (bit - _LOSS_BITS), mask))
+    return tuple(masks)

@@ -1,0 +1,247 @@
+"""From calibrated heads to exits with thresholds: certified, or by the paper's budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from early_exit.training.costs.cost import Costs
+from early_exit.training.selection.certify import most_failures
+from early_exit.training.selection.subset import Option, Subset, best_subset, bit_mask, improved_subset, loss_masks
+
+NEVER = 2.0
+"""A threshold that no probability reaches."""
+_BATCHES = 400
+_SAFER = 8
+_RATES = (0.0, *torch.logspace(-4, 1, 157, dtype=torch.float64).tolist())
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What L calibrated heads say about N records."""
+
+    confidence: Tensor
+    """(N, L) in [0, 1]."""
+    agrees: Tensor
+    """(N, L) bool: the head's class is the backbone's."""
+    losses: Tensor
+    """(N, L) what an answer by the head risks."""
+    full_agrees: Tensor
+    """(N,) bool: the same of the answer of those that leave nowhere, which an engine may change,"""
+    full_losses: Tensor
+    """(N,) and what it risks."""
+    costs: Costs
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    @property
+    def n_layers(self) -> int:
+        return self.confidence.shape[1]
+
+    def option(self, layer: int, threshold: float) -> Option:
+        hits = self.confidence[:, layer] >= threshold
+        return Option(bit_mask(hits), loss_masks((self.losses[:, layer] - self.full_losses) * hits))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Exits and their thresholds."""
+
+    layers: tuple[int, ...]
+    """Indices of the candidates, in order."""
+    thresholds: tuple[float, ...]
+    safer: tuple[tuple[float, ...], ...] = ()
+    """Settings of the same exits to step back to, the nearest first."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a choice does to N records."""
+
+    exit: Tensor
+    """(N,) int64: position in the choice of the exit taken, or -1 for none."""
+    differs: Tensor
+    """(N,) bool: the answer is not the backbone's."""
+    losses: Tensor
+    """(N,) float32: what the answer risks."""
+
+
+def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
+    """Return the smallest threshold with hit rate x (1 - agreement) <= budget (section 3.3, equation 3).
+
+    Args:
+        confidence: (N,) calibrated confidences on validation records.
+        agrees: (N,) bool.
+        budget: tolerated share of all records that leave here with another answer.
+
+    >>> budget_threshold(torch.tensor([.9, .8, .7, .6]), torch.tensor([True, True, False, True]), 0.0)
+    0.800000011920929
+    """
+    n_tolerated = int(budget * len(confidence) + 1e-9)
+    wrong = confidence[~agrees].sort(descending=True).values
+    if len(wrong) <= n_tolerated:
+        return float(confidence.min()) if len(confidence) else NEVER
+    above = confidence[confidence > wrong[n_tolerated]]
+    return float(above.min()) if len(above) else NEVER
+
+
+def paper_choice(tune: Candidates, tolerance: float) -> Choice:
+    """Return the best subset when the n-th exit may spend T / 2^n (section 3.3)."""
+
+    @cache
+    def threshold(layer: int, position: int) -> float:
+        return budget_threshold(tune.confidence[:, layer], tune.agrees[:, layer], tolerance / 2**position)
+
+    @cache
+    def option(layer: int, position: int) -> Option:
+        return tune.option(layer, threshold(layer, position))
+
+    subset = improved_subset(option, tune.costs, len(tune))
+    return Choice(subset.layers, tuple(threshold(layer, n) for n, layer in enumerate(subset.layers, start=1)))
+
+
+def equal_choice(tune: Candidates, tolerance: float) -> Choice:
+    """Return the best subset when each of m exits may spend T / m."""
+    best, thresholds = Subset((), 1.0), tuple[float, ...]()
+    for size in range(1, tune.n_layers + 1):
+        levels = [budget_threshold(tune.confidence[:, layer], tune.agrees[:, layer], tolerance / size)
+                  for layer in range(tune.n_layers)]
+        options = [tune.option(layer, level) for layer, level in enumerate(levels)]
+        subset = best_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
+                             tune.costs, len(tune), size=size, best=best)
+        if subset.cost < best.cost:
+            best, thresholds = subset, tuple(levels[layer] for layer in subset.layers)
+    return Choice(best.layers, thresholds)
+
+
+def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int) -> list[Choice]:
+    """Return the settings to certify, from "never exit" to aggressive.
+
+    The settings share one subset, and differ in the rate at which risk buys time. The subset is the one that costs
+    least on *tune* at some rate, among those that lose no more there than the certify part can accept.
+
+    Args:
+        tune: records of the tune part.
+        tolerance: T.
+        delta: 1 - confidence.
+        n_certify: how many records there are to certify with.
+    """
+    # So many failures the binomial test would accept. For the other risks it is a guess: the walk on the certify part
+    # picks the rate again, and a budget made for their test chose subsets that cost the same.
+    # What the engine loses without exits is spent already.
+    max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
+    best = Subset((), 1.0)
+    by_rate = [_thresholds(tune.costs, rate) for rate in _RATES]
+    for thresholds in by_rate[::-4]:
+        options = [tune.option(layer, least) for layer, least in enumerate(thresholds)]
+        best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
+                               tune.costs, len(tune), max_loss=max_loss, best=best)
+    return [Choice(best.layers, tuple(thresholds[layer] for layer in best.layers)) for thresholds in by_rate]
+
+
+def _thresholds(costs: Costs, rate: float) -> list[float]:
+    """Return for each candidate the least confidence that leaves when risk buys time at a rate.
+
+    A request leaves where the chance that its answer differs, 1 - confidence, is at most the rate times what of the
+    backbone it saves there: the first exit may risk more than the last. At the rate 0 nobody leaves.
+    """
+    # Rounded, so that other processors, whose sums may differ in the last bit, find the same again.
+    return [max(0.0, round(1 - rate * saved, 6)) if rate else NEVER for saved in costs.saved]
+
+
+def safer_settings(path: Sequence[Choice], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
+    """Return some settings that come before the deployed one on a certified path, the nearest first.
+
+    Each loses at most half as much on *tune* as the one after it, beyond what is lost without exits, so a few reach
+    from any drift to safety; the last loses nothing there, and yet lets requests leave. Each was certified before the
+    deployed one was tried.
+    """
+    settings: list[tuple[float, ...]] = []
+    least = tune.full_losses.sum().item()
+    allowed = (outcome(path[deployed], tune).losses.sum().item() - least) / 2
+    for choice in path[1:deployed][::-1]:
+        found = outcome(choice, tune)
+        if not bool((found.exit >= 0).any()) or len(settings) == _SAFER:
+            break
+        if (lost := found.losses.sum().item() - least) <= allowed:
+            settings.append(choice.thresholds)
+            if lost <= 0:
+                break
+            allowed = lost / 2
+    return tuple(settings)
+
+
+def confidence_levels(count: int = 121) -> list[float]:
+    """Return confidences from 0.9999 down to 0.3, denser near 1 where they matter."""
+    return (1 - torch.logspace(-4, torch.log10(torch.tensor(0.7)).item(), count, dtype=torch.float64)).tolist()
+
+
+def outcome(choice: Choice, records: Candidates) -> Outcome:
+    """Return what a choice does to records; what later exits would have said does not count."""
+    n_records = len(records)
+    exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
+    differs, losses = ~records.full_agrees, records.full_losses.clone()
+    for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
+        leaves = (exit_taken == -1) & (records.confidence[:, layer] >= threshold)
+        exit_taken[leaves] = position
+        differs[leaves] = ~records.agrees[leaves, layer]
+        losses[leaves] = records.losses[leaves, layer]
+    return Outcome(exit_taken, differs, losses)
+
+
+def served_classes(choice: Choice, exit_taken: Tensor, answers: Tensor, full_class: Tensor) -> Tensor:
+    """Return the (N,) int64 classes that a choice answers with.
+
+    Args:
+        choice: exits.
+        exit_taken: (N,) position of the exit that each record takes, or -1.
+        answers: (N, L) int64 classes of the candidates.
+        full_class: (N,) int64 classes of those that leave nowhere.
+    """
+    served = full_class.clone()
+    for position, layer in enumerate(choice.layers):
+        leaves = exit_taken == position
+        served[leaves] = answers[leaves, layer]
+    return served
+
+
+def batch_costs(choice: Choice, exit_taken: Tensor, costs: Costs, *, seed: int = 0) -> Tensor:
+    """Return the (400,) costs of full batches drawn from records with replacement; the backbone alone costs 1.
+
+    Args:
+        choice: exits.
+        exit_taken: (N,) position of the exit that each record takes, or -1.
+        costs: of the candidates.
+        seed: of the draw.
+    """
+    drawn = torch.randint(len(exit_taken), (_BATCHES, costs.batch_size),
+                          generator=torch.Generator().manual_seed(seed))
+    exits = exit_taken[drawn]
+    total = torch.zeros(_BATCHES, dtype=torch.float64)
+    for position, (start, end) in enumerate(pairwise([-1, *choice.layers, costs.n_layers])):
+        n_alive = ((exits == -1) | (exits >= position)).sum(dim=1).numpy()
+        total += torch.from_numpy(costs.stages[start + 1:end + 1].sum(axis=0)[n_alive])
+        if end < costs.n_layers:
+            total += torch.from_numpy(costs.exits[end][n_alive])
+    return total
+
+
+def mean_cost(choice: Choice, exit_taken: Tensor, costs: Costs) -> float:
+    """Return the expected cost of a request as a fraction of the backbone's, heads included.
+
+    Args:
+        choice: exits.
+        exit_taken: (N,) position of the exit that each record takes, or -1.
+        costs: of the candidates.
+    """
+    total = 0.0
+    for position, (start, end) in enumerate(pairwise([-1, *choice.layers, costs.n_layers])):
+        step = costs.at(((exit_taken == -1) | (exit_taken >= position)).double().mean().item())
+        total += step.between(start, end) + (step.exits[end] if end < costs.n_layers else 0.0)
+    return total
