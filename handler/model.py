@@ -24,9 +24,9 @@ from early_exit.handler.engines.compiled_stage import read_and_pool
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.exits.head import Head
-from early_exit.handler.exits.inference_head import ServedHead
+from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit, build_heads, load_plan
-from early_exit.handler.inference.bypass import Benefit
+from early_exit.handler.inference.bypass import AdaptiveBypass
 from early_exit.handler.inference.executor import Passes
 from early_exit.handler.inference.fallbacks import stages_by_step
 from early_exit.handler.inference.forward import Answers, Exit, Live, Stage, take_rows
@@ -42,7 +42,7 @@ class ServedBatch:
     time: float
     """Unix time in seconds."""
     step: int
-    """Of `ServedModel.steps`: the setting that answered."""
+    """Of `EarlyExitModel.steps`: the setting that answered."""
     sampling_rate: float
     """With which the shadow rows were drawn."""
     full_class: Tensor
@@ -63,7 +63,7 @@ class _Calls(threading.local):
         self.anytime: Sequence[bool] = ()
 
 
-class ServedModel(nn.Module):
+class EarlyExitModel(nn.Module):
     """Maps (B, ...) input to (B, K) scores like the backbone, and lets confident rows leave early."""
 
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
@@ -116,7 +116,7 @@ class ServedModel(nn.Module):
         self._parts = nn.ModuleList(stage.module for stage in compiled)
         self._original = None if self.engine.is_exact else ENGINES[DEFAULT_ENGINE].unsplit(backbone)
         self._reads = [stage.read for stage in compiled]
-        served = {path: ServedHead((heads or {})[path], planned[path].temperature, read)
+        served = {path: InferenceHead((heads or {})[path], planned[path].temperature, read)
                   for path, read in zip(self.layers, self._reads) if path in planned}
         self._heads = nn.ModuleList(served.values())
         exits = [self._exit(planned[path], served[path]) if path in planned else None for path in self.layers]
@@ -130,11 +130,11 @@ class ServedModel(nn.Module):
         self.step = 0
         self.plan = plan
         self._sampling_rate_in_full = sampling_rate if sampling_rate_in_full is None else sampling_rate_in_full
-        self.benefit = Benefit(control_rate, lambda: torch.rand((), generator=self._random).item())
+        self.benefit = AdaptiveBypass(control_rate, lambda: torch.rand((), generator=self._random).item())
         self.eval()
 
     @classmethod
-    def load(cls, layout: ArchiveLayout, config: ServingConfig, device: torch.device | str = "cpu") -> ServedModel:
+    def load(cls, layout: ArchiveLayout, config: ServingConfig, device: torch.device | str = "cpu") -> EarlyExitModel:
         """Load the model of an extracted archive, to serve and to record as configured.
 
         Raises:
@@ -283,6 +283,6 @@ class ServedModel(nn.Module):
         """Whether a batch of this thread that was taken is computed, or has failed after that."""
         return self._calls.is_computing
 
-    def _exit(self, planned: PlannedExit, head: ServedHead) -> Exit:
+    def _exit(self, planned: PlannedExit, head: InferenceHead) -> Exit:
         # The bound forward, as for the stages: fewer calls between the operations.
         return Exit(head.forward, planned.served_policy(), self.description.scores.from_logits, planned.shrink_from)

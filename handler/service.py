@@ -16,17 +16,17 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.shared_state import watch
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
 from early_exit.handler.serving.isolation import answer_items, context_of
 from early_exit.handler.serving.probe import answer_probe, is_probe
-from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.allocator import return_freed_memory
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
-from early_exit.handler.user_handler.wrapper import load_inner_handler
+from early_exit.handler.user_handler.wrapper import load_user_handler
 
 
 class EarlyExitService:
@@ -48,7 +48,7 @@ class EarlyExitService:
         device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are made there
-        self.model = ServedModel.load(layout, config, device)
+        self.model = EarlyExitModel.load(layout, config, device)
         return_freed_memory()
         # Before anything comes through: graphs follow each other only in the order in which they are captured.
         self.model.prepare(int(context.system_properties.get("batch_size", 1)), at_once=not is_early)
@@ -59,9 +59,9 @@ class EarlyExitService:
         writer = RecordWriter(root, header, config) if root else None
         watchman = watch(self.model, root, header)
         metrics = ServingMetrics(context.metrics, context.model_name, version)
-        self.inner = load_inner_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
+        self.inner = load_user_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
         answer_probe(self.model)
-        self.bookkeeper = Bookkeeper(self.model, version, metrics, writer, keep_requests=config.keep_requests,
+        self.bookkeeper = Telemetry(self.model, version, metrics, writer, keep_requests=config.keep_requests,
                                      watchman=watchman, labels=getattr(self.inner, "mapping", None))
         self.early = EarlyAnswers(self.model, self.inner, self.bookkeeper) if is_early else None
 

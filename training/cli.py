@@ -47,7 +47,7 @@ def _train(options: argparse.Namespace) -> int:
         run = RunPaths(options.to)
         shards = find_shards(local_folders(options.records, run.remote), model, backbone)
         report = train(model, archive, shards, options_of(options, archive), run, mar=options.archive,
-                       labels=options.labels, say=_say)
+                       labels=options.labels, log=_say)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     say_next(f"ee-train report {options.to} for a page about it, "
              f"ee-archive {options.archive} --plan {run.plan} to serve it")
@@ -56,7 +56,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     run = RunPaths(options.run)
-    found = evaluate(run, options.archive, say=_say)
+    found = evaluate(run, options.archive, log=_say)
     as_json = json.dumps(found.to_json(), indent=1)
     for path, text in ((run.evaluation, as_json), (run.report_html, html_page(found))):
         with replacing(path) as scratch:

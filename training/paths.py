@@ -13,7 +13,7 @@ from early_exit.handler.exits.plan import PLAN_FILE
 
 
 @dataclass(frozen=True)
-class MaterialPaths:
+class TrainingSetPaths:
     """The folder of the records and replays of a run."""
 
     root: Path
@@ -84,8 +84,8 @@ class RunPaths:
         return self.root / "remote"
 
     @property
-    def material(self) -> MaterialPaths:
-        return MaterialPaths(self.root / "material")
+    def training_set(self) -> TrainingSetPaths:
+        return TrainingSetPaths(self.root / "training_set")
 
     def head(self, layer: str) -> Path:
         """Return where a trained head is kept."""

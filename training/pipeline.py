@@ -30,7 +30,7 @@ from early_exit.training.data.dataset import (
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
-from early_exit.training.data.training_set import Material, prepare
+from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import HeadCost, TrainedHead, find_architectures, train_heads
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
@@ -43,7 +43,7 @@ from early_exit.training.selection.risk import Risk
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
           *, mar: Path | None = None, labels: Path | None = None,
-          say: Callable[[str], None] = lambda line: None) -> RunReport:
+          log: Callable[[str], None] = lambda line: None) -> RunReport:
     """Make heads, plan and report from records, and write them into the folder of the run.
 
     A run that was stopped goes on with the records it was started with, and with what it has finished.
@@ -56,32 +56,32 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         run: where everything is written.
         mar: where the archive lies, remembered for reports.
         labels: CSV of request ids and true classes, for the risk of accuracy and for the report.
-        say: told what the user should know.
+        log: told what the user should know.
 
     Raises:
         RecordError: too few records, records of different kinds, or a folder of another run.
     """
     backbone = Backbone.load(archive.folder)
     description = backbone.description
-    material, left_out = _material(archive, mar, backbone, shards, options, run, say)
-    truth = load_labels(labels, material.request, material.n_classes) if labels else None
+    training_set, left_out = _material(archive, mar, backbone, shards, options, run, log)
+    truth = load_labels(labels, training_set.request, training_set.n_classes) if labels else None
     if options.risk is Risk.ACCURACY:
-        _require_labels(truth, material, options)
-    profile = _profile(run, archive, backbone, material.layers, options)
+        _require_labels(truth, training_set, options)
+    profile = _profile(run, archive, backbone, training_set.layers, options)
     head_cost: HeadCost = FlopCost(description.flops)
     if profile is not None and options.service is None:
         head_cost = TimeCost(profile, options.batch_size)
-    architectures, dropped = find_architectures(run, material, options, head_cost, say)
+    architectures, dropped = find_architectures(run, training_set, options, head_cost, log)
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
-    heads = train_heads(run, material, options, architectures, head_cost)
-    judged = judge(material, heads, exit_costs(profile, heads, description, options), options.risk, truth)
+    heads = train_heads(run, training_set, options, architectures, head_cost)
+    judged = judge(training_set, heads, exit_costs(profile, heads, description, options), options.risk, truth)
     with replacing(run.judged) as scratch:
         judged.save(scratch)
     choice = choose(judged, options)
-    plan = make_plan(choice, judged, heads, material, description, options, profile)
+    plan = make_plan(choice, judged, heads, training_set, description, options, profile)
     save_plan(run.root, plan, {one.layer.path: one.head for one in heads})
-    report = make_report(model, material, heads, judged, choice, plan, (*left_out, *dropped), description)
+    report = make_report(model, training_set, heads, judged, choice, plan, (*left_out, *dropped), description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):
         with replacing(path) as scratch:
             scratch.write_text(text)
@@ -89,15 +89,15 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
 
 
 def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
-              options: TrainingOptions, run: RunPaths, say: Callable[[str], None]) -> tuple[Material, list[str]]:
-    """Return the run's material and the candidates that are not in it, with the reason."""
+              options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
+    """Return the training set of the run and the candidates that are not in it, with the reason."""
     description = backbone.description
-    shards, inputs = _inputs(run, description, shards, options, say)
-    if run.material.index.exists():  # the shards may have gone in the meantime
-        material = Material.load(run.material)
+    shards, inputs = _inputs(run, description, shards, options, log)
+    if run.training_set.index.exists():  # the shards may have gone in the meantime
+        training_set = TrainingSet.load(run.training_set)
     else:
         if options.replay is None:
-            shards = _alike(of_engine(shards, options.engine), say)
+            shards = _alike(of_engine(shards, options.engine), log)
         traffic = load_traffic(shards, options.fresh_after)
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
@@ -105,27 +105,27 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
         if options.replay is None:
             recorded, pool = recorded_layers(shards)
             layers = spread_over([layer for layer in description.candidates if layer.path in recorded], options.layers)
-            material = prepare(run.material, traffic, layers, description.n_classes, pool)
+            training_set = prepare(run.training_set, traffic, layers, description.n_classes, pool)
         else:
             layers = spread_over(description.candidates, options.layers)
             original = json.loads(archive.original_manifest.read_text())
             with preprocessing(archive.root, original) as handler, \
                     tqdm(desc="replay", unit="request", disable=None,
                          total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
-                material = replay_records(run.material, traffic, layers, backbone, handler, options.replay,
+                training_set = replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
                                           engine=options.engine, on_batch=progress.update)
-    kept = {layer.path for layer in material.layers}
-    return material, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} that "
-                      "cover the cost evenly"
-                      for layer in description.candidates if layer.path not in kept]
+    kept = {layer.path for layer in training_set.layers}
+    return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
+                          "that cover the cost evenly"
+                          for layer in description.candidates if layer.path not in kept]
 
 
-def _alike(shards: list[Path], say: Callable[[str], None]) -> list[Path]:
+def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     """Return the shards that can be used together, and say how many records the others hold."""
     found = of_newest_setting(shards)
     others = [shard for shard in shards if shard not in found]
     if others:
-        say(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
+        log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
             "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where request bytes "
             "were kept")
     return found
@@ -138,13 +138,13 @@ def _require_enough(traffic: RecordedTraffic, options: TrainingOptions) -> None:
         raise RecordError(f"{len(traffic)} records are too few to split into {', '.join(p.name.lower() for p in Part)}")
 
 
-def _require_labels(truth: Tensor | None, material: Material, options: TrainingOptions) -> None:
+def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: TrainingOptions) -> None:
     if truth is None:
         raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
                           "classes, or choose --risk disagreement or confidence-gap, which need none")
     to_certify = records_needed(options.tolerance, options.delta) if options.thresholds == "certified" else 1
     for part, least in ((Part.TUNE, 1), (Part.CERTIFY, to_certify)):
-        rows = material.rows(part)
+        rows = training_set.rows(part)
         n_labelled = int((truth[rows] >= 0).sum())
         if n_labelled < least:
             fresh = "" if options.fresh_after is None else ", recorded since the last certificate,"
@@ -156,7 +156,7 @@ def _require_labels(truth: Tensor | None, material: Material, options: TrainingO
 
 
 def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], options: TrainingOptions,
-            say: Callable[[str], None]) -> tuple[list[Path], dict[str, Any]]:
+            log: Callable[[str], None]) -> tuple[list[Path], dict[str, Any]]:
     """Return the shards to use and what to remember of the run: those it was started with, if it was.
 
     Raises:
@@ -171,7 +171,7 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], op
         raise RecordError(f"{run.root} holds a run of another backbone or with other options: pass another --to, or "
                           "delete it")
     if started["shards"] != found:
-        say(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(found)} that "
+        log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(found)} that "
             "there are now: pass another --to to use them all")
     return [Path(shard) for shard in started["shards"]], started
 

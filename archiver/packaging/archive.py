@@ -68,12 +68,12 @@ class ArchiveRequest:
     """Their label, for a detector."""
 
 
-def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda line: None) -> Path:
+def build_archive(asked: ArchiveRequest, log: Callable[[str], None] = lambda line: None) -> Path:
     """Build, validate and publish an archive; return its path.
 
     Args:
         asked: what is wanted.
-        say: told what the user should know about the archive.
+        log: told what the user should know about the archive.
 
     Raises:
         EarlyExitError: the source, the plan or the configuration cannot be used, or another archive has the name;
@@ -86,9 +86,9 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
         _advance(progress, "fill")
         request = _sample_request(asked, layout, original, backbone.description)
         if request is None:
-            say("no sample request is known, so the handler's pre- and post-processing are not tried out; "
+            log("no sample request is known, so the handler's pre- and post-processing are not tried out; "
                 "--request FILE gives one")
-        _write_ours(asked, layout, original, backbone, request, say, Path(scratch))
+        _write_ours(asked, layout, original, backbone, request, log, Path(scratch))
         asked.to.mkdir(parents=True, exist_ok=True)
         manifest = json.loads(layout.manifest.read_text())["model"]
         target = asked.to / f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
@@ -107,7 +107,7 @@ def build_archive(asked: ArchiveRequest, say: Callable[[str], None] = lambda lin
                 shutil.move(kept, layout.root / weights)
                 zip_folder(layout.root, draft)
                 validate(draft)
-                say(f"the handler reads {weights} itself, so the archive holds the weights twice")
+                log(f"the handler reads {weights} itself, so the archive holds the weights twice")
             publish(draft, target)
         progress.update()
     return target
@@ -179,13 +179,13 @@ def _manifest_for(asked: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any
 
 
 def _write_ours(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
-                request: bytes | None, say: Callable[[str], None], scratch: Path) -> None:
+                request: bytes | None, log: Callable[[str], None], scratch: Path) -> None:
     """Replace everything of ours in the layout: handler code, backbone, plan, manifests, configuration."""
     config = asked.config or _existing(layout.root, original["model"].get("configFile"))
-    configuration, engine = _configuration(config, asked.engine, say)
+    configuration, engine = _configuration(config, asked.engine, log)
     pieces = scratch / PIECES
     if engine == INT8:
-        _keep_or_quantize(asked, layout, original, backbone, pieces, say)
+        _keep_or_quantize(asked, layout, original, backbone, pieces, log)
     shutil.rmtree(layout.folder, ignore_errors=True)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
     backbone.save(layout.folder)
@@ -211,10 +211,10 @@ def _all_but_python(folder: str, names: list[str]) -> list[str]:
 
 
 def _keep_or_quantize(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
-                      pieces: Path, say: Callable[[str], None]) -> None:
+                      pieces: Path, log: Callable[[str], None]) -> None:
     """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
     if asked.calibrate is not None:
-        quantize(backbone, recorded_inputs(asked.calibrate, layout, original, backbone), pieces.parent, say)
+        quantize(backbone, recorded_inputs(asked.calibrate, layout, original, backbone), pieces.parent, log)
     elif (layout.folder / PIECES).exists():
         shutil.move(layout.folder / PIECES, pieces)
     else:
@@ -222,7 +222,7 @@ def _keep_or_quantize(asked: ArchiveRequest, layout: ArchiveLayout, original: di
                            "was recorded with 'early_exit: {keep_requests: true}' in model-config.yaml")
 
 
-def _configuration(config: Path | None, engine: str | None, say: Callable[[str], None]) -> tuple[str, str]:
+def _configuration(config: Path | None, engine: str | None, log: Callable[[str], None]) -> tuple[str, str]:
     """Return the text of a valid model-config.yaml, and the engine that it names: the given one, with the engine where
     one is asked for and with TorchServe set as early answers need it."""
     try:
@@ -238,7 +238,7 @@ def _configuration(config: Path | None, engine: str | None, say: Callable[[str],
     needed = {name: value for name, value in SERVER_SETTINGS.items() if changed.get(name) != value}
     if serving.answers == EARLY and needed:
         changed |= needed
-        say("early answers need TorchServe's continuous batching with one worker: the archive's model-config.yaml says "
+        log("early answers need TorchServe's continuous batching with one worker: the archive's model-config.yaml says "
             + ", ".join(f"{name}: {str(value).lower()}" for name, value in needed.items()))
     return text if changed == (content or {}) else yaml.safe_dump(changed, sort_keys=False), serving.engine
 

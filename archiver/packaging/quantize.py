@@ -56,7 +56,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
 
 
 def quantize(backbone: Backbone, inputs: Live, folder: Path,
-             say: Callable[[str], None] = lambda line: None) -> None:
+             log: Callable[[str], None] = lambda line: None) -> None:
     """Write the pieces of a backbone in 8 bits below an existing folder; what is there is replaced.
 
     Ranges of activations are those of the inputs' own, piece by piece, in float32.
@@ -65,7 +65,7 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
         backbone: to quantize.
         inputs: the backbone's, (N, ...) each, like those that it will serve.
         folder: of the archive's own files.
-        say: told how far it has come.
+        log: told how far it has come.
 
     Raises:
         ConfigError: NNCF or OpenVINO is not installed.
@@ -83,7 +83,7 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
     target = folder / PIECES
     target.mkdir(exist_ok=True)
     for number, piece in enumerate(pieces):
-        say(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
+        log(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
         fed = nncf.Dataset(samples, lambda live: [x.numpy() for x in live])
         small = nncf.quantize(convert(piece), fed, subset_size=len(samples), model_type=kind,
                               preset=nncf.QuantizationPreset.PERFORMANCE)

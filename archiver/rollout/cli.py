@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _roll(options: argparse.Namespace) -> int:
     request = options.request.read_bytes() if options.request else None
     reports = roll_all(servers_of(options), options.archive, put_back=options.put_back, request=request,
-                       longest_batch_s=options.longest_batch_s, say=lambda line: print(line, file=sys.stderr))
+                       longest_batch_s=options.longest_batch_s, log=lambda line: print(line, file=sys.stderr))
     for report in reports:
         instead = f" instead of {report.replaced}" if report.replaced else ""
         print(json.dumps(asdict(report)) if options.json else f"{report.model} {report.version} serves{instead}")

@@ -43,7 +43,7 @@ def servers_of(options: argparse.Namespace) -> list[Management]:
 
 
 def roll_all(servers: Sequence[Management], mar: Path, *, put_back: bool = False,
-             say: Callable[[str], None] = lambda line: None, **limits: Any) -> list[RollReport]:
+             log: Callable[[str], None] = lambda line: None, **limits: Any) -> list[RollReport]:
     """Roll an archive into servers, one after the other; stop at the first that fails.
 
     Args:
@@ -51,7 +51,7 @@ def roll_all(servers: Sequence[Management], mar: Path, *, put_back: bool = False
         mar: the archive.
         put_back: when one fails, roll the version before into those that have the new one. Its archive must lie
             beside the new one.
-        say: told about each step.
+        log: told about each step.
         limits: for `roll`.
 
     Raises:
@@ -60,27 +60,27 @@ def roll_all(servers: Sequence[Management], mar: Path, *, put_back: bool = False
     done: list[tuple[Management, RollReport]] = []
     for number, server in enumerate(servers, start=1):
         if len(servers) > 1:
-            say(f"server {number} of {len(servers)}: {server}")
+            log(f"server {number} of {len(servers)}: {server}")
         try:
-            done.append((server, roll(server, mar, say=say, **limits)))
+            done.append((server, roll(server, mar, log=log, **limits)))
         except EarlyExitError as error:
             if not done:
                 raise
             had = ", ".join(str(one) for one, _ in done)
             if not put_back:
                 raise ServerError(f"{server}: {error}\n{had} already serve {mar.name} and are left so") from error
-            what_became = [_put_back(one, report, mar.parent, say, limits) for one, report in reversed(done)]
+            what_became = [_put_back(one, report, mar.parent, log, limits) for one, report in reversed(done)]
             raise ServerError("\n".join([f"{server}: {error}", *what_became])) from error
     return [report for _, report in done]
 
 
-def _put_back(server: Management, report: RollReport, store: Path, say: Callable[[str], None],
+def _put_back(server: Management, report: RollReport, store: Path, log: Callable[[str], None],
               limits: dict[str, Any]) -> str:
     """Roll the version before into a server again; tell what became of that."""
     if report.replaced_archive is None:
         return f"{server} served no {report.model} before, so it keeps {report.version}"
     try:
-        roll(server, store / report.replaced_archive, say=say, **{**limits, "request": None})
+        roll(server, store / report.replaced_archive, log=log, **{**limits, "request": None})
     except EarlyExitError as error:
         return f"{server} keeps {report.version}: {error}"
     return f"{server} was put back to {report.replaced}"

@@ -43,7 +43,7 @@ class RollReport:
 
 def roll(management: Management, mar: Path, *, request: bytes | None = None, ready_limit_s: float = 300.0,
          drain_limit_s: float = 300.0, longest_batch_s: float = LONGEST_BATCH_S,
-         say: Callable[[str], None] = lambda line: None) -> RollReport:
+         log: Callable[[str], None] = lambda line: None) -> RollReport:
     """Replace the served version of a model by the one in an archive.
 
     Args:
@@ -55,7 +55,7 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
         drain_limit_s: how long the old version may take to answer what it has.
         longest_batch_s: how long the old version's workers may take for one batch; longer where the request that
             tries out the new version, run to the end, says so.
-        say: told about each step.
+        log: told about each step.
 
     Raises:
         ServerError: a step failed. Before the switch the old version goes on serving and the new one is
@@ -68,7 +68,7 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
         raise ServerError(f"{model} {version} is registered already: give the archive another --version")
     old = next((one for one in served if one.is_default), None)
     started = time.monotonic()
-    say(f"registering {model} {version}")
+    log(f"registering {model} {version}")
     management.register(mar.name, workers=max(1, old.n_workers if old else 1))
     try:
         _wait_until_ready(management, model, version, ready_limit_s)
@@ -76,7 +76,7 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
             management.scale(model, version, workers)
             _wait_until_ready(management, model, version, ready_limit_s)
         ready_s = time.monotonic() - started
-        say(f"ready after {ready_s:.1f} s")
+        log(f"ready after {ready_s:.1f} s")
         _require_same(contents, management.probe(model, version))
         sample = request if request is not None else sample_request(mar)
         if sample is not None:
@@ -87,15 +87,15 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
                 longest_batch_s = max(longest_batch_s, _HASTE * old.batch_size * (time.monotonic() - asked))
         management.set_default(model, version)
     except BaseException as error:
-        _remove_quietly(management, model, version, say)
+        _remove_quietly(management, model, version, log)
         if isinstance(error, ServerError) and old is not None:
             raise ServerError(f"{error}\n{model} {old.version} goes on serving") from error
         raise
-    say(f"{version} is the default")
+    log(f"{version} is the default")
     switched = time.monotonic()
     if old is not None:
         retire(management, model, old, drain_limit_s=drain_limit_s, longest_batch_s=longest_batch_s)
-        say(f"{old.version} has answered everything and is removed")
+        log(f"{old.version} has answered everything and is removed")
     return RollReport(model, version, old.version if old else None, ready_s, time.monotonic() - switched,
                       old.file_name if old else None)
 
@@ -169,13 +169,13 @@ def _status_of(management: Management, model: str, version: str) -> VersionStatu
     return next((one for one in management.versions(model) if one.version == version), None)
 
 
-def _remove_quietly(management: Management, model: str, version: str, say: Callable[[str], None]) -> None:
+def _remove_quietly(management: Management, model: str, version: str, log: Callable[[str], None]) -> None:
     try:
         status = _status_of(management, model, version)
         if status is not None and status.is_default:
-            say(f"{version} has become the default all the same and is left to serve")
+            log(f"{version} has become the default all the same and is left to serve")
         elif status is not None:
             management.unregister(model, version)
-            say(f"{version} is removed again")
+            log(f"{version} is removed again")
     except ServerError as error:  # the failure that led here is the one to report
-        say(f"{version} could not be removed: {error}")
+        log(f"{version} could not be removed: {error}")

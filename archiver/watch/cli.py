@@ -14,7 +14,7 @@ from early_exit.archiver.rollout.fleet import add_server_options, servers_of
 from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.process import raise_on_terminate
 from early_exit.archiver.watch.audit import only_watcher
-from early_exit.archiver.watch.status import Standing
+from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import Terms, fresh_after
 from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
 from early_exit.training.cli import add_options, options_of
@@ -126,7 +126,7 @@ def _status(watched: Watched, *, json_wanted: bool) -> str:
     return "\n".join(f"{name:22}  {value}" for name, value in facts.items())
 
 
-def _certificate(standing: Standing) -> str:
+def _certificate(standing: ModelStatus) -> str:
     if standing.plan is None or standing.plan.certificate is None:
         return "none"
     if standing.first_alarm is not None:

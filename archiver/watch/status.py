@@ -24,7 +24,7 @@ from early_exit.training.data.sources import local_folders
 
 
 @dataclass(frozen=True)
-class Standing:
+class ModelStatus:
     """One look at a served model."""
 
     model: str
@@ -60,7 +60,7 @@ class Standing:
         return int((self.times > than).sum())
 
 
-def look(server: Management, model: str, store: Path, sources: Sequence[str], cache: Path) -> Standing:
+def look(server: Management, model: str, store: Path, sources: Sequence[str], cache: Path) -> ModelStatus:
     """Return where a model stands.
 
     Args:
@@ -90,7 +90,7 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
     except RecordError:
         shards = []
     times = _times(shards)
-    return Standing(model, served.version, tuple(one.version for one in versions), archive, backbone, plan,
+    return ModelStatus(model, served.version, tuple(one.version for one in versions), archive, backbone, plan,
                     tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
                     _monitors(folders, model, served.version, backbone, plan))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from early_exit.archiver.watch.audit import Audit
-from early_exit.archiver.watch.status import Standing
+from early_exit.archiver.watch.status import ModelStatus
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.data.dataset import Part
 from early_exit.training.selection.certify import records_needed
@@ -43,7 +43,7 @@ class Terms:
         return math.ceil(2 * records_needed(self.tolerance, self.delta) / Part.CERTIFY.share)
 
 
-def fired(standing: Standing, audit: Audit, terms: Terms, now: float) -> Trigger | None:
+def fired(standing: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigger | None:
     """Return why the plan is to be renewed now, if it is; never with fewer fresh records than can certify one."""
     plan = standing.plan
     since = fresh_after(standing, audit, now)
@@ -64,7 +64,7 @@ def fired(standing: Standing, audit: Audit, terms: Terms, now: float) -> Trigger
     return None
 
 
-def fresh_after(standing: Standing, audit: Audit, now: float) -> float:
+def fresh_after(standing: ModelStatus, audit: Audit, now: float) -> float:
     """Return the Unix time after which records are fresh: no plan was certified, or refused, on any later one.
 
     A clock that was ahead when they were recorded would make all that comes later look old: then what is recorded
@@ -77,7 +77,7 @@ def fresh_after(standing: Standing, audit: Audit, now: float) -> float:
     return noticed["time"] if noticed and noticed["ahead_until"] == since else now
 
 
-def newest_mark(standing: Standing, audit: Audit) -> float:
+def newest_mark(standing: ModelStatus, audit: Audit) -> float:
     """Return the Unix time of the newest record that a plan was certified or refused on, or of the first alarm since.
 
     The first, because traffic that has changed makes the safer settings alarm too, one after the other, and each

@@ -16,7 +16,7 @@ from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import retire
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.watch.audit import AUDIT_FILE, Audit, Event
-from early_exit.archiver.watch.status import Standing, look
+from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.errors import EarlyExitError, RecordError, ServerError
@@ -61,8 +61,8 @@ class Watched:
 class Watcher:
     """Looks, decides and acts; all it knows lies in the audit, so it goes on where a killed one was."""
 
-    def __init__(self, watched: Watched, say: Callable[[str], None] = lambda line: None) -> None:
-        self._watched, self._say = watched, say
+    def __init__(self, watched: Watched, log: Callable[[str], None] = lambda line: None) -> None:
+        self._watched, self._log = watched, log
         self._audit = watched.audit
         self._trouble: str | None = None
 
@@ -78,17 +78,17 @@ class Watcher:
                     self._note(TROUBLE, error=trouble)
             self._trouble = trouble
 
-    def look(self) -> Standing:
+    def look(self) -> ModelStatus:
         watched = self._watched
         return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote")
 
-    def trigger(self, standing: Standing) -> Trigger | None:
+    def trigger(self, standing: ModelStatus) -> Trigger | None:
         """Return why the plan is to be renewed; nothing while a new version is on trial or taken back."""
         if self.on_trial(standing) is not None or self._taken_back_in_part() is not None:
             return None
         return fired(standing, self._audit, self._watched.terms, time.time())
 
-    def on_trial(self, standing: Standing) -> Event | None:
+    def on_trial(self, standing: ModelStatus) -> Event | None:
         """Return the decision that brought the served version in, while it is not accepted yet."""
         event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, TAKING_BACK, ROLLED_BACK)
         if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != standing.version:
@@ -110,7 +110,7 @@ class Watcher:
             self._require_agreement(standing)
             self._renew(standing, attempt)
 
-    def _note_clock(self, standing: Standing) -> None:
+    def _note_clock(self, standing: ModelStatus) -> None:
         mark, noticed = newest_mark(standing, self._audit), self._audit.latest(CLOCK)
         if mark > time.time() and (noticed is None or noticed["ahead_until"] != mark):
             self._note(CLOCK, ahead_until=mark)
@@ -138,9 +138,9 @@ class Watcher:
             elif serves == version:
                 self._retire(server, by)
                 roll_all([server], self._watched.store / archive, longest_batch_s=self._watched.longest_batch_s,
-                         say=self._say)
+                         log=self._log)
             else:  # somebody else decided
-                self._say(f"{server} serves {serves}, neither {version} nor {by}, and is left so")
+                self._log(f"{server} serves {serves}, neither {version} nor {by}, and is left so")
 
     def _retire(self, server: Management, version: str) -> None:
         """Remove a version that gets no new requests, unless it is not there."""
@@ -148,7 +148,7 @@ class Watcher:
             if one.version == version and not one.is_default:
                 retire(server, self._watched.model, one, longest_batch_s=self._watched.longest_batch_s)
 
-    def _require_agreement(self, standing: Standing) -> None:
+    def _require_agreement(self, standing: ModelStatus) -> None:
         """Check that all servers serve the version that is looked at: one that was restarted may not.
 
         Raises:
@@ -159,7 +159,7 @@ class Watcher:
                 raise ServerError(f"{server} does not serve {standing.model} {standing.version} as "
                                   f"{self._watched.servers[0]} does: bring one version into all of them with ee-roll")
 
-    def _judge(self, standing: Standing, trial: Event) -> None:
+    def _judge(self, standing: ModelStatus, trial: Event) -> None:
         """Accept a new version, take it back, or let it go on."""
         evidence = {"version": standing.version, "samples": standing.n_watched,
                     "plan": standing.plan.digest() if standing.plan else None}
@@ -171,7 +171,7 @@ class Watcher:
         elif standing.n_watched >= self._watched.trial_samples:
             self._note(ACCEPTED, **evidence)
 
-    def _pending(self, standing: Standing) -> Event | None:
+    def _pending(self, standing: ModelStatus) -> Event | None:
         """Return a roll that failed or was cut short before the switch and is worth another try."""
         event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED)
         if event is None or event["event"] == ROLLED or event["replaces"] != standing.version:
@@ -182,7 +182,7 @@ class Watcher:
             self._retire(server, event["version"])
         return event
 
-    def _attempt(self, standing: Standing) -> Event | None:
+    def _attempt(self, standing: ModelStatus) -> Event | None:
         """Return the renewal that was cut short, or a new one that there is reason for."""
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
         if (event is not None and event["event"] == ATTEMPT and event["version"] == standing.version
@@ -195,7 +195,7 @@ class Watcher:
             "run": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "newest_record": standing.times[-1].item(),
             "certify_after": trigger.fresh_after, "tries": 0}
 
-    def _renew(self, standing: Standing, attempt: Event) -> None:
+    def _renew(self, standing: ModelStatus, attempt: Event) -> None:
         run = RunPaths(self._watched.state / "runs" / attempt["run"])
         self._note(ATTEMPT, **{**attempt, "tries": attempt["tries"] + 1})
         try:
@@ -210,24 +210,24 @@ class Watcher:
             self._keep(standing, run, **evidence)
             return
         mar = build_archive(ArchiveRequest(str(standing.archive), self._watched.store, plan=run.plan,
-                                           version=self._next_version(standing)), self._say)
+                                           version=self._next_version(standing)), self._log)
         version = mar.stem.removeprefix(f"{standing.model}-")
         _forget_material(run)
         self._roll({"version": version, "archive": mar.name, "replaces": standing.version,
                     "replaced_archive": standing.archive.name, "tries": 0, **evidence})
 
-    def _keep(self, standing: Standing, run: RunPaths, **evidence: Any) -> None:
+    def _keep(self, standing: ModelStatus, run: RunPaths, **evidence: Any) -> None:
         self._note(KEPT, version=standing.version, **evidence)
         _forget_material(run)
 
-    def _train(self, standing: Standing, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
+    def _train(self, standing: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
         """Train a new plan; return it and what the current one costs on its records."""
         with tempfile.TemporaryDirectory() as scratch:
             layout = ArchiveLayout(Path(scratch))
             extract(standing.archive, layout.root)
             options = replace(self._watched.options(layout), fresh_after=certify_after)
             train(standing.model, layout, list(standing.shards), options, run, mar=standing.archive,
-                  labels=self._watched.labels, say=self._say)
+                  labels=self._watched.labels, log=self._log)
             current_cost = None
             if layout.plan.exists():
                 current, tensors = load_plan(layout.plan)
@@ -242,13 +242,13 @@ class Watcher:
         self._note(ROLLING, **facts)
         try:
             roll_all(self._watched.servers, self._watched.store / asked["archive"], put_back=True,
-                     longest_batch_s=self._watched.longest_batch_s, say=self._say)
+                     longest_batch_s=self._watched.longest_batch_s, log=self._log)
         except EarlyExitError as error:
             self._note(ROLL_FAILED, **facts, error=str(error))
             return
         self._note(ROLLED, **facts)
 
-    def _next_version(self, standing: Standing) -> str:
+    def _next_version(self, standing: ModelStatus) -> str:
         """Return a version above all that the server has and the store holds: none of them is replaced."""
         stored = (mar.stem.removeprefix(f"{standing.model}-") for mar in self._watched.store.glob("*.mar"))
         numbers = [float(version) for version in (*stored, *standing.registered) if _is_number(version)]
@@ -256,13 +256,13 @@ class Watcher:
 
     def _note(self, event: str, **evidence: Any) -> None:
         about = ", ".join(f"{key} {value}" for key, value in evidence.items() if not isinstance(value, (dict, list)))
-        self._say(f"{event}: {about}")
+        self._log(f"{event}: {about}")
         self._audit.append(event, **evidence)
 
 
 def _forget_material(run: RunPaths) -> None:
     """Remove a decided run's copy of the records: they would outlive their own age and size limits there."""
-    shutil.rmtree(run.material.root, ignore_errors=True)
+    shutil.rmtree(run.training_set.root, ignore_errors=True)
     shutil.rmtree(run.remote, ignore_errors=True)
 
 

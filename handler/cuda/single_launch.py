@@ -20,7 +20,7 @@ from early_exit.handler.cuda.stages import GraphedStage
 from early_exit.handler.inference.forward import FULL, Answers, Exit, Live
 
 
-class GraphedPass:
+class SingleLaunch:
     """Does what `run_with_exits` does, without observers, opinions and what a backbone returns beside its scores.
 
     Its calls come from one stream.

@@ -19,7 +19,7 @@ _LONG, _PARTS = 1024, 16
 """Inputs of a layer whose sums are cut on a GPU, and into how many."""
 
 
-class ServedHead(nn.Module):
+class InferenceHead(nn.Module):
     """Maps a (B, ...) activation, as the engine hands it on, to (B, K) calibrated logits."""
 
     def __init__(self, head: Head, temperature: float, read: Read = read_as_it_is) -> None:

@@ -45,7 +45,7 @@ class PlannedExit:
         return ConfidencePolicy(self.temperature, self.threshold)
 
     def served_policy(self) -> ConfidencePolicy:
-        """Decide on those of a `ServedHead`, which are calibrated."""
+        """Decide on those of a `InferenceHead`, which are calibrated."""
         return ConfidencePolicy(1.0, self.threshold)
 
 

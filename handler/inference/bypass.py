@@ -49,7 +49,7 @@ class _Bucket:
     test: Comparison = field(default_factory=Comparison)
 
 
-class Benefit:
+class AdaptiveBypass:
     """Decides for each batch whether it takes the exits.
 
     Sizes from one power of two to the next are judged together, but only batches of exactly one size are compared. A
@@ -98,7 +98,7 @@ class Epochs:
     Those of the stretch before that are still on their way blur the difference, but do not turn it round.
     """
 
-    def __init__(self, benefit: Benefit) -> None:
+    def __init__(self, benefit: AdaptiveBypass) -> None:
         self._benefit = benefit
         self._begin()
 

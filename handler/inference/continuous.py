@@ -12,7 +12,7 @@ from torch import Tensor
 from early_exit.handler.inference.forward import FULL, Answers, Live, Stage, answered, numbers_on, take_rows
 from early_exit.handler.inference.scheduler import Waiting, next_stage
 
-_Row = tuple["Journey", int]
+_Row = tuple["InFlightCall", int]
 """A row of a call."""
 _Chunk = tuple[Live, list[_Row]]
 """Rows that travel together."""
@@ -21,7 +21,7 @@ _Scores = list[tuple[_Row, Tensor]]
 
 
 @dataclass(eq=False)
-class Journey:
+class InFlightCall:
     """A call of the model on its way; `run_with_exits` would return its answers at once."""
 
     step: int
@@ -75,7 +75,7 @@ class Journey:
         return row not in self.outputs or self.shadow[row] or self.anytime[row]
 
 
-class StepwiseRun:
+class ContinuousRun:
     """All calls that are on their way through one model."""
 
     def __init__(self, steps: Sequence[Sequence[Stage]], pooled: Callable[[int, Tensor], Tensor] | None = None) -> None:
@@ -89,20 +89,20 @@ class StepwiseRun:
         self._waiting: list[list[_Chunk]] = [[] for _ in steps[0]]
         self._n_run = 0
 
-    def enter(self, inputs: Live, shadow: Tensor, anytime: Tensor | None = None, step: int = 0) -> Journey:
+    def enter(self, inputs: Live, shadow: Tensor, anytime: Tensor | None = None, step: int = 0) -> InFlightCall:
         """Let a call join with its (B, ...) inputs, B > 0, the (B,) masks of its shadow and anytime rows, and the
         setting that answers it."""
         asked = [False] * len(shadow) if anytime is None else anytime.tolist()
-        journey = Journey(step, shadow.tolist(), asked, self._n_run, len(shadow))
+        journey = InFlightCall(step, shadow.tolist(), asked, self._n_run, len(shadow))
         self._waiting[0].append((inputs, [(journey, row) for row in range(len(shadow))]))
         return journey
 
-    def drop(self, journey: Journey) -> None:
+    def drop(self, journey: InFlightCall) -> None:
         """Forget a call's rows wherever they wait."""
         for chunks in self._waiting:
             chunks[:] = [kept for chunk in chunks if (kept := _select(chunk, lambda one: one is not journey))[1]]
 
-    def run_stage(self) -> list[Journey]:
+    def run_stage(self) -> list[InFlightCall]:
         """Run one stage for the rows that wait there; return the calls that have ended with it."""
         waiting = [Waiting(stage, sum(len(rows) for _, rows in chunks),
                            max(self._n_run - journey.began for _, rows in chunks for journey, _ in rows))
@@ -119,7 +119,7 @@ class StepwiseRun:
             journeys = dict.fromkeys(journey for _, rows in chunks for journey, _ in rows)
             return [ended for journey in journeys for ended in self._advance_alone(stage, chunks, journey)]
 
-    def _advance_alone(self, stage: int, chunks: list[_Chunk], journey: Journey) -> list[Journey]:
+    def _advance_alone(self, stage: int, chunks: list[_Chunk], journey: InFlightCall) -> list[InFlightCall]:
         own = [kept for chunk in chunks if (kept := _select(chunk, lambda one: one is journey))[1]]
         try:
             return self._advance(stage, own)
@@ -128,7 +128,7 @@ class StepwiseRun:
             self.drop(journey)
             return [journey]
 
-    def _advance(self, number: int, chunks: list[_Chunk]) -> list[Journey]:
+    def _advance(self, number: int, chunks: list[_Chunk]) -> list[InFlightCall]:
         started = time.perf_counter()
         rows = [row for _, some in chunks for row in some]
         shadows = [position for position, (journey, row) in enumerate(rows) if journey.shadow[row]]
@@ -200,7 +200,7 @@ def _stacked(by_stage: dict[int, dict[int, Tensor]]) -> dict[int, Tensor]:
     return {stage: torch.stack([rows[row] for row in sorted(rows)]) for stage, rows in by_stage.items()}
 
 
-def _select(chunk: _Chunk, wanted: Callable[[Journey], bool]) -> _Chunk:
+def _select(chunk: _Chunk, wanted: Callable[[InFlightCall], bool]) -> _Chunk:
     live, rows = chunk
     positions = [position for position, (journey, _) in enumerate(rows) if wanted(journey)]
     index = numbers_on(live[0].device, positions)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.cuda.graphs import Graphed, sizes_up_to
-from early_exit.handler.cuda.single_launch import GraphedPass
+from early_exit.handler.cuda.single_launch import SingleLaunch
 from early_exit.handler.cuda.stages import GraphedStage, capture_stages
 from early_exit.handler.inference.forward import FULL, Answers, Live, Observer, Stage, run_with_exits
 
@@ -63,7 +63,7 @@ def _pass_through(stages: Sequence[GraphedStage], inputs: Live, batch_size: int)
     if not any(stage.exit for stage in stages):
         return _without_exits(stages, inputs, batch_size)
     try:
-        return GraphedPass(stages, batch_size)
+        return SingleLaunch(stages, batch_size)
     # The last two are what bindings raise that are older, or newer, than what is asked of them.
     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
         _LOG.warning("the GPU cannot decide itself who leaves (it needs CUDA 12.8 and its Python bindings), so the CPU "

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
 from early_exit.handler.recording.format import ShardHeader
 
@@ -42,7 +42,7 @@ def read_state(path: Path) -> MonitorState | None:
         return None
 
 
-class Watchman:
+class SharedMonitor:
     """Takes shadow samples from the serving thread and adds them to the state from a thread of its own.
 
     Every second each worker locks the file, adds its samples to what it finds there and renames the result into
@@ -142,12 +142,12 @@ class Watchman:
         return state.after(self._unshared, self.monitored, self._last_step, time.time())
 
 
-def watch(model: ServedModel, records: Path | None, header: ShardHeader) -> Watchman | None:
+def watch(model: EarlyExitModel, records: Path | None, header: ShardHeader) -> SharedMonitor | None:
     """Start to watch what a model's plan promises; a plan without certificate or exits promises nothing."""
     if model.plan is None or model.plan.certificate is None or not model.plan.exits:
         return None
     path = monitor_file(records, header, model.plan.digest()) if records else None
-    return Watchman(Monitored.of(model.plan.certificate), len(model.steps) - 1, path)
+    return SharedMonitor(Monitored.of(model.plan.certificate), len(model.steps) - 1, path)
 
 
 @contextlib.contextmanager

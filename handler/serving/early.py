@@ -18,13 +18,13 @@ from torch import Tensor
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.inference.bypass import Epochs
-from early_exit.handler.inference.continuous import Journey, StepwiseRun
+from early_exit.handler.inference.continuous import ContinuousRun, InFlightCall
 from early_exit.handler.inference.forward import Live
-from early_exit.handler.model import ServedBatch, ServedModel
+from early_exit.handler.model import EarlyExitModel, ServedBatch
 from early_exit.handler.serving.coroutine import SuspendedWork, Threads
 from early_exit.handler.serving.isolation import Served, answer_items, context_of
-from early_exit.handler.serving.telemetry import Bookkeeper
-from early_exit.handler.user_handler.wrapper import InnerHandler
+from early_exit.handler.serving.telemetry import Telemetry
+from early_exit.handler.user_handler.wrapper import UserHandler
 
 UNANSWERED: Any = object()
 """Stands for the response of a request that has not been answered yet."""
@@ -48,12 +48,12 @@ class _Request:
 class EarlyAnswers:
     """The requests on their way through one worker, each in a call of the user's handler of its own."""
 
-    def __init__(self, model: ServedModel, inner: InnerHandler, bookkeeper: Bookkeeper) -> None:
+    def __init__(self, model: EarlyExitModel, inner: UserHandler, bookkeeper: Telemetry) -> None:
         self._model, self._inner, self._bookkeeper = model, inner, bookkeeper
-        self._stepwise = StepwiseRun(model.steps, model.pooled if model.records else None)
+        self._stepwise = ContinuousRun(model.steps, model.pooled if model.records else None)
         self._threads = Threads()
         self._requests: dict[str, _Request] = {}
-        self._waiting: dict[Journey, SuspendedWork] = {}
+        self._waiting: dict[InFlightCall, SuspendedWork] = {}
         self._epochs = Epochs(model.benefit)
         model.run = self._run
 
@@ -107,7 +107,7 @@ class EarlyAnswers:
         own = tuple(one.clone() if one.is_inference() else one for one in inputs)
         rate = model.sampling_rate  # the monitor may change it while the call is on its way
         step = model.step if anytime is not None or self._epochs.takes_exits else model.last_step
-        journey: Journey = work.ask((own, shadow, anytime, step))
+        journey: InFlightCall = work.ask((own, shadow, anytime, step))
         activations = {model.layers[stage]: rows for stage, rows in journey.activations().items()}
         return model.batch(inputs, journey.answers(), activations, journey.step, rate)
 

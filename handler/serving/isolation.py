@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from early_exit.handler.errors import InputError
-from early_exit.handler.model import ServedBatch, ServedModel
+from early_exit.handler.model import EarlyExitModel, ServedBatch
 from early_exit.handler.serving.anytime import who_asks
-from early_exit.handler.user_handler.wrapper import InnerHandler
+from early_exit.handler.user_handler.wrapper import UserHandler
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Served:
     """Whether the response is an error of ours."""
 
 
-def answer_items(data: list[Any], context: Any, inner: InnerHandler, model: ServedModel) -> list[Served]:
+def answer_items(data: list[Any], context: Any, inner: UserHandler, model: EarlyExitModel) -> list[Served]:
     """Return the responses to all items: together when that works, else one by one.
 
     TorchServe fails the whole batch when a handler raises. Here an item that makes the handler raise gets
@@ -52,7 +52,7 @@ def answer_items(data: list[Any], context: Any, inner: InnerHandler, model: Serv
     return served
 
 
-def _call(items: tuple[int, ...], data: list[Any], context: Any, inner: InnerHandler, model: ServedModel) -> Served:
+def _call(items: tuple[int, ...], data: list[Any], context: Any, inner: UserHandler, model: EarlyExitModel) -> Served:
     # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
     model.start_call(who_asks(context, len(data)))
     responses = inner.handle(data, context)
@@ -62,7 +62,7 @@ def _call(items: tuple[int, ...], data: list[Any], context: Any, inner: InnerHan
     return Served(items, responses, model.take_served())
 
 
-def _refuse(item: int, error: Exception, context: Any, model: ServedModel) -> Served:
+def _refuse(item: int, error: Exception, context: Any, model: EarlyExitModel) -> Served:
     """Set an item's error status and return its JSON body."""
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     # By its type, never by its text, which may be a client's.

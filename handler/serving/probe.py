@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 
 PROBE_HEADER = "X-Early-Exit-Probe"
 """A prediction request with this header is answered by `answer_probe` instead of the user's handler."""
 
 
-def answer_probe(model: ServedModel) -> dict[str, Any]:
+def answer_probe(model: EarlyExitModel) -> dict[str, Any]:
     """Run the archive's probe through every stage and head and compare it with the stored scores.
 
     Raises:

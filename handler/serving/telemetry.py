@@ -13,9 +13,9 @@ from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.inference.forward import FULL, Answers
-from early_exit.handler.model import ServedBatch, ServedModel
+from early_exit.handler.model import EarlyExitModel, ServedBatch
 from early_exit.handler.monitor.sequential_test import MonitorState
-from early_exit.handler.monitor.shared_state import Watchman
+from early_exit.handler.monitor.shared_state import SharedMonitor
 from early_exit.handler.recording.format import Records
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.anytime import OPINIONS_HEADER, opinions_headers
@@ -35,11 +35,11 @@ STAGE_REPORT_S = 0.1
 logger = logging.getLogger(__name__)
 
 
-class Bookkeeper:
+class Telemetry:
     """Reports and records what was served; nothing it does can fail an answer."""
 
-    def __init__(self, model: ServedModel, version: str, metrics: ServingMetrics, writer: RecordWriter | None,
-                 *, keep_requests: bool, watchman: Watchman | None = None, labels: Any = None) -> None:
+    def __init__(self, model: EarlyExitModel, version: str, metrics: ServingMetrics, writer: RecordWriter | None,
+                 *, keep_requests: bool, watchman: SharedMonitor | None = None, labels: Any = None) -> None:
         self._model, self._version, self._metrics, self._writer = model, version, metrics, writer
         self._keep_requests, self._watchman, self._labels = keep_requests, watchman, labels
         self._bypassed: dict[int, bool] = {}

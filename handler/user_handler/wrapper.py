@@ -14,7 +14,7 @@ from torch import nn
 from early_exit.handler.errors import ArchiveError
 
 
-class InnerHandler(Protocol):
+class UserHandler(Protocol):
     """A TorchServe handler object."""
 
     model: Any
@@ -24,7 +24,7 @@ class InnerHandler(Protocol):
     def handle(self, data: list[Any], context: Any) -> list[Any]: ...
 
 
-def load_inner_handler(manifest: dict[str, Any], context: Any, model: nn.Module) -> InnerHandler:
+def load_user_handler(manifest: dict[str, Any], context: Any, model: nn.Module) -> UserHandler:
     """Create the handler that a manifest names, with `model` in place of its own.
 
     A handler that loads its model through TorchServe's BaseHandler gets ours without reading any weights;
@@ -47,7 +47,7 @@ def load_inner_handler(manifest: dict[str, Any], context: Any, model: nn.Module)
         raise ArchiveError(f"{type(handler).__name__} does not keep its model in 'self.model' after initialize(), so "
                            "it cannot be given one with early exits: store the model there and call it from there")
     handler.model = model
-    loaded: InnerHandler = handler
+    loaded: UserHandler = handler
     return loaded
 
 

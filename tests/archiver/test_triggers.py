@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from early_exit.archiver.watch.audit import Audit, only_watcher
-from early_exit.archiver.watch.status import Standing
+from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, fired, fresh_after, is_better
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.errors import ServerError
@@ -40,10 +40,10 @@ def backbone() -> BackboneDescription:
 
 
 def standing(backbone: BackboneDescription, n_old: int, n_new: int, *, plan: ExitPlan | None = PLAN,
-             alarm_at: float | None = None, new_at: float = 95 * DAY) -> Standing:
+             alarm_at: float | None = None, new_at: float = 95 * DAY) -> ModelStatus:
     times = torch.cat([torch.full((n_old,), 85 * DAY), torch.full((n_new,), new_at)]).double()
     state = MonitorState(1, Evidence(), (Alarm(0, alarm_at, 200, 0.06, 21.0),)) if alarm_at else MonitorState()
-    return Standing("model", "2.0", ("2.0",), Path("model-2.0.mar"), backbone, plan, (), times, (state,))
+    return ModelStatus("model", "2.0", ("2.0",), Path("model-2.0.mar"), backbone, plan, (), times, (state,))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def audit(tmp_path: Path) -> Audit:
     return Audit(tmp_path / "audit.jsonl")
 
 
-def reason(found: Standing, audit: Audit, now: float = NOW) -> str | None:
+def reason(found: ModelStatus, audit: Audit, now: float = NOW) -> str | None:
     trigger = fired(found, audit, TERMS, now)
     return None if trigger is None else trigger.reason
 

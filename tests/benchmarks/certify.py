@@ -27,16 +27,23 @@ from tqdm import tqdm
 
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.data.dataset import Part
 from early_exit.training.heads.distill import Distillation, train_head
 from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.planning.choose import choose
-from early_exit.training.planning.predictions import Judged, Judgement
+from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.selection.calibrate import fit_temperature
-from early_exit.training.selection.thresholds import NEVER, Candidates, Choice, mean_cost, outcome, served_classes
+from early_exit.training.selection.thresholds import (
+    NEVER,
+    Candidates,
+    OperatingPoint,
+    mean_cost,
+    outcome,
+    served_classes,
+)
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
@@ -76,7 +83,7 @@ class Heads:
         bodies, labels = load_requests()
         inputs = as_batch(bodies)
         layers = backbone.description.candidates
-        model = ServedModel(backbone, sampling_rate=1.0, record_layers=len(layers), record_pool=4)
+        model = EarlyExitModel(backbone, sampling_rate=1.0, record_layers=len(layers), record_pool=4)
         with torch.no_grad():
             for batch in inputs.split(250):
                 model(batch)
@@ -92,14 +99,14 @@ class Heads:
         return cls(torch.stack(logits, dim=1), scores[N_TRAIN:], torch.tensor(labels[N_TRAIN:]),
                    flop_costs(layers, flops))
 
-    def judged(self, tune: Tensor, certify: Tensor) -> Judged:
+    def judged(self, tune: Tensor, certify: Tensor) -> HeadPredictions:
         """Fit the temperatures on some rows; return what the heads say about these and about others."""
         temperatures = tuple(fit_temperature(self.logits[tune, layer], self.backbone_class[tune])
                              for layer in range(self.costs.n_layers))
-        parts = {part: Judgement(self.candidates(rows, temperatures), self.logits[rows].argmax(dim=2),
+        parts = {part: PartPredictions(self.candidates(rows, temperatures), self.logits[rows].argmax(dim=2),
                                  self.backbone_class[rows], self.backbone_class[rows], self.labels[rows])
                  for part, rows in ((Part.TUNE, tune), (Part.CERTIFY, certify))}
-        return Judged(tuple(map(str, range(self.costs.n_layers))), temperatures, parts)
+        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), temperatures, parts)
 
     def candidates(self, rows: Tensor, temperatures: Sequence[float]) -> Candidates:
         """Return what heads of these temperatures say about some rows."""
@@ -109,7 +116,7 @@ class Heads:
         return Candidates(confidence, agrees, (~agrees).float(), torch.ones(len(rows), dtype=torch.bool),
                           torch.zeros(len(rows)), self.costs)
 
-    def accuracy_loss(self, choice: Choice, rows: Tensor, exit_taken: Tensor) -> float:
+    def accuracy_loss(self, choice: OperatingPoint, rows: Tensor, exit_taken: Tensor) -> float:
         """Return the accuracy that a choice loses on some rows.
 
         Args:
@@ -122,7 +129,8 @@ class Heads:
         return ((backbone == labels).double().mean() - (served == labels).double().mean()).item()
 
 
-def chosen(thresholds: Rule, heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
+def chosen(thresholds: Rule, heads: Heads, rows: Tensor, test: Tensor,
+           tolerance: float) -> tuple[OperatingPoint, Candidates]:
     """Choose by one of our rules, as ee-train does."""
     n_tune = N_TUNE if thresholds == "certified" else len(rows)
     judged = heads.judged(rows[:n_tune], rows[n_tune:])
@@ -130,14 +138,14 @@ def chosen(thresholds: Rule, heads: Heads, rows: Tensor, test: Tensor, tolerance
     return choose(judged, options), heads.candidates(test, judged.temperatures)
 
 
-def earlyon(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[Choice, Candidates]:
+def earlyon(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[OperatingPoint, Candidates]:
     temperatures, thresholds = earlyon_thresholds(heads.logits[rows], heads.scores[rows], heads.labels[rows], tolerance)
     enabled = tuple(layer for layer, threshold in enumerate(thresholds) if threshold < NEVER)
-    return (Choice(enabled, tuple(thresholds[layer] for layer in enabled)),
+    return (OperatingPoint(enabled, tuple(thresholds[layer] for layer in enabled)),
             heads.candidates(test, temperatures))
 
 
-RULES: dict[str, Callable[[Heads, Tensor, Tensor, float], tuple[Choice, Candidates]]] = {
+RULES: dict[str, Callable[[Heads, Tensor, Tensor, float], tuple[OperatingPoint, Candidates]]] = {
     "certified": partial(chosen, "certified"), "paper": partial(chosen, "paper"), "equal": partial(chosen, "equal"),
     "earlyon": earlyon}
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.options import TrainingOptions
@@ -79,7 +79,7 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
     shards = find_shards(subject.records, "model", subject.backbone.description)
     train("cifar", subject.archive, shards, TrainingOptions(measure="flops", search=None), run)
     plan, tensors = load_plan(run.plan)
-    model = ServedModel(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
+    model = EarlyExitModel(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
     bodies = load_requests()[0][-len(subject.inputs):]
 
     def traffic(inputs: Tensor) -> Traffic:
@@ -118,7 +118,7 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
     }
 
 
-def answered(model: ServedModel, plan: ExitPlan, backbone: Backbone, inputs: Tensor) -> Traffic:
+def answered(model: EarlyExitModel, plan: ExitPlan, backbone: Backbone, inputs: Tensor) -> Traffic:
     """Answer (N, ...) requests with every step of a model, in one pass."""
     exits = [stage for stage in model.stages if stage.exit is not None]
     confidence, classes, reference = [], [], []

@@ -30,7 +30,7 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.inference.forward import Stage, run_with_exits
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.torchserve.allocator import restart_with_allocator, return_freed_memory
 from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
@@ -86,7 +86,7 @@ class Script:
         return hits
 
 
-def with_exits(model: ServedModel, script: Script) -> list[Stage]:
+def with_exits(model: EarlyExitModel, script: Script) -> list[Stage]:
     """Return the model's stages with scripted decisions in place of its exits' own, which are made all the same."""
     def scripted(number: int, stage: Stage) -> Stage:
         if stage.exit is None:
@@ -104,13 +104,13 @@ def untrained_heads(backbone: Backbone, paths: Sequence[str] = LAYERS) -> dict[s
 
 
 def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], thresholds: Sequence[float] = (),
-                  control_rate: float = 0.0) -> ServedModel:
+                  control_rate: float = 0.0) -> EarlyExitModel:
     """Return a model with exits, which by default nobody leaves at."""
     layers = [backbone.description.layer(path) for path in heads]
     exits = tuple(PlannedExit(layer.path, SPEC, 1.0, threshold, layer.cost, 0.001)
                   for layer, threshold in zip(layers, thresholds or [2.0] * len(layers)))
     plan = ExitPlan(backbone.description.sha256, "paper", exits, None, ENGINES[engine].identity(backbone.folder))
-    return ServedModel(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)
+    return EarlyExitModel(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)
 
 
 def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str,
         whole = ENGINES[engine].unsplit(backbone)
         return lambda item: [whole.forward(batch) for batch in item[0]]
 
-    def exits(model: ServedModel) -> Any:
+    def exits(model: EarlyExitModel) -> Any:
         script = Script()
         stages = with_exits(model, script)
 

@@ -31,7 +31,7 @@ from early_exit.handler.cuda.stages import GraphedStage, graphed
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Answers, Stage, run_with_exits
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from tests.benchmarks.engine import exiting_model, untrained_heads
 from tests.support.timing import interleaved, median_ratio
 
@@ -105,12 +105,12 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
             for arm, taken in seconds.items()]
 
 
-def every(model: ServedModel, batches: Tensor, step: int = 0) -> list[Answers]:
+def every(model: EarlyExitModel, batches: Tensor, step: int = 0) -> list[Answers]:
     """Return a model's answers to batches in one of its settings."""
     return [model.passes.run(step, (batch,), shadow=torch.zeros(len(batch), dtype=torch.bool)) for batch in batches]
 
 
-def pays_for(model: ServedModel, batches: Tensor) -> bool:
+def pays_for(model: EarlyExitModel, batches: Tensor) -> bool:
     """Tell whether a model finds that its exits pay for batches."""
     for number in range(N_LEARNED):
         model.start_call()
@@ -139,7 +139,7 @@ def shares(answers: Answers) -> tuple[list[float], Tensor]:
     return thresholds, left
 
 
-def ideal(model: ServedModel, size: int) -> float:
+def ideal(model: EarlyExitModel, size: int) -> float:
     """Return what the stages alone would take as a share of what they take for all rows."""
     spent, whole = 0.0, 0.0
     staying = sum(LEAVERS[size])

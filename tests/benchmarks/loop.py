@@ -18,7 +18,7 @@ from torch import Tensor
 
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.inference.forward import FULL
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.torchserve.allocator import restart_with_allocator
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
@@ -88,7 +88,7 @@ def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> d
     }
 
 
-def flops_fractions(model: ServedModel, plan: ExitPlan, batch: Tensor) -> Tensor:
+def flops_fractions(model: EarlyExitModel, plan: ExitPlan, batch: Tensor) -> Tensor:
     """Return the FLOPs of each row as a fraction of the backbone's; shadow rows cost all, and every head counts."""
     model.take_served()
     model(batch)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.allocator import restart_with_allocator
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.costs.profiling import one_thread
@@ -55,7 +55,7 @@ def main() -> int:
 def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int]) -> dict[str, Any]:
     """Return the largest difference of the answers and the cost ratios by batch size."""
     backbone = Backbone.from_module(model.eval(), input_shape)
-    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), ServedModel(backbone)
+    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), EarlyExitModel(backbone)
     found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}}
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
         for size in BATCHES:
@@ -72,7 +72,7 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
 def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Tensor], None]:
     """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all."""
     config = ServingConfig()
-    model = ServedModel(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
+    model = EarlyExitModel(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
                         record_layers=config.layers if records else 0)
     manifest = {"model": {"modelName": "overhead", "handler": "none"}}
     context = worker_context(Path(), manifest)
@@ -81,7 +81,7 @@ def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Te
     header = ShardHeader("overhead", "1.0", backbone.description.sha256, 4, model.layers)
     writer = RecordWriter(records, header, config) if records else None
     metrics = ServingMetrics(context.metrics, "overhead", "1.0")
-    bookkeeper = Bookkeeper(model, "1.0", metrics, writer, keep_requests=False)
+    bookkeeper = Telemetry(model, "1.0", metrics, writer, keep_requests=False)
     items = tuple(range(size))
 
     def serve(batch: Tensor) -> None:

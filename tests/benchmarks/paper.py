@@ -35,7 +35,7 @@ from early_exit.training.data.dataset import Part, RecordedTraffic, find_shards,
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import MIXUP, Replay, replay_records
-from early_exit.training.data.training_set import Material, prepare
+from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import TrainedHead, find_architectures, train_heads
 from early_exit.training.heads.search import Search
 from early_exit.training.options import TrainingOptions
@@ -66,7 +66,7 @@ def main() -> int:
                         help="rows to measure (all of %(choices)s)")
     parser.add_argument("--trials", type=int, default=20, help="of the search for each layer (%(default)s)")
     parser.add_argument("--work", type=Path, metavar="FOLDER",
-                        help="keep heads and material there: a run that is stopped or repeated goes on with them")
+                        help="keep heads and training_set there: a run that is stopped or repeated goes on with them")
     options = parser.parse_args()
     restart_with_allocator("tests.benchmarks.paper", sys.argv[1:])
     rows: list[dict[str, Any]] = []
@@ -98,7 +98,7 @@ class Bench:
     folder: Path
     options: TrainingOptions
     traffic: RecordedTraffic
-    recorded: Material
+    recorded: TrainingSet
     profile: Profile
 
     @classmethod
@@ -108,16 +108,17 @@ class Bench:
         shards = find_shards(subject.records, "model", backbone.description)
         traffic = load_traffic(shards)
         layers = spread_over(list(backbone.description.candidates), options.layers)
-        recorded = prepare(RunPaths(folder / "recorded").material, traffic, layers, backbone.description.n_classes, 4)
+        recorded = prepare(RunPaths(folder / "recorded").training_set, traffic, layers,
+                           backbone.description.n_classes, 4)
         return cls(subject, folder, options, traffic, recorded, profile_backbone(backbone, layers))
 
     @cached_property
-    def replayed(self) -> Material:
+    def replayed(self) -> TrainingSet:
         """Records and replays; the records alone where nothing is replayed."""
         return self._replayed("searched", self.subject.replay)
 
     @cached_property
-    def of_one_class(self) -> Material:
+    def of_one_class(self) -> TrainingSet:
         """The same with replays that are of one class each, for those who learn from labels."""
         replay = self.subject.replay
         if replay is None or MIXUP not in replay.augmentations:
@@ -125,13 +126,13 @@ class Bench:
         others = tuple(name for name in replay.augmentations if name != MIXUP)
         return self._replayed("labelled", replace(replay, augmentations=others))
 
-    def _replayed(self, name: str, replay: Replay | None) -> Material:
+    def _replayed(self, name: str, replay: Replay | None) -> TrainingSet:
         if replay is None:
             return self.recorded
         _say(self.subject, f"replaying for '{name}'")
         archive = self.subject.archive
         with preprocessing(archive.root, json.loads(archive.original_manifest.read_text())) as handler:
-            return replay_records(RunPaths(self.folder / name).material, self.traffic, self.recorded.layers,
+            return replay_records(RunPaths(self.folder / name).training_set, self.traffic, self.recorded.layers,
                                   self.subject.backbone, handler, replay)
 
     @cached_property
@@ -148,11 +149,11 @@ class Bench:
         """The default architecture, trained on the records alone."""
         return self._trained("plain", self.recorded, replace(self.options, search=None))
 
-    def _trained(self, name: str, material: Material, options: TrainingOptions) -> list[TrainedHead]:
+    def _trained(self, name: str, training_set: TrainingSet, options: TrainingOptions) -> list[TrainedHead]:
         _say(self.subject, f"training the heads '{name}'")
         run, head_cost = RunPaths(self.folder / name), TimeCost(self.profile, BATCH)
-        found, _ = find_architectures(run, material, options, head_cost)
-        return train_heads(run, material, options, found, head_cost)
+        found, _ = find_architectures(run, training_set, options, head_cost)
+        return train_heads(run, training_set, options, found, head_cost)
 
     def rows(self, methods: Collection[str]) -> Iterator[dict[str, Any]]:
         """Yield a row for each of some methods."""
@@ -195,13 +196,13 @@ class Bench:
 
     def _own_row(self, method: str, kind: str, count: int | None, options: TrainingOptions,
                  full: Tensor) -> dict[str, Any]:
-        material = self.recorded if kind == "plain" else self.replayed
+        training_set = self.recorded if kind == "plain" else self.replayed
         heads: list[TrainedHead] = getattr(self, kind)
         heads = _spread(heads, count) if count else heads
-        plan, exits = self._plan(material, heads, options)
+        plan, exits = self._plan(training_set, heads, options)
         certificate = plan.certificate
         return row(self.subject, method, exits, full, tolerance=options.tolerance, labelled=False, layers=len(heads),
-                   replayed=material is not self.recorded,
+                   replayed=training_set is not self.recorded,
                    certificate=None if certificate is None else certificate.in_words())
 
     def _labelled_row(self, method: str, max_loss: float, full: Tensor) -> dict[str, Any]:
@@ -209,17 +210,17 @@ class Bench:
                    labelled=True, layers=len(self.labelled.layers), replayed=self.of_one_class is not self.recorded,
                    certificate=None)
 
-    def _plan(self, material: Material, heads: Sequence[TrainedHead],
+    def _plan(self, training_set: TrainingSet, heads: Sequence[TrainedHead],
               options: TrainingOptions) -> tuple[ExitPlan, dict[str, Exit]]:
         if not heads:  # none is better than chance: the backbone stays as it is
             return ExitPlan(self.subject.backbone.description.sha256, options.thresholds, (), None), {}
         labels = None
         if options.risk is Risk.ACCURACY:
-            labels = load_labels(self.subject.labels, material.request, material.n_classes)
+            labels = load_labels(self.subject.labels, training_set.request, training_set.n_classes)
         description, profile = self.subject.backbone.description, None if options.measure == "flops" else self.profile
-        judged = judge(material, heads, exit_costs(profile, heads, description, options), options.risk, labels)
+        judged = judge(training_set, heads, exit_costs(profile, heads, description, options), options.risk, labels)
         choice = choose(judged, options)
-        plan = make_plan(choice, judged, heads, material, description, options, profile)
+        plan = make_plan(choice, judged, heads, training_set, description, options, profile)
         by_path = {one.layer.path: one.head for one in heads}
         return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), _calibrated(planned.temperature),
                                           planned.shrink_from) for planned in plan.exits}
@@ -227,18 +228,18 @@ class Bench:
     @cached_property
     def labelled(self) -> LabelledRecords:
         """What the baselines get; a replay has the label of the request that it replays."""
-        material = self.of_one_class
-        labels = load_labels(self.subject.labels, material.request, material.n_classes)
-        n_train = int((material.part == list(Part).index(Part.TRAIN)).sum())
-        originals = material.rows(Part.TRAIN)[:n_train]
-        n_rounds = (len(material.backbone_class) - material.n_records) // max(1, n_train)
-        layers = spread_over(list(material.layers), BASELINE_LAYERS)
+        training_set = self.of_one_class
+        labels = load_labels(self.subject.labels, training_set.request, training_set.n_classes)
+        n_train = int((training_set.part == list(Part).index(Part.TRAIN)).sum())
+        originals = training_set.rows(Part.TRAIN)[:n_train]
+        n_rounds = (len(training_set.backbone_class) - training_set.n_records) // max(1, n_train)
+        layers = spread_over(list(training_set.layers), BASELINE_LAYERS)
         return LabelledRecords(
-            layers=tuple(layers), recorded=material.recorded,
-            pooled={one.path: material.activations(one) for one in layers},
-            labels=torch.cat([labels, labels[originals].repeat(n_rounds)]), backbone_class=material.backbone_class,
-            n_classes=material.n_classes, train=material.rows(Part.TRAIN),
-            tune=torch.cat([material.rows(Part.TUNE), material.rows(Part.CERTIFY)]))
+            layers=tuple(layers), recorded=training_set.recorded,
+            pooled={one.path: training_set.activations(one) for one in layers},
+            labels=torch.cat([labels, labels[originals].repeat(n_rounds)]), backbone_class=training_set.backbone_class,
+            n_classes=training_set.n_classes, train=training_set.rows(Part.TRAIN),
+            tune=torch.cat([training_set.rows(Part.TUNE), training_set.rows(Part.CERTIFY)]))
 
 
 BASELINES: Mapping[str, Callable[[LabelledRecords, float], dict[str, Exit]]] = {

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.exits.head import Head
-from early_exit.handler.exits.inference_head import ServedHead
+from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import FULL, Answers, Exit, Stage, run_with_exits
 from early_exit.training.costs.profiling import one_thread
@@ -41,7 +41,7 @@ def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, 
         more: further columns.
     """
     # Every method's heads as they would serve.
-    exits = {path: replace(one, head=ServedHead(one.head, 1.0)) if isinstance(one.head, Head) else one
+    exits = {path: replace(one, head=InferenceHead(one.head, 1.0)) if isinstance(one.head, Head) else one
              for path, one in exits.items()}
     layers = [layer for layer in subject.backbone.description.candidates if layer.path in exits]
     engine = ENGINES[DEFAULT_ENGINE]

@@ -12,9 +12,9 @@ from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import FULL, Answers
 from early_exit.training.costs.cost import flop_costs
-from early_exit.training.planning.predictions import Judgement
+from early_exit.training.planning.predictions import PartPredictions
 from early_exit.training.report.performance import Performance, curve, exit_performances, setting
-from early_exit.training.selection.thresholds import Candidates, Choice
+from early_exit.training.selection.thresholds import Candidates, OperatingPoint
 
 _LEVELS = tuple(step / 20 for step in range(21))
 _EVERY = 5
@@ -22,7 +22,7 @@ _EVERY = 5
 
 
 def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: Sequence[CandidateLayer],
-              heads: Sequence[float]) -> Judgement:
+              heads: Sequence[float]) -> PartPredictions:
     """Return what the exits of a plan say about requests that asked for every opinion.
 
     Args:
@@ -39,10 +39,10 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
     agrees, full_class = classes == teacher[:, None], served.argmax(dim=1)
     candidates = Candidates(confidence, agrees, (~agrees).float(), full_class == teacher,
                             (full_class != teacher).float(), flop_costs(layers, heads))
-    return Judgement(candidates, classes, teacher, full_class, truth)
+    return PartPredictions(candidates, classes, teacher, full_class, truth)
 
 
-def tables(said: Judgement, layers: Sequence[CandidateLayer], thresholds: Sequence[float]) -> dict[str, Any]:
+def tables(said: PartPredictions, layers: Sequence[CandidateLayer], thresholds: Sequence[float]) -> dict[str, Any]:
     """Return the exits with their hits and their accuracy, alone at each threshold too, and all at common thresholds.
 
     Args:
@@ -52,14 +52,14 @@ def tables(said: Judgement, layers: Sequence[CandidateLayer], thresholds: Sequen
     """
     every = tuple(range(len(layers)))
     exits = []
-    for index, (alone, together) in enumerate(exit_performances(Choice(every, tuple(thresholds)), said)):
+    for index, (alone, together) in enumerate(exit_performances(OperatingPoint(every, tuple(thresholds)), said)):
         at = curve(layers[index].path, index, said)
         exits.append({
             "layer": layers[index].path, "threshold": _short(thresholds[index]), **_performance(together),
             "alone": _performance(alone),
             "at_thresholds": {"threshold": _column(at.thresholds[::_EVERY]), "hit_rate": _column(at.hit_rate[::_EVERY]),
                               "accuracy": _column(at.accuracy[::_EVERY])}})
-    settings = [setting(Choice(every, (level,) * len(every)), said, said.candidates.costs) for level in _LEVELS]
+    settings = [setting(OperatingPoint(every, (level,) * len(every)), said, said.candidates.costs) for level in _LEVELS]
     return {"exits": exits, "at_common_thresholds": {
         "threshold": _column(_LEVELS), "flops_ratio": _column([one.flops for one in settings]),
         "disagreement": _column([one.disagreement for one in settings]),

@@ -29,22 +29,22 @@ def main() -> None:
     raise_on_terminate()
     started = time.monotonic()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
 
-    say("training a small ResNet on 900 digits that the traffic never shows")
+    log("training a small ResNet on 900 digits that the traffic never shows")
     weights = train_backbone().state_dict()
     record, measure = traffic(N_RECORD, seed=1), traffic(N_MEASURE, seed=2)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py", weights, CONFIG)
         result = run_loop(original, folder, [one.body for one in record], [one.body for one in measure],
-                          input_shape=(1, 32, 32), options=OPTIONS, say=say)
+                          input_shape=(1, 32, 32), options=OPTIONS, log=log)
         full, exiting = served_model(result.recorder), served_model(result.exiting)
         with one_thread(), torch.no_grad():
             ratio = cpu_ratio(full, exiting, list(batches(measure, 8)))
     print(table(result, [str(one.label) for one in measure], ratio))
-    say("stopped everything that was started")
+    log("stopped everything that was started")
 
 
 def table(result: LoopResult, labels: list[str], cpu_time_ratio: float) -> str:

@@ -27,7 +27,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, save_plan
 from early_exit.handler.inference.forward import FULL
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.recording.format import list_shards, read_shard
 from tests.conftest import WORKERS
 from tests.support.client import failed, send
@@ -220,7 +220,7 @@ def _inputs(name: str) -> Tensor:
 
 def _served(name: str, plans: dict[str, Planned]) -> tuple[Tensor, list[str]]:
     """Return the scores and the exits that a model gives in this process."""
-    model = ServedModel(*plans[name])
+    model = EarlyExitModel(*plans[name])
     scores: Tensor = model(_inputs(name))
     stages = model.take_served()[0].answers.stages.tolist()
     return scores, ["full" if stage == FULL else model.layers[stage] for stage in stages]

@@ -25,7 +25,7 @@ from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watcher import Watched, Watcher
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.monitor.sequential_test import Monitored
-from early_exit.handler.monitor.shared_state import Watchman, monitor_file
+from early_exit.handler.monitor.shared_state import SharedMonitor, monitor_file
 from early_exit.handler.recording.format import ShardHeader, list_shards
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
@@ -89,7 +89,7 @@ def alarm(server: TorchServe, watched: Watched) -> None:
     assert standing.plan is not None and standing.plan.certificate is not None
     header = ShardHeader("digits", standing.version, standing.backbone.sha256, None, ())
     path = monitor_file(server.state.parent / "records", header, standing.plan.digest())
-    other = Watchman(Monitored.of(standing.plan.certificate), len(standing.plan.safer) + 1, path)
+    other = SharedMonitor(Monitored.of(standing.plan.certificate), len(standing.plan.safer) + 1, path)
     other.note(0, [1.0] * 200)
     other.close()
     time.sleep(2)  # every worker reads the state once a second

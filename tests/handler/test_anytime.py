@@ -14,10 +14,10 @@ from torch import Tensor
 
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import FULL, run_with_exits
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.serving.anytime import ANYTIME_HEADER, OPINIONS_HEADER
 from early_exit.handler.serving.isolation import answer_items
-from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.data.preprocessing import worker_context
 from tests.handler.test_early import Numbers, backbone, model, requests
@@ -56,7 +56,7 @@ def test_opinions_are_what_each_head_says_and_change_no_answer(
         torch.testing.assert_close(answers.opinions[number], scores)
 
 
-def answered(model: ServedModel, asking: list[bool], labels: Any = None) -> list[dict[str, str]]:
+def answered(model: EarlyExitModel, asking: list[bool], labels: Any = None) -> list[dict[str, str]]:
     """Answer requests in one batch through a handler; return their response headers."""
     from ts.context import RequestProcessor
 
@@ -64,14 +64,14 @@ def answered(model: ServedModel, asking: list[bool], labels: Any = None) -> list
     context.request_ids = {item: f"id-{item}" for item in range(len(asking))}
     context.request_processor = [RequestProcessor({ANYTIME_HEADER.lower(): "1"} if asks else {}) for asks in asking]
     data = [{"body": body} for body in requests(len(asking))]
-    bookkeeper = Bookkeeper(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None,
+    bookkeeper = Telemetry(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None,
                             keep_requests=False, labels=labels)
     for served in answer_items(data, context, Numbers(model), model):
         bookkeeper.note(served, data, context)
     return [context.get_response_headers(item) for item in range(len(asking))]
 
 
-def test_only_requests_with_the_header_hear_the_opinions(model: ServedModel) -> None:
+def test_only_requests_with_the_header_hear_the_opinions(model: EarlyExitModel) -> None:
     plain = answered(model, [False] * 12)
     asking = [item % 3 == 0 for item in range(12)]
     headers = answered(model, asking, labels={"0": "none", "1": ["n1", "one"]})
@@ -88,13 +88,13 @@ def test_only_requests_with_the_header_hear_the_opinions(model: ServedModel) -> 
             assert len(after[OPINIONS_HEADER]) <= 80 * len(opinions)
 
 
-def test_a_model_can_be_configured_to_tell_all(model: ServedModel) -> None:
+def test_a_model_can_be_configured_to_tell_all(model: EarlyExitModel) -> None:
     model._always_anytime = True
     assert all(OPINIONS_HEADER in headers for headers in answered(model, [False] * 3))
     assert ServingConfig.from_model_config({"early_exit": {"anytime": True}}).anytime
 
 
-def test_opinions_that_were_asked_for_are_no_shadow_samples(model: ServedModel) -> None:
+def test_opinions_that_were_asked_for_are_no_shadow_samples(model: EarlyExitModel) -> None:
     """Who asks is not drawn at random: what is recorded of requests may not depend on it."""
     model.start_call([True] * 4)
     model(torch.tensor(requests(4)))

@@ -15,9 +15,9 @@ from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.continuous import StepwiseRun
+from early_exit.handler.inference.continuous import ContinuousRun
 from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.serving.probe import answer_probe
 from tests.support.gpu import needs_gpu
 from tests.support.models.digits_resnet import DigitsResNet
@@ -83,7 +83,7 @@ def test_batches_of_every_size_get_the_same_answers_in_any_order_of_sizes(shrink
 
 @needs_gpu
 def test_requests_that_wait_between_stages_keep_their_rows_while_others_pass() -> None:
-    plain, stepwise = stages(CUDA), StepwiseRun([graphed(stages(CUDA), CUDA)])
+    plain, stepwise = stages(CUDA), ContinuousRun([graphed(stages(CUDA), CUDA)])
     waiting, ended = {}, 0
     for round_ in range(12):
         x = torch.randn(1 + round_ % 4, 3, 12, 12, device=CUDA)
@@ -131,7 +131,7 @@ def test_a_served_model_answers_and_records_on_a_gpu_what_it_does_on_a_cpu(engin
         heads = {layer.path: Head(SPEC, layer.shape, 10).eval() for layer in layers}
         exits = tuple(PlannedExit(layer.path, SPEC, 0.1, 0.3, layer.cost, 0.1) for layer in layers)
         plan = ExitPlan(backbone.description.sha256, "paper", exits, None, engine)
-        model = ServedModel(backbone, plan, heads, engine=engine, sampling_rate=1.0, record_layers=3,
+        model = EarlyExitModel(backbone, plan, heads, engine=engine, sampling_rate=1.0, record_layers=3,
                             record_pool=2).to(device)
         model.prepare(8)
         x = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * torch.arange(7).view(7, 1, 1, 1)

@@ -21,9 +21,9 @@ from early_exit.handler.detection.detections import CERTAIN, Strategy, class_sco
 from early_exit.handler.detection.detector import images_of
 from early_exit.handler.detection.detector_registry import TAILS
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
-from early_exit.handler.inference.continuous import StepwiseRun
+from early_exit.handler.inference.continuous import ContinuousRun
 from early_exit.handler.inference.forward import FULL
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS
@@ -53,7 +53,7 @@ def require_same(found: Detected, expected: Detected, tolerance: float = 1e-3) -
 @torch.no_grad()
 def test_without_exits_all_detections_are_the_detectors_own(detector: SmallDetector, backbone: Backbone,
                                                            engine: str) -> None:
-    served = ServedModel(backbone, engine=engine, record_layers=100)
+    served = EarlyExitModel(backbone, engine=engine, record_layers=100)
     assert len(served.layers) >= 2, "cut where several maps travel"
     for count in (1, 3):
         batch = images(count, SHAPE)
@@ -81,7 +81,7 @@ def test_the_detector_that_torchvision_has_coco_weights_for_is_cut_too() -> None
         one.running_mean.normal_(0.0, 0.1)
     detector.roi_heads.box_predictor.cls_score.weight *= 30
     found = backbone_of_detector(detector, SHAPE, None, 1, "coco.py")
-    served, batch = ServedModel(found, record_layers=100), images(2, SHAPE)
+    served, batch = EarlyExitModel(found, record_layers=100), images(2, SHAPE)
     expected = detector(list(batch))
     assert len(served.layers) >= 2 and all(len(one["boxes"]) for one in expected)
     for one, own in zip(served(batch), expected):
@@ -92,7 +92,7 @@ def test_the_detector_that_torchvision_has_coco_weights_for_is_cut_too() -> None
 def test_who_leaves_early_gets_a_class_and_the_others_their_own_boxes(detector: SmallDetector,
                                                                      backbone: Backbone) -> None:
     plan, heads = one_exit(backbone, threshold=0.8)
-    served = ServedModel(backbone, plan, heads, sampling_rate=0.3)
+    served = EarlyExitModel(backbone, plan, heads, sampling_rate=0.3)
     batch = images(24, SHAPE)
     expected = detector(list(batch))
     found = served(batch)
@@ -109,8 +109,8 @@ def test_who_leaves_early_gets_a_class_and_the_others_their_own_boxes(detector: 
 @torch.no_grad()
 def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None:
     plan, heads = one_exit(backbone, threshold=0.8)
-    served = ServedModel(backbone, plan, heads)
-    stepwise = StepwiseRun([served.stages])
+    served = EarlyExitModel(backbone, plan, heads)
+    stepwise = ContinuousRun([served.stages])
     calls = [images(count, SHAPE, seed=count) for count in (3, 1, 4)]
     journeys = []
     for batch in calls:
@@ -129,7 +129,7 @@ def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None
 @torch.no_grad()
 def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
         backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = ServedModel(backbone)(images(2, SHAPE))
+    expected = EarlyExitModel(backbone)(images(2, SHAPE))
     folder = tmp_path / "early_exit"
     folder.mkdir()
     backbone.save(folder)
@@ -138,7 +138,7 @@ def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
     assert backbone.description.detector is not None
     tail = backbone.description.detector.tail
     monkeypatch.delitem(TAILS, tail)  # as in another process
-    for found, own in zip(ServedModel(Backbone.load(folder))(images(2, SHAPE)), expected):
+    for found, own in zip(EarlyExitModel(Backbone.load(folder))(images(2, SHAPE)), expected):
         require_same(found, own, 1e-5)
     del TAILS[tail]
     (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
@@ -172,7 +172,7 @@ def test_a_pedestrian_is_answered_with_the_label_of_pedestrians(detector: SmallD
     backbone = backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 3, "small_detector.py")
     assert backbone.description.n_classes == 2
     plan, heads = one_exit(backbone, threshold=0.0)
-    labels = [one["labels"].tolist() for one in ServedModel(backbone, plan, heads)(images(24, SHAPE))]
+    labels = [one["labels"].tolist() for one in EarlyExitModel(backbone, plan, heads)(images(24, SHAPE))]
     assert {tuple(one) for one in labels} <= {(), (3,)}
     with pytest.raises(GraphError, match="has the labels 1 to 3, found 4"):
         backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 4, "small_detector.py")
@@ -185,7 +185,7 @@ def test_what_is_no_such_detector_is_refused_with_what_is(backbone: Backbone) ->
     with pytest.raises(GraphError, match="pass --input-shape"):
         backbone_of_detector(SmallDetector(), None, None, 1, "x.py")
     with pytest.raises(ConfigError, match="executed by folded or eager"):
-        ServedModel(backbone, engine="openvino")
+        EarlyExitModel(backbone, engine="openvino")
 
 
 def test_json_has_null_where_there_is_no_box() -> None:

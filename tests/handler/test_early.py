@@ -19,12 +19,12 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
-from early_exit.handler.inference.bypass import Benefit
-from early_exit.handler.inference.continuous import StepwiseRun
-from early_exit.handler.model import ServedModel
+from early_exit.handler.inference.bypass import AdaptiveBypass
+from early_exit.handler.inference.continuous import ContinuousRun
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.serving.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
 from early_exit.handler.serving.isolation import answer_items
-from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.data.preprocessing import worker_context
 
@@ -32,7 +32,7 @@ from early_exit.training.data.preprocessing import worker_context
 class Numbers:
     """A handler that notes in itself what it needs after the model, and counts."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
         self.n_loaded = 0
         self.vocabulary: dict[str, int] | None = None
@@ -60,7 +60,7 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture
-def model(backbone: Backbone) -> ServedModel:
+def model(backbone: Backbone) -> EarlyExitModel:
     """A model with an exit that about half of the random requests take."""
     torch.manual_seed(1)
     layers = backbone.description.candidates[:2]
@@ -68,17 +68,17 @@ def model(backbone: Backbone) -> ServedModel:
     plan = ExitPlan(backbone.description.sha256, "paper", tuple(
         PlannedExit(layer.path, spec, 0.2, 0.75, layer.cost, 0.01) for layer in layers), None)
     heads = {layer.path: Head(spec, layer.shape, 3) for layer in layers}
-    return ServedModel(backbone, plan, heads)
+    return EarlyExitModel(backbone, plan, heads)
 
 
 class Frontend:
     """What TorchServe's continuous batching does between its worker's steps."""
 
-    def __init__(self, model: ServedModel, handler: Any = None) -> None:
+    def __init__(self, model: EarlyExitModel, handler: Any = None) -> None:
         manifest = {"model": {"modelName": "numbers", "handler": "none"}}
         self.context = worker_context(Path(), manifest)
         self.handler = handler or Numbers(model)
-        self.early = EarlyAnswers(model, self.handler, Bookkeeper(
+        self.early = EarlyAnswers(model, self.handler, Telemetry(
             model, "1.0", ServingMetrics(self.context.metrics, "numbers", "1.0"), None, keep_requests=False))
         self.waiting: dict[str, Any] = {}
         self.answers: dict[str, tuple[int, Any, dict[str, str]]] = {}
@@ -109,20 +109,20 @@ def requests(count: int, seed: int = 0) -> list[list[float]]:
     return rows
 
 
-def plainly(model: ServedModel, body: Any) -> tuple[int, Any, dict[str, str]]:
+def plainly(model: EarlyExitModel, body: Any) -> tuple[int, Any, dict[str, str]]:
     """Answer a request as plain batching does, alone."""
     from ts.context import RequestProcessor
 
     context = worker_context(Path(), {"model": {"modelName": "numbers", "handler": "none"}})
     context.request_processor = [RequestProcessor({})]
-    bookkeeper = Bookkeeper(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None, keep_requests=False)
+    bookkeeper = Telemetry(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None, keep_requests=False)
     model.run = model.run_at_once
     [served] = answer_items([{"body": body}], context, Numbers(model), model)
     bookkeeper.note(served, [{"body": body}], context)
     return context.get_response_status(0)[0], served.responses[0], context.get_response_headers(0)
 
 
-def test_every_request_gets_the_answer_status_and_headers_of_plain_batching(model: ServedModel) -> None:
+def test_every_request_gets_the_answer_status_and_headers_of_plain_batching(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     bodies: dict[str, Any] = {f"id-{number}": body for number, body in enumerate(requests(40))}
     bodies |= {"text": "no numbers", "short": [1.0, 2.0], "late": [1.0, 2.0, 3.0, 0.0]}  # 400, 400, 500
@@ -140,7 +140,7 @@ def test_every_request_gets_the_answer_status_and_headers_of_plain_batching(mode
     assert len(exits) == 3, "the test needs requests that leave at each exit and at the end"
 
 
-def test_who_exits_first_is_answered_first_and_others_join_meanwhile(model: ServedModel) -> None:
+def test_who_exits_first_is_answered_first_and_others_join_meanwhile(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     frontend.waiting = {f"id-{number}": body for number, body in enumerate(requests(8))}
     frontend.step()
@@ -151,7 +151,7 @@ def test_who_exits_first_is_answered_first_and_others_join_meanwhile(model: Serv
     assert frontend.answers["new"][0] == 200
 
 
-def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: ServedModel) -> None:
+def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     for number, body in enumerate(requests(6)):
         frontend.waiting[f"id-{number}"] = body
@@ -159,7 +159,7 @@ def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: Serve
     assert frontend.handler.n_loaded == 1
 
 
-def test_a_request_that_torchserve_forgets_is_dropped_and_its_thread_is_free(model: ServedModel) -> None:
+def test_a_request_that_torchserve_forgets_is_dropped_and_its_thread_is_free(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     before = threading.active_count()
     for number in range(20):
@@ -171,7 +171,7 @@ def test_a_request_that_torchserve_forgets_is_dropped_and_its_thread_is_free(mod
     assert threading.active_count() - before <= 4
 
 
-def test_a_handler_may_call_its_model_twice_or_not_at_all(model: ServedModel) -> None:
+def test_a_handler_may_call_its_model_twice_or_not_at_all(model: EarlyExitModel) -> None:
     class Twice(Numbers):
         def handle(self, data: list[Any], context: Any) -> list[Any]:
             if data[0]["body"][0] > 0:
@@ -190,7 +190,7 @@ def test_a_handler_may_call_its_model_twice_or_not_at_all(model: ServedModel) ->
             assert answer[0] == answer[1] == [plainly(model, body)[1]]
 
 
-def test_an_explanation_still_follows_the_gradient(model: ServedModel) -> None:
+def test_an_explanation_still_follows_the_gradient(model: EarlyExitModel) -> None:
     class Explains(Numbers):
         def handle(self, data: list[Any], context: Any) -> list[Any]:
             batch = torch.tensor([data[0]["body"]], requires_grad=True)
@@ -204,7 +204,7 @@ def test_an_explanation_still_follows_the_gradient(model: ServedModel) -> None:
     assert frontend.answers["id"][1] is True
 
 
-def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, model: ServedModel) -> None:
+def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, model: EarlyExitModel) -> None:
     """As with plain batching, but by stretches of requests."""
     def slow(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def classify(x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, mo
             return head(x)
         return classify
 
-    model.benefit = Benefit(0.5, random.Random(0).random)
+    model.benefit = AdaptiveBypass(0.5, random.Random(0).random)
     model.steps = tuple(tuple(replace(stage, exit=stage.exit and replace(stage.exit, head=slow(stage.exit.head)))
                               for stage in stages) for stages in model.steps)
     frontend = Frontend(model)
@@ -226,14 +226,14 @@ def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, mo
 
 
 def test_out_of_memory_is_left_to_torchserve_and_the_next_requests_are_served(
-        model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(run: StepwiseRun) -> None:
+        model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: ContinuousRun) -> None:
         raise MemoryError
 
     frontend = Frontend(model, Numbers(model))
     frontend.waiting = dict(zip("ab", requests(2)))
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(StepwiseRun, "run_stage", broken)
+        patched.setattr(ContinuousRun, "run_stage", broken)
         frontend.step()
     frontend.waiting = {"c": requests(1)[0]}  # TorchServe has answered the others with 507
     frontend.finish()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.serving.isolation import answer_items
 from early_exit.training.data.preprocessing import worker_context
 
@@ -19,7 +19,7 @@ from early_exit.training.data.preprocessing import worker_context
 class Numbers:
     """A handler whose requests are lists of four numbers."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
 
     def initialize(self, context: Any) -> None: ...
@@ -36,8 +36,8 @@ class Numbers:
 
 
 @pytest.fixture(scope="module")
-def model() -> ServedModel:
-    return ServedModel(Backbone.from_module(
+def model() -> EarlyExitModel:
+    return EarlyExitModel(Backbone.from_module(
         nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), (4,)))
 
 
@@ -63,7 +63,7 @@ GOOD = [1.0, 2.0, 3.0, 4.0]
 ])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_a_bad_item_gets_its_own_status_and_the_others_their_answers(
-        model: ServedModel, bad: object, status: int, message: str, position: int) -> None:
+        model: EarlyExitModel, bad: object, status: int, message: str, position: int) -> None:
     bodies: list[object] = [GOOD, GOOD, GOOD]
     bodies[position] = bad
     context = context_for(3)
@@ -78,7 +78,7 @@ def test_a_bad_item_gets_its_own_status_and_the_others_their_answers(
     assert sum(len(one.batches) for one in served) == 2, "an attempt that failed is not recorded"
 
 
-def test_an_error_inside_the_model_is_a_500(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_inside_the_model_is_a_500(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("a bug of ours")
 
@@ -88,7 +88,7 @@ def test_an_error_inside_the_model_is_a_500(model: ServedModel, monkeypatch: pyt
     assert context.get_response_status(0)[0] == 500
 
 
-def test_out_of_memory_is_left_to_torchserve(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_left_to_torchserve(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise MemoryError
 
@@ -97,7 +97,7 @@ def test_out_of_memory_is_left_to_torchserve(model: ServedModel, monkeypatch: py
         answer_items([{"body": GOOD}], context_for(1), Numbers(model), model)
 
 
-def test_a_handler_that_loses_a_response_fails_loudly(model: ServedModel) -> None:
+def test_a_handler_that_loses_a_response_fails_loudly(model: EarlyExitModel) -> None:
     class Forgetful(Numbers):
         def handle(self, data: list[Any], context: Any) -> list[Any]:
             return super().handle(data, context)[:-1]
@@ -107,7 +107,7 @@ def test_a_handler_that_loses_a_response_fails_loudly(model: ServedModel) -> Non
     assert [context.get_response_status(item)[0] for item in range(2)] == [500, 500]
 
 
-def test_an_explanation_follows_the_gradient_through_the_whole_backbone(model: ServedModel) -> None:
+def test_an_explanation_follows_the_gradient_through_the_whole_backbone(model: EarlyExitModel) -> None:
     batch = torch.randn(2, 4, requires_grad=True)
     model(batch).sum().backward()
     assert batch.grad is not None and batch.grad.abs().sum() > 0

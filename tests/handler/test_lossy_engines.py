@@ -15,7 +15,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES, INT8, are_alike
 from early_exit.handler.errors import ArchiveError, ConfigError, InputError, PlanError
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from tests.support.digits import traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.plans import random_exits
@@ -54,14 +54,14 @@ def test_cutting_changes_nothing_that_the_engine_does_not_change_anyway(name: st
     agree = (whole.argmax(dim=1) == backbone.graph(digits).argmax(dim=1)).double().mean().item()
     assert agree > 0.95 and whole.dtype is torch.float32
     for n_rows in (1, 3, 8):
-        split = ServedModel(backbone, engine=name, record_layers=100)(digits[:n_rows])
+        split = EarlyExitModel(backbone, engine=name, record_layers=100)(digits[:n_rows])
         torch.testing.assert_close(split, whole[:n_rows], atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_between_stages_travel_integers_and_heads_read_floats(backbone: Backbone, digits: Tensor) -> None:
-    served = ServedModel(backbone, engine=INT8, record_layers=100)
-    exact = ServedModel(backbone, record_layers=100)
+    served = EarlyExitModel(backbone, engine=INT8, record_layers=100)
+    exact = EarlyExitModel(backbone, record_layers=100)
     live, reference, n_integers = (digits,), (digits,), 0
     for number, (stage, same) in enumerate(zip(served.stages[:-1], exact.stages[:-1])):
         live, reference = stage.forward(*live), same.forward(*reference)
@@ -76,7 +76,7 @@ def test_between_stages_travel_integers_and_heads_read_floats(backbone: Backbone
 @torch.no_grad()
 def test_an_items_answer_does_not_depend_on_its_batch(name: str, backbone: Backbone, digits: Tensor) -> None:
     plan, heads = random_exits(backbone, ENGINES[name].identity(backbone.folder), threshold=0.93)
-    served = ServedModel(backbone, plan, heads, engine=name)
+    served = EarlyExitModel(backbone, plan, heads, engine=name)
     together = served(digits[:16])
     stages = served.take_served()[0].answers.stages
     assert len(set(stages.tolist())) > 1, "rows must leave at several places"
@@ -88,7 +88,7 @@ def test_an_items_answer_does_not_depend_on_its_batch(name: str, backbone: Backb
 @pytest.mark.parametrize("name", LOSSY)
 @torch.no_grad()
 def test_shadow_rows_are_compared_with_the_backbone_in_fp32(name: str, backbone: Backbone, digits: Tensor) -> None:
-    served = ServedModel(backbone, engine=name, sampling_rate=1.0, record_layers=3)
+    served = EarlyExitModel(backbone, engine=name, sampling_rate=1.0, record_layers=3)
     answers = served(digits)
     batch = served.take_served()[0]
     torch.testing.assert_close(batch.answers.reference, backbone.graph(digits), atol=1e-4, rtol=1e-4)
@@ -103,7 +103,7 @@ def test_a_plan_serves_on_the_engine_that_it_was_made_on_and_no_other(backbone: 
     for made_on, serves_on in (("folded", INT8), (int8, "folded"), (INT8 + "@0123456789ab", INT8)):
         plan = ExitPlan(backbone.description.sha256, "paper", (), None, made_on)
         with pytest.raises(PlanError, match="made on the engine .* executed by"):
-            ServedModel(backbone, plan, {}, engine=serves_on)
+            EarlyExitModel(backbone, plan, {}, engine=serves_on)
 
 
 def test_without_quantized_pieces_the_engine_says_how_to_make_them(backbone: Backbone, tmp_path: Path) -> None:
@@ -111,15 +111,15 @@ def test_without_quantized_pieces_the_engine_says_how_to_make_them(backbone: Bac
     layout.folder.mkdir()
     backbone.save(layout.folder)
     with pytest.raises(ArchiveError, match="found 0: make them with ee-archive --engine openvino-int8 --calibrate"):
-        ServedModel.load(layout, ServingConfig(engine=INT8))
+        EarlyExitModel.load(layout, ServingConfig(engine=INT8))
     with pytest.raises(ConfigError, match="runs on the CPU, but this worker was given cuda:0"):
-        ServedModel.load(layout, ServingConfig(engine=INT8), "cuda:0")
+        EarlyExitModel.load(layout, ServingConfig(engine=INT8), "cuda:0")
 
 
 def test_an_explanation_is_that_of_the_backbone_or_refused(backbone: Backbone, digits: Tensor) -> None:
     rows = digits[:2].clone().requires_grad_()
     (expected,) = torch.autograd.grad(backbone.graph(rows).sum(), rows)
-    (found,) = torch.autograd.grad(ServedModel(backbone, engine=INT8)(rows).sum(), rows)
+    (found,) = torch.autograd.grad(EarlyExitModel(backbone, engine=INT8)(rows).sum(), rows)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(InputError, match="gradients, which the engine openvino does not compute"):
-        ServedModel(backbone, engine="openvino")(rows)
+        EarlyExitModel(backbone, engine="openvino")(rows)

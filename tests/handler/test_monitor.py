@@ -20,7 +20,7 @@ from scipy.stats import beta
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.monitor.sequential_test import BETS, Evidence, Monitored, MonitorState, upper_limit
-from early_exit.handler.monitor.shared_state import Watchman, read_state
+from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
 
 TOLERANCE = 0.02
 MONITORED = Monitored("disagreement", TOLERANCE, 0.05)
@@ -113,7 +113,7 @@ def wait_for(condition: object, what: str, limit_s: float = 10) -> None:
 
 def test_workers_share_one_state_and_all_step_back(tmp_path: Path) -> None:
     path = tmp_path / "model" / "ab" / "monitor-2.0-cd.json"
-    workers = [Watchman(MONITORED, 2, path) for _ in range(3)]
+    workers = [SharedMonitor(MONITORED, 2, path) for _ in range(3)]
     for worker in workers:
         worker.note(0, [0.0] * 40)
     wait_for(lambda: all(worker.state.evidence.n == 120 for worker in workers), "120 shared samples")
@@ -124,13 +124,13 @@ def test_workers_share_one_state_and_all_step_back(tmp_path: Path) -> None:
     state = read_state(path)
     assert state is not None and len(state.alarms) == 1
     assert json.loads(path.read_text())["certificate"] == "void"
-    restarted = Watchman(MONITORED, 2, path)
+    restarted = SharedMonitor(MONITORED, 2, path)
     assert restarted.state == state, "a restarted worker goes on where the version was"
     restarted.close()
 
 
 def test_with_no_folder_the_state_is_in_memory() -> None:
-    watchman = Watchman(MONITORED, 1, None)
+    watchman = SharedMonitor(MONITORED, 1, None)
     watchman.note(0, [1.0] * 20)
     watchman.close()
     assert watchman.state.step == 1
@@ -140,13 +140,13 @@ def test_while_the_folder_cannot_be_written_a_worker_watches_alone_and_adds_what
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "model"
     path = folder / "monitor.json"
-    watchman = Watchman(MONITORED, 2, path)
+    watchman = SharedMonitor(MONITORED, 2, path)
     folder.write_text("a file where the folder should be")
     watchman.note(0, [0.0] * 30)
     wait_for(lambda: watchman.state.evidence.n == 30, "30 samples in memory")
     assert len([line for line in caplog.messages if "watches alone" in line]) == 1
     folder.unlink()
-    other = Watchman(MONITORED, 2, path)
+    other = SharedMonitor(MONITORED, 2, path)
     other.note(0, [0.0] * 12)
     other.close()
     watchman.note(0, [0.0])
@@ -157,7 +157,7 @@ def test_while_the_folder_cannot_be_written_a_worker_watches_alone_and_adds_what
 
 def test_a_folder_that_is_deleted_while_serving_does_not_undo_a_step_back(tmp_path: Path) -> None:
     path = tmp_path / "model" / "monitor.json"
-    watchman = Watchman(MONITORED, 2, path)
+    watchman = SharedMonitor(MONITORED, 2, path)
     watchman.note(0, [1.0] * 20)
     wait_for(path.exists, "the state")
     for file in path.parent.iterdir():
@@ -172,7 +172,7 @@ def test_a_folder_that_is_deleted_while_serving_does_not_undo_a_step_back(tmp_pa
 def test_a_damaged_state_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "monitor.json"
     path.write_text('{"format": 1, "st')
-    watchman = Watchman(MONITORED, 2, path)
+    watchman = SharedMonitor(MONITORED, 2, path)
     watchman.note(0, [0.0] * 5)
     watchman.close()
     state = read_state(path)
@@ -180,7 +180,7 @@ def test_a_damaged_state_is_replaced(tmp_path: Path) -> None:
 
 
 def _watch_for_ever(path: Path) -> None:
-    watchman = Watchman(MONITORED, 2, path)
+    watchman = SharedMonitor(MONITORED, 2, path)
     while True:
         watchman.note(0, [0.0])
         time.sleep(0.001)
@@ -196,7 +196,7 @@ def test_killed_workers_leave_neither_a_lock_nor_a_half_written_state(tmp_path: 
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
     before = read_state(path)
-    survivor = Watchman(MONITORED, 2, path)
+    survivor = SharedMonitor(MONITORED, 2, path)
     survivor.note(0, [0.0])
     survivor.close()
     after = read_state(path)

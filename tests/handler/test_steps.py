@@ -16,14 +16,14 @@ from torch import nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
-from early_exit.handler.inference.bypass import Benefit, Comparison
+from early_exit.handler.inference.bypass import AdaptiveBypass, Comparison
 from early_exit.handler.inference.forward import FULL
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import watch
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.telemetry import EXIT_HEADER, STEP_HEADER, Bookkeeper
+from early_exit.handler.serving.telemetry import EXIT_HEADER, STEP_HEADER, Telemetry
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.data.preprocessing import worker_context
 
@@ -42,10 +42,10 @@ def plan(backbone: Backbone) -> ExitPlan:
     return ExitPlan(backbone.description.sha256, "certified", exits, certificate, safer=((0.42, 0.42), (2.0, 0.0)))
 
 
-def served(backbone: Backbone, plan: ExitPlan, **options: float) -> ServedModel:
+def served(backbone: Backbone, plan: ExitPlan, **options: float) -> EarlyExitModel:
     torch.manual_seed(1)
     heads = {exit_.layer: Head(exit_.head, backbone.description.layer(exit_.layer).shape, 3) for exit_ in plan.exits}
-    return ServedModel(backbone, plan, heads, **options)
+    return EarlyExitModel(backbone, plan, heads, **options)
 
 
 def test_each_step_uses_its_own_thresholds_and_the_last_is_the_backbone(backbone: Backbone, plan: ExitPlan) -> None:
@@ -82,7 +82,7 @@ def test_exits_that_are_always_wrong_are_stepped_back_from_while_serving(backbon
     watchman = watch(model, tmp_path, header)
     assert watchman is not None
     context = worker_context(Path(), {"model": {"modelName": "model", "handler": "none"}})
-    bookkeeper = Bookkeeper(model, "2.0", ServingMetrics(context.metrics, "model", "2.0"), None, keep_requests=False,
+    bookkeeper = Telemetry(model, "2.0", ServingMetrics(context.metrics, "model", "2.0"), None, keep_requests=False,
                             watchman=watchman)
     batch = torch.randn(64, 8)
     processor = context.request_processor[0]
@@ -114,12 +114,13 @@ def test_exits_that_are_always_wrong_are_stepped_back_from_while_serving(backbon
 def test_a_plan_without_certificate_promises_nothing_that_could_be_watched(backbone: Backbone, plan: ExitPlan) -> None:
     header = ShardHeader("model", "2.0", "ab", 4, ())
     assert watch(served(backbone, replace(plan, certificate=None)), None, header) is None
-    assert watch(ServedModel(backbone), None, header) is None
+    assert watch(EarlyExitModel(backbone), None, header) is None
 
 
-def run_batches(exits_s: float, backbone_s: float, count: int, *, benefit: Benefit | None = None) -> Benefit:
+def run_batches(exits_s: float, backbone_s: float, count: int, *,
+                benefit: AdaptiveBypass | None = None) -> AdaptiveBypass:
     noise = random.Random(0)
-    benefit = benefit or Benefit(0.1, noise.random)
+    benefit = benefit or AdaptiveBypass(0.1, noise.random)
     for _ in range(count):
         takes_exits = benefit.takes_exits(8)
         benefit.measured(8, (exits_s if takes_exits else backbone_s) * noise.lognormvariate(0, 0.3),
@@ -140,7 +141,7 @@ def test_exits_that_pay_are_kept() -> None:
 def test_exits_that_save_much_but_seldom_are_kept() -> None:
     """Most batches are slower, as the heads cost something; the mean is what counts."""
     noise = random.Random(1)
-    benefit = Benefit(0.1, noise.random)
+    benefit = AdaptiveBypass(0.1, noise.random)
     for _ in range(20_000):
         takes_exits = benefit.takes_exits(1)
         seconds = (1.1 if noise.random() < 0.6 else 0.3) if takes_exits else 1.0
@@ -163,7 +164,7 @@ def test_where_both_cost_the_same_few_tests_ever_reject() -> None:
 
 @given(sizes=st.lists(st.integers(1, 40), max_size=60))
 def test_without_control_every_batch_takes_the_exits(sizes: list[int]) -> None:
-    benefit = Benefit(0.0, random.Random(0).random)
+    benefit = AdaptiveBypass(0.0, random.Random(0).random)
     for size in sizes:
         assert benefit.takes_exits(size)
         benefit.measured(size, 1.0, with_exits=True)

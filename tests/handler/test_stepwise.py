@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from early_exit.handler.inference.continuous import Journey, StepwiseRun
+from early_exit.handler.inference.continuous import ContinuousRun, InFlightCall
 from early_exit.handler.inference.forward import Live, Stage, run_with_exits
 from tests.handler.test_stages import inputs, three_stages
 
 
-def run_all(stepwise: StepwiseRun, journeys: list[Journey], limit: int = 200) -> None:
-    ended: list[Journey] = []
+def run_all(stepwise: ContinuousRun, journeys: list[InFlightCall], limit: int = 200) -> None:
+    ended: list[InFlightCall] = []
     while len(ended) < len(journeys):
         ended += stepwise.run_stage()
         limit -= 1
@@ -32,8 +32,8 @@ def test_calls_that_join_at_any_time_get_the_answers_of_the_whole_pass(
     """Each call joins some steps after the one before; answers, exits, shadows, opinions and activations are as in one
     go."""
     stages = three_stages(*thresholds)
-    stepwise = StepwiseRun([stages], lambda stage, activation: activation * (stage + 2))
-    calls: list[tuple[Live, Tensor, Tensor, Journey]] = []
+    stepwise = ContinuousRun([stages], lambda stage, activation: activation * (stage + 2))
+    calls: list[tuple[Live, Tensor, Tensor, InFlightCall]] = []
     ended = []
     for number, (n_rows, pause) in enumerate(sizes):
         batch = inputs(n_rows, seed + number)
@@ -70,7 +70,7 @@ def test_rows_of_different_ages_run_together() -> None:
         sizes.append(len(x))
         return (x,)
 
-    stepwise = StepwiseRun([[Stage(lambda x: (x,)), Stage(counted)]])
+    stepwise = ContinuousRun([[Stage(lambda x: (x,)), Stage(counted)]])
     first = stepwise.enter(inputs(1), torch.zeros(1, dtype=torch.bool))
     assert stepwise.run_stage() == []
     second = stepwise.enter(inputs(2), torch.zeros(2, dtype=torch.bool))
@@ -86,7 +86,7 @@ def test_a_row_that_makes_a_stage_fail_fails_alone() -> None:
             raise RuntimeError("too large")
         return (x,)
 
-    stepwise = StepwiseRun([[Stage(lambda x: (x,)), Stage(picky)]])
+    stepwise = ContinuousRun([[Stage(lambda x: (x,)), Stage(picky)]])
     none = torch.zeros(1, dtype=torch.bool)
     good, bad, other = (stepwise.enter(batch, none) for batch in (inputs(1), (inputs(1)[0] + 1000,), inputs(1, 2)))
     run_all(stepwise, [good, bad, other])
@@ -98,7 +98,7 @@ def test_a_row_that_makes_a_stage_fail_fails_alone() -> None:
 
 @torch.no_grad()
 def test_a_dropped_call_leaves_the_others_alone() -> None:
-    stepwise = StepwiseRun([three_stages(1.1, 1.1)])
+    stepwise = ContinuousRun([three_stages(1.1, 1.1)])
     shadow = torch.zeros(2, dtype=torch.bool)
     gone, stays = stepwise.enter(inputs(2, 1), shadow), stepwise.enter(inputs(2, 2), shadow)
     stepwise.run_stage()
@@ -109,13 +109,13 @@ def test_a_dropped_call_leaves_the_others_alone() -> None:
 
 
 def test_with_nobody_on_the_way_a_step_does_nothing() -> None:
-    assert StepwiseRun([three_stages(0.5)]).run_stage() == []
+    assert ContinuousRun([three_stages(0.5)]).run_stage() == []
 
 
 @torch.no_grad()
 def test_a_call_keeps_the_setting_that_it_began_with() -> None:
     eager, never = three_stages(0.0, 0.0), three_stages(1.1, 1.1)
-    stepwise = StepwiseRun([eager, never])
+    stepwise = ContinuousRun([eager, never])
     shadow = torch.zeros(2, dtype=torch.bool)
     before, after = stepwise.enter(inputs(2, 1), shadow), stepwise.enter(inputs(2, 2), shadow, step=1)
     run_all(stepwise, [before, after])

@@ -7,14 +7,14 @@ import torch
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.training.costs.cost import flop_costs
 from early_exit.training.data.dataset import Part
-from early_exit.training.planning.predictions import Judged, Judgement
+from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.selection.risk import Risk
 from early_exit.training.selection.thresholds import Candidates
 
 N_CLASSES = 4
 
 
-def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.0, seed: int = 0) -> Judged:
+def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.0, seed: int = 0) -> HeadPredictions:
     """Return judgements in which confident heads agree more often; a share of the records has labels."""
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(f"layer{number}" for number in range(n_layers))
@@ -32,5 +32,5 @@ def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
         said = Candidates(confidence, answers == teacher[:, None], losses, torch.ones(n_records, dtype=torch.bool),
                           torch.zeros(n_records), costs)
-        parts[part] = Judgement(said, answers, teacher, teacher.clone(), labels)
-    return Judged(layers, tuple(1.0 + number for number in range(n_layers)), parts)
+        parts[part] = PartPredictions(said, answers, teacher, teacher.clone(), labels)
+    return HeadPredictions(layers, tuple(1.0 + number for number in range(n_layers)), parts)

@@ -73,7 +73,7 @@ class LoopResult:
 
 def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Sequence[bytes], *,
              input_shape: tuple[int, ...], options: TrainingOptions,
-             say: Callable[[str], None] = print) -> LoopResult:
+             log: Callable[[str], None] = print) -> LoopResult:
     """Run the whole loop with an original archive and stop the server, also when a step fails.
 
     Args:
@@ -83,7 +83,7 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         measure: request bodies to measure before and after with.
         input_shape: of the model, for `ee-archive`.
         options: for `ee-train`.
-        say: told about each step.
+        log: told about each step.
     """
     store, records = folder / "model-store", folder / "records"
     store.mkdir(parents=True)
@@ -91,30 +91,30 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
     server = TorchServe(store, folder / "state", Addresses.free(), records=records, models=[original.name])
     with server:
         management = Management(server.addresses, server.key_file)
-        say(f"ee-serve    TorchServe with the original model at {server.addresses.inference}")
+        log(f"ee-serve    TorchServe with the original model at {server.addresses.inference}")
         name = original.stem
         before, cpu_before, mb_before = _measured(server, name, measure)
-        say(f"            {len(measure)} requests measured before")
+        log(f"            {len(measure)} requests measured before")
         recorder = build_archive(ArchiveRequest(str(original), store, input_shape=input_shape))
         _, backbone = read_archive(recorder)
-        say(f"ee-archive  {recorder.name} records and answers in full")
+        log(f"ee-archive  {recorder.name} records and answers in full")
         roll(management, recorder)
-        say("ee-roll     rolled in; recording")
+        log("ee-roll     rolled in; recording")
         recording = send(server, name, record)
         n_records = _wait_for_records(records, len(recording))
         shards = find_shards(records, name, backbone)
         record_bytes = sum(shard.stat().st_size for shard in shards)
-        say(f"            {n_records} records, {record_bytes / n_records / 1000:.1f} kB each")
+        log(f"            {n_records} records, {record_bytes / n_records / 1000:.1f} kB each")
         run = RunPaths(folder / "run")
         unpacked = ArchiveLayout(folder / "recorder")
         extract(recorder, unpacked.root)
         report = train(name, unpacked, shards, options, run)
-        say(f"ee-train    {len(report.exits)} exits of {len(report.heads)} candidates")
+        log(f"ee-train    {len(report.exits)} exits of {len(report.heads)} candidates")
         exiting = build_archive(ArchiveRequest(str(recorder), store, plan=run.plan))
-        say(f"ee-archive  {exiting.name} exits early")
+        log(f"ee-archive  {exiting.name} exits early")
         with BackgroundLoad(server, name, measure) as load:
             roll(management, exiting)
-        say("ee-roll     rolled in under load; measuring the same requests again")
+        log("ee-roll     rolled in under load; measuring the same requests again")
         after, cpu_after, mb_after = _measured(server, name, measure)
     return LoopResult(recording, before, load.replies, after, cpu_before, cpu_after, mb_before, mb_after,
                       n_records, record_bytes, report, recorder, exiting)

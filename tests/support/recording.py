@@ -11,11 +11,11 @@ from torch import Tensor
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import Live
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.telemetry import Bookkeeper
+from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.data.preprocessing import worker_context
 
@@ -32,12 +32,12 @@ def record(backbone: Backbone, inputs: Tensor | Live, folder: Path, *, name: str
     names = ids or [f"request-{first_request + row}" for row in range(n_requests)]
     # One shard, so that nothing is dropped, however slow the disk is.
     config = ServingConfig(records_per_shard=n_requests, layers=layers, pool=pool)
-    model = ServedModel(backbone, sampling_rate=1.0, record_layers=config.layers, record_pool=config.pool_side)
+    model = EarlyExitModel(backbone, sampling_rate=1.0, record_layers=config.layers, record_pool=config.pool_side)
     header = ShardHeader(name, "1.0", backbone.description.sha256, config.pool_side, model.layers)
     writer = RecordWriter(folder, header, config)
     context = worker_context(Path(), {"model": {"modelName": name, "handler": "none"}})
     metrics = ServingMetrics(context.metrics, name, "1.0")
-    bookkeeper = Bookkeeper(model, "1.0", metrics, writer, keep_requests=bodies is not None)
+    bookkeeper = Telemetry(model, "1.0", metrics, writer, keep_requests=bodies is not None)
     processor = context.request_processor[0]
     for start in range(0, n_requests, 64):
         batch = [one[start:start + 64] for one in tensors]

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.training.data.preprocessing import archived_config
 
 
-def served_model(mar: Path) -> ServedModel:
+def served_model(mar: Path) -> EarlyExitModel:
     """Load the model of an early-exit archive, recording nothing."""
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
         engine = ServingConfig.from_model_config(archived_config(layout)).engine
-        return ServedModel.load(layout, ServingConfig(engine=engine))
+        return EarlyExitModel.load(layout, ServingConfig(engine=engine))

@@ -10,10 +10,10 @@ from early_exit.archiver.packaging import archive
 from early_exit.archiver.packaging.archive import ArchiveRequest
 
 
-def build_untried(asked: ArchiveRequest, say: Callable[[str], None] = lambda line: None) -> Path:
+def build_untried(asked: ArchiveRequest, log: Callable[[str], None] = lambda line: None) -> Path:
     """Build an archive without the ten seconds in which `ee-archive` loads and runs it.
 
     A server does that next; where there is none, other tests try out such archives.
     """
     with mock.patch.object(archive, "validate"):
-        return archive.build_archive(asked, say)
+        return archive.build_archive(asked, log)

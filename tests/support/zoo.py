@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 
 VOCABULARY, LENGTH = 99, 12
 
@@ -28,12 +28,12 @@ class Specimen:
     def export(self, model: nn.Module) -> Backbone:
         return Backbone.from_inputs(model, self.inputs)
 
-    def served(self, backbone: Backbone) -> ServedModel:
+    def served(self, backbone: Backbone) -> EarlyExitModel:
         """Return a backbone as `ee-archive` has it served: written, read again, cut at every candidate, folded."""
         with tempfile.TemporaryDirectory() as folder:
             backbone.save(Path(folder))
             read = Backbone.load(Path(folder))
-        return ServedModel(read, record_layers=len(read.description.candidates))
+        return EarlyExitModel(read, record_layers=len(read.description.candidates))
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Return images of noise; or texts of random tokens, which end where the mask ends."""

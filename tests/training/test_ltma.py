@@ -15,7 +15,7 @@ from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.training.report.ltma import expected_ltma, ltma
-from early_exit.training.report.scripted_model import Rehearsal
+from early_exit.training.report.scripted_model import ScriptedModel
 from tests.support.residual import residual_backbone
 
 FLOAT = 4
@@ -25,18 +25,18 @@ RESIDUAL = 5 * WIDTH * FLOAT
 
 
 @pytest.fixture(scope="module")
-def rehearsal() -> Rehearsal:
+def rehearsal() -> ScriptedModel:
     backbone = residual_backbone()
     return rehearsal_of(backbone, [backbone.description.candidates[0], backbone.description.candidates[2]])
 
 
-def rehearsal_of(backbone: Backbone, layers: list[CandidateLayer]) -> Rehearsal:
+def rehearsal_of(backbone: Backbone, layers: list[CandidateLayer]) -> ScriptedModel:
     spec = HeadSpec(pool=None, widths=())
     plan = ExitPlan(backbone.description.sha256, "paper", tuple(
         PlannedExit(one.path, spec, threshold=0.5, temperature=1.0, cost=one.cost, head_cost=0.01)
         for one in layers), None)
     heads = {one.layer: Head(spec, (WIDTH,), N_CLASSES) for one in plan.exits}
-    return Rehearsal(backbone, plan, heads)
+    return ScriptedModel(backbone, plan, heads)
 
 
 def test_each_tensor_of_a_graph_counts_once() -> None:
@@ -65,14 +65,14 @@ def test_convolutions_allocate_their_outputs() -> None:
 
 @given(st.lists(st.integers(-1, 1), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=30)
-def test_rehearsed_rows_leave_where_they_are_told(rehearsal: Rehearsal, exits: list[int]) -> None:
+def test_rehearsed_rows_leave_where_they_are_told(rehearsal: ScriptedModel, exits: list[int]) -> None:
     with torch.no_grad():
         answers = rehearsal(*rehearsal.tell(torch.tensor(exits)))
     assert answers.stages.tolist() == exits
     assert answers.outputs.shape == (len(exits), N_CLASSES)
 
 
-def test_a_request_that_leaves_early_allocates_what_came_before_its_exit(rehearsal: Rehearsal) -> None:
+def test_a_request_that_leaves_early_allocates_what_came_before_its_exit(rehearsal: ScriptedModel) -> None:
     taken = [ltma(rehearsal, rehearsal.tell(torch.tensor([exit_]))) for exit_ in (0, 1, -1)]
     plain = WIDTH * FLOAT + 6 * RESIDUAL + N_CLASSES * FLOAT
     # Decisions and the bookkeeping of rows are a few numbers for a row.

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from early_exit.training.data.dataset import Part
-from early_exit.training.planning.predictions import Judged, Judgement
+from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.report.performance import categorize, curve, exit_performances, setting
-from early_exit.training.selection.thresholds import NEVER, Choice
+from early_exit.training.selection.thresholds import NEVER, OperatingPoint
 from tests.support.judged import made_judged
 
-CHOICE = Choice((0, 2), (0.9, 0.6))
+CHOICE = OperatingPoint((0, 2), (0.9, 0.6))
 
 
-def leaving(said: Judgement, choice: Choice, record: int) -> int:
+def leaving(said: PartPredictions, choice: OperatingPoint, record: int) -> int:
     """Return the position of the exit that a record takes, or -1, by Algorithm 1."""
     for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
         if said.candidates.confidence[record, layer] >= threshold:
@@ -91,7 +91,7 @@ def test_a_higher_threshold_never_lets_more_leave() -> None:
 
 def test_without_exits_nothing_changes() -> None:
     said = made_judged().parts[Part.CERTIFY]
-    for choice in (Choice((), ()), Choice((0, 1), (NEVER, NEVER))):
+    for choice in (OperatingPoint((), ()), OperatingPoint((0, 1), (NEVER, NEVER))):
         found = setting(choice, said, said.candidates.costs)
         assert found.disagreement == found.loss == 0
         assert found.accuracy is not None and found.accuracy.served == found.accuracy.backbone
@@ -100,7 +100,7 @@ def test_without_exits_nothing_changes() -> None:
 def test_judgements_come_back_from_their_file(tmp_path: Path) -> None:
     judged = made_judged(labelled=0.5)
     judged.save(tmp_path / "judged.safetensors")
-    again = Judged.load(tmp_path / "judged.safetensors")
+    again = HeadPredictions.load(tmp_path / "judged.safetensors")
     assert (again.layers, again.temperatures) == (judged.layers, judged.temperatures)
     for part, said in judged.parts.items():
         read = again.parts[part]

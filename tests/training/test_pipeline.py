@@ -15,7 +15,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.recording.format import Records, ShardHeader, list_shards, write_shard
 from early_exit.handler.serving.telemetry import request_hash
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
@@ -98,7 +98,7 @@ def test_a_run_makes_a_plan_that_serves_as_it_reports(
     assert (plan.certificate is not None) == (rule == "certified")
     assert json.loads(run.report_json.read_text())["flops_ratio"] == report.flops_ratio < 1
     fresh = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2))
-    served = ServedModel(backbone, plan, build_heads(plan, tensors, backbone.description))
+    served = EarlyExitModel(backbone, plan, build_heads(plan, tensors, backbone.description))
     with torch.no_grad():
         answers, log_probabilities = served(fresh).argmax(1), backbone.graph(fresh).log_softmax(dim=1)
     full = log_probabilities.argmax(dim=1)
@@ -158,7 +158,7 @@ def test_a_run_that_goes_on_with_fewer_records_than_there_are_says_so(
     run = RunPaths(tmp_path / "run")
     train("model", archive, shards[:5], OPTIONS, run)
     said: list[str] = []
-    train("model", archive, shards, OPTIONS, run, say=said.append)
+    train("model", archive, shards, OPTIONS, run, log=said.append)
     assert "goes on with the 5 shards" in said[0] and "another --to" in said[0]
 
 
@@ -218,7 +218,7 @@ def test_records_of_an_older_setting_are_passed_over_and_counted(
     record(backbone, inputs[100:], tmp_path / "records", first_request=100, pool=4)
     shards = find_shards(tmp_path / "records", "model", backbone.description)
     said: list[str] = []
-    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), say=said.append)
+    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=said.append)
     assert sum(report.records.values()) == 900
     assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in said)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Convolution, Head, HeadSpec
-from early_exit.handler.exits.inference_head import ServedHead
+from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.training.costs.profiling import Profile, profile_backbone
 
 SIZES = (1, 2, 4, 8)
@@ -52,7 +52,7 @@ def test_every_stage_and_copy_is_timed_on_the_engine_that_serves(engine: str) ->
 def test_a_head_that_is_moved_to_be_measured_leaves_the_trained_one_where_it_is() -> None:
     head = Head(HeadSpec(convolutions=(Convolution(3, 1, 5),), widths=(7,)), (3, 8, 8), 4).eval()
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-    moved = ServedHead(head, 1.0).to("meta")
+    moved = InferenceHead(head, 1.0).to("meta")
     assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
     assert torch.isfinite(head(torch.randn(2, 3, 8, 8))).all()

@@ -16,7 +16,7 @@ from early_exit.handler.recording.format import list_shards
 from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.data.preprocessing import Preprocessing, preprocessing
 from early_exit.training.data.replay import Replay, augmentation, replay_records
-from early_exit.training.paths import MaterialPaths
+from early_exit.training.paths import TrainingSetPaths
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 
 N_RECORDS, ROUNDS = 90, 2
@@ -50,9 +50,10 @@ def test_only_the_train_part_is_augmented_and_the_backbone_is_asked_about_what_c
         model: nn.Sequential, backbone: Backbone, traffic: RecordedTraffic, handler: Preprocessing,
         tmp_path: Path) -> None:
     layers = backbone.description.candidates
-    found = replay_records(MaterialPaths(tmp_path / "material"), traffic, layers, backbone, handler,
+    found = replay_records(TrainingSetPaths(tmp_path / "training_set"), traffic, layers, backbone, handler,
                            Replay(ROUNDS, pool=None))
-    plain = replay_records(MaterialPaths(tmp_path / "plain"), traffic, layers, backbone, handler, Replay(0, pool=None))
+    plain = replay_records(TrainingSetPaths(tmp_path / "plain"), traffic, layers, backbone, handler,
+                           Replay(0, pool=None))
     train = found.rows(Part.TRAIN)
     assert len(train) == (1 + ROUNDS) * traffic.size(Part.TRAIN)
     assert [len(found.rows(part)) for part in (Part.TUNE, Part.CERTIFY)] == [
@@ -74,8 +75,8 @@ def test_only_the_train_part_is_augmented_and_the_backbone_is_asked_about_what_c
 def test_a_stopped_replay_goes_on_after_its_last_full_round(
         backbone: Backbone, traffic: RecordedTraffic, handler: Preprocessing, tmp_path: Path) -> None:
     layers, replay = backbone.description.candidates, Replay(ROUNDS)
-    whole = replay_records(MaterialPaths(tmp_path / "whole"), traffic, layers, backbone, handler, replay)
-    paths, n_train, n_run = MaterialPaths(tmp_path / "stopped"), traffic.size(Part.TRAIN), 0
+    whole = replay_records(TrainingSetPaths(tmp_path / "whole"), traffic, layers, backbone, handler, replay)
+    paths, n_train, n_run = TrainingSetPaths(tmp_path / "stopped"), traffic.size(Part.TRAIN), 0
 
     def stop_in_the_last_round(n: int) -> None:
         nonlocal n_run

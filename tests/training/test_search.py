@@ -25,7 +25,7 @@ from early_exit.training.heads.search import Search, best_trial, search_layer
 from early_exit.training.heads.space import SearchSpace, default_choice, default_head, spec_of
 from early_exit.training.heads.trial import Evaluator, Trial, is_better_than_chance
 from early_exit.training.paths import RunPaths
-from tests.support.material import LAYER, made_material
+from tests.support.training_set import LAYER, made_material
 
 SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
 RECIPE = Distillation(epochs=3)
@@ -38,7 +38,7 @@ def evaluator(folder: Path, *, target: Callable[[Tensor], Tensor] | None = None)
 
 def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "run")
-    trials = search_layer(evaluator(tmp_path / "material"), SPACE, Search(trials=4), run)
+    trials = search_layer(evaluator(tmp_path / "training_set"), SPACE, Search(trials=4), run)
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
     assert read_journal(run, LAYER.path) == trials
     assert all(run.trial(LAYER.path, number).exists() for number in range(4))
@@ -47,9 +47,9 @@ def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:
 
 
 def test_the_default_head_is_tried_first_where_the_space_has_it(tmp_path: Path) -> None:
-    judge = evaluator(tmp_path / "material")
+    judge = evaluator(tmp_path / "training_set")
     first, = search_layer(judge, SearchSpace(), Search(trials=1), RunPaths(tmp_path / "run"))
-    assert first.head == default_head(judge.material.recorded)
+    assert first.head == default_head(judge.training_set.recorded)
     assert default_choice(SPACE.choices(LAYER.shape, None)) is None
     assert len(search_layer(judge, SPACE, Search(trials=1), RunPaths(tmp_path / "other"))) == 1
 
@@ -74,13 +74,13 @@ def test_a_tuner_starts_with_the_default_head_and_asks_for_none_twice(shape: tup
 
 
 def test_no_head_is_tried_twice(tmp_path: Path) -> None:
-    trials = search_layer(evaluator(tmp_path / "material"), SearchSpace(linears=(1,), width=(2, 4, 8)),
+    trials = search_layer(evaluator(tmp_path / "training_set"), SearchSpace(linears=(1,), width=(2, 4, 8)),
                           Search(trials=10), RunPaths(tmp_path / "run"))
     assert sorted(trial.head.widths for trial in trials) == [(2,), (4,), (8,)]
 
 
 def test_a_search_goes_on_where_it_was_and_drops_a_line_cut_short(tmp_path: Path) -> None:
-    run, judge = RunPaths(tmp_path / "run"), evaluator(tmp_path / "material")
+    run, judge = RunPaths(tmp_path / "run"), evaluator(tmp_path / "training_set")
     first = search_layer(judge, SPACE, Search(trials=2), run)
     journal = run.trials(LAYER.path)
     with journal.open("a") as file:
@@ -110,7 +110,7 @@ def test_a_killed_search_loses_at_most_one_trial(tmp_path: Path) -> None:
 
 
 def test_a_head_that_says_nothing_is_no_better_than_chance(tmp_path: Path) -> None:
-    noise = evaluator(tmp_path / "material", target=lambda x: torch.randn(len(x), 3))
+    noise = evaluator(tmp_path / "training_set", target=lambda x: torch.randn(len(x), 3))
     trial, _ = noise.run(0, {"linears": 0}, lambda trial: True)
     assert not trial.better_than_chance
     assert best_trial([trial]) is None

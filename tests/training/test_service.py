@@ -23,14 +23,14 @@ from early_exit.training.heads.search import Search, search_layer
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.heads.trial import Evaluator
 from early_exit.training.paths import RunPaths
-from tests.support.material import LAYER, made_material
 from tests.support.sshd import USER, sshd
+from tests.support.training_set import LAYER, made_material
 
 SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
 
 
 def evaluator(run: RunPaths) -> Evaluator:
-    return Evaluator(LAYER, made_material(run.material.root), 0.05, Distillation(epochs=3), FlopCost(100_000))
+    return Evaluator(LAYER, made_material(run.training_set.root), 0.05, Distillation(epochs=3), FlopCost(100_000))
 
 
 def free_port() -> int:

@@ -18,14 +18,14 @@ from early_exit.training.planning.choose import settings as settings_to_certify
 from early_exit.training.selection.certify import most_failures
 from early_exit.training.selection.thresholds import (
     Candidates,
-    Choice,
+    OperatingPoint,
     batch_costs,
     budget_threshold,
     certified_path,
-    equal_choice,
+    equal_point,
     mean_cost,
     outcome,
-    paper_choice,
+    paper_point,
     safer_settings,
 )
 from tests.support.judged import made_judged
@@ -50,7 +50,7 @@ def test_what_an_engine_changes_counts_for_those_that_leave_nowhere(seed: int, s
     exact = simulated(400, seed)
     differs = torch.rand(400, generator=torch.Generator().manual_seed(seed)) < share
     lossy = replace(exact, full_agrees=~differs, full_losses=differs.float())
-    assert outcome(Choice((), ()), lossy).losses.sum() == differs.sum()
+    assert outcome(OperatingPoint((), ()), lossy).losses.sum() == differs.sum()
     for choice in certified_path(lossy, 0.1, 0.05, 400)[::10]:
         found, without = outcome(choice, lossy), outcome(choice, exact)
         assert torch.equal(found.exit, without.exit)
@@ -84,7 +84,7 @@ def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
 @given(seed=st.integers(0, 1000), low=st.floats(0.3, 1.0), high=st.floats(0.3, 1.0))
 def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high: float) -> None:
     records = simulated(50, seed)
-    choice = Choice((0, 2), (low, high))
+    choice = OperatingPoint((0, 2), (low, high))
     found = outcome(choice, records)
     total, until = 0.0, (0.2, 0.5, 0.8)
     for record in range(50):
@@ -147,7 +147,7 @@ def test_each_safer_setting_was_certified_before_and_loses_at_most_half_as_much(
     before = [choice.thresholds for choice in path[:deployed]]
     assert 1 <= len(settings_back) <= 8
     assert set(settings_back) <= set(before)
-    lost = [outcome(Choice(path[0].layers, thresholds), tune).losses.sum().item()
+    lost = [outcome(OperatingPoint(path[0].layers, thresholds), tune).losses.sum().item()
             for thresholds in (path[deployed].thresholds, *settings_back)]
     assert all(after <= one / 2 for one, after in pairwise(lost))
     assert safer_settings(path, 0, tune) == ()
@@ -155,7 +155,7 @@ def test_each_safer_setting_was_certified_before_and_loses_at_most_half_as_much(
 
 def test_the_papers_budget_halves_with_every_exit() -> None:
     tune = simulated(2000)
-    choice = paper_choice(tune, 0.08)
+    choice = paper_point(tune, 0.08)
     assert choice.layers
     for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds), start=1):
         hits = tune.confidence[:, layer] >= threshold
@@ -164,7 +164,7 @@ def test_the_papers_budget_halves_with_every_exit() -> None:
 
 def test_the_equal_budget_is_divided_by_the_number_of_exits() -> None:
     tune = simulated(2000)
-    choice = equal_choice(tune, 0.08)
+    choice = equal_point(tune, 0.08)
     assert choice.layers
     for layer, threshold in zip(choice.layers, choice.thresholds):
         hits = tune.confidence[:, layer] >= threshold
@@ -173,7 +173,7 @@ def test_the_equal_budget_is_divided_by_the_number_of_exits() -> None:
 
 def test_the_expected_cost_of_a_batch_is_the_mean_over_drawn_batches() -> None:
     records = simulated(3000)
-    choice = Choice((0, 1, 2), (0.8, 0.8, 0.8))
+    choice = OperatingPoint((0, 1, 2), (0.8, 0.8, 0.8))
     stages = np.array([[0, 0.05, 0.1, 0.12, 0.2], [0, 0.2, 0.21, 0.22, 0.3],
                        [0, 0.1, 0.1, 0.1, 0.2], [0, 0.1, 0.2, 0.3, 0.3]])
     costs = Costs("seconds", 4, stages, np.array([[0, 0.02, 0.03, 0.03, 0.04]] * 3))

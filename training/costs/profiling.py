@@ -23,7 +23,7 @@ from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, engine_of
 from early_exit.handler.exits.head import Head
-from early_exit.handler.exits.inference_head import ServedHead
+from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.executor import Passes
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
@@ -152,7 +152,7 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
 
     with torch.no_grad(), one_thread():
         arranged = [engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device)) for size in sizes]
-        served = ServedHead(head, 1.0, arranged[0][1]).to(device)
+        served = InferenceHead(head, 1.0, arranged[0][1]).to(device)
         with_exit, without = loop(Exit(served.forward, half, lambda logits: logits[:, :2])), loop(None)
         others = torch.zeros(_OTHERS, device=device)
 

@@ -20,7 +20,7 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.signature import InputSpec, bind
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inference.forward import Live
-from early_exit.handler.user_handler.wrapper import InnerHandler, load_inner_handler
+from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handler
 
 _Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
 """What a model was called with, positional and by name -> its (B, ...) inputs."""
@@ -41,7 +41,7 @@ class _Messenger(nn.Module):
 class Preprocessing:
     """The part of a user's handler that comes before the model."""
 
-    def __init__(self, handler: InnerHandler, name: str, context: Any, folder: Path) -> None:
+    def __init__(self, handler: UserHandler, name: str, context: Any, folder: Path) -> None:
         self._handler, self._name, self._context, self._folder = handler, name, context, folder
 
     def model_input(self, bodies: Sequence[bytes]) -> Tensor:
@@ -104,7 +104,7 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     context = worker_context(folder, manifest)
     with importing_from(folder):
         with _working_in(folder):
-            handler = load_inner_handler(manifest, context, _Messenger())
+            handler = load_user_handler(manifest, context, _Messenger())
         yield Preprocessing(handler, manifest["model"]["handler"], context, folder)
 
 

@@ -21,12 +21,12 @@ from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE
 from early_exit.handler.errors import RecordError
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
 from early_exit.training.data.preprocessing import Preprocessing
-from early_exit.training.data.training_set import Material, finish
-from early_exit.training.paths import MaterialPaths, replacing
+from early_exit.training.data.training_set import TrainingSet, finish
+from early_exit.training.paths import TrainingSetPaths, replacing
 
 _BATCH = 64
 _LEAST_AGREEMENT = 0.98
@@ -86,15 +86,15 @@ def _mixed(batch: Tensor) -> Tensor:
     return (mixed if batch.is_floating_point() else mixed.round()).to(batch.dtype)
 
 
-def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
+def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
                    backbone: Backbone, handler: Preprocessing, replay: Replay, *, engine: str = DEFAULT_ENGINE,
-                   on_batch: Callable[[int], object] = lambda n: None) -> Material:
+                   on_batch: Callable[[int], object] = lambda n: None) -> TrainingSet:
     """Run the recorded requests through the backbone: all of them as they are, those of the train part augmented.
 
     A replay that was stopped goes on after its last full round.
 
     Args:
-        paths: where the material is written.
+        paths: where the training_set is written.
         traffic: records with request bodies.
         layers: whose activations are kept.
         backbone: of the records.
@@ -112,8 +112,8 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())
     n_rows = len(traffic) + replay.rounds * n_train
-    model = ServedModel(backbone, engine=engine, sampling_rate=1.0, record_layers=len(backbone.description.candidates),
-                        record_pool=replay.pool)
+    model = EarlyExitModel(backbone, engine=engine, sampling_rate=1.0,
+                           record_layers=len(backbone.description.candidates), record_pool=replay.pool)
     done = json.loads(paths.progress.read_text())["rounds"] if paths.progress.exists() else -1
     files = {layer.path: _open(paths.activations(layer.path), n_rows, pooled_shape(layer.shape, replay.pool),
                                fresh=done < 0) for layer in layers}
@@ -149,7 +149,7 @@ def replay_records(paths: MaterialPaths, traffic: RecordedTraffic, layers: Seque
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         "log_probabilities": answers[every], "backbone_class": backbone_class, "part": traffic.part,
         "full_class": full[every[:len(traffic)]], "request": traffic.request, "time": traffic.time})
-    return Material.load(paths)
+    return TrainingSet.load(paths)
 
 
 def _open(path: Path, n_rows: int, shape: tuple[int, ...], dtype: type[np.generic] = np.float16, *,

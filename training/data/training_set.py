@@ -15,11 +15,11 @@ from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
-from early_exit.training.paths import MaterialPaths, replacing
+from early_exit.training.paths import TrainingSetPaths, replacing
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingSet:
     """N records, and after them R replays of those of the train part."""
 
     layers: tuple[CandidateLayer, ...]
@@ -27,7 +27,7 @@ class Material:
     recorded: Side
     """Side to which the activations are pooled."""
     n_classes: int
-    paths: MaterialPaths
+    paths: TrainingSetPaths
     log_probabilities: Tensor
     """(N + R, K) float16: the backbone's distributions."""
     backbone_class: Tensor
@@ -57,7 +57,7 @@ class Material:
         return Activations(self.paths.activations(layer.path))
 
     @classmethod
-    def load(cls, paths: MaterialPaths) -> Material:
+    def load(cls, paths: TrainingSetPaths) -> TrainingSet:
         """Read what `prepare` or a replay wrote."""
         index: dict[str, Any] = json.loads(paths.index.read_text())
         columns = load_file(paths.columns)
@@ -65,8 +65,8 @@ class Material:
                    recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, **columns)
 
 
-def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
-            n_classes: int, recorded: Side) -> Material:
+def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
+            n_classes: int, recorded: Side) -> TrainingSet:
     """Bring together the records of each layer; what is there already is kept.
 
     Afterwards the run no longer needs the shards, which the servers may delete.
@@ -80,10 +80,10 @@ def prepare(paths: MaterialPaths, traffic: RecordedTraffic, layers: Sequence[Can
         finish(paths, layers, recorded, n_classes, {
             "log_probabilities": traffic.log_probabilities, "backbone_class": traffic.backbone_class,
             "full_class": traffic.full_class, "part": traffic.part, "request": traffic.request, "time": traffic.time})
-    return Material.load(paths)
+    return TrainingSet.load(paths)
 
 
-def finish(paths: MaterialPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
+def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
            columns: Mapping[str, Tensor]) -> None:
     """Write the columns, and then the index, which says that all is there.
 

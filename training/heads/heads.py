@@ -1,4 +1,4 @@
-"""From material to trained heads: find an architecture for each layer, then train it in full."""
+"""From a training set to trained heads: find an architecture for each layer, then train it in full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.head import Head, HeadSpec
-from early_exit.training.data.training_set import Material
+from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Classify
 from early_exit.training.heads.nni_service import search_in_service
 from early_exit.training.heads.search import best_trial, search_layer
@@ -35,8 +35,8 @@ class TrainedHead:
     """Of the search; empty for a head that was given."""
 
 
-def find_architectures(run: RunPaths, material: Material, options: TrainingOptions, head_cost: HeadCost,
-                       say: Callable[[str], None] = lambda line: None,
+def find_architectures(run: RunPaths, training_set: TrainingSet, options: TrainingOptions, head_cost: HeadCost,
+                       log: Callable[[str], None] = lambda line: None,
                        ) -> tuple[dict[str, tuple[HeadSpec, tuple[Trial, ...]]], list[str]]:
     """Return the architecture for each layer that is worth a head, and why the others are not.
 
@@ -47,21 +47,21 @@ def find_architectures(run: RunPaths, material: Material, options: TrainingOptio
     dropped: list[str] = []
     search = options.search
     given = options.space.heads
-    _require_known(given, [layer.path for layer in material.layers])
-    n_trials = search.trials * sum(layer.path not in given for layer in material.layers) if search else 0
+    _require_known(given, [layer.path for layer in training_set.layers])
+    n_trials = search.trials * sum(layer.path not in given for layer in training_set.layers) if search else 0
     with tqdm(total=n_trials, desc="search", unit="trial", disable=None if n_trials else True) as progress:
-        for layer in material.layers:
+        for layer in training_set.layers:
             progress.set_postfix_str(layer.path)
             if layer.path in given:
-                found[layer.path] = given_head(given[layer.path], material.recorded), ()
+                found[layer.path] = given_head(given[layer.path], training_set.recorded), ()
             elif search is None:
-                found[layer.path] = default_head(material.recorded), ()
+                found[layer.path] = default_head(training_set.recorded), ()
             else:
-                evaluator = Evaluator(layer, material, options.tolerance, options.trial_recipe, head_cost)
+                evaluator = Evaluator(layer, training_set, options.tolerance, options.trial_recipe, head_cost)
                 if options.service is None:
                     trials = search_layer(evaluator, options.space, search, run, progress.update)
                 else:
-                    trials = search_in_service(evaluator, options.space, search, options.service, run, say,
+                    trials = search_in_service(evaluator, options.space, search, options.service, run, log,
                                                progress.update)
                 best = best_trial(trials)
                 if best is None:
@@ -83,11 +83,11 @@ def _require_known(given: Iterable[str], layers: Sequence[str]) -> None:
                               + f"There are {', '.join(layers)}; --layers and early_exit.layers say how many")
 
 
-def train_heads(run: RunPaths, material: Material, options: TrainingOptions,
+def train_heads(run: RunPaths, training_set: TrainingSet, options: TrainingOptions,
                 architectures: dict[str, tuple[HeadSpec, tuple[Trial, ...]]], head_cost: HeadCost) -> list[TrainedHead]:
     """Train the chosen heads in full, in the order of the backbone; those that are trained already are read."""
-    layers = [layer for layer in material.layers if layer.path in architectures]
-    evaluators = [Evaluator(layer, material, options.tolerance, options.recipe, head_cost) for layer in layers]
+    layers = [layer for layer in training_set.layers if layer.path in architectures]
+    evaluators = [Evaluator(layer, training_set, options.tolerance, options.recipe, head_cost) for layer in layers]
     trained = []
     with tqdm(total=sum(one.n_steps() for one in evaluators), desc="heads", unit="step", disable=None) as progress:
         def on_step(step: int, classify: Classify) -> bool:
@@ -98,7 +98,7 @@ def train_heads(run: RunPaths, material: Material, options: TrainingOptions,
             spec, trials = architectures[layer.path]
             path = run.head(layer.path)
             if path.exists():
-                head = Head(spec, layer.shape, material.n_classes).eval().requires_grad_(False)
+                head = Head(spec, layer.shape, training_set.n_classes).eval().requires_grad_(False)
                 head.load_state_dict(load_file(path))
                 progress.update(evaluator.n_steps())
             else:

@@ -83,7 +83,7 @@ class Service:
 
 
 def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, service: Service, run: RunPaths,
-                      say: Callable[[str], None], on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
+                      log: Callable[[str], None], on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
     """Return the trials of a layer, those of an earlier attempt included.
 
     The same trials as in this process, and the same files: a journal and the heads beside it. Trials find the
@@ -101,7 +101,7 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     Task.of(evaluator).save(run)
     first = 1 + max((trial.number for trial in trials), default=-1)
     command = shlex.join(["-m", "early_exit.training.heads.nni_trial", str(root), layer.path, str(first)])
-    config = service.config(f"{service.python} {command}", space.choices(layer.shape, evaluator.material.recorded),
+    config = service.config(f"{service.python} {command}", space.choices(layer.shape, evaluator.training_set.recorded),
                             run.task.parent.resolve())
     config.experiment_name = f"early exit at {layer.path}"
     config.experiment_working_directory = str(run.experiments.resolve())
@@ -112,7 +112,7 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     known = len(trials)
     for _ in range(_STARTS):
         experiment = _start(config, service.port, run)
-        say(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on all interfaces "
+        log(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on all interfaces "
             "of this machine, without a password: let a firewall keep others out)")
         status, died = "ERROR", None
         try:

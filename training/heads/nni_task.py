@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from early_exit.training.costs.cost import FlopCost
-from early_exit.training.data.training_set import Material
+from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.trial import Evaluator
 from early_exit.training.paths import RunPaths, replacing
@@ -42,6 +42,6 @@ class Task:
 
     def evaluator(self, run: RunPaths, layer: str) -> Evaluator:
         """Return the evaluator of a layer."""
-        material = Material.load(run.material)
-        [found] = [one for one in material.layers if one.path == layer]
-        return Evaluator(found, material, self.tolerance, self.recipe, FlopCost(self.flops))
+        training_set = TrainingSet.load(run.training_set)
+        [found] = [one for one in training_set.layers if one.path == layer]
+        return Evaluator(found, training_set, self.tolerance, self.recipe, FlopCost(self.flops))

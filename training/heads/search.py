@@ -38,7 +38,7 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
     Each trial's result is one line of the layer's journal, and its head lies beside, so a killed search
     loses at most the trial that was running. `on_trials` is told how many more are done.
     """
-    layer, recorded = evaluator.layer, evaluator.material.recorded
+    layer, recorded = evaluator.layer, evaluator.training_set.recorded
     trials = read_journal(run, layer.path)
     logging.getLogger("nni").setLevel(logging.ERROR)  # it tells its seed at every layer
     tuner = HeadTpe(search.seed_for(layer.path, len(trials)), search.startup)

@@ -17,7 +17,7 @@ from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.data.activation_file import Activations, Selected
 from early_exit.training.data.dataset import Part
-from early_exit.training.data.training_set import Material
+from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Classify, Distillation, train_head
 from early_exit.training.heads.space import spec_of
 from early_exit.training.selection.calibrate import fit_temperature
@@ -70,19 +70,19 @@ class Evaluator:
     """Judges heads on one layer by the records of a run."""
 
     layer: CandidateLayer
-    material: Material
+    training_set: TrainingSet
     tolerance: float
     recipe: Distillation
     head_cost: Callable[[Head, CandidateLayer], float]
 
     def train(self, spec: HeadSpec, on_step: Callable[[int, Classify], bool]) -> Head:
         """Train a head on the train part."""
-        rows = self.material.rows(Part.TRAIN)
-        return train_head(spec, self.layer.shape, Selected(self.material.activations(self.layer), rows),
-                          Selected(self.material.log_probabilities, rows), self.recipe, on_step)
+        rows = self.training_set.rows(Part.TRAIN)
+        return train_head(spec, self.layer.shape, Selected(self.training_set.activations(self.layer), rows),
+                          Selected(self.training_set.log_probabilities, rows), self.recipe, on_step)
 
     def n_steps(self) -> int:
-        return self.recipe.n_steps(len(self.material.rows(Part.TRAIN)))
+        return self.recipe.n_steps(len(self.training_set.rows(Part.TRAIN)))
 
     def run(self, number: int, parameters: Mapping[str, Any],
             goes_on: Callable[[Trial], bool]) -> tuple[Trial, Head]:
@@ -94,15 +94,16 @@ class Evaluator:
             goes_on: given the trial so far, tells whether it is worth its end.
         """
         started = time.monotonic()
-        spec = spec_of(parameters, self.layer.shape, self.material.recorded)
-        cost = self.head_cost(Head(spec, self.layer.shape, self.material.n_classes).eval(), self.layer)
+        spec = spec_of(parameters, self.layer.shape, self.training_set.recorded)
+        cost = self.head_cost(Head(spec, self.layer.shape, self.training_set.n_classes).eval(), self.layer)
         looks = {round(self.n_steps() * look / LOOKS) for look in range(1, LOOKS)}
         trials: list[Trial] = []  # this one, at each look
         stopped = False
 
         def look(classify: Classify) -> Trial:
-            logits = logits_of(classify, spec, self.material.activations(self.layer), self.material.rows(Part.TUNE))
-            teacher = self.material.backbone_class[self.material.rows(Part.TUNE)]
+            rows = self.training_set.rows(Part.TUNE)
+            logits = logits_of(classify, spec, self.training_set.activations(self.layer), rows)
+            teacher = self.training_set.backbone_class[rows]
             agrees = logits.argmax(dim=1) == teacher
             history = (*(trial.objective for trial in trials), self._objective(logits, agrees, teacher, cost))
             return Trial(

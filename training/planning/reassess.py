@@ -11,13 +11,13 @@ from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.costs.profiling import Profile
 from early_exit.training.data.dataset import Part
-from early_exit.training.data.training_set import Material
+from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.heads.trial import logits_of
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import exit_costs
-from early_exit.training.selection.thresholds import Choice, mean_cost
+from early_exit.training.selection.thresholds import OperatingPoint, mean_cost
 
 
 def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbone: BackboneDescription,
@@ -27,23 +27,23 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
     Args:
         plan: of the same backbone.
         heads: its heads, by layer path.
-        run: with its material and, where time is what counts, its profile.
+        run: with its training_set and, where time is what counts, its profile.
         backbone: of both.
         options: of the run.
 
     Returns:
         None where the run's records do not tell: a layer of the plan is not in them, or is pooled otherwise.
     """
-    material = Material.load(run.material)
-    layers = {layer.path: layer for layer in material.layers}
-    if any(one.layer not in layers or one.head.recorded != material.recorded for one in plan.exits):
+    training_set = TrainingSet.load(run.training_set)
+    layers = {layer.path: layer for layer in training_set.layers}
+    if any(one.layer not in layers or one.head.recorded != training_set.recorded for one in plan.exits):
         return None
     served = [TrainedHead(layers[one.layer], heads[one.layer]) for one in plan.exits]
     profile = Profile.load(run.profile) if run.profile.exists() else None
-    rows = material.rows(Part.CERTIFY)
+    rows = training_set.rows(Part.CERTIFY)
     taken = torch.full((len(rows),), -1, dtype=torch.int64)
     for position, (planned, one) in enumerate(zip(plan.exits, served)):
-        logits = logits_of(one.head.classify, one.head.spec, material.activations(one.layer), rows)
+        logits = logits_of(one.head.classify, one.head.spec, training_set.activations(one.layer), rows)
         taken[(taken == -1) & planned.policy()(logits)] = position
-    choice = Choice(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
+    choice = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
     return mean_cost(choice, taken, exit_costs(profile, served, backbone, options))

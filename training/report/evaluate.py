@@ -22,13 +22,13 @@ from early_exit.training.data.dataset import Part
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.planning.choose import choose, settings
-from early_exit.training.planning.predictions import Judged
+from early_exit.training.planning.predictions import HeadPredictions
 from early_exit.training.report.latency import Latency, devices, latencies
 from early_exit.training.report.ltma import expected_ltma, ltma
 from early_exit.training.report.performance import Curve, Performance, Setting, curve, exit_performances, setting
-from early_exit.training.report.scripted_model import Rehearsal
+from early_exit.training.report.scripted_model import ScriptedModel
 from early_exit.training.report.summary import guarantee
-from early_exit.training.selection.thresholds import NEVER, Choice, confidence_levels, outcome
+from early_exit.training.selection.thresholds import NEVER, OperatingPoint, confidence_levels, outcome
 
 BATCH_SIZES = (1, 8, 32)
 
@@ -98,14 +98,14 @@ class Evaluation:
 
 
 def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float = 60.0,
-             say: Callable[[str], None] = lambda line: None) -> Evaluation:
+             log: Callable[[str], None] = lambda line: None) -> Evaluation:
     """Evaluate a finished run; nothing is trained.
 
     Args:
         run: its folder.
         archive: the archive that was recorded, where it is not where it was when the run started.
         max_seconds: for the latencies on each device.
-        say: told what takes long.
+        log: told what takes long.
 
     Raises:
         RecordError: the folder is not that of a finished run.
@@ -115,7 +115,7 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
     inputs, report = json.loads(run.inputs.read_text()), json.loads(run.report_json.read_text())
     plan, tensors = load_plan(run.plan)
     mar = _archive(run, inputs, archive)
-    judged, options = Judged.load(run.judged), TrainingOptions.to_choose_with(inputs["options"])
+    judged, options = HeadPredictions.load(run.judged), TrainingOptions.to_choose_with(inputs["options"])
     path = settings(judged, options) if options.thresholds == "certified" else None
     choice = choose(judged, options, path)
     planned = tuple(one.threshold for one in plan.exits)
@@ -126,7 +126,7 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
     said = judged.parts[Part.CERTIFY]
     taken = outcome(choice, said.candidates).exit
     if path is None:
-        path = [Choice(choice.layers, (level,) * len(choice.layers)) for level in (NEVER, *confidence_levels())]
+        path = [OperatingPoint(choice.layers, (level,) * len(choice.layers)) for level in (NEVER, *confidence_levels())]
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
@@ -137,9 +137,9 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
         plain, with_exits = _resources(backbone, plan, heads, taken, deployed.flops)
         timed: list[Latency] = []
         for device in [one for one in devices() if one == "cpu" or engine_of(plan.engine).on_gpu]:
-            say(f"timing batches on {device}, for {max_seconds:.0f} s at most")
+            log(f"timing batches on {device}, for {max_seconds:.0f} s at most")
             here = backbone if device == "cpu" else Backbone.load(layout.folder, device)
-            timed += latencies(engine_of(plan.engine).unsplit(here), Rehearsal(here, plan, heads, device), taken,
+            timed += latencies(engine_of(plan.engine).unsplit(here), ScriptedModel(here, plan, heads, device), taken,
                                sorted({*BATCH_SIZES, options.batch_size}), device, max_seconds=max_seconds)
     exits = tuple(
         EvaluatedExit(one.layer, one.cost, one.head.in_words(), one.threshold, one.temperature, *found)
@@ -174,7 +174,7 @@ def _archive(run: RunPaths, inputs: dict[str, Any], given: Path | None) -> Path:
     return mar
 
 
-def _flops(judged: Judged, heads: list[dict[str, Any]], backbone: BackboneDescription) -> Costs:
+def _flops(judged: HeadPredictions, heads: list[dict[str, Any]], backbone: BackboneDescription) -> Costs:
     of_head = {head["layer"]: head["flops_ratio"] for head in heads}
     return flop_costs([backbone.layer(path) for path in judged.layers], [of_head[path] for path in judged.layers])
 
@@ -190,4 +190,4 @@ def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], ta
     in_heads = [p for head in heads.values() for p in head.parameters()]
     return plain, Resources(
         flops * flops_ratio, parameters + sum(p.numel() for p in in_heads), size + sum(p.nbytes for p in in_heads),
-        expected_ltma(Rehearsal(backbone, plan, heads), taken))
+        expected_ltma(ScriptedModel(backbone, plan, heads), taken))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.training.costs.profiling import one_thread, timed
-from early_exit.training.report.scripted_model import Rehearsal
+from early_exit.training.report.scripted_model import ScriptedModel
 
 REPEATS = 100
 """Of each measurement, as in section 4.4 of the paper."""
@@ -37,7 +37,7 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def latencies(backbone: nn.Module, rehearsal: Rehearsal, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
+def latencies(backbone: nn.Module, rehearsal: ScriptedModel, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
               max_seconds: float = 60.0) -> Iterator[Latency]:
     """Yield the latency for each batch size, the plain backbone and the one with exits taking turns.
 

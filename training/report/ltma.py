@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from early_exit.handler.inference.forward import Live
-from early_exit.training.report.scripted_model import Rehearsal
+from early_exit.training.report.scripted_model import ScriptedModel
 
 
 class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -44,7 +44,7 @@ def ltma(run: Callable[..., object], inputs: Live) -> int:
     return sum(one.nbytes for one in inputs) + counter.n_bytes
 
 
-def expected_ltma(rehearsal: Rehearsal, exit_taken: Tensor) -> float:
+def expected_ltma(rehearsal: ScriptedModel, exit_taken: Tensor) -> float:
     """Return the mean LTMA of a request that is served alone.
 
     Args:

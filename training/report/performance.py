@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from early_exit.training.costs.cost import Costs
-from early_exit.training.planning.predictions import Judgement
-from early_exit.training.selection.thresholds import Choice, mean_cost, outcome, served_classes
+from early_exit.training.planning.predictions import PartPredictions
+from early_exit.training.selection.thresholds import OperatingPoint, mean_cost, outcome, served_classes
 
 CURVE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
@@ -71,7 +71,7 @@ class Performance:
     """None without labels."""
 
 
-def performance(leaves: Tensor, answers: Tensor, said: Judgement) -> Performance:
+def performance(leaves: Tensor, answers: Tensor, said: PartPredictions) -> Performance:
     """Return how those records are answered that leave.
 
     Args:
@@ -100,7 +100,7 @@ class Curve:
     accuracy: tuple[float | None, ...]
 
 
-def curve(layer: str, index: int, said: Judgement) -> Curve:
+def curve(layer: str, index: int, said: PartPredictions) -> Curve:
     """Return the curve of the candidate with an index, on the records of a part."""
     at = [performance(said.candidates.confidence[:, index] >= threshold, said.answers[:, index], said)
           for threshold in CURVE_THRESHOLDS]
@@ -133,7 +133,7 @@ class Setting:
     """None without labels."""
 
 
-def setting(choice: Choice, said: Judgement, flops: Costs) -> Setting:
+def setting(choice: OperatingPoint, said: PartPredictions, flops: Costs) -> Setting:
     """Return what a choice does to the records of a part; `flops` are the candidates' costs in FLOPs."""
     found = outcome(choice, said.candidates)
     accuracy, known = None, said.labels >= 0
@@ -146,7 +146,7 @@ def setting(choice: Choice, said: Judgement, flops: Costs) -> Setting:
                    accuracy)
 
 
-def exit_performances(choice: Choice, said: Judgement) -> Sequence[tuple[Performance, Performance]]:
+def exit_performances(choice: OperatingPoint, said: PartPredictions) -> Sequence[tuple[Performance, Performance]]:
     """Return how each exit of a choice does alone, and after the exits before it."""
     taken = outcome(choice, said.candidates).exit
     return [(performance(said.candidates.confidence[:, layer] >= threshold, said.answers[:, layer], said),

@@ -13,10 +13,10 @@ from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.exits.policy import ExitPolicy
 from early_exit.handler.inference.forward import FULL, Answers, Live, run_with_exits
-from early_exit.handler.model import ServedModel
+from early_exit.handler.model import EarlyExitModel
 
 
-class Rehearsal:
+class ScriptedModel:
     """A backbone and the exits of a plan that decide as they serve, but let rows leave as they were told.
 
     What dense operations cost does not depend on the values, so no request is needed to measure it.
@@ -25,7 +25,7 @@ class Rehearsal:
     def __init__(self, backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head],
                  device: torch.device | str = "cpu") -> None:
         """Prepare the model on a device, where the backbone is already."""
-        served = ServedModel(backbone, plan, heads, engine=plan.engine).to(device)
+        served = EarlyExitModel(backbone, plan, heads, engine=plan.engine).to(device)
         self._device = device
         self._leaves: list[Tensor] = []
         self._items = [item.to(device) for item in backbone.description.probe_inputs()]

@@ -10,10 +10,10 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.costs.cost import flop_costs, head_flops
 from early_exit.training.data.dataset import Part
-from early_exit.training.data.training_set import Material
+from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
-from early_exit.training.planning.predictions import Judged
-from early_exit.training.selection.thresholds import Choice, mean_cost, outcome
+from early_exit.training.planning.predictions import HeadPredictions
+from early_exit.training.selection.thresholds import OperatingPoint, mean_cost, outcome
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def guarantee(plan: ExitPlan) -> str:
             "records that were not used to choose them.")
 
 
-def make_report(model: str, material: Material, heads: Sequence[TrainedHead], judged: Judged, choice: Choice,
-                plan: ExitPlan, left_out: Sequence[str], backbone: BackboneDescription) -> RunReport:
+def make_report(model: str, training_set: TrainingSet, heads: Sequence[TrainedHead], judged: HeadPredictions,
+                choice: OperatingPoint, plan: ExitPlan, left_out: Sequence[str],
+                backbone: BackboneDescription) -> RunReport:
     """Put together what a run found."""
     certify = judged.certify
     found = outcome(choice, certify)
@@ -124,7 +125,7 @@ def make_report(model: str, material: Material, heads: Sequence[TrainedHead], ju
             hit_rate_alone=(certify.confidence[:, layer] >= planned.threshold).double().mean().item()))
     return RunReport(
         model=model, plan=plan, exits=tuple(exits), left_out=tuple(left_out),
-        records={part.name.lower(): len(material.rows(part)) for part in Part},
+        records={part.name.lower(): len(training_set.rows(part)) for part in Part},
         heads=tuple(
             HeadReport(one.layer.path, one.head.spec.in_words(), len(one.trials),
                        judged.tune.agrees[:, index].double().mean().item(), judged.temperatures[index],

@@ -50,7 +50,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OperatingPoint:
     """Exits and their thresholds."""
 
     layers: tuple[int, ...]
@@ -91,7 +91,7 @@ def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float
     return float(above.min()) if len(above) else NEVER
 
 
-def paper_choice(tune: Candidates, tolerance: float) -> Choice:
+def paper_point(tune: Candidates, tolerance: float) -> OperatingPoint:
     """Return the best subset when the n-th exit may spend T / 2^n (section 3.3)."""
 
     @cache
@@ -103,10 +103,10 @@ def paper_choice(tune: Candidates, tolerance: float) -> Choice:
         return tune.option(layer, threshold(layer, position))
 
     subset = improved_subset(option, tune.costs, len(tune))
-    return Choice(subset.layers, tuple(threshold(layer, n) for n, layer in enumerate(subset.layers, start=1)))
+    return OperatingPoint(subset.layers, tuple(threshold(layer, n) for n, layer in enumerate(subset.layers, start=1)))
 
 
-def equal_choice(tune: Candidates, tolerance: float) -> Choice:
+def equal_point(tune: Candidates, tolerance: float) -> OperatingPoint:
     """Return the best subset when each of m exits may spend T / m."""
     best, thresholds = Subset((), 1.0), tuple[float, ...]()
     for size in range(1, tune.n_layers + 1):
@@ -117,10 +117,10 @@ def equal_choice(tune: Candidates, tolerance: float) -> Choice:
                              tune.costs, len(tune), size=size, best=best)
         if subset.cost < best.cost:
             best, thresholds = subset, tuple(levels[layer] for layer in subset.layers)
-    return Choice(best.layers, thresholds)
+    return OperatingPoint(best.layers, thresholds)
 
 
-def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int) -> list[Choice]:
+def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int) -> list[OperatingPoint]:
     """Return the settings to certify, from "never exit" to aggressive.
 
     The settings share one subset, and differ in the rate at which risk buys time. The subset is the one that costs
@@ -142,7 +142,7 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         options = [tune.option(layer, least) for layer, least in enumerate(thresholds)]
         best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
                                tune.costs, len(tune), max_loss=max_loss, best=best)
-    return [Choice(best.layers, tuple(thresholds[layer] for layer in best.layers)) for thresholds in by_rate]
+    return [OperatingPoint(best.layers, tuple(thresholds[layer] for layer in best.layers)) for thresholds in by_rate]
 
 
 def _thresholds(costs: Costs, rate: float) -> list[float]:
@@ -155,7 +155,7 @@ def _thresholds(costs: Costs, rate: float) -> list[float]:
     return [max(0.0, round(1 - rate * saved, 6)) if rate else NEVER for saved in costs.saved]
 
 
-def safer_settings(path: Sequence[Choice], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
+def safer_settings(path: Sequence[OperatingPoint], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
     """Return some settings that come before the deployed one on a certified path, the nearest first.
 
     Each loses at most half as much on *tune* as the one after it, beyond what is lost without exits, so a few reach
@@ -182,7 +182,7 @@ def confidence_levels(count: int = 121) -> list[float]:
     return (1 - torch.logspace(-4, torch.log10(torch.tensor(0.7)).item(), count, dtype=torch.float64)).tolist()
 
 
-def outcome(choice: Choice, records: Candidates) -> Outcome:
+def outcome(choice: OperatingPoint, records: Candidates) -> Outcome:
     """Return what a choice does to records; what later exits would have said does not count."""
     n_records = len(records)
     exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
@@ -195,7 +195,7 @@ def outcome(choice: Choice, records: Candidates) -> Outcome:
     return Outcome(exit_taken, differs, losses)
 
 
-def served_classes(choice: Choice, exit_taken: Tensor, answers: Tensor, full_class: Tensor) -> Tensor:
+def served_classes(choice: OperatingPoint, exit_taken: Tensor, answers: Tensor, full_class: Tensor) -> Tensor:
     """Return the (N,) int64 classes that a choice answers with.
 
     Args:
@@ -211,7 +211,7 @@ def served_classes(choice: Choice, exit_taken: Tensor, answers: Tensor, full_cla
     return served
 
 
-def batch_costs(choice: Choice, exit_taken: Tensor, costs: Costs, *, seed: int = 0) -> Tensor:
+def batch_costs(choice: OperatingPoint, exit_taken: Tensor, costs: Costs, *, seed: int = 0) -> Tensor:
     """Return the (400,) costs of full batches drawn from records with replacement; the backbone alone costs 1.
 
     Args:
@@ -232,7 +232,7 @@ def batch_costs(choice: Choice, exit_taken: Tensor, costs: Costs, *, seed: int =
     return total
 
 
-def mean_cost(choice: Choice, exit_taken: Tensor, costs: Costs) -> float:
+def mean_cost(choice: OperatingPoint, exit_taken: Tensor, costs: Costs) -> float:
     """Return the expected cost of a request as a fraction of the backbone's, heads included.
 
     Args:

@@ -1,4 +1,4 @@
-"""Material for heads without a backbone: one layer of vectors and a teacher that is a function of them."""
+"""TrainingSet for heads without a backbone: one layer of vectors and a teacher that is a function of them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part
-from early_exit.training.data.training_set import Material, finish
-from early_exit.training.paths import MaterialPaths
+from early_exit.training.data.training_set import TrainingSet, finish
+from early_exit.training.paths import TrainingSetPaths
 
 LAYER = CandidateLayer("layer", "layer", (12,), 0.4)
 
 
-def made_material(folder: Path, target: Callable[[Tensor], Tensor] | None = None, n_records: int = 1000) -> Material:
-    """Write and load material.
+def made_material(folder: Path, target: Callable[[Tensor], Tensor] | None = None, n_records: int = 1000) -> TrainingSet:
+    """Write and load a training set.
 
     Args:
-        folder: of the material.
+        folder: of the training_set.
         target: maps (N, 12) activations to (N, 3) logits of the backbone; linear by default.
         n_records: half of them for training, the others to tune with.
     """
-    paths = MaterialPaths(folder)
+    paths = TrainingSetPaths(folder)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n_records, 12, generator=generator)
     direction = torch.randn(12, 3, generator=generator)
@@ -39,4 +39,4 @@ def made_material(folder: Path, target: Callable[[Tensor], Tensor] | None = None
         "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1),
         "full_class": logits.argmax(dim=1), "part": part,
         "request": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64)})
-    return Material.load(paths)
+    return TrainingSet.load(paths)
