@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.handler.allocator import restart_with_allocator
 
 
 def main() -> int:

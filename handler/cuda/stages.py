@@ -52,13 +52,15 @@ def _graphed_exit(exit_: Exit, here: Graphed) -> Exit:
 
 
 def capture_stages(stages: Sequence[Stage], inputs: Live, batch_size: int) -> None:
-    """Let batches of up to that many rows find the graphs of their stages.
+    """Let batches of up to that many rows find the graphs of their stages; do nothing where stages are no graphs.
 
     Args:
-        stages: from `graphed`.
+        stages: what `graphed` returned.
         inputs: like those to come, with one row.
         batch_size: the largest to come.
     """
+    if not isinstance(stages[0], GraphedStage):
+        return
     for size in reversed(sizes_up_to(batch_size)):  # smaller ones find the memory that the largest used
         batch = tuple(one.expand(size, *one.shape[1:]) for one in inputs)
         run_with_exits(batch, stages, shadow=torch.ones(size, dtype=torch.bool))

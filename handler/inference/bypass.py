@@ -10,8 +10,6 @@ DELTA = 0.01
 BETS = (0.1, 0.2, 0.4, 0.8)
 _WARM_UP = 5
 """Pairs that only tell the scale."""
-_EPOCH = 32
-"""Answers in a stretch of requests that go one way."""
 
 
 @dataclass
@@ -25,6 +23,7 @@ class Comparison:
     """
 
     n: int = 0
+    """How many pairs were compared."""
     other_s: float = 0.0
     """Sum of the other way's seconds."""
     capital: list[float] = field(default_factory=lambda: [1.0] * len(BETS))
@@ -90,30 +89,6 @@ class AdaptiveBypass:
 
     def _bucket(self, n_rows: int) -> _Bucket:
         return self._buckets.setdefault(_power(n_rows), _Bucket())
-
-
-class Epochs:
-    """The same for requests that share stages, whose costs cannot be told apart: a stretch of them goes one way.
-
-    Those of the stretch before that are still on their way blur the difference, but do not turn it round.
-    """
-
-    def __init__(self, benefit: AdaptiveBypass) -> None:
-        self._benefit = benefit
-        self._begin()
-
-    def note(self, n_answered: int, seconds: float) -> None:
-        """Note that a step took some time, and how many requests it answered."""
-        self._n += n_answered
-        self._seconds += seconds
-        if self._n >= _EPOCH:
-            self._benefit.measured(1, self._seconds / self._n, with_exits=self.takes_exits)
-            self._begin()
-
-    def _begin(self) -> None:
-        self.takes_exits = self._benefit.takes_exits(1)
-        """Whether requests that join now take the exits."""
-        self._n, self._seconds = 0, 0.0
 
 
 def _power(n_rows: int) -> int:

@@ -1,4 +1,4 @@
-"""The settings that a version can step back to without loading anything."""
+"""The fallback levels of a version: the settings that it can fall back to without loading anything."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.inference.forward import Stage
 
 
-def stages_by_step(stages: Sequence[Stage], plan: ExitPlan | None) -> tuple[tuple[Stage, ...], ...]:
-    """Return the stages as deployed, then with each safer setting of the plan, then without exits.
+def fallback_levels(stages: Sequence[Stage], plan: ExitPlan | None) -> tuple[tuple[Stage, ...], ...]:
+    """Return the stages at each fallback level: as deployed, with each safer setting of the plan, without exits.
 
-    A version without exits has one step.
+    A version without exits has one level.
     """
     deployed = tuple(stages)
     if plan is None or not plan.exits:

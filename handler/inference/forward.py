@@ -67,15 +67,15 @@ class Answers:
     stages: Tensor
     """(B,) int64 on the CPU: the stage after which each row was answered, or `FULL`."""
     shadow: Tensor
-    """(S,) int64 on the CPU: rows that ran to the end whatever the exits said."""
+    """(S,) int64 on the CPU: numbers of the rows that ran to the end whatever the exits said."""
     reference: Tensor
     """(S, K) scores of the whole backbone for the shadow rows."""
     stage_seconds: tuple[float, ...]
     """Wall time of each stage that ran, with its head and shrink; none where a GPU ran them in one launch."""
     anytime: Tensor
-    """(A,) int64 on the CPU: rows that asked for every exit's opinion, so they ran to the end too."""
-    opinions: Mapping[int, Tensor]
-    """By stage, and by `FULL` for the whole backbone, the (A, K) scores that they would have got there."""
+    """(A,) int64 on the CPU: numbers of the rows that asked for the scores of every exit, so they ran to the end too."""
+    exit_scores: Mapping[int, Tensor]
+    """By stage, and by `FULL` for the whole backbone: the (A, K) scores that the anytime rows would have got there."""
     beside: Live = ()
     """What the backbone returned beside the scores: (W, ...) for the rows that left nowhere, in order; none where all
     left."""
@@ -94,7 +94,7 @@ def run_with_exits(
         inputs: the backbone's (B, ...) inputs; B may be 0.
         stages: the backbone in order; the last stage returns the scores.
         shadow: (B,) bool mask of shadow rows; none by default.
-        anytime: (B,) bool mask of rows that ask for every exit's opinion, so they run to the end too; none by default.
+        anytime: (B,) bool mask of rows that ask for the scores of every exit, so they run to the end; none by default.
         observe: sees the shadow rows' activations.
     """
     batch = _Batch(len(inputs[0]), _numbers(shadow), _numbers(anytime))
@@ -124,30 +124,30 @@ class _Batch:
     def __init__(self, n_rows: int, shadow: list[int], anytime: list[int]) -> None:
         self.n_rows, self.shadow = n_rows, shadow
         self.rows = list(range(n_rows))
-        """Those that travel, in their places."""
+        """Numbers of the rows that travel, in their places."""
         self._anytime, self._through = anytime, {*shadow, *anytime}
         self._left_after, self._waits = [FULL] * n_rows, [True] * n_rows
-        self._said: list[tuple[Exit, Tensor]] = []
-        """Exits that answered rows, with the logits of all that were there."""
+        self._decided: list[tuple[Exit, Tensor]] = []
+        """Exits that answered rows, with the logits of all rows that were there."""
+        self._n_decided = 0
+        """How many rows these logits have together."""
         self._source = [0] * n_rows
-        """For each row that was answered its place in what they said, one after the other,"""
-        self._n_said = 0
-        """which are so many."""
-        self._opinions: dict[int, Tensor] = {}
+        """For each row that was answered: its place in these logits, one after the other."""
+        self._exit_scores: dict[int, Tensor] = {}
 
     def leave(self, number: int, exit_: Exit, live: list[Tensor], following: Stage | None) -> list[Tensor]:
         """Let the rows leave that an exit is sure of; return what travels on to the following stage, if any."""
         logits, sure = exit_.decide(live[0])
         hit = answered(sure, [self._waits[row] for row in self.rows])
         if self._anytime:
-            self._opinions[number] = exit_.answer(self.take(logits, self._anytime))
+            self._exit_scores[number] = exit_.answer(self.take(logits, self._anytime))
         if not hit:
             return live
         for place in hit:
             row = self.rows[place]
-            self._left_after[row], self._waits[row], self._source[row] = number, False, self._n_said + place
-        self._said.append((exit_, logits))
-        self._n_said += len(self.rows)
+            self._left_after[row], self._waits[row], self._source[row] = number, False, self._n_decided + place
+        self._decided.append((exit_, logits))
+        self._n_decided += len(self.rows)
         stay = [place for place, row in enumerate(self.rows) if self._waits[row] or row in self._through]
         if not stay or (following is not None and exit_.shrinks(len(self.rows), len(stay))):
             self.rows = [self.rows[place] for place in stay]
@@ -167,18 +167,18 @@ class _Batch:
         """Return all answers, given what the last stage returned if a row came so far."""
         outputs, wait = live[0], [place for place, row in enumerate(self.rows) if self._waits[row]]
         beside = tuple(self._at(x, wait) for x in live[1:]) if self.rows else ()
-        if self._said:
+        if self._decided:
             for place in wait:
-                self._source[self.rows[place]] = self._n_said + place
-            pieces = [exit_.answer(logits) for exit_, logits in self._said] + ([live[0]] if wait else [])
+                self._source[self.rows[place]] = self._n_decided + place
+            pieces = [exit_.answer(logits) for exit_, logits in self._decided] + ([live[0]] if wait else [])
             outputs = pieces[0]  # all of them, if there are no others
             if len(pieces) > 1:
                 outputs = torch.cat(pieces).index_select(0, numbers_on(outputs.device, self._source))
         reference = self.take(live[0], self.shadow) if self.shadow else outputs[:0]
-        opinions = self._opinions | ({FULL: self.take(live[0], self._anytime)} if self._anytime else {})
+        exit_scores = self._exit_scores | ({FULL: self.take(live[0], self._anytime)} if self._anytime else {})
         stages, shadow, anytime = (torch.tensor(numbers, dtype=torch.int64)
                                    for numbers in (self._left_after, self.shadow, self._anytime))
-        return Answers(outputs, stages, shadow, reference, tuple(seconds), anytime, opinions, beside)
+        return Answers(outputs, stages, shadow, reference, tuple(seconds), anytime, exit_scores, beside)
 
 
 def answered(sure: Sequence[bool], waiting: Sequence[bool]) -> list[int]:
@@ -199,8 +199,8 @@ def numbers_on(device: torch.device, numbers: list[int]) -> Tensor:
 
 
 def _numbers(mask: Tensor | None) -> list[int]:
-    found: list[int] = [] if mask is None else mask.nonzero().flatten().tolist()
-    return found
+    numbers: list[int] = [] if mask is None else mask.nonzero().flatten().tolist()
+    return numbers
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

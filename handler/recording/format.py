@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,11 @@ class ShardHeader:
 
     def folder(self, root: Path) -> Path:
         return root / self.model / self.backbone
+
+
+def request_hash(request_id: str) -> int:
+    """Return a uniform signed 64-bit hash of a request id; records are split by it."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big", signed=True)
 
 
 def write_shard(path: Path, header: ShardHeader, records: Records) -> None:

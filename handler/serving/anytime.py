@@ -1,4 +1,4 @@
-"""The anytime mode of the paper: a request is answered as usual and hears what every exit would have said."""
+"""The anytime mode of the paper: a request is answered as usual and is told what every exit would have said."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
 
+FULL_NAME = "full"
 ANYTIME_HEADER = "X-Early-Exit-Anytime"
-"""A prediction request with this header asks for the opinions, whatever its value."""
+"""A prediction request with this header asks for the predictions of every exit, whatever the header's value."""
 OPINIONS_HEADER = "X-Early-Exit-Opinions"
-"""JSON list of {"exit", "class", "confidence"} in the order of the backbone, the whole one last, with "label" where
-the handler has an index_to_name.json. It takes some 60 bytes an exit; X-Early-Exit names the exit that answered."""
 
 
-def who_asks(context: Any, n_items: int) -> list[bool]:
-    """Return for each request of a call whether its headers ask for the opinions, however a proxy spells them."""
-    return [any(name.lower() == ANYTIME_HEADER.lower() for name in context.get_all_request_header(item))
-            for item in range(n_items)]
+def asks_for_every_exit(headers: Mapping[str, Any]) -> bool:
+    """Tell whether a request's headers ask for the predictions of every exit, however a proxy spells them."""
+    return any(name.lower() == ANYTIME_HEADER.lower() for name in headers)
 
 
-def opinions_headers(exits: Sequence[str], scores: Sequence[Tensor], kind: ScoreKind, labels: Any) -> list[str]:
-    """Return the headers of the requests that asked.
+def per_exit_predictions(exits: Sequence[str], scores: Sequence[Tensor], kind: ScoreKind, labels: Any) -> list[str]:
+    """Return what each request that asked is told: JSON, some 60 bytes an exit.
+
+    A list of {"exit", "class", "confidence"} in the order of the backbone, the whole backbone last, with "label" where
+    the handler has names for the classes.
 
     Args:
         exits: names of the exits, in order.
-        scores: for each of them the (A, K) scores of the A requests.
+        scores: for each exit the (A, K) scores of the A requests.
         kind: of the scores.
         labels: the handler's `mapping` from class numbers, as strings, to names; anything else is left out.
     """
     by_request = torch.stack(list(scores), dim=1).float().flatten(0, 1)  # (A * exits, K)
     confidences, classes = kind.log_probabilities(by_request).exp().max(dim=1)
-    told = [{"exit": name, "class": number, **_label(labels, number), "confidence": round(confidence, 4)}
-            for name, number, confidence in zip(list(exits) * len(scores[0]), classes.tolist(), confidences.tolist())]
-    return [json.dumps(told[start:start + len(exits)], separators=(",", ":"))
-            for start in range(0, len(told), len(exits))]
+    predictions = [
+        {"exit": name, "class": number, **_label(labels, number), "confidence": round(confidence, 4)}
+        for name, number, confidence in zip(list(exits) * len(scores[0]), classes.tolist(), confidences.tolist())]
+    return [json.dumps(predictions[start:start + len(exits)], separators=(",", ":"))
+            for start in range(0, len(predictions), len(exits))]
 
 
 def _label(labels: Any, number: int) -> dict[str, str]:
-    found = labels.get(str(number)) if isinstance(labels, Mapping) else None
-    if isinstance(found, (list, tuple)) and found:  # such as ["n01440764", "tench"]
-        found = found[-1]
-    return {"label": found} if isinstance(found, str) else {}
+    label = labels.get(str(number)) if isinstance(labels, Mapping) else None
+    if isinstance(label, (list, tuple)) and label:  # such as ["n01440764", "tench"]
+        label = label[-1]
+    return {"label": label} if isinstance(label, str) else {}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from early_exit.handler.call import Call, Reply
+from early_exit.handler.call_log import ServedBatch
 from early_exit.handler.errors import InputError
-from early_exit.handler.model import EarlyExitModel, ServedBatch
-from early_exit.handler.serving.anytime import who_asks
+from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.serving.anytime import asks_for_every_exit
+from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.wrapper import UserHandler
 
 logger = logging.getLogger(__name__)
@@ -19,71 +21,75 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """What a call of the user's handler gave for some items of a batch."""
+    """What one call of the user's handler gave for some calls of a batch."""
 
-    items: tuple[int, ...]
-    responses: list[Any]
+    positions: tuple[int, ...]
+    """Where the calls stand in the batch."""
+    calls: Sequence[Call]
+    replies: list[Reply]
+    """One for each call, in order."""
     batches: list[ServedBatch]
     """The calls of the model that were made."""
     refused: bool = False
-    """Whether the response is an error of ours."""
+    """Whether the reply is an error of ours."""
+
+    @property
+    def rows_are_requests(self) -> bool:
+        """Whether each request became one row of the model's input, so that row n is about request n."""
+        return len(self.batches) == 1 and len(self.batches[0].answers.outputs) == len(self.calls)
 
 
-def answer_items(data: list[Any], context: Any, inner: UserHandler, model: EarlyExitModel) -> list[Served]:
-    """Return the responses to all items: together when that works, else one by one.
+def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerContext,
+                 model: EarlyExitModel) -> list[Served]:
+    """Return the replies to all calls: together when that works, else one by one.
 
-    TorchServe fails the whole batch when a handler raises. Here an item that makes the handler raise gets
-    an error response of its own: 400 when it failed before the model took it, 500 after.
+    A handler that raises fails all requests that it was given. Here a call that makes the handler raise gets an error
+    reply of its own: 400 when it failed before the model took it, 500 after.
+
+    Raises:
+        MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
     """
-    items = tuple(range(len(data)))
     try:
-        return [_call(items, data, context, inner, model)]
+        return [_call(tuple(range(len(calls))), calls, handler, context, model)]
     except Exception as error:
-        if len(data) == 1:
-            return [_refuse(0, error, context, model)]
+        if len(calls) == 1:
+            return [_refuse(0, calls[0], error, model)]
     served: list[Served] = []
-    for item in items:
-        alone = context_of([item], context)
+    for position, call in enumerate(calls):
         try:
-            one = _call((item,), [data[item]], alone, inner, model)
+            alone = _call((position,), [call], handler, context, model)
         except Exception as error:
-            one = _refuse(item, error, context, model)
-        served.append(one)
+            alone = _refuse(position, call, error, model)
+        served.append(alone)
     return served
 
 
-def _call(items: tuple[int, ...], data: list[Any], context: Any, inner: UserHandler, model: EarlyExitModel) -> Served:
+def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandler, context: HandlerContext,
+          model: EarlyExitModel) -> Served:
     # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
-    model.start_call(who_asks(context, len(data)))
-    responses = inner.handle(data, context)
-    if not isinstance(responses, list) or len(responses) != len(data):
-        found = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__
-        raise RuntimeError(f"{type(inner).__name__} returned {found} for {len(data)} requests")
-    return Served(items, responses, model.take_served())
+    model.log.begin([asks_for_every_exit(call.headers) for call in calls])
+    context.begin(calls)
+    responses = handler.handle([call.inputs for call in calls], context)
+    if not isinstance(responses, list) or len(responses) != len(calls):
+        returned = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__
+        raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(calls)} requests")
+    replies = [context.reply(number, response) for number, response in enumerate(responses)]
+    return Served(positions, calls, replies, model.log.take())
 
 
-def _refuse(item: int, error: Exception, context: Any, model: EarlyExitModel) -> Served:
-    """Set an item's error status and return its JSON body."""
+def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) -> Served:
+    """Return the error reply to a call."""
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     # By its type, never by its text, which may be a client's.
-    if isinstance(error, torch.AcceleratorError) or (out_of_memory and model.is_computing):
-        raise error  # TorchServe answers these with 507 and knows what to do with the worker
-    reached_model = bool(model.take_served()) or model.is_computing or out_of_memory
-    code = getattr(error, "error_code", None)  # ts.utils.util.PredictionException carries its own
-    if not isinstance(code, int):
-        code = 500 if reached_model and not isinstance(error, InputError) else 400
-    kind = "BadRequestException" if code < 500 else "InternalServerException"
-    log = logger.info if code < 500 else logger.error
-    log("request %s answered %d", context.get_request_id(item), code, exc_info=error)
-    context.set_response_status(code, kind, item)
-    context.set_response_content_type(item, "application/json")
-    body = {"code": code, "type": kind, "message": f"{type(error).__name__}: {error}"}
-    return Served((item,), [body], [], refused=True)
-
-
-def context_of(items: list[int], context: Any) -> Any:
-    """Return the context as the handler would see it if only these items were in the batch."""
-    part = copy.copy(context)
-    part.request_ids = {number: context.get_request_id(item) for number, item in enumerate(items)}
-    part.request_processor = [context.request_processor[item] for item in items]
-    return part
+    if isinstance(error, torch.AcceleratorError) or (out_of_memory and model.log.is_computing):
+        raise error  # the host knows what to do with a worker in this state
+    reached_model = bool(model.log.take()) or model.log.is_computing or out_of_memory
+    status = getattr(error, "error_code", None)  # exceptions of TorchServe's handler API carry their own
+    if not isinstance(status, int):
+        status = 500 if reached_model and not isinstance(error, InputError) else 400
+    kind = "BadRequestException" if status < 500 else "InternalServerException"
+    log = logger.info if status < 500 else logger.error
+    log("request %s answered %d", call.id, status, exc_info=error)
+    body = {"code": status, "type": kind, "message": f"{type(error).__name__}: {error}"}
+    return Served((position,), [call], [Reply(body, status, kind, {"content-type": "application/json"})], [],
+                  refused=True)

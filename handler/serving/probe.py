@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,21 +20,21 @@ def answer_probe(model: EarlyExitModel) -> dict[str, Any]:
     Raises:
         ArchiveError: the scores are not those that the archive was made with.
     """
-    expected = torch.tensor([model.description.probe])
-    inputs = tuple(one.to(model.device) for one in model.description.probe_inputs())
+    assembly = model.assembly
+    expected = torch.tensor([assembly.description.probe])
     with torch.no_grad():
-        answers = model.passes.run(0, inputs, shadow=torch.ones(1, dtype=torch.bool))
-    error = (answers.reference.cpu() - expected).abs().max() / expected.abs().max()
-    allowed = model.engine.max_probe_error
+        execution = model.executor.run(assembly.probe_inputs(), 0, torch.ones(1, dtype=torch.bool))
+    error = (execution.answers.reference.cpu() - expected).abs().max() / expected.abs().max()
+    allowed = assembly.engine.max_probe_error
     if not error <= allowed:  # also catches NaN
         raise ArchiveError(f"the backbone's scores are off by {error:.1e} from those stored in the archive (allowed "
-                           f"with the engine {model.engine.name}: {allowed:.0e}): the weights are damaged, or this "
+                           f"with the engine {assembly.engine.name}: {allowed:.0e}): the weights are damaged, or this "
                            "device computes differently")
-    exits = [path for path, stage in zip(model.layers, model.stages) if stage.exit is not None]
-    return {"probe": "ok", "relative_error": error.item(), "backbone": model.description.sha256, "exits": exits,
-            "plan": model.plan.digest() if model.plan else None}
+    exits = [path for path, stage in zip(assembly.layers, assembly.stages) if stage.exit is not None]
+    return {"probe": "ok", "relative_error": error.item(), "backbone": assembly.description.sha256, "exits": exits,
+            "plan": assembly.plan.digest() if assembly.plan else None}
 
 
-def is_probe(headers: dict[str, str]) -> bool:
+def is_probe(headers: Mapping[str, Any]) -> bool:
     """Tell a probe by the headers of a request, however a proxy spells them."""
     return any(name.lower() == PROBE_HEADER.lower() for name in headers)

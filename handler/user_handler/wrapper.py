@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
 from torch import nn
 
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.user_handler.context import HandlerContext
 
 
 class UserHandler(Protocol):
@@ -24,7 +25,7 @@ class UserHandler(Protocol):
     def handle(self, data: list[Any], context: Any) -> list[Any]: ...
 
 
-def load_user_handler(manifest: dict[str, Any], context: Any, model: nn.Module) -> UserHandler:
+def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, model: nn.Module) -> UserHandler:
     """Create the handler that a manifest names, with `model` in place of its own.
 
     A handler that loads its model through TorchServe's BaseHandler gets ours without reading any weights;
@@ -32,7 +33,7 @@ def load_user_handler(manifest: dict[str, Any], context: Any, model: nn.Module) 
 
     Args:
         manifest: the archive's original manifest.
-        context: TorchServe's context for this worker.
+        context: what the handler sees of the worker.
         model: what `handler.model` becomes.
 
     Raises:
@@ -42,7 +43,7 @@ def load_user_handler(manifest: dict[str, Any], context: Any, model: nn.Module) 
     for loader in ("_load_pickled_model", "_load_torchscript_model"):
         if hasattr(handler, loader):
             setattr(handler, loader, lambda *args, **kwargs: model)
-    handler.initialize(_original_context(manifest, context))
+    handler.initialize(context)
     if not isinstance(getattr(handler, "model", None), nn.Module):
         raise ArchiveError(f"{type(handler).__name__} does not keep its model in 'self.model' after initialize(), so "
                            "it cannot be given one with early exits: store the model there and call it from there")
@@ -86,13 +87,3 @@ def _import_handler(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ArchiveError(f"cannot import the handler {name!r}: no such file in the archive, and as a built-in "
                            f"handler of TorchServe it fails with: {error}") from error
-
-
-def _original_context(manifest: dict[str, Any], context: Any) -> Any:
-    """Return a context in which the handler finds the archive as it was before it was repackaged."""
-    original = copy.copy(context)
-    original.manifest = manifest
-    # torch.compile over our stages would specialise on every batch size that the exits leave behind.
-    hidden = ("pt2", "early_exit")
-    original.model_yaml_config = {k: v for k, v in (context.model_yaml_config or {}).items() if k not in hidden}
-    return original

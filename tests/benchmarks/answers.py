@@ -32,7 +32,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import split
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit, save_plan
-from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions

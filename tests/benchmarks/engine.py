@@ -31,7 +31,7 @@ from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.inference.forward import Stage, run_with_exits
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.torchserve.allocator import restart_with_allocator, return_freed_memory
+from early_exit.handler.allocator import restart_with_allocator, return_freed_memory
 from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
 

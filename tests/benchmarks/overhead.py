@@ -27,7 +27,7 @@ from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.telemetry import Telemetry
-from early_exit.handler.torchserve.allocator import restart_with_allocator
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.data.preprocessing import worker_context

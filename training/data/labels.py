@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
-from early_exit.handler.serving.telemetry import request_hash
+from early_exit.handler.recording.format import request_hash
 
 
 def load_labels(path: Path, request: Tensor, n_classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Work that can stand still in its middle: the user's handler waits inside its model call while others go on.
+"""Functions that can wait in their middle: the user's handler waits inside its model call while others go on.
 
 A handler does pre-processing, the model and post-processing in one call of `handle()`. In a thread of its own that
 call can stop where it reaches the model and go on when the scores are there, whatever the handler looks like.
@@ -14,22 +14,23 @@ from typing import Any
 
 
 class Dropped(BaseException):
-    """Ends work that nobody waits for any more, past any 'except Exception' of the user's."""
+    """Ends a coroutine that nobody waits for any more, past any 'except Exception' of the user's."""
 
 
-class SuspendedWork:
-    """A function at work, which can ask its caller for something and wait for it."""
+class Coroutine:
+    """A function in a thread of its own, which can ask its caller for something and wait for it."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.asked: Any = None
-        """What it waits for an answer to; only while it is not done."""
+        """The question that the function waits with; only while it is not done."""
         self.done = False
+        """Whether the function has ended."""
         self._function = function
         self._outcome: Any = None
         self._error: BaseException | None = None
         self._reply: SimpleQueue[Any] = SimpleQueue()
         self._turn: SimpleQueue[None] = SimpleQueue()
-        """Filled when it is the caller's turn again."""
+        """Holds an item when it is the caller's turn again."""
         self._dropped = False
 
     def result(self) -> Any:
@@ -53,7 +54,7 @@ class SuspendedWork:
         """Wait, in the function's thread, for the caller's answer.
 
         Raises:
-            Dropped: nobody waits for this work any more.
+            Dropped: nobody waits for this coroutine any more.
         """
         if not self._dropped:
             self.asked = question
@@ -80,36 +81,36 @@ class SuspendedWork:
         self._turn.get()
 
 
-class Threads:
-    """Threads for suspended work, kept for the next: each has its own OpenMP threads, which are slow to start."""
+class Coroutines:
+    """Coroutines and their threads, which are kept for the next: each has OpenMP threads, which are slow to start."""
 
     def __init__(self) -> None:
-        self._idle: list[SimpleQueue[SuspendedWork]] = []
+        self._idle: list[SimpleQueue[Coroutine]] = []
         self._current = threading.local()
 
-    def start(self, function: Callable[[], Any]) -> SuspendedWork:
+    def start(self, function: Callable[[], Any]) -> Coroutine:
         """Run a function until it asks something or ends."""
-        work = SuspendedWork(function)
+        coroutine = Coroutine(function)
         inbox = self._idle.pop() if self._idle else self._new_thread()
-        inbox.put(work)
-        work.wait()
-        return work
+        inbox.put(coroutine)
+        coroutine.wait()
+        return coroutine
 
-    def current(self) -> SuspendedWork | None:
-        """Return the work that this thread does, if it is one of these threads."""
-        return getattr(self._current, "work", None)
+    def current(self) -> Coroutine | None:
+        """Return the coroutine that runs in this thread, if it is one of these threads."""
+        return getattr(self._current, "coroutine", None)
 
-    def _new_thread(self) -> SimpleQueue[SuspendedWork]:
-        inbox: SimpleQueue[SuspendedWork] = SimpleQueue()
-        # A daemon: work that stands still must not keep the process alive.
+    def _new_thread(self) -> SimpleQueue[Coroutine]:
+        inbox: SimpleQueue[Coroutine] = SimpleQueue()
+        # A daemon: a coroutine that waits must not keep the process alive.
         threading.Thread(target=self._serve, args=(inbox,), daemon=True).start()
         return inbox
 
-    def _serve(self, inbox: SimpleQueue[SuspendedWork]) -> None:
+    def _serve(self, inbox: SimpleQueue[Coroutine]) -> None:
         while True:
-            work = self._current.work = inbox.get()
-            work.run()
-            self._current.work = None
+            coroutine = self._current.coroutine = inbox.get()
+            coroutine.run()
+            self._current.coroutine = None
             self._idle.append(inbox)
-            work.give_back()
-            del work  # its request need not stay until the next
+            coroutine.give_back()
+            del coroutine  # its request need not stay until the next

@@ -1,0 +1,121 @@
+"""A backbone, cut where something is read, with an engine's stages and a plan's exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.candidates import spread_over
+from early_exit.handler.backbone.pooling import Side, pool_activation
+from early_exit.handler.cuda.stages import graphed
+from early_exit.handler.engines.compiled_stage import read_and_pool
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
+from early_exit.handler.errors import ConfigError, InputError
+from early_exit.handler.exits.head import Head
+from early_exit.handler.exits.inference_head import InferenceHead
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.inference.executor import Record
+from early_exit.handler.inference.fallbacks import fallback_levels
+from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
+
+
+class Assembly(nn.Module):
+    """Everything that an executor needs to run batches, on the device of the backbone.
+
+    It is a module, so that its weights move with the model that holds it; it is not called.
+    """
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
+                 *, engine: str = DEFAULT_ENGINE, record_layers: int = 0) -> None:
+        """Cut the backbone where something is read and attach the plan's heads.
+
+        Args:
+            backbone: on the device that serves.
+            plan: the exits; None answers every row in full.
+            heads: by layer path, one for each exit of the plan.
+            engine: how the backbone is executed; a name in `ENGINES`, or an identity.
+            record_layers: how many candidate layers are cut for the records at most, besides those with an exit.
+
+        Raises:
+            PlanError: the plan's heads and certificate are about another engine.
+            ConfigError: a detector is to be executed by an engine that has none.
+        """
+        super().__init__()
+        self.description, self.device, self.plan = backbone.description, backbone.device, plan
+        self.engine = engine_of(engine)
+        self.engine_identity = self.engine.identity(backbone.folder)
+        if self.description.detector is not None and self.engine.name not in (DEFAULT_ENGINE, EAGER):
+            raise ConfigError(f"a detector is executed by {DEFAULT_ENGINE} or {EAGER}, found early_exit.engine "
+                              f"{self.engine.name!r}")
+        if plan is not None:
+            require_engine(plan, self.engine_identity)
+        planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
+        recorded = spread_over(self.description.candidates, record_layers) if record_layers else []
+        cuts = [layer for layer in self.description.candidates if layer.path in planned or layer in recorded]
+        self.layers = tuple(layer.path for layer in cuts)
+        """Module paths at which the backbone is cut, in order."""
+        # The backbone itself is not kept: an engine may have its own copy of the weights.
+        compiled = self.engine.compile(backbone, [layer.node for layer in cuts])
+        self._parts = nn.ModuleList(stage.module for stage in compiled)
+        self._original = None if self.engine.is_exact else ENGINES[DEFAULT_ENGINE].unsplit(backbone)
+        self._reads = [stage.read for stage in compiled]
+        inference_heads = {path: InferenceHead((heads or {})[path], planned[path].temperature, read)
+                           for path, read in zip(self.layers, self._reads) if path in planned}
+        self._heads = nn.ModuleList(inference_heads.values())
+        exits = [self._exit(planned[path], inference_heads[path]) if path in planned else None for path in self.layers]
+        # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
+        stages = [Stage(stage.module.forward, exit_) for stage, exit_ in zip(compiled, (*exits, None))]
+        self.stages = graphed(stages, backbone.device) if self.description.detector is None else tuple(stages)
+        """The stages of the backbone in order, with the exits as they were deployed."""
+        self.levels = fallback_levels(self.stages, plan)
+        """The stages at each fallback level: as deployed, then with ever safer exits, without exits at last."""
+
+    @property
+    def last_level(self) -> int:
+        """The fallback level without exits."""
+        return len(self.levels) - 1
+
+    def recorder(self, pool: Side) -> Record:
+        """Return what makes the records of activations: pooled to a side, float16, on the CPU."""
+        def record(stage: int, activation: Tensor) -> Tensor:
+            read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, pool))
+            return read.half().cpu()
+
+        return record
+
+    def reference(self, inputs: Live, rows: Tensor) -> Tensor | None:
+        """Return the (S, K) scores of the backbone in fp32 for some rows, where the engine's own are others.
+
+        Args:
+            inputs: the backbone's (B, ...) inputs.
+            rows: (S,) int64 numbers of rows, ascending, on the CPU.
+        """
+        if self._original is None or not len(rows):
+            return None
+        scores: Tensor
+        [scores] = self._original(*(take_rows(x, rows.to(x.device)) for x in inputs))
+        return scores
+
+    def differentiable(self, inputs: Live) -> Tensor:
+        """Return (B, K) scores of the whole backbone that gradients flow through.
+
+        Raises:
+            InputError: the engine computes no gradients.
+        """
+        live = inputs
+        for part in self._parts if self._original is None else [self._original]:
+            live = part(*live)
+        scores = live[0]
+        if not scores.requires_grad:
+            raise InputError(f"an explanation needs gradients, which the engine {self.engine.name} does not compute")
+        return scores
+
+    def probe_inputs(self) -> Live:
+        """Return (1, ...) inputs that are the same on every machine, on the device."""
+        return tuple(x.to(self.device) for x in self.description.probe_inputs())
+
+    def _exit(self, planned: PlannedExit, head: InferenceHead) -> Exit:
+        # The bound forward, as for the stages: fewer calls between the operations.
+        return Exit(head.forward, planned.served_policy(), self.description.scores.from_logits, planned.shrink_from)

@@ -1,0 +1,83 @@
+"""The executor of plain batching on a GPU: batches are launched once where that can be, otherwise stage by stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.cuda.graphs import Graphed, sizes_up_to
+from early_exit.handler.cuda.single_launch import SingleLaunch
+from early_exit.handler.cuda.stages import GraphedStage
+from early_exit.handler.inference.at_once import AtOnceExecutor
+from early_exit.handler.inference.executor import Execution, Record
+from early_exit.handler.inference.forward import FULL, Answers, Live
+
+_LOG = logging.getLogger(__name__)
+_Launch = Callable[[Live, Tensor], Answers]
+"""Takes (B, ...) inputs and the (B,) bool mask of the shadow rows."""
+
+
+class GraphedExecutor:
+    """Runs batches through stages of CUDA graphs; an `Executor`.
+
+    A batch goes stage by stage where the CPU has to see something between two stages: the activations of shadow rows
+    that are recorded, or what every exit says.
+    """
+
+    def __init__(self, levels: Sequence[Sequence[GraphedStage]], record: Record | None = None) -> None:
+        """Take the stages; until `prepare` every batch goes stage by stage.
+
+        Args:
+            levels: the stages from `graphed` at each fallback level, which differ in their exits alone.
+            record: makes what is recorded of activations; without it nothing is recorded.
+        """
+        self._levels, self._records = levels, record is not None
+        self._by_stage = AtOnceExecutor(levels, record)
+        self._batch_size = 0
+        self._launches: list[_Launch | None] = [None] * len(levels)
+
+    def prepare(self, inputs: Live, batch_size: int) -> None:
+        """Put the graphs of each level together; those of the stages are captured already."""
+        self._batch_size = batch_size
+        self._launches = [_launch_of(stages, inputs, batch_size) for stages in self._levels]
+
+    def run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None = None) -> Execution:
+        """Run a batch; the seconds of its stages are known only where it goes stage by stage."""
+        launch = self._launches[level]
+        if launch is None or anytime is not None or not 0 < len(shadow) <= self._batch_size or (
+                self._records and shadow.any()):
+            return self._by_stage.run(inputs, level, shadow, anytime)
+        return Execution(launch(inputs, shadow), {}, level)
+
+
+def _launch_of(stages: Sequence[GraphedStage], inputs: Live, batch_size: int) -> _Launch | None:
+    if not any(stage.exit for stage in stages):
+        return _without_exits(stages, inputs, batch_size)
+    try:
+        return SingleLaunch(stages, batch_size)
+    # The last two are what bindings raise that are older, or newer, than what is asked of them.
+    except (RuntimeError, ImportError, AttributeError, TypeError) as error:
+        _LOG.warning("the GPU cannot decide itself who leaves (it needs CUDA 12.8 and its Python bindings), so the CPU "
+                     "does: %s", error)
+        return None
+
+
+def _without_exits(stages: Sequence[GraphedStage], inputs: Live, batch_size: int) -> _Launch | None:
+    def through_all(*live: Tensor) -> Live:
+        return reduce(lambda live, stage: stage.graph.function(*live), stages, live)
+
+    whole = Graphed(through_all, stages[0].graph.pool)
+    # The largest first: smaller ones find the memory that it used.
+    if not all(whole.captured(size, inputs) for size in reversed(sizes_up_to(batch_size))):
+        return None
+
+    def launch(inputs: Live, shadow: Tensor) -> Answers:
+        [scores], rows = whole(*inputs), shadow.nonzero().flatten()
+        outputs = scores.clone()
+        return Answers(outputs, torch.full((len(shadow),), FULL), rows, outputs[rows] if len(rows) else outputs[:0], (),
+                       rows[:0], {})
+    return launch

@@ -1,0 +1,91 @@
+"""Calls that go without exits where these do not pay, whatever executor runs them."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.inference.bypass import AdaptiveBypass
+from early_exit.handler.inference.executor import Execution, Executor
+from early_exit.handler.inference.forward import Live
+
+_EPOCH = 32
+"""How many answers make a stretch of requests that go one way."""
+
+
+class Bypass(Protocol):
+    """What decides for each call whether it takes the exits."""
+
+    def takes_exits(self, n_rows: int) -> bool:
+        """Tell whether a call of so many rows takes the exits."""
+
+    def measured(self, n_rows: int, seconds: float, *, with_exits: bool) -> None:
+        """Note what a call took."""
+
+    def bypassed(self) -> dict[int, bool]:
+        """Tell by largest batch size of those judged together whether their exits are bypassed."""
+
+
+class EpochBypass:
+    """A `Bypass` for calls that share stages, whose costs cannot be told apart: a stretch of requests goes one way.
+
+    Requests of the stretch before that have not been answered yet blur the difference, but do not turn it round.
+    """
+
+    def __init__(self, bypass: AdaptiveBypass) -> None:
+        self._bypass = bypass
+        self._begin()
+
+    def takes_exits(self, n_rows: int) -> bool:
+        """Tell whether requests that join now take the exits."""
+        return self._takes_exits
+
+    def measured(self, n_rows: int, seconds: float, *, with_exits: bool) -> None:
+        """Do nothing: the time of a call says nothing where calls share stages."""
+
+    def bypassed(self) -> dict[int, bool]:
+        """Tell whether the exits are bypassed, by the one batch size that there is: 1."""
+        return self._bypass.bypassed()
+
+    def ran(self, n_answered: int, seconds: float) -> None:
+        """Note that a stage, with all that is done around it, took some time, and how many requests it answered."""
+        self._n += n_answered
+        self._seconds += seconds
+        if self._n >= _EPOCH:
+            self._bypass.measured(1, self._seconds / self._n, with_exits=self._takes_exits)
+            self._begin()
+
+    def _begin(self) -> None:
+        self._takes_exits = self._bypass.takes_exits(1)
+        self._n, self._seconds = 0, 0.0
+
+
+class BypassingExecutor:
+    """Lets calls go without exits where a `Bypass` says so; an `Executor` around another."""
+
+    def __init__(self, executor: Executor, bypass: Bypass, last_level: int) -> None:
+        """Take what runs the calls.
+
+        Args:
+            executor: runs them.
+            bypass: decides.
+            last_level: the fallback level without exits.
+        """
+        self._executor, self._bypass, self._last_level = executor, bypass, last_level
+
+    def prepare(self, inputs: Live, batch_size: int) -> None:
+        self._executor.prepare(inputs, batch_size)
+
+    def run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None = None) -> Execution:
+        # A batch in which somebody asks for every exit goes by the exits, and says nothing about what they cost.
+        if anytime is not None or level == self._last_level:
+            return self._executor.run(inputs, level, shadow, anytime)
+        with_exits, started = self._bypass.takes_exits(len(shadow)), time.perf_counter()
+        execution = self._executor.run(inputs, level if with_exits else self._last_level, shadow)
+        if execution.answers.outputs.is_cuda:
+            torch.cuda.synchronize(execution.answers.outputs.device)
+        self._bypass.measured(len(shadow), time.perf_counter() - started, with_exits=with_exits)
+        return execution

@@ -1,0 +1,91 @@
+"""From an archive's folder to a model that serves: which parts a version gets, by its plan and its configuration."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.assembly import Assembly
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.config import EARLY, PLAIN, ServingConfig
+from early_exit.handler.cuda.executor import GraphedExecutor
+from early_exit.handler.cuda.stages import GraphedStage
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
+from early_exit.handler.errors import ConfigError
+from early_exit.handler.exits.head import Head
+from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
+from early_exit.handler.inference.at_once import AtOnceExecutor
+from early_exit.handler.inference.bypass import AdaptiveBypass
+from early_exit.handler.inference.bypassing import EpochBypass
+from early_exit.handler.inference.continuous import ContinuousExecutor
+from early_exit.handler.inference.executor import Executor, Record
+from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.shadow import ShadowSampler
+
+
+def build_model(backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
+                *, engine: str = DEFAULT_ENGINE, answers: str = PLAIN, sampling_rate: float = 0.0,
+                sampling_rate_in_full: float | None = None, record_layers: int = 0, record_pool: Side = None,
+                control_rate: float = 0.0, anytime: bool = False) -> EarlyExitModel:
+    """Return a model that serves a backbone.
+
+    Args:
+        backbone: on the device that serves.
+        plan: the exits; None answers every row in full.
+        heads: by layer path, one for each exit of the plan.
+        engine: how the backbone is executed; a name in `ENGINES`, or an identity.
+        answers: when answers leave: `PLAIN`, with their batch, or `EARLY`, each as soon as it is ready.
+        sampling_rate: share of rows that are shadow rows.
+        sampling_rate_in_full: the same once the exits are given up; by default as before.
+        record_layers: how many candidate layers are recorded at most, besides those with an exit; 0 records nothing.
+        record_pool: side to which they are pooled.
+        control_rate: share of batches that find out whether the exits save time.
+        anytime: whether every request is told the scores of every exit.
+
+    Raises:
+        PlanError: the plan's heads and certificate are about another engine.
+        ConfigError: a detector is to be executed by an engine that has none.
+    """
+    assembly = Assembly(backbone, plan, heads, engine=engine, record_layers=record_layers)
+    bypass = AdaptiveBypass(control_rate, random.SystemRandom().random)
+    return EarlyExitModel(
+        assembly, _executor(assembly, answers, assembly.recorder(record_pool) if record_layers else None),
+        EpochBypass(bypass) if answers == EARLY else bypass,
+        ShadowSampler(sampling_rate, sampling_rate_in_full), anytime=anytime)
+
+
+def load_model(layout: ArchiveLayout, config: ServingConfig, device: torch.device | str = "cpu") -> EarlyExitModel:
+    """Load the model of an extracted archive, to serve and to record as configured.
+
+    Raises:
+        EarlyExitError: a file of the archive is damaged, too new, or of another backbone, or the engine does not
+            run on the device.
+    """
+    if torch.device(device).type != "cpu" and not ENGINES[config.engine].on_gpu:
+        raise ConfigError(f"early_exit.engine is {config.engine!r}, which runs on the CPU, but this worker was "
+                          f"given {device}: set 'deviceType: cpu' in model-config.yaml, or another engine")
+    backbone = Backbone.load(layout.folder, device)
+    plan, heads = None, None
+    if config.exits and layout.plan.exists():
+        plan, tensors = load_plan(layout.plan)
+        heads = build_heads(plan, tensors, backbone.description)
+    records = config.records_folder() is not None
+    sampled = records or (plan is not None and plan.certificate is not None)  # the monitor needs samples, too
+    return build_model(backbone, plan, heads, engine=config.engine, answers=config.answers,
+                       record_layers=config.layers if records else 0, record_pool=config.pool_side,
+                       sampling_rate=config.sampling(has_exits=plan is not None) if sampled else 0.0,
+                       sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
+                       control_rate=config.control_rate, anytime=config.anytime).to(device)
+
+
+def _executor(assembly: Assembly, answers: str, record: Record | None) -> Executor:
+    if answers == EARLY:
+        return ContinuousExecutor(assembly.levels, record)
+    if isinstance(assembly.stages[0], GraphedStage):
+        return GraphedExecutor(cast(Sequence[Sequence[GraphedStage]], assembly.levels), record)
+    return AtOnceExecutor(assembly.levels, record)

@@ -1,0 +1,84 @@
+"""Answers that leave when they are ready: each request waits in a call of the user's handler of its own."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from early_exit.handler.call import Call, Reply
+from early_exit.handler.inference.bypassing import EpochBypass
+from early_exit.handler.inference.continuous import ContinuousExecutor
+from early_exit.handler.inference.coroutine import Coroutine
+from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.serving.isolation import Served, answer_calls
+from early_exit.handler.serving.telemetry import Telemetry
+from early_exit.handler.user_handler.context import HandlerContext
+from early_exit.handler.user_handler.wrapper import UserHandler
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A request that has not been answered yet."""
+
+    call: Call
+    coroutine: Coroutine
+    """The user's handler at work on the request."""
+
+
+class EarlyAnswers:
+    """The requests of one worker that are being answered, one stage of the model at each step."""
+
+    def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext,
+                 telemetry: Telemetry) -> None:
+        """Begin without requests.
+
+        Args:
+            model: whose executor is a `ContinuousExecutor` and whose bypass is an `EpochBypass`.
+            handler: the user's.
+            context: the handler's, whose views serve the requests.
+            telemetry: notes what is served.
+        """
+        executor, bypass = model.executor, model.bypass
+        if not isinstance(executor, ContinuousExecutor) or not isinstance(bypass, EpochBypass):
+            raise TypeError(f"early answers need a continuous executor, found {type(executor).__name__}")
+        self._executor, self._bypass = executor, bypass
+        self._model, self._handler, self._context, self._telemetry = model, handler, context, telemetry
+        self._in_flight: dict[str, _InFlight] = {}
+
+    def step(self, calls: Sequence[Call]) -> list[Reply | None]:
+        """Let new calls join, run one stage, and return for each call its reply, or None while it has none.
+
+        Calls that were there before and are not any more are forgotten.
+        """
+        started = time.perf_counter()
+        for gone in self._in_flight.keys() - {call.id for call in calls}:
+            self._executor.drop(self._in_flight.pop(gone).coroutine)
+        for call in calls:
+            if call.id not in self._in_flight:
+                self._in_flight[call.id] = _InFlight(call, self._executor.start(lambda call=call: self._handle(call)))
+        self._executor.run_stage()
+        replies = [self._leave(call.id) for call in calls]
+        if self._model.level != self._model.assembly.last_level:
+            n_answered = sum(reply is not None for reply in replies)
+            self._bypass.ran(n_answered, time.perf_counter() - started)
+        return replies
+
+    def _handle(self, call: Call) -> Served:
+        # A copy: what the handler notes in itself before the model belongs to this request after it.
+        handler, before = copy.copy(self._handler), dict(vars(self._handler))
+        [served] = answer_calls([call], handler, self._context.view(), self._model)
+        # What it has loaded or counted in itself is there for the next.
+        vars(self._handler).update({name: value for name, value in vars(handler).items()
+                                    if name not in before or before[name] is not value})
+        return served
+
+    def _leave(self, call_id: str) -> Reply | None:
+        in_flight = self._in_flight[call_id]
+        if not in_flight.coroutine.done:
+            return None
+        del self._in_flight[call_id]
+        served: Served = in_flight.coroutine.result()
+        self._telemetry.note(served)
+        return served.replies[0]

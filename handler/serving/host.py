@@ -1,0 +1,70 @@
+"""What a worker needs of the server that it works for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+
+
+class MetricKind(Enum):
+    """How the values of a metric are put together."""
+
+    COUNTER = "counter"
+    """Values are added up."""
+    GAUGE = "gauge"
+    """The newest value counts."""
+    HISTOGRAM = "histogram"
+    """Values are counted by size."""
+
+
+class Metric(Protocol):
+    """One metric of a version."""
+
+    def update(self, value: float, *label_values: str) -> None:
+        """Report a value.
+
+        Args:
+            value: in the metric's unit.
+            label_values: one for each label of the metric, in order.
+        """
+
+
+class Host(Protocol):
+    """A server that hands calls to a worker."""
+
+    @property
+    def model(self) -> str:
+        """The name under which the model is served."""
+
+    @property
+    def version(self) -> str:
+        """The version that is served."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the worker computes on."""
+
+    @property
+    def batch_size(self) -> int:
+        """The largest number of calls that the worker gets at once."""
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The parsed model-config.yaml of the archive; empty where it has none."""
+
+    @property
+    def context(self) -> Any:
+        """What the context of the user's handler is built on, such as a `ToolContext`."""
+
+    def metric(self, kind: MetricKind, name: str, unit: str, labels: Sequence[str] = ()) -> Metric:
+        """Register a metric of the version.
+
+        Args:
+            kind: how its values are put together.
+            name: without prefix.
+            unit: "count", "ratio", "bool" or "seconds".
+            labels: names of its labels, besides model and version.
+        """

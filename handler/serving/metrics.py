@@ -1,0 +1,95 @@
+"""The metrics of a version, for whatever host reports them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from early_exit.handler.assembly import Assembly
+from early_exit.handler.call_log import ServedBatch
+from early_exit.handler.inference.forward import FULL
+from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.serving.anytime import FULL_NAME
+from early_exit.handler.serving.host import Host, MetricKind
+from early_exit.handler.serving.isolation import Served
+
+STAGE_REPORT_S = 0.1
+"""Least seconds between two batches whose stage times are reported: a line of output costs more than it tells."""
+
+
+class ServingMetrics:
+    """Counts what is served."""
+
+    def __init__(self, host: Host, assembly: Assembly) -> None:
+        """Register the metrics.
+
+        Args:
+            host: reports them.
+            assembly: of the version.
+        """
+        self._assembly = assembly
+        self._answers = host.metric(MetricKind.COUNTER, "answers_total", "count", ["Exit"])
+        self._written = host.metric(MetricKind.COUNTER, "records_written_total", "count")
+        self._dropped = host.metric(MetricKind.COUNTER, "records_dropped_total", "count")
+        self._shadow = host.metric(MetricKind.COUNTER, "shadow_samples_total", "count")
+        self._anytime = host.metric(MetricKind.COUNTER, "anytime_answers_total", "count")
+        self._refused = host.metric(MetricKind.COUNTER, "items_refused_total", "count")
+        self._side_errors = host.metric(MetricKind.COUNTER, "side_errors_total", "count", ["Kind"])
+        self._level = host.metric(MetricKind.GAUGE, "monitor_step", "count")
+        self._samples = host.metric(MetricKind.GAUGE, "monitor_samples", "count")
+        self._wealth = host.metric(MetricKind.GAUGE, "monitor_wealth", "ratio")
+        self._mean_loss = host.metric(MetricKind.GAUGE, "monitor_mean_loss", "ratio")
+        self._bypassed = host.metric(MetricKind.GAUGE, "exits_bypassed", "bool", ["BatchSize"])
+        self._seconds = host.metric(MetricKind.HISTOGRAM, "stage_seconds", "seconds", ["Stage"])
+        for counter in (self._written, self._dropped, self._shadow, self._anytime, self._refused):
+            counter.update(0)  # a rate needs a value to begin with
+        self._stages_reported = 0.0
+        self._was_bypassed: dict[int, bool] = {}
+
+    def served(self, served: Served) -> None:
+        """Count what a call of the user's handler served."""
+        if served.refused:
+            self._refused.update(len(served.calls))
+        for batch in served.batches:
+            for stage, count in Counter(batch.answers.stages.tolist()).items():
+                self._answers.update(count, self._name(stage))
+            if len(batch.answers.shadow):
+                self._shadow.update(len(batch.answers.shadow))
+            if len(batch.answers.anytime):
+                self._anytime.update(len(batch.answers.anytime))
+            self._stage_seconds(batch)
+
+    def records(self, written: int, dropped: int) -> None:
+        """Count records."""
+        if written:
+            self._written.update(written)
+        if dropped:
+            self._dropped.update(dropped)
+
+    def monitor(self, state: MonitorState) -> None:
+        """Report where the monitor stands."""
+        evidence = state.evidence
+        self._level.update(state.step)
+        self._samples.update(evidence.n)
+        self._wealth.update(evidence.wealth())
+        self._mean_loss.update(evidence.lost / max(1, evidence.n))
+
+    def bypassed(self, bypassed: dict[int, bool]) -> None:
+        """Report by batch size whether the exits are bypassed, where that has changed."""
+        for size, is_bypassed in bypassed.items():
+            if self._was_bypassed.get(size) != is_bypassed:
+                self._bypassed.update(int(is_bypassed), str(size))
+        self._was_bypassed = bypassed
+
+    def side_error(self, kind: str) -> None:
+        """Count a failure of something that goes on beside the answers."""
+        self._side_errors.update(1, kind)
+
+    def _stage_seconds(self, batch: ServedBatch) -> None:
+        if not batch.answers.stage_seconds or batch.time - self._stages_reported < STAGE_REPORT_S:
+            return
+        self._stages_reported = batch.time
+        for number, seconds in enumerate(batch.answers.stage_seconds):
+            self._seconds.update(seconds, self._name(number if number < len(self._assembly.layers) else FULL))
+
+    def _name(self, stage: int) -> str:
+        return FULL_NAME if stage == FULL else self._assembly.layers[stage]

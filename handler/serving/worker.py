@@ -1,0 +1,135 @@
+"""A worker: it answers the calls that a host hands to it, and needs nothing else of the host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from early_exit.handler.allocator import return_freed_memory
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.call import Call, Reply
+from early_exit.handler.config import EARLY, ServingConfig
+from early_exit.handler.detection.detections import with_nulls
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.loading import load_model
+from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.monitor.shared_state import SharedMonitor, watch
+from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.serving.early_answers import EarlyAnswers
+from early_exit.handler.serving.host import Host
+from early_exit.handler.serving.isolation import answer_calls
+from early_exit.handler.serving.metrics import ServingMetrics
+from early_exit.handler.serving.probe import answer_probe, is_probe
+from early_exit.handler.serving.response_headers import ResponseHeaders
+from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
+from early_exit.handler.serving.telemetry import SideWork, Telemetry
+from early_exit.handler.user_handler.context import HandlerContext
+from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handler
+
+
+class Worker:
+    """The user's handler around a model with early exits."""
+
+    def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, telemetry: Telemetry,
+                 *, early: bool = False, closing: Sequence[RecordWriter | SharedMonitor] = ()) -> None:
+        """Put the parts together.
+
+        Args:
+            model: answers.
+            handler: the user's, which calls the model.
+            context: the handler's.
+            telemetry: notes what is served.
+            early: whether each call is answered as soon as it is ready.
+            closing: what is closed with the worker.
+        """
+        self.model = model
+        self._handler, self._context, self._telemetry, self._closing = handler, context, telemetry, closing
+        self._early = EarlyAnswers(model, handler, context, telemetry) if early else None
+
+    @classmethod
+    def load(cls, folder: Path, host: Host) -> Worker:
+        """Load backbone, plan and the user's handler from an extracted archive.
+
+        Args:
+            folder: the archive; it is the working directory, and on `sys.path`, as the user's handler expects.
+            host: hands calls over.
+
+        Raises:
+            EarlyExitError: the configuration or a file of the archive is wrong.
+        """
+        config = ServingConfig.from_model_config(host.model_config)
+        layout = ArchiveLayout(folder)
+        model = load_model(layout, config, host.device)
+        return_freed_memory()
+        # Before anything comes through: graphs follow each other only in the order in which they are captured.
+        model.prepare(host.batch_size)
+        answer_probe(model)
+        manifest = json.loads(layout.original_manifest.read_text())
+        context = HandlerContext(host.context, manifest, host.model_config)
+        handler = load_user_handler(manifest, context, model)
+        telemetry, closing = _telemetry(model, config, host, getattr(handler, "mapping", None))
+        return cls(model, handler, context, telemetry, early=config.answers == EARLY, closing=closing)
+
+    def step(self, calls: Sequence[Call]) -> list[Reply | None]:
+        """Return a reply for each call, in order.
+
+        With early answers a call that cannot be answered yet has None, and the host hands it over again in the next
+        step, with new ones; a call that it does not hand over any more is cancelled. Otherwise every call is answered.
+
+        Raises:
+            MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
+        """
+        replies: list[Reply | None] = [self.probe() if is_probe(call.headers) else None for call in calls]
+        others = [position for position, reply in enumerate(replies) if reply is None]
+        if others or self._early is not None:
+            for position, reply in zip(others, self._answer([calls[position] for position in others])):
+                replies[position] = reply
+        return replies
+
+    def probe(self) -> Reply:
+        """Return whether this version computes what it computed where its archive was made."""
+        try:
+            return Reply(answer_probe(self.model))
+        except ArchiveError as error:
+            return Reply({"code": 500, "type": "ProbeFailed", "message": str(error)}, 500, "ProbeFailed")
+
+    def close(self) -> None:
+        """Write what is recorded and share what is watched, and stop the threads that do it."""
+        for part in self._closing:
+            part.close()
+
+    def _answer(self, calls: Sequence[Call]) -> list[Reply | None]:
+        replies: list[Reply | None] = [None] * len(calls)
+        if self._early is not None:
+            replies = self._early.step(calls)
+        else:
+            for served in answer_calls(calls, self._handler, self._context, self.model):
+                self._telemetry.note(served)
+                for position, reply in zip(served.positions, served.replies):
+                    replies[position] = reply
+        if self.model.assembly.description.detector is not None:
+            for answered in replies:
+                if answered is not None:
+                    answered.body = with_nulls(answered.body)
+        return replies
+
+
+def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host,
+               labels: Any) -> tuple[Telemetry, list[RecordWriter | SharedMonitor]]:
+    """Return the side work that a configuration asks for, and what is closed in the end."""
+    assembly, root = model.assembly, config.records_folder()
+    header = ShardHeader(host.model, host.version, assembly.description.sha256, config.pool_side, assembly.layers,
+                         assembly.engine_identity)
+    writer = RecordWriter(root, header, config) if root else None
+    monitor = watch(model, root, header)
+    metrics = ServingMetrics(host, assembly)
+    work: dict[str, SideWork] = {"headers": ResponseHeaders(model, host.version, labels).set}
+    if writer is not None:
+        work["records"] = Recording(model, writer, keep_requests=config.keep_requests).note
+    if monitor is not None:
+        work["monitor"] = Monitoring(model, monitor).note
+    work["metrics"] = Reporting(model, metrics, writer, monitor).note
+    return Telemetry(metrics, work), [part for part in (writer, monitor) if part is not None]

@@ -1,0 +1,35 @@
+"""TorchServe as a host: what a worker needs to know, read from the context of TorchServe's worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from early_exit.handler.serving.host import Metric, MetricKind
+from early_exit.handler.torchserve.metric_lines import MetricLines
+
+
+class TorchServeHost:
+    """The TorchServe that loaded this worker; a `Host`."""
+
+    def __init__(self, context: Any) -> None:
+        """Read what does not change, and make the worker's GPU torch's current device.
+
+        Args:
+            context: TorchServe's `ts.context.Context`.
+        """
+        self.context = context
+        self.model = str(context.model_name)
+        self.version = str(context.manifest["model"].get("modelVersion", "1.0"))
+        gpu = context.system_properties.get("gpu_id")
+        self.device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams and graphs are made there
+        self.batch_size = int(context.system_properties.get("batch_size", 1))
+        self.model_config: Mapping[str, Any] = context.model_yaml_config or {}
+
+    def metric(self, kind: MetricKind, name: str, unit: str, labels: Sequence[str] = ()) -> Metric:
+        """Register a metric that appears at TorchServe's metrics address."""
+        return MetricLines(self.context.metrics, kind, name, unit, labels, (self.model, self.version))
