@@ -20,6 +20,7 @@ from early_exit.handler.backbone.signature import bind
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.detection.detector import images_of
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.compiled_stage import read_and_pool
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
@@ -110,7 +111,7 @@ class EarlyExitModel(nn.Module):
             raise ConfigError(f"a detector is executed by {DEFAULT_ENGINE} or {EAGER}, found early_exit.engine "
                               f"{self.engine.name!r}")
         if plan is not None:
-            require_engine(plan, self.engine_identity)
+            require_engine(plan.engine, self.engine_identity)
         # The backbone itself is not kept: an engine may have its own copy of the weights.
         compiled = self.engine.compile(backbone, [layer.node for layer in cuts])
         self._parts = nn.ModuleList(stage.module for stage in compiled)
@@ -144,7 +145,7 @@ class EarlyExitModel(nn.Module):
         if torch.device(device).type != "cpu" and not ENGINES[config.engine].on_gpu:
             raise ConfigError(f"early_exit.engine is {config.engine!r}, which runs on the CPU, but this worker was "
                               f"given {device}: set 'deviceType: cpu' in model-config.yaml, or another engine")
-        backbone = Backbone.load(layout.folder, device)
+        backbone = load_backbone(layout.folder, device)
         plan, heads = None, None
         if config.exits and layout.plan.exists():
             plan, tensors = load_plan(layout.plan)
@@ -186,7 +187,8 @@ class EarlyExitModel(nn.Module):
     def _as_the_users(self, answers: Answers) -> Any:
         """Return answers as the user's model returns its own."""
         if self.description.detector is not None:
-            return images_of(self.description.detector, answers)
+            return images_of(self.description.detector, answers.outputs, answers.stages.tolist(),
+                             next(iter(answers.beside), None))
         return self.description.output.output(answers.outputs)
 
     def _anytime(self, inputs: Live) -> Tensor | None:

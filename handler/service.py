@@ -57,7 +57,7 @@ class EarlyExitService:
         header = ShardHeader(context.model_name, version, self.model.description.sha256, config.pool_side,
                              self.model.layers, self.model.engine_identity)
         writer = RecordWriter(root, header, config) if root else None
-        watchman = watch(self.model, root, header)
+        watchman = watch(self.model.plan, header.folder(root) if root else None, version)
         metrics = ServingMetrics(context.metrics, context.model_name, version)
         self.inner = load_user_handler(json.loads(layout.original_manifest.read_text()), context, self.model)
         answer_probe(self.model)

@@ -13,7 +13,8 @@ from torch import Tensor
 from early_exit.handler.cuda.graphs import Graphed, sizes_up_to
 from early_exit.handler.cuda.single_launch import SingleLaunch
 from early_exit.handler.cuda.stages import GraphedStage, capture_stages
-from early_exit.handler.inference.forward import FULL, Answers, Live, Observer, Stage, run_with_exits
+from early_exit.handler.inference.forward import Answers, Live, Observer, Stage, run_with_exits
+from early_exit.handler.protocol import FULL
 
 _LOG = logging.getLogger(__name__)
 _Pass = Callable[[Live, Tensor], Answers]

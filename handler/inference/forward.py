@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.exits.policy import ExitPolicy
-
-FULL = -1
-"""Exit number of a row that the whole backbone answered."""
+from early_exit.handler.protocol import FULL
 
 Live = tuple[Tensor, ...]
 """The (B, ...) tensors that travel from a stage to the next: first what a head reads, then whatever else the rest of

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
-
-ANYTIME_HEADER = "X-Early-Exit-Anytime"
-"""A prediction request with this header asks for the opinions, whatever its value."""
-OPINIONS_HEADER = "X-Early-Exit-Opinions"
-"""JSON list of {"exit", "class", "confidence"} in the order of the backbone, the whole one last, with "label" where
-the handler has an index_to_name.json. It takes some 60 bytes an exit; X-Early-Exit names the exit that answered."""
+from early_exit.handler.protocol import ANYTIME_HEADER
 
 
 def who_asks(context: Any, n_items: int) -> list[bool]:

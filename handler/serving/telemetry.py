@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
-from early_exit.handler.inference.forward import FULL, Answers
+from early_exit.handler.inference.forward import Answers
 from early_exit.handler.model import EarlyExitModel, ServedBatch
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor
+from early_exit.handler.protocol import (
+    CONFIDENCE_HEADER,
+    EXIT_HEADER,
+    FULL,
+    FULL_NAME,
+    OPINIONS_HEADER,
+    STEP_HEADER,
+    VERSION_HEADER,
+)
 from early_exit.handler.recording.format import Records
 from early_exit.handler.recording.writer import RecordWriter
-from early_exit.handler.serving.anytime import OPINIONS_HEADER, opinions_headers
+from early_exit.handler.serving.anytime import opinions_headers
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 
-EXIT_HEADER = "X-Early-Exit"
-CONFIDENCE_HEADER = "X-Early-Exit-Confidence"
-VERSION_HEADER = "X-Early-Exit-Version"
-STEP_HEADER = "X-Early-Exit-Step"
-"""Set when the monitor has stepped back: the step, of how many."""
-FULL_NAME = "full"
-"""Stands for the whole backbone where an exit's layer path would stand."""
 STAGE_REPORT_S = 0.1
 """Stage times are reported for a batch at most this often: one line of output each would cost more than they tell."""
 

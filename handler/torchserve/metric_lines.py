@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from early_exit.handler.monitor.sequential_test import MonitorState
-
-PREFIX = "ee_"
+from early_exit.handler.protocol import METRIC_PREFIX
 
 
 class ServingMetrics:
@@ -19,7 +18,8 @@ class ServingMetrics:
         self._own = [model, version]
 
         def metric(name: str, unit: str, kind: MetricTypes, *dimensions: str) -> Any:
-            return cache.add_metric_to_cache(PREFIX + name, unit, ["ModelName", "ModelVersion", *dimensions], kind)
+            return cache.add_metric_to_cache(METRIC_PREFIX + name, unit,
+                                             ["ModelName", "ModelVersion", *dimensions], kind)
 
         self._answers = metric("answers_total", "count", MetricTypes.COUNTER, "Exit")
         self._written = metric("records_written_total", "count", MetricTypes.COUNTER)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import sys
 from types import ModuleType
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.python_modules import own_classes
 
 
 class UserHandler(Protocol):
@@ -65,11 +65,6 @@ def handler_class(name: str) -> type[Any]:
                            f"{[kind.__name__ for kind in classes] or 'none'}: a module-level handle function keeps its "
                            "model out of reach, so turn it into a class that keeps it in 'self.model'")
     return classes[0]
-
-
-def own_classes(module: ModuleType) -> list[type[Any]]:
-    """Return the classes that a module defines itself; TorchServe demands exactly one of handlers and models."""
-    return [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
 
 
 def _import_handler(name: str) -> ModuleType:

@@ -12,8 +12,9 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.exits.policy import ExitPolicy
-from early_exit.handler.inference.forward import FULL, Answers, Live, run_with_exits
+from early_exit.handler.inference.forward import Answers, Live, run_with_exits
 from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.protocol import FULL
 
 
 class ScriptedModel:
