@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from early_exit.handler.backbone.backbone import DESCRIPTION_FILE, BackboneDescription
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.exits.plan import PLAN_FILE
 
 FOLDER = "early_exit"
 HANDLER = "early_exit.handler.service"
 """The handler of every early-exit archive. Its code lies in the archive, in the namespace package `early_exit`."""
 MANIFEST = "MAR-INF/MANIFEST.json"
+DESCRIPTION_FILE = "backbone.json"
+"""What is known of the backbone without loading it."""
+PROGRAM_FILE = "backbone.pt2"
+"""The exported program of the backbone."""
+TAIL_FILE = "detector.safetensors"
+"""Weights of what follows a detector's stages, where the backbone is a detector's."""
+PLAN_FILE = "plan.json"
+HEADS_FILE = "heads.safetensors"
+"""Weights of the plan's heads; it lies beside the plan."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,3 @@ def extract(mar: Path, folder: Path) -> None:
         raise ArchiveError(f"cannot read {mar} as a model archive: {error}") from error
     if not (folder / MANIFEST).is_file():
         raise ArchiveError(f"{mar} has no {MANIFEST}: expected an archive made by torch-model-archiver")
-
-
-def read_archive(mar: Path) -> tuple[str, BackboneDescription]:
-    """Return the model name and the backbone of an early-exit archive.
-
-    Raises:
-        ArchiveError: it is not one.
-    """
-    description = f"{FOLDER}/{DESCRIPTION_FILE}"
-    try:
-        with zipfile.ZipFile(mar) as archive, tempfile.TemporaryDirectory() as scratch:
-            model = json.loads(archive.read(MANIFEST))["model"]["modelName"]
-            extracted = Path(archive.extract(description, scratch))
-            return str(model), BackboneDescription.load(extracted)
-    except KeyError as error:
-        raise ArchiveError(f"{mar} is not an early-exit archive: make one with 'ee-archive {mar}'") from error
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ArchiveError(f"cannot read {mar}: {error}") from error

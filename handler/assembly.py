@@ -50,7 +50,7 @@ class Assembly(nn.Module):
             raise ConfigError(f"a detector is executed by {DEFAULT_ENGINE} or {EAGER}, found early_exit.engine "
                               f"{self.engine.name!r}")
         if plan is not None:
-            require_engine(plan, self.engine_identity)
+            require_engine(plan.engine, self.engine_identity)
         planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
         recorded = spread_over(self.description.candidates, record_layers) if record_layers else []
         cuts = [layer for layer in self.description.candidates if layer.path in planned or layer in recorded]

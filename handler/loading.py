@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping
 
 import torch
 
@@ -13,17 +12,15 @@ from early_exit.handler.assembly import Assembly
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.config import EARLY, PLAIN, ServingConfig
-from early_exit.handler.cuda.executor import GraphedExecutor
-from early_exit.handler.cuda.stages import GraphedStage
+from early_exit.handler.cuda.executor import plain_executor
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
-from early_exit.handler.inference.at_once import AtOnceExecutor
 from early_exit.handler.inference.bypass import AdaptiveBypass
 from early_exit.handler.inference.bypassing import EpochBypass
 from early_exit.handler.inference.continuous import ContinuousExecutor
-from early_exit.handler.inference.executor import Executor, Record
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.shadow import ShadowSampler
 
@@ -52,11 +49,13 @@ def build_model(backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping
         ConfigError: a detector is to be executed by an engine that has none.
     """
     assembly = Assembly(backbone, plan, heads, engine=engine, record_layers=record_layers)
+    record = assembly.recorder(record_pool) if record_layers else None
     bypass = AdaptiveBypass(control_rate, random.SystemRandom().random)
-    return EarlyExitModel(
-        assembly, _executor(assembly, answers, assembly.recorder(record_pool) if record_layers else None),
-        EpochBypass(bypass) if answers == EARLY else bypass,
-        ShadowSampler(sampling_rate, sampling_rate_in_full), anytime=anytime)
+    shadow = ShadowSampler(sampling_rate, sampling_rate_in_full)
+    if answers == EARLY:
+        executor = ContinuousExecutor(assembly.levels, record)
+        return EarlyExitModel(assembly, executor, EpochBypass(bypass), shadow, anytime=anytime)
+    return EarlyExitModel(assembly, plain_executor(assembly.levels, record), bypass, shadow, anytime=anytime)
 
 
 def load_model(layout: ArchiveLayout, config: ServingConfig, device: torch.device | str = "cpu") -> EarlyExitModel:
@@ -69,7 +68,7 @@ def load_model(layout: ArchiveLayout, config: ServingConfig, device: torch.devic
     if torch.device(device).type != "cpu" and not ENGINES[config.engine].on_gpu:
         raise ConfigError(f"early_exit.engine is {config.engine!r}, which runs on the CPU, but this worker was "
                           f"given {device}: set 'deviceType: cpu' in model-config.yaml, or another engine")
-    backbone = Backbone.load(layout.folder, device)
+    backbone = load_backbone(layout.folder, device)
     plan, heads = None, None
     if config.exits and layout.plan.exists():
         plan, tensors = load_plan(layout.plan)
@@ -81,11 +80,3 @@ def load_model(layout: ArchiveLayout, config: ServingConfig, device: torch.devic
                        sampling_rate=config.sampling(has_exits=plan is not None) if sampled else 0.0,
                        sampling_rate_in_full=config.sampling(has_exits=False) if records else 0.0,
                        control_rate=config.control_rate, anytime=config.anytime).to(device)
-
-
-def _executor(assembly: Assembly, answers: str, record: Record | None) -> Executor:
-    if answers == EARLY:
-        return ContinuousExecutor(assembly.levels, record)
-    if isinstance(assembly.stages[0], GraphedStage):
-        return GraphedExecutor(cast(Sequence[Sequence[GraphedStage]], assembly.levels), record)
-    return AtOnceExecutor(assembly.levels, record)

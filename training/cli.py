@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
@@ -40,13 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    model, backbone = read_archive(options.archive)
+    contents = read_archive(options.archive)
     with tempfile.TemporaryDirectory() as scratch:
         archive = ArchiveLayout(Path(scratch))
         extract(options.archive, archive.root)
         run = RunPaths(options.to)
-        shards = find_shards(local_folders(options.records, run.remote), model, backbone)
-        report = train(model, archive, shards, options_of(options, archive), run, mar=options.archive,
+        shards = find_shards(local_folders(options.records, run.remote), contents.model,
+                             contents.description)
+        report = train(contents.model, archive, shards, options_of(options, archive), run, mar=options.archive,
                        labels=options.labels, log=_say)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     say_next(f"ee-train report {options.to} for a page about it, "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from early_exit.handler.exits.plan import PLAN_FILE
+from early_exit.handler.archive_layout import PLAN_FILE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.backbone.candidates import CandidateLayer, spread_over
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import save_plan
 from early_exit.handler.recording.format import read_times
@@ -61,7 +62,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     Raises:
         RecordError: too few records, records of different kinds, or a folder of another run.
     """
-    backbone = Backbone.load(archive.folder)
+    backbone = load_backbone(archive.folder)
     description = backbone.description
     training_set, left_out = _material(archive, mar, backbone, shards, options, run, log)
     truth = load_labels(labels, training_set.request, training_set.n_classes) if labels else None
@@ -183,7 +184,7 @@ def _profile(run: RunPaths, archive: ArchiveLayout, backbone: Backbone, layers: 
         return None
     if not run.profile.exists():
         device = options.measure_device
-        here = backbone if device == "cpu" else Backbone.load(archive.folder, device)
+        here = backbone if device == "cpu" else load_backbone(archive.folder, device)
         profile = profile_backbone(here, layers, engine=options.engine, device=device)
         with replacing(run.profile) as scratch:
             scratch.write_text(json.dumps(asdict(profile), indent=1))

@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
-from early_exit.handler.serving.telemetry import FULL_NAME
+from early_exit.handler.protocol import FULL_NAME
 
 _KEPT, _VERSIONS = 2000, 3
 FIRST_MS, PER_DECADE, DECADES = 1.0, 10, 5

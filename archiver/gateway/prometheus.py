@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from early_exit.handler.torchserve.metric_lines import PREFIX
+from early_exit.handler.protocol import METRIC_PREFIX
 
-_MONITOR = f"{PREFIX}monitor_"
+_MONITOR = f"{METRIC_PREFIX}monitor_"
 _REQUESTS, _MICROSECONDS = "ts_inference_requests", "ts_inference_latency_microseconds"
 
 
@@ -59,15 +59,15 @@ def read_metrics(text: str) -> Scrape:
     found: dict[str, dict[str, VersionMetrics]] = defaultdict(lambda: defaultdict(VersionMetrics))
     for family in text_string_to_metric_families(text):
         for name, labels, value, *_ in family.samples:
-            if name.startswith(PREFIX):
+            if name.startswith(METRIC_PREFIX):
                 one = found[labels["ModelName"]][labels["ModelVersion"]]
-                if name == f"{PREFIX}answers_total":
+                if name == f"{METRIC_PREFIX}answers_total":
                     one.answers[labels["Exit"]] = one.answers.get(labels["Exit"], 0.0) + value
-                elif name == f"{PREFIX}shadow_samples_total":
+                elif name == f"{METRIC_PREFIX}shadow_samples_total":
                     one.shadow += value
-                elif name == f"{PREFIX}anytime_answers_total":
+                elif name == f"{METRIC_PREFIX}anytime_answers_total":
                     one.anytime += value
-                elif name == f"{PREFIX}exits_bypassed" and value:
+                elif name == f"{METRIC_PREFIX}exits_bypassed" and value:
                     one.bypassed.add(int(labels["BatchSize"]))
                 elif name.startswith(_MONITOR):
                     one.monitor[name.removeprefix(_MONITOR)] = value

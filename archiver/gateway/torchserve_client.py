@@ -15,8 +15,14 @@ from urllib.parse import quote
 import httpx
 
 from early_exit.handler.errors import ServerError
-from early_exit.handler.serving.anytime import ANYTIME_HEADER, OPINIONS_HEADER
-from early_exit.handler.serving.telemetry import CONFIDENCE_HEADER, EXIT_HEADER, STEP_HEADER, VERSION_HEADER
+from early_exit.handler.protocol import (
+    ANYTIME_HEADER,
+    CONFIDENCE_HEADER,
+    EXIT_HEADER,
+    OPINIONS_HEADER,
+    STEP_HEADER,
+    VERSION_HEADER,
+)
 
 Key = Literal["inference", "management"]
 Tokens = Callable[[Key], str | None]

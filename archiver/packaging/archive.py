@@ -23,14 +23,15 @@ from early_exit.archiver.packaging.source import eager_model, model_from_factory
 from early_exit.archiver.packaging.validate import validate
 from early_exit.handler.archive_layout import HANDLER, ArchiveLayout, extract
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription, load_program
+from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.config import EARLY, ServingConfig
-from early_exit.handler.detection.detections import Strategy
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
 from early_exit.handler.engines.registry import ENGINES, INT8, require_engine
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
-from early_exit.handler.serving.early import SERVER_SETTINGS
+from early_exit.handler.torchserve.continuous_batching import SERVER_SETTINGS
 
 _CREATED = "01/01/1980 00:00:00"
 CONFIG_FILE = "model-config.yaml"
@@ -126,7 +127,7 @@ def _unpack_source(asked: ArchiveRequest, layout: ArchiveLayout) -> tuple[dict[s
             manifest: dict[str, Any] = json.loads(layout.original_manifest.read_text())
             current = json.loads(layout.manifest.read_text())["model"]
             manifest["model"] |= {key: current[key] for key in ("modelVersion", "configFile") if key in current}
-            return manifest, Backbone.load(layout.folder)
+            return manifest, load_backbone(layout.folder)
         manifest = json.loads(layout.manifest.read_text())
         return manifest, _backbone_of_mar(asked, layout, manifest)
     manifest = _manifest_for(asked, layout)
@@ -195,7 +196,7 @@ def _write_ours(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str
         layout.sample_request.write_bytes(request)
     if asked.plan is not None:
         plan, tensors = load_plan(asked.plan)
-        require_engine(plan, ENGINES[engine].identity(layout.folder))
+        require_engine(plan.engine, ENGINES[engine].identity(layout.folder))
         save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
     layout.original_manifest.write_text(json.dumps(original, indent=1, sort_keys=True))
     has_config = config is not None or asked.engine is not None

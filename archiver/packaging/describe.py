@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import DESCRIPTION_FILE, BackboneDescription
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, extract
+from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan, load_plan

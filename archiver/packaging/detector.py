@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.detection.detections import Strategy
-from early_exit.handler.detection.detector import DetectorSpec, Tail, detect, register
+from early_exit.handler.backbone.image_class import DetectorSpec, Strategy
+from early_exit.handler.detection.detector import Tail, detect, register
 from early_exit.handler.errors import GraphError
 
 PEDESTRIAN = 1

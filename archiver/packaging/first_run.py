@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     service = ModelLoaderFactory.get_model_loader().load(
         manifest["modelName"], str(folder), manifest["handler"], None, 1, None, True, metrics)
     from early_exit.handler.archive_layout import ArchiveLayout
-    from early_exit.handler.serving.probe import PROBE_HEADER
+    from early_exit.handler.protocol import PROBE_HEADER
 
     def answer(body: bytes, headers: dict[str, str]) -> object:
         processors, data, ids = Service.retrieve_data_for_inference([{

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.user_handler.wrapper import own_classes
+from early_exit.handler.python_modules import own_classes
 from early_exit.training.data.preprocessing import importing_from
 
 

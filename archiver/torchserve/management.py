@@ -10,8 +10,7 @@ import requests
 
 from early_exit.archiver.torchserve.addresses import Addresses, read_token
 from early_exit.handler.errors import ServerError
-from early_exit.handler.serving.anytime import ANYTIME_HEADER
-from early_exit.handler.serving.probe import PROBE_HEADER
+from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
 
 _TIMEOUT_S = 30.0
 _TOKEN_REFUSED = "Token either incorrect, expired"

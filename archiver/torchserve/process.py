@@ -20,9 +20,9 @@ import requests
 
 from early_exit.archiver.torchserve.addresses import KEY_FILE, Addresses, free_ports, read_token
 from early_exit.archiver.torchserve.java import find_java
+from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
-from early_exit.handler.allocator import ALLOCATOR
 
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from early_exit.archiver.torchserve.management import Management
-from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import RecordError, ServerError
-from early_exit.handler.exits.plan import ExitPlan, load_plan
+from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import monitor_file, read_state
 from early_exit.handler.recording.format import ShardHeader, read_times
@@ -79,8 +78,8 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
     if served is None:
         raise ServerError(f"{server} does not serve {model}")
     archive = store / served.file_name
-    _, backbone = read_archive(archive)
-    plan = _plan(archive)
+    contents = read_archive(archive)
+    backbone, plan = contents.description, contents.plan
     folders = [folder for folder in local_folders(sources, cache) if folder.is_dir()]
     if not folders:
         raise RecordError(f"none of the records folders {', '.join(sources)} is there: pass those that the servers "
@@ -93,13 +92,6 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
     return ModelStatus(model, served.version, tuple(one.version for one in versions), archive, backbone, plan,
                     tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
                     _monitors(folders, model, served.version, backbone, plan))
-
-
-def _plan(archive: Path) -> ExitPlan | None:
-    with tempfile.TemporaryDirectory() as scratch:
-        layout = ArchiveLayout(Path(scratch))
-        extract(archive, layout.root)
-        return load_plan(layout.plan)[0] if layout.plan.exists() else None
 
 
 def _times(shards: Sequence[Path]) -> dict[Path, Tensor]:
@@ -118,7 +110,7 @@ def _monitors(folders: Sequence[Path], model: str, version: str, backbone: Backb
     header = ShardHeader(model, version, backbone.sha256, None, ())
     states = []
     for folder in folders:
-        path = monitor_file(folder, header, plan.digest())
+        path = monitor_file(header.folder(folder), version, plan)
         try:
             state = read_state(path)
         except (OSError, ValueError) as error:

@@ -8,26 +8,27 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, PROGRAM_FILE
 from early_exit.handler.backbone.candidates import CandidateLayer, LeftOut, discover_layers
+from early_exit.handler.backbone.detector_tails import save_tail, tail_parameters
 from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import index_limits, inputs_of
+from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
-from early_exit.handler.detection.detector import DetectorSpec, load_tail, parameters_of, save_tail
 from early_exit.handler.errors import ArchiveError, GraphError
 
 FORMAT = 2
-PROGRAM_FILE = "backbone.pt2"
-DESCRIPTION_FILE = "backbone.json"
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,28 @@ class BackboneDescription:
         Raises:
             ArchiveError: it is not one, or a newer version of this software wrote it.
         """
-        data = json.loads(path.read_text())
+        try:
+            return cls.from_json(json.loads(path.read_text()), str(path))
+        except (OSError, ValueError) as error:
+            raise ArchiveError(f"cannot read the description of the backbone in {path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: str) -> BackboneDescription:
+        """Read what `save` wrote; errors name the source.
+
+        Raises:
+            ArchiveError: it is not a description, or a newer version of this software wrote it.
+        """
         if data.get("format") != FORMAT:
-            raise ArchiveError(f"{path} has format {data.get('format')!r}, this version reads {FORMAT}: "
+            raise ArchiveError(f"{source} has format {data.get('format')!r}, this version reads {FORMAT}: "
                                "use the version of early-exit-torchserve that wrote it, or a newer one")
+        try:
+            return cls._from_fields(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArchiveError(f"{source} is not a complete description of a backbone: {error!r}") from error
+
+    @classmethod
+    def _from_fields(cls, data: Mapping[str, Any]) -> BackboneDescription:
         return cls(
             sha256=data["sha256"], output=OutputSpec(**data["output"]),
             inputs=tuple(InputSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["inputs"]),
@@ -182,7 +201,7 @@ class Backbone:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters, with those of a detector that the graph only calls."""
-        return [*self.graph.parameters(), *parameters_of(self.description.detector)]
+        return [*self.graph.parameters(), *tail_parameters(self.description.detector)]
 
     def save(self, folder: Path) -> None:
         """Write program and description into an existing folder."""
@@ -197,15 +216,15 @@ class Backbone:
             save_tail(self.description.detector, folder)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Backbone:
-        """Read what `save` wrote, onto a device.
+    def read_program(cls, folder: Path, description: BackboneDescription,
+                     device: torch.device | str = "cpu") -> Backbone:
+        """Read the program that `save` wrote beside a description, onto a device.
+
+        What the program calls must be known by now: `load_backbone` in `detection/` sees to that.
 
         Raises:
-            ArchiveError: the files are damaged or of a newer format.
+            ArchiveError: the file is damaged or of a newer format.
         """
-        description = BackboneDescription.load(folder / DESCRIPTION_FILE)
-        if description.detector is not None:  # which the program calls
-            load_tail(description.detector, folder, description.input_shape)
         program = load_program(folder / PROGRAM_FILE)
         if torch.device(device).type != "cpu":
             program = move_to_device_pass(program, torch.device(device))

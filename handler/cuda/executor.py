@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from early_exit.handler.cuda.graphs import Graphed, sizes_up_to
 from early_exit.handler.cuda.single_launch import SingleLaunch
 from early_exit.handler.cuda.stages import GraphedStage
 from early_exit.handler.inference.at_once import AtOnceExecutor
-from early_exit.handler.inference.executor import Execution, Record
-from early_exit.handler.inference.forward import FULL, Answers, Live
+from early_exit.handler.inference.executor import Execution, Executor, Record
+from early_exit.handler.inference.forward import Answers, Live, Stage
+from early_exit.handler.protocol import FULL
 
 _LOG = logging.getLogger(__name__)
 _Launch = Callable[[Live, Tensor], Answers]
@@ -52,6 +54,18 @@ class GraphedExecutor:
                 self._records and shadow.any()):
             return self._by_stage.run(inputs, level, shadow, anytime)
         return Execution(launch(inputs, shadow), {}, level)
+
+
+def plain_executor(levels: Sequence[Sequence[Stage]], record: Record | None = None) -> Executor:
+    """Return the executor of plain batching for stages that `graphed` returned, wherever they run.
+
+    Args:
+        levels: the stages at each fallback level, which differ in their exits alone.
+        record: makes what is recorded of activations; without it nothing is recorded.
+    """
+    if isinstance(levels[0][0], GraphedStage):
+        return GraphedExecutor(cast(Sequence[Sequence[GraphedStage]], levels), record)
+    return AtOnceExecutor(levels, record)
 
 
 def _launch_of(stages: Sequence[GraphedStage], inputs: Live, batch_size: int) -> _Launch | None:

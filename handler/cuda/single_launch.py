@@ -17,7 +17,8 @@ from early_exit.handler.cuda import kernels
 from early_exit.handler.cuda.graphs import Captured, capture, sizes_up_to
 from early_exit.handler.cuda.program import Program
 from early_exit.handler.cuda.stages import GraphedStage
-from early_exit.handler.inference.forward import FULL, Answers, Exit, Live
+from early_exit.handler.inference.forward import Answers, Exit, Live
+from early_exit.handler.protocol import FULL
 
 
 class SingleLaunch:

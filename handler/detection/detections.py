@@ -4,47 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from early_exit.handler.inference.forward import FULL
-
-CERTAIN = 0.5
-"""An object with less than this score is no answer."""
-
-
-class Strategy(str, Enum):
-    """What the class of an image is, 0 meaning nothing: the paper's three ways to update exits."""
-
-    OBJECT = "most-confident-object"
-    """The label of the detection with the highest score."""
-    PEDESTRIAN = "most-confident-pedestrian"
-    """Whether there is a pedestrian."""
-    ALL = "all-objects"
-    """The label with most of the scores of all detections together."""
-
-
-def class_scores(labels: Tensor, scores: Tensor, n_labels: int, strategy: Strategy, pedestrian: int) -> Tensor:
-    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians and else the number of labels.
-
-    Args:
-        labels: (N,) int64 of the detections.
-        scores: (N,) of them.
-        n_labels: with 0 for the background.
-        strategy: what the class of an image is.
-        pedestrian: their label.
-    """
-    best = scores.new_zeros(n_labels).scatter_reduce(0, labels, scores, "amax")
-    if strategy is Strategy.PEDESTRIAN:
-        return torch.stack([1 - best[pedestrian], best[pedestrian]])
-    found = best
-    if strategy is Strategy.ALL and (certain := scores >= CERTAIN).any():
-        found = torch.zeros_like(best).index_add(0, labels[certain], scores[certain])
-    found[0] = 1 - best.amax()
-    return found / found.sum()
+from early_exit.handler.backbone.image_class import CERTAIN
+from early_exit.handler.protocol import FULL
 
 
 def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, found: Tensor, size: tuple[int, int],

@@ -11,45 +11,22 @@ import hashlib
 import importlib.util
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from early_exit.handler.detection.detections import Strategy, class_scores, detections
-from early_exit.handler.detection.detector_registry import TAILS
+from early_exit.handler.archive_layout import TAIL_FILE
+from early_exit.handler.backbone.detector_tails import TAILS
+from early_exit.handler.backbone.image_class import DetectorSpec, Strategy, class_scores
+from early_exit.handler.detection.detections import detections
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.inference.forward import Answers
-from early_exit.handler.user_handler.wrapper import own_classes
-
-TAIL_FILE = "detector.safetensors"
-
-
-@dataclass(frozen=True)
-class DetectorSpec:
-    """A detector in `backbone.json`."""
-
-    model_file: str
-    """Of the user's archive, with the class that makes the detector."""
-    strategy: Strategy
-    pedestrian: int
-    """Label of pedestrians."""
-    tail: str
-    """Identity of what comes after the backbone's stages, by which the graph calls it."""
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DetectorSpec:
-        return cls(**{**data, "strategy": Strategy(data["strategy"])})
-
-    def labels(self, classes: Tensor) -> Tensor:
-        """Return the detector's labels for (B,) classes."""
-        return classes * self.pedestrian if self.strategy is Strategy.PEDESTRIAN else classes
+from early_exit.handler.python_modules import own_classes
 
 
 def sizes_in(transform: Any, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -134,24 +111,21 @@ def register(tail: Tail) -> str:
     return identity
 
 
-def images_of(spec: DetectorSpec, answers: Answers) -> list[dict[str, Tensor]]:
-    """Return for each image of a batch what the user's detector returns, as far as it is known."""
+def images_of(spec: DetectorSpec, probabilities: Tensor, stages: Sequence[int],
+              detected: Tensor | None) -> list[dict[str, Tensor]]:
+    """Return for each image of a batch what the user's detector returns, as far as it is known.
+
+    Args:
+        spec: the detector.
+        probabilities: (B, K) of the images' classes.
+        stages: for each image where it left, `FULL` if it did not.
+        detected: (W, N, 6 + M) detections of the images that left nowhere, in order; none where all left.
+    """
     tail = TAILS[spec.tail]
-    confidence, classes = answers.outputs.max(dim=1)
-    [found] = answers.beside or (answers.outputs[:0],)
-    return detections(answers.stages.tolist(), spec.labels(classes), confidence, found, tail.size,
+    confidence, classes = probabilities.max(dim=1)
+    detected = probabilities[:0] if detected is None else detected
+    return detections(stages, spec.labels(classes), confidence, detected, tail.size,
                       has_mask=tail.roi_heads.has_mask())
-
-
-def parameters_of(spec: DetectorSpec | None) -> list[nn.Parameter]:
-    """Return the parameters of a tail, or none without a detector."""
-    return [] if spec is None else list(TAILS[spec.tail].parameters())
-
-
-def save_tail(spec: DetectorSpec, folder: Path) -> None:
-    """Write the weights of a tail into the folder of its backbone."""
-    tensors = {name: tensor.contiguous() for name, tensor in TAILS[spec.tail].state_dict().items()}
-    save_file(tensors, folder / TAIL_FILE)
 
 
 def load_tail(spec: DetectorSpec, folder: Path, shape: Sequence[int]) -> None:

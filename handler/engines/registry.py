@@ -21,7 +21,6 @@ from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.fuse import fuse
 from early_exit.handler.engines.openvino import compile_float, compile_int8, int8_digest
 from early_exit.handler.errors import PlanError
-from early_exit.handler.exits.plan import ExitPlan
 
 Arrange = Callable[[Tensor], tuple[Tensor, Read]]
 
@@ -65,14 +64,14 @@ def are_alike(one: str, other: str) -> bool:
     return one == other or (engine_of(one).is_exact and engine_of(other).is_exact)
 
 
-def require_engine(plan: ExitPlan, identity: str) -> None:
-    """Check that a plan may serve on an engine.
+def require_engine(planned: str, identity: str) -> None:
+    """Check that a plan which was made on one engine may serve on another; both are identities.
 
     Raises:
-        PlanError: its heads and its certificate are about another one.
+        PlanError: the plan's heads and its certificate are about another one.
     """
-    if not are_alike(plan.engine, identity):
-        raise PlanError(f"the plan was made on the engine {plan.engine}, and its certificate counts what that one "
+    if not are_alike(planned, identity):
+        raise PlanError(f"the plan was made on the engine {planned}, and its certificate counts what that one "
                         f"changes, but the archive is executed by {identity}: train on records of this archive")
 
 

@@ -13,14 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from early_exit.handler.archive_layout import HEADS_FILE, PLAN_FILE
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
 
 FORMAT = 1
-PLAN_FILE = "plan.json"
-HEADS_FILE = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,11 @@ class ExitPlan:
             raise PlanError(f"the exits of a plan must be in order of cost, found {costs}")
         if any(len(thresholds) != len(costs) for thresholds in self.safer):
             raise PlanError(f"each safer setting needs {len(costs)} thresholds, one for each exit, found {self.safer}")
+
+    @property
+    def last_step(self) -> int:
+        """The step without exits, which comes after the deployed plan, step 0, and its safer settings."""
+        return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

@@ -11,8 +11,8 @@ from torch import Tensor
 from early_exit.handler.inference.forward import Answers, Live
 
 Record = Callable[[int, Tensor], Tensor]
-"""Takes the number of a stage and the (S, ...) activations of the shadow rows after it; returns the (S, ...) tensor that
-is recorded of them."""
+"""Takes the number of a stage and the (S, ...) activations of the shadow rows after it; returns the (S, ...) tensor
+that is recorded of them."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.exits.policy import ExitPolicy
-
-FULL = -1
-"""Exit number of a row that the whole backbone answered."""
+from early_exit.handler.protocol import FULL
 
 Live = tuple[Tensor, ...]
 """The (B, ...) tensors that travel from a stage to the next: first what a head reads, then whatever else the rest of
@@ -73,7 +71,7 @@ class Answers:
     stage_seconds: tuple[float, ...]
     """Wall time of each stage that ran, with its head and shrink; none where a GPU ran them in one launch."""
     anytime: Tensor
-    """(A,) int64 on the CPU: numbers of the rows that asked for the scores of every exit, so they ran to the end too."""
+    """(A,) int64 on the CPU: numbers of the rows that asked for every exit's scores, so they ran to the end."""
     exit_scores: Mapping[int, Tensor]
     """By stage, and by `FULL` for the whole backbone: the (A, K) scores that the anytime rows would have got there."""
     beside: Live = ()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.inference.executor import Record
-from early_exit.handler.inference.forward import FULL, Answers, Live, Stage, answered, numbers_on, take_rows
+from early_exit.handler.inference.forward import Answers, Live, Stage, answered, numbers_on, take_rows
 from early_exit.handler.inference.scheduler import Waiting, next_stage
+from early_exit.handler.protocol import FULL
 
 _Row = tuple["InFlightCall", int]
 """A row of a call."""

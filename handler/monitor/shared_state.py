@@ -13,9 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
-from early_exit.handler.recording.format import ShardHeader
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +23,15 @@ _SHARE_EVERY_S = 1.0
 _MOST_UNSHARED = 10_000
 
 
-def monitor_file(records: Path, header: ShardHeader, plan_digest: str) -> Path:
-    """Return where the workers that serve a plan keep their monitor's state."""
-    return header.folder(records) / f"monitor-{header.version}-{plan_digest}.json"
+def monitor_file(folder: Path, version: str, plan: ExitPlan) -> Path:
+    """Return where the workers of a version that serve a plan keep their monitor's state.
+
+    Args:
+        folder: of the records of the plan's backbone.
+        version: of the model.
+        plan: what they serve.
+    """
+    return folder / f"monitor-{version}-{plan.digest()}.json"
 
 
 def read_state(path: Path) -> MonitorState | None:
@@ -142,12 +147,18 @@ class SharedMonitor:
         return state.after(self._unshared, self.monitored, self._last_step, time.time())
 
 
-def watch(model: EarlyExitModel, records: Path | None, header: ShardHeader) -> SharedMonitor | None:
-    """Start to watch what a model's plan promises; a plan without certificate or exits promises nothing."""
-    if model.plan is None or model.plan.certificate is None or not model.plan.exits:
+def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMonitor | None:
+    """Start to watch what a plan promises; none where it promises nothing, for lack of a certificate or of exits.
+
+    Args:
+        plan: what is served, if there are exits.
+        folder: of the records of the plan's backbone; without one this worker watches alone.
+        version: of the model.
+    """
+    if plan is None or plan.certificate is None or not plan.exits:
         return None
-    path = monitor_file(records, header, model.plan.digest()) if records else None
-    return SharedMonitor(Monitored.of(model.plan.certificate), len(model.steps) - 1, path)
+    path = None if folder is None else monitor_file(folder, version, plan)
+    return SharedMonitor(Monitored.of(plan.certificate), plan.last_step, path)
 
 
 @contextlib.contextmanager

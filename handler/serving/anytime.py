@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
-
-FULL_NAME = "full"
-ANYTIME_HEADER = "X-Early-Exit-Anytime"
-"""A prediction request with this header asks for the predictions of every exit, whatever the header's value."""
-OPINIONS_HEADER = "X-Early-Exit-Opinions"
+from early_exit.handler.protocol import ANYTIME_HEADER
 
 
 def asks_for_every_exit(headers: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from early_exit.handler.call import Call, Reply
 from early_exit.handler.inference.bypassing import EpochBypass
@@ -57,7 +58,7 @@ class EarlyAnswers:
             self._executor.drop(self._in_flight.pop(gone).coroutine)
         for call in calls:
             if call.id not in self._in_flight:
-                self._in_flight[call.id] = _InFlight(call, self._executor.start(lambda call=call: self._handle(call)))
+                self._in_flight[call.id] = _InFlight(call, self._executor.start(partial(self._handle, call)))
         self._executor.run_stage()
         replies = [self._leave(call.id) for call in calls]
         if self._model.level != self._model.assembly.last_level:

@@ -6,9 +6,8 @@ from collections import Counter
 
 from early_exit.handler.assembly import Assembly
 from early_exit.handler.call_log import ServedBatch
-from early_exit.handler.inference.forward import FULL
 from early_exit.handler.monitor.sequential_test import MonitorState
-from early_exit.handler.serving.anytime import FULL_NAME
+from early_exit.handler.protocol import FULL, FULL_NAME
 from early_exit.handler.serving.host import Host, MetricKind
 from early_exit.handler.serving.isolation import Served
 

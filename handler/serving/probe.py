@@ -9,9 +9,7 @@ import torch
 
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.model import EarlyExitModel
-
-PROBE_HEADER = "X-Early-Exit-Probe"
-"""A prediction request with this header is answered by `answer_probe` instead of the user's handler."""
+from early_exit.handler.protocol import PROBE_HEADER
 
 
 def answer_probe(model: EarlyExitModel) -> dict[str, Any]:

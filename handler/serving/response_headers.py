@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from early_exit.handler.inference.forward import FULL
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.serving.anytime import FULL_NAME, OPINIONS_HEADER, per_exit_predictions
+from early_exit.handler.protocol import (
+    CONFIDENCE_HEADER,
+    EXIT_HEADER,
+    FULL,
+    FULL_NAME,
+    OPINIONS_HEADER,
+    STEP_HEADER,
+    VERSION_HEADER,
+)
+from early_exit.handler.serving.anytime import per_exit_predictions
 from early_exit.handler.serving.isolation import Served
-
-EXIT_HEADER = "X-Early-Exit"
-CONFIDENCE_HEADER = "X-Early-Exit-Confidence"
-VERSION_HEADER = "X-Early-Exit-Version"
-STEP_HEADER = "X-Early-Exit-Step"
 
 
 class ResponseHeaders:

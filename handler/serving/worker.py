@@ -124,7 +124,7 @@ def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host,
     header = ShardHeader(host.model, host.version, assembly.description.sha256, config.pool_side, assembly.layers,
                          assembly.engine_identity)
     writer = RecordWriter(root, header, config) if root else None
-    monitor = watch(model, root, header)
+    monitor = watch(assembly.plan, header.folder(root) if root else None, host.version)
     metrics = ServingMetrics(host, assembly)
     work: dict[str, SideWork] = {"headers": ResponseHeaders(model, host.version, labels).set}
     if writer is not None:

@@ -24,8 +24,9 @@ class TorchServeHost:
         self.model = str(context.model_name)
         self.version = str(context.manifest["model"].get("modelVersion", "1.0"))
         gpu = context.system_properties.get("gpu_id")
-        self.device = torch.device("cuda", gpu) if torch.cuda.is_available() and gpu is not None else torch.device("cpu")
-        if self.device.type == "cuda":
+        on_gpu = gpu is not None and torch.cuda.is_available()
+        self.device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
+        if on_gpu:
             torch.cuda.set_device(self.device)  # streams and graphs are made there
         self.batch_size = int(context.system_properties.get("batch_size", 1))
         self.model_config: Mapping[str, Any] = context.model_yaml_config or {}

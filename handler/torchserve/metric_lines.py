@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from early_exit.handler.protocol import METRIC_PREFIX
 from early_exit.handler.serving.host import MetricKind
-
-PREFIX = "ee_"
 
 
 class MetricLines:
@@ -30,7 +29,7 @@ class MetricLines:
         kinds = {MetricKind.COUNTER: MetricTypes.COUNTER, MetricKind.GAUGE: MetricTypes.GAUGE,
                  MetricKind.HISTOGRAM: MetricTypes.HISTOGRAM}
         self._own = own
-        self._metric = cache.add_metric_to_cache(PREFIX + name, unit, ["ModelName", "ModelVersion", *labels],
+        self._metric = cache.add_metric_to_cache(METRIC_PREFIX + name, unit, ["ModelName", "ModelVersion", *labels],
                                                  kinds[kind])
 
     def update(self, value: float, *label_values: str) -> None:

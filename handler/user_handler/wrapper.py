@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.python_modules import own_classes
 from early_exit.handler.user_handler.context import HandlerContext
 
 
@@ -66,11 +66,6 @@ def handler_class(name: str) -> type[Any]:
                            f"{[kind.__name__ for kind in classes] or 'none'}: a module-level handle function keeps its "
                            "model out of reach, so turn it into a class that keeps it in 'self.model'")
     return classes[0]
-
-
-def own_classes(module: ModuleType) -> list[type[Any]]:
-    """Return the classes that a module defines itself; TorchServe demands exactly one of handlers and models."""
-    return [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
 
 
 def _import_handler(name: str) -> ModuleType:

@@ -10,6 +10,7 @@ import torch
 from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import INT8
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.recording.format import list_shards
@@ -51,6 +52,6 @@ def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Pa
     is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
     assert [torch.equal(one, expected[is_train]) for one, expected in zip(found, (tokens, mask))] == [True, True]
     quantize(backbone, found, layout.folder)
-    served = EarlyExitModel(Backbone.load(layout.folder), engine=INT8)
+    served = EarlyExitModel(load_backbone(layout.folder), engine=INT8)
     scores, expected = served(input_ids=tokens, attention_mask=mask)["logits"], model(tokens, mask)["logits"]
     assert 0 < (scores - expected).norm() / expected.norm() < 0.25, "8 bits change what random weights say"

@@ -10,7 +10,8 @@ from torch import nn
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.backbone.pooling import pool_activation
-from early_exit.handler.inference.forward import FULL, Exit, Stage, run_with_exits
+from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
+from early_exit.handler.protocol import FULL
 from tests.benchmarks.baselines.branchynet import branchynet, entropy
 from tests.benchmarks.baselines.earlyon import _means, earlyon
 from tests.benchmarks.baselines.gati import gati

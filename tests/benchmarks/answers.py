@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import split
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit, save_plan
-from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions
@@ -91,7 +91,7 @@ def scripted_plan(folder: Path, archive: Path, bodies: Sequence[bytes]) -> Path:
     """Write a plan with untrained heads after the scripted layers; return its path."""
     layout = ArchiveLayout(folder / "extracted")
     extract(archive, layout.root)
-    backbone = Backbone.load(layout.folder)
+    backbone = load_backbone(layout.folder)
     layers = [backbone.description.layer(path) for path in SCRIPT]
     heads = {layer.path: Head(SPEC, layer.shape, backbone.description.n_classes).eval() for layer in layers}
     parts = split(backbone.graph, [layer.node for layer in layers])

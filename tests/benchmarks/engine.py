@@ -25,13 +25,14 @@ import torchvision
 from torch import Tensor
 
 from early_exit.archiver.packaging.quantize import quantize
+from early_exit.handler.allocator import restart_with_allocator, return_freed_memory
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.inference.forward import Stage, run_with_exits
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.allocator import restart_with_allocator, return_freed_memory
 from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
 
@@ -62,7 +63,7 @@ def main() -> int:
         folder = Path(scratch)
         Backbone.from_module(torchvision.models.resnet50(weights=None).eval(), (3, 224, 224)).save(folder)
         resident = memory(folder)
-        backbone = Backbone.load(folder)
+        backbone = load_backbone(folder)
         if INT8 in engines:  # what is fast does not depend on the values
             quantize(backbone, (torch.randn(8, 3, 224, 224),), folder)
         cells: list[dict[str, Any]] = []
@@ -175,7 +176,7 @@ def memory(folder: Path) -> dict[str, float]:
 def resident_bytes(folder: Path, arm: str) -> int:
     """Load a saved backbone, answer ten batches of 8, and return the process' resident size."""
     torch.set_num_threads(1)
-    backbone = Backbone.load(folder)
+    backbone = load_backbone(folder)
     if arm == "exits":
         run = exiting_model(backbone, DEFAULT_ENGINE, untrained_heads(backbone)).forward
         del backbone

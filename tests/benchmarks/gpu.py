@@ -28,6 +28,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.cuda.stages import GraphedStage, graphed
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Answers, Stage, run_with_exits
@@ -61,7 +62,7 @@ def main() -> int:
         for name in options.models:
             Backbone.from_module(getattr(torchvision.models, name)(weights=None).eval(), (3, 224, 224)).save(
                 Path(scratch))
-            backbone = Backbone.load(Path(scratch), DEVICE)
+            backbone = load_backbone(Path(scratch), DEVICE)
             for engine in ENGINE_NAMES:
                 for size in options.batches:
                     for cell in measure(backbone, LAYERS[name], engine, size):

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.exits.plan import ExitPlan
-from early_exit.handler.inference.forward import FULL
-from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.allocator import restart_with_allocator
+from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.report import report

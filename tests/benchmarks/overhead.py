@@ -19,6 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
@@ -27,7 +28,6 @@ from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.telemetry import Telemetry
-from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.data.preprocessing import worker_context

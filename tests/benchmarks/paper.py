@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.backbone.candidates import spread_over
 from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.inference.forward import Exit
-from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
 from early_exit.training.data.dataset import Part, RecordedTraffic, find_shards, load_traffic
 from early_exit.training.data.labels import load_labels

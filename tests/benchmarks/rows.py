@@ -16,7 +16,8 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.forward import FULL, Answers, Exit, Stage, run_with_exits
+from early_exit.handler.inference.forward import Answers, Exit, Stage, run_with_exits
+from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.report.ltma import AllocationCounter, ltma
 from early_exit.training.report.performance import categorize

@@ -13,6 +13,7 @@ from torch import Tensor
 from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import Replay
 from tests.benchmarks import faces, recommender, scenes, transformer
@@ -130,7 +131,7 @@ def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: 
     made = build_archive(asked)
     archive = ArchiveLayout(folder / "archive")
     extract(made, archive.root)
-    backbone = Backbone.load(archive.folder)
+    backbone = load_backbone(archive.folder)
     original = json.loads(archive.original_manifest.read_text())
     with preprocessing(archive.root, original) as handler:
         inputs = torch.cat([handler.model_input(bodies[start:start + 64]) for start in range(0, len(bodies), 64)])

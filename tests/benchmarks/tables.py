@@ -10,7 +10,8 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.forward import FULL, Answers
+from early_exit.handler.inference.forward import Answers
+from early_exit.handler.protocol import FULL
 from early_exit.training.costs.cost import flop_costs
 from early_exit.training.planning.predictions import PartPredictions
 from early_exit.training.report.performance import Performance, curve, exit_performances, setting

@@ -26,8 +26,8 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, save_plan
-from early_exit.handler.inference.forward import FULL
 from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.protocol import FULL
 from early_exit.handler.recording.format import list_shards, read_shard
 from tests.conftest import WORKERS
 from tests.support.client import failed, send

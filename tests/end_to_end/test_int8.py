@@ -13,7 +13,7 @@ from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import ENGINES, INT8
 from early_exit.handler.errors import ArchiveError, PlanError, RecordError
 from early_exit.handler.exits.plan import load_plan
@@ -49,7 +49,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
     original = json.loads(recorder.original_manifest.read_text())
     bodies = [one.body for one in traffic(1200, seed=50)]
     with preprocessing(recorder.root, original) as handler:
-        record(Backbone.load(recorder.folder), handler.model_input(bodies), tmp_path / "records", name="digits",
+        record(load_backbone(recorder.folder), handler.model_input(bodies), tmp_path / "records", name="digits",
                bodies=bodies)
     reader = Reader(README, tmp_path, instead={"cifar": "digits"},
                     more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
@@ -78,7 +78,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
         time.sleep(3)
     assert any(reply.exit != "full" for reply in replies)
     with preprocessing(recorder.root, original) as handler:
-        expected = Backbone.load(recorder.folder).graph(handler.model_input([one.body for one in fresh])).argmax(dim=1)
+        expected = load_backbone(recorder.folder).graph(handler.model_input([one.body for one in fresh])).argmax(dim=1)
     differs = sum(reply.top() != str(label) for reply, label in zip(replies, expected.tolist()))
     assert differs / len(fresh) < 2 * TOLERANCE
     [served] = list_shards(tmp_path / "served")[:1]

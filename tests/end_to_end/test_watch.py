@@ -88,7 +88,7 @@ def alarm(server: TorchServe, watched: Watched) -> None:
     standing = Watcher(watched).look()
     assert standing.plan is not None and standing.plan.certificate is not None
     header = ShardHeader("digits", standing.version, standing.backbone.sha256, None, ())
-    path = monitor_file(server.state.parent / "records", header, standing.plan.digest())
+    path = monitor_file(header.folder(server.state.parent / "records"), standing.version, standing.plan)
     other = SharedMonitor(Monitored.of(standing.plan.certificate), len(standing.plan.safer) + 1, path)
     other.note(0, [1.0] * 200)
     other.close()

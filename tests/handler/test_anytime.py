@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.inference.forward import FULL, run_with_exits
+from early_exit.handler.inference.forward import run_with_exits
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.serving.anytime import ANYTIME_HEADER, OPINIONS_HEADER
+from early_exit.handler.protocol import ANYTIME_HEADER, FULL, OPINIONS_HEADER
 from early_exit.handler.serving.isolation import answer_items
 from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.metric_lines import ServingMetrics

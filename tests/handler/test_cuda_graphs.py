@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.cuda.graphs import Graphed, padded, sizes_up_to
 from early_exit.handler.cuda.stages import graphed
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
@@ -126,7 +127,7 @@ def test_a_served_model_answers_and_records_on_a_gpu_what_it_does_on_a_cpu(engin
     served = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(1)
-        backbone = Backbone.load(tmp_path, device)
+        backbone = load_backbone(tmp_path, device)
         layers = backbone.description.candidates[1:3]
         heads = {layer.path: Head(SPEC, layer.shape, 10).eval() for layer in layers}
         exits = tuple(PlannedExit(layer.path, SPEC, 0.1, 0.3, layer.cost, 0.1) for layer in layers)

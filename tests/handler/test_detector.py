@@ -17,13 +17,15 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from early_exit.archiver.packaging.detector import backbone_of_detector, is_detector
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.detection.detections import CERTAIN, Strategy, class_scores, with_nulls
+from early_exit.handler.backbone.detector_tails import TAILS
+from early_exit.handler.backbone.image_class import CERTAIN, Strategy, class_scores
+from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.detection.detector import images_of
-from early_exit.handler.detection.detector_registry import TAILS
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
 from early_exit.handler.inference.continuous import ContinuousRun
-from early_exit.handler.inference.forward import FULL
 from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.protocol import FULL
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS
@@ -121,7 +123,9 @@ def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None
     spec = backbone.description.detector
     assert spec is not None
     for batch, journey in zip(calls, journeys):
-        for one, expected in zip(images_of(spec, journey.answers()), served(batch)):
+        answers = journey.answers()
+        found = images_of(spec, answers.outputs, answers.stages.tolist(), next(iter(answers.beside), None))
+        for one, expected in zip(found, served(batch)):
             for name, value in expected.items():
                 torch.testing.assert_close(one[name], value, atol=1e-3, rtol=1e-3, equal_nan=True)
 
@@ -138,15 +142,15 @@ def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
     assert backbone.description.detector is not None
     tail = backbone.description.detector.tail
     monkeypatch.delitem(TAILS, tail)  # as in another process
-    for found, own in zip(EarlyExitModel(Backbone.load(folder))(images(2, SHAPE)), expected):
+    for found, own in zip(EarlyExitModel(load_backbone(folder))(images(2, SHAPE)), expected):
         require_same(found, own, 1e-5)
     del TAILS[tail]
     (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
     with pytest.raises(ArchiveError, match="not what the archive was made with"):
-        Backbone.load(folder)
+        load_backbone(folder)
     (tmp_path / "small_detector.py").write_text(source.replace("num_classes=4", "num_classes=5"))
     with pytest.raises(ArchiveError, match="cannot make the detector of small_detector.py: RuntimeError"):
-        Backbone.load(folder)
+        load_backbone(folder)
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.floats(0.05, 1.0)), max_size=6), st.sampled_from(Strategy))

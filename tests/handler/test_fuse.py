@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import split
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.fuse import fuse
 from early_exit.handler.engines.registry import ENGINES
@@ -84,7 +85,7 @@ def test_on_a_gpu_models_give_the_same(name: str, tmp_path: Path, monkeypatch: p
 
 def assert_same(model: nn.Module, size: int, folder: Path) -> None:
     Backbone.from_module(model.eval(), (3, size, size)).save(folder)
-    backbone = Backbone.load(folder, "cuda")
+    backbone = load_backbone(folder, "cuda")
     x = torch.randn(5, 3, size, size, device="cuda")
     with torch.no_grad():
         [expected], [found] = (ENGINES[name].unsplit(backbone)(x) for name in ("eager", "folded"))

@@ -14,6 +14,7 @@ from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import find_cuts, split
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import GraphError
 
 
@@ -219,7 +220,7 @@ def test_what_cannot_carry_exits_is_refused_with_the_reason(model: nn.Module, me
 def test_a_saved_backbone_comes_back_the_same(tmp_path: Path) -> None:
     backbone = Backbone.from_module(Skipping(), (8,))
     backbone.save(tmp_path)
-    loaded = Backbone.load(tmp_path)
+    loaded = load_backbone(tmp_path)
     assert loaded.description == backbone.description
     x = torch.randn(5, 8)
     assert torch.equal(loaded.graph(x), backbone.graph(x))

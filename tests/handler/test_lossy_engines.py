@@ -12,6 +12,7 @@ from early_exit.archiver.packaging.quantize import quantize
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import ENGINES, INT8, are_alike
 from early_exit.handler.errors import ArchiveError, ConfigError, InputError, PlanError
 from early_exit.handler.exits.plan import ExitPlan
@@ -42,7 +43,7 @@ def backbone(digits_backbone: DigitsResNet, digits: Tensor, tmp_path_factory: py
     whole = Backbone.from_module(digits_backbone, (1, 32, 32))
     whole.save(folder)
     quantize(whole, (digits[:50],), folder)
-    return Backbone.load(folder)
+    return load_backbone(folder)
 
 
 @pytest.mark.parametrize("name", LOSSY)

@@ -10,7 +10,8 @@ from early_exit.handler.cuda.kernels import compiled
 from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.executor import Passes
-from early_exit.handler.inference.forward import FULL, Answers, Exit, Stage, run_with_exits
+from early_exit.handler.inference.forward import Answers, Exit, Stage, run_with_exits
+from early_exit.handler.protocol import FULL
 from tests.handler.test_cuda_graphs import CUDA, SIZES, stages, varied
 from tests.handler.test_cuda_graphs import _full_precision as _full_precision
 from tests.support.gpu import needs_gpu

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.forward import FULL, Exit, Live, Stage, run_with_exits, take_rows
+from early_exit.handler.inference.forward import Exit, Live, Stage, run_with_exits, take_rows
+from early_exit.handler.protocol import FULL
 
 N_FEATURES, N_CLASSES = 6, 4
 

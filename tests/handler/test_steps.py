@@ -17,13 +17,12 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.handler.inference.bypass import AdaptiveBypass, Comparison
-from early_exit.handler.inference.forward import FULL
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import watch
-from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.protocol import EXIT_HEADER, FULL, STEP_HEADER
 from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.telemetry import EXIT_HEADER, STEP_HEADER, Telemetry
+from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.torchserve.metric_lines import ServingMetrics
 from early_exit.training.data.preprocessing import worker_context
 
@@ -78,8 +77,7 @@ def test_exits_that_are_always_wrong_are_stepped_back_from_while_serving(backbon
                                                                          tmp_path: Path) -> None:
     """The bookkeeper's own path: losses of shadow rows, the state in the records folder, header and step."""
     model = served(backbone, plan, sampling_rate=1.0)
-    header = ShardHeader("model", "2.0", backbone.description.sha256, 4, model.layers)
-    watchman = watch(model, tmp_path, header)
+    watchman = watch(plan, tmp_path, "2.0")
     assert watchman is not None
     context = worker_context(Path(), {"model": {"modelName": "model", "handler": "none"}})
     bookkeeper = Telemetry(model, "2.0", ServingMetrics(context.metrics, "model", "2.0"), None, keep_requests=False,
@@ -103,18 +101,18 @@ def test_exits_that_are_always_wrong_are_stepped_back_from_while_serving(backbon
     assert context.get_response_headers(0)[EXIT_HEADER] == "full"
     assert context.get_response_headers(0)[STEP_HEADER] == "3 of 3"
     watchman.close()
-    restarted = watch(served(backbone, plan), tmp_path, header)
+    restarted = watch(plan, tmp_path, "2.0")
     assert restarted is not None and restarted.state.step == 3
     restarted.close()
-    other_plan = watch(served(backbone, replace(plan, expected_cost=0.5)), tmp_path, header)
+    other_plan = watch(replace(plan, expected_cost=0.5), tmp_path, "2.0")
     assert other_plan is not None and other_plan.state == MonitorState(), "another plan begins anew"
     other_plan.close()
 
 
-def test_a_plan_without_certificate_promises_nothing_that_could_be_watched(backbone: Backbone, plan: ExitPlan) -> None:
-    header = ShardHeader("model", "2.0", "ab", 4, ())
-    assert watch(served(backbone, replace(plan, certificate=None)), None, header) is None
-    assert watch(EarlyExitModel(backbone), None, header) is None
+def test_a_plan_without_certificate_promises_nothing_that_could_be_watched(plan: ExitPlan) -> None:
+    assert watch(replace(plan, certificate=None), None, "2.0") is None
+    assert watch(replace(plan, exits=(), safer=()), None, "2.0") is None
+    assert watch(None, None, "2.0") is None
 
 
 def run_batches(exits_s: float, backbone_s: float, count: int, *,

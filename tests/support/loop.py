@@ -14,9 +14,10 @@ from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.protocol import FULL_NAME
 from early_exit.handler.recording.format import list_shards, read_shard
-from early_exit.handler.serving.telemetry import FULL_NAME
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
@@ -96,7 +97,7 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         before, cpu_before, mb_before = _measured(server, name, measure)
         log(f"            {len(measure)} requests measured before")
         recorder = build_archive(ArchiveRequest(str(original), store, input_shape=input_shape))
-        _, backbone = read_archive(recorder)
+        backbone = read_archive(recorder).description
         log(f"ee-archive  {recorder.name} records and answers in full")
         roll(management, recorder)
         log("ee-roll     rolled in; recording")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.handler.archive_layout import read_archive
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import split
 from early_exit.handler.exits.head import Head, HeadSpec
@@ -19,7 +19,7 @@ from early_exit.handler.exits.policy import ConfidencePolicy
 def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None,
                certificate: Certificate | None = None, which: slice = slice(None, None, 2)) -> Path:
     """Write a plan with untrained heads after some of an archive's candidates, every second one; return its path."""
-    _, description = read_archive(archive)
+    description = read_archive(archive).description
     torch.manual_seed(0)
     layers = description.candidates[which]
     heads = {layer.path: Head(HeadSpec(widths=()), layer.shape, description.n_classes) for layer in layers}

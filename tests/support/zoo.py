@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.model import EarlyExitModel
 
 VOCABULARY, LENGTH = 99, 12
@@ -32,7 +33,7 @@ class Specimen:
         """Return a backbone as `ee-archive` has it served: written, read again, cut at every candidate, folded."""
         with tempfile.TemporaryDirectory() as folder:
             backbone.save(Path(folder))
-            read = Backbone.load(Path(folder))
+            read = load_backbone(Path(folder))
         return EarlyExitModel(read, record_layers=len(read.description.candidates))
 
     def batch(self, size: int) -> dict[str, Tensor]:

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.candidates import CandidateLayer
-from early_exit.handler.cuda.stages import graphed
+from early_exit.handler.cuda.executor import plain_executor
+from early_exit.handler.cuda.stages import capture_stages, graphed
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, engine_of
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.executor import Passes
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
 from early_exit.training.costs.cost import Costs
 
@@ -146,9 +146,11 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
     def loop(end: Exit | None) -> Loop:
         # The scores at the end are cheap: what comes after the exit is timed elsewhere.
         stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
-        passes = Passes([graphed(stages, torch.device(device))])
-        passes.prepare((arranged[0][0][:1],), max(sizes))
-        return lambda x: passes.run(0, (x,), shadow=torch.zeros(len(x), dtype=torch.bool)).stages
+        levels, first = [graphed(stages, torch.device(device))], (arranged[0][0][:1],)
+        executor = plain_executor(levels)
+        capture_stages(levels[0], first, max(sizes))
+        executor.prepare(first, max(sizes))
+        return lambda x: executor.run((x,), 0, torch.zeros(len(x), dtype=torch.bool)).answers.stages
 
     with torch.no_grad(), one_thread():
         arranged = [engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device)) for size in sizes]

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.signature import InputSpec, bind
+from early_exit.handler.call import Call
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inference.forward import Live
+from early_exit.handler.user_handler.context import HandlerContext, ToolContext
 from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handler
 
 _Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
@@ -41,7 +43,7 @@ class _Messenger(nn.Module):
 class Preprocessing:
     """The part of a user's handler that comes before the model."""
 
-    def __init__(self, handler: UserHandler, name: str, context: Any, folder: Path) -> None:
+    def __init__(self, handler: UserHandler, name: str, context: HandlerContext, folder: Path) -> None:
         self._handler, self._name, self._context, self._folder = handler, name, context, folder
 
     def model_input(self, bodies: Sequence[bytes]) -> Tensor:
@@ -69,11 +71,11 @@ class Preprocessing:
         return self._reached(bodies, lambda given, named: bind(inputs, given, named))
 
     def _reached(self, bodies: Sequence[bytes], tensors: _Tensors) -> Live:
-        self._context.request_ids = {number: f"request-{number}" for number in range(len(bodies))}
-        self._context.request_processor = self._context.request_processor[:1] * len(bodies)
+        calls = [Call(f"request-{number}", {"body": body}) for number, body in enumerate(bodies)]
+        self._context.begin(calls)
         try:
             with _working_in(self._folder):
-                self._handler.handle([{"body": body} for body in bodies], self._context)
+                self._handler.handle([call.inputs for call in calls], self._context)
         except _ModelReached as reached:
             batch = tensors(reached.given, reached.named)
         except Exception as error:  # the user's own code may raise anything
@@ -101,7 +103,7 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
         ArchiveError: the handler cannot be loaded.
     """
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
-    context = worker_context(folder, manifest)
+    context = tool_context(folder, manifest)
     with importing_from(folder):
         with _working_in(folder):
             handler = load_user_handler(manifest, context, _Messenger())
@@ -119,22 +121,16 @@ def _working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def worker_context(folder: Path, manifest: dict[str, Any]) -> Any:
-    """Return TorchServe's context for a worker of an extracted archive, about to serve one request."""
-    import ts
-    from ts.context import Context, RequestProcessor
-    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-    from ts.utils.util import get_yaml_config
+def tool_context(folder: Path, manifest: Mapping[str, Any]) -> HandlerContext:
+    """Return the context of a worker of an extracted archive, in a tool.
 
+    Args:
+        folder: the archive.
+        manifest: the manifest that the user's handler expects.
+    """
     model = manifest["model"]
-    metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
-    metrics.initialize_cache()
-    metrics.set_request_ids("sample")
-    config = get_yaml_config(str(folder / model["configFile"])) if model.get("configFile") else {}
-    context = Context(model["modelName"], str(folder), manifest, 1, None, ts.__version__, True, metrics, config)
-    context.request_ids = {0: "sample"}
-    context.request_processor = [RequestProcessor({})]
-    return context
+    config = yaml.safe_load((folder / model["configFile"]).read_text()) if model.get("configFile") else None
+    return HandlerContext(ToolContext(model["modelName"], str(folder)), manifest, config or {})
 
 
 def archived_config(archive: ArchiveLayout) -> dict[str, Any]:

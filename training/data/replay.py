@@ -21,7 +21,7 @@ from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE
 from early_exit.handler.errors import RecordError
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
 from early_exit.training.data.preprocessing import Preprocessing
@@ -112,8 +112,8 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())
     n_rows = len(traffic) + replay.rounds * n_train
-    model = EarlyExitModel(backbone, engine=engine, sampling_rate=1.0,
-                           record_layers=len(backbone.description.candidates), record_pool=replay.pool)
+    model = build_model(backbone, engine=engine, sampling_rate=1.0,
+                        record_layers=len(backbone.description.candidates), record_pool=replay.pool)
     done = json.loads(paths.progress.read_text())["rounds"] if paths.progress.exists() else -1
     files = {layer.path: _open(paths.activations(layer.path), n_rows, pooled_shape(layer.shape, replay.pool),
                                fresh=done < 0) for layer in layers}
@@ -128,7 +128,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
                 first, *others = handler.model_inputs(bodies, backbone.description.inputs)
                 with torch.no_grad():
                     model(transform(first) if number else first, *others)
-                served = model.take_served()[0]
+                served = model.log.take()[0]
                 for path, file in files.items():
                     file.write(row, served.activations[path])
                 scores = backbone.description.scores.log_probabilities(served.answers.reference.float())

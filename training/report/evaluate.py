@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import engine_of
 from early_exit.handler.errors import ArchiveError, RecordError
 from early_exit.handler.exits.head import Head
@@ -130,7 +132,7 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
-        backbone = Backbone.load(layout.folder)
+        backbone = load_backbone(layout.folder)
         heads = build_heads(plan, tensors, backbone.description)
         flops = _flops(judged, report["heads"], backbone.description)
         deployed = setting(choice, said, flops)
@@ -138,7 +140,7 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
         timed: list[Latency] = []
         for device in [one for one in devices() if one == "cpu" or engine_of(plan.engine).on_gpu]:
             log(f"timing batches on {device}, for {max_seconds:.0f} s at most")
-            here = backbone if device == "cpu" else Backbone.load(layout.folder, device)
+            here = backbone if device == "cpu" else load_backbone(layout.folder, device)
             timed += latencies(engine_of(plan.engine).unsplit(here), ScriptedModel(here, plan, heads, device), taken,
                                sorted({*BATCH_SIZES, options.batch_size}), device, max_seconds=max_seconds)
     exits = tuple(
@@ -167,7 +169,7 @@ def _archive(run: RunPaths, inputs: dict[str, Any], given: Path | None) -> Path:
     if mar is None or not mar.exists():
         raise ArchiveError(f"the archive of {run.root} is not at {mar or 'a place that is known'}: say with "
                            "--archive X.mar where it is, memory and time cannot be measured without it")
-    _, description = read_archive(mar)
+    description = read_archive(mar).description
     if description.sha256 != inputs["backbone"]:
         raise ArchiveError(f"{mar} has the backbone {description.sha256[:12]}, but {run.root} is a run of "
                            f"{inputs['backbone'][:12]}: pass the archive that was recorded with --archive X.mar")

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from early_exit.handler.assembly import Assembly
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.exits.policy import ExitPolicy
-from early_exit.handler.inference.forward import FULL, Answers, Live, run_with_exits
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.inference.forward import Answers, Live, run_with_exits
+from early_exit.handler.protocol import FULL
 
 
 class ScriptedModel:
@@ -25,13 +26,13 @@ class ScriptedModel:
     def __init__(self, backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head],
                  device: torch.device | str = "cpu") -> None:
         """Prepare the model on a device, where the backbone is already."""
-        served = EarlyExitModel(backbone, plan, heads, engine=plan.engine).to(device)
+        assembly = Assembly(backbone, plan, heads, engine=plan.engine).to(device)
         self._device = device
         self._leaves: list[Tensor] = []
         self._items = [item.to(device) for item in backbone.description.probe_inputs()]
         self._n_exits = len(plan.exits)
         self._stages = [replace(stage, exit=stage.exit and replace(
-            stage.exit, policy=self._told(number, stage.exit.policy))) for number, stage in enumerate(served.stages)]
+            stage.exit, policy=self._told(number, stage.exit.policy))) for number, stage in enumerate(assembly.stages)]
 
     def tell(self, exits: Tensor) -> Live:
         """Say at which exit, or `FULL`, each of (B,) rows will leave, and return the inputs of a batch of B rows."""

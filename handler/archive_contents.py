@@ -1,0 +1,95 @@
+"""What an archive of `ee-archive` says of itself, read without unpacking it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.exits.plan import ExitPlan
+
+
+@dataclass(frozen=True)
+class ArchiveContents:
+    """Everything that an early-exit archive says of itself, without its weights and its code."""
+
+    manifest: Mapping[str, Any]
+    """The manifest that TorchServe reads."""
+    original_manifest: Mapping[str, Any]
+    """The manifest that the user's own handler expects."""
+    description: BackboneDescription
+    plan: ExitPlan | None
+    """The plan of the exits; none where the archive answers every request in full."""
+    configuration: str
+    """Text of the model-config.yaml; empty where the archive has none."""
+    sample_request: bytes | None
+    """Body of a request that the user's handler answers, where one is known."""
+
+    @property
+    def model(self) -> str:
+        """The name under which TorchServe serves the archive."""
+        return str(self.manifest["model"]["modelName"])
+
+    @property
+    def version(self) -> str:
+        return str(self.manifest["model"]["modelVersion"])
+
+
+def read_archive(mar: Path) -> ArchiveContents:
+    """Read what an early-exit archive says of itself, and nothing else of it.
+
+    Raises:
+        ArchiveError: it is not an early-exit archive, it is damaged, or a newer version of this software made it.
+        PlanError: its plan is incomplete, or a newer version of this software wrote it.
+    """
+    try:
+        with zipfile.ZipFile(mar) as archive:
+            return _read(mar, archive)
+    # What zipfile raises for entries that are damaged, cut short, encrypted or compressed in a way it does not know.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
+        raise ArchiveError(f"cannot read {mar}: {error}") from error
+
+
+def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
+    layout, names = ArchiveLayout(Path()), set(archive.namelist())
+    description = layout.folder / DESCRIPTION_FILE
+    required = (layout.manifest, layout.original_manifest, description)
+    if missing := [path.as_posix() for path in required if path.as_posix() not in names]:
+        raise ArchiveError(f"{mar} is not an early-exit archive, it has no {' and no '.join(missing)}: make one with "
+                           f"'ee-archive {mar}'")
+
+    def content(path: Path) -> bytes | None:
+        return archive.read(path.as_posix()) if path.as_posix() in names else None
+
+    manifest = _parsed(content(layout.manifest), f"{mar}: {layout.manifest}")
+    model = manifest.get("model")
+    if not isinstance(model, dict) or not {"modelName", "modelVersion"} <= model.keys():
+        raise ArchiveError(f"{mar}: expected the name and the version of a model in {layout.manifest}, found "
+                           f"{model!r:.80}: is the archive damaged?")
+    plan, configuration = content(layout.plan), model.get("configFile")
+    return ArchiveContents(
+        manifest=manifest,
+        original_manifest=_parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}"),
+        description=BackboneDescription.from_json(_parsed(content(description), f"{mar}: {description}"),
+                                                  f"{mar}: {description}"),
+        plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
+                                                          f"{mar}: {layout.plan}"),
+        configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
+        sample_request=content(layout.sample_request))
+
+
+def _parsed(content: bytes | None, source: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content or b"")
+    except ValueError as error:
+        raise ArchiveError(f"{source} is not JSON, so the archive is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ArchiveError(f"{source}: expected a JSON object, found {value!r:.80}: is the archive damaged?")
+    return value

@@ -1,0 +1,66 @@
+"""The class of an image that a detector sees: how it is defined, so that exits can learn it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CERTAIN = 0.5
+"""An object with less than this score is no answer."""
+
+
+class Strategy(str, Enum):
+    """What the class of an image is, 0 meaning nothing: the paper's three ways to update exits."""
+
+    OBJECT = "most-confident-object"
+    """The label of the detection with the highest score."""
+    PEDESTRIAN = "most-confident-pedestrian"
+    """Whether there is a pedestrian."""
+    ALL = "all-objects"
+    """The label with most of the scores of all detections together."""
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """A detector in `backbone.json`."""
+
+    model_file: str
+    """Name of the file of the user's archive that has the class of the detector."""
+    strategy: Strategy
+    pedestrian: int
+    """Label of pedestrians."""
+    tail: str
+    """Identity of what comes after the backbone's stages, by which the graph calls it."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DetectorSpec:
+        return cls(**{**data, "strategy": Strategy(data["strategy"])})
+
+    def labels(self, classes: Tensor) -> Tensor:
+        """Return the detector's labels for (B,) classes."""
+        return classes * self.pedestrian if self.strategy is Strategy.PEDESTRIAN else classes
+
+
+def class_scores(labels: Tensor, scores: Tensor, n_labels: int, strategy: Strategy, pedestrian: int) -> Tensor:
+    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians and else the number of labels.
+
+    Args:
+        labels: (N,) int64 labels of the detections.
+        scores: (N,) scores of the detections, in [0, 1].
+        n_labels: how many labels there are, with 0 for the background.
+        strategy: what the class of an image is.
+        pedestrian: the label of pedestrians.
+    """
+    best = scores.new_zeros(n_labels).scatter_reduce(0, labels, scores, "amax")
+    if strategy is Strategy.PEDESTRIAN:
+        return torch.stack([1 - best[pedestrian], best[pedestrian]])
+    weights = best
+    if strategy is Strategy.ALL and (certain := scores >= CERTAIN).any():
+        weights = torch.zeros_like(best).index_add(0, labels[certain], scores[certain])
+    weights[0] = 1 - best.amax()
+    return weights / weights.sum()

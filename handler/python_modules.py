@@ -1,0 +1,12 @@
+"""What a module of the user's defines."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+
+def own_classes(module: ModuleType) -> list[type[Any]]:
+    """Return the classes that a module defines itself; TorchServe demands exactly one of handlers and models."""
+    return [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
