@@ -33,21 +33,22 @@ from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handl
 class Worker:
     """The user's handler around a model with early exits."""
 
-    def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, telemetry: Telemetry,
-                 *, early: bool = False, closing: Sequence[RecordWriter | SharedMonitor] = ()) -> None:
-        """Put the parts together.
+    def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, config: ServingConfig,
+                 host: Host) -> None:
+        """Put the parts together, and begin the side work that the configuration asks for.
 
         Args:
-            model: answers.
+            model: answers; ready for batches.
             handler: the user's, which calls the model.
             context: the handler's.
-            telemetry: notes what is served.
-            early: whether each call is answered as soon as it is ready.
-            closing: what is closed with the worker.
+            config: how the version serves and records.
+            host: hands calls over.
         """
         self.model = model
-        self._handler, self._context, self._telemetry, self._closing = handler, context, telemetry, closing
-        self._early = EarlyAnswers(model, handler, context, telemetry) if early else None
+        self._handler, self._context = handler, context
+        self._telemetry, self._closing = _telemetry(model, config, host, getattr(handler, "mapping", None))
+        is_early = config.answers == EARLY
+        self._early = EarlyAnswers(model, handler, context, self._telemetry) if is_early else None
 
     @classmethod
     def load(cls, folder: Path, host: Host) -> Worker:
@@ -70,8 +71,7 @@ class Worker:
         manifest = json.loads(layout.original_manifest.read_text())
         context = HandlerContext(host.context, manifest, host.model_config)
         handler = load_user_handler(manifest, context, model)
-        telemetry, closing = _telemetry(model, config, host, getattr(handler, "mapping", None))
-        return cls(model, handler, context, telemetry, early=config.answers == EARLY, closing=closing)
+        return cls(model, handler, context, config, host)
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:
         """Return a reply for each call, in order.

@@ -67,8 +67,8 @@ def test_with_a_plan_confident_rows_exit_early(recorder_mar: Path, tmp_path: Pat
     exiting = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan))
     served = served_model(exiting)
     served(next(iter(batches(traffic(16, seed=4), 16))))
-    assert (served.take_served()[0].answers.stages >= 0).any()
-    assert [one["layer"] for one in describe(exiting)["plan"]["exits"]] == list(served.layers)
+    assert (served.log.take()[0].answers.stages >= 0).any()
+    assert [one["layer"] for one in describe(exiting)["plan"]["exits"]] == list(served.assembly.layers)
 
 
 def test_a_plan_can_be_put_on_the_original_archive_too(digits_mar: Path, recorder_mar: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import INT8
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model
 from early_exit.handler.recording.format import list_shards
 from early_exit.training.data.dataset import Part, load_traffic
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
@@ -52,6 +52,6 @@ def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Pa
     is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
     assert [torch.equal(one, expected[is_train]) for one, expected in zip(found, (tokens, mask))] == [True, True]
     quantize(backbone, found, layout.folder)
-    served = EarlyExitModel(load_backbone(layout.folder), engine=INT8)
+    served = build_model(load_backbone(layout.folder), engine=INT8)
     scores, expected = served(input_ids=tokens, attention_mask=mask)["logits"], model(tokens, mask)["logits"]
     assert 0 < (scores - expected).norm() / expected.norm() < 0.25, "8 bits change what random weights say"

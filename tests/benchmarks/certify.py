@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model
 from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.data.dataset import Part
@@ -83,11 +83,11 @@ class Heads:
         bodies, labels = load_requests()
         inputs = as_batch(bodies)
         layers = backbone.description.candidates
-        model = EarlyExitModel(backbone, sampling_rate=1.0, record_layers=len(layers), record_pool=4)
+        model = build_model(backbone, sampling_rate=1.0, record_layers=len(layers), record_pool=4)
         with torch.no_grad():
             for batch in inputs.split(250):
                 model(batch)
-        served = model.take_served()
+        served = model.log.take()
         scores = torch.cat([one.answers.reference for one in served])
         logits, flops = [], []
         for layer in layers:

@@ -90,7 +90,8 @@ def examine(specimen: Specimen) -> dict[str, Any]:
     reason = "" if len(layers) >= 2 else "; ".join(f"{one.path}: {one.reason}" for one in backbone.description.left_out)
     ok = len(layers) >= 2 and max(error, served_error) <= TOLERANCE
     return {"ok": ok, "candidates": len(layers), "max_error": error, "served_error": served_error,
-            "engine": served.engine.name, "seconds": round(seconds, 1), **({"reason": reason[:600]} if reason else {})}
+            "engine": served.assembly.engine.name, "seconds": round(seconds, 1),
+            **({"reason": reason[:600]} if reason else {})}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
 from early_exit.training.data.dataset import find_shards
@@ -79,7 +80,7 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
     shards = find_shards(subject.records, "model", subject.backbone.description)
     train("cifar", subject.archive, shards, TrainingOptions(measure="flops", search=None), run)
     plan, tensors = load_plan(run.plan)
-    model = EarlyExitModel(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
+    model = build_model(subject.backbone, plan, build_heads(plan, tensors, subject.backbone.description))
     bodies = load_requests()[0][-len(subject.inputs):]
 
     def traffic(inputs: Tensor) -> Traffic:
@@ -113,19 +114,19 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
             row["median_samples_without_quiet_time"] for row in mixed),
         "false_alarm_share": sum(first is not None for first in quiet) / n_streams,
         "streams": n_streams, "samples_per_clean_stream": LIMIT, "quiet_samples_before_drift": QUIET,
-        "tolerance": monitored.tolerance, "clean_disagreement": clean.rate(), "steps": len(model.steps),
+        "tolerance": monitored.tolerance, "clean_disagreement": clean.rate(), "steps": len(model.assembly.levels),
         "certificate": {"n": plan.certificate.n, "k": plan.certificate.k}, "rows": rows,
     }
 
 
 def answered(model: EarlyExitModel, plan: ExitPlan, backbone: Backbone, inputs: Tensor) -> Traffic:
     """Answer (N, ...) requests with every step of a model, in one pass."""
-    exits = [stage for stage in model.stages if stage.exit is not None]
+    exits = [stage for stage in model.assembly.stages if stage.exit is not None]
     confidence, classes, reference = [], [], []
     with torch.no_grad():
         for x in inputs.split(100):
             said = []
-            for stage in model.stages:
+            for stage in model.assembly.stages:
                 [x] = stage.forward(x)
                 if stage.exit is not None:
                     said.append(stage.exit.head(x))

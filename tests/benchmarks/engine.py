@@ -32,6 +32,7 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.inference.forward import Stage, run_with_exits
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
 from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
@@ -95,7 +96,7 @@ def with_exits(model: EarlyExitModel, script: Script) -> list[Stage]:
         decide = stage.exit.policy
         return replace(stage, exit=replace(stage.exit,
                                            policy=lambda logits: decide(logits) | script.leaves(number)))
-    return [scripted(number, stage) for number, stage in enumerate(model.stages)]
+    return [scripted(number, stage) for number, stage in enumerate(model.assembly.stages)]
 
 
 def untrained_heads(backbone: Backbone, paths: Sequence[str] = LAYERS) -> dict[str, Head]:
@@ -111,7 +112,7 @@ def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], th
     exits = tuple(PlannedExit(layer.path, SPEC, 1.0, threshold, layer.cost, 0.001)
                   for layer, threshold in zip(layers, thresholds or [2.0] * len(layers)))
     plan = ExitPlan(backbone.description.sha256, "paper", exits, None, ENGINES[engine].identity(backbone.folder))
-    return EarlyExitModel(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)
+    return build_model(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)
 
 
 def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str, Any]]:
@@ -138,7 +139,8 @@ def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str,
     for engine in engines:
         model = exiting_model(backbone, engine, untrained_heads(backbone))
         arms[f"{engine} unsplit"] = unsplit(engine)
-        arms[f"{engine} none"] = lambda item, stages=model.stages: [run_with_exits((one,), stages) for one in item[0]]
+        arms[f"{engine} none"] = lambda item, stages=model.assembly.stages: [
+            run_with_exits((batch,), stages) for batch in item[0]]
         arms[f"{engine} 10/60/12"] = exits(model)
     seconds = interleaved(arms, [rounds[number % 3] for number in range(ROUNDS)])
     rows = []

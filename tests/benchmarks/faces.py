@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from early_exit.handler.serving.telemetry import request_hash
+from early_exit.handler.recording.format import request_hash
 from early_exit.training.data.dataset import RecordedTraffic
 from tests.support.cifar import data_folder, load_weights
 from tests.support.models.face_handler import FaceClassifier

@@ -81,7 +81,7 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
     heads = untrained_heads(backbone, layers)
     never = exiting_model(backbone, engine, heads)
     asking = torch.ones(N_INPUTS, dtype=torch.bool)
-    thresholds, destinies = shares(run_with_exits((pool,), never.stages, anytime=asking))
+    thresholds, destinies = shares(run_with_exits((pool,), never.assembly.stages, anytime=asking))
     model = exiting_model(backbone, engine, heads, thresholds, control_rate=0.5)
     n_calls = 10 if size == 1 else 1
     rows = torch.cat([(destinies == number).nonzero().flatten()[:n] for number, n in enumerate(LEAVERS[size])])
@@ -90,11 +90,11 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
     started = gpu_clock()
     model.prepare(size)
     prepare_s = gpu_clock() - started
-    served = 0 if pays_for(model, batches) else model.last_step
+    served = 0 if pays_for(model, batches) else model.assembly.last_level
     arms: dict[str, Callable[[int], object]] = {
         "eager": lambda number: [eager[0].forward(batch) for batch in batches],
         "plain": lambda number: [plain[0].forward(batch) for batch in batches],
-        "off": lambda number: every(model, batches, model.last_step),
+        "off": lambda number: every(model, batches, model.assembly.last_level),
         "none": lambda number: every(never, batches),
         "10/60/12": lambda number: every(model, batches),
         "served": lambda number: every(model, batches, served)}
@@ -106,17 +106,18 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
             for arm, taken in seconds.items()]
 
 
-def every(model: EarlyExitModel, batches: Tensor, step: int = 0) -> list[Answers]:
+def every(model: EarlyExitModel, batches: Tensor, level: int = 0) -> list[Answers]:
     """Return a model's answers to batches in one of its settings."""
-    return [model.passes.run(step, (batch,), shadow=torch.zeros(len(batch), dtype=torch.bool)) for batch in batches]
+    nobody = torch.zeros(batches.shape[1], dtype=torch.bool)
+    return [model.executor.run((batch,), level, nobody).answers for batch in batches]
 
 
 def pays_for(model: EarlyExitModel, batches: Tensor) -> bool:
     """Tell whether a model finds that its exits pay for batches."""
     for number in range(N_LEARNED):
-        model.start_call()
+        model.log.begin()
         model(batches[number % len(batches)])
-        if any(model.benefit.bypassed().values()):
+        if any(model.bypass.bypassed().values()):
             return False
     return True
 
@@ -130,7 +131,7 @@ def shares(answers: Answers) -> tuple[list[float], Tensor]:
     left = torch.full((N_INPUTS,), len(LEAVERS[128]) - 1)
     thresholds = []
     for number, n in enumerate(LEAVERS[128][:-1]):
-        confidence = ConfidencePolicy(1.0, 0.0).confidence(answers.opinions[number].float()).cpu()
+        confidence = ConfidencePolicy(1.0, 0.0).confidence(answers.exit_scores[number].float()).cpu()
         confidence[left == number] = 0
         waiting = left == len(LEAVERS[128]) - 1
         n_leaving = round(N_INPUTS * n / 128)
@@ -144,7 +145,7 @@ def ideal(model: EarlyExitModel, size: int) -> float:
     """Return what the stages alone would take as a share of what they take for all rows."""
     spent, whole = 0.0, 0.0
     staying = sum(LEAVERS[size])
-    for stage, leavers in zip(model.stages, LEAVERS[size]):
+    for stage, leavers in zip(model.assembly.stages, LEAVERS[size]):
         assert isinstance(stage, GraphedStage)
         # At batch 1 these are requests, one after the other.
         spent += seconds_of(stage, 1) * staying if size == 1 else seconds_of(stage, staying)

@@ -58,7 +58,7 @@ def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> d
     """Return the figures of a loop."""
     names = [str(label) for label in labels]
     full, exiting = served_model(result.recorder), served_model(result.exiting)
-    exiting.sampling_rate = 0.05  # as deployed: these run to the end though they are answered early
+    exiting.shadow.rate = 0.05  # as deployed: these run to the end though they are answered early
     batches = {size: as_batch(measured).split(size) for size in (1, 8, 32)}
     with one_thread(), torch.no_grad():
         ratios = {size: cpu_ratio(full, exiting, batches[size][:400]) for size in batches}
@@ -90,14 +90,14 @@ def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> d
 
 def flops_fractions(model: EarlyExitModel, plan: ExitPlan, batch: Tensor) -> Tensor:
     """Return the FLOPs of each row as a fraction of the backbone's; shadow rows cost all, and every head counts."""
-    model.take_served()
+    model.log.take()
     model(batch)
-    answers = model.take_served()[0].answers
+    answers = model.log.take()[0].answers
     runs_to_end = answers.stages == FULL
     runs_to_end[answers.shadow] = True
     spent, on_heads = torch.ones(len(batch)), torch.zeros(len(batch))
     for planned in plan.exits:
-        stage = model.layers.index(planned.layer)
+        stage = model.assembly.layers.index(planned.layer)
         on_heads[runs_to_end | (answers.stages >= stage)] += planned.head_cost
         spent[(answers.stages == stage) & ~runs_to_end] = planned.cost
     return spent + on_heads

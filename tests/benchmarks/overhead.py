@@ -17,20 +17,22 @@ from typing import Any
 
 import torch
 import torchvision
+import ts
 from torch import Tensor, nn
+from ts.context import Context
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.recording.format import ShardHeader
-from early_exit.handler.recording.writer import RecordWriter
-from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.telemetry import Telemetry
-from early_exit.handler.torchserve.metric_lines import ServingMetrics
+from early_exit.handler.serving.worker import Worker
+from early_exit.handler.torchserve.host import TorchServeHost
+from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.training.costs.profiling import one_thread
-from early_exit.training.data.preprocessing import worker_context
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.timing import cpu_ratio
 
@@ -55,7 +57,7 @@ def main() -> int:
 def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int]) -> dict[str, Any]:
     """Return the largest difference of the answers and the cost ratios by batch size."""
     backbone = Backbone.from_module(model.eval(), input_shape)
-    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), EarlyExitModel(backbone)
+    plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), build_model(backbone)
     found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}}
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
         for size in BATCHES:
@@ -71,24 +73,32 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
 
 def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Tensor], None]:
     """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all."""
-    config = ServingConfig()
-    model = EarlyExitModel(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
+    config = ServingConfig(records=str(records) if records else None)
+    model = build_model(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
                         record_layers=config.layers if records else 0)
+    metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
+    metrics.initialize_cache()
     manifest = {"model": {"modelName": "overhead", "handler": "none"}}
-    context = worker_context(Path(), manifest)
-    context.request_ids = {number: f"request-{number}" for number in range(size)}
-    context.request_processor = context.request_processor * size
-    header = ShardHeader("overhead", "1.0", backbone.description.sha256, 4, model.layers)
-    writer = RecordWriter(records, header, config) if records else None
-    metrics = ServingMetrics(context.metrics, "overhead", "1.0")
-    bookkeeper = Telemetry(model, "1.0", metrics, writer, keep_requests=False)
-    items = tuple(range(size))
+    context = Context("overhead", ".", manifest, size, None, ts.__version__, True, metrics, {})
+    worker = Worker(model, Batches(model), HandlerContext(context, manifest, {}), config, TorchServeHost(context))
 
     def serve(batch: Tensor) -> None:
-        model(batch)
-        bookkeeper.note(Served(items, [None] * size, model.take_served()), [{}] * size, context)
+        worker.step([Call(f"request-{number}", batch) for number in range(size)])
 
     return serve
+
+
+class Batches:
+    """A handler whose requests all bring the whole batch, so that nothing but the model is computed."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.model = model
+
+    def initialize(self, context: Any) -> None: ...
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.model(data[0])
+        return [None] * len(data)
 
 
 if __name__ == "__main__":

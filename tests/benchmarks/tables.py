@@ -33,7 +33,7 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
         layers: of the exits.
         heads: FLOPs of each head as a fraction of the backbone's.
     """
-    said = [torch.cat([one.opinions[stage] for one in answers]) for stage in (*range(len(layers)), FULL)]
+    said = [torch.cat([one.exit_scores[stage] for one in answers]) for stage in (*range(len(layers)), FULL)]
     *opinions, served = said
     teacher, classes = full.argmax(dim=1), torch.stack([one.argmax(dim=1) for one in opinions], dim=1)
     confidence = torch.stack([ConfidencePolicy(1.0, 0.0).confidence(one) for one in opinions], dim=1)

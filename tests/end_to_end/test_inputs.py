@@ -26,7 +26,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, save_plan
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model
 from early_exit.handler.protocol import FULL
 from early_exit.handler.recording.format import list_shards, read_shard
 from tests.conftest import WORKERS
@@ -220,10 +220,10 @@ def _inputs(name: str) -> Tensor:
 
 def _served(name: str, plans: dict[str, Planned]) -> tuple[Tensor, list[str]]:
     """Return the scores and the exits that a model gives in this process."""
-    model = EarlyExitModel(*plans[name])
+    model = build_model(*plans[name])
     scores: Tensor = model(_inputs(name))
-    stages = model.take_served()[0].answers.stages.tolist()
-    return scores, ["full" if stage == FULL else model.layers[stage] for stage in stages]
+    stages = model.log.take()[0].answers.stages.tolist()
+    return scores, ["full" if stage == FULL else model.assembly.layers[stage] for stage in stages]
 
 
 def _made(name: str, models: dict[str, nn.Module], plans: dict[str, Planned], folder: Path, store: Path, config: str,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import run_with_exits
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.protocol import ANYTIME_HEADER, FULL, OPINIONS_HEADER
-from early_exit.handler.serving.isolation import answer_items
-from early_exit.handler.serving.telemetry import Telemetry
-from early_exit.handler.torchserve.metric_lines import ServingMetrics
-from early_exit.training.data.preprocessing import worker_context
-from tests.handler.test_early import Numbers, backbone, model, requests
-from tests.handler.test_stages import inputs, three_stages
+from tests.handler.test_early_answers import Numbers, backbone, model, requests
+from tests.handler.test_forward import inputs, three_stages
+from tests.support.host import worker_of
 
 __all__ = ["backbone", "model"]
 
@@ -42,7 +39,7 @@ def test_opinions_are_what_each_head_says_and_change_no_answer(
     torch.testing.assert_close(answers.reference, without.reference)
     assert answers.anytime.tolist() == anytime.nonzero().flatten().tolist()
     if not anytime.any():
-        assert not answers.opinions
+        assert not answers.exit_scores
         return
     expected: dict[int, Tensor] = {}
     live = (batch[0][anytime],)
@@ -51,24 +48,18 @@ def test_opinions_are_what_each_head_says_and_change_no_answer(
         if stage.exit is not None:
             expected[number] = stage.exit.answer(stage.exit.head(live[0]))
     expected[FULL] = live[0]
-    assert list(answers.opinions) == list(expected)
+    assert list(answers.exit_scores) == list(expected)
     for number, scores in expected.items():
-        torch.testing.assert_close(answers.opinions[number], scores)
+        torch.testing.assert_close(answers.exit_scores[number], scores)
 
 
 def answered(model: EarlyExitModel, asking: list[bool], labels: Any = None) -> list[dict[str, str]]:
     """Answer requests in one batch through a handler; return their response headers."""
-    from ts.context import RequestProcessor
-
-    context = worker_context(Path(), {"model": {"modelName": "numbers", "handler": "none"}})
-    context.request_ids = {item: f"id-{item}" for item in range(len(asking))}
-    context.request_processor = [RequestProcessor({ANYTIME_HEADER.lower(): "1"} if asks else {}) for asks in asking]
-    data = [{"body": body} for body in requests(len(asking))]
-    bookkeeper = Telemetry(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None,
-                            keep_requests=False, labels=labels)
-    for served in answer_items(data, context, Numbers(model), model):
-        bookkeeper.note(served, data, context)
-    return [context.get_response_headers(item) for item in range(len(asking))]
+    handler = Numbers(model)
+    handler.mapping = labels
+    calls = [Call(f"id-{item}", {"body": body}, {ANYTIME_HEADER.lower(): "1"} if asking[item] else {})
+             for item, body in enumerate(requests(len(asking)))]
+    return [reply.headers for reply in worker_of(model, handler).step(calls) if reply is not None]
 
 
 def test_only_requests_with_the_header_hear_the_opinions(model: EarlyExitModel) -> None:
@@ -80,7 +71,7 @@ def test_only_requests_with_the_header_hear_the_opinions(model: EarlyExitModel) 
         assert after["X-Early-Exit"] == before["X-Early-Exit"]
         if asks:
             opinions = json.loads(after[OPINIONS_HEADER])
-            assert [one["exit"] for one in opinions] == [*model.layers, "full"]
+            assert [one["exit"] for one in opinions] == [*model.assembly.layers, "full"]
             [answer] = [one for one in opinions if one["exit"] == after["X-Early-Exit"]]
             assert answer["confidence"] == pytest.approx(float(after["X-Early-Exit-Confidence"]), abs=1e-4)
             assert {one.get("label") for one in opinions if one["class"] == 1} <= {"one"}
@@ -89,14 +80,14 @@ def test_only_requests_with_the_header_hear_the_opinions(model: EarlyExitModel) 
 
 
 def test_a_model_can_be_configured_to_tell_all(model: EarlyExitModel) -> None:
-    model._always_anytime = True
-    assert all(OPINIONS_HEADER in headers for headers in answered(model, [False] * 3))
+    telling = EarlyExitModel(model.assembly, model.executor, model.bypass, model.shadow, anytime=True)
+    assert all(OPINIONS_HEADER in headers for headers in answered(telling, [False] * 3))
     assert ServingConfig.from_model_config({"early_exit": {"anytime": True}}).anytime
 
 
 def test_opinions_that_were_asked_for_are_no_shadow_samples(model: EarlyExitModel) -> None:
     """Who asks is not drawn at random: what is recorded of requests may not depend on it."""
-    model.start_call([True] * 4)
+    model.log.begin([True] * 4)
     model(torch.tensor(requests(4)))
-    [batch] = model.take_served()
+    [batch] = model.log.take()
     assert len(batch.answers.anytime) == 4 and len(batch.answers.shadow) == 0

@@ -16,9 +16,9 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.continuous import ContinuousRun
 from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.inference.in_flight import InFlightCalls
+from early_exit.handler.loading import build_model
 from early_exit.handler.serving.probe import answer_probe
 from tests.support.gpu import needs_gpu
 from tests.support.models.digits_resnet import DigitsResNet
@@ -77,21 +77,21 @@ def test_batches_of_every_size_get_the_same_answers_in_any_order_of_sizes(shrink
         torch.testing.assert_close(also_seen, seen, rtol=1e-3, atol=1e-3)
     for expected, found in kept:  # only now: what was returned must not change with later batches
         assert found.stages.tolist() == expected.stages.tolist()
-        torch.testing.assert_close((found.outputs, found.reference, found.opinions),
-                                   (expected.outputs, expected.reference, expected.opinions), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close((found.outputs, found.reference, found.exit_scores),
+                                   (expected.outputs, expected.reference, expected.exit_scores), rtol=1e-3, atol=1e-3)
     assert len({stage for expected, _ in kept for stage in expected.stages.tolist()}) == 3
 
 
 @needs_gpu
 def test_requests_that_wait_between_stages_keep_their_rows_while_others_pass() -> None:
-    plain, stepwise = stages(CUDA), ContinuousRun([graphed(stages(CUDA), CUDA)])
+    plain, in_flight = stages(CUDA), InFlightCalls([graphed(stages(CUDA), CUDA)])
     waiting, ended = {}, 0
     for round_ in range(12):
         x = torch.randn(1 + round_ % 4, 3, 12, 12, device=CUDA)
-        waiting[stepwise.enter((x,), torch.zeros(len(x), dtype=torch.bool))] = x
-        for journey in stepwise.run_stage():
-            x = waiting.pop(journey)
-            torch.testing.assert_close(journey.answers().outputs, run_with_exits((x,), plain).outputs, rtol=1e-3,
+        waiting[in_flight.enter((x,), torch.zeros(len(x), dtype=torch.bool))] = x
+        for call in in_flight.run_stage():
+            x = waiting.pop(call)
+            torch.testing.assert_close(call.answers().outputs, run_with_exits((x,), plain).outputs, rtol=1e-3,
                                        atol=1e-3)
             ended += 1
     assert ended > 3
@@ -132,13 +132,13 @@ def test_a_served_model_answers_and_records_on_a_gpu_what_it_does_on_a_cpu(engin
         heads = {layer.path: Head(SPEC, layer.shape, 10).eval() for layer in layers}
         exits = tuple(PlannedExit(layer.path, SPEC, 0.1, 0.3, layer.cost, 0.1) for layer in layers)
         plan = ExitPlan(backbone.description.sha256, "paper", exits, None, engine)
-        model = EarlyExitModel(backbone, plan, heads, engine=engine, sampling_rate=1.0, record_layers=3,
+        model = build_model(backbone, plan, heads, engine=engine, sampling_rate=1.0, record_layers=3,
                             record_pool=2).to(device)
         model.prepare(8)
         x = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * torch.arange(7).view(7, 1, 1, 1)
         with torch.inference_mode():
             outputs = model(x.to(device)).cpu()
-        [batch] = model.take_served()
+        [batch] = model.log.take()
         served.append((outputs, batch.answers.stages, batch.answers.reference.cpu(), dict(batch.activations)))
         assert answer_probe(model)["probe"] == "ok"
     tolerance = 0.05 if engine == "bfloat16" else 1e-3

@@ -23,8 +23,8 @@ from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.detection.detector import images_of
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
-from early_exit.handler.inference.continuous import ContinuousRun
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.inference.in_flight import InFlightCalls
+from early_exit.handler.loading import build_model
 from early_exit.handler.protocol import FULL
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector
@@ -55,8 +55,8 @@ def require_same(found: Detected, expected: Detected, tolerance: float = 1e-3) -
 @torch.no_grad()
 def test_without_exits_all_detections_are_the_detectors_own(detector: SmallDetector, backbone: Backbone,
                                                            engine: str) -> None:
-    served = EarlyExitModel(backbone, engine=engine, record_layers=100)
-    assert len(served.layers) >= 2, "cut where several maps travel"
+    served = build_model(backbone, engine=engine, record_layers=100)
+    assert len(served.assembly.layers) >= 2, "cut where several maps travel"
     for count in (1, 3):
         batch = images(count, SHAPE)
         expected = detector(list(batch))
@@ -83,9 +83,9 @@ def test_the_detector_that_torchvision_has_coco_weights_for_is_cut_too() -> None
         one.running_mean.normal_(0.0, 0.1)
     detector.roi_heads.box_predictor.cls_score.weight *= 30
     found = backbone_of_detector(detector, SHAPE, None, 1, "coco.py")
-    served, batch = EarlyExitModel(found, record_layers=100), images(2, SHAPE)
+    served, batch = build_model(found, record_layers=100), images(2, SHAPE)
     expected = detector(list(batch))
-    assert len(served.layers) >= 2 and all(len(one["boxes"]) for one in expected)
+    assert len(served.assembly.layers) >= 2 and all(len(one["boxes"]) for one in expected)
     for one, own in zip(served(batch), expected):
         require_same(one, own)
 
@@ -94,11 +94,11 @@ def test_the_detector_that_torchvision_has_coco_weights_for_is_cut_too() -> None
 def test_who_leaves_early_gets_a_class_and_the_others_their_own_boxes(detector: SmallDetector,
                                                                      backbone: Backbone) -> None:
     plan, heads = one_exit(backbone, threshold=0.8)
-    served = EarlyExitModel(backbone, plan, heads, sampling_rate=0.3)
+    served = build_model(backbone, plan, heads, sampling_rate=0.3)
     batch = images(24, SHAPE)
     expected = detector(list(batch))
     found = served(batch)
-    stages = served.take_served()[0].answers.stages.tolist()
+    stages = served.log.take()[0].answers.stages.tolist()
     assert 0 < stages.count(FULL) < len(batch), "some leave and some stay"
     for stage, one, own in zip(stages, found, expected):
         if stage == FULL:
@@ -111,19 +111,19 @@ def test_who_leaves_early_gets_a_class_and_the_others_their_own_boxes(detector: 
 @torch.no_grad()
 def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None:
     plan, heads = one_exit(backbone, threshold=0.8)
-    served = EarlyExitModel(backbone, plan, heads)
-    stepwise = ContinuousRun([served.stages])
+    served = build_model(backbone, plan, heads)
+    in_flight = InFlightCalls([served.assembly.stages])
     calls = [images(count, SHAPE, seed=count) for count in (3, 1, 4)]
-    journeys = []
+    in_order = []
     for batch in calls:
-        journeys.append(stepwise.enter((batch,), torch.zeros(len(batch), dtype=torch.bool)))
-        stepwise.run_stage()
-    while any(journey.n_travelling for journey in journeys):
-        stepwise.run_stage()
+        in_order.append(in_flight.enter((batch,), torch.zeros(len(batch), dtype=torch.bool)))
+        in_flight.run_stage()
+    while any(call.n_travelling for call in in_order):
+        in_flight.run_stage()
     spec = backbone.description.detector
     assert spec is not None
-    for batch, journey in zip(calls, journeys):
-        answers = journey.answers()
+    for batch, call in zip(calls, in_order):
+        answers = call.answers()
         found = images_of(spec, answers.outputs, answers.stages.tolist(), next(iter(answers.beside), None))
         for one, expected in zip(found, served(batch)):
             for name, value in expected.items():
@@ -133,7 +133,7 @@ def test_stage_by_stage_boxes_stay_with_their_images(backbone: Backbone) -> None
 @torch.no_grad()
 def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
         backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = EarlyExitModel(backbone)(images(2, SHAPE))
+    expected = build_model(backbone)(images(2, SHAPE))
     folder = tmp_path / "early_exit"
     folder.mkdir()
     backbone.save(folder)
@@ -142,7 +142,7 @@ def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
     assert backbone.description.detector is not None
     tail = backbone.description.detector.tail
     monkeypatch.delitem(TAILS, tail)  # as in another process
-    for found, own in zip(EarlyExitModel(load_backbone(folder))(images(2, SHAPE)), expected):
+    for found, own in zip(build_model(load_backbone(folder))(images(2, SHAPE)), expected):
         require_same(found, own, 1e-5)
     del TAILS[tail]
     (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
@@ -176,7 +176,7 @@ def test_a_pedestrian_is_answered_with_the_label_of_pedestrians(detector: SmallD
     backbone = backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 3, "small_detector.py")
     assert backbone.description.n_classes == 2
     plan, heads = one_exit(backbone, threshold=0.0)
-    labels = [one["labels"].tolist() for one in EarlyExitModel(backbone, plan, heads)(images(24, SHAPE))]
+    labels = [one["labels"].tolist() for one in build_model(backbone, plan, heads)(images(24, SHAPE))]
     assert {tuple(one) for one in labels} <= {(), (3,)}
     with pytest.raises(GraphError, match="has the labels 1 to 3, found 4"):
         backbone_of_detector(detector, SHAPE, Strategy.PEDESTRIAN, 4, "small_detector.py")
@@ -189,7 +189,7 @@ def test_what_is_no_such_detector_is_refused_with_what_is(backbone: Backbone) ->
     with pytest.raises(GraphError, match="pass --input-shape"):
         backbone_of_detector(SmallDetector(), None, None, 1, "x.py")
     with pytest.raises(ConfigError, match="executed by folded or eager"):
-        EarlyExitModel(backbone, engine="openvino")
+        build_model(backbone, engine="openvino")
 
 
 def test_json_has_null_where_there_is_no_box() -> None:

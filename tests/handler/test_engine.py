@@ -18,7 +18,7 @@ from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.registry import ENGINES, INT8
 from early_exit.handler.inference.forward import Stage, run_with_exits
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model
 from tests.support.plans import random_exits
 
 
@@ -48,7 +48,7 @@ def operations(module: fx.GraphModule) -> list[str]:
 @torch.no_grad()
 def test_the_default_engine_gives_the_plain_backbones_answers(name: str) -> None:
     backbone = network(name)
-    served = EarlyExitModel(backbone, record_layers=100)
+    served = build_model(backbone, record_layers=100)
     for n_rows in (1, 3):
         x = torch.randn(n_rows, 3, 64, 64)
         torch.testing.assert_close(served(x), backbone.graph(x), atol=1e-4, rtol=1e-4)
@@ -58,12 +58,12 @@ def test_the_default_engine_gives_the_plain_backbones_answers(name: str) -> None
 def test_the_engine_eager_gives_them_bit_for_bit() -> None:
     backbone = network("resnet18")
     x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(EarlyExitModel(backbone, engine="eager", record_layers=100)(x), backbone.graph(x))
+    assert torch.equal(build_model(backbone, engine="eager", record_layers=100)(x), backbone.graph(x))
 
 
 def test_no_batch_norm_of_a_resnet_is_left_and_the_weights_are_there_once() -> None:
     backbone = network("resnet18")
-    served = EarlyExitModel(backbone, record_layers=100)
+    served = build_model(backbone, record_layers=100)
     left = [name for part in served._parts for name in operations(part) if "batch_norm" in name]
     assert not left
     size = sum(tensor.numel() for tensor in served.parameters())
@@ -153,13 +153,13 @@ def varied_inputs() -> Tensor:
 def test_an_items_answer_does_not_depend_on_its_batch(name: str) -> None:
     backbone = network("resnet18")
     plan, heads = random_exits(backbone, name)
-    served = EarlyExitModel(backbone, plan, heads, engine=name)
+    served = build_model(backbone, plan, heads, engine=name)
     batch = varied_inputs()
     together = served(batch)
-    stages = served.take_served()[0].answers.stages
+    stages = served.log.take()[0].answers.stages
     assert len(set(stages.tolist())) > 2, "rows must leave at several exits"
     alone = torch.cat([served(row[None]) for row in batch])
-    taken = torch.cat([one.answers.stages for one in served.take_served()])
+    taken = torch.cat([one.answers.stages for one in served.log.take()])
     assert torch.equal(taken, stages)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
@@ -173,7 +173,7 @@ def test_activations_stay_channels_last_when_rows_leave() -> None:
     def watched(stage: Stage) -> Stage:
         return Stage(lambda x: (seen.append(x), stage.forward(x))[1], stage.exit)
 
-    first, *others = EarlyExitModel(backbone, plan, heads).stages
+    first, *others = build_model(backbone, plan, heads).stages
     run_with_exits((varied_inputs(),), [first, *map(watched, others)])
     assert len({len(x) for x in seen}) > 1, "rows must leave"
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

@@ -13,7 +13,7 @@ from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import find_cuts, split
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import GraphError, InputError
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model
 
 TEXT = (InputSpec("tokens", (6,), "int64"), InputSpec("mask", (6,), "int64"))
 
@@ -90,7 +90,7 @@ def test_only_values_that_determine_the_answer_with_the_inputs_are_narrow_cuts(b
 @torch.no_grad()
 def test_the_user_gets_back_the_kind_of_object_that_the_model_returned(
         model: TextClassifier, backbone: Backbone) -> None:
-    served = EarlyExitModel(backbone)
+    served = build_model(backbone)
     tokens, mask = texts(3)
     expected = model(tokens, mask).logits
     for given in (served(tokens, mask), served(tokens, mask=mask), served(mask=mask, tokens=tokens)):
@@ -107,7 +107,7 @@ def test_the_user_gets_back_the_kind_of_object_that_the_model_returned(
 def test_a_call_with_other_inputs_is_the_clients_mistake(
         given: tuple[Tensor, ...], named: dict[str, Tensor], message: str, backbone: Backbone) -> None:
     with pytest.raises(InputError, match=message):
-        EarlyExitModel(backbone)(*given, **named)
+        build_model(backbone)(*given, **named)
 
 
 def test_a_probe_looks_up_only_rows_that_the_tables_have(backbone: Backbone) -> None:

@@ -1,9 +1,8 @@
-"""One bad item: the others are answered, and the status tells whose fault it was. With TorchServe's own context."""
+"""One bad item: the others are answered, and the status tells whose fault it was."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.call import Call, Reply
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.serving.isolation import answer_items
-from early_exit.training.data.preprocessing import worker_context
+from early_exit.handler.serving.isolation import Served, answer_calls
+from early_exit.handler.user_handler.context import HandlerContext
+from tests.support.host import MemoryHost
 
 
 class Numbers:
@@ -37,17 +39,18 @@ class Numbers:
 
 @pytest.fixture(scope="module")
 def model() -> EarlyExitModel:
-    return EarlyExitModel(Backbone.from_module(
+    return build_model(Backbone.from_module(
         nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), (4,)))
 
 
-def context_for(count: int) -> Any:
-    from ts.context import RequestProcessor
+def answered(model: EarlyExitModel, bodies: list[object], handler: Numbers | None = None) -> list[Served]:
+    context = HandlerContext(MemoryHost().context, {}, {})
+    calls = [Call(f"id-{number}", {"body": body}) for number, body in enumerate(bodies)]
+    return answer_calls(calls, handler or Numbers(model), context, model)
 
-    context = worker_context(Path(), {"model": {"modelName": "numbers", "handler": "none"}})
-    context.request_ids = {item: f"id-{item}" for item in range(count)}
-    context.request_processor = [RequestProcessor({"item": str(item)}) for item in range(count)]
-    return context
+
+def replies_of(served: list[Served]) -> dict[int, Reply]:
+    return {position: reply for part in served for position, reply in zip(part.positions, part.replies)}
 
 
 CODES = {"CPU": 1}
@@ -66,35 +69,30 @@ def test_a_bad_item_gets_its_own_status_and_the_others_their_answers(
         model: EarlyExitModel, bad: object, status: int, message: str, position: int) -> None:
     bodies: list[object] = [GOOD, GOOD, GOOD]
     bodies[position] = bad
-    context = context_for(3)
-    served = answer_items([{"body": body} for body in bodies], context, Numbers(model), model)
-    responses = {item: response for one in served for item, response in zip(one.items, one.responses)}
-    for item in range(3):
-        code, _ = context.get_response_status(item)
-        assert code == (status if item == position else 200)
-    assert responses[position]["code"] == status
-    assert re.search(message, responses[position]["message"])
-    assert all(isinstance(responses[item], int) for item in range(3) if item != position)
-    assert sum(len(one.batches) for one in served) == 2, "an attempt that failed is not recorded"
+    served = answered(model, bodies)
+    replies = replies_of(served)
+    assert [replies[item].status for item in range(3)] == [status if item == position else 200 for item in range(3)]
+    assert replies[position].body["code"] == status
+    assert re.search(message, replies[position].body["message"])
+    assert all(isinstance(replies[item].body, int) for item in range(3) if item != position)
+    assert sum(len(part.batches) for part in served) == 2, "an attempt that failed is not recorded"
 
 
 def test_an_error_inside_the_model_is_a_500(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr("early_exit.handler.inference.executor.run_with_exits", broken)
-    context = context_for(1)
-    answer_items([{"body": GOOD}], context, Numbers(model), model)
-    assert context.get_response_status(0)[0] == 500
+    monkeypatch.setattr("early_exit.handler.inference.at_once.run_with_exits", broken)
+    assert replies_of(answered(model, [GOOD]))[0].status == 500
 
 
-def test_out_of_memory_is_left_to_torchserve(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_left_to_the_host(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr("early_exit.handler.inference.executor.run_with_exits", broken)
+    monkeypatch.setattr("early_exit.handler.inference.at_once.run_with_exits", broken)
     with pytest.raises(MemoryError):
-        answer_items([{"body": GOOD}], context_for(1), Numbers(model), model)
+        answered(model, [GOOD])
 
 
 def test_a_handler_that_loses_a_response_fails_loudly(model: EarlyExitModel) -> None:
@@ -102,13 +100,12 @@ def test_a_handler_that_loses_a_response_fails_loudly(model: EarlyExitModel) -> 
         def handle(self, data: list[Any], context: Any) -> list[Any]:
             return super().handle(data, context)[:-1]
 
-    context = context_for(2)
-    answer_items([{"body": GOOD}, {"body": GOOD}], context, Forgetful(model), model)
-    assert [context.get_response_status(item)[0] for item in range(2)] == [500, 500]
+    replies = replies_of(answered(model, [GOOD, GOOD], Forgetful(model)))
+    assert [replies[item].status for item in range(2)] == [500, 500]
 
 
 def test_an_explanation_follows_the_gradient_through_the_whole_backbone(model: EarlyExitModel) -> None:
     batch = torch.randn(2, 4, requires_grad=True)
     model(batch).sum().backward()
     assert batch.grad is not None and batch.grad.abs().sum() > 0
-    assert model.take_served() == []
+    assert model.log.take() == []

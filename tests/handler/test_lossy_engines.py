@@ -16,7 +16,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import ENGINES, INT8, are_alike
 from early_exit.handler.errors import ArchiveError, ConfigError, InputError, PlanError
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.loading import build_model, load_model
 from tests.support.digits import traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.plans import random_exits
@@ -55,43 +55,43 @@ def test_cutting_changes_nothing_that_the_engine_does_not_change_anyway(name: st
     agree = (whole.argmax(dim=1) == backbone.graph(digits).argmax(dim=1)).double().mean().item()
     assert agree > 0.95 and whole.dtype is torch.float32
     for n_rows in (1, 3, 8):
-        split = EarlyExitModel(backbone, engine=name, record_layers=100)(digits[:n_rows])
+        split = build_model(backbone, engine=name, record_layers=100)(digits[:n_rows])
         torch.testing.assert_close(split, whole[:n_rows], atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_between_stages_travel_integers_and_heads_read_floats(backbone: Backbone, digits: Tensor) -> None:
-    served = EarlyExitModel(backbone, engine=INT8, record_layers=100)
-    exact = EarlyExitModel(backbone, record_layers=100)
+    served = build_model(backbone, engine=INT8, record_layers=100)
+    exact = build_model(backbone, record_layers=100)
     live, reference, n_integers = (digits,), (digits,), 0
-    for number, (stage, same) in enumerate(zip(served.stages[:-1], exact.stages[:-1])):
+    for number, (stage, same) in enumerate(zip(served.assembly.stages[:-1], exact.stages[:-1])):
         live, reference = stage.forward(*live), same.forward(*reference)
         n_integers += live[0].dtype is torch.uint8
         read, activation = served._reads[number](live[0]), reference[0]
         assert read.dtype is torch.float32
         assert (read - activation).abs().mean() < 0.05 * activation.abs().amax()
-    assert n_integers >= len(served.stages) // 2
+    assert n_integers >= len(served.assembly.stages) // 2
 
 
 @pytest.mark.parametrize("name", LOSSY)
 @torch.no_grad()
 def test_an_items_answer_does_not_depend_on_its_batch(name: str, backbone: Backbone, digits: Tensor) -> None:
     plan, heads = random_exits(backbone, ENGINES[name].identity(backbone.folder), threshold=0.93)
-    served = EarlyExitModel(backbone, plan, heads, engine=name)
+    served = build_model(backbone, plan, heads, engine=name)
     together = served(digits[:16])
-    stages = served.take_served()[0].answers.stages
+    stages = served.log.take()[0].answers.stages
     assert len(set(stages.tolist())) > 1, "rows must leave at several places"
     alone = torch.cat([served(row[None]) for row in digits[:16]])
-    assert torch.equal(torch.cat([one.answers.stages for one in served.take_served()]), stages)
+    assert torch.equal(torch.cat([one.answers.stages for one in served.log.take()]), stages)
     torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", LOSSY)
 @torch.no_grad()
 def test_shadow_rows_are_compared_with_the_backbone_in_fp32(name: str, backbone: Backbone, digits: Tensor) -> None:
-    served = EarlyExitModel(backbone, engine=name, sampling_rate=1.0, record_layers=3)
+    served = build_model(backbone, engine=name, sampling_rate=1.0, record_layers=3)
     answers = served(digits)
-    batch = served.take_served()[0]
+    batch = served.log.take()[0]
     torch.testing.assert_close(batch.answers.reference, backbone.graph(digits), atol=1e-4, rtol=1e-4)
     assert torch.equal(batch.full_class, answers.argmax(dim=1))
     assert not torch.equal(batch.answers.reference, answers)
@@ -104,7 +104,7 @@ def test_a_plan_serves_on_the_engine_that_it_was_made_on_and_no_other(backbone: 
     for made_on, serves_on in (("folded", INT8), (int8, "folded"), (INT8 + "@0123456789ab", INT8)):
         plan = ExitPlan(backbone.description.sha256, "paper", (), None, made_on)
         with pytest.raises(PlanError, match="made on the engine .* executed by"):
-            EarlyExitModel(backbone, plan, {}, engine=serves_on)
+            build_model(backbone, plan, {}, engine=serves_on)
 
 
 def test_without_quantized_pieces_the_engine_says_how_to_make_them(backbone: Backbone, tmp_path: Path) -> None:
@@ -112,15 +112,15 @@ def test_without_quantized_pieces_the_engine_says_how_to_make_them(backbone: Bac
     layout.folder.mkdir()
     backbone.save(layout.folder)
     with pytest.raises(ArchiveError, match="found 0: make them with ee-archive --engine openvino-int8 --calibrate"):
-        EarlyExitModel.load(layout, ServingConfig(engine=INT8))
+        load_model(layout, ServingConfig(engine=INT8))
     with pytest.raises(ConfigError, match="runs on the CPU, but this worker was given cuda:0"):
-        EarlyExitModel.load(layout, ServingConfig(engine=INT8), "cuda:0")
+        load_model(layout, ServingConfig(engine=INT8), "cuda:0")
 
 
 def test_an_explanation_is_that_of_the_backbone_or_refused(backbone: Backbone, digits: Tensor) -> None:
     rows = digits[:2].clone().requires_grad_()
     (expected,) = torch.autograd.grad(backbone.graph(rows).sum(), rows)
-    (found,) = torch.autograd.grad(EarlyExitModel(backbone, engine=INT8)(rows).sum(), rows)
+    (found,) = torch.autograd.grad(build_model(backbone, engine=INT8)(rows).sum(), rows)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(InputError, match="gradients, which the engine openvino does not compute"):
-        EarlyExitModel(backbone, engine="openvino")(rows)
+        build_model(backbone, engine="openvino")(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.loading import load_model
 from early_exit.handler.model import EarlyExitModel
 from early_exit.training.data.preprocessing import archived_config
 
@@ -17,4 +18,4 @@ def served_model(mar: Path) -> EarlyExitModel:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
         engine = ServingConfig.from_model_config(archived_config(layout)).engine
-        return EarlyExitModel.load(layout, ServingConfig(engine=engine))
+        return load_model(layout, ServingConfig(engine=engine))

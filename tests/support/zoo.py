@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.detection.loading import load_backbone
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
 
 VOCABULARY, LENGTH = 99, 12
@@ -34,7 +35,7 @@ class Specimen:
         with tempfile.TemporaryDirectory() as folder:
             backbone.save(Path(folder))
             read = load_backbone(Path(folder))
-        return EarlyExitModel(read, record_layers=len(read.description.candidates))
+        return build_model(read, record_layers=len(read.description.candidates))
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Return images of noise; or texts of random tokens, which end where the mask ends."""

@@ -15,9 +15,8 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
-from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.recording.format import Records, ShardHeader, list_shards, write_shard
-from early_exit.handler.serving.telemetry import request_hash
+from early_exit.handler.loading import build_model
+from early_exit.handler.recording.format import Records, ShardHeader, list_shards, request_hash, write_shard
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.space import SearchSpace
@@ -98,11 +97,11 @@ def test_a_run_makes_a_plan_that_serves_as_it_reports(
     assert (plan.certificate is not None) == (rule == "certified")
     assert json.loads(run.report_json.read_text())["flops_ratio"] == report.flops_ratio < 1
     fresh = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2))
-    served = EarlyExitModel(backbone, plan, build_heads(plan, tensors, backbone.description))
+    served = build_model(backbone, plan, build_heads(plan, tensors, backbone.description))
     with torch.no_grad():
         answers, log_probabilities = served(fresh).argmax(1), backbone.graph(fresh).log_softmax(dim=1)
     full = log_probabilities.argmax(dim=1)
-    left = (served.take_served()[0].answers.stages >= 0).double().mean().item()
+    left = (served.log.take()[0].answers.stages >= 0).double().mean().item()
     assert left == pytest.approx(sum(one.hit_rate for one in report.exits), abs=0.05)
     assert (answers != full).double().mean().item() == pytest.approx(report.disagreement, abs=0.03)
     losses = risk.losses(answers[:, None], full, log_probabilities, true_classes(log_probabilities))

@@ -1,28 +1,41 @@
 """A batch that is launched at once gets what it gets stage by stage. All but the compiler needs a GPU."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from early_exit.handler.cuda.executor import GraphedExecutor, plain_executor
 from early_exit.handler.cuda.kernels import compiled
-from early_exit.handler.cuda.stages import graphed
+from early_exit.handler.cuda.stages import capture_stages, graphed
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.inference.executor import Passes
-from early_exit.handler.inference.forward import Answers, Exit, Stage, run_with_exits
+from early_exit.handler.inference.executor import Executor, Record
+from early_exit.handler.inference.forward import Answers, Exit, Live, Stage, run_with_exits
 from early_exit.handler.protocol import FULL
 from tests.handler.test_cuda_graphs import CUDA, SIZES, stages, varied
 from tests.handler.test_cuda_graphs import _full_precision as _full_precision
 from tests.support.gpu import needs_gpu
 
 
-def prepared(*steps: list[Stage], batch_size: int = 16) -> Passes:
-    fast = graphed(steps[0], CUDA)
-    passes = Passes([fast, *(tuple(replace(one, exit=other.exit and replace(one.exit, policy=other.exit.policy))
-                                   for one, other in zip(fast, step)) for step in steps[1:])])
-    passes.prepare((varied(1),), batch_size)
-    return passes
+def prepared(*levels: list[Stage], batch_size: int = 16, record: Record | None = None) -> Executor:
+    fast = graphed(levels[0], CUDA)
+    executor = plain_executor([fast, *(
+        tuple(replace(stage, exit=other.exit and replace(stage.exit, policy=other.exit.policy))
+              for stage, other in zip(fast, level)) for level in levels[1:])], record)
+    assert isinstance(executor, GraphedExecutor)
+    return ready(executor, fast, (varied(1),), batch_size)
+
+
+def ready(executor: Executor, fast: Sequence[Stage], first: Live, batch_size: int) -> Executor:
+    capture_stages(fast, first, batch_size)
+    executor.prepare(first, batch_size)
+    return executor
+
+
+def run(executor: Executor, level: int, inputs: Live, shadow: Tensor) -> Answers:
+    return executor.run(inputs, level, shadow).answers
 
 
 def assert_same(found: Answers, expected: Answers) -> None:
@@ -45,11 +58,11 @@ def test_launched_at_once_batches_of_every_size_get_the_same_answers(
         shrink_from: int, sizes: tuple[int, ...], exits: set[int]) -> None:
     plain = stages(CUDA, shrink_from)
     plain = [one if number in exits else replace(one, exit=None) for number, one in enumerate(plain)]
-    passes, kept = prepared(plain, batch_size=max(sizes)), []
+    executor, kept = prepared(plain, batch_size=max(sizes)), []
     for size in [*sizes, *sizes]:
         x, shadow = varied(size), torch.rand(size) < 0.3
         expected = run_with_exits((x.clone(),), plain, shadow=shadow)
-        found = passes.run(0, (x,), shadow=shadow)
+        found = run(executor, 0, (x,), shadow)
         assert not size or not found.stage_seconds, "launched stage by stage"
         kept.append((found, expected))
     for found, expected in kept:  # only now: what was returned must not change with later batches
@@ -65,10 +78,10 @@ def test_a_batch_that_leaves_whole_and_one_that_stays_whole_are_answered() -> No
         nobody[number] = replace(nobody[number], exit=replace(nobody[number].exit, policy=ConfidencePolicy(1.0, 2.0)))
     x, no_shadow = varied(7), torch.zeros(7, dtype=torch.bool)
     for given, left in ((everybody, 0), (nobody, FULL)):
-        found = prepared(given).run(0, (x,), shadow=no_shadow)
+        found = run(prepared(given), 0, (x,), no_shadow)
         assert found.stages.tolist() == [left] * 7
         assert_same(found, run_with_exits((x,), given))
-    assert_same(prepared(everybody).run(0, (x,), shadow=~no_shadow), run_with_exits((x,), everybody, shadow=~no_shadow))
+    assert_same(run(prepared(everybody), 0, (x,), ~no_shadow), run_with_exits((x,), everybody, shadow=~no_shadow))
 
 
 @needs_gpu
@@ -76,11 +89,11 @@ def test_settings_differ_in_who_leaves_and_the_last_has_no_exits() -> None:
     first, safer, off = stages(CUDA), stages(CUDA), [replace(one, exit=None) for one in stages(CUDA)]
     for number in (0, 1):
         safer[number] = replace(safer[number], exit=replace(safer[number].exit, policy=ConfidencePolicy(0.2, 0.9)))
-    passes = prepared(first, safer, off)
+    executor = prepared(first, safer, off)
     for size in (1, 7, 16):
         x, shadow = varied(size), torch.rand(size) < 0.3
         for step, plain in enumerate((first, safer, off)):
-            found = passes.run(step, (x,), shadow=shadow)
+            found = run(executor, step, (x,), shadow)
             assert not found.stage_seconds
             assert_same(found, run_with_exits((x,), plain, shadow=shadow))
 
@@ -96,11 +109,12 @@ def test_all_that_travels_keeps_its_rows_and_types() -> None:
 
     given = [Stage(first, Exit(lambda maps: maps[:, 0, :4, 0], ConfidencePolicy(1.0, 0.5), lambda logits: logits)),
              Stage(last)]
-    passes = Passes([graphed(given, CUDA)])
-    passes.prepare((torch.zeros(1, 6, device=CUDA), torch.zeros(1, dtype=torch.int64, device=CUDA)), 24)
+    fast = graphed(given, CUDA)
+    first_row = torch.zeros(1, 6, device=CUDA), torch.zeros(1, dtype=torch.int64, device=CUDA)
+    executor = ready(plain_executor([fast]), fast, first_row, 24)
     for size in (1, 5, 24):
         inputs = 2 * torch.randn(size, 6, device=CUDA), torch.arange(size, device=CUDA)
-        found = passes.run(0, inputs, shadow=torch.arange(size) % 5 == 4)
+        found = run(executor, 0, inputs, torch.arange(size) % 5 == 4)
         assert not found.stage_seconds
         assert_same(found, run_with_exits(inputs, given, shadow=torch.arange(size) % 5 == 4))
 
@@ -113,10 +127,10 @@ def test_what_cannot_be_launched_at_once_goes_stage_by_stage(reason: str, caplog
         decide = given[0].exit.policy
         given[0] = replace(given[0], exit=replace(
             given[0].exit, policy=lambda logits: decide(logits) & (float(logits.sum()) < 1e9)))
-    passes = prepared(given, batch_size=4 if reason == "a larger batch" else 16)
+    executor = prepared(given, batch_size=4 if reason == "a larger batch" else 16)
     for size in (7, 16):
         x, shadow = varied(size), torch.rand(size) < 0.3
-        found = passes.run(0, (x,), shadow=shadow)
+        found = run(executor, 0, (x,), shadow)
         assert found.stage_seconds
         assert_same(found, run_with_exits((x,), given, shadow=shadow))
     assert ("cannot decide itself" in caplog.text) == (reason != "a larger batch")
@@ -127,34 +141,34 @@ def test_what_cannot_be_launched_at_once_goes_stage_by_stage(reason: str, caplog
 def test_batches_that_came_before_the_graphs_were_made_do_not_mix_up_what_stages_read(
         caplog: pytest.LogCaptureFixture) -> None:
     plain = stages(CUDA)
-    passes = Passes([graphed(stages(CUDA), CUDA)])
+    fast = graphed(stages(CUDA), CUDA)
+    executor = plain_executor([fast])
     for _ in range(5):  # batches that shrink to a few rows
-        passes.run(0, (varied(8),), shadow=torch.arange(8) < 2)
-    passes.prepare((varied(1),), 8)
+        run(executor, 0, (varied(8),), torch.arange(8) < 2)
+    ready(executor, fast, (varied(1),), 8)
     for size in (1, 2, 3, 5, 8):
         x, shadow = varied(size), torch.rand(size) < 0.3
-        assert_same(passes.run(0, (x,), shadow=shadow), run_with_exits((x,), plain, shadow=shadow))
+        assert_same(run(executor, 0, (x,), shadow), run_with_exits((x,), plain, shadow=shadow))
     assert "captured before the one that it follows" in caplog.text
 
 
 @needs_gpu
 def test_observed_batches_show_the_shadow_rows_and_others_are_launched_at_once() -> None:
-    plain, passes = stages(CUDA), prepared(stages(CUDA))
+    plain, seen = stages(CUDA), {}
+    executor = prepared(stages(CUDA), record=lambda number, x: seen.setdefault(number, x.clone()))
     x, shadow = varied(9), torch.arange(9) % 2 == 0
-    seen: dict[int, Tensor] = {}
     also_seen: dict[int, Tensor] = {}
-    assert_same(passes.run(0, (x,), shadow=shadow, observe=seen.__setitem__),
+    assert_same(run(executor, 0, (x,), shadow),
                 run_with_exits((x,), plain, shadow=shadow, observe=also_seen.__setitem__))
     torch.testing.assert_close(seen, also_seen, rtol=1e-3, atol=1e-3)
-    found = passes.run(0, (x,), shadow=~shadow & shadow, observe=seen.__setitem__)
-    assert not found.stage_seconds
+    assert not run(executor, 0, (x,), ~shadow & shadow).stage_seconds
 
 
 @needs_gpu
 def test_a_pass_that_was_made_in_inference_mode_serves_outside_of_it() -> None:
     with torch.inference_mode():
-        passes = prepared(stages(CUDA))
+        executor = prepared(stages(CUDA))
         x, shadow = varied(4), torch.zeros(4, dtype=torch.bool)
-        inside = passes.run(0, (x,), shadow=shadow).outputs.clone()
+        inside = run(executor, 0, (x,), shadow).outputs.clone()
     with torch.no_grad():
-        torch.testing.assert_close(passes.run(0, (x + 0,), shadow=shadow).outputs, inside)
+        torch.testing.assert_close(run(executor, 0, (x + 0,), shadow).outputs, inside)

@@ -1,4 +1,4 @@
-"""Early answers: any handler's calls stand still at the model and leave one by one. With TorchServe's own context."""
+"""Early answers: any handler's calls stand still at the model and leave one by one."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.call import Call
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.inference.at_once import AtOnceExecutor
 from early_exit.handler.inference.bypass import AdaptiveBypass
-from early_exit.handler.inference.continuous import ContinuousRun
+from early_exit.handler.inference.bypassing import EpochBypass
+from early_exit.handler.inference.continuous import ContinuousExecutor
+from early_exit.handler.inference.in_flight import InFlightCalls
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.serving.early import UNANSWERED, EarlyAnswers, claim_only_worker, require_continuous_batching
-from early_exit.handler.serving.isolation import answer_items
-from early_exit.handler.serving.telemetry import Telemetry
-from early_exit.handler.torchserve.metric_lines import ServingMetrics
-from early_exit.training.data.preprocessing import worker_context
+from early_exit.handler.shadow import ShadowSampler
+from early_exit.handler.torchserve.continuous_batching import claim_only_worker, require_continuous_batching
+from tests.support.host import MemoryHost, worker_of
 
 
 class Numbers:
@@ -37,6 +41,7 @@ class Numbers:
         self.n_loaded = 0
         self.vocabulary: dict[str, int] | None = None
         self.seen: Any = None
+        self.mapping: Any = None
 
     def initialize(self, context: Any) -> None: ...
 
@@ -68,33 +73,24 @@ def model(backbone: Backbone) -> EarlyExitModel:
     plan = ExitPlan(backbone.description.sha256, "paper", tuple(
         PlannedExit(layer.path, spec, 0.2, 0.75, layer.cost, 0.01) for layer in layers), None)
     heads = {layer.path: Head(spec, layer.shape, 3) for layer in layers}
-    return EarlyExitModel(backbone, plan, heads)
+    return build_model(backbone, plan, heads, answers="early")
 
 
 class Frontend:
-    """What TorchServe's continuous batching does between its worker's steps."""
+    """What a host does between the steps of its worker: it hands over every request that has not been answered."""
 
     def __init__(self, model: EarlyExitModel, handler: Any = None) -> None:
-        manifest = {"model": {"modelName": "numbers", "handler": "none"}}
-        self.context = worker_context(Path(), manifest)
         self.handler = handler or Numbers(model)
-        self.early = EarlyAnswers(model, self.handler, Telemetry(
-            model, "1.0", ServingMetrics(self.context.metrics, "numbers", "1.0"), None, keep_requests=False))
+        self.worker = worker_of(model, self.handler, ServingConfig(answers="early"), MemoryHost("numbers"))
         self.waiting: dict[str, Any] = {}
         self.answers: dict[str, tuple[int, Any, dict[str, str]]] = {}
 
     def step(self) -> None:
-        from ts.context import RequestProcessor
-
-        ids = list(self.waiting)
-        self.context.request_ids = dict(enumerate(ids))
-        self.context.request_processor = [RequestProcessor({}) for _ in ids]
-        responses = self.early.step([{"body": self.waiting[name]} for name in ids], self.context)
-        for item, (name, response) in enumerate(zip(ids, responses)):
-            if response is not UNANSWERED:
-                status, _ = self.context.get_response_status(item)
-                self.answers[name] = status, response, self.context.get_response_headers(item)
-                del self.waiting[name]
+        calls = [Call(name, {"body": body}) for name, body in self.waiting.items()]
+        for call, reply in zip(calls, self.worker.step(calls)):
+            if reply is not None:
+                self.answers[call.id] = reply.status, reply.body, reply.headers
+                del self.waiting[call.id]
 
     def finish(self) -> None:
         for _ in range(200):
@@ -111,15 +107,12 @@ def requests(count: int, seed: int = 0) -> list[list[float]]:
 
 def plainly(model: EarlyExitModel, body: Any) -> tuple[int, Any, dict[str, str]]:
     """Answer a request as plain batching does, alone."""
-    from ts.context import RequestProcessor
-
-    context = worker_context(Path(), {"model": {"modelName": "numbers", "handler": "none"}})
-    context.request_processor = [RequestProcessor({})]
-    bookkeeper = Telemetry(model, "1.0", ServingMetrics(context.metrics, "numbers", "1.0"), None, keep_requests=False)
-    model.run = model.run_at_once
-    [served] = answer_items([{"body": body}], context, Numbers(model), model)
-    bookkeeper.note(served, [{"body": body}], context)
-    return context.get_response_status(0)[0], served.responses[0], context.get_response_headers(0)
+    assembly = model.assembly
+    plain = EarlyExitModel(assembly, AtOnceExecutor(assembly.levels), AdaptiveBypass(0.0, random.random),
+                           ShadowSampler())
+    [reply] = worker_of(plain, Numbers(plain), host=MemoryHost("numbers")).step([Call("alone", {"body": body})])
+    assert reply is not None
+    return reply.status, reply.body, reply.headers
 
 
 def test_every_request_gets_the_answer_status_and_headers_of_plain_batching(model: EarlyExitModel) -> None:
@@ -145,7 +138,7 @@ def test_who_exits_first_is_answered_first_and_others_join_meanwhile(model: Earl
     frontend.waiting = {f"id-{number}": body for number, body in enumerate(requests(8))}
     frontend.step()
     first = {headers["X-Early-Exit"] for _, _, headers in frontend.answers.values()}
-    assert first == {model.layers[0]} and frontend.waiting
+    assert first == {model.assembly.layers[0]} and frontend.waiting
     frontend.waiting["new"] = requests(1, 5)[0]
     frontend.finish()
     assert frontend.answers["new"][0] == 200
@@ -159,7 +152,7 @@ def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: Early
     assert frontend.handler.n_loaded == 1
 
 
-def test_a_request_that_torchserve_forgets_is_dropped_and_its_thread_is_free(model: EarlyExitModel) -> None:
+def test_a_request_that_the_host_forgets_is_dropped_and_its_thread_is_free(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     before = threading.active_count()
     for number in range(20):
@@ -212,30 +205,31 @@ def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, mo
             return head(x)
         return classify
 
-    model.benefit = AdaptiveBypass(0.5, random.Random(0).random)
-    model.steps = tuple(tuple(replace(stage, exit=stage.exit and replace(stage.exit, head=slow(stage.exit.head)))
-                              for stage in stages) for stages in model.steps)
-    frontend = Frontend(model)
+    bypass, levels = AdaptiveBypass(0.5, random.Random(0).random), tuple(
+        tuple(replace(stage, exit=stage.exit and replace(stage.exit, head=slow(stage.exit.head))) for stage in stages)
+        for stages in model.assembly.levels)
+    slowed = EarlyExitModel(model.assembly, ContinuousExecutor(levels), EpochBypass(bypass), ShadowSampler())
+    frontend = Frontend(slowed)
     bodies = requests(16)
     for _ in range(400):
         frontend.waiting = {f"{number}": body for number, body in enumerate(bodies)}
         frontend.finish()
-        if model.benefit.bypassed() == {1: True}:
+        if bypass.bypassed() == {1: True}:
             return
-    raise AssertionError(model.benefit)
+    raise AssertionError(bypass)
 
 
-def test_out_of_memory_is_left_to_torchserve_and_the_next_requests_are_served(
+def test_out_of_memory_is_left_to_the_host_and_the_next_requests_are_served(
         model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(run: ContinuousRun) -> None:
+    def broken(calls: InFlightCalls) -> None:
         raise MemoryError
 
     frontend = Frontend(model, Numbers(model))
     frontend.waiting = dict(zip("ab", requests(2)))
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(ContinuousRun, "run_stage", broken)
+        patched.setattr(InFlightCalls, "run_stage", broken)
         frontend.step()
-    frontend.waiting = {"c": requests(1)[0]}  # TorchServe has answered the others with 507
+    frontend.waiting = {"c": requests(1)[0]}  # the host has answered the others
     frontend.finish()
     assert frontend.answers["c"][0] == 200
 

@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.handler.inference.bypass import AdaptiveBypass, Comparison
+from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import watch
 from early_exit.handler.protocol import EXIT_HEADER, FULL, STEP_HEADER
-from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.telemetry import Telemetry
-from early_exit.handler.torchserve.metric_lines import ServingMetrics
-from early_exit.training.data.preprocessing import worker_context
+from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +43,18 @@ def plan(backbone: Backbone) -> ExitPlan:
 def served(backbone: Backbone, plan: ExitPlan, **options: float) -> EarlyExitModel:
     torch.manual_seed(1)
     heads = {exit_.layer: Head(exit_.head, backbone.description.layer(exit_.layer).shape, 3) for exit_ in plan.exits}
-    return EarlyExitModel(backbone, plan, heads, **options)
+    return build_model(backbone, plan, heads, **options)
 
 
 def test_each_step_uses_its_own_thresholds_and_the_last_is_the_backbone(backbone: Backbone, plan: ExitPlan) -> None:
     model = served(backbone, plan)
     batch = 5 * torch.randn(64, 8)
     taken = []
-    for step in range(len(model.steps)):
-        model.step_back(step)
+    for level in range(len(model.assembly.levels)):
+        model.fall_back(level)
         model(batch)
-        (answered,) = model.take_served()
-        assert answered.step == step
+        (answered,) = model.log.take()
+        assert answered.level == level
         taken.append(answered.answers.stages)
     assert set(taken[0].tolist()) == {0}, "everybody leaves at threshold 0"
     assert len(set(taken[1].tolist())) > 1
@@ -66,45 +65,32 @@ def test_each_step_uses_its_own_thresholds_and_the_last_is_the_backbone(backbone
 
 def test_a_model_that_has_given_up_its_exits_is_sampled_like_one_without(backbone: Backbone, plan: ExitPlan) -> None:
     model = served(backbone, plan, sampling_rate=0.0, sampling_rate_in_full=1.0)
-    model.step_back(1)
+    model.fall_back(1)
     model(torch.randn(4, 8))
-    model.step_back(3)
+    model.fall_back(3)
     model(torch.randn(4, 8))
-    assert [len(one.answers.shadow) for one in model.take_served()] == [0, 4]
+    assert [len(one.answers.shadow) for one in model.log.take()] == [0, 4]
 
 
-def test_exits_that_are_always_wrong_are_stepped_back_from_while_serving(backbone: Backbone, plan: ExitPlan,
-                                                                         tmp_path: Path) -> None:
-    """The bookkeeper's own path: losses of shadow rows, the state in the records folder, header and step."""
+def test_exits_that_are_always_wrong_are_fallen_back_from_while_serving(backbone: Backbone, plan: ExitPlan,
+                                                                        tmp_path: Path) -> None:
+    """A worker's own path: losses of shadow rows, the state in the records folder, header and level."""
     model = served(backbone, plan, sampling_rate=1.0)
-    watchman = watch(plan, tmp_path, "2.0")
-    assert watchman is not None
-    context = worker_context(Path(), {"model": {"modelName": "model", "handler": "none"}})
-    bookkeeper = Telemetry(model, "2.0", ServingMetrics(context.metrics, "model", "2.0"), None, keep_requests=False,
-                            watchman=watchman)
-    batch = torch.randn(64, 8)
-    processor = context.request_processor[0]
-    context.request_processor = [processor] * len(batch)
-    context.request_ids = {row: f"request-{row}" for row in range(len(batch))}
+    worker = worker_of(model, config=ServingConfig(records=str(tmp_path)), host=MemoryHost("model", "2.0"))
+    calls = calls_of_rows([torch.randn(64, 8)], [f"request-{row}" for row in range(64)])
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        model(batch)
-        served_now = Served(tuple(range(len(batch))), [None] * len(batch), model.take_served())
-        bookkeeper.note(served_now, [{}] * len(batch), context)
-        if model.step == len(model.steps) - 1:
-            break
+    while time.monotonic() < deadline and model.level < model.assembly.last_level:
+        worker.step(calls)
         time.sleep(0.02)
-    assert model.step == len(model.steps) - 1
-    model(batch)
-    served_now = Served(tuple(range(len(batch))), [None] * len(batch), model.take_served())
-    bookkeeper.note(served_now, [{}] * len(batch), context)
-    assert context.get_response_headers(0)[EXIT_HEADER] == "full"
-    assert context.get_response_headers(0)[STEP_HEADER] == "3 of 3"
-    watchman.close()
-    restarted = watch(plan, tmp_path, "2.0")
+    assert model.level == model.assembly.last_level == 3
+    reply = worker.step(calls)[0]
+    assert reply is not None and reply.headers[EXIT_HEADER] == "full" and reply.headers[STEP_HEADER] == "3 of 3"
+    worker.close()
+    folder = tmp_path / "model" / backbone.description.sha256
+    restarted = watch(plan, folder, "2.0")
     assert restarted is not None and restarted.state.step == 3
     restarted.close()
-    other_plan = watch(replace(plan, expected_cost=0.5), tmp_path, "2.0")
+    other_plan = watch(replace(plan, expected_cost=0.5), folder, "2.0")
     assert other_plan is not None and other_plan.state == MonitorState(), "another plan begins anew"
     other_plan.close()
 
@@ -175,7 +161,7 @@ def test_the_shadow_sample_is_drawn_at_its_rate_whether_a_row_leaves_early_or_no
                    sampling_rate=0.1)
     for _ in range(40):
         model(5 * torch.randn(1000, 8))
-    batches = model.take_served()
+    batches = model.log.take()
     stages = torch.cat([one.answers.stages for one in batches])
     drawn = torch.cat([torch.zeros(1000, dtype=torch.bool).index_fill(0, one.answers.shadow, True) for one in batches])
     for stage in stages.unique():
@@ -190,7 +176,7 @@ def test_two_workers_do_not_draw_the_same_sample(backbone: Backbone, plan: ExitP
     for _ in range(2):
         model = served(backbone, plan, sampling_rate=0.5)
         model(batch)
-        drawn.append(model.take_served()[0].answers.shadow.tolist())
+        drawn.append(model.log.take()[0].answers.shadow.tolist())
     assert drawn[0] != drawn[1]
 
 

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from early_exit.handler.inference.continuous import ContinuousRun, InFlightCall
 from early_exit.handler.inference.forward import Live, Stage, run_with_exits
-from tests.handler.test_stages import inputs, three_stages
+from early_exit.handler.inference.in_flight import InFlightCall, InFlightCalls
+from tests.handler.test_forward import inputs, three_stages
 
 
-def run_all(stepwise: ContinuousRun, journeys: list[InFlightCall], limit: int = 200) -> None:
+def run_all(in_flight: InFlightCalls, waited_for: list[InFlightCall], limit: int = 200) -> None:
     ended: list[InFlightCall] = []
-    while len(ended) < len(journeys):
-        ended += stepwise.run_stage()
+    while len(ended) < len(waited_for):
+        ended += in_flight.run_stage()
         limit -= 1
         assert limit, "a call never ends"
-    assert set(ended) == set(journeys)
+    assert set(ended) == set(waited_for)
 
 
 @settings(deadline=None, max_examples=60)
@@ -32,30 +32,30 @@ def test_calls_that_join_at_any_time_get_the_answers_of_the_whole_pass(
     """Each call joins some steps after the one before; answers, exits, shadows, opinions and activations are as in one
     go."""
     stages = three_stages(*thresholds)
-    stepwise = ContinuousRun([stages], lambda stage, activation: activation * (stage + 2))
+    in_flight = InFlightCalls([stages], lambda stage, activation: activation * (stage + 2))
     calls: list[tuple[Live, Tensor, Tensor, InFlightCall]] = []
     ended = []
     for number, (n_rows, pause) in enumerate(sizes):
         batch = inputs(n_rows, seed + number)
         shadow = torch.rand(n_rows, generator=torch.Generator().manual_seed(seed + number)) < shadow_rate
         anytime = torch.rand(n_rows, generator=torch.Generator().manual_seed(seed - number)) < shadow_rate
-        calls.append((batch, shadow, anytime, stepwise.enter(batch, shadow, anytime)))
+        calls.append((batch, shadow, anytime, in_flight.enter(batch, shadow, anytime)))
         for _ in range(pause):
-            ended += stepwise.run_stage()
-    run_all(stepwise, [journey for *_, journey in calls if journey not in ended])
-    for batch, shadow, anytime, journey in calls:
+            ended += in_flight.run_stage()
+    run_all(in_flight, [call for *_, call in calls if call not in ended])
+    for batch, shadow, anytime, call in calls:
         seen: dict[int, Tensor] = {}
         expected = run_with_exits(batch, stages, shadow=shadow, anytime=anytime, observe=seen.__setitem__)
-        found = journey.answers()
+        found = call.answers()
         torch.testing.assert_close(found.outputs, expected.outputs)
         assert found.stages.tolist() == expected.stages.tolist()
         assert found.shadow.tolist() == expected.shadow.tolist()
         torch.testing.assert_close(found.reference, expected.reference)
         assert found.anytime.tolist() == expected.anytime.tolist()
-        assert found.opinions.keys() == expected.opinions.keys()
-        for stage, scores in expected.opinions.items():
-            torch.testing.assert_close(found.opinions[stage], scores)
-        activations = journey.activations()
+        assert found.exit_scores.keys() == expected.exit_scores.keys()
+        for stage, scores in expected.exit_scores.items():
+            torch.testing.assert_close(found.exit_scores[stage], scores)
+        activations = call.activations()
         assert activations.keys() == seen.keys()
         for stage, activation in activations.items():
             torch.testing.assert_close(activation, seen[stage] * (stage + 2))
@@ -70,12 +70,12 @@ def test_rows_of_different_ages_run_together() -> None:
         sizes.append(len(x))
         return (x,)
 
-    stepwise = ContinuousRun([[Stage(lambda x: (x,)), Stage(counted)]])
-    first = stepwise.enter(inputs(1), torch.zeros(1, dtype=torch.bool))
-    assert stepwise.run_stage() == []
-    second = stepwise.enter(inputs(2), torch.zeros(2, dtype=torch.bool))
-    assert stepwise.run_stage() == [] and not sizes, "two wait at the first stage and one at the second"
-    assert stepwise.run_stage() == [first, second]
+    in_flight = InFlightCalls([[Stage(lambda x: (x,)), Stage(counted)]])
+    first = in_flight.enter(inputs(1), torch.zeros(1, dtype=torch.bool))
+    assert in_flight.run_stage() == []
+    second = in_flight.enter(inputs(2), torch.zeros(2, dtype=torch.bool))
+    assert in_flight.run_stage() == [] and not sizes, "two wait at the first stage and one at the second"
+    assert in_flight.run_stage() == [first, second]
     assert sizes == [3]
 
 
@@ -86,10 +86,10 @@ def test_a_row_that_makes_a_stage_fail_fails_alone() -> None:
             raise RuntimeError("too large")
         return (x,)
 
-    stepwise = ContinuousRun([[Stage(lambda x: (x,)), Stage(picky)]])
+    in_flight = InFlightCalls([[Stage(lambda x: (x,)), Stage(picky)]])
     none = torch.zeros(1, dtype=torch.bool)
-    good, bad, other = (stepwise.enter(batch, none) for batch in (inputs(1), (inputs(1)[0] + 1000,), inputs(1, 2)))
-    run_all(stepwise, [good, bad, other])
+    good, bad, other = (in_flight.enter(batch, none) for batch in (inputs(1), (inputs(1)[0] + 1000,), inputs(1, 2)))
+    run_all(in_flight, [good, bad, other])
     torch.testing.assert_close(good.answers().outputs, inputs(1)[0])
     torch.testing.assert_close(other.answers().outputs, inputs(1, 2)[0])
     with pytest.raises(RuntimeError, match="too large"):
@@ -98,26 +98,26 @@ def test_a_row_that_makes_a_stage_fail_fails_alone() -> None:
 
 @torch.no_grad()
 def test_a_dropped_call_leaves_the_others_alone() -> None:
-    stepwise = ContinuousRun([three_stages(1.1, 1.1)])
+    in_flight = InFlightCalls([three_stages(1.1, 1.1)])
     shadow = torch.zeros(2, dtype=torch.bool)
-    gone, stays = stepwise.enter(inputs(2, 1), shadow), stepwise.enter(inputs(2, 2), shadow)
-    stepwise.run_stage()
-    stepwise.drop(gone)
-    run_all(stepwise, [stays])
+    gone, stays = in_flight.enter(inputs(2, 1), shadow), in_flight.enter(inputs(2, 2), shadow)
+    in_flight.run_stage()
+    in_flight.drop(gone)
+    run_all(in_flight, [stays])
     torch.testing.assert_close(stays.answers().outputs, run_with_exits(inputs(2, 2), three_stages(1.1, 1.1)).outputs)
-    assert stepwise.run_stage() == []
+    assert in_flight.run_stage() == []
 
 
 def test_with_nobody_on_the_way_a_step_does_nothing() -> None:
-    assert ContinuousRun([three_stages(0.5)]).run_stage() == []
+    assert InFlightCalls([three_stages(0.5)]).run_stage() == []
 
 
 @torch.no_grad()
 def test_a_call_keeps_the_setting_that_it_began_with() -> None:
     eager, never = three_stages(0.0, 0.0), three_stages(1.1, 1.1)
-    stepwise = ContinuousRun([eager, never])
+    in_flight = InFlightCalls([eager, never])
     shadow = torch.zeros(2, dtype=torch.bool)
-    before, after = stepwise.enter(inputs(2, 1), shadow), stepwise.enter(inputs(2, 2), shadow, step=1)
-    run_all(stepwise, [before, after])
+    before, after = in_flight.enter(inputs(2, 1), shadow), in_flight.enter(inputs(2, 2), shadow, level=1)
+    run_all(in_flight, [before, after])
     assert before.answers().stages.tolist() == [0, 0]
     torch.testing.assert_close(after.answers().outputs, run_with_exits(inputs(2, 2), never).outputs)
