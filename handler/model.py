@@ -22,7 +22,7 @@ from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.detection.detector import images_of
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.compiled_stage import read_and_pool
-from early_exit.handler.engines.registry import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.inference_head import InferenceHead
@@ -107,9 +107,9 @@ class EarlyExitModel(nn.Module):
         """How a batch gets through the stages."""
         self.engine = engine_of(engine)
         self.engine_identity = self.engine.identity(backbone.folder)
-        if self.description.detector is not None and self.engine.name not in (DEFAULT_ENGINE, EAGER):
-            raise ConfigError(f"a detector is executed by {DEFAULT_ENGINE} or {EAGER}, found early_exit.engine "
-                              f"{self.engine.name!r}")
+        if self.description.detector is not None and not self.engine.runs_detectors:
+            able = " or ".join(engine.name for engine in ENGINES.values() if engine.runs_detectors)
+            raise ConfigError(f"a detector is executed by {able}, found early_exit.engine {self.engine.name!r}")
         if plan is not None:
             require_engine(plan.engine, self.engine_identity)
         # The backbone itself is not kept: an engine may have its own copy of the weights.
