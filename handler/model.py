@@ -117,7 +117,7 @@ class EarlyExitModel(nn.Module):
         self._parts = nn.ModuleList(stage.module for stage in compiled)
         self._original = None if self.engine.is_exact else ENGINES[DEFAULT_ENGINE].unsplit(backbone)
         self._reads = [stage.read for stage in compiled]
-        served = {path: InferenceHead((heads or {})[path], planned[path].temperature, read)
+        served = {path: InferenceHead((heads or {})[path], planned[path].policy.temperature, read)
                   for path, read in zip(self.layers, self._reads) if path in planned}
         self._heads = nn.ModuleList(served.values())
         exits = [self._exit(planned[path], served[path]) if path in planned else None for path in self.layers]
@@ -287,4 +287,4 @@ class EarlyExitModel(nn.Module):
 
     def _exit(self, planned: PlannedExit, head: InferenceHead) -> Exit:
         # The bound forward, as for the stages: fewer calls between the operations.
-        return Exit(head.forward, planned.served_policy(), self.description.scores.from_logits, planned.shrink_from)
+        return Exit(head.forward, planned.policy.on_answers(), self.description.scores.from_logits, planned.shrink_from)
