@@ -77,9 +77,9 @@ def engine_of(identity: str) -> Engine:
     return ENGINES[name]
 
 
-def are_alike(one: str, other: str) -> bool:
+def are_alike(first: str, second: str) -> bool:
     """Tell whether records that were made on one engine say what the other computes; both are identities."""
-    return one == other or (engine_of(one).is_exact and engine_of(other).is_exact)
+    return first == second or (engine_of(first).is_exact and engine_of(second).is_exact)
 
 
 def require_engine(planned: str, identity: str) -> None:

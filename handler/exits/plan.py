@@ -120,9 +120,9 @@ class ExitPlan:
     measure: str = "flops"
     """What `expected_cost` counts: flops, or seconds measured on the machine that trained."""
     batch_size: int = 1
-    """For full batches of this size."""
+    """Rows in the full batches that `expected_cost` is about."""
     expected_cost: float = 1.0
-    """Of a request on the certify part, heads included, as a fraction of the backbone's."""
+    """Mean cost of a request on the certify part, heads included, as a fraction of the backbone's."""
     safer: tuple[tuple[float, ...], ...] = ()
     """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
     deployed one; after the last comes no exit at all."""

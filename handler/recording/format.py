@@ -123,13 +123,13 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
 
 def list_shards(folder: Path) -> list[Path]:
     """Return the complete shards below a folder, oldest first."""
-    found = []
+    dated = []
     for path in folder.rglob("*" + SUFFIX):
         try:
-            found.append((path.stat().st_mtime, path))
+            dated.append((path.stat().st_mtime, path))
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
             continue
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(dated)]
 
 
 def read_header(path: Path) -> ShardHeader:
