@@ -11,7 +11,7 @@ from early_exit.handler.backbone.candidates import spread_over
 from early_exit.handler.backbone.pooling import Side, pool_activation
 from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.engines.compiled_stage import read_and_pool
-from early_exit.handler.engines.registry import DEFAULT_ENGINE, EAGER, ENGINES, engine_of, require_engine
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.inference_head import InferenceHead
@@ -46,9 +46,9 @@ class Assembly(nn.Module):
         self.description, self.device, self.plan = backbone.description, backbone.device, plan
         self.engine = engine_of(engine)
         self.engine_identity = self.engine.identity(backbone.folder)
-        if self.description.detector is not None and self.engine.name not in (DEFAULT_ENGINE, EAGER):
-            raise ConfigError(f"a detector is executed by {DEFAULT_ENGINE} or {EAGER}, found early_exit.engine "
-                              f"{self.engine.name!r}")
+        if self.description.detector is not None and not self.engine.runs_detectors:
+            able = " or ".join(engine.name for engine in ENGINES.values() if engine.runs_detectors)
+            raise ConfigError(f"a detector is executed by {able}, found early_exit.engine {self.engine.name!r}")
         if plan is not None:
             require_engine(plan.engine, self.engine_identity)
         planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
@@ -61,7 +61,7 @@ class Assembly(nn.Module):
         self._parts = nn.ModuleList(stage.module for stage in compiled)
         self._original = None if self.engine.is_exact else ENGINES[DEFAULT_ENGINE].unsplit(backbone)
         self._reads = [stage.read for stage in compiled]
-        inference_heads = {path: InferenceHead((heads or {})[path], planned[path].temperature, read)
+        inference_heads = {path: InferenceHead((heads or {})[path], planned[path].policy.temperature, read)
                            for path, read in zip(self.layers, self._reads) if path in planned}
         self._heads = nn.ModuleList(inference_heads.values())
         exits = [self._exit(planned[path], inference_heads[path]) if path in planned else None for path in self.layers]
@@ -118,4 +118,4 @@ class Assembly(nn.Module):
 
     def _exit(self, planned: PlannedExit, head: InferenceHead) -> Exit:
         # The bound forward, as for the stages: fewer calls between the operations.
-        return Exit(head.forward, planned.served_policy(), self.description.scores.from_logits, planned.shrink_from)
+        return Exit(head.forward, planned.policy.on_answers(), self.description.scores.from_logits, planned.shrink_from)

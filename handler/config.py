@@ -52,9 +52,9 @@ class ServingConfig:
     records_max_age_s: float = 30 * 24 * 3600.0
     """Shards older than this are deleted."""
     records_per_shard: int = 256
-    """A shard is written when it holds this many records,"""
+    """A shard is written once it holds this many records."""
     seal_after_s: float = 30.0
-    """or when its first record is this old."""
+    """A shard is written once its first record is this old, in seconds, however few it holds."""
     control_rate: float = 0.02
     """Share of batches that run without exits, or with them where they are bypassed, to find out whether they save
     time; 0 never bypasses them."""

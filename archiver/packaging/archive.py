@@ -28,7 +28,7 @@ from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
-from early_exit.handler.engines.registry import ENGINES, INT8, require_engine
+from early_exit.handler.engines.registry import ENGINES, require_engine
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
 from early_exit.handler.torchserve.continuous_batching import SERVER_SETTINGS
@@ -185,8 +185,8 @@ def _write_ours(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str
     config = asked.config or _existing(layout.root, original["model"].get("configFile"))
     configuration, engine = _configuration(config, asked.engine, log)
     pieces = scratch / PIECES
-    if engine == INT8:
-        _keep_or_quantize(asked, layout, original, backbone, pieces, log)
+    if ENGINES[engine].needs_calibration:
+        _keep_or_quantize(asked, engine, layout, original, backbone, pieces, log)
     shutil.rmtree(layout.folder, ignore_errors=True)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
     backbone.save(layout.folder)
@@ -211,16 +211,16 @@ def _all_but_python(folder: str, names: list[str]) -> list[str]:
             if name == "__pycache__" or not (name.endswith(".py") or Path(folder, name).is_dir())]
 
 
-def _keep_or_quantize(asked: ArchiveRequest, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
-                      pieces: Path, log: Callable[[str], None]) -> None:
+def _keep_or_quantize(asked: ArchiveRequest, engine: str, layout: ArchiveLayout, original: dict[str, Any],
+                      backbone: Backbone, pieces: Path, log: Callable[[str], None]) -> None:
     """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
     if asked.calibrate is not None:
         quantize(backbone, recorded_inputs(asked.calibrate, layout, original, backbone), pieces.parent, log)
     elif (layout.folder / PIECES).exists():
         shutil.move(layout.folder / PIECES, pieces)
     else:
-        raise ArchiveError(f"the engine {INT8} is made from recorded requests: pass --calibrate RECORDS, a folder that "
-                           "was recorded with 'early_exit: {keep_requests: true}' in model-config.yaml")
+        raise ArchiveError(f"the engine {engine} is made from recorded requests: pass --calibrate RECORDS, a folder "
+                           "that was recorded with 'early_exit: {keep_requests: true}' in model-config.yaml")
 
 
 def _configuration(config: Path | None, engine: str | None, log: Callable[[str], None]) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from early_exit.archiver.packaging.detector import PEDESTRIAN
 from early_exit.archiver.packaging.quantize import N_SAMPLES
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
-from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
+from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.training.command import command_parser, run_command, say_next
 
 
@@ -82,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="model-config.yaml to use instead of the source's")
     parser.add_argument("--engine", choices=list(ENGINES),
                         help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
+    calibrated = ", ".join(engine.name for engine in ENGINES.values() if engine.needs_calibration)
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
-                        help=f"for {INT8}: records folder with request bytes, of which at most {N_SAMPLES} are used")
+                        help=f"for {calibrated}: records folder with request bytes, of which at most {N_SAMPLES} are "
+                             "used")
     parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
                         help=f"for a detector, what an image's class is: {', '.join(one.value for one in Strategy)} "

@@ -38,19 +38,19 @@ class BackboneDescription:
     sha256: str
     """Identity of weights and operations; records and plans belong to exactly one."""
     inputs: tuple[InputSpec, ...]
-    """In the order of the program."""
+    """The inputs in the order of the program."""
     output: OutputSpec
     """What the user's model returned."""
     n_classes: int
     scores: ScoreKind
     flops: int
-    """Of one item, counting convolutions, matrix products and attention."""
+    """The FLOPs of one item, counting convolutions, matrix products and attention."""
     candidates: tuple[CandidateLayer, ...]
     left_out: tuple[LeftOut, ...]
     probe: tuple[float, ...]
     """(K,) scores for `probe_inputs`, computed where the archive was made."""
     detector: DetectorSpec | None = None
-    """Where the classes are those of the images that a detector sees."""
+    """The detector whose images the classes are of; none where the model is a classifier."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class BackboneDescription:
 
     def probe_inputs(self) -> tuple[Tensor, ...]:
         """Return (1, ...) inputs that are the same on every machine."""
-        return tuple(one.probe() for one in self.inputs)
+        return tuple(spec.probe() for spec in self.inputs)
 
     def layer(self, path: str) -> CandidateLayer:
         """Return the candidate of that module path.
@@ -107,7 +107,7 @@ class BackboneDescription:
     def _from_fields(cls, data: Mapping[str, Any]) -> BackboneDescription:
         return cls(
             sha256=data["sha256"], output=OutputSpec(**data["output"]),
-            inputs=tuple(InputSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["inputs"]),
+            inputs=tuple(InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in data["inputs"]),
             n_classes=data["n_classes"], scores=ScoreKind(data["scores"]), flops=data["flops"],
             candidates=tuple(CandidateLayer.from_json(layer) for layer in data["candidates"]),
             left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
@@ -123,7 +123,7 @@ class Backbone:
     graph: fx.GraphModule
     description: BackboneDescription
     folder: Path | None = None
-    """Where it was read from: an engine may have put more there."""
+    """The folder it was read from, where an engine may have put more; none for one that was never written."""
 
     @classmethod
     def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32,
@@ -147,7 +147,7 @@ class Backbone:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
         """
         program, output = export_backbone(model, inputs)
-        return cls.from_program(program, [one.name for one in inputs], output, detector)
+        return cls.from_program(program, [spec.name for spec in inputs], output, detector)
 
     @classmethod
     def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
@@ -157,9 +157,9 @@ class Backbone:
 
         Args:
             program: maps (B, ...) inputs to (B, K) scores.
-            names: of the inputs; by default those in the program.
+            names: names of the inputs; by default those in the program.
             output: what the user's model returned.
-            detector: that it is a part of, if any.
+            detector: the detector that it is a part of, if any.
 
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
@@ -171,7 +171,7 @@ class Backbone:
             InputSpec(name, tuple(int(size) for size in node.meta["val"].shape[1:]),
                       str(node.meta["val"].dtype).removeprefix("torch."), limits.get(node.name))
             for node, name in zip(nodes, names or [node.name for node in nodes]))
-        probe = tuple(one.probe() for one in inputs)
+        probe = tuple(spec.probe() for spec in inputs)
         try:
             candidates, left_out, flops = discover_layers(graph, probe)
         except RuntimeError as error:  # such as what only some texts may lack
@@ -197,7 +197,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return next((one.device for one in self.graph.parameters()), torch.device("cpu"))
+        return next((parameter.device for parameter in self.graph.parameters()), torch.device("cpu"))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters, with those of a detector that the graph only calls."""
@@ -272,7 +272,7 @@ def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:
     The operations are hashed as torch prints them, so another version of torch may give another hash for
     the same model: records are then collected afresh, never mixed up.
     """
-    digest = hashlib.sha256(f"{[(one.shape, one.dtype) for one in inputs]} {program.graph}".encode())
+    digest = hashlib.sha256(f"{[(spec.shape, spec.dtype) for spec in inputs]} {program.graph}".encode())
     tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

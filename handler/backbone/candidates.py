@@ -20,7 +20,7 @@ MIN_COST_LEFT = 0.05
 SAME_COST = 0.005
 """Layers closer than this share of the FLOPs are one place; the later one stands for it."""
 FEW = 2
-"""With fewer candidates whose output alone determines the answer, those count that need others beside them."""
+"""Where fewer candidates than this determine the answer alone, those that need others beside them count too."""
 LARGE_COMPONENT = 0.25
 """A module with more than this share of the FLOPs is looked into, not taken as one component."""
 

@@ -26,9 +26,9 @@ class ScoresOnly(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         output = self.model(*inputs) if len(inputs) == 1 else self.model(**dict(zip(self._names, inputs)))
-        found = OutputSpec.of(output)
-        self._note(found)  # torch.export undoes what is assigned to the module
-        return found.scores(output)
+        spec = OutputSpec.of(output)
+        self._note(spec)  # torch.export undoes what is assigned to the module
+        return spec.scores(output)
 
 
 def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[ExportedProgram, OutputSpec]:
@@ -45,10 +45,10 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[Expo
         raise GraphError(f"the model's config says problem_type {problem!r}: an exit answers "
                          "with one of several classes, which takes a single-label classifier")
     model.eval()
-    found: list[OutputSpec] = []
-    wrapped = ScoresOnly(model, [one.name for one in inputs], found.append)
+    outputs: list[OutputSpec] = []
+    wrapped = ScoresOnly(model, [spec.name for spec in inputs], outputs.append)
     # Two rows: a batch of 0 or 1 would be taken for a constant.
-    example = tuple(one.zeros(2) for one in inputs)
+    example = tuple(spec.zeros(2) for spec in inputs)
     batch = Dim("batch", min=1)
     try:
         with torch.no_grad():
@@ -56,10 +56,10 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[Expo
     except GraphError:
         raise
     except Exception as error:  # torch.export raises many kinds, and each is about the user's model
-        sizes = "; ".join(f"{one.name}: (batch, {', '.join(map(str, one.shape))})" for one in inputs)
+        sizes = "; ".join(f"{spec.name}: (batch, {', '.join(map(str, spec.shape))})" for spec in inputs)
         raise GraphError(f"{type(model).__name__} cannot be exported for input {sizes}: {_line_of(error)}"
                          f"{type(error).__name__}: {error}") from error
-    return program, found[-1]
+    return program, outputs[-1]
 
 
 def _line_of(error: BaseException) -> str:
@@ -117,15 +117,15 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
-    found: list[fx.Node] = []
+    nodes: list[fx.Node] = []
 
     def collect(argument: Argument) -> Argument:
         if isinstance(argument, fx.Node):
-            found.append(argument)
+            nodes.append(argument)
         return argument
 
     fx.node.map_aggregate(graph.output_node().args, collect)
-    return found
+    return nodes
 
 
 def _is_training(node: fx.Node) -> bool:

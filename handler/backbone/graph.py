@@ -173,17 +173,17 @@ class _Dependence:
             changed = False
             for node in self.nodes:
                 if node.op == "placeholder":
-                    found: frozenset[object] = frozenset((node,))
+                    read: frozenset[object] = frozenset((node,))
                 elif node.target is SYM_SIZE:
-                    found = frozenset()
+                    read = frozenset()
                 else:
                     weights = {_WEIGHTS} if node.op == "get_attr" and node.target in parameters else set()
-                    found = written[self._memory[node]].union(weights, *map(origins.__getitem__, node.all_input_nodes))
+                    read = written[self._memory[node]].union(weights, *map(origins.__getitem__, node.all_input_nodes))
                 memory = memory_written_by.get(node)
                 if memory is not None:
-                    written[memory] |= found
-                changed = changed or origins.get(node) != found
-                origins[node] = found
+                    written[memory] |= read
+                changed = changed or origins.get(node) != read
+                origins[node] = read
         return origins
 
     def _note_memory(self, node: fx.Node) -> None:

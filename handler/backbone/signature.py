@@ -18,7 +18,7 @@ class InputSpec:
     """One (B, *shape) input."""
 
     name: str
-    """Of the parameter of the model's forward."""
+    """Name of the parameter of the model's forward."""
     shape: tuple[int, ...]
     """One item, without the batch dimension: texts are padded to one length."""
     dtype: str = "float32"
@@ -45,11 +45,11 @@ class OutputSpec:
     """Where the (B, K) scores are in what the model returns."""
 
     kind: str = "tensor"
-    """tensor, tuple, dict, or the class of an object, as 'package.module:Class'."""
+    """The type of the output: tensor, tuple, dict, or the class of an object, as 'package.module:Class'."""
     key: str | int | None = None
     """Index or name of the scores in it."""
     length: int = 1
-    """Of a tuple."""
+    """Length of the output, where it is a tuple."""
 
     @classmethod
     def of(cls, output: object) -> OutputSpec:
@@ -76,10 +76,10 @@ class OutputSpec:
     def scores(self, output: Any) -> Tensor:
         """Return the scores in an output of this kind."""
         if self.key is None:
-            found: Tensor = output
+            scores: Tensor = output
         else:
-            found = getattr(output, str(self.key)) if ":" in self.kind else output[self.key]
-        return found
+            scores = getattr(output, str(self.key)) if ":" in self.kind else output[self.key]
+        return scores
 
     def output(self, scores: Tensor) -> Any:
         """Return what the model would return, with these scores and nothing beside them.
@@ -105,19 +105,19 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
     Raises:
         InputError: they are not those that the backbone was exported for.
     """
-    expected = [one.name for one in inputs]
+    expected = [spec.name for spec in inputs]
     given = [value for value in given if value is not None]
-    found = {**dict(zip(expected, given)), **{name: value for name, value in named.items() if value is not None}}
-    if set(found) != set(expected) or len(given) > len(expected):
+    values = {**dict(zip(expected, given)), **{name: value for name, value in named.items() if value is not None}}
+    if set(values) != set(expected) or len(given) > len(expected):
         raise InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} without a name and "
                          f"{', '.join(named) or 'none'} with one")
     tensors = []
-    for one in inputs:
-        value = found[one.name]
+    for spec in inputs:
+        value = values[spec.name]
         if not isinstance(value, Tensor):
-            raise InputError(f"expected a tensor of shape (batch, {one.shape}), found {type(value).__name__}")
-        if tuple(value.shape[1:]) != one.shape or str(value.dtype) != f"torch.{one.dtype}":
-            raise InputError(f"expected {one.dtype} input of shape {one.shape}, found "
+            raise InputError(f"expected a tensor of shape (batch, {spec.shape}), found {type(value).__name__}")
+        if tuple(value.shape[1:]) != spec.shape or str(value.dtype) != f"torch.{spec.dtype}":
+            raise InputError(f"expected {spec.dtype} input of shape {spec.shape}, found "
                              f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape[1:])}")
         tensors.append(value)
     if len({len(value) for value in tensors}) > 1:

@@ -13,7 +13,7 @@ from early_exit.handler.backbone.image_class import CERTAIN
 from early_exit.handler.protocol import FULL
 
 
-def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, found: Tensor, size: tuple[int, int],
+def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, detected: Tensor, size: tuple[int, int],
                *, has_mask: bool) -> list[dict[str, Tensor]]:
     """Return for each image what a detector of torchvision returns.
 
@@ -24,25 +24,25 @@ def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, found:
         stages: for each of B images where it left, `FULL` if it did not.
         labels: (B,) int64.
         confidence: (B,).
-        found: (W, N, 6 + M) detections of those that did not leave, in order; anything where all left.
+        detected: (W, N, 6 + M) detections of those that did not leave, in order; anything where all left.
         size: (height, width) of the images.
         has_mask: whether the detector finds masks.
     """
-    rows = iter(found)
+    rows = iter(detected)
     return [_in_full(next(rows), size) if stage == FULL
             else _early(labels[number:number + 1], confidence[number:number + 1], size, has_mask=has_mask)
             for number, stage in enumerate(stages)]
 
 
-def _in_full(found: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+def _in_full(detected: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-    found = found[~found[:, 0].isnan()]
-    detected = {"boxes": found[:, :4], "labels": found[:, 4].long(), "scores": found[:, 5]}
-    if found.shape[1] > 6:
-        side = math.isqrt(found.shape[1] - 6)
-        detected["masks"] = paste_masks_in_image(found[:, 6:].view(-1, 1, side, side), detected["boxes"], size)
-    return detected
+    detected = detected[~detected[:, 0].isnan()]
+    answer = {"boxes": detected[:, :4], "labels": detected[:, 4].long(), "scores": detected[:, 5]}
+    if detected.shape[1] > 6:
+        side = math.isqrt(detected.shape[1] - 6)
+        answer["masks"] = paste_masks_in_image(detected[:, 6:].view(-1, 1, side, side), answer["boxes"], size)
+    return answer
 
 
 def _early(label: Tensor, confidence: Tensor, size: tuple[int, int], *,

@@ -59,7 +59,7 @@ class Tail(nn.Module):
         self.n_labels: int = detector.roi_heads.box_predictor.cls_score.out_features
         self.n_found: int = detector.roi_heads.detections_per_img
         self.flops = 0
-        """Of one image."""
+        """FLOPs of the tail for one image, counted where it was exported."""
 
     @torch.no_grad()
     def forward(self, *maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,18 +72,18 @@ class Tail(nn.Module):
         images = ImageList(maps[0].new_empty(1).expand(n_images, 3, *self.padded), [self.resized] * n_images)
         proposals, _ = self.rpn(images, features)
         detections, _ = self.roi_heads(features, proposals, images.image_sizes)
-        scores = [class_scores(one["labels"], one["scores"], self.n_labels, self.strategy, self.pedestrian)
-                  for one in detections]
+        scores = [class_scores(image["labels"], image["scores"], self.n_labels, self.strategy, self.pedestrian)
+                  for image in detections]
         stretch = maps[0].new_tensor([there / here for here, there in zip(self.resized, self.size)]).flip(0).repeat(2)
-        found = [self._row(one, stretch) for one in detections]
-        return torch.stack(scores), torch.stack(found)
+        rows = [self._row(image, stretch) for image in detections]
+        return torch.stack(scores), torch.stack(rows)
 
     def _row(self, detected: dict[str, Tensor], stretch: Tensor) -> Tensor:
         columns = [detected["boxes"] * stretch, detected["labels"][:, None].float(), detected["scores"][:, None]]
         if "masks" in detected:
             columns.append(detected["masks"].flatten(1))
-        found = torch.cat(columns, dim=1)
-        return functional.pad(found, (0, 0, 0, self.n_found - len(found)), value=torch.nan)
+        row = torch.cat(columns, dim=1)
+        return functional.pad(row, (0, 0, 0, self.n_found - len(row)), value=torch.nan)
 
     def identity(self) -> str:
         """Return a hash of all that determines what it detects."""
@@ -101,7 +101,7 @@ class Tail(nn.Module):
 def _is_setting(value: object) -> bool:
     """Whether an attribute of a module is a number, or numbers by name, as for training and for use."""
     return isinstance(value, (int, float)) or (
-        isinstance(value, dict) and bool(value) and all(isinstance(one, (int, float)) for one in value.values()))
+        isinstance(value, dict) and bool(value) and all(isinstance(number, (int, float)) for number in value.values()))
 
 
 def register(tail: Tail) -> str:
@@ -172,8 +172,8 @@ def detect(maps: list[Tensor], tail: str, n_classes: int, n_found: int, n_number
     """
     if not len(maps[0]):
         return maps[0].new_zeros(0, n_classes), maps[0].new_zeros(0, n_found, n_numbers)
-    scores, found = TAILS[tail].to(maps[0].device)(*maps)
-    return scores, found
+    scores, detected = TAILS[tail].to(maps[0].device)(*maps)
+    return scores, detected
 
 
 @detect.register_fake

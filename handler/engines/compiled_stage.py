@@ -37,4 +37,4 @@ class CompiledStage:
     """Takes the tensors that travel to it as arguments and returns a tuple of those that travel on, each with a row
     per item; the last stage returns float32 scores."""
     read: Read = read_as_it_is
-    """Of the first tensor that it returns."""
+    """Makes floats of the first tensor that the module returns."""

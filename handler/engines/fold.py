@@ -83,8 +83,8 @@ def constant(module: fx.GraphModule, value: Argument) -> Tensor | None:
     """Return the parameter or buffer that a node reads, or None where it computes something."""
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
-    found = attrgetter(str(value.target))(module)
-    return found.detach() if isinstance(found, Tensor) else None
+    tensor = attrgetter(str(value.target))(module)
+    return tensor.detach() if isinstance(tensor, Tensor) else None
 
 
 def _writes_to(user: fx.Node, view: fx.Node) -> bool:

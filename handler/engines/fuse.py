@@ -17,7 +17,7 @@ _CONVOLUTION = _ATEN.conv2d.default
 _RELUS = (_ATEN.relu.default, _ATEN.relu_.default)
 _SUMS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 _DEFAULTS: tuple[Argument, ...] = (None, [1, 1], [0, 0], [1, 1], 1)
-"""Of conv2d's bias, stride, padding, dilation and groups."""
+"""Default values of conv2d's bias, stride, padding, dilation and groups."""
 
 
 def fuse(stage: fx.GraphModule) -> fx.GraphModule:
@@ -36,7 +36,7 @@ def fuse(stage: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fuse_sum(stage: fx.GraphModule, relu: fx.Node, total: fx.Node) -> None:
-    summands = {one for one in total.args if isinstance(one, fx.Node) and "val" in one.meta}
+    summands = {node for node in total.args if isinstance(node, fx.Node) and "val" in node.meta}
     if len(summands) < 2:
         return
     other, convolution = sorted(summands)  # the other part of the sum must be there before the convolution
@@ -65,7 +65,7 @@ def _replace(stage: fx.GraphModule, relu: fx.Node, convolution: fx.Node, fused: 
 
 def _move_bias(stage: fx.GraphModule, source: fx.Node, target: fx.Node) -> None:
     """Let a convolution add the bias of another one that its result is added to, where both are known."""
-    biases = [constant(stage, one.args[2]) if len(one.args) > 2 else None for one in (source, target)]
+    biases = [constant(stage, node.args[2]) if len(node.args) > 2 else None for node in (source, target)]
     if biases[0] is None or biases[1] is None:
         return
     with stage.graph.inserting_before(target):

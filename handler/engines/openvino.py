@@ -56,7 +56,7 @@ def convert(stage: fx.GraphModule) -> Model:
     with torch.no_grad():
         program = torch.export.export(stage, example, dynamic_shapes=tuple({0: rows} for _ in example))
     model = openvino.convert_model(program)
-    model.reshape({number: [-1, *one.shape[1:]] for number, one in enumerate(example)})
+    model.reshape({number: [-1, *tensor.shape[1:]] for number, tensor in enumerate(example)})
     # Nodes have names of their own; a tensor that travels on as it came, such as a mask, would lose one of two.
     for ends, name in ((model.inputs, "in"), (model.outputs, "out")):
         for number, end in enumerate(ends):
@@ -138,7 +138,7 @@ def _travel_as_integers(stage: Model, following: Model) -> Read:
     parameter = _end(following.inputs, "in0")
     readers = [reader.get_node() for reader in parameter.get_target_inputs()]
     ranges = [_range(reader) for reader in readers]
-    if not ranges or ranges[0] is None or any(one != ranges[0] for one in ranges):
+    if not ranges or ranges[0] is None or any(limits != ranges[0] for limits in ranges):
         return read_as_it_is
     low, high = ranges[0]
     scale = (high - low) / _STEPS
@@ -163,8 +163,8 @@ def _range(node: Any) -> tuple[float, float] | None:
     if node.get_type_name() != "FakeQuantize" or node.get_levels() != _STEPS + 1:
         return None
     limits = [node.input_value(number).get_node() for number in range(1, 5)]
-    values = [one.get_vector().tolist() for one in limits if one.get_type_name() == "Constant"]
-    if len(values) < 4 or any(len(one) != 1 for one in values) or values[:2] != values[2:]:
+    values = [limit.get_vector().tolist() for limit in limits if limit.get_type_name() == "Constant"]
+    if len(values) < 4 or any(len(value) != 1 for value in values) or values[:2] != values[2:]:
         return None
     return values[0][0], values[1][0]
 
@@ -188,7 +188,7 @@ class _Compiled(nn.Module):
         self._outputs = [_end(compiled.outputs, f"out{number}") for number in range(len(compiled.outputs))]
         self._made = [([size.get_length() for size in list(end.partial_shape)[1:]],
                        getattr(torch, str(end.element_type.to_dtype()))) for end in self._outputs]
-        """Of each output: the shape of a row, and the dtype."""
+        """The shape of a row and the dtype of each output."""
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()
 

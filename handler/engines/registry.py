@@ -20,29 +20,39 @@ from early_exit.handler.engines.compiled_stage import CompiledStage, Read, read_
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.fuse import fuse
 from early_exit.handler.engines.openvino import compile_float, compile_int8, int8_digest
-from early_exit.handler.errors import PlanError
+from early_exit.handler.errors import ConfigError, PlanError
 
 Arrange = Callable[[Tensor], tuple[Tensor, Read]]
 
 
+def as_given(x: Tensor) -> tuple[Tensor, Read]:
+    """Let an activation travel as the backbone computes it; an `Arrange`."""
+    return x, read_as_it_is
+
+
 @dataclass(frozen=True)
 class Engine:
-    """One way to execute stages."""
+    """One way to execute stages: what the product asks of it, so that nothing asks for its name."""
 
     name: str
     compile: Callable[[Backbone, Sequence[str]], list[CompiledStage]]
     """Takes a backbone and the names of the cuts' values, as `split` does."""
-    arrange: Arrange
-    """(B, ...) float activation -> the same as it travels between these stages, and what reads it."""
     is_exact: bool
     """Whether its answers are the backbone's up to rounding, to 1e-4; else a certificate counts what it changes."""
     max_probe_error: float
     """Largest difference from the scores stored in an archive, relative to the largest score, that other processors
     make; a damaged weight shows up far above it."""
+    arrange: Arrange = as_given
+    """(B, ...) float activation -> the same as it travels between these stages, and what reads it."""
     on_gpu: bool = True
     """Whether it runs on a GPU, too."""
+    runs_detectors: bool = False
+    """Whether it executes the stages of detectors, several of whose activations travel to the end."""
+    needs_calibration: bool = False
+    """Whether its weights are made from recorded requests when an archive is built."""
     digest: Callable[[Path], str] | None = None
-    """Of what it has in an archive's folder, where that is more than the backbone."""
+    """Takes the folder of an archive and identifies what this engine has in there besides the backbone; none where it
+    has nothing."""
 
     def unsplit(self, backbone: Backbone) -> nn.Module:
         """Return a whole backbone as this engine executes it: what exits are compared with."""
@@ -55,13 +65,21 @@ class Engine:
 
 
 def engine_of(identity: str) -> Engine:
-    """Return the engine of that name or identity."""
-    return ENGINES[identity.partition("@")[0]]
+    """Return the engine of that name or identity.
+
+    Raises:
+        ConfigError: this version has none of that name.
+    """
+    name = identity.partition("@")[0]
+    if name not in ENGINES:
+        raise ConfigError(f"expected an engine of {', '.join(ENGINES)}, found {identity!r}: was it made with a newer "
+                          "version of early-exit-torchserve?")
+    return ENGINES[name]
 
 
-def are_alike(one: str, other: str) -> bool:
+def are_alike(first: str, second: str) -> bool:
     """Tell whether records that were made on one engine say what the other computes; both are identities."""
-    return one == other or (engine_of(one).is_exact and engine_of(other).is_exact)
+    return first == second or (engine_of(first).is_exact and engine_of(second).is_exact)
 
 
 def require_engine(planned: str, identity: str) -> None:
@@ -93,10 +111,6 @@ def _rewritten(backbone: Backbone, boundaries: Sequence[str]) -> list[fx.GraphMo
     return [fuse(stage) for stage in stages] if is_nvidia else stages
 
 
-def _as_given(x: Tensor) -> tuple[Tensor, Read]:
-    return x, read_as_it_is
-
-
 def _channels_last(x: Tensor) -> tuple[Tensor, Read]:
     return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), read_as_it_is
 
@@ -109,15 +123,15 @@ def _integers(x: Tensor) -> tuple[Tensor, Read]:
     return (x * 255).byte(), Tensor.float
 
 
-DEFAULT_ENGINE, EAGER = "folded", "eager"
+DEFAULT_ENGINE = "folded"
 INT8 = "openvino-int8"
 ENGINES = {engine.name: engine for engine in (
-    Engine("folded", _folded, _channels_last, is_exact=True, max_probe_error=1e-3),
-    Engine("eager", _as_exported, _as_given, is_exact=True, max_probe_error=1e-3),
-    Engine("bfloat16", _in_bfloat16, _channels_last_bfloat16, is_exact=False, max_probe_error=0.2),
-    Engine("openvino", compile_float, _as_given, is_exact=True, max_probe_error=1e-3, on_gpu=False),
-    Engine(INT8, compile_int8, _integers, is_exact=False, max_probe_error=0.5, on_gpu=False,
-           digest=int8_digest),
+    Engine(DEFAULT_ENGINE, _folded, is_exact=True, max_probe_error=1e-3, arrange=_channels_last, runs_detectors=True),
+    Engine("eager", _as_exported, is_exact=True, max_probe_error=1e-3, runs_detectors=True),
+    Engine("bfloat16", _in_bfloat16, is_exact=False, max_probe_error=0.2, arrange=_channels_last_bfloat16),
+    Engine("openvino", compile_float, is_exact=True, max_probe_error=1e-3, on_gpu=False),
+    Engine(INT8, compile_int8, is_exact=False, max_probe_error=0.5, arrange=_integers, on_gpu=False,
+           needs_calibration=True, digest=int8_digest),
 )}
 """folded: batch norms in the convolutions, channels_last, fp32: the plain backbone's answers up to rounding.
 eager: the operations as they were exported: the plain backbone's answers bit for bit.

@@ -49,7 +49,7 @@ class HeadSpec:
     pool: Side = 4
     """Side to which feature maps are average-pooled; none reads activations raw."""
     convolutions: tuple[Convolution, ...] = ()
-    """On feature maps only."""
+    """Convolutions before the linear layers, which only feature maps can have."""
     widths: tuple[int, ...] = (64,)
     """Output widths of the linear layers before the classifier; empty for a linear classifier."""
     recorded: Side = None
@@ -72,7 +72,7 @@ class HeadSpec:
         """
         try:
             return cls(pool=_side(data["pool"]), recorded=_side(data.get("recorded")),
-                       convolutions=tuple(Convolution(**one) for one in data["convolutions"]),
+                       convolutions=tuple(Convolution(**convolution) for convolution in data["convolutions"]),
                        widths=tuple(int(width) for width in data["widths"]))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"expected a head with 'pool', 'convolutions' and 'widths', found {data!r}") from error
@@ -84,8 +84,8 @@ class HeadSpec:
 
     def in_words(self) -> str:
         parts = ["raw" if self.pool is None else f"pool {self.pool}"]
-        parts += [f"{'separable ' if one.separable else ''}conv {one.kernel}x{one.kernel}/{one.stride} {one.channels}"
-                  for one in self.convolutions]
+        parts += [f"{'separable ' if layer.separable else ''}conv {layer.kernel}x{layer.kernel}/{layer.stride} "
+                  f"{layer.channels}" for layer in self.convolutions]
         return ", ".join([*parts, *(f"linear {width}" for width in self.widths)])
 
 

@@ -67,5 +67,5 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if not x.is_cuda or x.shape[1] < _LONG or x.shape[1] % _PARTS:
         return functional.linear(x, weight, bias)
-    rows, columns = (torch.unflatten(one, 1, (_PARTS, -1)) for one in (x, weight))
+    rows, columns = (torch.unflatten(matrix, 1, (_PARTS, -1)) for matrix in (x, weight))
     return torch.bmm(rows.transpose(0, 1), columns.permute(1, 2, 0)).sum(dim=0).add_(bias)

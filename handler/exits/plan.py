@@ -17,7 +17,7 @@ from early_exit.handler.archive_layout import HEADS_FILE, PLAN_FILE
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
-from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy, policy_of
 
 FORMAT = 1
 
@@ -29,9 +29,8 @@ class PlannedExit:
     layer: str
     """Module path of the candidate layer it stands after."""
     head: HeadSpec
-    temperature: float
-    threshold: float
-    """Least calibrated confidence that leaves here."""
+    policy: PlannedPolicy
+    """Decides on the logits of the trained head; `InferenceHead` computes its answers."""
     cost: float
     """Fraction of the backbone's FLOPs spent when this layer has run, in (0, 1)."""
     head_cost: float
@@ -39,13 +38,31 @@ class PlannedExit:
     shrink_from: int = 1
     """Fewest answered rows that are worth a copy of the others, by the times measured."""
 
-    def policy(self) -> ConfidencePolicy:
-        """Decide on the logits of the trained head."""
-        return ConfidencePolicy(self.temperature, self.threshold)
+    @property
+    def threshold(self) -> float:
+        """Least confidence of the policy that leaves here."""
+        return self.policy.threshold
 
-    def served_policy(self) -> ConfidencePolicy:
-        """Decide on those of a `InferenceHead`, which are calibrated."""
-        return ConfidencePolicy(1.0, self.threshold)
+    def to_json(self) -> dict[str, Any]:
+        """Return the exit as plan.json has it; `policy` is written only where it is not one by confidence."""
+        policy = self.policy.to_json()
+        temperature, threshold = policy.pop("temperature"), policy.pop("threshold")
+        tag = {} if self.policy.kind == ConfidencePolicy.kind else {"policy": policy}
+        return {"layer": self.layer, "head": self.head.to_json(), "temperature": temperature, "threshold": threshold,
+                "cost": self.cost, "head_cost": self.head_cost, "shrink_from": self.shrink_from, **tag}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PlannedExit:
+        """Read what `to_json` gave.
+
+        Raises:
+            PlanError: the head or the policy is not one that this version knows.
+            KeyError, TypeError: a value is missing, or one that this version does not know is there.
+        """
+        values = dict(data)
+        policy = policy_of({**values.pop("policy", {}), "temperature": values.pop("temperature"),
+                            "threshold": values.pop("threshold")})
+        return cls(**{**values, "head": HeadSpec.from_json(values["head"]), "policy": policy})
 
 
 @dataclass(frozen=True)
@@ -103,9 +120,9 @@ class ExitPlan:
     measure: str = "flops"
     """What `expected_cost` counts: flops, or seconds measured on the machine that trained."""
     batch_size: int = 1
-    """For full batches of this size."""
+    """Rows in the full batches that `expected_cost` is about."""
     expected_cost: float = 1.0
-    """Of a request on the certify part, heads included, as a fraction of the backbone's."""
+    """Mean cost of a request on the certify part, heads included, as a fraction of the backbone's."""
     safer: tuple[tuple[float, ...], ...] = ()
     """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
     deployed one; after the last comes no exit at all."""
@@ -123,7 +140,7 @@ class ExitPlan:
         return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **asdict(self), "exits": [planned.to_json() for planned in self.exits]}
 
     def digest(self) -> str:
         """Return a short hash of the plan without its heads, by which it is known in records and audits."""
@@ -144,8 +161,7 @@ class ExitPlan:
                 backbone=data["backbone"], thresholds=data["thresholds"], engine=data["engine"],
                 measure=data["measure"], batch_size=data["batch_size"],
                 expected_cost=data["expected_cost"],
-                exits=tuple(PlannedExit(**{**planned, "head": HeadSpec.from_json(planned["head"])})
-                            for planned in data["exits"]),
+                exits=tuple(PlannedExit.from_json(planned) for planned in data["exits"]),
                 certificate=None if certificate is None
                 else Certificate(**{**certificate, "window": tuple(certificate["window"])}),
                 safer=tuple(tuple(thresholds) for thresholds in data.get("safer", ())),

@@ -2,34 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from early_exit.handler.errors import PlanError
 
 ExitPolicy = Callable[[Tensor], Tensor]
-"""Any callable from (B, K) head logits to (B,) bool: which rows leave here."""
+"""Any callable from (B, K) head logits to (B,) bool: which rows leave here. The forward pass asks for no more."""
 
 
 @dataclass(frozen=True)
-class ConfidencePolicy:
-    """Leave when the largest calibrated probability reaches a threshold (the paper's Algorithm 1)."""
+class PlannedPolicy(ABC):
+    """The policy of an exit in a plan: it says what an exit answers, who leaves there, and how likely errors are.
+
+    All is computed row by row from (B, K) logits, and from nothing else: on a GPU the decision is captured once and
+    repeated. Whoever adds a policy puts its class into `POLICIES`.
+    """
 
     temperature: float
-    """T > 0 of softmax(logits / T)."""
+    """T > 0 of the calibrated logits, logits / T."""
     threshold: float
     """Least confidence that leaves; above 1 nobody does."""
+
+    kind: ClassVar[str]
+    """The name by which a plan knows the policy."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise PlanError(f"temperature must be above 0, got {self.temperature}")
 
+    @abstractmethod
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Return the (B,) confidences, in [0, 1], that the threshold is compared with: a function of `answers`."""
+
     def __call__(self, logits: Tensor) -> Tensor:
+        """Return (B,) bool: which rows leave."""
         return self.confidence(logits) >= self.threshold
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Return the (B, K) calibrated logits that an exit answers with."""
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def error_chance(self, logits: Tensor) -> Tensor:
+        """Return the (B,) calibrated chances that the answer's class is not the backbone's."""
+        return 1 - self.answers(logits).softmax(dim=1).amax(dim=1)
+
+    def on_answers(self) -> PlannedPolicy:
+        """Return what decides the same on `answers(logits)`, for a head that computes these itself."""
+        return replace(self, temperature=1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ConfidencePolicy(PlannedPolicy):
+    """Leave when the largest calibrated probability reaches a threshold (the paper's Algorithm 1)."""
+
+    kind: ClassVar[str] = "confidence"
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Return the (B,) calibrated probability of each row's most likely class."""
-        calibrated = logits if self.temperature == 1 else logits / self.temperature
-        return calibrated.softmax(dim=1).amax(dim=1)
+        return self.answers(logits).softmax(dim=1).amax(dim=1)
+
+
+POLICIES: dict[str, type[PlannedPolicy]] = {ConfidencePolicy.kind: ConfidencePolicy}
+"""The policies that a plan may name, by their kind."""
+
+
+def policy_of(data: Mapping[str, Any]) -> PlannedPolicy:
+    """Return the policy that `to_json` gave; without a kind it is one by confidence.
+
+    Raises:
+        PlanError: this version has no policy of that kind, or it needs other values.
+    """
+    kind = data.get("kind", ConfidencePolicy.kind)
+    if kind not in POLICIES:
+        raise PlanError(f"expected a policy of {', '.join(POLICIES)}, found {kind!r}: was the plan made with a newer "
+                        "version of early-exit-torchserve?")
+    values = {name: value for name, value in data.items() if name != "kind"}
+    needed = {field.name for field in fields(POLICIES[kind])}
+    if values.keys() != needed:
+        raise PlanError(f"expected {', '.join(sorted(needed))} of a policy by {kind}, found "
+                        f"{', '.join(sorted(values)) or 'nothing'}")
+    return POLICIES[kind](**values)

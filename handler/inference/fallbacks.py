@@ -22,7 +22,7 @@ def fallback_levels(stages: Sequence[Stage], plan: ExitPlan | None) -> tuple[tup
 
 
 def _with_thresholds(stages: Sequence[Stage], plan: ExitPlan, thresholds: Sequence[float]) -> tuple[Stage, ...]:
-    policies = iter([replace(planned, threshold=threshold).served_policy()
+    policies = iter([replace(planned.policy.on_answers(), threshold=threshold)
                      for planned, threshold in zip(plan.exits, thresholds)])
     return tuple(replace(stage, exit=replace(stage.exit, policy=next(policies))) if stage.exit else stage
                  for stage in stages)

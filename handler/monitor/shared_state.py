@@ -128,11 +128,11 @@ class SharedMonitor:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(path.with_suffix(".lock")):
             try:
-                found = read_state(path)
+                written = read_state(path)
             except ValueError as error:
                 logger.warning("%s is replaced: %s", path, error)
-                found = None
-            state = self._advanced(found or self._shared)
+                written = None
+            state = self._advanced(written or self._shared)
             scratch = path.with_suffix(f".{os.getpid()}")
             try:
                 scratch.write_text(json.dumps(state.to_json()))

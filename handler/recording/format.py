@@ -24,11 +24,12 @@ _ACTIVATION = "activation/"
 
 
 @dataclass(frozen=True)
-class Records:
-    """N records: shadow samples, each with what the whole backbone said of it."""
+class RecordColumns:
+    """What is known of N records besides activations and bodies, a row for each; shards hold every column by its name.
 
-    activations: Mapping[str, Tensor]
-    """By layer path: (N, ...) float16, pooled."""
+    Class numbers are int32 and exits int16 in a shard, and int64 where training reads them.
+    """
+
     log_probabilities: Tensor
     """(N, K) float16: the backbone's distribution."""
     backbone_class: Tensor
@@ -40,28 +41,40 @@ class Records:
     exit: Tensor
     """(N,) int16: position in the shard's layers of the exit that answered, or -1 for the backbone."""
     request: Tensor
-    """(N,) int64: hash of the request id."""
+    """(N,) int64: a uniform hash of the request id."""
     time: Tensor
     """(N,) float64: Unix time in seconds."""
     sampling_rate: Tensor
     """(N,) float32: the probability with which the request was drawn."""
-    bodies: Sequence[bytes] | None = None
-    """N request bodies, where they are kept."""
 
     def __len__(self) -> int:
         return len(self.request)
 
+    def columns(self) -> dict[str, Tensor]:
+        """Return every column by its name."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+
+COLUMNS = tuple(field.name for field in fields(RecordColumns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records(RecordColumns):
+    """N records: shadow samples, each with what the whole backbone said of it."""
+
+    activations: Mapping[str, Tensor]
+    """By layer path: (N, ...) float16, pooled."""
+    bodies: Sequence[bytes] | None = None
+    """N request bodies, where they are kept."""
+
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
         """Join records that have the same layers."""
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
         activations = {path: torch.cat([part.activations[path] for part in parts]) for path in parts[0].activations}
         kept = [part.bodies for part in parts if part.bodies is not None]
         bodies = [body for bodies in kept for body in bodies] if len(kept) == len(parts) else None
-        return Records(activations=activations, bodies=bodies, **tensors)
-
-
-_COLUMNS = [field.name for field in fields(Records) if field.name not in ("activations", "bodies")]
+        return Records(activations=activations, bodies=bodies, **columns)
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,7 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    tensors = {name: getattr(records, name) for name in _COLUMNS}
-    tensors |= {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
+    tensors = records.columns() | {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
     if records.bodies is not None:
         sizes = torch.tensor([len(body) for body in records.bodies])
         tensors["body_sizes"] = sizes
@@ -117,13 +129,13 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
 
 def list_shards(folder: Path) -> list[Path]:
     """Return the complete shards below a folder, oldest first."""
-    found = []
+    dated = []
     for path in folder.rglob("*" + SUFFIX):
         try:
-            found.append((path.stat().st_mtime, path))
+            dated.append((path.stat().st_mtime, path))
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
             continue
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(dated)]
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -151,7 +163,7 @@ def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Re
     """
     try:
         with safe_open(path, "pt") as shard:
-            columns = {name: shard.get_tensor(name) for name in _COLUMNS}
+            columns = {name: shard.get_tensor(name) for name in COLUMNS}
             activations = {layer: shard.get_tensor(_ACTIVATION + layer) for layer in layers}
             kept = None
             if bodies and "body_sizes" in shard.keys():  # noqa: SIM118 - a safetensors file is not a mapping

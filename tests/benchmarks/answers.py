@@ -33,6 +33,7 @@ from early_exit.handler.backbone.graph import split
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit, save_plan
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions
@@ -109,7 +110,7 @@ def scripted_plan(folder: Path, archive: Path, bodies: Sequence[bytes]) -> Path:
             round(share * len(bodies)) - 1:round(share * len(bodies)) + 1].tolist()
         threshold = (last + next_one) / 2
         travelling &= confidence < threshold
-        exits.append(PlannedExit(layer.path, SPEC, 1.0, threshold, layer.cost, 0.001))
+        exits.append(PlannedExit(layer.path, SPEC, ConfidencePolicy(1.0, threshold), layer.cost, 0.001))
     save_plan(folder, ExitPlan(backbone.description.sha256, "paper", tuple(exits), None, engine="folded"), heads)
     return folder / "plan.json"
 

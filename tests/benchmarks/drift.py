@@ -130,7 +130,7 @@ def answered(model: EarlyExitModel, plan: ExitPlan, backbone: Backbone, inputs: 
                 [x] = stage.forward(x)
                 if stage.exit is not None:
                     said.append(stage.exit.head(x))
-            confidence.append(torch.stack([planned.served_policy().confidence(logits)
+            confidence.append(torch.stack([planned.policy.on_answers().confidence(logits)
                                            for planned, logits in zip(plan.exits, said)]))
             classes.append(torch.stack([logits.argmax(dim=1) for logits in said]))
             reference.append(x.argmax(dim=1))

@@ -31,6 +31,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, INT8
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Stage, run_with_exits
 from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
@@ -109,7 +110,7 @@ def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], th
                   control_rate: float = 0.0) -> EarlyExitModel:
     """Return a model with exits, which by default nobody leaves at."""
     layers = [backbone.description.layer(path) for path in heads]
-    exits = tuple(PlannedExit(layer.path, SPEC, 1.0, threshold, layer.cost, 0.001)
+    exits = tuple(PlannedExit(layer.path, SPEC, ConfidencePolicy(1.0, threshold), layer.cost, 0.001)
                   for layer, threshold in zip(layers, thresholds or [2.0] * len(layers)))
     plan = ExitPlan(backbone.description.sha256, "paper", exits, None, ENGINES[engine].identity(backbone.folder))
     return build_model(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)

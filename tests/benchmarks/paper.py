@@ -222,8 +222,9 @@ class Bench:
         choice = choose(judged, options)
         plan = make_plan(choice, judged, heads, training_set, description, options, profile)
         by_path = {one.layer.path: one.head for one in heads}
-        return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy(), _calibrated(planned.temperature),
-                                          planned.shrink_from) for planned in plan.exits}
+        return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy,
+                                          _calibrated(planned.policy.temperature), planned.shrink_from)
+                      for planned in plan.exits}
 
     @cached_property
     def labelled(self) -> LabelledRecords:

@@ -130,7 +130,7 @@ def test_a_served_model_answers_and_records_on_a_gpu_what_it_does_on_a_cpu(engin
         backbone = load_backbone(tmp_path, device)
         layers = backbone.description.candidates[1:3]
         heads = {layer.path: Head(SPEC, layer.shape, 10).eval() for layer in layers}
-        exits = tuple(PlannedExit(layer.path, SPEC, 0.1, 0.3, layer.cost, 0.1) for layer in layers)
+        exits = tuple(PlannedExit(layer.path, SPEC, ConfidencePolicy(0.1, 0.3), layer.cost, 0.1) for layer in layers)
         plan = ExitPlan(backbone.description.sha256, "paper", exits, None, engine)
         model = build_model(backbone, plan, heads, engine=engine, sampling_rate=1.0, record_layers=3,
                             record_pool=2).to(device)

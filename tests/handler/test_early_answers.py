@@ -21,6 +21,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.at_once import AtOnceExecutor
 from early_exit.handler.inference.bypass import AdaptiveBypass
 from early_exit.handler.inference.bypassing import EpochBypass
@@ -71,7 +72,7 @@ def model(backbone: Backbone) -> EarlyExitModel:
     layers = backbone.description.candidates[:2]
     spec = HeadSpec(widths=())
     plan = ExitPlan(backbone.description.sha256, "paper", tuple(
-        PlannedExit(layer.path, spec, 0.2, 0.75, layer.cost, 0.01) for layer in layers), None)
+        PlannedExit(layer.path, spec, ConfidencePolicy(0.2, 0.75), layer.cost, 0.01) for layer in layers), None)
     heads = {layer.path: Head(spec, layer.shape, 3) for layer in layers}
     return build_model(backbone, plan, heads, answers="early")
 

@@ -16,7 +16,7 @@ from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import split
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.fold import fold
-from early_exit.handler.engines.registry import ENGINES, INT8
+from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.inference.forward import Stage, run_with_exits
 from early_exit.handler.loading import build_model
 from tests.support.plans import random_exits
@@ -148,7 +148,7 @@ def varied_inputs() -> Tensor:
     return torch.randn(8, 3, 64, 64, generator=generator) * torch.linspace(0.2, 3, 8).view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != INT8])
+@pytest.mark.parametrize("name", [engine.name for engine in ENGINES.values() if not engine.needs_calibration])
 @torch.no_grad()
 def test_an_items_answer_does_not_depend_on_its_batch(name: str) -> None:
     backbone = network("resnet18")

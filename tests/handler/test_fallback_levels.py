@@ -17,6 +17,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.bypass import AdaptiveBypass, Comparison
 from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
@@ -34,7 +35,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def plan(backbone: Backbone) -> ExitPlan:
-    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), 1.0, 0.0, layer.cost, 0.01)
+    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), ConfidencePolicy(1.0, 0.0), layer.cost, 0.01)
                   for layer in backbone.description.candidates[:2])
     certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
     return ExitPlan(backbone.description.sha256, "certified", exits, certificate, safer=((0.42, 0.42), (2.0, 0.0)))
@@ -157,8 +158,8 @@ def test_without_control_every_batch_takes_the_exits(sizes: list[int]) -> None:
 
 def test_the_shadow_sample_is_drawn_at_its_rate_whether_a_row_leaves_early_or_not(backbone: Backbone,
                                                                                   plan: ExitPlan) -> None:
-    model = served(backbone, replace(plan, exits=(replace(plan.exits[0], threshold=0.4), plan.exits[1])),
-                   sampling_rate=0.1)
+    first = replace(plan.exits[0], policy=ConfidencePolicy(1.0, 0.4))
+    model = served(backbone, replace(plan, exits=(first, plan.exits[1])), sampling_rate=0.1)
     for _ in range(40):
         model(5 * torch.randn(1000, 8))
     batches = model.log.take()

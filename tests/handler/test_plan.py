@@ -14,6 +14,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit, build_heads, load_plan, save_plan
+from early_exit.handler.exits.policy import ConfidencePolicy
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def backbone() -> Backbone:
 def plan_for(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
     layers = backbone.description.candidates[:2]
     heads = {layer.path: Head(HeadSpec(widths=(5,)), layer.shape, 3) for layer in layers}
-    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=(5,)), 1.5, 0.9, layer.cost, 0.01) for layer in layers)
+    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=(5,)), ConfidencePolicy(1.5, 0.9), layer.cost, 0.01)
+                  for layer in layers)
     certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
     return ExitPlan(backbone.description.sha256, "certified", exits, certificate, safer=((0.95, 0.95),)), heads
 

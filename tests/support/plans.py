@@ -23,7 +23,8 @@ def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone:
     torch.manual_seed(0)
     layers = description.candidates[which]
     heads = {layer.path: Head(HeadSpec(widths=()), layer.shape, description.n_classes) for layer in layers}
-    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), 0.2, threshold, layer.cost, 0.01) for layer in layers)
+    exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), ConfidencePolicy(0.2, threshold), layer.cost, 0.01)
+                  for layer in layers)
     folder.mkdir(parents=True, exist_ok=True)
     save_plan(folder, ExitPlan(backbone or description.sha256, "certified" if certificate else "paper", exits,
                                certificate), heads)
@@ -37,7 +38,7 @@ def random_exits(backbone: Backbone, engine: str = "folded", *,
     layers = backbone.description.candidates[1:-1:2]
     spec = HeadSpec(pool=2, widths=())
     heads = {layer.path: Head(spec, layer.shape, backbone.description.n_classes).eval() for layer in layers}
-    exits = tuple(PlannedExit(layer.path, spec, 0.1, threshold, layer.cost, 0.01) for layer in layers)
+    exits = tuple(PlannedExit(layer.path, spec, ConfidencePolicy(0.1, threshold), layer.cost, 0.01) for layer in layers)
     return ExitPlan(backbone.description.sha256, "paper", exits, None, engine), heads
 
 
@@ -55,6 +56,6 @@ def thirds(backbone: Backbone, layers: Sequence[str], inputs: Tensor) -> tuple[E
         temperature = logits.std().item()  # so that no two are quite sure
         confidence = ConfidencePolicy(temperature, 0.0).confidence(logits)
         last, first = confidence[waits].sort(descending=True).values[len(inputs) // 3 - 1:len(inputs) // 3 + 1].tolist()
-        exits.append(PlannedExit(layer.path, spec, temperature, (last + first) / 2, layer.cost, 0.01))
+        exits.append(PlannedExit(layer.path, spec, ConfidencePolicy(temperature, (last + first) / 2), layer.cost, 0.01))
         waits &= confidence < exits[-1].threshold
     return ExitPlan(backbone.description.sha256, "paper", tuple(exits), None), heads

@@ -14,6 +14,7 @@ from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.report.ltma import expected_ltma, ltma
 from early_exit.training.report.scripted_model import ScriptedModel
 from tests.support.residual import residual_backbone
@@ -33,7 +34,7 @@ def rehearsal() -> ScriptedModel:
 def rehearsal_of(backbone: Backbone, layers: list[CandidateLayer]) -> ScriptedModel:
     spec = HeadSpec(pool=None, widths=())
     plan = ExitPlan(backbone.description.sha256, "paper", tuple(
-        PlannedExit(one.path, spec, threshold=0.5, temperature=1.0, cost=one.cost, head_cost=0.01)
+        PlannedExit(one.path, spec, ConfidencePolicy(1.0, 0.5), cost=one.cost, head_cost=0.01)
         for one in layers), None)
     heads = {one.layer: Head(spec, (WIDTH,), N_CLASSES) for one in plan.exits}
     return ScriptedModel(backbone, plan, heads)

@@ -232,9 +232,9 @@ def test_shards_with_layers_in_common_are_used_together(tmp_path: Path) -> None:
 def written_shard(folder: Path, time: float, layers: tuple[str, ...]) -> Path:
     path = folder / f"{time}.safetensors"
     write_shard(path, ShardHeader("model", "1.0", "ab", 4, layers), Records(
-        {layer: torch.zeros(2, 3).half() for layer in layers}, torch.zeros(2, 3).half(),
-        *(torch.zeros(2).int() for _ in range(3)), torch.zeros(2).short(), torch.arange(2),
-        torch.full((2,), time, dtype=torch.float64), torch.ones(2)))
+        torch.zeros(2, 3).half(), *(torch.zeros(2).int() for _ in range(3)), torch.zeros(2).short(), torch.arange(2),
+        torch.full((2,), time, dtype=torch.float64), torch.ones(2),
+        activations={layer: torch.zeros(2, 3).half() for layer in layers}))
     return path
 
 

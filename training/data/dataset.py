@@ -16,7 +16,7 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.engines.registry import are_alike
 from early_exit.handler.errors import RecordError
-from early_exit.handler.recording.format import Records, list_shards, read_header, read_shard, read_times
+from early_exit.handler.recording.format import RecordColumns, Records, list_shards, read_header, read_shard, read_times
 
 
 class Part(Enum):
@@ -33,30 +33,17 @@ class Part(Enum):
         return float(ends[ends.index(self.value) + 1] - self.value)
 
 
-@dataclass(frozen=True)
-class RecordedTraffic:
-    """N records without their activations, which are read layer by layer."""
+@dataclass(frozen=True, kw_only=True)
+class RecordedTraffic(RecordColumns):
+    """N records without their activations, which are read layer by layer; each request is in it once."""
 
     shards: tuple[Path, ...]
     sizes: tuple[int, ...]
-    """Number of records in each shard."""
+    """The number of records in each shard."""
     rows: Tensor
-    """(N,) int64, ascending: positions of the records used in the concatenated shards, each request once."""
-    log_probabilities: Tensor
-    """(N, K) float16: the backbone's distributions."""
-    backbone_class: Tensor
-    """(N,) int64: the class the backbone predicted."""
-    full_class: Tensor
-    """(N,) int64: the class that the engine which served predicted without exits."""
-    request: Tensor
-    """(N,) int64: a uniform hash of the request id."""
-    time: Tensor
-    """(N,) float64: Unix seconds."""
+    """(N,) int64, ascending: positions of the records used in the concatenated shards."""
     fresh_after: float = -math.inf
-    """Records up to this Unix time are all of the train part."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    """All records up to this Unix time, in seconds, are of the train part."""
 
     @property
     def part(self) -> Tensor:
@@ -176,12 +163,10 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> Re
     parts = [read_shard(shard, []) for shard in shards]
     records = Records.concatenate(parts)
     rows = _first_of_each(records.request)
-    return RecordedTraffic(
-        shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
-        log_probabilities=records.log_probabilities[rows], backbone_class=records.backbone_class[rows].long(),
-        full_class=records.full_class[rows].long(),
-        request=records.request[rows], time=records.time[rows],
-        fresh_after=-math.inf if fresh_after is None else fresh_after)
+    columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
+               for name, column in records.columns().items()}
+    return RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, **columns,
+                           fresh_after=-math.inf if fresh_after is None else fresh_after)
 
 
 def _first_of_each(request: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from early_exit.handler.loading import build_model
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
 from early_exit.training.data.preprocessing import Preprocessing
-from early_exit.training.data.training_set import TrainingSet, finish
+from early_exit.training.data.training_set import TrainingSet, columns_of, finish
 from early_exit.training.paths import TrainingSetPaths, replacing
 
 _BATCH = 64
@@ -147,8 +147,8 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     # What was served is the truth about the records; a replay in other batches may round differently.
     backbone_class = torch.cat([traffic.backbone_class, classes[every[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
-        "log_probabilities": answers[every], "backbone_class": backbone_class, "part": traffic.part,
-        "full_class": full[every[:len(traffic)]], "request": traffic.request, "time": traffic.time})
+        **columns_of(traffic), "log_probabilities": answers[every], "backbone_class": backbone_class,
+        "full_class": full[every[:len(traffic)]]})
     return TrainingSet.load(paths)
 
 

@@ -77,10 +77,14 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, {
-            "log_probabilities": traffic.log_probabilities, "backbone_class": traffic.backbone_class,
-            "full_class": traffic.full_class, "part": traffic.part, "request": traffic.request, "time": traffic.time})
+        finish(paths, layers, recorded, n_classes, columns_of(traffic))
     return TrainingSet.load(paths)
+
+
+def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
+    """Return the columns of a training set that holds recorded traffic and no replays of it."""
+    return {name: getattr(traffic, name)
+            for name in ("log_probabilities", "backbone_class", "full_class", "part", "request", "time")}
 
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,

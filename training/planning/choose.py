@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.costs.cost import head_flops
 from early_exit.training.costs.profiling import Profile
 from early_exit.training.data.dataset import Part
@@ -70,8 +71,8 @@ def make_plan(choice: OperatingPoint, judged: HeadPredictions, heads: Sequence[T
     layers = [heads[index].layer.path for index in choice.layers]
     shrink_from = profile.shrink_from(layers, options.batch_size) if profile else (1,) * len(layers)
     exits = tuple(
-        PlannedExit(layer=heads[index].layer.path, head=heads[index].head.spec, threshold=threshold,
-                    temperature=judged.temperatures[index], cost=heads[index].layer.cost,
+        PlannedExit(layer=heads[index].layer.path, head=heads[index].head.spec,
+                    policy=ConfidencePolicy(judged.temperatures[index], threshold), cost=heads[index].layer.cost,
                     head_cost=head_flops(heads[index].head, heads[index].layer.shape) / backbone.flops,
                     shrink_from=least)
         for index, threshold, least in zip(choice.layers, choice.thresholds, shrink_from))

@@ -44,6 +44,6 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
     taken = torch.full((len(rows),), -1, dtype=torch.int64)
     for position, (planned, one) in enumerate(zip(plan.exits, served)):
         logits = logits_of(one.head.classify, one.head.spec, training_set.activations(one.layer), rows)
-        taken[(taken == -1) & planned.policy()(logits)] = position
+        taken[(taken == -1) & planned.policy(logits)] = position
     choice = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
     return mean_cost(choice, taken, exit_costs(profile, served, backbone, options))

@@ -144,7 +144,7 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
             timed += latencies(engine_of(plan.engine).unsplit(here), ScriptedModel(here, plan, heads, device), taken,
                                sorted({*BATCH_SIZES, options.batch_size}), device, max_seconds=max_seconds)
     exits = tuple(
-        EvaluatedExit(one.layer, one.cost, one.head.in_words(), one.threshold, one.temperature, *found)
+        EvaluatedExit(one.layer, one.cost, one.head.in_words(), one.threshold, one.policy.temperature, *found)
         for one, found in zip(plan.exits, exit_performances(choice, said)))
     return Evaluation(
         model=report["model"], backbone=plan.backbone, guarantee=guarantee(plan), measure=plan.measure,

@@ -119,7 +119,7 @@ def make_report(model: str, training_set: TrainingSet, heads: Sequence[TrainedHe
     for position, (planned, layer) in enumerate(zip(plan.exits, choice.layers)):
         leaves = found.exit == position
         exits.append(ExitReport(
-            layer=planned.layer, cost=planned.cost, threshold=planned.threshold, temperature=planned.temperature,
+            layer=planned.layer, cost=planned.cost, threshold=planned.threshold, temperature=planned.policy.temperature,
             head=planned.head.in_words(), hit_rate=leaves.double().mean().item(),
             agreement=1 - found.differs[leaves].double().mean().item() if bool(leaves.any()) else None,
             hit_rate_alone=(certify.confidence[:, layer] >= planned.threshold).double().mean().item()))
