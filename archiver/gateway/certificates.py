@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.errors import PlanError
-from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.monitor.sequential_test import Monitored
 
 
@@ -37,9 +34,10 @@ class Promises:
 
 def _read(mar: Path) -> dict[str, Any] | None:
     try:
-        with zipfile.ZipFile(mar) as archive:
-            plan = ExitPlan.from_json(json.loads(archive.read(ArchiveLayout(Path()).plan.as_posix())), str(mar))
-    except (KeyError, ValueError, PlanError, zipfile.BadZipFile):  # without a plan, or none of ours
+        plan = read_archive(mar).plan
+    except EarlyExitError:  # none of ours, or made by another version of this software
+        return None
+    if plan is None:
         return None
     certificate = plan.certificate
     return {

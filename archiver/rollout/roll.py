@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.control import ModelServer, VersionStatus
-from early_exit.archiver.packaging.describe import describe, sample_request
+from early_exit.archiver.packaging.describe import describe
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.config import EARLY
 from early_exit.handler.errors import ArchiveError, ServerError
 
@@ -78,7 +79,7 @@ def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_
         ready_s = time.monotonic() - started
         log(f"ready after {ready_s:.1f} s")
         _require_same(contents, server.probe(model, version))
-        sample = request if request is not None else sample_request(mar)
+        sample = request if request is not None else read_archive(mar).sample_request
         if sample is not None:
             server.predict(model, version, sample)
             sent = time.monotonic()

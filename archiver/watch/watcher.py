@@ -13,7 +13,8 @@ from typing import Any
 
 from early_exit.archiver.audit import AUDIT_FILE, Audit, Event
 from early_exit.archiver.control import ModelServer
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import retire
 from early_exit.archiver.watch.status import ModelStatus, look

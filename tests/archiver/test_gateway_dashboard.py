@@ -14,7 +14,7 @@ from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.gateway.dashboard import changes
 from early_exit.archiver.gateway.latency import DECADES, PER_DECADE, Latencies, distribution
 from early_exit.archiver.gateway.prometheus import VersionMetrics, read_metrics
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.exits.plan import Certificate
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried

@@ -24,7 +24,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.archive_layout import ArchiveLayout, extract

@@ -14,7 +14,7 @@ import requests
 from websockets.sync.client import connect
 
 from early_exit.archiver.audit import Audit
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
