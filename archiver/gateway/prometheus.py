@@ -31,7 +31,7 @@ class VersionMetrics:
     requests: float = 0.0
     """Number of requests that the server answered, whichever way they came."""
     seconds: float = 0.0
-    """Seconds that these requests took in all, waiting included."""
+    """Seconds that all answered requests took together, waiting included."""
 
     def since(self, before: VersionMetrics) -> VersionMetrics:
         """Return what was counted between two looks; the rest is as it is now.

@@ -9,7 +9,7 @@ from early_exit.handler.archive_layout import HANDLER
 from early_exit.handler.errors import ArchiveError
 
 _CREATED = "01/01/1980 00:00:00"
-"""The clock must not change the bytes of an archive."""
+"""Every archive has this time of creation: the clock must not change its bytes."""
 
 
 def manifest_text(original: dict[str, Any], *, name: str | None, version: str | None, config_file: str | None) -> str:

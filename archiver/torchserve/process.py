@@ -51,11 +51,11 @@ class TorchServe:
         Args:
             model_store: folder of .mar files; archives may be loaded from nowhere else.
             state: created, private to the user.
-            addresses: on loopback.
+            addresses: where the server listens.
             records: where handlers record unless their configuration says otherwise.
             models: .mar file names to load at the start.
             token_minutes: how long TorchServe's tokens are valid.
-            threads: of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
+            threads: threads of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
         """
         self.model_store, self.state = model_store.resolve(), state.resolve()
         self.addresses = addresses
