@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from filelock import FileLock
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar

@@ -20,7 +20,7 @@ OF_SOME = {"engines/openvino.py": {"openvino"}, "detection/detector.py": {"torch
            "detection/detections.py": {"torchvision"}, "cuda/kernels.py": {"cuda"}, "cuda/program.py": {"cuda"}}
 """And what an engine or a kind of model needs besides."""
 
-IN_THE_GATEWAY = {"starlette", "uvicorn", "httpx", "prometheus_client"}
+IN_THE_GATEWAY = {"starlette", "uvicorn", "prometheus_client"}
 
 
 def imported_modules(file: Path) -> set[str]:

@@ -11,17 +11,17 @@ import pytest
 import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 
-from early_exit.archiver.gateway.cli import _parser as gateway_parser
-from early_exit.archiver.packaging.cli import _parser as archive_parser
-from early_exit.archiver.packaging.cli import _show_parser as show_parser
-from early_exit.archiver.rollout.cli import _parser as roll_parser
+from early_exit.archiver.gateway.cli import parser as gateway_parser
+from early_exit.archiver.packaging.cli import parser as archive_parser
+from early_exit.archiver.packaging.cli import show_parser
+from early_exit.archiver.rollout.cli import parser as roll_parser
 from early_exit.archiver.torchserve.addresses import Addresses
-from early_exit.archiver.torchserve.cli import _parser as serve_parser
-from early_exit.archiver.watch.cli import _parser as watch_parser
+from early_exit.archiver.torchserve.cli import parser as serve_parser
+from early_exit.archiver.watch.cli import parser as watch_parser
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
-from early_exit.training.cli import _parser as train_parser
-from early_exit.training.cli import _report_parser as report_parser
+from early_exit.training.cli import parser as train_parser
+from early_exit.training.cli import report_parser
 from tests.support.documents import DOCUMENTS, README, ROOT, blocks, table
 
 

@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 from early_exit.archiver.gateway.cli import TOKEN_VARIABLE
-from early_exit.archiver.gateway.cli import _parser as gateway_parser
-from early_exit.archiver.torchserve.addresses import KEY_FILE, Addresses
-from early_exit.archiver.torchserve.cli import _parser as serve_parser
+from early_exit.archiver.gateway.cli import parser as gateway_parser
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.archiver.watch.cli import _parser as watch_parser
+from early_exit.archiver.torchserve.tokens import KEY_FILE
+from early_exit.archiver.watch.cli import parser as watch_parser
 
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
 PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser, "ee-gateway": gateway_parser}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from early_exit.handler.allocator import restart_with_allocator
 
 
-def main() -> int:
-    """Run `ee-train`; return its exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ee-train` with the allocator of the server's workers; return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     # What is measured must hold for the server's workers. First, because all that is imported is imported anew.
-    restart_with_allocator("early_exit.training", sys.argv[1:])
+    restart_with_allocator("early_exit.training", arguments)
     from early_exit.training.cli import main as run
 
-    return run()
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
-from early_exit.training.command import command_parser, run_command, say_next
+from early_exit.training.command import command_parser, print_next, run_command
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.replay import AUGMENTATIONS, Replay
@@ -31,11 +31,11 @@ from early_exit.training.report.html import html_page
 from early_exit.training.selection.risk import Risk
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-train`; return its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    work, options = (_report, _report_parser().parse_args(given[1:])) if given[:1] == ["report"] else (
-        _train, _parser().parse_args(given))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    work, options = (_report, report_parser().parse_args(arguments[1:])) if arguments[:1] == ["report"] else (
+        _train, parser().parse_args(arguments))
     return run_command("ee-train", lambda: work(options),
                        when_interrupted="interrupted; the same command goes on where this one was")
 
@@ -51,8 +51,8 @@ def _train(options: argparse.Namespace) -> int:
         report = train(contents.model, archive, shards, options_of(options, archive), run, mar=options.archive,
                        labels=options.labels, log=_say)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
-    say_next(f"ee-train report {options.to} for a page about it, "
-             f"ee-archive {options.archive} --plan {run.plan} to serve it")
+    print_next(f"ee-train report {options.to} for a page about it, "
+               f"ee-archive {options.archive} --plan {run.plan} to serve it")
     return 0
 
 
@@ -71,7 +71,8 @@ def _say(line: str) -> None:
     print(f"ee-train: {line}", file=sys.stderr)
 
 
-def _report_parser() -> argparse.ArgumentParser:
+def report_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line of `ee-train report`."""
     parser = command_parser(
         "ee-train report", "Evaluate a finished run and write a page about it, report.html, and the same for machines, "
         "evaluation.json, into its folder. Nothing is trained.", """
@@ -83,7 +84,8 @@ def _report_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `ee-train`'s command line."""
     parser = command_parser(
         "ee-train", "Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, and a "
         "certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished one.", """

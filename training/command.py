@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -39,6 +40,18 @@ def run_command(name: str, work: Callable[[], int], *, when_interrupted: str = "
     return 1
 
 
-def say_next(command: str) -> None:
+def raise_on_terminate() -> None:
+    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that what was started is stopped.
+
+    Ctrl-C is named too: a shell starts background commands with SIGINT ignored, and Python leaves it so.
+    """
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+def print_next(command: str) -> None:
     """Tell a person, not a program that reads the output, which command comes next."""
     print(f"next: {command}", file=sys.stderr)

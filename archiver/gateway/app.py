@@ -18,30 +18,30 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
-from early_exit.archiver.gateway.dashboard import Decisions, Live
+from early_exit.archiver.gateway.dashboard import Decisions, Live, Plans
 from early_exit.archiver.gateway.messages import NOT_ALLOWED, TRY_LATER, Limits
-from early_exit.archiver.gateway.torchserve_client import Upstream
+from early_exit.archiver.gateway.upstream import Upstream, answer_item
 from early_exit.archiver.gateway.websocket import serve_socket
 
 PAGE = Path(__file__).with_name("page")
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
-"""The page needs nothing from elsewhere, and what a server tells cannot make it ask for anything."""
+"""The page needs nothing from elsewhere, and nothing that a server says can make it ask for anything."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
-def create_app(upstream: Upstream, *, store: Path | None, token: str | None, limits: Limits | None = None,
-               decisions: Decisions = lambda model: []) -> Starlette:
+def create_app(upstream: Upstream, *, token: str | None, limits: Limits | None = None,
+               plans: Plans = lambda file_name: None, decisions: Decisions = lambda model: []) -> Starlette:
     """Return the application.
 
     Args:
-        upstream: TorchServe; closed with the application.
-        store: TorchServe's model store, for the certificates on the live page.
-        token: that clients must send; none lets in whoever names this host by a loopback name.
-        limits: of messages.
-        decisions: of the watcher of a model, for the live page.
+        upstream: the server behind the gateway; it is closed with the application.
+        token: secret that clients must send; none lets in whoever names this host by a loopback name.
+        limits: limits of what a client may ask for.
+        plans: tells the live page what an archive promises.
+        decisions: tells the live page what a model's watcher decided.
     """
     limits, n_open = limits or Limits(), 0
-    in_all, live = asyncio.Semaphore(limits.in_flight_in_all), Live(upstream, store, decisions)
+    in_all, live = asyncio.Semaphore(limits.in_flight_in_all), Live(upstream, plans, decisions)
 
     def lets_in(connection: HTTPConnection) -> bool:
         origin = connection.headers.get("origin")
@@ -61,7 +61,7 @@ def create_app(upstream: Upstream, *, store: Path | None, token: str | None, lim
         return JSONResponse(live.state(request.query_params.get("model")))
 
     async def ask(request: Request) -> Response:
-        """Answer one body with every exit's opinion."""
+        """Answer one body with what every exit would have said."""
         if not lets_in(request):
             return _refusal()
         body = bytearray()
@@ -70,8 +70,8 @@ def create_app(upstream: Upstream, *, store: Path | None, token: str | None, lim
             if len(body) > limits.bytes_per_item:
                 return JSONResponse({"status": 413, "error": f"at most {limits.bytes_per_item} bytes"}, 413)
         async with in_all:
-            told = await upstream.predict(request.path_params["model"], bytes(body), anytime=True)
-        return JSONResponse(told, told["status"])
+            message = await answer_item(upstream, request.path_params["model"], bytes(body), anytime=True)
+        return JSONResponse(message, message["status"])
 
     async def socket(connection: WebSocket) -> None:
         nonlocal n_open

@@ -9,14 +9,14 @@ import uvicorn
 from starlette.applications import Starlette
 
 from early_exit.archiver.gateway.messages import Limits
-from early_exit.archiver.gateway.torchserve_client import PREDICTION_S
+from early_exit.archiver.gateway.upstream import PREDICTION_S
 
 _PING_S = 20.0
 _GRACE_S = 10
 
 
 class GatewayServer(uvicorn.Server):
-    """Tells when it can be reached."""
+    """A server that says when it can be reached."""
 
     def __init__(self, config: uvicorn.Config, when_started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -34,10 +34,10 @@ def make_server(app: Starlette, host: str, port: int, limits: Limits,
     """Return a server that pings its clients and takes no larger messages than the limits allow.
 
     Args:
-        app: what it serves.
-        host: to listen on.
-        port: to listen on.
-        limits: of the messages.
+        app: the application that it serves.
+        host: address to listen on.
+        port: port to listen on.
+        limits: limits of the messages.
         when_started: called once, when clients can connect.
     """
     # While a message waits for its turn nothing is read, not even a pong: who is silent for longer than that has gone.

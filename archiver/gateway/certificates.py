@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.errors import PlanError
-from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.monitor.sequential_test import Monitored
 
 
 class Promises:
-    """The plans of the archives in a model store, each read once."""
+    """What the plans of the archives in a model store promise, each read once."""
 
-    def __init__(self, store: Path | None) -> None:
+    def __init__(self, store: Path) -> None:
         self._store = store
         self._read: dict[tuple[str, int], dict[str, Any] | None] = {}
 
-    def of(self, url: str) -> dict[str, Any] | None:
-        """Return what the live page tells of a plan.
-
-        Args:
-            url: of an archive, as TorchServe names it.
-
-        Returns:
-            None where the archive has no plan or cannot be read here.
-        """
-        mar = self._store / url.rpartition("/")[2] if self._store else None
+    def of(self, file_name: str) -> dict[str, Any] | None:
+        """Return what the live page shows of an archive's plan; none where it has none or cannot be read here."""
+        mar = self._store / Path(file_name).name
         try:
-            if mar is None or not mar.is_file():
+            if not mar.is_file():
                 return None
             key = (mar.name, mar.stat().st_mtime_ns)
             if key not in self._read:
@@ -44,14 +34,15 @@ class Promises:
 
 def _read(mar: Path) -> dict[str, Any] | None:
     try:
-        with zipfile.ZipFile(mar) as archive:
-            plan = ExitPlan.from_json(json.loads(archive.read(ArchiveLayout(Path()).plan.as_posix())), str(mar))
-    except (KeyError, ValueError, PlanError, zipfile.BadZipFile):  # without a plan, or none of ours
+        plan = read_archive(mar).plan
+    except EarlyExitError:  # none of ours, or made by another version of this software
+        return None
+    if plan is None:
         return None
     certificate = plan.certificate
     return {
-        "exits": [{"layer": one.layer, "cost": one.cost, "head_cost": one.head_cost, "threshold": one.threshold}
-                  for one in plan.exits],
+        "exits": [{"layer": planned.layer, "cost": planned.cost, "head_cost": planned.head_cost,
+                   "threshold": planned.threshold} for planned in plan.exits],
         "safer": plan.safer, "measure": plan.measure, "expected_cost": plan.expected_cost,
         "certificate": None if certificate is None else {**asdict(certificate), "words": certificate.in_words()},
         "watched": None if certificate is None else asdict(Monitored.of(certificate))}

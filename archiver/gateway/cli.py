@@ -9,18 +9,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.archiver.torchserve.addresses import KEY_FILE, Addresses, read_token
-from early_exit.archiver.torchserve.management import Management
-from early_exit.archiver.watch.audit import AUDIT_FILE, Audit
+from early_exit.archiver.audit import AUDIT_FILE, Audit
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.tokens import KEY_FILE
 from early_exit.handler.errors import ConfigError, ServerError
 from early_exit.training.command import command_parser, run_command
 
 TOKEN_VARIABLE = "EE_GATEWAY_TOKEN"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-gateway` until Ctrl-C; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(argv)
     return run_command("ee-gateway", lambda: _serve(options))
 
 
@@ -28,24 +28,22 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from early_exit.archiver.gateway.app import LOOPBACK, create_app
         from early_exit.archiver.gateway.asgi_server import make_server
+        from early_exit.archiver.gateway.certificates import Promises
         from early_exit.archiver.gateway.messages import Limits
-        from early_exit.archiver.gateway.torchserve_client import Upstream
+        from early_exit.archiver.gateway.upstream import PREDICTION_S
+        from early_exit.archiver.torchserve.management import AsyncManagement
     except ImportError as error:
         raise ConfigError(f"the gateway needs {error.name}: pip install 'early-exit-torchserve[gateway]'") from error
     token = os.environ.get(TOKEN_VARIABLE)
     if options.host not in LOOPBACK and not token:
         raise ConfigError(f"{options.host} can be reached from elsewhere: set {TOKEN_VARIABLE} to a secret that "
                           "clients send as 'Authorization: Bearer ...' or ?token=..., or listen on 127.0.0.1")
-    addresses = Addresses.of_server(options.server)
     limits = Limits(options.max_items, options.max_bytes, options.in_flight, options.in_flight_in_all)
-
-    key_file = None if options.no_tokens else options.tokens
-    upstream = Upstream(addresses.inference, addresses.management, addresses.metrics,
-                        lambda kind: read_token(key_file, kind) if key_file else None,
-                        Management(addresses, key_file).renewed, connections=limits.in_flight_in_all)
-    app = create_app(upstream, store=options.model_store, token=token, limits=limits,
+    upstream = AsyncManagement(Addresses.of_server(options.server), None if options.no_tokens else options.tokens,
+                               connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
+    app = create_app(upstream, token=token, limits=limits, plans=Promises(options.model_store).of,
                      decisions=lambda model: Audit(options.watch / model / AUDIT_FILE).read())
-    server = make_server(app, options.host, options.port, limits, lambda: _tell(options))
+    server = make_server(app, options.host, options.port, limits, lambda: _print_addresses(options))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
         server.run()
         if not server.started:
@@ -53,16 +51,17 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(options: argparse.Namespace) -> None:
-    told = {"page": f"http://{options.host}:{options.port}/",
-            "websocket": f"ws://{options.host}:{options.port}/ws/MODEL"}
+def _print_addresses(options: argparse.Namespace) -> None:
+    addresses = {"page": f"http://{options.host}:{options.port}/",
+                 "websocket": f"ws://{options.host}:{options.port}/ws/MODEL"}
     if options.json:
-        print(json.dumps(told), flush=True)
+        print(json.dumps(addresses), flush=True)
     else:
-        print(f"live page   {told['page']}\nwebsocket   {told['websocket']}\nCtrl-C stops it", flush=True)
+        print(f"live page   {addresses['page']}\nwebsocket   {addresses['websocket']}\nCtrl-C stops it", flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `ee-gateway`'s command line."""
     parser = command_parser(
         "ee-gateway", "Serve a live page about what the exits do, and a WebSocket that takes batches of items and "
         "sends each answer as soon as it is there.", """

@@ -15,22 +15,23 @@ FIRST_MS, PER_DECADE, DECADES = 1.0, 10, 5
 
 
 class Latencies:
-    """Of the latest answers of the latest versions, by whether they left early."""
+    """Milliseconds that the latest answers of the latest versions took, by whether they left early."""
 
     def __init__(self) -> None:
         self._ms: dict[str, dict[bool, deque[float]]] = {}
 
-    def add(self, told: Mapping[str, Any]) -> None:
+    def add(self, message: Mapping[str, Any]) -> None:
         """Note a message of the protocol; only answers count, without opinions: those ran to the end for them."""
-        if told["status"] != 200 or "version" not in told or "opinions" in told:
+        if message["status"] != 200 or "version" not in message or "opinions" in message:
             return
-        if told["version"] not in self._ms:
-            self._ms[told["version"]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        version = message["version"]
+        if version not in self._ms:
+            self._ms[version] = defaultdict(lambda: deque(maxlen=_KEPT))
             if len(self._ms) > _VERSIONS:
                 del self._ms[next(iter(self._ms))]
-        self._ms[told["version"]][told.get("exit", FULL_NAME) != FULL_NAME].append(told["latency_ms"])
+        self._ms[version][message.get("exit", FULL_NAME) != FULL_NAME].append(message["latency_ms"])
 
-    def told(self) -> list[dict[str, Any]]:
+    def distributions(self) -> list[dict[str, Any]]:
         """Return a distribution for each version and kind of answer."""
         return [{"version": version, "early": early, **distribution(list(values))}
                 for version, kinds in self._ms.items() for early, values in kinds.items()]
@@ -39,8 +40,8 @@ class Latencies:
 def distribution(values: list[float]) -> dict[str, Any]:
     """Return the count, the median, the 95th percentile and the share in each bin of some milliseconds.
 
-    >>> told = distribution([10.0, 10.5, 11.0, 2000.0])
-    >>> told["n"], told["p50"], told["bins"][10], told["bins"][33]
+    >>> took = distribution([10.0, 10.5, 11.0, 2000.0])
+    >>> took["n"], took["p50"], took["bins"][10], took["bins"][33]
     (4, 11.0, 0.75, 0.25)
     """
     ordered, bins = sorted(values), [0.0] * (PER_DECADE * DECADES)

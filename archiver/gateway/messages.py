@@ -39,14 +39,15 @@ class Limits:
     items_per_message: int = 64
     bytes_per_item: int = 10 * 2**20
     in_flight: int = 32
-    """Items of one connection that TorchServe works at; while there are so many, nothing more is read."""
+    """Items of one connection that the server works at; while there are so many, nothing more is read."""
     in_flight_in_all: int = 256
+    """Items of all connections that the server works at."""
     connections: int = 64
-    """Open at once; each may hold two messages that wait for their turn."""
+    """Connections that are open at once; each may hold two messages that wait for their turn."""
 
     @property
     def bytes_per_message(self) -> int:
-        """Of a whole message: a few large items, or many small ones."""
+        """Largest message: a few large items, or many small ones."""
         return 4 * self.bytes_per_item
 
 
@@ -77,15 +78,15 @@ def read_message(message: str | bytes, limits: Limits) -> list[Item]:
         raise Malformed(f"a message may have {limits.bytes_per_message} bytes, this one has {len(message)}", TOO_BIG)
     if isinstance(message, str):
         header = _header(message)
-        return [Item(_id(one), _decoded(one), _anytime(header)) for one in _items(header, limits)]
+        return [Item(_id(item), _decoded(item), _anytime(header)) for item in _items(header, limits)]
     size = int.from_bytes(message[:HEADER_BYTES], "big")
     header, rest = _header(message[HEADER_BYTES:HEADER_BYTES + size]), message[HEADER_BYTES + size:]
     items, start = [], 0
-    for one in _items(header, limits):
-        length = one.get("size")
+    for item in _items(header, limits):
+        length = item.get("size")
         if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-            raise Malformed(f"item {_id(one)!r} needs its size in bytes, found {length!r}")
-        items.append(Item(_id(one), rest[start:start + length], _anytime(header)))
+            raise Malformed(f"item {_id(item)!r} needs its size in bytes, found {length!r}")
+        items.append(Item(_id(item), rest[start:start + length], _anytime(header)))
         start += length
     if start != len(rest):
         raise Malformed(f"the items' sizes add up to {start} bytes, {len(rest)} came after the header")
@@ -104,21 +105,21 @@ def _header(text: str | bytes) -> dict[str, Any]:
 
 def _items(header: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
     items = header.get("items")
-    if not isinstance(items, list) or not all(isinstance(one, dict) for one in items):
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise Malformed("expected 'items' to be a list of objects")
     if len(items) > limits.items_per_message:
         raise Malformed(f"a message may have {limits.items_per_message} items, this one has {len(items)}", TOO_BIG)
-    ids = [_id(one) for one in items]
+    ids = [_id(item) for item in items]
     if len(set(ids)) < len(ids):
         raise Malformed("the items of a message need different ids")
     return items
 
 
 def _id(item: dict[str, Any]) -> str:
-    found = item.get("id")
-    if not isinstance(found, str) or not 0 < len(found) <= 200:
-        raise Malformed(f"every item needs an 'id', a string of at most 200 characters, found {found!r:.80}")
-    return found
+    name = item.get("id")
+    if not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise Malformed(f"every item needs an 'id', a string of at most 200 characters, found {name!r:.80}")
+    return name
 
 
 def _decoded(item: dict[str, Any]) -> bytes:

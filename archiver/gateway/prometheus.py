@@ -16,22 +16,22 @@ _REQUESTS, _MICROSECONDS = "ts_inference_requests", "ts_inference_latency_micros
 
 @dataclass
 class VersionMetrics:
-    """Of one version of a model, since its server was started."""
+    """What was counted for one version of a model since its server was started."""
 
     answers: dict[str, float] = field(default_factory=dict)
-    """Count by exit."""
+    """Number of answers by exit."""
     shadow: float = 0.0
-    """Answers of the shadow sample."""
+    """Number of answers of the shadow sample."""
     anytime: float = 0.0
-    """Answers with every exit's opinion."""
+    """Number of answers that came with what every exit would have said."""
     monitor: dict[str, float] = field(default_factory=dict)
-    """step, samples, wealth and mean_loss, where a certificate is watched."""
+    """The monitor's step, samples, wealth and mean_loss, where a certificate is watched."""
     bypassed: set[int] = field(default_factory=set)
     """Batch sizes at which the exits do not save time."""
     requests: float = 0.0
-    """All that TorchServe answered, whichever way they came."""
+    """Number of requests that the server answered, whichever way they came."""
     seconds: float = 0.0
-    """They took in all, waiting included."""
+    """Seconds that all answered requests took together, waiting included."""
 
     def since(self, before: VersionMetrics) -> VersionMetrics:
         """Return what was counted between two looks; the rest is as it is now.
@@ -47,7 +47,7 @@ class VersionMetrics:
 
 
 Scrape = Mapping[str, Mapping[str, VersionMetrics]]
-"""By model and version."""
+"""Metrics by model and version."""
 
 
 def read_metrics(text: str) -> Scrape:
@@ -56,25 +56,25 @@ def read_metrics(text: str) -> Scrape:
     Raises:
         ValueError: it is none.
     """
-    found: dict[str, dict[str, VersionMetrics]] = defaultdict(lambda: defaultdict(VersionMetrics))
+    scrape: dict[str, dict[str, VersionMetrics]] = defaultdict(lambda: defaultdict(VersionMetrics))
     for family in text_string_to_metric_families(text):
         for name, labels, value, *_ in family.samples:
             if name.startswith(METRIC_PREFIX):
-                one = found[labels["ModelName"]][labels["ModelVersion"]]
+                version = scrape[labels["ModelName"]][labels["ModelVersion"]]
                 if name == f"{METRIC_PREFIX}answers_total":
-                    one.answers[labels["Exit"]] = one.answers.get(labels["Exit"], 0.0) + value
+                    version.answers[labels["Exit"]] = version.answers.get(labels["Exit"], 0.0) + value
                 elif name == f"{METRIC_PREFIX}shadow_samples_total":
-                    one.shadow += value
+                    version.shadow += value
                 elif name == f"{METRIC_PREFIX}anytime_answers_total":
-                    one.anytime += value
+                    version.anytime += value
                 elif name == f"{METRIC_PREFIX}exits_bypassed" and value:
-                    one.bypassed.add(int(labels["BatchSize"]))
+                    version.bypassed.add(int(labels["BatchSize"]))
                 elif name.startswith(_MONITOR):
-                    one.monitor[name.removeprefix(_MONITOR)] = value
+                    version.monitor[name.removeprefix(_MONITOR)] = value
             elif name.startswith((_REQUESTS, _MICROSECONDS)) and not name.endswith("_created"):
-                one = found[labels["model_name"]][labels["model_version"]]
+                version = scrape[labels["model_name"]][labels["model_version"]]
                 if name.startswith(_REQUESTS):
-                    one.requests += value
+                    version.requests += value
                 else:
-                    one.seconds += value / 1e6
-    return found
+                    version.seconds += value / 1e6
+    return scrape

@@ -11,12 +11,12 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from early_exit.archiver.gateway.messages import Item, Limits, Malformed, read_message
-from early_exit.archiver.gateway.torchserve_client import Upstream
+from early_exit.archiver.gateway.upstream import Upstream, answer_item
 
 logger = logging.getLogger(__name__)
 
 Seen = Callable[[str, dict[str, Any]], None]
-"""Told the model and the message of every answer."""
+"""Is called with the model and the message of every answer."""
 
 
 async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits: Limits, in_all: asyncio.Semaphore,
@@ -26,18 +26,18 @@ async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits
     tasks: set[asyncio.Task[None]] = set()
     left = False
 
-    async def told_of(item: Item) -> dict[str, Any]:
+    async def answered(item: Item) -> dict[str, Any]:
         if len(item.body) > limits.bytes_per_item:
             return {"status": 413, "error": f"an item may have {limits.bytes_per_item} bytes, this one has "
                     f"{len(item.body)}"}
         async with in_all:
-            return await upstream.predict(model, item.body, anytime=item.anytime)
+            return await answer_item(upstream, model, item.body, anytime=item.anytime)
 
     async def message_of(item: Item) -> str:
         try:
-            told = await told_of(item)
-            seen(model, told)
-            return json.dumps({"id": item.id, **told})
+            message = await answered(item)
+            seen(model, message)
+            return json.dumps({"id": item.id, **message})
         except Exception as error:  # whatever it is, the client waits for a message with this id
             logger.exception("an item cannot be answered")
             return json.dumps({"id": item.id, "status": 500, "error": f"the gateway fails: {error!r}"})

@@ -11,42 +11,46 @@ from pathlib import Path
 
 import torch
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.describe import describe, in_words
 from early_exit.archiver.packaging.detector import PEDESTRIAN
 from early_exit.archiver.packaging.quantize import N_SAMPLES
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
-from early_exit.training.command import command_parser, run_command, say_next
+from early_exit.training.command import command_parser, print_next, run_command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-archive`; return its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["show"]:
-        asked = _show_parser().parse_args(given[1:])
-        return run_command("ee-archive", lambda: _show(asked.archive, as_json=asked.json))
-    options = _parser().parse_args(given)
-    return run_command("ee-archive", lambda: _build(options))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    work, options = (_show, show_parser().parse_args(arguments[1:])) if arguments[:1] == ["show"] else (
+        _build, parser().parse_args(arguments))
+    return run_command("ee-archive", lambda: work(options))
 
 
-def _show(archive: Path, *, as_json: bool) -> int:
-    print(json.dumps(describe(archive), indent=1) if as_json else in_words(archive))
+def _show(options: argparse.Namespace) -> int:
+    _print_contents(options.archive, as_json=options.json)
     return 0
 
 
 def _build(options: argparse.Namespace) -> int:
-    asked = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
-    made = build_archive(ArchiveRequest(**{**asked, "inputs": tuple(options.inputs)}),
-                         lambda line: print(f"ee-archive: {line}", file=sys.stderr))
-    _show(made, as_json=options.json)
-    say_next(f"ee-roll {made}" if options.plan else
-             f"ee-serve {made.name} --model-store {made.parent}, or ee-roll {made} where a server runs")
+    values = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
+    mar = build_archive(ArchiveRequest(**{**values, "inputs": tuple(options.inputs)}),
+                        lambda line: print(f"ee-archive: {line}", file=sys.stderr))
+    _print_contents(mar, as_json=options.json)
+    print_next(f"ee-roll {mar}" if options.plan else
+               f"ee-serve {mar.name} --model-store {mar.parent}, or ee-roll {mar} where a server runs")
     return 0
 
 
-def _show_parser() -> argparse.ArgumentParser:
+def _print_contents(mar: Path, *, as_json: bool) -> None:
+    print(json.dumps(describe(mar), indent=1) if as_json else in_words(mar))
+
+
+def show_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line of `ee-archive show`."""
     parser = command_parser("ee-archive show", "Tell what is in an early-exit archive.", """
         ee-archive show model-store/cifar-2.0.mar --json""")
     parser.add_argument("archive", type=Path, metavar="FILE.mar")
@@ -54,7 +58,8 @@ def _show_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `ee-archive`'s command line."""
     parser = command_parser(
         "ee-archive", "Repackage a model for TorchServe: without a plan it answers in full and records, with one it "
         "exits early. 'ee-archive show FILE.mar' tells what is in an archive.", """
@@ -88,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
                              "used")
     parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
-                        help=f"for a detector, what an image's class is: {', '.join(one.value for one in Strategy)} "
-                             f"({Strategy.OBJECT.value})")
+                        help="for a detector, what an image's class is: "
+                             f"{', '.join(strategy.value for strategy in Strategy)} ({Strategy.OBJECT.value})")
     parser.add_argument("--pedestrian", type=int, default=PEDESTRIAN, metavar="LABEL",
                         help="of a detector (%(default)s, COCO's person)")
     parser.add_argument("--json", action="store_true", help="tell for machines what is in the archive")

@@ -29,11 +29,11 @@ def backbone_of_detector(detector: nn.Module, shape: Sequence[int] | None, strat
     """Export a detector as a classifier of images.
 
     Args:
-        detector: one of torchvision's with two stages and a feature pyramid.
+        detector: a detector of torchvision with two stages and a feature pyramid.
         shape: (C, H, W) of its images.
         strategy: what the class of an image is; by default its most confident object.
         pedestrian: label of pedestrians.
-        model_file: of the user's archive, with the class that makes the detector.
+        model_file: name of the file in the user's archive with the class that makes the detector.
 
     Raises:
         GraphError: the detector is of another kind, or cannot be exported.
@@ -64,15 +64,16 @@ class ImageClass(nn.Module):
             raise GraphError(f"the detector has the labels 1 to {tail.n_labels - 1}, found {pedestrian} for "
                              "pedestrians")
         self.body, self._read = detector.backbone.body, set(detector.backbone.body.return_layers)
-        self._mean, self._std = (torch.tensor(one).view(1, 3, 1, 1) for one in (detector.transform.image_mean,
-                                                                                detector.transform.image_std))
+        transform = detector.transform
+        self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1)
+                                 for values in (transform.image_mean, transform.image_std))
         self._resized, self._padded = tail.resized, tail.padded
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             maps = self._maps(torch.rand(1, 3, *tail.padded, generator=torch.Generator().manual_seed(0)))
             before = counter.get_total_flops()
-            scores, found = tail(*maps)
+            scores, detections = tail(*maps)
             tail.flops = counter.get_total_flops() - before
-        self._sizes = (scores.shape[1], found.shape[1], found.shape[2])
+        self._sizes = (scores.shape[1], detections.shape[1], detections.shape[2])
         self.spec = DetectorSpec(model_file, strategy, pedestrian, register(tail))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +83,8 @@ class ImageClass(nn.Module):
             x = functional.interpolate(x, size=self._resized, mode="bilinear", align_corners=False)
         (height, width), (below, right) = self._resized, self._padded
         x = functional.pad(x, (0, right - width, 0, below - height))
-        scores, found = detect(self._maps(x), self.spec.tail, *self._sizes)
-        return scores, found
+        scores, detections = detect(self._maps(x), self.spec.tail, *self._sizes)
+        return scores, detections
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """Return what the body returns; its stages are called here, so that each is a component of its own."""

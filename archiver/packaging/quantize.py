@@ -25,13 +25,13 @@ _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.ate
 def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Live:
     """Return the (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
 
-    Only requests of the train part: those that certify what is made here are used for nothing else.
+    They are requests of the train part: those that certify what is made here are used for nothing else.
 
     Args:
-        records: a folder.
+        records: folder with the records.
         layout: the archive with the user's files.
         original: the manifest that the user's handler expects.
-        backbone: of the records.
+        backbone: the backbone that was recorded.
 
     Raises:
         RecordError: no request bytes of this backbone were recorded.
@@ -52,7 +52,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
                 break
     if not batches:
         raise RecordError(f"{records} has no records of {name} in its train part to calibrate with: record more")
-    return tuple(torch.cat(one) for one in zip(*batches))
+    return tuple(torch.cat(parts) for parts in zip(*batches))
 
 
 def quantize(backbone: Backbone, inputs: Live, folder: Path,
@@ -62,10 +62,10 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
     Ranges of activations are those of the inputs' own, piece by piece, in float32.
 
     Args:
-        backbone: to quantize.
-        inputs: the backbone's, (N, ...) each, like those that it will serve.
-        folder: of the archive's own files.
-        log: told how far it has come.
+        backbone: the backbone to quantize.
+        inputs: (N, ...) each, inputs of the backbone like those that it will serve.
+        folder: where the folder of the pieces is made.
+        log: called with a line about each piece.
 
     Raises:
         ConfigError: NNCF or OpenVINO is not installed.
@@ -79,7 +79,7 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
                           "pip install 'early-exit-torchserve[openvino]'") from error
     pieces = split(backbone.graph, [layer.node for layer in backbone.description.candidates])
     kind = nncf.ModelType.TRANSFORMER if _has_attention(backbone) else None
-    samples: list[Live] = [tuple(one[row:row + 1] for one in inputs) for row in range(len(inputs[0]))]
+    samples: list[Live] = [tuple(x[row:row + 1] for x in inputs) for row in range(len(inputs[0]))]
     target = folder / PIECES
     target.mkdir(exist_ok=True)
     for number, piece in enumerate(pieces):

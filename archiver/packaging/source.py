@@ -1,100 +1,109 @@
-"""What a user can hand to `ee-archive`: a .mar, a factory with weights, or an exported program."""
+"""Where a backbone and the user's files come from: a .mar, a factory with weights, or an exported program."""
 
 from __future__ import annotations
 
-import importlib
-import zipfile
-from collections.abc import Callable
+import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from early_exit.archiver.packaging.detector import backbone_of_detector, is_detector
+from early_exit.archiver.packaging.eager_model import eager_model, model_from_factory
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sample import image_input, model_input
+from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.backbone.backbone import Backbone, load_program
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.python_modules import own_classes
-from early_exit.training.data.preprocessing import importing_from
 
 
-def eager_model(folder: Path, manifest: dict[str, Any]) -> nn.Module:
-    """Build the model of an extracted archive the way TorchServe does: model file + state dict.
+@dataclass(frozen=True)
+class Source:
+    """What an archive is made of; the user's files lie in its layout."""
 
-    Raises:
-        ArchiveError: there is no eager model in it, or its weights are not plain tensors.
-    """
-    model = manifest["model"]
-    if not model.get("modelFile"):
-        serialized = folder / str(model.get("serializedFile"))
-        kind = "a TorchScript archive" if _is_torchscript(serialized) else "no model file (.py)"
-        raise ArchiveError(
-            f"{model['modelName']} holds {kind}, and torch.export needs the eager model: archive it with --model-file "
-            "and its state dict, or give 'package.module:function' with --weights, or an exported .pt2")
-    with importing_from(folder):
-        try:
-            classes = own_classes(importlib.import_module(Path(model["modelFile"]).stem))
-            if len(classes) != 1:
-                raise ArchiveError(f"expected exactly one class in {model['modelFile']}, as TorchServe does, found "
-                                   f"{[kind.__name__ for kind in classes]}")
-            instance: nn.Module = classes[0]()
-        except ArchiveError:
-            raise
-        except Exception as error:  # the user's own code may raise anything
-            raise ArchiveError(f"cannot make the model of {model['modelFile']} without arguments, as TorchServe does: "
-                               f"{type(error).__name__}: {error}") from error
-    if model.get("serializedFile"):
-        load_weights(instance, folder / model["serializedFile"])
-    return instance.eval()
+    manifest: dict[str, Any]
+    """The manifest that the user's handler expects."""
+    backbone: Backbone
+    """The user's model, exported."""
+
+    @property
+    def weights(self) -> str | None:
+        """Name of the file with the user's own weights, where there is one."""
+        name: str | None = self.manifest["model"].get("serializedFile")
+        return name
+
+    def configuration(self, layout: ArchiveLayout) -> Path | None:
+        """Return the user's model-config.yaml, where there is one."""
+        name = self.manifest["model"].get("configFile")
+        return layout.root / name if name else None
 
 
-def model_from_factory(reference: str, weights: Path) -> nn.Module:
-    """Call 'package.module:function' and load its weights.
+def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
+    """Lay out the user's files and return the manifest that their handler expects, and the backbone.
 
     Raises:
-        ArchiveError: the function cannot be imported or does not return a module, or the weights do not fit.
+        EarlyExitError: there is no such source, something that it needs was not given, or its model cannot be exported.
     """
-    module_name, _, function_name = reference.partition(":")
-    with importing_from(Path.cwd(), forget=False):
-        try:
-            factory: Callable[[], object] = getattr(importlib.import_module(module_name), function_name)
-            model = factory()
-        except Exception as error:  # the user's own code may raise anything
-            raise ArchiveError(f"cannot make a model with {reference!r}: {type(error).__name__}: {error}. Expected "
-                               "package.module:function, importable from here") from error
-    if not isinstance(model, nn.Module):
-        raise ArchiveError(f"{reference} returned {type(model).__name__}, expected a torch.nn.Module")
-    load_weights(model, weights)
-    return model.eval()
+    if request.source.endswith(".mar"):
+        return _from_mar(request, layout)
+    manifest = _lay_out_handler(request, layout)
+    if request.source.endswith(".pt2"):
+        return Source(manifest, Backbone.from_program(load_program(Path(request.source))))
+    if ":" not in request.source:
+        raise ArchiveError(f"expected a .mar, a .pt2 or package.module:function, found {request.source!r}")
+    if request.weights is None or (request.input_shape is None and not request.inputs):
+        raise ArchiveError("a factory needs --weights FILE.safetensors|.pth, and --input-shape, such as 3,224,224, or "
+                           "an --input NAME:DTYPE:SHAPE for each input")
+    model = model_from_factory(request.source, request.weights)
+    if is_detector(model):
+        raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
+    return Source(manifest, _exported(model, request))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict from .safetensors or a pickle that holds only tensors.
-
-    Raises:
-        ArchiveError: the file holds anything else, or does not fit the model.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            state: dict[str, Tensor] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise ArchiveError(f"cannot read the weights {path}: {error}") from error
-    except Exception as error:  # what unpickling raises depends on what it met
-        raise ArchiveError(f"{path.name} is damaged, or holds more than tensors, and unpickling that could run any "
-                           f"code: save model.state_dict() instead ({type(error).__name__})") from error
-    if not isinstance(state, dict):
-        raise ArchiveError(f"{path.name} holds a {type(state).__name__}, expected a state dict")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ArchiveError(f"the weights in {path.name} do not fit {type(model).__name__}: {error}") from error
+def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
+    extract(Path(request.source), layout.root)
+    manifest: dict[str, Any] = json.loads(layout.manifest.read_text())
+    if not layout.original_manifest.exists():
+        return Source(manifest, _backbone_of_mar(request, layout, manifest))
+    original: dict[str, Any] = json.loads(layout.original_manifest.read_text())
+    original["model"] |= {key: manifest["model"][key] for key in ("modelVersion", "configFile")
+                          if key in manifest["model"]}
+    return Source(original, load_backbone(layout.folder))
 
 
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
+def _backbone_of_mar(request: ArchiveRequest, layout: ArchiveLayout, manifest: dict[str, Any]) -> Backbone:
+    model = eager_model(layout.root, manifest)
+    if is_detector(model):
+        return backbone_of_detector(model, request.input_shape, request.strategy, request.pedestrian,
+                                    manifest["model"]["modelFile"])
+    if request.strategy is not None:
+        raise ArchiveError(f"{type(model).__name__} is no detector of torchvision, so it has no --strategy")
+    if request.input_shape is not None or request.inputs:
+        return _exported(model, request)
+    if request.request is not None:
+        return Backbone.from_module(model, *model_input(layout.root, manifest, request.request.read_bytes()))
+    return Backbone.from_module(model, *image_input(layout.root, manifest))
+
+
+def _exported(model: nn.Module, request: ArchiveRequest) -> Backbone:
+    if request.inputs:
+        return Backbone.from_inputs(model, request.inputs)
+    return Backbone.from_module(model, request.input_shape or ())
+
+
+def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
+    """Copy the files given for a factory or .pt2 and return a manifest for their handler."""
+    if request.handler is None or request.model_name is None:
+        raise ArchiveError("a factory or .pt2 needs --handler (a file, or a built-in such as image_classifier), which "
+                           "does pre- and post-processing, and --model-name")
+    handler = [Path(request.handler)] if request.handler.endswith(".py") else []
+    for file in (*request.extra_files, *handler):
+        if not file.is_file():
+            raise ArchiveError(f"no such file: {file}")
+        shutil.copyfile(file, layout.root / file.name)
+    # 'modelFile' makes TorchServe's base handler ask for an eager model, which it is given.
+    return {"runtime": "python", "model": {"modelName": request.model_name, "handler": Path(request.handler).name,
+                                           "modelFile": "exported.py"}}

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from early_exit.archiver.rollout.fleet import add_server_options, roll_all, servers_of
+from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
-from early_exit.archiver.torchserve.process import raise_on_terminate
-from early_exit.training.command import command_parser, run_command
+from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
+from early_exit.training.command import command_parser, raise_on_terminate, run_command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-roll`; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(argv)
     raise_on_terminate()
     return run_command("ee-roll", lambda: _roll(options))
 
@@ -32,7 +32,8 @@ def _roll(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `ee-roll`'s command line."""
     parser = command_parser("ee-roll", "Bring a new model version into service without losing a request.", """
         into the server that ee-serve started here:
           ee-roll model-store/cifar-3.0.mar

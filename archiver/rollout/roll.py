@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.packaging.describe import describe, sample_request
-from early_exit.archiver.torchserve.management import Management, VersionStatus
+from early_exit.archiver.control import ModelServer, VersionStatus
+from early_exit.archiver.packaging.describe import describe
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.config import EARLY
 from early_exit.handler.errors import ArchiveError, ServerError
 
 _POLL_S = 0.2
 LONGEST_BATCH_S = 5.0
-"""How long a worker may at least still work on the batch that it took before its queue was seen empty: TorchServe
-does not tell, and removing a version ends its workers."""
-_HASTE = 2
-"""How many times as long as one request after the other a batch may take, on a machine that is busy."""
+"""How long a worker may at least still work on the batch that it took before its queue was seen empty: a server does
+not tell, and removing a version ends its workers."""
+_BUSY_FACTOR = 2
+"""A batch may take this many times as long as its requests one after the other, on a machine that is busy."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,20 @@ class RollReport:
     replaced: str | None
     """The version that was removed; none when the model was new."""
     ready_s: float
-    """From registration until every worker was ready."""
+    """Seconds from registration until every worker was ready."""
     drained_s: float
-    """From the switch until the old version was removed."""
+    """Seconds from the switch until the old version was removed."""
     replaced_archive: str | None = None
-    """File name of its archive in the model store."""
+    """File name of the removed version's archive in the model store; none when the model was new."""
 
 
-def roll(management: Management, mar: Path, *, request: bytes | None = None, ready_limit_s: float = 300.0,
+def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_limit_s: float = 300.0,
          drain_limit_s: float = 300.0, longest_batch_s: float = LONGEST_BATCH_S,
          log: Callable[[str], None] = lambda line: None) -> RollReport:
     """Replace the served version of a model by the one in an archive.
 
     Args:
-        management: of the server.
+        server: the server to bring it into.
         mar: an archive in the server's model store.
         request: body of a request that the new version must answer before it gets any traffic; by default
             the archive's sample request.
@@ -55,7 +56,7 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
         drain_limit_s: how long the old version may take to answer what it has.
         longest_batch_s: how long the old version's workers may take for one batch; longer where the request that
             tries out the new version, run to the end, says so.
-        log: told about each step.
+        log: called with a line about each step.
 
     Raises:
         ServerError: a step failed. Before the switch the old version goes on serving and the new one is
@@ -63,69 +64,69 @@ def roll(management: Management, mar: Path, *, request: bytes | None = None, rea
     """
     contents = describe(mar)
     model, version = contents["model"], contents["version"]
-    served = management.versions(model)
-    if any(one.version == version for one in served):
+    registered = server.versions(model)
+    if any(status.version == version for status in registered):
         raise ServerError(f"{model} {version} is registered already: give the archive another --version")
-    old = next((one for one in served if one.is_default), None)
+    old = next((status for status in registered if status.is_default), None)
     started = time.monotonic()
     log(f"registering {model} {version}")
-    management.register(mar.name, workers=max(1, old.n_workers if old else 1))
+    server.register(mar.name, workers=max(1, old.n_workers if old else 1))
     try:
-        _wait_until_ready(management, model, version, ready_limit_s)
+        _wait_until_ready(server, model, version, ready_limit_s)
         if old is not None and contents["answers"] != EARLY and (workers := _scaled_to(old, mar.parent)):
-            management.scale(model, version, workers)
-            _wait_until_ready(management, model, version, ready_limit_s)
+            server.scale(model, version, workers)
+            _wait_until_ready(server, model, version, ready_limit_s)
         ready_s = time.monotonic() - started
         log(f"ready after {ready_s:.1f} s")
-        _require_same(contents, management.probe(model, version))
-        sample = request if request is not None else sample_request(mar)
+        _require_same(contents, server.probe(model, version))
+        sample = request if request is not None else read_archive(mar).sample_request
         if sample is not None:
-            management.predict(model, version, sample)
-            asked = time.monotonic()
-            management.predict(model, version, sample, to_the_end=True)
+            server.predict(model, version, sample)
+            sent = time.monotonic()
+            server.predict(model, version, sample, to_the_end=True)
             if old is not None:
-                longest_batch_s = max(longest_batch_s, _HASTE * old.batch_size * (time.monotonic() - asked))
-        management.set_default(model, version)
+                longest_batch_s = max(longest_batch_s, _BUSY_FACTOR * old.batch_size * (time.monotonic() - sent))
+        server.set_default(model, version)
     except BaseException as error:
-        _remove_quietly(management, model, version, log)
+        _remove_quietly(server, model, version, log)
         if isinstance(error, ServerError) and old is not None:
             raise ServerError(f"{error}\n{model} {old.version} goes on serving") from error
         raise
     log(f"{version} is the default")
     switched = time.monotonic()
     if old is not None:
-        retire(management, model, old, drain_limit_s=drain_limit_s, longest_batch_s=longest_batch_s)
+        retire(server, model, old, drain_limit_s=drain_limit_s, longest_batch_s=longest_batch_s)
         log(f"{old.version} has answered everything and is removed")
     return RollReport(model, version, old.version if old else None, ready_s, time.monotonic() - switched,
                       old.file_name if old else None)
 
 
-def retire(management: Management, model: str, version: VersionStatus, *, drain_limit_s: float = 300.0,
+def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_limit_s: float = 300.0,
            longest_batch_s: float = LONGEST_BATCH_S) -> None:
     """Remove a version that gets no requests any more once it has answered those that it got.
 
     Args:
-        management: of the server.
-        model: served by it.
-        version: not the default.
+        server: the server that has it.
+        model: name of the model.
+        version: a version of it that is not the default.
         drain_limit_s: how long it may take to answer what it has.
         longest_batch_s: how long its workers may take for one batch.
 
     Raises:
         ServerError: it still has requests; it is left registered.
     """
-    _drain(management, model, version, drain_limit_s, longest_batch_s)
-    management.unregister(model, version.version)
+    _drain(server, model, version, drain_limit_s, longest_batch_s)
+    server.unregister(model, version.version)
 
 
 def _scaled_to(old: VersionStatus, store: Path) -> int | None:
     """Return the workers that a version was given while it served, if these are others than its archive asks for."""
     archive = store / old.file_name
     try:
-        asked = describe(archive)["workers"]
+        archived = describe(archive)["workers"] or 1
     except ArchiveError:  # not one of ours, or not here
         return None
-    return old.n_workers if old.n_workers and old.n_workers != (asked or 1) else None
+    return old.n_workers if old.n_workers and old.n_workers != archived else None
 
 
 def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
@@ -136,24 +137,24 @@ def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
         raise ServerError("the server loaded another archive of that name: is this one in its model store?")
 
 
-def _wait_until_ready(management: Management, model: str, version: str, limit_s: float) -> None:
+def _wait_until_ready(server: ModelServer, model: str, version: str, limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        status = _status_of(management, model, version)
+        status = _status_of(server, model, version)
         if status is not None and status.n_ready >= max(1, status.n_workers):
             return
         time.sleep(_POLL_S)
     raise ServerError(f"{model} {version} was not ready within {limit_s:.0f} s: its log is in the server's model log")
 
 
-def _drain(management: Management, model: str, old: VersionStatus, limit_s: float,
+def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float,
            longest_batch_s: float) -> None:
     """Wait until the old version's queue is empty and the batches that its workers took have passed."""
     deadline = time.monotonic() + limit_s
     empty_since: float | None = None
     settle_s = longest_batch_s + old.max_batch_delay_s
     while time.monotonic() < deadline:
-        status = _status_of(management, model, old.version)
+        status = _status_of(server, model, old.version)
         if status is None:
             raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
         now = time.monotonic()
@@ -165,17 +166,17 @@ def _drain(management: Management, model: str, old: VersionStatus, limit_s: floa
                       "new version is the default")
 
 
-def _status_of(management: Management, model: str, version: str) -> VersionStatus | None:
-    return next((one for one in management.versions(model) if one.version == version), None)
+def _status_of(server: ModelServer, model: str, version: str) -> VersionStatus | None:
+    return next((status for status in server.versions(model) if status.version == version), None)
 
 
-def _remove_quietly(management: Management, model: str, version: str, log: Callable[[str], None]) -> None:
+def _remove_quietly(server: ModelServer, model: str, version: str, log: Callable[[str], None]) -> None:
     try:
-        status = _status_of(management, model, version)
+        status = _status_of(server, model, version)
         if status is not None and status.is_default:
             log(f"{version} has become the default all the same and is left to serve")
         elif status is not None:
-            management.unregister(model, version)
+            server.unregister(model, version)
             log(f"{version} is removed again")
     except ServerError as error:  # the failure that led here is the one to report
         log(f"{version} could not be removed: {error}")

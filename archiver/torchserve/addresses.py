@@ -1,17 +1,12 @@
-"""Where a TorchServe listens, and the tokens that let a client in."""
+"""Where a TorchServe listens."""
 
 from __future__ import annotations
 
-import json
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from early_exit.handler.errors import ServerError
-
-KEY_FILE = "key_file.json"
-"""TorchServe writes its tokens into this file, in the folder it is started in."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +53,9 @@ def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on right now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
     finally:
-        for one in sockets:
-            one.close()
-
-
-def read_token(key_file: Path, kind: str) -> str:
-    """Return the 'management', 'inference' or 'API' token of TorchServe's key file.
-
-    Raises:
-        ServerError: the file is missing or not a key file.
-    """
-    try:
-        key: str = json.loads(key_file.read_text())[kind]["key"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ServerError(f"cannot read the {kind} token from {key_file}: {error!r}. TorchServe writes key_file.json "
-                          "into the folder it is started in; pass it with --tokens") from error
-    return key
+        for free in sockets:
+            free.close()

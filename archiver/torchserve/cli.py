@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from early_exit.archiver.torchserve.addresses import Addresses
-from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
-from early_exit.training.command import command_parser, run_command
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.training.command import command_parser, raise_on_terminate, run_command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-serve` until Ctrl-C; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(argv)
     raise_on_terminate()
     return run_command("ee-serve", lambda: _serve(options))
 
@@ -26,19 +26,21 @@ def _serve(options: argparse.Namespace) -> int:
         token_minutes=options.token_minutes, threads=options.threads)
     try:
         with server:
-            told = {"inference": server.addresses.inference, "management": server.addresses.management,
-                    "metrics": f"{server.addresses.metrics}/metrics", "tokens": str(server.key_file),
-                    "records": str(options.records.resolve())}
+            places = {"inference": server.addresses.inference, "management": server.addresses.management,
+                      "metrics": f"{server.addresses.metrics}/metrics", "tokens": str(server.key_file),
+                      "records": str(options.records.resolve())}
             if options.json:
-                print(json.dumps(told), flush=True)
+                print(json.dumps(places), flush=True)
             else:
-                print(*(f"{name:10}  {value}" for name, value in told.items()), "Ctrl-C stops it", sep="\n", flush=True)
+                lines = [f"{name:10}  {place}" for name, place in places.items()]
+                print(*lines, "Ctrl-C stops it", sep="\n", flush=True)
             return server.wait()
     except KeyboardInterrupt:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `ee-serve`'s command line."""
     parser = command_parser("ee-serve", "Start TorchServe and stop it, with its workers, on Ctrl-C.", """
         ee-serve cifar-2.0.mar
         two workers of a model on four cores, on other ports:

@@ -1,154 +1,153 @@
-"""A client of TorchServe's management API, and of the predictions that a roll tries out."""
+"""The clients of one TorchServe: one that waits, for rolls and watchers, and an asynchronous one, for the gateway."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
+import httpx
 
-from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.api import Api, ApiRequest, Conversation, T
+from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind
 from early_exit.handler.errors import ServerError
-from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
 
-_TIMEOUT_S = 30.0
-_TOKEN_REFUSED = "Token either incorrect, expired"
-"""In TorchServe's answer to a token that is wrong or has expired."""
-
-
-@dataclass(frozen=True)
-class VersionStatus:
-    """What TorchServe tells of one model version."""
-
-    version: str
-    is_default: bool
-    n_workers: int
-    """Wanted."""
-    n_ready: int
-    pending_requests: int
-    """In the version's queue; those that a worker has taken are not counted."""
-    max_batch_delay_s: float
-    batch_size: int
-    """Most requests that a worker takes at once."""
-    file_name: str
-    """Of its archive in the model store."""
+_ROLL_S = 30.0
+"""Limit for any answer that a roll waits for."""
+_LOOK_S = 10.0
+"""Limit for what the gateway asks, but for predictions."""
 
 
 class Management:
-    """The management API of one server."""
+    """A TorchServe as rollout and watch know it, a `ModelServer`."""
 
     def __init__(self, addresses: Addresses, key_file: Path | None) -> None:
         """Remember where the server is and where its tokens are.
 
         Args:
-            addresses: of the server.
+            addresses: where the server listens.
             key_file: TorchServe's key_file.json; none when its token authorisation is off.
         """
-        self._addresses, self._key_file = addresses, key_file
+        self._addresses, self._api, self._auth = addresses, Api(addresses), _auth(addresses, key_file)
+        # Between two calls a server may be restarted, so no connection is kept for the next one.
+        self._client = httpx.Client(timeout=_ROLL_S, limits=httpx.Limits(max_keepalive_connections=0))
 
     def __str__(self) -> str:
         return self._addresses.management
 
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
-        url = f"{self._addresses.management}/models/{model}"
-        default = self._call("GET", url)  # without a version TorchServe describes the default
-        if default.status_code == 404:
-            return []
-        default_version = _json(default)[0]["modelVersion"]
-        return [_status(version, default_version) for version in _json(self._call("GET", url + "/all"))]
+        return self._hold(self._api.versions(model))
 
     def register(self, file_name: str, workers: int) -> None:
         """Load an archive of the model store as a new version; its workers start in the background."""
-        _require_ok(self._call("POST", f"{self._addresses.management}/models",
-                               params={"url": file_name, "initial_workers": workers, "synchronous": "false"}))
+        self._hold(self._api.register(file_name, workers))
 
     def scale(self, model: str, version: str, workers: int) -> None:
         """Let a version have so many workers; they start in the background."""
-        _require_ok(self._call("PUT", f"{self._addresses.management}/models/{model}/{version}",
-                               params={"min_worker": workers, "max_worker": workers, "synchronous": "false"}))
+        self._hold(self._api.scale(model, version, workers))
 
     def set_default(self, model: str, version: str) -> None:
         """Send the requests that name no version to this one from now on."""
-        _require_ok(self._call("PUT", f"{self._addresses.management}/models/{model}/{version}/set-default"))
+        self._hold(self._api.set_default(model, version))
 
     def unregister(self, model: str, version: str) -> None:
         """Remove a version at once, with whatever it has not answered."""
-        _require_ok(self._call("DELETE", f"{self._addresses.management}/models/{model}/{version}"))
+        self._hold(self._api.unregister(model, version))
 
     def probe(self, model: str, version: str) -> dict[str, Any]:
         """Let a version check itself through the inference address."""
-        response = self._call("POST", f"{self._addresses.inference}/predictions/{model}/{version}", key="inference",
-                              headers={PROBE_HEADER: "1"}, data=b"probe")
-        found: dict[str, Any] = _json(response)
-        return found
+        return self._hold(self._api.probe(model, version))
 
     def predict(self, model: str, version: str, body: bytes, *, to_the_end: bool = False) -> bytes:
         """Return a version's answer to a request.
 
-        Args:
-            model: a served model.
-            version: registered.
-            body: of the request.
-            to_the_end: whether the request runs through the whole backbone, whatever the exits say.
-
         Raises:
             ServerError: it is not answered with 200.
         """
-        response = self._call("POST", f"{self._addresses.inference}/predictions/{model}/{version}", key="inference",
-                              headers={ANYTIME_HEADER: "1"} if to_the_end else {}, data=body)
-        _require_ok(response)
-        return response.content
+        prediction = self._hold(self._api.predict(model, body, version=version, anytime=to_the_end))
+        if prediction.error is not None:
+            raise ServerError(f"{model} {version} answered a request with {prediction.status}: {prediction.error}")
+        return prediction.body
 
-    def _call(self, method: str, url: str, *, key: str = "management", headers: dict[str, str] | None = None,
-              params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:
-        def send() -> requests.Response:
-            return self._send(method, url, key, headers=headers or {}, params=params, data=data)
-
-        response = send()
-        return send() if self.renewed(key, response.status_code, response.text) else response
-
-    def renewed(self, key: str, status: int, text: str) -> bool:
-        """Get a new 'inference' or 'management' token where an answer says that the old one is refused.
-
-        A watcher outlives its tokens. TorchServe writes the new one into its key file, and accepts the token for this
-        from that file only.
-
-        Raises:
-            ServerError: TorchServe does not answer, or the key file cannot be read.
-        """
-        refused = self._key_file is not None and status in (400, 401) and _TOKEN_REFUSED in text
-        if refused:
-            self._send("GET", f"{self._addresses.management}/token", "API", params={"type": key})
-        return refused
-
-    def _send(self, method: str, url: str, key: str, *, headers: dict[str, str] | None = None,
-              params: dict[str, Any] | None = None, data: bytes | None = None) -> requests.Response:
-        token = {"Authorization": f"Bearer {read_token(self._key_file, key)}"} if self._key_file else {}
+    def _hold(self, conversation: Conversation[T]) -> T:
         try:
-            return requests.request(method, url, headers={**token, **(headers or {})}, params=params, data=data,
-                                    timeout=_TIMEOUT_S)
-        except requests.RequestException as error:
-            raise ServerError(f"no answer from {url}: {type(error).__name__}. Is TorchServe running there?") from error
+            request = next(conversation)
+            while True:
+                request = conversation.send(self._send(request))
+        except StopIteration as end:
+            learnt: T = end.value
+            return learnt
+
+    def _send(self, request: ApiRequest) -> httpx.Response:
+        try:
+            return self._client.request(**_as_httpx(request), auth=self._auth[request.token])
+        except httpx.HTTPError as error:
+            raise _no_answer(request, error) from error
 
 
-def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
-    workers = version["workers"]
-    return VersionStatus(
-        version=version["modelVersion"], is_default=version["modelVersion"] == default_version,
-        n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in workers),
-        pending_requests=version["jobQueueStatus"]["pendingRequests"],
-        max_batch_delay_s=version["maxBatchDelay"] / 1000, batch_size=version["batchSize"],
-        file_name=version["modelUrl"].rsplit("/", 1)[-1])
+class AsyncManagement:
+    """A TorchServe as the gateway knows it, an `Upstream`."""
+
+    def __init__(self, addresses: Addresses, key_file: Path | None, *, connections: int, prediction_s: float) -> None:
+        """Remember where the server is and where its tokens are.
+
+        Args:
+            addresses: where the server listens.
+            key_file: TorchServe's key_file.json; none when its token authorisation is off.
+            connections: most predictions at once.
+            prediction_s: limit for a prediction, waiting in TorchServe's queue included.
+        """
+        self._api, self._auth, self._prediction_s = Api(addresses), _auth(addresses, key_file), prediction_s
+        self._client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(
+            max_connections=connections + 4, max_keepalive_connections=connections + 4))
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def predict(self, model: str, body: bytes, *, anytime: bool) -> Prediction:
+        """Return the answer of a model's default version, whatever its status."""
+        return await self._hold(self._api.predict(model, body, anytime=anytime), self._prediction_s)
+
+    async def models(self) -> list[str]:
+        """Return the names of the models that are registered."""
+        return await self._hold(self._api.models())
+
+    async def versions(self, model: str) -> list[VersionStatus]:
+        """Return the registered versions of a model, none when it is not registered."""
+        return await self._hold(self._api.versions(model))
+
+    async def metrics(self) -> str:
+        """Return the Prometheus text."""
+        return await self._hold(self._api.metrics())
+
+    async def _hold(self, conversation: Conversation[T], limit_s: float = _LOOK_S) -> T:
+        try:
+            request = next(conversation)
+            while True:
+                request = conversation.send(await self._send(request, limit_s))
+        except StopIteration as end:
+            learnt: T = end.value
+            return learnt
+
+    async def _send(self, request: ApiRequest, limit_s: float) -> httpx.Response:
+        try:
+            return await self._client.request(**_as_httpx(request), auth=self._auth[request.token],
+                                              timeout=httpx.Timeout(limit_s, connect=5.0))
+        except httpx.HTTPError as error:
+            raise _no_answer(request, error) from error
 
 
-def _json(response: requests.Response) -> Any:
-    _require_ok(response)
-    return response.json()
+def _auth(addresses: Addresses, key_file: Path | None) -> dict[TokenKind, TokenAuth | None]:
+    kinds: tuple[TokenKind, ...] = ("inference", "management")
+    return {kind: TokenAuth(key_file, kind, addresses.management) if key_file else None for kind in kinds}
 
 
-def _require_ok(response: requests.Response) -> None:
-    if not response.ok:
-        raise ServerError(f"{response.request.method} {response.url} was answered with {response.status_code}: "
-                          f"{response.text.strip()[:500]}")
+def _as_httpx(request: ApiRequest) -> dict[str, Any]:
+    return {"method": request.method, "url": request.url, "params": request.params or None,
+            "headers": request.headers, "content": request.body}
+
+
+def _no_answer(request: ApiRequest, error: httpx.HTTPError) -> ServerError:
+    return ServerError(f"no answer from {request.url}: {type(error).__name__}. Is TorchServe running there?")

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from xml.sax.saxutils import escape
 
+import httpx
 import psutil
-import requests
 
-from early_exit.archiver.torchserve.addresses import KEY_FILE, Addresses, free_ports, read_token
+from early_exit.archiver.torchserve.addresses import Addresses, free_ports
 from early_exit.archiver.torchserve.java import find_java
+from early_exit.archiver.torchserve.tokens import KEY_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
@@ -50,11 +51,11 @@ class TorchServe:
         Args:
             model_store: folder of .mar files; archives may be loaded from nowhere else.
             state: created, private to the user.
-            addresses: on loopback.
+            addresses: where the server listens.
             records: where handlers record unless their configuration says otherwise.
             models: .mar file names to load at the start.
             token_minutes: how long TorchServe's tokens are valid.
-            threads: of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
+            threads: threads of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
         """
         self.model_store, self.state = model_store.resolve(), state.resolve()
         self.addresses = addresses
@@ -167,27 +168,15 @@ class TorchServe:
                 raise ServerError(f"TorchServe ended with status {self._process.returncode}:\n{self._last_output()}")
             try:
                 token = {"Authorization": f"Bearer {read_token(self.key_file, 'inference')}"}
-                if requests.get(self.addresses.inference + "/ping", headers=token, timeout=5).ok:
+                if httpx.get(self.addresses.inference + "/ping", headers=token, timeout=5).is_success:
                     return
-            except (requests.RequestException, ServerError):  # not listening, busy, or no tokens yet
+            except (httpx.HTTPError, ServerError):  # not listening, busy, or no tokens yet
                 pass
             time.sleep(0.2)
         raise ServerError(f"TorchServe did not answer within {limit_s:.0f} s:\n{self._last_output()}")
 
     def _last_output(self) -> str:
         return (self.state / "logs" / "server.out").read_text(errors="replace")[-2000:]
-
-
-def raise_on_terminate() -> None:
-    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that what was started is stopped.
-
-    Ctrl-C is named too: a shell starts background commands with SIGINT ignored, and Python leaves it so.
-    """
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
 
 
 @contextlib.contextmanager

@@ -1,19 +1,21 @@
-"""`ee-watch`, also as `python -m early_exit.archiver.watch.__main__`."""
+"""`ee-watch`, also as `python -m early_exit.archiver.watch`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from early_exit.handler.allocator import restart_with_allocator
 
 
-def main() -> int:
-    """Run `ee-watch`; return its exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ee-watch` with the allocator of the server's workers; return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     # What is measured must hold for the server's workers. First, because all that is imported is imported anew.
-    restart_with_allocator("early_exit.archiver.watch.__main__", sys.argv[1:])
+    restart_with_allocator("early_exit.archiver.watch", arguments)
     from early_exit.archiver.watch.cli import main as run
 
-    return run()
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -10,32 +10,31 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.archiver.rollout.fleet import add_server_options, servers_of
 from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
-from early_exit.archiver.torchserve.process import raise_on_terminate
-from early_exit.archiver.watch.audit import only_watcher
+from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
+from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import Terms, fresh_after
 from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
 from early_exit.training.cli import add_options, options_of
-from early_exit.training.command import command_parser, run_command
+from early_exit.training.command import command_parser, raise_on_terminate, run_command
 
 _DAY_S = 24 * 3600.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-watch`; return its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    status = given[:1] == ["status"]
-    options = _parser().parse_args(given[1:] if status else given)
-    if status or options.dry_run:
-        return run_command("ee-watch", lambda: _tell(options))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_status = arguments[:1] == ["status"]
+    options = parser().parse_args(arguments[1:] if is_status else arguments)
+    if is_status or options.dry_run:
+        return run_command("ee-watch", lambda: _show(options))
     raise_on_terminate()
     return run_command("ee-watch", lambda: _watch(options))
 
 
-def _tell(options: argparse.Namespace) -> int:
-    print(_status(_watched(options), json_wanted=options.json))
+def _show(options: argparse.Namespace) -> int:
+    print(_status(_watched(options), as_json=options.json))
     return 0
 
 
@@ -60,11 +59,12 @@ def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
         if options.json:
             print(*map(json.dumps, decisions), sep="\n", end="\n" if decisions else "", flush=True)
         if options.once:
-            return int(any(one["event"] in (TROUBLE, ROLL_FAILED) for one in decisions))
+            return int(any(decision["event"] in (TROUBLE, ROLL_FAILED) for decision in decisions))
         time.sleep(options.every_s)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `ee-watch`'s command line, `ee-watch status` included."""
     parser = command_parser(
         "ee-watch", "Watch a served model: train and roll in a new plan when a fifth of the records are new, the "
         "backbone has changed, the monitor alarms or the certificate is too old; roll back what alarms on trial. "
@@ -102,34 +102,34 @@ def _watched(options: argparse.Namespace) -> Watched:
         trial_samples=options.trial_samples, longest_batch_s=options.longest_batch_s)
 
 
-def _status(watched: Watched, *, json_wanted: bool) -> str:
+def _status(watched: Watched, *, as_json: bool) -> str:
     watcher = Watcher(watched)
-    standing = watcher.look()
-    trigger, trial = watcher.trigger(standing), watcher.on_trial(standing)
-    since = fresh_after(standing, watched.audit, time.time())
+    status = watcher.look()
+    trigger, trial = watcher.trigger(status), watcher.on_trial(status)
+    since = fresh_after(status, watched.audit, time.time())
     events = watched.audit.read()
     facts = {
-        "model": standing.model, "version": standing.version, "backbone": standing.backbone.sha256[:12],
-        "plan": standing.plan.digest() if standing.plan else "none",
-        "certificate": _certificate(standing), "step": max((state.step for state in standing.monitors), default=0),
-        "records": len(standing.times), "fresh records": standing.n_newer(since),
+        "model": status.model, "version": status.version, "backbone": status.backbone.sha256[:12],
+        "plan": status.plan.digest() if status.plan else "none",
+        "certificate": _certificate(status), "step": max((state.step for state in status.monitors), default=0),
+        "records": len(status.times), "fresh records": status.n_newer(since),
         "needed": watched.terms.n_enough,
-        "shadow samples watched": standing.n_watched,
+        "shadow samples watched": status.n_watched,
         "on trial": trial is not None,
         "next": "a verdict on the trial" if trial else f"renew ({trigger.reason})" if trigger else "wait",
         "last decision": events[-1] if events else None,
     }
-    if json_wanted:
+    if as_json:
         return json.dumps(facts, indent=1)
     if events:
         facts["last decision"] = f"{time.strftime('%F %T', time.gmtime(events[-1]['time']))} {events[-1]['event']}"
     return "\n".join(f"{name:22}  {value}" for name, value in facts.items())
 
 
-def _certificate(standing: ModelStatus) -> str:
-    if standing.plan is None or standing.plan.certificate is None:
+def _certificate(status: ModelStatus) -> str:
+    if status.plan is None or status.plan.certificate is None:
         return "none"
-    if standing.first_alarm is not None:
-        return f"void since {time.strftime('%F %T', time.gmtime(standing.first_alarm))} UTC"
-    return standing.plan.certificate.in_words()
+    if status.first_alarm is not None:
+        return f"void since {time.strftime('%F %T', time.gmtime(status.first_alarm))} UTC"
+    return status.plan.certificate.in_words()
 

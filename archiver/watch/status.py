@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.control import ModelServer
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import RecordError, ServerError
@@ -29,16 +29,16 @@ class ModelStatus:
     model: str
     version: str
     registered: tuple[str, ...]
-    """All versions that the server has of it."""
+    """All versions of the model that the server has."""
     archive: Path
     backbone: BackboneDescription
     plan: ExitPlan | None
     shards: tuple[Path, ...]
-    """Those that can be read: a damaged one must not stop the loop."""
+    """Shards that can be read: a damaged one must not stop the loop."""
     times: Tensor
-    """(N,) float64: when each record of this backbone was made, Unix seconds, ascending."""
+    """(N,) float64 Unix times in seconds, ascending, at which the records of this backbone were made."""
     monitors: tuple[MonitorState, ...]
-    """Of this version and plan, one for each records folder that has one."""
+    """States of the monitors of this version and plan, one for each records folder that has one."""
 
     @property
     def alarm_times(self) -> tuple[float, ...]:
@@ -59,12 +59,12 @@ class ModelStatus:
         return int((self.times > than).sum())
 
 
-def look(server: Management, model: str, store: Path, sources: Sequence[str], cache: Path) -> ModelStatus:
+def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], cache: Path) -> ModelStatus:
     """Return where a model stands.
 
     Args:
-        server: that serves it.
-        model: its name.
+        server: the server that serves the model.
+        model: name of the model.
         store: the server's model store.
         sources: records folders and URLs.
         cache: folder for copies of records from URLs.
@@ -74,7 +74,7 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
             records is there, or a monitor's state cannot be read.
     """
     versions = server.versions(model)
-    served = next((one for one in versions if one.is_default), None)
+    served = next((registered for registered in versions if registered.is_default), None)
     if served is None:
         raise ServerError(f"{server} does not serve {model}")
     archive = store / served.file_name
@@ -89,9 +89,10 @@ def look(server: Management, model: str, store: Path, sources: Sequence[str], ca
     except RecordError:
         shards = []
     times = _times(shards)
-    return ModelStatus(model, served.version, tuple(one.version for one in versions), archive, backbone, plan,
-                    tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
-                    _monitors(folders, model, served.version, backbone, plan))
+    return ModelStatus(
+        model, served.version, tuple(registered.version for registered in versions), archive, backbone, plan,
+        tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
+        _monitors(folders, model, served.version, backbone, plan))
 
 
 def _times(shards: Sequence[Path]) -> dict[Path, Tensor]:

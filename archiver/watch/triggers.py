@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from early_exit.archiver.watch.audit import Audit
+from early_exit.archiver.audit import Audit
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.data.dataset import Part
@@ -23,10 +23,11 @@ class Trigger:
     """Why a plan is to be renewed."""
 
     reason: str
-    """'alarm', 'backbone', 'expired' or 'records'."""
+    """One of 'alarm', 'backbone', 'expired' and 'records'."""
     fresh_after: float
     """Records up to this Unix time are not used to certify the new plan."""
     evidence: dict[str, Any]
+    """Numbers and digests that the reason is drawn from, as the audit keeps them."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Terms:
     """What triggers are judged by."""
 
     tolerance: float
+    """Largest expected loss that a new plan is certified for."""
     delta: float
+    """Largest chance that a certificate is wrong."""
     max_age_s: float
+    """Age of its newest record at which a certificate is renewed."""
 
     @property
     def n_enough(self) -> int:
@@ -43,17 +47,17 @@ class Terms:
         return math.ceil(2 * records_needed(self.tolerance, self.delta) / Part.CERTIFY.share)
 
 
-def fired(standing: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigger | None:
+def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigger | None:
     """Return why the plan is to be renewed now, if it is; never with fewer fresh records than can certify one."""
-    plan = standing.plan
-    since = fresh_after(standing, audit, now)
-    n_new, n_total = standing.n_newer(since), len(standing.times)
+    plan = status.plan
+    since = fresh_after(status, audit, now)
+    n_new, n_total = status.n_newer(since), len(status.times)
     if n_new < terms.n_enough:
         return None
-    evidence = {"records": n_total, "fresh_records": n_new, "backbone": standing.backbone.sha256,
+    evidence = {"records": n_total, "fresh_records": n_new, "backbone": status.backbone.sha256,
                 "plan": plan.digest() if plan else None}
-    if standing.first_alarm is not None:
-        alarms = [[alarm.__dict__ for alarm in state.alarms] for state in standing.monitors]
+    if status.first_alarm is not None:
+        alarms = [[alarm.__dict__ for alarm in state.alarms] for state in status.monitors]
         return Trigger("alarm", since, {**evidence, "alarms": alarms})
     if plan is None:
         return Trigger("backbone", since, evidence)
@@ -64,43 +68,43 @@ def fired(standing: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trig
     return None
 
 
-def fresh_after(standing: ModelStatus, audit: Audit, now: float) -> float:
+def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
     """Return the Unix time after which records are fresh: no plan was certified, or refused, on any later one.
 
     A clock that was ahead when they were recorded would make all that comes later look old: then what is recorded
     after a watcher noticed this is fresh.
     """
-    since = newest_mark(standing, audit)
+    since = newest_mark(status, audit)
     if since <= now:
         return since
     noticed = audit.latest(CLOCK)
     return noticed["time"] if noticed and noticed["ahead_until"] == since else now
 
 
-def newest_mark(standing: ModelStatus, audit: Audit) -> float:
+def newest_mark(status: ModelStatus, audit: Audit) -> float:
     """Return the Unix time of the newest record that a plan was certified or refused on, or of the first alarm since.
 
     The first, because traffic that has changed makes the safer settings alarm too, one after the other, and each
     would put the renewal off. Counting from the first keeps the fresh records free of what the later alarms saw: they
     only say that the served plan is worse still.
     """
-    plan = standing.plan
+    plan = status.plan
     marks = [0.0]
     if plan is not None and plan.certificate is not None:
         marks.append(plan.certificate.window[1])
     marks += [event["newest_record"] for event in audit.read()
-              if event["event"] == ATTEMPT and event["backbone"] == standing.backbone.sha256]
+              if event["event"] == ATTEMPT and event["backbone"] == status.backbone.sha256]
     mark = max(marks)
-    return float(next((alarm for alarm in standing.alarm_times if alarm > mark), mark))
+    return float(next((alarm for alarm in status.alarm_times if alarm > mark), mark))
 
 
 def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost: float | None) -> tuple[bool, str]:
     """Tell whether a renewed plan is to replace the current one, and why.
 
     Args:
-        new: as it was trained.
-        current: that serves.
-        reason: of the renewal.
+        new: the plan as it was trained.
+        current: the plan that serves, if there is one.
+        reason: why the plan was renewed, the `reason` of its trigger.
         current_cost: what `current` costs on the records and by the clock that `new` was made with, if these tell.
     """
     if new.certificate is None:

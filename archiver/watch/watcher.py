@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.audit import AUDIT_FILE, Audit, Event
+from early_exit.archiver.control import ModelServer
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import retire
-from early_exit.archiver.torchserve.management import Management
-from early_exit.archiver.watch.audit import AUDIT_FILE, Audit, Event
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
 from early_exit.handler.archive_layout import ArchiveLayout, extract
@@ -37,21 +38,22 @@ class Watched:
     """What is watched, and how."""
 
     model: str
-    servers: Sequence[Management]
+    servers: Sequence[ModelServer]
     store: Path
     """The servers' model store."""
     sources: Sequence[str]
-    """Records folders and URLs."""
+    """Folders and URLs with the servers' records."""
     state: Path
     """Folder for the audit, runs and copies of records from URLs."""
     options: Callable[[ArchiveLayout], TrainingOptions]
-    """What to train, for an extracted archive."""
+    """Returns what to train for an extracted archive."""
     labels: Path | None
     """CSV of request ids and true classes, for the risk of accuracy."""
     terms: Terms
     trial_samples: int
     """Shadow samples that a new version must pass before it is accepted."""
     longest_batch_s: float
+    """How long an old version may take for one batch."""
 
     @property
     def audit(self) -> Audit:
@@ -82,36 +84,36 @@ class Watcher:
         watched = self._watched
         return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote")
 
-    def trigger(self, standing: ModelStatus) -> Trigger | None:
+    def trigger(self, status: ModelStatus) -> Trigger | None:
         """Return why the plan is to be renewed; nothing while a new version is on trial or taken back."""
-        if self.on_trial(standing) is not None or self._taken_back_in_part() is not None:
+        if self.on_trial(status) is not None or self._taken_back_in_part() is not None:
             return None
-        return fired(standing, self._audit, self._watched.terms, time.time())
+        return fired(status, self._audit, self._watched.terms, time.time())
 
-    def on_trial(self, standing: ModelStatus) -> Event | None:
+    def on_trial(self, status: ModelStatus) -> Event | None:
         """Return the decision that brought the served version in, while it is not accepted yet."""
         event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, TAKING_BACK, ROLLED_BACK)
-        if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != standing.version:
+        if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != status.version:
             return None
         return event
 
     def _tick(self) -> None:
-        standing = self.look()
-        self._note_clock(standing)
+        status = self.look()
+        self._note_clock(status)
         if (begun := self._taken_back_in_part()) is not None:
             self._take_back(begun)
-        elif (trial := self.on_trial(standing)) is not None:
+        elif (trial := self.on_trial(status)) is not None:
             if trial["event"] == ROLLING:
                 self._finish(trial)
-            self._judge(standing, trial)
-        elif (pending := self._pending(standing)) is not None:
+            self._judge(status, trial)
+        elif (pending := self._pending(status)) is not None:
             self._roll(pending)
-        elif (attempt := self._attempt(standing)) is not None:
-            self._require_agreement(standing)
-            self._renew(standing, attempt)
+        elif (attempt := self._attempt(status)) is not None:
+            self._require_agreement(status)
+            self._renew(status, attempt)
 
-    def _note_clock(self, standing: ModelStatus) -> None:
-        mark, noticed = newest_mark(standing, self._audit), self._audit.latest(CLOCK)
+    def _note_clock(self, status: ModelStatus) -> None:
+        mark, noticed = newest_mark(status, self._audit), self._audit.latest(CLOCK)
         if mark > time.time() and (noticed is None or noticed["ahead_until"] != mark):
             self._note(CLOCK, ahead_until=mark)
 
@@ -132,7 +134,8 @@ class Watcher:
     def _replace(self, version: str, by: str, archive: str) -> None:
         """Let every server that serves a version serve another, whatever a roll that was cut short left there."""
         for server in self._watched.servers:
-            serves = next((one.version for one in server.versions(self._watched.model) if one.is_default), None)
+            versions = server.versions(self._watched.model)
+            serves = next((registered.version for registered in versions if registered.is_default), None)
             if serves == by:
                 self._retire(server, version)
             elif serves == version:
@@ -142,39 +145,40 @@ class Watcher:
             else:  # somebody else decided
                 self._log(f"{server} serves {serves}, neither {version} nor {by}, and is left so")
 
-    def _retire(self, server: Management, version: str) -> None:
+    def _retire(self, server: ModelServer, version: str) -> None:
         """Remove a version that gets no new requests, unless it is not there."""
-        for one in server.versions(self._watched.model):
-            if one.version == version and not one.is_default:
-                retire(server, self._watched.model, one, longest_batch_s=self._watched.longest_batch_s)
+        for registered in server.versions(self._watched.model):
+            if registered.version == version and not registered.is_default:
+                retire(server, self._watched.model, registered, longest_batch_s=self._watched.longest_batch_s)
 
-    def _require_agreement(self, standing: ModelStatus) -> None:
+    def _require_agreement(self, status: ModelStatus) -> None:
         """Check that all servers serve the version that is looked at: one that was restarted may not.
 
         Raises:
             ServerError: one serves another.
         """
         for server in self._watched.servers:
-            if not any(one.version == standing.version and one.is_default for one in server.versions(standing.model)):
-                raise ServerError(f"{server} does not serve {standing.model} {standing.version} as "
+            if not any(registered.version == status.version and registered.is_default
+                       for registered in server.versions(status.model)):
+                raise ServerError(f"{server} does not serve {status.model} {status.version} as "
                                   f"{self._watched.servers[0]} does: bring one version into all of them with ee-roll")
 
-    def _judge(self, standing: ModelStatus, trial: Event) -> None:
+    def _judge(self, status: ModelStatus, trial: Event) -> None:
         """Accept a new version, take it back, or let it go on."""
-        evidence = {"version": standing.version, "samples": standing.n_watched,
-                    "plan": standing.plan.digest() if standing.plan else None}
-        if standing.first_alarm is not None:
-            alarms = [alarm.__dict__ for state in standing.monitors for alarm in state.alarms]
+        evidence = {"version": status.version, "samples": status.n_watched,
+                    "plan": status.plan.digest() if status.plan else None}
+        if status.first_alarm is not None:
+            alarms = [alarm.__dict__ for state in status.monitors for alarm in state.alarms]
             begun = {**evidence, "alarms": alarms, "to": trial["replaces"], "archive": trial["replaced_archive"]}
             self._note(TAKING_BACK, **begun)
             self._take_back(begun)
-        elif standing.n_watched >= self._watched.trial_samples:
+        elif status.n_watched >= self._watched.trial_samples:
             self._note(ACCEPTED, **evidence)
 
-    def _pending(self, standing: ModelStatus) -> Event | None:
+    def _pending(self, status: ModelStatus) -> Event | None:
         """Return a roll that failed or was cut short before the switch and is worth another try."""
         event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED)
-        if event is None or event["event"] == ROLLED or event["replaces"] != standing.version:
+        if event is None or event["event"] == ROLLED or event["replaces"] != status.version:
             return None
         if event["tries"] >= _TRIES:
             return None
@@ -182,76 +186,76 @@ class Watcher:
             self._retire(server, event["version"])
         return event
 
-    def _attempt(self, standing: ModelStatus) -> Event | None:
+    def _attempt(self, status: ModelStatus) -> Event | None:
         """Return the renewal that was cut short, or a new one that there is reason for."""
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
-        if (event is not None and event["event"] == ATTEMPT and event["version"] == standing.version
+        if (event is not None and event["event"] == ATTEMPT and event["version"] == status.version
                 and event.get("tries", _TRIES) < _TRIES):  # audits of before do not count them
             return {key: value for key, value in event.items() if key not in ("time", "event")}
-        if (trigger := self.trigger(standing)) is None:
+        if (trigger := self.trigger(status)) is None:
             return None
         return {
-            "reason": trigger.reason, **trigger.evidence, "version": standing.version,
-            "run": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "newest_record": standing.times[-1].item(),
+            "reason": trigger.reason, **trigger.evidence, "version": status.version,
+            "run": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "newest_record": status.times[-1].item(),
             "certify_after": trigger.fresh_after, "tries": 0}
 
-    def _renew(self, standing: ModelStatus, attempt: Event) -> None:
+    def _renew(self, status: ModelStatus, attempt: Event) -> None:
         run = RunPaths(self._watched.state / "runs" / attempt["run"])
         self._note(ATTEMPT, **{**attempt, "tries": attempt["tries"] + 1})
         try:
-            plan, current_cost = self._train(standing, attempt["certify_after"], run)
+            plan, current_cost = self._train(status, attempt["certify_after"], run)
         except RecordError as error:
-            self._keep(standing, run, why=str(error))
+            self._keep(status, run, why=str(error))
             return
-        better, why = is_better(plan, standing.plan, attempt["reason"], current_cost)
-        evidence = {"why": why, "run": run.root.name, "new": _in_short(plan), "current": _in_short(standing.plan),
+        better, why = is_better(plan, status.plan, attempt["reason"], current_cost)
+        evidence = {"why": why, "run": run.root.name, "new": _summary(plan), "current": _summary(status.plan),
                     "current_cost_now": current_cost}
         if not better:
-            self._keep(standing, run, **evidence)
+            self._keep(status, run, **evidence)
             return
-        mar = build_archive(ArchiveRequest(str(standing.archive), self._watched.store, plan=run.plan,
-                                           version=self._next_version(standing)), self._log)
-        version = mar.stem.removeprefix(f"{standing.model}-")
-        _forget_material(run)
-        self._roll({"version": version, "archive": mar.name, "replaces": standing.version,
-                    "replaced_archive": standing.archive.name, "tries": 0, **evidence})
+        mar = build_archive(ArchiveRequest(str(status.archive), self._watched.store, plan=run.plan,
+                                           version=self._next_version(status)), self._log)
+        version = mar.stem.removeprefix(f"{status.model}-")
+        _remove_training_set(run)
+        self._roll({"version": version, "archive": mar.name, "replaces": status.version,
+                    "replaced_archive": status.archive.name, "tries": 0, **evidence})
 
-    def _keep(self, standing: ModelStatus, run: RunPaths, **evidence: Any) -> None:
-        self._note(KEPT, version=standing.version, **evidence)
-        _forget_material(run)
+    def _keep(self, status: ModelStatus, run: RunPaths, **evidence: Any) -> None:
+        self._note(KEPT, version=status.version, **evidence)
+        _remove_training_set(run)
 
-    def _train(self, standing: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
+    def _train(self, status: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
         """Train a new plan; return it and what the current one costs on its records."""
         with tempfile.TemporaryDirectory() as scratch:
             layout = ArchiveLayout(Path(scratch))
-            extract(standing.archive, layout.root)
+            extract(status.archive, layout.root)
             options = replace(self._watched.options(layout), fresh_after=certify_after)
-            train(standing.model, layout, list(standing.shards), options, run, mar=standing.archive,
+            train(status.model, layout, list(status.shards), options, run, mar=status.archive,
                   labels=self._watched.labels, log=self._log)
             current_cost = None
             if layout.plan.exists():
                 current, tensors = load_plan(layout.plan)
-                heads = build_heads(current, tensors, standing.backbone)
-                current_cost = cost_on_run(current, heads, run, standing.backbone, options)
+                heads = build_heads(current, tensors, status.backbone)
+                current_cost = cost_on_run(current, heads, run, status.backbone, options)
         return load_plan(run.plan)[0], current_cost
 
-    def _roll(self, asked: Event) -> None:
-        facts = {key: asked[key] for key in ("version", "archive", "replaces", "replaced_archive", "why", "new",
-                                             "current", "current_cost_now")}
-        facts["tries"] = asked["tries"] + 1
+    def _roll(self, decision: Event) -> None:
+        facts = {key: decision[key] for key in ("version", "archive", "replaces", "replaced_archive", "why", "new",
+                                                "current", "current_cost_now")}
+        facts["tries"] = decision["tries"] + 1
         self._note(ROLLING, **facts)
         try:
-            roll_all(self._watched.servers, self._watched.store / asked["archive"], put_back=True,
+            roll_all(self._watched.servers, self._watched.store / decision["archive"], put_back=True,
                      longest_batch_s=self._watched.longest_batch_s, log=self._log)
         except EarlyExitError as error:
             self._note(ROLL_FAILED, **facts, error=str(error))
             return
         self._note(ROLLED, **facts)
 
-    def _next_version(self, standing: ModelStatus) -> str:
+    def _next_version(self, status: ModelStatus) -> str:
         """Return a version above all that the server has and the store holds: none of them is replaced."""
-        stored = (mar.stem.removeprefix(f"{standing.model}-") for mar in self._watched.store.glob("*.mar"))
-        numbers = [float(version) for version in (*stored, *standing.registered) if _is_number(version)]
+        stored = (mar.stem.removeprefix(f"{status.model}-") for mar in self._watched.store.glob("*.mar"))
+        numbers = [float(version) for version in (*stored, *status.registered) if _is_number(version)]
         return f"{int(max(numbers, default=0)) + 1}.0"
 
     def _note(self, event: str, **evidence: Any) -> None:
@@ -260,14 +264,14 @@ class Watcher:
         self._audit.append(event, **evidence)
 
 
-def _forget_material(run: RunPaths) -> None:
+def _remove_training_set(run: RunPaths) -> None:
     """Remove a decided run's copy of the records: they would outlive their own age and size limits there."""
     shutil.rmtree(run.training_set.root, ignore_errors=True)
     shutil.rmtree(run.remote, ignore_errors=True)
 
 
-def _in_short(plan: ExitPlan | None) -> dict[str, Any] | None:
-    """Return what an audit keeps of a plan."""
+def _summary(plan: ExitPlan | None) -> dict[str, Any] | None:
+    """Return what the audit keeps of a plan."""
     if plan is None:
         return None
     certificate = plan.certificate

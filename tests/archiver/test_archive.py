@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.cli import main
 from early_exit.archiver.packaging.describe import describe
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.archive_layout import MANIFEST, extract
 from early_exit.handler.backbone.export import export_backbone
 from early_exit.handler.backbone.signature import InputSpec

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.backbone.signature import InputSpec
 from tests.support.models.text_handler import LENGTH
 from tests.support.original import MODELS

@@ -6,9 +6,9 @@ import argparse
 
 import pytest
 
-from early_exit.archiver.rollout.fleet import add_server_options, servers_of
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.handler.errors import ServerError
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from early_exit.archiver.watch.audit import Audit, only_watcher
+from early_exit.archiver.audit import Audit
+from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, fired, fresh_after, is_better
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription

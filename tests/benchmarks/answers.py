@@ -24,9 +24,10 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
-from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
+from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.backbone.graph import split
@@ -34,6 +35,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit, save_plan
 from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.training.command import raise_on_terminate
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions

@@ -22,9 +22,12 @@ from typing import Any
 
 import requests
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
-from early_exit.archiver.torchserve.addresses import Addresses, read_token
-from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
+from early_exit.training.command import raise_on_terminate
 from tests.benchmarks.report import report
 from tests.support.client import send
 from tests.support.digits import traffic, train_backbone

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.audit import Audit
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.archiver.watch.audit import Audit
 from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watcher import Watched, Watcher
 from early_exit.training.options import TrainingOptions

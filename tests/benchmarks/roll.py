@@ -16,12 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
-from early_exit.archiver.torchserve.process import TorchServe, raise_on_terminate
+from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.config import ANSWERS
+from early_exit.training.command import raise_on_terminate
 from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
 from tests.support.digits import traffic, train_backbone
 from tests.support.original import original_mar

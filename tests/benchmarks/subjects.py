@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone

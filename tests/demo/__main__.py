@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from early_exit.archiver.torchserve.process import raise_on_terminate
 from early_exit.handler.allocator import restart_with_allocator
+from early_exit.training.command import raise_on_terminate
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
 from tests.support.client import failed, latency_ms

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.exits.plan import Certificate

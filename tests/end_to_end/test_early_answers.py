@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import requests
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
-from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.recording.format import list_shards, read_shard
 from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, metrics, send

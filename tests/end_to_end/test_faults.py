@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from early_exit.archiver.gateway.prometheus import read_metrics
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses

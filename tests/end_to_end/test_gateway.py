@@ -15,9 +15,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from early_exit.archiver.gateway.messages import Limits
-from early_exit.archiver.packaging.archive import ArchiveRequest
-from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
 from tests.conftest import WORKERS
 from tests.support.digits import traffic
 from tests.support.gateway import as_bytes, as_text, gateway, receive, wait_for_state
@@ -132,9 +133,9 @@ def test_an_unknown_model_and_a_server_that_is_gone_are_errors_of_the_item(addre
     with gateway(Addresses.free(), key_file) as alone, connect(f"ws://{alone}/ws/digits") as socket:
         socket.send(as_text({"a": BODIES[0]}))
         told = receive(socket, 1)["a"]
-        assert told["status"] == 502 and "does not answer" in told["error"]
+        assert told["status"] == 502 and "no answer from" in told["error"]
         state = wait_for_state(alone, lambda state: state["trouble"] is not None)
-        assert "does not answer" in state["trouble"] and state["model"] is None
+        assert "no answer from" in state["trouble"] and state["model"] is None
 
 
 def test_with_a_token_nobody_else_gets_in_and_other_sites_never_do(server: TorchServe, address: str) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
 from torchvision.transforms.functional import to_pil_image
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.detector import backbone_of_detector
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe

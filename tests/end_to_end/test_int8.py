@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.archiver.packaging.archive import ArchiveRequest, build_archive
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.archive_layout import ArchiveLayout, extract

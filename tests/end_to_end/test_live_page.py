@@ -13,12 +13,13 @@ import pytest
 import requests
 from websockets.sync.client import connect
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.audit import Audit
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
-from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.archiver.watch.audit import Audit
+from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.exits.plan import Certificate
 from tests.conftest import WORKERS
 from tests.support.browser import CHROMIUM, Browser, browser
@@ -220,7 +221,7 @@ def test_the_page_says_what_is_wrong_and_recovers(tab: Browser, server: TorchSer
     key_file.write_text(json.dumps({kind: {"key": "none"} for kind in ("inference", "management", "API")}))
     with gateway(Addresses.free(), key_file) as alone:
         tab.open(f"http://{alone}/")
-        tab.wait_for("TorchServe does not answer at", "no news")
+        tab.wait_for("no answer from", "no news")
         tab.picture(pictures / "gone.png")
     tab.wait_for("The gateway does not answer")
     with gateway(server.addresses, server.key_file, token="secret") as closed:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import requests
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management

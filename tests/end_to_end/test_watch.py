@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import requests
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
-from early_exit.archiver.torchserve.addresses import Addresses, read_token
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.archiver.watch.audit import only_watcher
+from early_exit.archiver.torchserve.tokens import read_token
+from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watcher import Watched, Watcher
 from early_exit.handler.archive_layout import ArchiveLayout
@@ -207,7 +208,7 @@ def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched
 
 
 def run(server: TorchServe, watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "early_exit.archiver.watch.__main__", *arguments, "digits", "--records",
+    command = [sys.executable, "-m", "early_exit.archiver.watch", *arguments, "digits", "--records",
                *watched.sources, "--model-store", str(watched.store), "--state", str(watched.state), "--server",
                f"{server.addresses.inference},{server.addresses.management}", "--tokens", str(server.key_file),
                "--tolerance", str(TOLERANCE)]

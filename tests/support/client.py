@@ -15,8 +15,9 @@ from types import TracebackType
 
 import requests
 
-from early_exit.archiver.torchserve.addresses import free_ports, read_token
+from early_exit.archiver.torchserve.addresses import free_ports
 from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
 
 TIMEOUT_S = 60.0
 

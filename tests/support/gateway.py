@@ -17,11 +17,12 @@ from websockets.sync.client import ClientConnection
 
 from early_exit.archiver.gateway.app import create_app
 from early_exit.archiver.gateway.asgi_server import make_server
+from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.gateway.dashboard import Decisions
 from early_exit.archiver.gateway.messages import Limits
-from early_exit.archiver.gateway.torchserve_client import Upstream
-from early_exit.archiver.torchserve.addresses import Addresses, free_ports, read_token
-from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.gateway.upstream import PREDICTION_S
+from early_exit.archiver.torchserve.addresses import Addresses, free_ports
+from early_exit.archiver.torchserve.management import AsyncManagement
 
 
 @contextmanager
@@ -29,10 +30,10 @@ def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None, 
             limits: Limits | None = None, decisions: Decisions = lambda model: []) -> Iterator[str]:
     """Yield host and port of a gateway in front of a TorchServe."""
     limits = limits or Limits()
-    upstream = Upstream(addresses.inference, addresses.management, addresses.metrics,
-                        lambda kind: read_token(key_file, kind), Management(addresses, key_file).renewed,
-                        connections=limits.in_flight_in_all)
-    with serving(create_app(upstream, store=store, token=token, limits=limits, decisions=decisions), limits) as address:
+    upstream = AsyncManagement(addresses, key_file, connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
+    app = create_app(upstream, token=token, limits=limits, decisions=decisions,
+                     plans=Promises(store).of if store else lambda file_name: None)
+    with serving(app, limits) as address:
         yield address
 
 

@@ -14,7 +14,7 @@ from model_archiver.model_packaging import generate_model_archive
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 
 MODELS = Path(__file__).with_name("models")
 

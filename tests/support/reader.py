@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from early_exit.archiver.torchserve.addresses import read_token
+from early_exit.archiver.torchserve.tokens import read_token
 from tests.support.client import consecutive_free_ports
 from tests.support.documents import Shown, commands
 

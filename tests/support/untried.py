@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 from early_exit.archiver.packaging import archive
-from early_exit.archiver.packaging.archive import ArchiveRequest
+from early_exit.archiver.packaging.request import ArchiveRequest
 
 
 def build_untried(asked: ArchiveRequest, log: Callable[[str], None] = lambda line: None) -> Path:

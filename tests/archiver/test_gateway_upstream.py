@@ -20,8 +20,10 @@ from websockets.sync.client import connect
 from early_exit.archiver.gateway.app import create_app
 from early_exit.archiver.gateway.dashboard import SHOWN_S, Live
 from early_exit.archiver.gateway.messages import Limits
-from early_exit.archiver.gateway.torchserve_client import Upstream
+from early_exit.archiver.gateway.upstream import Upstream
 from early_exit.archiver.gateway.websocket import serve_socket
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import AsyncManagement
 from tests.support.gateway import as_text, receive, serving
 
 ANSWERS = """# TYPE ee_answers_total counter
@@ -60,12 +62,14 @@ def stand_in(said: Mapping[str, str], headers: Mapping[str, str] | None = None) 
 
 
 def upstream_of(url: str) -> Upstream:
-    return Upstream(url, url, url, lambda kind: None, lambda kind, status, text: False, connections=4)
+    return AsyncManagement(Addresses(url, url, url), None, connections=4, prediction_s=30)
 
 
 def versions(*models: str) -> dict[str, str]:
     """Return what the management API says of models with one version each."""
-    told = json.dumps([{"modelVersion": "3.0", "modelUrl": "digits-3.0.mar", "workers": [{"status": "READY"}]}])
+    told = json.dumps([{"modelVersion": "3.0", "modelUrl": "digits-3.0.mar", "workers": [{"status": "READY"}],
+                        "minWorkers": 1, "jobQueueStatus": {"pendingRequests": 0}, "maxBatchDelay": 100,
+                        "batchSize": 1}])
     return {f"/models/{model}{more}": told for model in models for more in ("", "/all")}
 
 
@@ -81,7 +85,7 @@ def looked(said: dict[str, str], *later: dict[str, str]) -> list[dict[str, Any]]
     """Return the page's state after a look, and after each change of what is said and another look."""
     async def look() -> list[dict[str, Any]]:
         with stand_in(said) as upstream:
-            live, states = Live(upstream, None), []
+            live, states = Live(upstream), []
             for change in ({}, *later):
                 said.update(change)
                 await live.look()
@@ -96,7 +100,7 @@ def test_numbers_that_json_has_no_word_for_arrive_as_null() -> None:
     opinions = '[{"exit":"full","class":0,"confidence":NaN}]'
     headers = {"X-Early-Exit-Confidence": "nan", "X-Early-Exit-Opinions": opinions}
     with stand_in({"/predictions/digits": '{"a": [NaN, 1.5, -Infinity, 1e999]}'}, headers) as upstream, \
-            serving(create_app(upstream, store=None, token=None), Limits()) as address:
+            serving(create_app(upstream, token=None), Limits()) as address:
         asked = requests.post(f"http://{address}/ask/digits", data=b"a", timeout=30)
         with connect(f"ws://{address}/ws/digits") as socket:
             socket.send(as_text({"a": b"a"}))
@@ -145,7 +149,7 @@ def test_what_is_older_than_ten_minutes_is_not_shown(monkeypatch: pytest.MonkeyP
     async def look() -> None:
         said = {FIRST: page("digits"), "/metrics": ANSWERS % 1, **versions("digits")}
         with stand_in(said) as upstream:
-            live = Live(upstream, None)
+            live = Live(upstream)
             await live.look()
             said["/metrics"] = ANSWERS % 5
             await live.look()

@@ -1,17 +1,16 @@
-"""What a watcher decided and why: one JSON line each, only ever appended; and the lock that keeps watchers apart."""
+"""What a watcher decided about a model and why: one JSON line each, only ever appended.
+
+The watcher writes it, and the gateway's page shows it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from early_exit.handler.errors import ServerError
 
 AUDIT_FILE = "audit.jsonl"
 Event = dict[str, Any]
@@ -52,24 +51,3 @@ class Audit:
     def latest(self, *names: str) -> Event | None:
         """Return the latest decision of some kinds."""
         return next((event for event in reversed(self.read()) if event["event"] in names), None)
-
-
-@contextlib.contextmanager
-def only_watcher(path: Path) -> Iterator[None]:
-    """Hold a lock while the block runs; the kernel frees it when the process ends, however it ends.
-
-    Raises:
-        ServerError: another process holds it.
-    """
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ServerError(f"another ee-watch (process {file.read().strip() or 'unknown'}) watches this model: "
-                              f"{path} is locked") from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

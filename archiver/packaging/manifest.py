@@ -1,0 +1,46 @@
+"""The manifest that TorchServe reads from an archive."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from early_exit.handler.archive_layout import HANDLER
+from early_exit.handler.errors import ArchiveError
+
+_CREATED = "01/01/1980 00:00:00"
+"""Every archive has this time of creation: the clock must not change its bytes."""
+
+
+def manifest_text(original: dict[str, Any], *, name: str | None, version: str | None, config_file: str | None) -> str:
+    """Return the text of an early-exit archive's manifest.
+
+    Args:
+        original: the manifest that the user's handler expects.
+        name: name of the model, by default the original's.
+        version: version of the model, by default one above the original's.
+        config_file: name of the archive's model-config.yaml, if it has one.
+
+    Raises:
+        ArchiveError: there is no version, and the original's cannot be counted up.
+    """
+    from model_archiver.manifest_components.manifest import Manifest
+    from model_archiver.manifest_components.model import Model
+
+    model = original["model"]
+    described = Model(
+        model_name=name or model["modelName"], serialized_file=None, handler=HANDLER,
+        model_version=version or _next_version(model.get("modelVersion")),
+        requirements_file=model.get("requirementsFile"), config_file=config_file)
+    manifest = Manifest("python", described).manifest_dict
+    manifest["createdOn"] = _CREATED
+    return json.dumps(manifest, indent=1, sort_keys=True)
+
+
+def _next_version(version: str | None) -> str:
+    if version is None:
+        return "1.0"
+    try:
+        return f"{int(float(version)) + 1}.0"
+    except ValueError:
+        raise ArchiveError(f"the source has version {version!r}, which cannot be counted up: pass --version") from None

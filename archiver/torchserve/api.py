@@ -1,0 +1,145 @@
+"""TorchServe's API: the one place that knows its paths, its JSON and its errors.
+
+What is asked of the server is a conversation: a generator that yields requests, is sent the response to each, and
+returns what was learnt. It sends nothing itself, so it serves the synchronous client as well as the asynchronous one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.tokens import TokenKind
+from early_exit.handler.errors import ServerError
+from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
+
+T = TypeVar("T")
+_MODELS_A_PAGE = 100
+"""TorchServe names no more models than this in one answer."""
+
+
+@dataclass(frozen=True)
+class ApiRequest:
+    """A request to TorchServe, without its token."""
+
+    method: str
+    url: str
+    token: TokenKind = "management"
+    """Kind of the token that the request needs."""
+    params: dict[str, str | int] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+Conversation = Generator[ApiRequest, httpx.Response, T]
+
+
+class Api:
+    """The conversations with one server; each raises a ServerError where a response is a refusal."""
+
+    def __init__(self, addresses: Addresses) -> None:
+        self._addresses = addresses
+
+    def models(self) -> Conversation[list[str]]:
+        """Learn the names of the models that are registered."""
+        names: list[str] = []
+        page: dict[str, Any] = {"nextPageToken": "0"}
+        while "nextPageToken" in page:
+            page = _json((yield ApiRequest("GET", f"{self._addresses.management}/models", params={
+                "limit": _MODELS_A_PAGE, "next_page_token": page["nextPageToken"]})))
+            names += (model["modelName"] for model in page["models"])
+        return names
+
+    def versions(self, model: str) -> Conversation[list[VersionStatus]]:
+        """Learn the registered versions of a model, none when it is not registered."""
+        described = yield ApiRequest("GET", self._model(model))  # without a version TorchServe describes the default
+        if described.status_code == 404:
+            return []
+        default = _json(described)[0]["modelVersion"]
+        versions = _json((yield ApiRequest("GET", self._model(model, "all"))))
+        return [_status(version, default) for version in versions]
+
+    def register(self, file_name: str, workers: int) -> Conversation[None]:
+        """Load an archive of the model store as a new version; its workers start in the background."""
+        _require_ok((yield ApiRequest("POST", f"{self._addresses.management}/models", params={
+            "url": file_name, "initial_workers": workers, "synchronous": "false"})))
+
+    def scale(self, model: str, version: str, workers: int) -> Conversation[None]:
+        """Let a version have so many workers; they start in the background."""
+        _require_ok((yield ApiRequest("PUT", self._model(model, version), params={
+            "min_worker": workers, "max_worker": workers, "synchronous": "false"})))
+
+    def set_default(self, model: str, version: str) -> Conversation[None]:
+        """Send the requests that name no version to this one from now on."""
+        _require_ok((yield ApiRequest("PUT", self._model(model, version, "set-default"))))
+
+    def unregister(self, model: str, version: str) -> Conversation[None]:
+        """Remove a version at once, with whatever it has not answered."""
+        _require_ok((yield ApiRequest("DELETE", self._model(model, version))))
+
+    def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
+        """Let a version check itself, and learn what it says."""
+        said: dict[str, Any] = _json((yield ApiRequest(
+            "POST", self._prediction(model, version), "inference", headers={PROBE_HEADER: "1"}, body=b"probe")))
+        return said
+
+    def predict(self, model: str, body: bytes, *, version: str | None = None,
+                anytime: bool = False) -> Conversation[Prediction]:
+        """Get the answer to a request, whatever its status: this one does not raise for a refusal.
+
+        Args:
+            model: name of a served model.
+            body: body of the request.
+            version: a registered version, by default the model's default.
+            anytime: whether the request runs to the end and hears what every exit would have said.
+        """
+        response = yield ApiRequest("POST", self._prediction(model, version), "inference",
+                                    headers={ANYTIME_HEADER: "1"} if anytime else {}, body=body)
+        return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
+                          response.content, None if response.status_code == 200 else _message(response))
+
+    def metrics(self) -> Conversation[str]:
+        """Get the Prometheus text."""
+        response = yield ApiRequest("GET", f"{self._addresses.metrics}/metrics", "inference")
+        _require_ok(response)
+        return response.text
+
+    def _model(self, *path: str) -> str:
+        return "/".join([self._addresses.management, "models", *(quote(part, safe="") for part in path)])
+
+    def _prediction(self, model: str, version: str | None) -> str:
+        path = [model] if version is None else [model, version]
+        return "/".join([self._addresses.inference, "predictions", *(quote(part, safe="") for part in path)])
+
+
+def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
+    return VersionStatus(
+        version=version["modelVersion"], is_default=version["modelVersion"] == default_version,
+        n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in version["workers"]),
+        pending_requests=version["jobQueueStatus"]["pendingRequests"],
+        max_batch_delay_s=version["maxBatchDelay"] / 1000, batch_size=version["batchSize"],
+        file_name=version["modelUrl"].rsplit("/", 1)[-1])
+
+
+def _json(response: httpx.Response) -> Any:
+    _require_ok(response)
+    return response.json()
+
+
+def _require_ok(response: httpx.Response) -> None:
+    if not response.is_success:
+        raise ServerError(f"{response.request.method} {response.url} was answered with {response.status_code}: "
+                          f"{_message(response)}")
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text.strip()[:500]
