@@ -13,6 +13,7 @@ from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archi
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.command import command_parser, run_command, say_next
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import archived_config
@@ -27,7 +28,6 @@ from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
 from early_exit.training.report.evaluate import evaluate
 from early_exit.training.report.html import html_page
-from early_exit.training.selection.risk import Risk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

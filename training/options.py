@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from early_exit.handler.engines.registry import DEFAULT_ENGINE
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.data.replay import Replay
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.search import Search
 from early_exit.training.heads.space import SearchSpace
-from early_exit.training.selection.risk import Risk
 
 Rule = Literal["certified", "paper", "equal"]
 Measure = Literal["seconds", "flops"]

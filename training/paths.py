@@ -60,7 +60,7 @@ class RunPaths:
         return self.root / "report.txt"
 
     @property
-    def judged(self) -> Path:
+    def predictions(self) -> Path:
         """What the heads say about the records that they were not trained on."""
         return self.root / "judged.safetensors"
 

@@ -16,9 +16,10 @@ from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.backbone.candidates import CandidateLayer, spread_over
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import save_plan
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.recording.format import read_times
-from early_exit.training.costs.cost import Costs, FlopCost, flop_costs
-from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone, profile_exit
+from early_exit.training.costs.cost import FlopCost
+from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
 from early_exit.training.data.dataset import (
     Part,
     RecordedTraffic,
@@ -31,14 +32,15 @@ from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
 from early_exit.training.data.training_set import TrainingSet, prepare
-from early_exit.training.heads.heads import HeadCost, TrainedHead, find_architectures, train_heads
+from early_exit.training.heads.heads import find_architectures, train_heads
+from early_exit.training.heads.trial import HeadCost, evaluators_of
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.planning.choose import choose, make_plan
-from early_exit.training.planning.predictions import judge
-from early_exit.training.report.summary import RunReport, make_report
+from early_exit.training.planning.exit_costs import exit_costs
+from early_exit.training.planning.predictions import predict
+from early_exit.training.report.summary import RunReport, head_reports, make_report
 from early_exit.training.selection.certify import records_needed, require_enough
-from early_exit.training.selection.risk import Risk
 
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
@@ -56,14 +58,14 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         run: where everything is written.
         mar: where the archive lies, remembered for reports.
         labels: CSV of request ids and true classes, for the risk of accuracy and for the report.
-        log: told what the user should know.
+        log: receives lines for the user.
 
     Raises:
         RecordError: too few records, records of different kinds, or a folder of another run.
     """
     backbone = Backbone.load(archive.folder)
     description = backbone.description
-    training_set, left_out = _material(archive, mar, backbone, shards, options, run, log)
+    training_set, left_out = _training_set(archive, mar, backbone, shards, options, run, log)
     truth = load_labels(labels, training_set.request, training_set.n_classes) if labels else None
     if options.risk is Risk.ACCURACY:
         _require_labels(truth, training_set, options)
@@ -71,24 +73,28 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     head_cost: HeadCost = FlopCost(description.flops)
     if profile is not None and options.service is None:
         head_cost = TimeCost(profile, options.batch_size)
-    architectures, dropped = find_architectures(run, training_set, options, head_cost, log)
+    trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost)
+    architectures, dropped = find_architectures(trials_on, run, options.space, options.search, options.service, log)
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
-    heads = train_heads(run, training_set, options, architectures, head_cost)
-    judged = judge(training_set, heads, exit_costs(profile, heads, description, options), options.risk, truth)
-    with replacing(run.judged) as scratch:
-        judged.save(scratch)
-    choice = choose(judged, options)
-    plan = make_plan(choice, judged, heads, training_set, description, options, profile)
-    save_plan(run.root, plan, {one.layer.path: one.head for one in heads})
-    report = make_report(model, training_set, heads, judged, choice, plan, (*left_out, *dropped), description)
+    heads = train_heads(evaluators_of(training_set, options.tolerance, options.recipe, head_cost), architectures, run)
+    costs = exit_costs(profile, heads, description, options.batch_size)
+    predictions = predict(training_set, heads, costs, options.risk, truth)
+    with replacing(run.predictions) as scratch:
+        predictions.save(scratch)
+    point = choose(predictions, options)
+    plan = make_plan(point, predictions, heads, training_set, description, options, profile)
+    save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
+    records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
+    report = make_report(model, records, plan, point, predictions,
+                         head_reports(heads, predictions, point, description), (*left_out, *dropped), description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):
         with replacing(path) as scratch:
             scratch.write_text(text)
     return report
 
 
-def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
+def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
               options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
     """Return the training set of the run and the candidates that are not in it, with the reason."""
     description = backbone.description
@@ -189,14 +195,3 @@ def _profile(run: RunPaths, archive: ArchiveLayout, backbone: Backbone, layers: 
             scratch.write_text(json.dumps(asdict(profile), indent=1))
     return Profile.load(run.profile)
 
-
-def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
-               options: TrainingOptions) -> Costs:
-    """Return what exits with these heads cost: measured where there is a profile, otherwise in FLOPs."""
-    layers = [one.layer for one in heads]
-    if profile is None:
-        cost = FlopCost(backbone.flops)
-        return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
-    exits = [profile_exit(one.head, one.layer, engine=profile.engine, device=profile.device)
-             for one in tqdm(heads, desc="profile", unit="exit", disable=None)]
-    return profile.costs([layer.path for layer in layers], exits, options.batch_size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 
 FORMAT = 1
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -29,8 +30,9 @@ STAKE_EVERY = 100
 class Monitored:
     """What is watched: the loss, how much of it is tolerated, and how sure an alarm is."""
 
-    risk: str
+    risk: Risk
     tolerance: float
+    """The expected loss that is tolerated."""
     delta: float
     """Probability of ever raising a false alarm at one step."""
 
@@ -43,8 +45,8 @@ class Monitored:
         like that of the certificate; a loss of accuracy at the same disagreement stays unseen.
         """
         delta = 1 - certificate.confidence
-        if certificate.risk == "accuracy":
-            return cls("disagreement", upper_limit(certificate.k, certificate.n, delta), delta)
+        if certificate.risk == Risk.ACCURACY:
+            return cls(Risk.DISAGREEMENT, upper_limit(certificate.k, certificate.n, delta), delta)
         return cls(certificate.risk, certificate.tolerance, delta)
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
@@ -56,13 +58,8 @@ class Monitored:
             kind: of both.
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
-        differs = (served != backbone).double()
-        if self.risk == "confidence-gap":
-            probabilities = kind.log_probabilities(reference.float()).exp()
-            gap = probabilities.gather(1, backbone[:, None]) - probabilities.gather(1, served[:, None])
-            differs = gap.flatten().double().clamp(0.0, 1.0) * differs
-        losses: list[float] = differs.tolist()
-        return losses
+        losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
+        return list(losses.flatten().tolist())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.recording.format import Records, ShardHeader, list_shards, write_shard
 from early_exit.handler.serving.telemetry import request_hash
@@ -24,7 +25,6 @@ from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
-from early_exit.training.selection.risk import Risk
 from tests.support.recording import record
 from tests.support.residual import N_RECORDS, Residual, recorded_inputs
 
@@ -96,15 +96,15 @@ def test_a_run_makes_a_plan_that_serves_as_it_reports(
     assert plan == report.plan
     assert plan.exits, "this backbone is easy enough to exit from"
     assert (plan.certificate is not None) == (rule == "certified")
-    assert json.loads(run.report_json.read_text())["flops_ratio"] == report.flops_ratio < 1
+    assert json.loads(run.report_json.read_text())["flops_ratio"] == report.deployed.flops < 1
     fresh = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2))
     served = EarlyExitModel(backbone, plan, build_heads(plan, tensors, backbone.description))
     with torch.no_grad():
         answers, log_probabilities = served(fresh).argmax(1), backbone.graph(fresh).log_softmax(dim=1)
     full = log_probabilities.argmax(dim=1)
     left = (served.take_served()[0].answers.stages >= 0).double().mean().item()
-    assert left == pytest.approx(sum(one.hit_rate for one in report.exits), abs=0.05)
-    assert (answers != full).double().mean().item() == pytest.approx(report.disagreement, abs=0.03)
+    assert left == pytest.approx(sum(exit.together.hit_rate for exit in report.exits), abs=0.05)
+    assert (answers != full).double().mean().item() == pytest.approx(report.deployed.disagreement, abs=0.03)
     losses = risk.losses(answers[:, None], full, log_probabilities, true_classes(log_probabilities))
     assert losses.mean() <= OPTIONS.tolerance + 0.01
 
@@ -168,8 +168,8 @@ def test_an_impossible_tolerance_gives_a_plan_without_exits(
     shards = find_shards(records, "model", backbone.description)
     options = replace(OPTIONS, tolerance=0.004, recipe=Distillation(epochs=1, learning_rate=1e-9))
     report = train("model", archive, shards, options, RunPaths(tmp_path / "run"))
-    assert report.disagreement <= 0.004
-    assert report.flops_ratio == pytest.approx(1, abs=0.05)
+    assert report.deployed.disagreement <= 0.004
+    assert report.deployed.flops == pytest.approx(1, abs=0.05)
 
 
 def test_too_few_labels_are_said_before_anything_is_trained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.config import RAW
-from early_exit.handler.errors import ConfigError, PlanError
+from early_exit.handler.errors import ConfigError, PlanError, did_you_mean
 from early_exit.handler.exits.head import Convolution, HeadSpec
 
 MAX_CONVOLUTIONS, MAX_LINEARS = 2, 2
@@ -64,9 +63,7 @@ class SearchSpace:
         known = [one.name for one in fields(cls)]
         for key in data if isinstance(data, dict) else ():
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                raise ConfigError(f"search space: {key!r} in {path} is not a setting, "
-                                  + (f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"))
+                raise ConfigError(f"search space: {key!r} in {path} is not a setting, {did_you_mean(key, known)}")
         if not isinstance(data, dict):
             raise ConfigError(f"search space: expected keys and values in {path}, found {data!r}")
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value

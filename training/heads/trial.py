@@ -24,9 +24,12 @@ from early_exit.training.selection.calibrate import fit_temperature
 from early_exit.training.selection.thresholds import NEVER, budget_threshold
 
 LOOKS = 2
-"""How often a trial is judged while it trains, the end included."""
+"""How often a trial is evaluated while it trains, the end included."""
 _CHUNK = 1024
 _CHANCE_LEVEL = 0.01
+
+HeadCost = Callable[[Head, CandidateLayer], float]
+"""The cost of a head at a layer as a fraction of the backbone's."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Evaluator:
     training_set: TrainingSet
     tolerance: float
     recipe: Distillation
-    head_cost: Callable[[Head, CandidateLayer], float]
+    head_cost: HeadCost
 
     def train(self, spec: HeadSpec, on_step: Callable[[int, Classify], bool]) -> Head:
         """Train a head on the train part."""
@@ -131,6 +134,12 @@ class Evaluator:
             hits = (confidence >= budget_threshold(confidence, agrees, budget)).double().mean().item()
             costs.append(head_cost + 1 - hits * (1 - self.layer.cost))
         return sum(costs) / len(costs)
+
+
+def evaluators_of(training_set: TrainingSet, tolerance: float, recipe: Distillation,
+                  head_cost: HeadCost) -> list[Evaluator]:
+    """Return an evaluator for each layer of a training set, in the order of the backbone."""
+    return [Evaluator(layer, training_set, tolerance, recipe, head_cost) for layer in training_set.layers]
 
 
 def logits_of(classify: Classify, spec: HeadSpec, activations: Activations, rows: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.heads.trial import logits_of
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.pipeline import exit_costs
-from early_exit.training.selection.thresholds import OperatingPoint, mean_cost
+from early_exit.training.planning.exit_costs import exit_costs
+from early_exit.training.selection.simulation import OperatingPoint, mean_cost
 
 
 def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbone: BackboneDescription,
@@ -45,5 +45,5 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
     for position, (planned, one) in enumerate(zip(plan.exits, served)):
         logits = logits_of(one.head.classify, one.head.spec, training_set.activations(one.layer), rows)
         taken[(taken == -1) & planned.policy()(logits)] = position
-    choice = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
-    return mean_cost(choice, taken, exit_costs(profile, served, backbone, options))
+    point = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
+    return mean_cost(point, taken, exit_costs(profile, served, backbone, options.batch_size))

@@ -15,7 +15,7 @@ from scipy.special import bdtr
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
-from early_exit.training.selection.risk import Risk
+from early_exit.handler.exits.risk import Risk
 
 METHODS = {
     Risk.DISAGREEMENT: "fixed-sequence test, exact binomial",
@@ -31,7 +31,7 @@ def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> 
         risk: what the losses measure.
         losses: (N,) of independent records.
         tolerance: T.
-        delta: level at which the p-value will be judged; it tunes the bets and nothing else.
+        delta: level at which the p-value will be compared with; it tunes the bets and nothing else.
     """
     if risk is Risk.DISAGREEMENT:
         return p_value(int(losses.sum()), len(losses), tolerance)
