@@ -47,7 +47,7 @@ def _train(options: argparse.Namespace) -> int:
         run = RunPaths(options.to)
         shards = find_shards(local_folders(options.records, run.remote), model, backbone)
         report = train(model, archive, shards, options_of(options, archive), run, mar=options.archive,
-                       labels=options.labels, log=_say)
+                       labels=options.labels, log=_log)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     say_next(f"ee-train report {options.to} for a page about it, "
              f"ee-archive {options.archive} --plan {run.plan} to serve it")
@@ -56,16 +56,16 @@ def _train(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     run = RunPaths(options.run)
-    found = evaluate(run, options.archive, log=_say)
-    as_json = json.dumps(found.to_json(), indent=1)
-    for path, text in ((run.evaluation, as_json), (run.report_html, html_page(found))):
+    evaluation = evaluate(run, options.archive, log=_log)
+    as_json = json.dumps(evaluation.to_json(), indent=1)
+    for path, text in ((run.evaluation, as_json), (run.report_html, html_page(evaluation))):
         with replacing(path) as scratch:
             scratch.write_text(text)
     print(as_json if options.json else f"{run.report_html}\n{run.evaluation}")
     return 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"ee-train: {line}", file=sys.stderr)
 
 

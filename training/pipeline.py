@@ -95,7 +95,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
 
 
 def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
-              options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
+                  options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
     """Return the training set of the run and the candidates that are not in it, with the reason."""
     description = backbone.description
     shards, inputs = _inputs(run, description, shards, options, log)
@@ -128,13 +128,13 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
 
 def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     """Return the shards that can be used together, and say how many records the others hold."""
-    found = of_newest_setting(shards)
-    others = [shard for shard in shards if shard not in found]
+    alike = of_newest_setting(shards)
+    others = [shard for shard in shards if shard not in alike]
     if others:
         log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
             "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where request bytes "
             "were kept")
-    return found
+    return alike
 
 
 def _require_enough(traffic: RecordedTraffic, options: TrainingOptions) -> None:
@@ -169,15 +169,15 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], op
         RecordError: the folder holds a run of another backbone or with other options.
     """
     asked: dict[str, Any] = json.loads(json.dumps({"backbone": backbone.sha256, "options": options.to_json()}))
-    found = [str(shard.resolve()) for shard in shards]
+    present = [str(shard.resolve()) for shard in shards]
     if not run.inputs.exists():
-        return shards, {**asked, "shards": found}
+        return shards, {**asked, "shards": present}
     started: dict[str, Any] = json.loads(run.inputs.read_text())
     if {key: started.get(key) for key in asked} != asked:
         raise RecordError(f"{run.root} holds a run of another backbone or with other options: pass another --to, or "
                           "delete it")
-    if started["shards"] != found:
-        log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(found)} that "
+    if started["shards"] != present:
+        log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(present)} that "
             "there are now: pass another --to to use them all")
     return [Path(shard) for shard in started["shards"]], started
 

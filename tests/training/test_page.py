@@ -107,13 +107,14 @@ def test_the_frontier_goes_from_no_exit_to_the_most_aggressive(evaluation: Evalu
     first, *others = evaluation.frontier
     assert first.disagreement == 0
     assert others[-1].flops < first.flops
-    hits = [1 - one.flops for one in evaluation.frontier]
+    hits = [1 - point.flops for point in evaluation.frontier]
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(hits)), "lower thresholds let more leave"
 
 
 def test_latency_memory_and_size_are_measured(evaluation: Evaluation, backbone: Backbone) -> None:
-    assert sorted({one.batch_size for one in evaluation.latencies if one.device == "cpu"}) == [1, 4, 8, 32]
-    assert all(one.repeats >= 3 and one.plain_ms > 0 and one.exits_ms > 0 for one in evaluation.latencies)
+    assert sorted({latency.batch_size for latency in evaluation.latencies if latency.device == "cpu"}) == [1, 4, 8, 32]
+    for latency in evaluation.latencies:
+        assert latency.repeats >= 3 and latency.plain_ms > 0 and latency.exits_ms > 0
     assert evaluation.plain.parameters == sum(p.numel() for p in backbone.graph.parameters())
     assert evaluation.plain.size_bytes == 4 * evaluation.plain.parameters < evaluation.with_exits.size_bytes
     assert evaluation.with_exits.ltma_bytes > 0
@@ -135,9 +136,9 @@ def test_the_page_holds_the_figures(evaluation: Evaluation) -> None:
     page = Page(html_page(evaluation))
     words = " ".join(page.words)
     assert guarantee(evaluation.summary.plan) in words
-    for one in evaluation.summary.exits:
-        assert f"{one.together.hit_rate:.2%}" in words and f"{one.alone.bound:.2%}" in words
-        assert one.together.categories is not None and f"{one.together.categories.only_backbone} (" in words
+    for exit in evaluation.summary.exits:
+        assert f"{exit.together.hit_rate:.2%}" in words and f"{exit.alone.bound:.2%}" in words
+        assert exit.together.categories is not None and f"{exit.together.categories.only_backbone} (" in words
     for latency in evaluation.latencies:
         assert f"{latency.exits_ms:.3f}" in words
     lines = [str(attributes["d"]).count(",") for tag, attributes in page.tags

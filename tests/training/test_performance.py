@@ -1,4 +1,4 @@
-"""What exits are worth, against counts made record by record; and that judgements survive their file."""
+"""What exits are worth, against counts made record by record; and that predictions survive their file."""
 
 from __future__ import annotations
 

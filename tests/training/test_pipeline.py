@@ -157,9 +157,9 @@ def test_a_run_that_goes_on_with_fewer_records_than_there_are_says_so(
     shards = find_shards(records, "model", backbone.description)
     run = RunPaths(tmp_path / "run")
     train("model", archive, shards[:5], OPTIONS, run)
-    said: list[str] = []
-    train("model", archive, shards, OPTIONS, run, log=said.append)
-    assert "goes on with the 5 shards" in said[0] and "another --to" in said[0]
+    lines: list[str] = []
+    train("model", archive, shards, OPTIONS, run, log=lines.append)
+    assert "goes on with the 5 shards" in lines[0] and "another --to" in lines[0]
 
 
 def test_an_impossible_tolerance_gives_a_plan_without_exits(
@@ -179,14 +179,14 @@ def test_too_few_labels_are_said_before_anything_is_trained(
     traffic = load_traffic(shards)
     certifies = dict(zip(traffic.request.tolist(), (traffic.part == list(Part).index(Part.CERTIFY)).tolist()))
     ids = [f"request-{number}" for number in range(N_RECORDS)]
-    of_certify = [one for one in ids if certifies[request_hash(one)]]
-    others = [one for one in ids if not certifies[request_hash(one)]]
+    of_certify = [request for request in ids if certifies[request_hash(request)]]
+    others = [request for request in ids if not certifies[request_hash(request)]]
     for labelled, trouble in (
             (others, r"0 of the \d+ records of the certify part .* at least 59 there: label about 197 more requests"),
             (others + of_certify[:50], r"50 of the \d+ records of the certify part .* label about 30 more requests "),
             (of_certify, r"0 of the \d+ records of the tune part have a label, .* label about 5 more")):
         labels = tmp_path / "labels.csv"
-        labels.write_text("".join(f"{one},0\n" for one in labelled))
+        labels.write_text("".join(f"{request},0\n" for request in labelled))
         with pytest.raises(RecordError, match=trouble):
             train("model", archive, shards, options, run, labels=labels)
     assert not (run.root / "heads").exists()
@@ -217,10 +217,10 @@ def test_records_of_an_older_setting_are_passed_over_and_counted(
     record(backbone, inputs[:100], tmp_path / "records", pool=2)
     record(backbone, inputs[100:], tmp_path / "records", first_request=100, pool=4)
     shards = find_shards(tmp_path / "records", "model", backbone.description)
-    said: list[str] = []
-    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=said.append)
+    lines: list[str] = []
+    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
     assert sum(report.records.values()) == 900
-    assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in said)
+    assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in lines)
 
 
 def test_shards_with_layers_in_common_are_used_together(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTri
 _LOCAL = {"trialConcurrency": 1, "maxExperimentDuration": "12h", "trainingService": {"platform": "local"}}
 _POLL_SECONDS = 2.0
 _STARTS = 3
-"""NNI gives its tuner ten seconds to connect, which a busy machine may not keep. What fails later fails once."""
+"""An experiment is started at most so often: NNI gives its tuner ten seconds to connect, which a busy machine may not
+keep."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Service:
 
     settings: Mapping[str, Any] = field(default_factory=lambda: dict(_LOCAL))
     port: int = 8088
-    """Of NNI's web page; 8080 to 8082 are those of a server."""
+    """The port of NNI's web page; 8080 to 8082 are those of a server."""
 
     @classmethod
     def load(cls, path: Path) -> Service:

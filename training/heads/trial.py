@@ -1,4 +1,4 @@
-"""One trial of a search: train a head, and say what an exit with it alone would be worth."""
+"""One trial of a search: train a head, and tell what an exit with it alone would cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from early_exit.training.selection.calibrate import fit_temperature
 from early_exit.training.selection.thresholds import NEVER, budget_threshold
 
 LOOKS = 2
-"""How often a trial is evaluated while it trains, the end included."""
+"""The number of times that a trial is evaluated while it trains, the end included."""
 _CHUNK = 1024
 _CHANCE_LEVEL = 0.01
 
@@ -38,15 +38,15 @@ class Trial:
 
     number: int
     parameters: Mapping[str, Any]
-    """The tuner's choice."""
+    """What the tuner asked for."""
     head: HeadSpec
     agreement: float
-    """Share of the tune part on which the head's class is the backbone's."""
+    """The share of the tune part on which the head's class is the backbone's."""
     better_than_chance: bool
     head_cost: float
-    """Of the head, as a fraction of the backbone's cost."""
+    """The cost of the head as a fraction of the backbone's."""
     history: tuple[float, ...]
-    """Objective at each look; the last is the result."""
+    """The objective at each look; the last is the result."""
     seconds: float
 
     @property
@@ -70,7 +70,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Judges heads on one layer by the records of a run."""
+    """Trains heads on one layer and evaluates them, on the records of a run."""
 
     layer: CandidateLayer
     training_set: TrainingSet
@@ -89,11 +89,11 @@ class Evaluator:
 
     def run(self, number: int, parameters: Mapping[str, Any],
             goes_on: Callable[[Trial], bool]) -> tuple[Trial, Head]:
-        """Train and judge one head.
+        """Train and evaluate one head.
 
         Args:
             number: of the trial.
-            parameters: the tuner's choice.
+            parameters: what the tuner asks for.
             goes_on: given the trial so far, tells whether it is worth its end.
         """
         started = time.monotonic()

@@ -52,9 +52,9 @@ class Evaluation:
     summary: RunReport
     """What the run itself reported."""
     frontier: tuple[Setting, ...]
-    """From "never exit" to aggressive: the deployed exits, or where none pay those that do on *tune*."""
+    """The settings from "never exit" to aggressive, of the deployed exits or, where none pay, those tried on *tune*."""
     curves: tuple[Curve, ...]
-    """Every head alone, at all thresholds."""
+    """What every head does alone, at all thresholds."""
     plain: Resources
     """What the backbone needs without exits."""
     with_exits: Resources

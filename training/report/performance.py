@@ -113,7 +113,7 @@ class Accuracy:
     """The shares of right answers to the records with a known label."""
 
     n: int
-    """The number of such records."""
+    """The number of records with a known label."""
     backbone: float
     served: float
 
