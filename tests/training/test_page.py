@@ -34,7 +34,8 @@ def mar(archive: ArchiveLayout, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("mar") / "files"
     shutil.copytree(archive.root, root)
     (root / MANIFEST).parent.mkdir(exist_ok=True)
-    (root / MANIFEST).write_text(json.dumps({"model": {"modelName": "model"}}))
+    for manifest in (root / MANIFEST, ArchiveLayout(root).original_manifest):
+        manifest.write_text(json.dumps({"model": {"modelName": "model"}}))
     zipped = Path(shutil.make_archive(str(root), "zip", root))
     return zipped.rename(zipped.with_name("model-2.0.mar"))
 
