@@ -35,7 +35,7 @@ def mar(archive: ArchiveLayout, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(archive.root, root)
     (root / MANIFEST).parent.mkdir(exist_ok=True)
     for manifest in (root / MANIFEST, ArchiveLayout(root).original_manifest):
-        manifest.write_text(json.dumps({"model": {"modelName": "model"}}))
+        manifest.write_text(json.dumps({"model": {"modelName": "model", "modelVersion": "2.0"}}))
     zipped = Path(shutil.make_archive(str(root), "zip", root))
     return zipped.rename(zipped.with_name("model-2.0.mar"))
 
