@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from typing import Any
 
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.errors import ConfigError
+from early_exit.handler.errors import ConfigError, did_you_mean
 
 RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
 """Environment variable that names the records folder when the configuration does not; `ee-serve` sets it."""
@@ -100,9 +99,7 @@ class ServingConfig:
         known = [field.name for field in fields(cls)]
         for key in block:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
-                raise ConfigError(f"early_exit.{key} in model-config.yaml is not a setting: {hint}")
+                raise ConfigError(f"early_exit.{key} in model-config.yaml is not a setting: {did_you_mean(key, known)}")
         return cls(**block)
 
     @property

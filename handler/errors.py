@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class EarlyExitError(Exception):
     """A user can mend this: the command-line tools print the message without a traceback."""
@@ -33,3 +36,13 @@ class ArchiveError(EarlyExitError):
 
 class ServerError(EarlyExitError):
     """TorchServe did not start, refused a request, or did not answer in time."""
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """Return what to say about a name that is unknown: the known one that it resembles, or all of them.
+
+    >>> did_you_mean("sampling", ["sampling_rate", "pool"]), did_you_mean("zzz", ["sampling_rate", "pool"])
+    ("did you mean 'sampling_rate'?", 'expected one of sampling_rate, pool')
+    """
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"

@@ -14,6 +14,7 @@ from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.command import command_parser, print_next, run_command
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import archived_config
@@ -28,7 +29,6 @@ from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
 from early_exit.training.report.evaluate import evaluate
 from early_exit.training.report.html import html_page
-from early_exit.training.selection.risk import Risk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _train(options: argparse.Namespace) -> int:
         shards = find_shards(local_folders(options.records, run.remote), contents.model,
                              contents.description)
         report = train(contents.model, archive, shards, options_of(options, archive), run, mar=options.archive,
-                       labels=options.labels, log=_say)
+                       labels=options.labels, log=_log)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
     print_next(f"ee-train report {options.to} for a page about it, "
                f"ee-archive {options.archive} --plan {run.plan} to serve it")
@@ -58,16 +58,16 @@ def _train(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     run = RunPaths(options.run)
-    found = evaluate(run, options.archive, log=_say)
-    as_json = json.dumps(found.to_json(), indent=1)
-    for path, text in ((run.evaluation, as_json), (run.report_html, html_page(found))):
+    evaluation = evaluate(run, options.archive, log=_log)
+    as_json = json.dumps(evaluation.to_json(), indent=1)
+    for path, text in ((run.evaluation, as_json), (run.report_html, html_page(evaluation))):
         with replacing(path) as scratch:
             scratch.write_text(text)
     print(as_json if options.json else f"{run.report_html}\n{run.evaluation}")
     return 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"ee-train: {line}", file=sys.stderr)
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from early_exit.handler.engines.registry import DEFAULT_ENGINE
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.data.replay import Replay
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.search import Search
 from early_exit.training.heads.space import SearchSpace
-from early_exit.training.selection.risk import Risk
 
 Rule = Literal["certified", "paper", "equal"]
 Measure = Literal["seconds", "flops"]
@@ -25,31 +25,31 @@ class TrainingOptions:
     """The choices of one run."""
 
     tolerance: float = 0.02
-    """T: tolerated expected loss of an answer."""
+    """The expected loss of an answer that is tolerated, T."""
     confidence: float = 0.95
-    """1 - delta of the certificate."""
+    """The confidence of the certificate, 1 - delta."""
     thresholds: Rule = "certified"
     risk: Risk = Risk.DISAGREEMENT
     measure: Measure = "seconds"
-    """What the choice of exits saves: measured time, or FLOPs as in the paper."""
+    """What exits are chosen to save: measured time, or FLOPs as in the paper."""
     batch_size: int = 8
-    """Of the batches for which time is saved."""
+    """The size of the batches for which time is saved."""
     engine: str = DEFAULT_ENGINE
-    """That will serve: what is measured is measured on it."""
+    """The identity of the engine that will serve, on which time is measured."""
     measure_device: str = "cpu"
-    """Device on which time is measured: the one that will serve."""
+    """The device on which time is measured: the one that will serve."""
     layers: int = 16
-    """At most so many candidates get a head, spread evenly over the backbone's cost."""
+    """The most candidates that get a head; they are spread evenly over the backbone's cost."""
     search: Search | None = field(default_factory=Search)
-    """None gives every layer the default head, but for those that the space gives one."""
+    """How much is searched; without a search every layer gets the default head, unless the space gives it one."""
     service: Service | None = None
-    """Where the trials of the search run, when not here."""
+    """The service in which the trials of the search run; without one they run here."""
     space: SearchSpace = field(default_factory=SearchSpace)
     recipe: Distillation = field(default_factory=Distillation)
     replay: Replay | None = None
     fresh_after: float | None = None
-    """Unix time in seconds: only later records tune and certify, earlier ones all train. So a renewed plan is certified
-    on records that no earlier one was."""
+    """The Unix time, in seconds, after which records tune and certify; earlier ones all train, so that a renewed plan
+    is certified on records that no earlier one was."""
 
     @property
     def delta(self) -> float:
@@ -61,7 +61,7 @@ class TrainingOptions:
 
     @classmethod
     def to_choose_with(cls, data: Mapping[str, Any]) -> TrainingOptions:
-        """Return, of what `to_json` gave, the options that a choice of exits depends on; the others are defaults."""
+        """Return, of what `to_json` gave, the options that the choice of exits depends on; the others are defaults."""
         return cls(risk=Risk(data["risk"]), **{name: data[name] for name in (
             "tolerance", "confidence", "thresholds", "measure", "batch_size", "measure_device")})
 

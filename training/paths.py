@@ -60,7 +60,7 @@ class RunPaths:
         return self.root / "report.txt"
 
     @property
-    def judged(self) -> Path:
+    def predictions(self) -> Path:
         """What the heads say about the records that they were not trained on."""
         return self.root / "judged.safetensors"
 
@@ -109,7 +109,7 @@ class RunPaths:
 
     @property
     def task(self) -> Path:
-        """What NNI's trials are told; alone in its folder, which NNI copies to the machine of a trial."""
+        """What NNI's trials have to know, alone in its folder, which NNI copies to the machine of a trial."""
         return self.root / "nni" / "task" / "task.json"
 
     @property

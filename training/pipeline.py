@@ -17,9 +17,10 @@ from early_exit.handler.backbone.candidates import CandidateLayer, spread_over
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import save_plan
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.recording.format import read_times
-from early_exit.training.costs.cost import Costs, FlopCost, flop_costs
-from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone, profile_exit
+from early_exit.training.costs.cost import FlopCost
+from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
 from early_exit.training.data.dataset import (
     Part,
     RecordedTraffic,
@@ -32,14 +33,15 @@ from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
 from early_exit.training.data.training_set import TrainingSet, prepare
-from early_exit.training.heads.heads import HeadCost, TrainedHead, find_architectures, train_heads
+from early_exit.training.heads.heads import find_architectures, train_heads
+from early_exit.training.heads.trial import HeadCost, evaluators_of
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.planning.choose import choose, make_plan
-from early_exit.training.planning.predictions import judge
-from early_exit.training.report.summary import RunReport, make_report
+from early_exit.training.planning.exit_costs import exit_costs
+from early_exit.training.planning.predictions import predict
+from early_exit.training.report.summary import RunReport, head_reports, make_report
 from early_exit.training.selection.certify import records_needed, require_enough
-from early_exit.training.selection.risk import Risk
 
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
@@ -57,14 +59,14 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         run: where everything is written.
         mar: where the archive lies, remembered for reports.
         labels: CSV of request ids and true classes, for the risk of accuracy and for the report.
-        log: told what the user should know.
+        log: receives lines for the user.
 
     Raises:
         RecordError: too few records, records of different kinds, or a folder of another run.
     """
     backbone = load_backbone(archive.folder)
     description = backbone.description
-    training_set, left_out = _material(archive, mar, backbone, shards, options, run, log)
+    training_set, left_out = _training_set(archive, mar, backbone, shards, options, run, log)
     truth = load_labels(labels, training_set.request, training_set.n_classes) if labels else None
     if options.risk is Risk.ACCURACY:
         _require_labels(truth, training_set, options)
@@ -72,25 +74,29 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     head_cost: HeadCost = FlopCost(description.flops)
     if profile is not None and options.service is None:
         head_cost = TimeCost(profile, options.batch_size)
-    architectures, dropped = find_architectures(run, training_set, options, head_cost, log)
+    trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost)
+    architectures, dropped = find_architectures(trials_on, run, options.space, options.search, options.service, log)
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
-    heads = train_heads(run, training_set, options, architectures, head_cost)
-    judged = judge(training_set, heads, exit_costs(profile, heads, description, options), options.risk, truth)
-    with replacing(run.judged) as scratch:
-        judged.save(scratch)
-    choice = choose(judged, options)
-    plan = make_plan(choice, judged, heads, training_set, description, options, profile)
-    save_plan(run.root, plan, {one.layer.path: one.head for one in heads})
-    report = make_report(model, training_set, heads, judged, choice, plan, (*left_out, *dropped), description)
+    heads = train_heads(evaluators_of(training_set, options.tolerance, options.recipe, head_cost), architectures, run)
+    costs = exit_costs(profile, heads, description, options.batch_size)
+    predictions = predict(training_set, heads, costs, options.risk, truth)
+    with replacing(run.predictions) as scratch:
+        predictions.save(scratch)
+    point = choose(predictions, options)
+    plan = make_plan(point, predictions, heads, training_set, description, options, profile)
+    save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
+    records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
+    report = make_report(model, records, plan, point, predictions,
+                         head_reports(heads, predictions, point, description), (*left_out, *dropped), description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):
         with replacing(path) as scratch:
             scratch.write_text(text)
     return report
 
 
-def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
-              options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
+def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
+                  options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
     """Return the training set of the run and the candidates that are not in it, with the reason."""
     description = backbone.description
     shards, inputs = _inputs(run, description, shards, options, log)
@@ -123,13 +129,13 @@ def _material(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shar
 
 def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     """Return the shards that can be used together, and say how many records the others hold."""
-    found = of_newest_setting(shards)
-    others = [shard for shard in shards if shard not in found]
+    alike = of_newest_setting(shards)
+    others = [shard for shard in shards if shard not in alike]
     if others:
         log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
             "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where request bytes "
             "were kept")
-    return found
+    return alike
 
 
 def _require_enough(traffic: RecordedTraffic, options: TrainingOptions) -> None:
@@ -164,15 +170,15 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], op
         RecordError: the folder holds a run of another backbone or with other options.
     """
     asked: dict[str, Any] = json.loads(json.dumps({"backbone": backbone.sha256, "options": options.to_json()}))
-    found = [str(shard.resolve()) for shard in shards]
+    present = [str(shard.resolve()) for shard in shards]
     if not run.inputs.exists():
-        return shards, {**asked, "shards": found}
+        return shards, {**asked, "shards": present}
     started: dict[str, Any] = json.loads(run.inputs.read_text())
     if {key: started.get(key) for key in asked} != asked:
         raise RecordError(f"{run.root} holds a run of another backbone or with other options: pass another --to, or "
                           "delete it")
-    if started["shards"] != found:
-        log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(found)} that "
+    if started["shards"] != present:
+        log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(present)} that "
             "there are now: pass another --to to use them all")
     return [Path(shard) for shard in started["shards"]], started
 
@@ -190,14 +196,3 @@ def _profile(run: RunPaths, archive: ArchiveLayout, backbone: Backbone, layers: 
             scratch.write_text(json.dumps(asdict(profile), indent=1))
     return Profile.load(run.profile)
 
-
-def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
-               options: TrainingOptions) -> Costs:
-    """Return what exits with these heads cost: measured where there is a profile, otherwise in FLOPs."""
-    layers = [one.layer for one in heads]
-    if profile is None:
-        cost = FlopCost(backbone.flops)
-        return flop_costs(layers, [cost(one.head, one.layer) for one in heads])
-    exits = [profile_exit(one.head, one.layer, engine=profile.engine, device=profile.device)
-             for one in tqdm(heads, desc="profile", unit="exit", disable=None)]
-    return profile.costs([layer.path for layer in layers], exits, options.batch_size)

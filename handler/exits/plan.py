@@ -18,6 +18,7 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy, policy_of
+from early_exit.handler.exits.risk import Risk
 
 FORMAT = 1
 
@@ -72,9 +73,8 @@ class Certificate:
     The statement holds for requests like those of the certify part: the shadow sample of the window.
     """
 
-    risk: str
-    """The loss: 'disagreement' is 1 where the class differs from the backbone's, 'confidence-gap' how much less
-    probable the backbone finds it, 'accuracy' 1 where only the backbone is right and -1 where only the answer is."""
+    risk: Risk
+    """What a loss is."""
     tolerance: float
     confidence: float
     """1 - delta: the share of such certificates that are true."""
@@ -93,10 +93,10 @@ class Certificate:
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
         differed = f"{self.k} of {self.n} held-out records differed"
-        if self.risk == "disagreement":
+        if self.risk == Risk.DISAGREEMENT:
             return f"{confidence} the served class differs from the backbone's on at most {tolerance} of requests " \
                    f"({differed})."
-        if self.risk == "accuracy":
+        if self.risk == Risk.ACCURACY:
             return f"{confidence} the accuracy is at most {tolerance} below the backbone's (on {self.n} labelled " \
                    f"held-out records it was {100 * self.observed:.2f}% below; {differed}), as long as the requests " \
                    "that have labels are a random sample of the traffic."
@@ -163,10 +163,11 @@ class ExitPlan:
                 expected_cost=data["expected_cost"],
                 exits=tuple(PlannedExit.from_json(planned) for planned in data["exits"]),
                 certificate=None if certificate is None
-                else Certificate(**{**certificate, "window": tuple(certificate["window"])}),
+                else Certificate(**{**certificate, "risk": Risk(certificate["risk"]),
+                                    "window": tuple(certificate["window"])}),
                 safer=tuple(tuple(thresholds) for thresholds in data.get("safer", ())),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{source} is not a complete plan: {error}") from error
 
 

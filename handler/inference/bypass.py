@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from early_exit.handler.betting import after_round, rejects, wealth
+
 DELTA = 0.01
 """Probability of ever leaving the cheaper way for the other, each time a test begins."""
 BETS = (0.1, 0.2, 0.4, 0.8)
@@ -16,29 +18,28 @@ _WARM_UP = 5
 class Comparison:
     """A sequential test of "this way costs no more than the other", on pairs of seconds.
 
-    A gambler bets on every pair that this way costs more: capital x (1 + b x), where x is the difference over
-    twice what the other way took on average before, clipped to [-1, 1]. While this way costs no more, the expected
-    capital does not grow, so it ever reaches 1/DELTA with probability at most DELTA (Ville's inequality). The mean of
-    the differences is tested, not how often one is slower: a batch that leaves early saves more than others lose.
+    Bets are placed on every pair that this way costs more (see `betting`); the gain is the difference over twice what
+    the other way took on average before, clipped to [-1, 1]. The mean of the differences is tested, not how often one
+    is slower: a batch that leaves early saves more than others lose.
     """
 
     n: int = 0
-    """How many pairs were compared."""
+    """The number of pairs that were compared."""
     other_s: float = 0.0
-    """Sum of the other way's seconds."""
-    capital: list[float] = field(default_factory=lambda: [1.0] * len(BETS))
+    """The sum of the other way's seconds."""
+    capital: tuple[float, ...] = (1.0,) * len(BETS)
+    """What has become of the capital of each bet."""
 
     def add(self, this_s: float, other_s: float) -> None:
         if self.n >= _WARM_UP:
             difference = (this_s - other_s) / (2 * self.other_s / self.n)
-            x = max(-1.0, min(1.0, difference))
-            self.capital = [has * (1 + bet * x) for has, bet in zip(self.capital, BETS)]
+            self.capital = after_round(self.capital, BETS, max(-1.0, min(1.0, difference)))
         self.n += 1
         self.other_s += other_s
 
     @property
     def rejected(self) -> bool:
-        return sum(self.capital) / len(BETS) >= 1 / DELTA
+        return rejects(wealth(self.capital), DELTA)
 
 
 @dataclass

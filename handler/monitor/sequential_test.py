@@ -1,11 +1,9 @@
 """The risk alarm: do the shadow samples still say what the certificate says?
 
-A gambler bets on every shadow sample that the expected loss is above the tolerance T: capital x (1 + b/T (loss - T)),
-for several b at once. While the certificate holds, the expected capital does not grow, so it ever reaches 1/delta with
-probability at most delta (Ville's inequality): the alarm may be looked at after every sample, for ever. Half of the
-capital is put down at the first sample, the rest is kept and put down in ever smaller parts, one every 100 samples:
-a gambler who has lost all in a long quiet time would notice a change late. Capital that is kept neither grows nor
-shrinks, so the bound is the same.
+Bets are placed on every shadow sample that the expected loss is above the tolerance T (see `betting`): the bets are
+b / T for several b at once, the gain is loss - T. The alarm may be looked at after every sample, for ever. Half of the
+capital is put down at the first sample, the rest is kept and put down in ever smaller parts, one every 100 samples: a
+gambler who has lost all in a long quiet time would notice a change late.
 """
 
 from __future__ import annotations
@@ -18,7 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.betting import after_round, rejects, wealth
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 
 FORMAT = 1
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -29,8 +29,9 @@ STAKE_EVERY = 100
 class Monitored:
     """What is watched: the loss, how much of it is tolerated, and how sure an alarm is."""
 
-    risk: str
+    risk: Risk
     tolerance: float
+    """The expected loss that is tolerated."""
     delta: float
     """Probability of ever raising a false alarm at one step."""
 
@@ -43,8 +44,8 @@ class Monitored:
         like that of the certificate; a loss of accuracy at the same disagreement stays unseen.
         """
         delta = 1 - certificate.confidence
-        if certificate.risk == "accuracy":
-            return cls("disagreement", upper_limit(certificate.k, certificate.n, delta), delta)
+        if certificate.risk == Risk.ACCURACY:
+            return cls(Risk.DISAGREEMENT, upper_limit(certificate.k, certificate.n, delta), delta)
         return cls(certificate.risk, certificate.tolerance, delta)
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
@@ -56,13 +57,8 @@ class Monitored:
             kind: of both.
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
-        differs = (served != backbone).double()
-        if self.risk == "confidence-gap":
-            probabilities = kind.log_probabilities(reference.float()).exp()
-            gap = probabilities.gather(1, backbone[:, None]) - probabilities.gather(1, served[:, None])
-            differs = gap.flatten().double().clamp(0.0, 1.0) * differs
-        losses: list[float] = differs.tolist()
-        return losses
+        losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
+        return list(losses.flatten().tolist())
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,9 @@ class Evidence:
     """What the shadow samples of one step say against the certificate."""
 
     n: int = 0
+    """The number of samples."""
     lost: float = 0.0
-    """Sum of the losses."""
+    """The sum of the losses."""
     capital: tuple[float, ...] = (0.0,) * len(BETS)
     """What the stakes put down so far have become, by bet."""
 
@@ -82,15 +79,14 @@ class Evidence:
         True
         """
         number, into = divmod(self.n, STAKE_EVERY)
-        stake = 0.0 if into else 1 / ((number + 1) * (number + 2))  # these sum to 1
-        capital = tuple((has + stake) * (1 + bet / tolerance * (loss - tolerance))
-                        for has, bet in zip(self.capital, BETS))
+        put_down = 0.0 if into else 1 / ((number + 1) * (number + 2))  # these sum to 1
+        bets = [bet / tolerance for bet in BETS]
+        capital = after_round(self.capital, bets, loss - tolerance, put_down=put_down)
         return Evidence(self.n + 1, self.lost + loss, capital)
 
     def wealth(self) -> float:
         """Return the capital in all, kept or put down; it began with 1."""
-        kept = 1 / (-(-self.n // STAKE_EVERY) + 1)
-        return sum(self.capital) / len(BETS) + kept
+        return wealth(self.capital, kept=1 / (-(-self.n // STAKE_EVERY) + 1))
 
 
 @dataclass(frozen=True)
@@ -124,8 +120,8 @@ class MonitorState:
             if answered_at != step or step >= last_step:
                 continue
             evidence = evidence.after(loss, monitored.tolerance)
-            if (wealth := evidence.wealth()) >= 1 / monitored.delta:
-                alarms = (*alarms, Alarm(step, now, evidence.n, evidence.lost / evidence.n, wealth))
+            if rejects(evidence.wealth(), monitored.delta):
+                alarms = (*alarms, Alarm(step, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
                 step, evidence = step + 1, Evidence()
         return MonitorState(step, evidence, alarms)
 

@@ -16,6 +16,7 @@ from early_exit.archiver.gateway.latency import DECADES, PER_DECADE, Latencies, 
 from early_exit.archiver.gateway.prometheus import VersionMetrics, read_metrics
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
 
@@ -86,7 +87,7 @@ def test_the_latest_three_versions_are_compared_by_answers_that_did_not_wait_for
 
 def test_an_archive_tells_its_exits_and_its_promise_and_anything_else_nothing(
         recorder_mar: Path, tmp_path: Path) -> None:
-    certificate = Certificate("disagreement", 0.02, 0.95, 1000, 5, 0.005, 0.01, "by hand", (0.0, 1.0))
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1000, 5, 0.005, 0.01, "by hand", (0.0, 1.0))
     plan = write_plan(tmp_path / "run", recorder_mar, certificate=certificate)
     mar = build_untried(ArchiveRequest(str(recorder_mar), tmp_path / "store", plan=plan, version="3.0"))
     (tmp_path / "store" / "other.mar").write_bytes(b"no archive")

@@ -24,12 +24,13 @@ from early_exit.handler.errors import ServerError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.monitor.sequential_test import Alarm, Evidence, MonitorState
 
 DAY = 24 * 3600.0
 NOW = 100 * DAY
 TERMS = Terms(tolerance=0.02, delta=0.05, max_age_s=30 * DAY)
-CERTIFICATE = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (80 * DAY, 90 * DAY))
+CERTIFICATE = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (80 * DAY, 90 * DAY))
 EXIT = PlannedExit("1", HeadSpec(), ConfidencePolicy(1.0, 0.9), 0.4, 0.01)
 PLAN = ExitPlan("ab", "certified", (EXIT,), CERTIFICATE, measure="seconds", batch_size=8, expected_cost=0.7)
 

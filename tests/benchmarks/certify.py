@@ -30,20 +30,13 @@ from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.loading import build_model
 from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.costs.profiling import one_thread
-from early_exit.training.data.dataset import Part
 from early_exit.training.heads.distill import Distillation, train_head
 from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.planning.choose import choose
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.selection.calibrate import fit_temperature
-from early_exit.training.selection.thresholds import (
-    NEVER,
-    Candidates,
-    OperatingPoint,
-    mean_cost,
-    outcome,
-    served_classes,
-)
+from early_exit.training.selection.simulation import Candidates, OperatingPoint, mean_cost, outcome, served_classes
+from early_exit.training.selection.thresholds import NEVER
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
@@ -99,33 +92,33 @@ class Heads:
         return cls(torch.stack(logits, dim=1), scores[N_TRAIN:], torch.tensor(labels[N_TRAIN:]),
                    flop_costs(layers, flops))
 
-    def judged(self, tune: Tensor, certify: Tensor) -> HeadPredictions:
-        """Fit the temperatures on some rows; return what the heads say about these and about others."""
+    def predictions(self, tune: Tensor, certify: Tensor) -> HeadPredictions:
+        """Fit the temperatures on some rows; return what the heads predict for these and for others."""
         temperatures = tuple(fit_temperature(self.logits[tune, layer], self.backbone_class[tune])
                              for layer in range(self.costs.n_layers))
-        parts = {part: PartPredictions(self.candidates(rows, temperatures), self.logits[rows].argmax(dim=2),
+        parts = (PartPredictions(self.candidates(rows, temperatures), self.logits[rows].argmax(dim=2),
                                  self.backbone_class[rows], self.backbone_class[rows], self.labels[rows])
-                 for part, rows in ((Part.TUNE, tune), (Part.CERTIFY, certify))}
-        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), temperatures, parts)
+                 for rows in (tune, certify))
+        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), temperatures, *parts)
 
     def candidates(self, rows: Tensor, temperatures: Sequence[float]) -> Candidates:
-        """Return what heads of these temperatures say about some rows."""
+        """Return what heads of these temperatures predict for some rows."""
         confidence = torch.stack([ConfidencePolicy(temperature, NEVER).confidence(self.logits[rows, layer])
                                   for layer, temperature in enumerate(temperatures)], dim=1)
         agrees = self.logits[rows].argmax(dim=2) == self.backbone_class[rows][:, None]
         return Candidates(confidence, agrees, (~agrees).float(), torch.ones(len(rows), dtype=torch.bool),
                           torch.zeros(len(rows)), self.costs)
 
-    def accuracy_loss(self, choice: OperatingPoint, rows: Tensor, exit_taken: Tensor) -> float:
-        """Return the accuracy that a choice loses on some rows.
+    def accuracy_loss(self, point: OperatingPoint, rows: Tensor, exit_taken: Tensor) -> float:
+        """Return the accuracy that an operating point loses on some rows.
 
         Args:
-            choice: exits.
+            point: exits.
             rows: (M,) rows.
             exit_taken: (M,) position of the exit that each takes, or -1.
         """
         backbone, labels = self.backbone_class[rows], self.labels[rows]
-        served = served_classes(choice, exit_taken, self.logits[rows].argmax(dim=2), backbone)
+        served = served_classes(point, exit_taken, self.logits[rows].argmax(dim=2), backbone)
         return ((backbone == labels).double().mean() - (served == labels).double().mean()).item()
 
 
@@ -133,9 +126,9 @@ def chosen(thresholds: Rule, heads: Heads, rows: Tensor, test: Tensor,
            tolerance: float) -> tuple[OperatingPoint, Candidates]:
     """Choose by one of our rules, as ee-train does."""
     n_tune = N_TUNE if thresholds == "certified" else len(rows)
-    judged = heads.judged(rows[:n_tune], rows[n_tune:])
+    predictions = heads.predictions(rows[:n_tune], rows[n_tune:])
     options = TrainingOptions(tolerance=tolerance, thresholds=thresholds, measure="flops")
-    return choose(judged, options), heads.candidates(test, judged.temperatures)
+    return choose(predictions, options), heads.candidates(test, predictions.temperatures)
 
 
 def earlyon(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[OperatingPoint, Candidates]:
@@ -157,14 +150,14 @@ def broken(heads: Heads, tolerance: float, n_splits: int) -> list[dict[str, Any]
         order = torch.randperm(len(heads.backbone_class), generator=torch.Generator().manual_seed(seed))
         rows, drawn_from = order[:N_TUNE + N_CERTIFY], order[N_TUNE:]
         for name, rule in RULES.items():
-            choice, records = rule(heads, rows, drawn_from, tolerance)
-            after = outcome(choice, records)
+            point, records = rule(heads, rows, drawn_from, tolerance)
+            after = outcome(point, records)
             unseen = slice(N_CERTIFY, None)
             found[name].append((
                 after.differs.double().mean().item(), after.differs[unseen].double().mean().item(),
-                heads.accuracy_loss(choice, drawn_from, after.exit),
-                heads.accuracy_loss(choice, drawn_from[unseen], after.exit[unseen]),
-                mean_cost(choice, after.exit[unseen], heads.costs)))
+                heads.accuracy_loss(point, drawn_from, after.exit),
+                heads.accuracy_loss(point, drawn_from[unseen], after.exit[unseen]),
+                mean_cost(point, after.exit[unseen], heads.costs)))
     summaries = []
     for name, splits in found.items():
         everywhere, differs, lost_everywhere, losses, costs = zip(*splits)

@@ -73,7 +73,7 @@ def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> d
         if certificate else None,
         "hits": result.hits(),
         "flops_ratio": served.mean().item(),
-        "flops_ratio_on_certify_part": result.report.flops_ratio,
+        "flops_ratio_on_certify_part": result.report.deployed.flops,
         "cpu_time_ratio": ratios[8],
         "cpu_time_ratio_by_batch": ratios,
         "worker_cpu_ms_per_request": {"before": 1000 * result.worker_cpu_s_before,

@@ -29,6 +29,7 @@ from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.backbone.candidates import spread_over
 from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.inference.forward import Exit
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
 from early_exit.training.data.dataset import Part, RecordedTraffic, find_shards, load_traffic
@@ -38,12 +39,12 @@ from early_exit.training.data.replay import MIXUP, Replay, replay_records
 from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import TrainedHead, find_architectures, train_heads
 from early_exit.training.heads.search import Search
+from early_exit.training.heads.trial import evaluators_of
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.pipeline import exit_costs
 from early_exit.training.planning.choose import choose, make_plan
-from early_exit.training.planning.predictions import judge
-from early_exit.training.selection.risk import Risk
+from early_exit.training.planning.exit_costs import exit_costs
+from early_exit.training.planning.predictions import predict
 from tests.benchmarks.baselines.branchynet import branchynet
 from tests.benchmarks.baselines.earlyon import earlyon
 from tests.benchmarks.baselines.gati import gati
@@ -152,8 +153,10 @@ class Bench:
     def _trained(self, name: str, training_set: TrainingSet, options: TrainingOptions) -> list[TrainedHead]:
         _say(self.subject, f"training the heads '{name}'")
         run, head_cost = RunPaths(self.folder / name), TimeCost(self.profile, BATCH)
-        found, _ = find_architectures(run, training_set, options, head_cost)
-        return train_heads(run, training_set, options, found, head_cost)
+        trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost)
+        architectures, _ = find_architectures(trials_on, run, options.space, options.search)
+        trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost)
+        return train_heads(trainings, architectures, run)
 
     def rows(self, methods: Collection[str]) -> Iterator[dict[str, Any]]:
         """Yield a row for each of some methods."""
@@ -218,9 +221,10 @@ class Bench:
         if options.risk is Risk.ACCURACY:
             labels = load_labels(self.subject.labels, training_set.request, training_set.n_classes)
         description, profile = self.subject.backbone.description, None if options.measure == "flops" else self.profile
-        judged = judge(training_set, heads, exit_costs(profile, heads, description, options), options.risk, labels)
-        choice = choose(judged, options)
-        plan = make_plan(choice, judged, heads, training_set, description, options, profile)
+        costs = exit_costs(profile, heads, description, options.batch_size)
+        predictions = predict(training_set, heads, costs, options.risk, labels)
+        point = choose(predictions, options)
+        plan = make_plan(point, predictions, heads, training_set, description, options, profile)
         by_path = {one.layer.path: one.head for one in heads}
         return plan, {planned.layer: Exit(by_path[planned.layer], planned.policy,
                                           _calibrated(planned.policy.temperature), planned.shrink_from)

@@ -15,7 +15,7 @@ from early_exit.handler.protocol import FULL
 from early_exit.training.costs.cost import flop_costs
 from early_exit.training.planning.predictions import PartPredictions
 from early_exit.training.report.performance import Performance, curve, exit_performances, setting
-from early_exit.training.selection.thresholds import Candidates, OperatingPoint
+from early_exit.training.selection.simulation import Candidates, OperatingPoint
 
 _LEVELS = tuple(step / 20 for step in range(21))
 _EVERY = 5
@@ -33,8 +33,8 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
         layers: of the exits.
         heads: FLOPs of each head as a fraction of the backbone's.
     """
-    said = [torch.cat([one.exit_scores[stage] for one in answers]) for stage in (*range(len(layers)), FULL)]
-    *opinions, served = said
+    predictions = [torch.cat([one.exit_scores[stage] for one in answers]) for stage in (*range(len(layers)), FULL)]
+    *opinions, served = predictions
     teacher, classes = full.argmax(dim=1), torch.stack([one.argmax(dim=1) for one in opinions], dim=1)
     confidence = torch.stack([ConfidencePolicy(1.0, 0.0).confidence(one) for one in opinions], dim=1)
     agrees, full_class = classes == teacher[:, None], served.argmax(dim=1)
@@ -43,24 +43,26 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
     return PartPredictions(candidates, classes, teacher, full_class, truth)
 
 
-def tables(said: PartPredictions, layers: Sequence[CandidateLayer], thresholds: Sequence[float]) -> dict[str, Any]:
+def tables(predictions: PartPredictions, layers: Sequence[CandidateLayer],
+           thresholds: Sequence[float]) -> dict[str, Any]:
     """Return the exits with their hits and their accuracy, alone at each threshold too, and all at common thresholds.
 
     Args:
-        said: of the measured requests.
+        predictions: of the measured requests.
         layers: of the exits.
         thresholds: of the exits.
     """
     every = tuple(range(len(layers)))
     exits = []
-    for index, (alone, together) in enumerate(exit_performances(OperatingPoint(every, tuple(thresholds)), said)):
-        at = curve(layers[index].path, index, said)
+    for index, (alone, together) in enumerate(exit_performances(OperatingPoint(every, tuple(thresholds)), predictions)):
+        at = curve(layers[index].path, index, predictions)
         exits.append({
             "layer": layers[index].path, "threshold": _short(thresholds[index]), **_performance(together),
             "alone": _performance(alone),
             "at_thresholds": {"threshold": _column(at.thresholds[::_EVERY]), "hit_rate": _column(at.hit_rate[::_EVERY]),
                               "accuracy": _column(at.accuracy[::_EVERY])}})
-    settings = [setting(OperatingPoint(every, (level,) * len(every)), said, said.candidates.costs) for level in _LEVELS]
+    settings = [setting(OperatingPoint(every, (level,) * len(every)), predictions, predictions.candidates.costs)
+                for level in _LEVELS]
     return {"exits": exits, "at_common_thresholds": {
         "threshold": _column(_LEVELS), "flops_ratio": _column([one.flops for one in settings]),
         "disagreement": _column([one.disagreement for one in settings]),

@@ -57,7 +57,7 @@ def table(result: LoopResult, labels: list[str], cpu_time_ratio: float) -> str:
         ("accuracy", f"{result.accuracy(result.before, labels):.2%}", f"{result.accuracy(result.after, labels):.2%}"),
         ("answers that differ", "", f"{result.disagreement:.2%}  ({bound})"),
         *((f"left at {name}", "", f"{share:.1%}") for name, share in result.hits().items()),
-        ("FLOPs per request", "1.00", f"{report.flops_ratio:.2f}"),
+        ("FLOPs per request", "1.00", f"{report.deployed.flops:.2f}"),
         ("CPU time of the model, one thread", "1.00", f"{cpu_time_ratio:.2f}"),
         ("CPU ms per request, whole worker", f"{1000 * result.worker_cpu_s_before:.2f}",
          f"{1000 * result.worker_cpu_s_after:.2f}"),

@@ -11,6 +11,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 from tests.conftest import WORKERS
 from tests.support.client import Reply, failed, send
 from tests.support.digits import traffic
@@ -26,7 +27,7 @@ BODIES = [request.body for request in traffic(60, seed=15)]
 def test_exits_that_differ_too_often_are_given_up_and_stay_so_in_a_new_worker(
         recorder_mar: Path, tmp_path: Path) -> None:
     """Heads that were never trained, with a certificate that says that they may differ in 2 %."""
-    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (0.0, 1.0))
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (0.0, 1.0))
     plan = write_plan(tmp_path / "run", recorder_mar, threshold=0.0, certificate=certificate)
     config = tmp_path / "config.yaml"
     config.write_text(WORKERS.format(n=1) + "  sampling_rate: 1.0\n")

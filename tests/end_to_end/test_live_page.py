@@ -21,6 +21,7 @@ from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 from tests.conftest import WORKERS
 from tests.support.browser import CHROMIUM, Browser, browser
 from tests.support.client import failed, send
@@ -54,7 +55,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("live")
     (folder / "config.yaml").write_text(CONFIG)
     for version, tolerance in (("3.0", 0.97), ("4.0", 0.02)):
-        certificate = Certificate("disagreement", tolerance, 0.95, 1000, 5, 0.005, 0.01, "by hand", (0.0, 1.0))
+        certificate = Certificate(Risk.DISAGREEMENT, tolerance, 0.95, 1000, 5, 0.005, 0.01, "by hand", (0.0, 1.0))
         plan = write_plan(folder / version, recorder_mar, threshold=0.4, certificate=certificate)
         build_untried(ArchiveRequest(str(recorder_mar), folder / "store", plan=plan, version=version,
                                      config=folder / "config.yaml"))

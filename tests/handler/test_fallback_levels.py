@@ -18,6 +18,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.inference.bypass import AdaptiveBypass, Comparison
 from early_exit.handler.loading import build_model
 from early_exit.handler.model import EarlyExitModel
@@ -37,7 +38,7 @@ def backbone() -> Backbone:
 def plan(backbone: Backbone) -> ExitPlan:
     exits = tuple(PlannedExit(layer.path, HeadSpec(widths=()), ConfidencePolicy(1.0, 0.0), layer.cost, 0.01)
                   for layer in backbone.description.candidates[:2])
-    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
     return ExitPlan(backbone.description.sha256, "certified", exits, certificate, safer=((0.42, 0.42), (2.0, 0.0)))
 
 

@@ -19,11 +19,12 @@ from scipy.stats import beta
 
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.monitor.sequential_test import BETS, Evidence, Monitored, MonitorState, upper_limit
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
 
 TOLERANCE = 0.02
-MONITORED = Monitored("disagreement", TOLERANCE, 0.05)
+MONITORED = Monitored(Risk.DISAGREEMENT, TOLERANCE, 0.05)
 
 
 def samples_until_alarm(rate: float, seed: int, *, quiet: int = 0, limit: int = 3000) -> int | None:
@@ -90,7 +91,7 @@ def test_the_loss_is_that_of_the_certificate() -> None:
     reference = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]))
 
     def losses(risk: str) -> list[float]:
-        certificate = Certificate(risk, 0.02, 0.95, 1000, 20, 0.01, 0.01, "-", (0.0, 1.0))
+        certificate = Certificate(Risk(risk), 0.02, 0.95, 1000, 20, 0.01, 0.01, "-", (0.0, 1.0))
         return Monitored.of(certificate).losses(outputs, reference, ScoreKind.LOGITS)
 
     assert losses("disagreement") == losses("accuracy") == [0.0, 1.0]
@@ -98,9 +99,9 @@ def test_the_loss_is_that_of_the_certificate() -> None:
 
 
 def test_without_labels_accuracy_is_watched_by_the_disagreement_it_was_certified_with() -> None:
-    certificate = Certificate("accuracy", 0.01, 0.95, 1000, 30, 0.002, 0.01, "-", (0.0, 1.0))
+    certificate = Certificate(Risk.ACCURACY, 0.01, 0.95, 1000, 30, 0.002, 0.01, "-", (0.0, 1.0))
     monitored = Monitored.of(certificate)
-    assert monitored.risk == "disagreement"
+    assert monitored.risk is Risk.DISAGREEMENT
     assert monitored.tolerance == pytest.approx(beta.ppf(0.95, 31, 970), rel=1e-6)
 
 

@@ -15,6 +15,7 @@ from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit, build_heads, load_plan, save_plan
 from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.risk import Risk
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def plan_for(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
     heads = {layer.path: Head(HeadSpec(widths=(5,)), layer.shape, 3) for layer in layers}
     exits = tuple(PlannedExit(layer.path, HeadSpec(widths=(5,)), ConfidencePolicy(1.5, 0.9), layer.cost, 0.01)
                   for layer in layers)
-    certificate = Certificate("disagreement", 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
     return ExitPlan(backbone.description.sha256, "certified", exits, certificate, safer=((0.95, 0.95),)), heads
 
 
@@ -99,9 +100,16 @@ def test_a_safer_setting_needs_a_threshold_for_each_exit(backbone: Backbone) -> 
 
 
 @pytest.mark.parametrize(("risk", "assumption"), [
-    ("confidence-gap", "as long as the backbone is not under-confident"),
-    ("accuracy", "as long as the requests that have labels are a random sample of the traffic")])
-def test_a_certificate_says_what_it_assumes(risk: str, assumption: str, backbone: Backbone) -> None:
+    (Risk.CONFIDENCE_GAP, "as long as the backbone is not under-confident"),
+    (Risk.ACCURACY, "as long as the requests that have labels are a random sample of the traffic")])
+def test_a_certificate_says_what_it_assumes(risk: Risk, assumption: str, backbone: Backbone) -> None:
     certificate = plan_for(backbone)[0].certificate
     assert certificate is not None and "as long as" not in certificate.in_words()
     assert assumption in replace(certificate, risk=risk).in_words()
+
+
+def test_a_plan_with_a_risk_that_is_not_known_is_refused(backbone: Backbone) -> None:
+    data = json.loads(json.dumps(plan_for(backbone)[0].to_json()))
+    data["certificate"]["risk"] = "hope"
+    with pytest.raises(PlanError, match="'hope' is not a valid Risk"):
+        ExitPlan.from_json(data, "plan.json")

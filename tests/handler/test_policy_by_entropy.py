@@ -94,7 +94,8 @@ def test_a_plan_by_a_policy_that_registers_itself_is_read_and_served(backbone: B
                                               for planned in plan.exits))
     other = build_model(backbone, by_confidence, heads)
     other(BATCH)
-    assert not torch.equal(other.log.take()[0].answers.stages, expected_stages(backbone, other.assembly.layers, heads, 0.6))
+    stages = other.log.take()[0].answers.stages
+    assert not torch.equal(stages, expected_stages(backbone, other.assembly.layers, heads, 0.6))
 
 
 def test_a_policy_decides_on_a_heads_answers_what_it_decides_on_its_logits() -> None:

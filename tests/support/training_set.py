@@ -1,4 +1,4 @@
-"""TrainingSet for heads without a backbone: one layer of vectors and a teacher that is a function of them."""
+"""A training set for heads without a backbone: one layer of vectors and a teacher that is a function of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from early_exit.training.paths import TrainingSetPaths
 LAYER = CandidateLayer("layer", "layer", (12,), 0.4)
 
 
-def made_material(folder: Path, target: Callable[[Tensor], Tensor] | None = None, n_records: int = 1000) -> TrainingSet:
+def made_training_set(folder: Path, target: Callable[[Tensor], Tensor] | None = None,
+                      n_records: int = 1000) -> TrainingSet:
     """Write and load a training set.
 
     Args:
-        folder: of the training_set.
+        folder: of the training set.
         target: maps (N, 12) activations to (N, 3) logits of the backbone; linear by default.
         n_records: half of them for training, the others to tune with.
     """

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from early_exit.handler.errors import RecordError
 from early_exit.training.data.activation_file import Activations, Selected
 
 
@@ -38,6 +39,24 @@ def test_what_float16_cannot_hold_is_noticed(tmp_path: Path) -> None:
     file.write(0, values.half())
     file.flush()
     assert not file.are_finite()
+
+
+def test_a_file_that_was_cut_short_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    Activations.create(path, 10, (3,)).flush()
+    opened = Activations(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(RecordError, match=r"ends before row 9: delete the run's folder"):
+        opened[torch.arange(10)]
+    with pytest.raises(RecordError, match=r"rows.npy: .*Delete the run's folder and train again"):
+        Activations(path)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5,)])
+def test_no_rows_and_rows_without_a_shape_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
+    file = Activations.create(tmp_path / "rows.npy", shape[0], shape[1:])
+    assert len(file) == shape[0]
+    assert file[torch.arange(shape[0])].shape == shape
 
 
 def test_selected_rows_count_from_zero(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.selection.certify import (
     betting_p_value,
     most_failures,
@@ -21,7 +22,6 @@ from early_exit.training.selection.certify import (
     risk_p_value,
     walk,
 )
-from early_exit.training.selection.risk import Risk
 
 
 @given(n=st.integers(1, 60), k=st.integers(0, 60), percent=st.integers(1, 99))
@@ -107,5 +107,5 @@ def test_the_confidence_gap_is_what_the_backbone_thinks_of_the_answer() -> None:
 
 
 def test_the_accuracy_risk_needs_labels() -> None:
-    with pytest.raises(RecordError, match="--labels"):
+    with pytest.raises(RecordError, match="labels"):
         Risk.ACCURACY.losses(torch.zeros(1, 1).long(), torch.zeros(1).long(), torch.zeros(1, 2))

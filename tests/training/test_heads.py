@@ -74,10 +74,10 @@ def test_the_same_seed_gives_the_same_head_and_leaves_the_global_generator_alone
     torch.manual_seed(5)
     expected_next = torch.rand(1)
     torch.manual_seed(5)
-    one = train_head(HeadSpec(widths=(8,)), (6, 8, 8), pooled, teacher, RECIPE)
+    first = train_head(HeadSpec(widths=(8,)), (6, 8, 8), pooled, teacher, RECIPE)
     assert torch.equal(torch.rand(1), expected_next)
     other = train_head(HeadSpec(widths=(8,)), (6, 8, 8), pooled, teacher, RECIPE)
-    assert torch.equal(one(pooled), other(pooled))
+    assert torch.equal(first(pooled), other(pooled))
 
 
 def test_a_constant_feature_does_not_break_training() -> None:

@@ -26,17 +26,17 @@ RESIDUAL = 5 * WIDTH * FLOAT
 
 
 @pytest.fixture(scope="module")
-def rehearsal() -> ScriptedModel:
+def scripted() -> ScriptedModel:
     backbone = residual_backbone()
-    return rehearsal_of(backbone, [backbone.description.candidates[0], backbone.description.candidates[2]])
+    return scripted_of(backbone, [backbone.description.candidates[0], backbone.description.candidates[2]])
 
 
-def rehearsal_of(backbone: Backbone, layers: list[CandidateLayer]) -> ScriptedModel:
+def scripted_of(backbone: Backbone, layers: list[CandidateLayer]) -> ScriptedModel:
     spec = HeadSpec(pool=None, widths=())
     plan = ExitPlan(backbone.description.sha256, "paper", tuple(
-        PlannedExit(one.path, spec, ConfidencePolicy(1.0, 0.5), cost=one.cost, head_cost=0.01)
-        for one in layers), None)
-    heads = {one.layer: Head(spec, (WIDTH,), N_CLASSES) for one in plan.exits}
+        PlannedExit(layer.path, spec, ConfidencePolicy(1.0, 0.5), cost=layer.cost, head_cost=0.01)
+        for layer in layers), None)
+    heads = {planned.layer: Head(spec, (WIDTH,), N_CLASSES) for planned in plan.exits}
     return ScriptedModel(backbone, plan, heads)
 
 
@@ -66,18 +66,18 @@ def test_convolutions_allocate_their_outputs() -> None:
 
 @given(st.lists(st.integers(-1, 1), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=30)
-def test_rehearsed_rows_leave_where_they_are_told(rehearsal: ScriptedModel, exits: list[int]) -> None:
+def test_rows_leave_where_the_script_says(scripted: ScriptedModel, exits: list[int]) -> None:
     with torch.no_grad():
-        answers = rehearsal(*rehearsal.tell(torch.tensor(exits)))
+        answers = scripted(*scripted.script(torch.tensor(exits)))
     assert answers.stages.tolist() == exits
     assert answers.outputs.shape == (len(exits), N_CLASSES)
 
 
-def test_a_request_that_leaves_early_allocates_what_came_before_its_exit(rehearsal: ScriptedModel) -> None:
-    taken = [ltma(rehearsal, rehearsal.tell(torch.tensor([exit_]))) for exit_ in (0, 1, -1)]
+def test_a_request_that_leaves_early_allocates_what_came_before_its_exit(scripted: ScriptedModel) -> None:
+    taken = [ltma(scripted, scripted.script(torch.tensor([exit_]))) for exit_ in (0, 1, -1)]
     plain = WIDTH * FLOAT + 6 * RESIDUAL + N_CLASSES * FLOAT
     # Decisions and the bookkeeping of rows are a few numbers for a row.
     assert WIDTH * FLOAT + RESIDUAL < taken[0] < taken[1] < taken[2]
     assert plain < taken[2] < 1.6 * plain
     share = torch.tensor([0, 0, 1, -1])
-    assert expected_ltma(rehearsal, share) == pytest.approx((2 * taken[0] + taken[1] + taken[2]) / 4)
+    assert expected_ltma(scripted, share) == pytest.approx((2 * taken[0] + taken[1] + taken[2]) / 4)

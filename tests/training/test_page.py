@@ -22,7 +22,7 @@ from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.report.evaluate import Evaluation, evaluate
 from early_exit.training.report.html import html_page
-from early_exit.training.report.summary import RunReport
+from early_exit.training.report.summary import RunReport, guarantee
 from tests.support.residual import N_RECORDS
 
 OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10), batch_size=4)
@@ -34,7 +34,8 @@ def mar(archive: ArchiveLayout, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("mar") / "files"
     shutil.copytree(archive.root, root)
     (root / MANIFEST).parent.mkdir(exist_ok=True)
-    (root / MANIFEST).write_text(json.dumps({"model": {"modelName": "model"}}))
+    for manifest in (root / MANIFEST, ArchiveLayout(root).original_manifest):
+        manifest.write_text(json.dumps({"model": {"modelName": "model", "modelVersion": "2.0"}}))
     zipped = Path(shutil.make_archive(str(root), "zip", root))
     return zipped.rename(zipped.with_name("model-2.0.mar"))
 
@@ -83,27 +84,38 @@ class Page(HTMLParser):
 
 def test_the_report_says_what_the_run_said(finished: tuple[RunPaths, RunReport], evaluation: Evaluation) -> None:
     _, report = finished
-    assert evaluation.exits, "this backbone is easy enough to exit from"
-    assert [one.layer for one in evaluation.exits] == [one.layer for one in report.exits]
-    assert [one.together.hit_rate for one in evaluation.exits] == pytest.approx(
-        [one.hit_rate for one in report.exits])
-    assert evaluation.deployed.disagreement == pytest.approx(report.disagreement)
-    assert evaluation.deployed.flops == pytest.approx(report.flops_ratio)
-    assert evaluation.deployed.cost == pytest.approx(report.cost_ratio)
-    assert evaluation.deployed in evaluation.frontier
+    assert evaluation.summary.exits, "this backbone is easy enough to exit from"
+    assert evaluation.summary.to_json() == report.to_json()
+    assert evaluation.summary.deployed in evaluation.frontier
+
+
+def test_programs_find_what_they_found_before_in_both_files(evaluation: Evaluation) -> None:
+    report, whole = evaluation.summary.to_json(), evaluation.to_json()
+    assert set(report) == {"model", "records", "plan", "exits", "heads", "cost_ratio", "flops_ratio", "disagreement",
+                           "left_out"}
+    assert set(report["exits"][0]) == {"layer", "cost", "threshold", "temperature", "head", "hit_rate", "agreement",
+                                       "hit_rate_alone"}
+    assert set(whole) == {"model", "backbone", "guarantee", "measure", "batch_size", "records", "deployed", "exits",
+                          "frontier", "curves", "plain", "with_exits", "latencies", "heads", "left_out", "asked"}
+    assert set(whole["exits"][0]) == {"layer", "cost", "head", "threshold", "temperature", "alone", "together"}
+    assert set(whole["exits"][0]["together"]) == {"hit_rate", "agreement", "accuracy", "effect", "bound", "categories"}
+    assert set(whole["deployed"]) == {"thresholds", "cost", "flops", "disagreement", "loss", "accuracy"}
+    assert set(whole["heads"][0]) == set(report["heads"][0]) == {
+        "layer", "architecture", "n_trials", "agreement", "temperature", "flops_ratio", "used"}
 
 
 def test_the_frontier_goes_from_no_exit_to_the_most_aggressive(evaluation: Evaluation) -> None:
     first, *others = evaluation.frontier
     assert first.disagreement == 0
     assert others[-1].flops < first.flops
-    hits = [1 - one.flops for one in evaluation.frontier]
+    hits = [1 - point.flops for point in evaluation.frontier]
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(hits)), "lower thresholds let more leave"
 
 
 def test_latency_memory_and_size_are_measured(evaluation: Evaluation, backbone: Backbone) -> None:
-    assert sorted({one.batch_size for one in evaluation.latencies if one.device == "cpu"}) == [1, 4, 8, 32]
-    assert all(one.repeats >= 3 and one.plain_ms > 0 and one.exits_ms > 0 for one in evaluation.latencies)
+    assert sorted({latency.batch_size for latency in evaluation.latencies if latency.device == "cpu"}) == [1, 4, 8, 32]
+    for latency in evaluation.latencies:
+        assert latency.repeats >= 3 and latency.plain_ms > 0 and latency.exits_ms > 0
     assert evaluation.plain.parameters == sum(p.numel() for p in backbone.graph.parameters())
     assert evaluation.plain.size_bytes == 4 * evaluation.plain.parameters < evaluation.with_exits.size_bytes
     assert evaluation.with_exits.ltma_bytes > 0
@@ -124,10 +136,10 @@ def test_the_page_is_well_formed_and_needs_nothing_else(evaluation: Evaluation) 
 def test_the_page_holds_the_figures(evaluation: Evaluation) -> None:
     page = Page(html_page(evaluation))
     words = " ".join(page.words)
-    assert evaluation.guarantee in words
-    for one in evaluation.exits:
-        assert f"{one.together.hit_rate:.2%}" in words and f"{one.alone.bound:.2%}" in words
-        assert one.together.categories is not None and f"{one.together.categories.only_backbone} (" in words
+    assert guarantee(evaluation.summary.plan) in words
+    for exit in evaluation.summary.exits:
+        assert f"{exit.together.hit_rate:.2%}" in words and f"{exit.alone.bound:.2%}" in words
+        assert exit.together.categories is not None and f"{exit.together.categories.only_backbone} (" in words
     for latency in evaluation.latencies:
         assert f"{latency.exits_ms:.3f}" in words
     lines = [str(attributes["d"]).count(",") for tag, attributes in page.tags
@@ -142,9 +154,9 @@ def test_a_run_without_exits_has_a_report(backbone: Backbone, archive: ArchiveLa
                       layers=2)
     run = RunPaths(tmp_path / "run")
     train("model", archive, shards, options, run, mar=mar)
-    found = evaluate(run, max_seconds=0)
-    assert found.deployed.accuracy is None
-    Page(html_page(found))
+    evaluation = evaluate(run, max_seconds=0)
+    assert evaluation.summary.deployed.accuracy is None
+    Page(html_page(evaluation))
 
 
 def test_the_papers_rule_has_a_report(backbone: Backbone, archive: ArchiveLayout, records: Path, mar: Path,
@@ -152,9 +164,9 @@ def test_the_papers_rule_has_a_report(backbone: Backbone, archive: ArchiveLayout
     run = RunPaths(tmp_path / "run")
     train("model", archive, find_shards(records, "model", backbone.description),
           replace(OPTIONS, thresholds="paper", recipe=Distillation(epochs=3), layers=2), run, mar=mar)
-    found = evaluate(run, max_seconds=0)
-    assert "no guarantee" in found.guarantee
-    Page(html_page(found))
+    evaluation = evaluate(run, max_seconds=0)
+    assert "no guarantee" in guarantee(evaluation.summary.plan)
+    Page(html_page(evaluation))
 
 
 def test_a_moved_archive_has_to_be_given(finished: tuple[RunPaths, RunReport], mar: Path, tmp_path: Path) -> None:
@@ -164,7 +176,7 @@ def test_a_moved_archive_has_to_be_given(finished: tuple[RunPaths, RunReport], m
     run.inputs.write_text(json.dumps({**inputs, "archive": str(tmp_path / "gone.mar")}))
     with pytest.raises(ArchiveError, match="not at .*gone.mar: say with --archive"):
         evaluate(run)
-    assert evaluate(run, mar, max_seconds=0).exits
+    assert evaluate(run, mar, max_seconds=0).summary.exits
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.loading import build_model
 from early_exit.handler.recording.format import Records, ShardHeader, list_shards, request_hash, write_shard
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
@@ -23,7 +24,6 @@ from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.paths import RunPaths, replacing
 from early_exit.training.pipeline import train
-from early_exit.training.selection.risk import Risk
 from tests.support.recording import record
 from tests.support.residual import N_RECORDS, Residual, recorded_inputs
 
@@ -95,15 +95,15 @@ def test_a_run_makes_a_plan_that_serves_as_it_reports(
     assert plan == report.plan
     assert plan.exits, "this backbone is easy enough to exit from"
     assert (plan.certificate is not None) == (rule == "certified")
-    assert json.loads(run.report_json.read_text())["flops_ratio"] == report.flops_ratio < 1
+    assert json.loads(run.report_json.read_text())["flops_ratio"] == report.deployed.flops < 1
     fresh = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2))
     served = build_model(backbone, plan, build_heads(plan, tensors, backbone.description))
     with torch.no_grad():
         answers, log_probabilities = served(fresh).argmax(1), backbone.graph(fresh).log_softmax(dim=1)
     full = log_probabilities.argmax(dim=1)
     left = (served.log.take()[0].answers.stages >= 0).double().mean().item()
-    assert left == pytest.approx(sum(one.hit_rate for one in report.exits), abs=0.05)
-    assert (answers != full).double().mean().item() == pytest.approx(report.disagreement, abs=0.03)
+    assert left == pytest.approx(sum(exit.together.hit_rate for exit in report.exits), abs=0.05)
+    assert (answers != full).double().mean().item() == pytest.approx(report.deployed.disagreement, abs=0.03)
     losses = risk.losses(answers[:, None], full, log_probabilities, true_classes(log_probabilities))
     assert losses.mean() <= OPTIONS.tolerance + 0.01
 
@@ -156,9 +156,9 @@ def test_a_run_that_goes_on_with_fewer_records_than_there_are_says_so(
     shards = find_shards(records, "model", backbone.description)
     run = RunPaths(tmp_path / "run")
     train("model", archive, shards[:5], OPTIONS, run)
-    said: list[str] = []
-    train("model", archive, shards, OPTIONS, run, log=said.append)
-    assert "goes on with the 5 shards" in said[0] and "another --to" in said[0]
+    lines: list[str] = []
+    train("model", archive, shards, OPTIONS, run, log=lines.append)
+    assert "goes on with the 5 shards" in lines[0] and "another --to" in lines[0]
 
 
 def test_an_impossible_tolerance_gives_a_plan_without_exits(
@@ -167,8 +167,8 @@ def test_an_impossible_tolerance_gives_a_plan_without_exits(
     shards = find_shards(records, "model", backbone.description)
     options = replace(OPTIONS, tolerance=0.004, recipe=Distillation(epochs=1, learning_rate=1e-9))
     report = train("model", archive, shards, options, RunPaths(tmp_path / "run"))
-    assert report.disagreement <= 0.004
-    assert report.flops_ratio == pytest.approx(1, abs=0.05)
+    assert report.deployed.disagreement <= 0.004
+    assert report.deployed.flops == pytest.approx(1, abs=0.05)
 
 
 def test_too_few_labels_are_said_before_anything_is_trained(
@@ -178,14 +178,14 @@ def test_too_few_labels_are_said_before_anything_is_trained(
     traffic = load_traffic(shards)
     certifies = dict(zip(traffic.request.tolist(), (traffic.part == list(Part).index(Part.CERTIFY)).tolist()))
     ids = [f"request-{number}" for number in range(N_RECORDS)]
-    of_certify = [one for one in ids if certifies[request_hash(one)]]
-    others = [one for one in ids if not certifies[request_hash(one)]]
+    of_certify = [request for request in ids if certifies[request_hash(request)]]
+    others = [request for request in ids if not certifies[request_hash(request)]]
     for labelled, trouble in (
             (others, r"0 of the \d+ records of the certify part .* at least 59 there: label about 197 more requests"),
             (others + of_certify[:50], r"50 of the \d+ records of the certify part .* label about 30 more requests "),
             (of_certify, r"0 of the \d+ records of the tune part have a label, .* label about 5 more")):
         labels = tmp_path / "labels.csv"
-        labels.write_text("".join(f"{one},0\n" for one in labelled))
+        labels.write_text("".join(f"{request},0\n" for request in labelled))
         with pytest.raises(RecordError, match=trouble):
             train("model", archive, shards, options, run, labels=labels)
     assert not (run.root / "heads").exists()
@@ -216,10 +216,10 @@ def test_records_of_an_older_setting_are_passed_over_and_counted(
     record(backbone, inputs[:100], tmp_path / "records", pool=2)
     record(backbone, inputs[100:], tmp_path / "records", first_request=100, pool=4)
     shards = find_shards(tmp_path / "records", "model", backbone.description)
-    said: list[str] = []
-    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=said.append)
+    lines: list[str] = []
+    report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
     assert sum(report.records.values()) == 900
-    assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in said)
+    assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in lines)
 
 
 def test_shards_with_layers_in_common_are_used_together(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_every_stage_and_copy_is_timed_on_the_engine_that_serves(engine: str) ->
     profile = profile_backbone(backbone, layers, engine=engine, sizes=(1, 4))
     assert profile.engine == engine
     assert len(profile.stages) == len(layers) + 1 and len(profile.shrinks) == len(layers)
-    assert all(len(one) == 2 and min(one) > 0 for one in profile.stages)
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in profile.stages)
 
 
 def test_a_head_that_is_moved_to_be_measured_leaves_the_trained_one_where_it_is() -> None:

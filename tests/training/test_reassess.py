@@ -30,7 +30,8 @@ def test_on_its_own_run_a_plan_costs_what_it_says_and_less_where_more_may_leave(
         return cost_on_run(of, heads, run, backbone.description, OPTIONS)  # type: ignore[arg-type]
 
     assert cost() == pytest.approx(plan.expected_cost)
-    bolder = replace(plan, exits=tuple(replace(one, policy=replace(one.policy, threshold=0.2)) for one in plan.exits))
+    bolder = replace(plan, exits=tuple(
+        replace(planned, policy=replace(planned.policy, threshold=0.2)) for planned in plan.exits))
     assert cost(bolder) < plan.expected_cost  # type: ignore[operator]
     first, *others = plan.exits
     pooled_otherwise = replace(first, head=replace(first.head, recorded=2))

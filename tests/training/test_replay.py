@@ -50,26 +50,26 @@ def test_only_the_train_part_is_augmented_and_the_backbone_is_asked_about_what_c
         model: nn.Sequential, backbone: Backbone, traffic: RecordedTraffic, handler: Preprocessing,
         tmp_path: Path) -> None:
     layers = backbone.description.candidates
-    found = replay_records(TrainingSetPaths(tmp_path / "training_set"), traffic, layers, backbone, handler,
-                           Replay(ROUNDS, pool=None))
+    replayed = replay_records(TrainingSetPaths(tmp_path / "training_set"), traffic, layers, backbone, handler,
+                              Replay(ROUNDS, pool=None))
     plain = replay_records(TrainingSetPaths(tmp_path / "plain"), traffic, layers, backbone, handler,
                            Replay(0, pool=None))
-    train = found.rows(Part.TRAIN)
+    train = replayed.rows(Part.TRAIN)
     assert len(train) == (1 + ROUNDS) * traffic.size(Part.TRAIN)
-    assert [len(found.rows(part)) for part in (Part.TUNE, Part.CERTIFY)] == [
+    assert [len(replayed.rows(part)) for part in (Part.TUNE, Part.CERTIFY)] == [
         traffic.size(part) for part in (Part.TUNE, Part.CERTIFY)]
-    as_recorded, augmented = torch.arange(N_RECORDS), torch.arange(N_RECORDS, len(found.log_probabilities))
+    as_recorded, augmented = torch.arange(N_RECORDS), torch.arange(N_RECORDS, len(replayed.log_probabilities))
     assert set(augmented.tolist()) < set(train.tolist())
     for layer in layers:
-        seen = found.activations(layer)
+        seen = replayed.activations(layer)
         assert torch.equal(seen[as_recorded], plain.activations(layer)[as_recorded])
         originals = seen[plain.rows(Part.TRAIN)]
         differs = (seen[augmented] != torch.cat([originals] * ROUNDS)).flatten(1).any(dim=1)
         assert differs.double().mean() > 0.8  # a draw may also be to leave an image as it is
         rest = model[int(layer.path) + 1:]
         expected = rest(seen[augmented].float()).log_softmax(dim=1)
-        torch.testing.assert_close(found.log_probabilities[augmented].float(), expected, atol=0.01, rtol=0.01)
-    assert torch.equal(found.backbone_class[as_recorded], traffic.backbone_class)
+        torch.testing.assert_close(replayed.log_probabilities[augmented].float(), expected, atol=0.01, rtol=0.01)
+    assert torch.equal(replayed.backbone_class[as_recorded], traffic.backbone_class)
 
 
 def test_a_stopped_replay_goes_on_after_its_last_full_round(

@@ -25,14 +25,14 @@ from early_exit.training.heads.search import Search, best_trial, search_layer
 from early_exit.training.heads.space import SearchSpace, default_choice, default_head, spec_of
 from early_exit.training.heads.trial import Evaluator, Trial, is_better_than_chance
 from early_exit.training.paths import RunPaths
-from tests.support.training_set import LAYER, made_material
+from tests.support.training_set import LAYER, made_training_set
 
 SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
 RECIPE = Distillation(epochs=3)
 
 
 def evaluator(folder: Path, *, target: Callable[[Tensor], Tensor] | None = None) -> Evaluator:
-    return Evaluator(LAYER, made_material(folder, target), 0.05, RECIPE,
+    return Evaluator(LAYER, made_training_set(folder, target), 0.05, RECIPE,
                      FlopCost(100_000))
 
 
@@ -43,15 +43,15 @@ def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:
     assert read_journal(run, LAYER.path) == trials
     assert all(run.trial(LAYER.path, number).exists() for number in range(4))
     best = best_trial(trials)
-    assert best is not None and best.objective == min(one.objective for one in trials if not one.stopped)
+    assert best is not None and best.objective == min(trial.objective for trial in trials if not trial.stopped)
 
 
 def test_the_default_head_is_tried_first_where_the_space_has_it(tmp_path: Path) -> None:
-    judge = evaluator(tmp_path / "training_set")
-    first, = search_layer(judge, SearchSpace(), Search(trials=1), RunPaths(tmp_path / "run"))
-    assert first.head == default_head(judge.training_set.recorded)
+    evaluating = evaluator(tmp_path / "training_set")
+    first, = search_layer(evaluating, SearchSpace(), Search(trials=1), RunPaths(tmp_path / "run"))
+    assert first.head == default_head(evaluating.training_set.recorded)
     assert default_choice(SPACE.choices(LAYER.shape, None)) is None
-    assert len(search_layer(judge, SPACE, Search(trials=1), RunPaths(tmp_path / "other"))) == 1
+    assert len(search_layer(evaluating, SPACE, Search(trials=1), RunPaths(tmp_path / "other"))) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -68,7 +68,7 @@ def test_a_tuner_starts_with_the_default_head_and_asks_for_none_twice(shape: tup
     assert heads[0] == default_head(4)
     resumed = HeadTpe(seed + 1, startup=4)
     resumed.update_search_space(space.choices(shape, 4))
-    resumed.import_data([{"parameter": one, "value": 1.0} for one in asked])
+    resumed.import_data([{"parameter": parameters, "value": 1.0} for parameters in asked])
     heads += [spec_of(resumed.generate_parameters(number), shape, 4) for number in range(6)]
     assert len(set(heads)) == 12
 
@@ -80,12 +80,12 @@ def test_no_head_is_tried_twice(tmp_path: Path) -> None:
 
 
 def test_a_search_goes_on_where_it_was_and_drops_a_line_cut_short(tmp_path: Path) -> None:
-    run, judge = RunPaths(tmp_path / "run"), evaluator(tmp_path / "training_set")
-    first = search_layer(judge, SPACE, Search(trials=2), run)
+    run, evaluating = RunPaths(tmp_path / "run"), evaluator(tmp_path / "training_set")
+    first = search_layer(evaluating, SPACE, Search(trials=2), run)
     journal = run.trials(LAYER.path)
     with journal.open("a") as file:
         file.write('{"number": 2, "parame')
-    again = search_layer(judge, SPACE, Search(trials=4), run)
+    again = search_layer(evaluating, SPACE, Search(trials=4), run)
     assert again[:2] == first and len(again) == 4
     assert [json.loads(line)["number"] for line in journal.read_text().splitlines()] == [0, 1, 2, 3]
 

@@ -24,13 +24,13 @@ from early_exit.training.heads.space import SearchSpace
 from early_exit.training.heads.trial import Evaluator
 from early_exit.training.paths import RunPaths
 from tests.support.sshd import USER, sshd
-from tests.support.training_set import LAYER, made_material
+from tests.support.training_set import LAYER, made_training_set
 
 SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
 
 
 def evaluator(run: RunPaths) -> Evaluator:
-    return Evaluator(LAYER, made_material(run.training_set.root), 0.05, Distillation(epochs=3), FlopCost(100_000))
+    return Evaluator(LAYER, made_training_set(run.training_set.root), 0.05, Distillation(epochs=3), FlopCost(100_000))
 
 
 def free_port() -> int:
@@ -88,15 +88,15 @@ def test_trials_run_on_other_machines_over_ssh(tmp_path: Path) -> None:
 
 def test_the_tuner_believes_what_a_trial_wrote_and_knows_the_journal(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
-    judge = evaluator(run)
-    tried, _ = judge.run(0, {"linears": 1, "width1": 2}, lambda trial: True)
+    evaluating = evaluator(run)
+    tried, _ = evaluating.run(0, {"linears": 1, "width1": 2}, lambda trial: True)
     append(run, LAYER.path, tried)
     space = SearchSpace(linears=(1,), width=(2, 4, 8))
     tuner = JournalTpe(str(tmp_path), LAYER.path, seed=0, startup=8)
     tuner.update_search_space(space.choices(LAYER.shape, None))
     asked = [tuner.generate_parameters(number)["width1"] for number in (0, 1)]
     assert sorted(asked) == [4, 8]  # 2 is in the journal
-    swapped, _ = judge.run(1, {"linears": 1, "width1": asked[1]}, lambda trial: True)
+    swapped, _ = evaluating.run(1, {"linears": 1, "width1": asked[1]}, lambda trial: True)
     write_result(run, LAYER.path, swapped)
     for parameter_id in (0, 77):  # NNI says it was the first one, or one that was never asked for
         tuner.receive_trial_result(parameter_id, {"width1": asked[0]}, {"default": 0.0, "number": 1})
@@ -106,9 +106,9 @@ def test_the_tuner_believes_what_a_trial_wrote_and_knows_the_journal(tmp_path: P
 
 def test_results_are_gathered_once(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
-    judge = evaluator(run)
+    evaluating = evaluator(run)
     for number in (10, 9):
-        write_result(run, LAYER.path, judge.run(number, {"linears": 0}, lambda trial: False)[0])
+        write_result(run, LAYER.path, evaluating.run(number, {"linears": 0}, lambda trial: False)[0])
     first = gather(run, LAYER.path)
     assert [trial.number for trial in first] == [9, 10] and all(trial.stopped for trial in first)
     assert gather(run, LAYER.path) == first == read_journal(run, LAYER.path)

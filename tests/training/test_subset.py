@@ -30,7 +30,7 @@ def random_costs(n_layers: int, generator: torch.Generator, *, batch_size: int) 
 
 
 def flops(stages: Sequence[float], exits: Sequence[float]) -> Costs:
-    return Costs("flops", 1, np.array([[0, one] for one in stages]), np.array([[0, one] for one in exits]))
+    return Costs("flops", 1, np.array([[0, stage] for stage in stages]), np.array([[0, exit] for exit in exits]))
 
 
 def by_definition(layers: tuple[int, ...], hits: Tensor, losses: Tensor, costs: Costs) -> tuple[float, float]:
@@ -62,8 +62,8 @@ def test_the_search_finds_what_brute_force_finds(
     if signed:
         losses = losses * (torch.randint(-4, 5, losses.shape, generator=generator) / 4)
     costs = random_costs(n_layers, generator, batch_size=batch_size)
-    options = [Option(bit_mask(h), loss_masks(one)) for h, one in zip(hits, losses)]
-    found = best_subset(lambda layer, position: options[layer], costs, n_records, max_loss=max_loss, size=size)
+    options = [Option(bit_mask(hit), loss_masks(loss)) for hit, loss in zip(hits, losses)]
+    best = best_subset(lambda layer, position: options[layer], costs, n_records, max_loss=max_loss, size=size)
     allowed = [1.0]
     for count in range(1, n_layers + 1) if size is None else [size]:
         for layers in combinations(range(n_layers), count):
@@ -71,20 +71,20 @@ def test_the_search_finds_what_brute_force_finds(
             prefixes = [by_definition(layers[:end], hits, losses, costs)[1] for end in range(1, count + 1)]
             if max_loss is None or max(prefixes) <= max_loss:
                 allowed.append(by_definition(layers, hits, losses, costs)[0])
-    assert found.cost == pytest.approx(min(allowed), abs=1e-9)
-    if found.layers:
-        assert found.cost == pytest.approx(by_definition(found.layers, hits, losses, costs)[0], abs=1e-9)
+    assert best.cost == pytest.approx(min(allowed), abs=1e-9)
+    if best.layers:
+        assert best.cost == pytest.approx(by_definition(best.layers, hits, losses, costs)[0], abs=1e-9)
 
 
 def test_with_flops_the_cost_is_one_minus_the_papers_score() -> None:
     """K(S) = sum over exits of |H| (C2 - C1) - |M| C1."""
     hits = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]], dtype=torch.bool)
     costs = flops((0.3, 0.3, 0.4), (0.01, 0.02))
-    options = [Option(bit_mask(one), ()) for one in hits]
-    found = best_subset(lambda layer, position: options[layer], costs, 6)
+    options = [Option(bit_mask(hit), ()) for hit in hits]
+    best = best_subset(lambda layer, position: options[layer], costs, 6)
     k = 2 * (0.7 - 0.01) - 4 * 0.01 + 2 * (0.4 - 0.02) - 2 * 0.02
-    assert found.layers == (0, 1)
-    assert found.cost == pytest.approx(1 - k / 6)
+    assert best.layers == (0, 1)
+    assert best.cost == pytest.approx(1 - k / 6)
 
 
 def test_when_no_exit_pays_the_subset_is_empty() -> None:
@@ -111,12 +111,12 @@ def test_beyond_the_exact_limit_the_subset_is_as_good_as_any_of_its_neighbours()
     skill = torch.linspace(0.1, 0.9, n_layers)[:, None]
     hits = torch.rand(1, n_records, generator=generator) < skill
     costs = random_costs(n_layers, generator, batch_size=4)
-    options = [Option(bit_mask(one), ()) for one in hits]
-    found = improved_subset(lambda layer, position: options[layer], costs, n_records)
+    options = [Option(bit_mask(hit), ()) for hit in hits]
+    best = improved_subset(lambda layer, position: options[layer], costs, n_records)
     no_loss = torch.zeros(n_layers, n_records)
     for layer in range(n_layers):
-        neighbour = tuple(sorted(set(found.layers) ^ {layer}))
-        assert by_definition(neighbour, hits, no_loss, costs)[0] >= found.cost - 1e-9
+        neighbour = tuple(sorted(set(best.layers) ^ {layer}))
+        assert by_definition(neighbour, hits, no_loss, costs)[0] >= best.cost - 1e-9
 
 
 @given(flags=st.lists(st.booleans(), max_size=40))

@@ -12,23 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from early_exit.training.costs.cost import Costs
-from early_exit.training.data.dataset import Part
 from early_exit.training.options import TrainingOptions
-from early_exit.training.planning.choose import settings as settings_to_certify
+from early_exit.training.planning.choose import path_to_certify
 from early_exit.training.selection.certify import most_failures
+from early_exit.training.selection.simulation import Candidates, OperatingPoint, batch_costs, mean_cost, outcome
 from early_exit.training.selection.thresholds import (
-    Candidates,
-    OperatingPoint,
-    batch_costs,
     budget_threshold,
     certified_path,
     equal_point,
-    mean_cost,
-    outcome,
     paper_point,
     safer_settings,
 )
-from tests.support.judged import made_judged
+from tests.support.predictions import made_predictions
 
 
 def simulated(n_records: int, seed: int = 0) -> Candidates:
@@ -51,12 +46,12 @@ def test_what_an_engine_changes_counts_for_those_that_leave_nowhere(seed: int, s
     differs = torch.rand(400, generator=torch.Generator().manual_seed(seed)) < share
     lossy = replace(exact, full_agrees=~differs, full_losses=differs.float())
     assert outcome(OperatingPoint((), ()), lossy).losses.sum() == differs.sum()
-    for choice in certified_path(lossy, 0.1, 0.05, 400)[::10]:
-        found, without = outcome(choice, lossy), outcome(choice, exact)
-        assert torch.equal(found.exit, without.exit)
-        left = found.exit >= 0
-        assert torch.equal(found.losses[left], without.losses[left])
-        assert torch.equal(found.differs[~left], differs[~left])
+    for point in certified_path(lossy, 0.1, 0.05, 400)[::10]:
+        with_engine, without = outcome(point, lossy), outcome(point, exact)
+        assert torch.equal(with_engine.exit, without.exit)
+        left = with_engine.exit >= 0
+        assert torch.equal(with_engine.losses[left], without.losses[left])
+        assert torch.equal(with_engine.differs[~left], differs[~left])
 
 
 @settings(deadline=None, max_examples=150)
@@ -84,12 +79,12 @@ def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
 @given(seed=st.integers(0, 1000), low=st.floats(0.3, 1.0), high=st.floats(0.3, 1.0))
 def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high: float) -> None:
     records = simulated(50, seed)
-    choice = OperatingPoint((0, 2), (low, high))
-    found = outcome(choice, records)
+    point = OperatingPoint((0, 2), (low, high))
+    result = outcome(point, records)
     total, until = 0.0, (0.2, 0.5, 0.8)
     for record in range(50):
         spent, taken, differs = 0.0, -1, False
-        for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
+        for position, (layer, threshold) in enumerate(zip(point.layers, point.thresholds)):
             spent += 0.01
             if records.confidence[record, layer] >= threshold:
                 taken, differs = position, not records.agrees[record, layer]
@@ -97,46 +92,45 @@ def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high
                 break
         else:
             spent += 1.0
-        assert found.exit[record] == taken
-        assert bool(found.differs[record]) == differs
-        assert found.losses[record] == differs
+        assert result.exit[record] == taken
+        assert bool(result.differs[record]) == differs
+        assert result.losses[record] == differs
         total += spent
-    assert mean_cost(choice, found.exit, records.costs) == pytest.approx(total / 50)
+    assert mean_cost(point, result.exit, records.costs) == pytest.approx(total / 50)
 
 
 def test_the_path_starts_where_nobody_exits_and_grows_more_aggressive() -> None:
     tune = simulated(1000)
     path = certified_path(tune, 0.05, 0.05, 1500)
-    exited = [int((outcome(choice, tune).exit >= 0).sum()) for choice in path]
+    exited = [int((outcome(point, tune).exit >= 0).sum()) for point in path]
     assert exited[0] == 0
     assert exited == sorted(exited)
-    assert len({choice.layers for choice in path}) == 1 and path[0].layers
+    assert len({point.layers for point in path}) == 1 and path[0].layers
 
 
 def test_risk_buys_time_at_one_rate_at_all_exits_of_a_setting() -> None:
     tune = simulated(1000)
     until = tune.costs.stages.cumsum(axis=0)[:, 1]
-    for choice in certified_path(tune, 0.05, 0.05, 1500)[1:]:
-        rates = [(1 - threshold) / (1 - until[layer]) for layer, threshold in zip(choice.layers, choice.thresholds)
+    for point in certified_path(tune, 0.05, 0.05, 1500)[1:]:
+        rates = [(1 - threshold) / (1 - until[layer]) for layer, threshold in zip(point.layers, point.thresholds)
                  if threshold > 0]
         assert max(rates, default=0) == pytest.approx(min(rates, default=0), abs=1e-5)
 
 
 def test_luck_on_the_tune_part_does_not_choose_exits() -> None:
-    judged, options = made_judged(400), TrainingOptions(tolerance=0.1)
-    path = settings_to_certify(judged, options)
+    predictions, options = made_predictions(400), TrainingOptions(tolerance=0.1)
+    path = path_to_certify(predictions, options)
     assert path[-1].layers
-    said = judged.parts[Part.TUNE]
-    other = replace(said, candidates=replace(said.candidates, agrees=~said.candidates.agrees,
-                                             losses=1 - said.candidates.losses))
-    assert settings_to_certify(replace(judged, parts={**judged.parts, Part.TUNE: other}), options) == path
+    before = predictions.tune.candidates
+    other = replace(predictions.tune, candidates=replace(before, agrees=~before.agrees, losses=1 - before.losses))
+    assert path_to_certify(replace(predictions, tune=other), options) == path
 
 
 def test_the_chosen_subset_can_be_certified_where_it_was_chosen() -> None:
     tune = simulated(1000)
     path = certified_path(tune, 0.05, 0.05, 1500)
     allowed = 1000 * most_failures(1500, 0.05, 0.05) / 1500
-    assert any(0 < int(outcome(choice, tune).differs.sum()) <= allowed for choice in path)
+    assert any(0 < int(outcome(point, tune).differs.sum()) <= allowed for point in path)
 
 
 def test_each_safer_setting_was_certified_before_and_loses_at_most_half_as_much() -> None:
@@ -144,39 +138,39 @@ def test_each_safer_setting_was_certified_before_and_loses_at_most_half_as_much(
     path = certified_path(tune, 0.1, 0.05, 2000)
     deployed = len(path) - 30
     settings_back = safer_settings(path, deployed, tune)
-    before = [choice.thresholds for choice in path[:deployed]]
+    before = [point.thresholds for point in path[:deployed]]
     assert 1 <= len(settings_back) <= 8
     assert set(settings_back) <= set(before)
     lost = [outcome(OperatingPoint(path[0].layers, thresholds), tune).losses.sum().item()
             for thresholds in (path[deployed].thresholds, *settings_back)]
-    assert all(after <= one / 2 for one, after in pairwise(lost))
+    assert all(after <= before / 2 for before, after in pairwise(lost))
     assert safer_settings(path, 0, tune) == ()
 
 
 def test_the_papers_budget_halves_with_every_exit() -> None:
     tune = simulated(2000)
-    choice = paper_point(tune, 0.08)
-    assert choice.layers
-    for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds), start=1):
+    point = paper_point(tune, 0.08)
+    assert point.layers
+    for position, (layer, threshold) in enumerate(zip(point.layers, point.thresholds), start=1):
         hits = tune.confidence[:, layer] >= threshold
         assert (hits & ~tune.agrees[:, layer]).double().mean() <= 0.08 / 2**position
 
 
 def test_the_equal_budget_is_divided_by_the_number_of_exits() -> None:
     tune = simulated(2000)
-    choice = equal_point(tune, 0.08)
-    assert choice.layers
-    for layer, threshold in zip(choice.layers, choice.thresholds):
+    point = equal_point(tune, 0.08)
+    assert point.layers
+    for layer, threshold in zip(point.layers, point.thresholds):
         hits = tune.confidence[:, layer] >= threshold
-        assert (hits & ~tune.agrees[:, layer]).double().mean() <= 0.08 / len(choice.layers)
+        assert (hits & ~tune.agrees[:, layer]).double().mean() <= 0.08 / len(point.layers)
 
 
 def test_the_expected_cost_of_a_batch_is_the_mean_over_drawn_batches() -> None:
     records = simulated(3000)
-    choice = OperatingPoint((0, 1, 2), (0.8, 0.8, 0.8))
+    point = OperatingPoint((0, 1, 2), (0.8, 0.8, 0.8))
     stages = np.array([[0, 0.05, 0.1, 0.12, 0.2], [0, 0.2, 0.21, 0.22, 0.3],
                        [0, 0.1, 0.1, 0.1, 0.2], [0, 0.1, 0.2, 0.3, 0.3]])
     costs = Costs("seconds", 4, stages, np.array([[0, 0.02, 0.03, 0.03, 0.04]] * 3))
-    taken = outcome(choice, records).exit
-    drawn = torch.cat([batch_costs(choice, taken, costs, seed=seed) for seed in range(20)])
-    assert mean_cost(choice, taken, costs) == pytest.approx(drawn.mean().item(), rel=0.01)
+    taken = outcome(point, records).exit
+    drawn = torch.cat([batch_costs(point, taken, costs, seed=seed) for seed in range(20)])
+    assert mean_cost(point, taken, costs) == pytest.approx(drawn.mean().item(), rel=0.01)

@@ -21,9 +21,9 @@ class StepCosts:
     """The mean costs of L candidate exits for one share of requests that still travel."""
 
     until: tuple[float, ...]
-    """L + 2: of the backbone's stages before the k-th stage; the last is the whole backbone."""
+    """(L + 2 numbers) The cost of the backbone's stages before the k-th; the last is that of the whole backbone."""
     exits: tuple[float, ...]
-    """L: of head, decision and shrinking after each candidate."""
+    """(L numbers) The cost of head, decision and shrinking after each candidate."""
 
     def between(self, start: int, end: int) -> float:
         """Return the cost of the stages after candidate `start` (-1: input) up to candidate `end` (L: output)."""
@@ -35,12 +35,12 @@ class Costs:
     """The costs of L candidate exits, for batches of one size B; a full batch through the backbone alone costs 1."""
 
     measure: str
-    """'flops' or 'seconds'."""
+    """What the costs count: 'flops' or 'seconds'."""
     batch_size: int
     stages: np.ndarray
-    """(L + 1, B + 1): each stage for 0 to B rows: up to the first candidate, between candidates, after the last."""
+    """(L + 1, B + 1): the cost of each stage, up to, between and after the candidates, for 0 to B rows."""
     exits: np.ndarray
-    """(L, B + 1): head, decision and shrinking after each candidate, for 0 to B rows."""
+    """(L, B + 1): the cost of head, decision and shrinking after each candidate, for 0 to B rows."""
     _known: dict[float, StepCosts] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -80,7 +80,7 @@ class FlopCost:
     """What a head costs as a fraction of the backbone's FLOPs."""
 
     flops: int
-    """Of the backbone."""
+    """The FLOPs of the backbone."""
 
     def __call__(self, head: Head, layer: CandidateLayer) -> float:
         return head_flops(head, layer.shape) / self.flops

@@ -34,7 +34,7 @@ _ROUNDS = 15
 _LEAST_ROUNDS = 3
 _SECONDS_PER_SIZE = 4.0
 _OTHERS = 2**22
-"""Numbers that the stages before an exit leave in the caches in place of its weights: 16 MB."""
+"""The stages before an exit leave about so many numbers, 16 MB, in the caches in place of its weights."""
 
 T = TypeVar("T")
 Loop = Callable[[Tensor], Tensor]
@@ -47,12 +47,12 @@ class Profile:
     engine: str
     device: str
     layers: tuple[str, ...]
-    """Paths of the L layers between which the stages lie."""
+    """The paths of the L layers between which the stages lie."""
     sizes: tuple[int, ...]
     stages: tuple[tuple[float, ...], ...]
-    """For each of the L + 1 stages, for each size."""
+    """The seconds of each of the L + 1 stages, for each size."""
     shrinks: tuple[tuple[float, ...], ...]
-    """For each of the L layers, for each size: half of the rows are copied."""
+    """The seconds that it takes to copy half of the rows at each of the L layers, for each size."""
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -74,14 +74,14 @@ class Profile:
             batch_size: of full batches.
         """
         positions = [self.layers.index(path) for path in layers]
-        found = []
+        least = []
         for here, following in pairwise([*positions, len(self.layers)]):
             rest = np.sum([for_counts(self.sizes, stage, batch_size)
                            for stage in self.stages[here + 1:following + 1]], axis=0)
             copied = for_counts(self.sizes, self.shrinks[here], 2 * batch_size)[::2]  # of 2k rows, k are copied
             pays = (rest[-1] - rest > copied)[::-1]  # [n] when n were answered
-            found.append(next((n for n in range(1, batch_size) if pays[n:batch_size].all()), batch_size))
-        return tuple(found)
+            least.append(next((n for n in range(1, batch_size) if pays[n:batch_size].all()), batch_size))
+        return tuple(least)
 
     def costs(self, layers: Sequence[str], exits: Sequence[Sequence[float]], batch_size: int) -> Costs:
         """Return the costs for batches of a size.
@@ -95,7 +95,7 @@ class Profile:
         steps = np.stack([for_counts(self.sizes, stage, batch_size) for stage in self.stages]) / whole
         ends = [0, *(self.layers.index(path) + 1 for path in layers), len(steps)]
         stages = np.stack([steps[start:end].sum(axis=0) for start, end in pairwise(ends)])
-        heads = np.stack([for_counts(self.sizes, one, batch_size) for one in exits]) / whole
+        heads = np.stack([for_counts(self.sizes, seconds, batch_size) for seconds in exits]) / whole
         return Costs("seconds", batch_size, stages, heads)
 
 
@@ -113,10 +113,10 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
         device: a torch device.
         sizes: batch sizes, ascending.
     """
-    items = [one.to(device) for one in backbone.description.probe_inputs()]
+    items = [item.to(device) for item in backbone.description.probe_inputs()]
     with torch.no_grad(), one_thread():
         compiled = engine_of(engine).compile(backbone, [layer.node for layer in layers])
-        stages = graphed([Stage(one.module.forward) for one in compiled], torch.device(device))
+        stages = graphed([Stage(stage.module.forward) for stage in compiled], torch.device(device))
         batches = [tuple(item.expand(size, *item.shape[1:]).contiguous() for item in items) for size in sizes]
 
         def one_round(live: Live) -> list[float]:

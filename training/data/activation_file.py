@@ -14,8 +14,8 @@ from torch import Tensor
 
 from early_exit.handler.errors import RecordError
 
-_ROWS = 4096
-"""Read at once."""
+_ROWS_AT_ONCE = 4096
+"""The number of rows that `are_finite` has in memory."""
 
 
 class Activations:
@@ -25,11 +25,19 @@ class Activations:
     """
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
+        """Open a file.
+
+        Raises:
+            RecordError: it is no .npy file, or was cut short.
+        """
+        try:
+            mapped = np.lib.format.open_memmap(path, mode="r")  # of which nothing but the header is read
+        except ValueError as error:
+            raise RecordError(f"cannot read the activations {path}: {error}. Delete the run's folder and train "
+                              "again") from error
+        self._n_rows, self._row_shape, self._dtype = len(mapped), mapped.shape[1:], mapped.dtype
+        self._offset, self._row_bytes = mapped.offset, prod(self._row_shape) * self._dtype.itemsize
         self._file = path.open("r+b" if writable else "rb")
-        np.lib.format.read_magic(self._file)
-        shape, _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
-        self._n_rows, self._row_shape = int(shape[0]), tuple(shape[1:])
-        self._offset, self._row_bytes = self._file.tell(), prod(self._row_shape) * self._dtype.itemsize
 
     @classmethod
     def create(cls, path: Path, n_rows: int, shape: Sequence[int],
@@ -49,8 +57,8 @@ class Activations:
             RecordError: the file was cut short.
         """
         wanted = rows.numpy()
-        found = np.empty((len(wanted), *self._row_shape), self._dtype)
-        target = found.data.cast("B") if found.size else memoryview(b"")
+        values = np.empty((len(wanted), *self._row_shape), self._dtype)
+        target = values.data.cast("B") if values.size else memoryview(b"")
         starts = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
         for start, end in pairwise(starts):  # runs of neighbours are read at once
             if end > start:
@@ -59,7 +67,7 @@ class Activations:
                 if os.preadv(self._file.fileno(), [target[place]], at) < place.stop - place.start:
                     raise RecordError(f"{self._file.name} ends before row {int(wanted[end - 1])}: delete the run's "
                                       "folder and train again")
-        return torch.from_numpy(found)
+        return torch.from_numpy(values)
 
     def write(self, start: int, values: Tensor) -> None:
         """Store (M, ...) values as the rows from `start` on."""
@@ -68,8 +76,9 @@ class Activations:
 
     def are_finite(self) -> bool:
         """Tell whether all of them are numbers: what is too large for float16 was stored as infinity."""
-        starts = range(0, len(self), _ROWS)
-        return all(bool(self[torch.arange(start, min(start + _ROWS, len(self)))].isfinite().all()) for start in starts)
+        starts = range(0, len(self), _ROWS_AT_ONCE)
+        return all(bool(self[torch.arange(start, min(start + _ROWS_AT_ONCE, len(self)))].isfinite().all())
+                   for start in starts)
 
     def flush(self) -> None:
         """See that what was written is on the disk."""

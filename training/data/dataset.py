@@ -20,11 +20,18 @@ from early_exit.handler.recording.format import RecordColumns, Records, list_sha
 
 
 class Part(Enum):
-    """The disjoint parts of the records; the values are where each begins in [0, 1)."""
+    """The disjoint parts of the records; the values are where each begins in [0, 1).
+
+    They are named by what is done on them: calibration would mean two things, as temperatures are calibrated on one
+    part and the risk on another.
+    """
 
     TRAIN = 0.0
+    """Heads are trained on it."""
     TUNE = 0.5
+    """It is the validation split: architectures, temperatures, exits and thresholds are chosen on it."""
     CERTIFY = 0.7
+    """It is held out for the certificate; what a plan does is reported on it."""
 
     @property
     def share(self) -> float:
@@ -122,12 +129,12 @@ def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
     headers = {shard: read_header(shard) for shard in shards}
     newest_first = sorted(shards, key=lambda shard: read_times(shard).max().item(), reverse=True)
     newest = headers[newest_first[0]]
-    common, found = set(newest.layers), set[Path]()
+    common, usable = set(newest.layers), set[Path]()
     for shard in newest_first:
         if headers[shard].pool == newest.pool and common & set(headers[shard].layers):
             common &= set(headers[shard].layers)
-            found.add(shard)
-    return [shard for shard in shards if shard in found]
+            usable.add(shard)
+    return [shard for shard in shards if shard in usable]
 
 
 def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
@@ -141,13 +148,13 @@ def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
         RecordError: other engines computed all of them.
     """
     made_on = {shard: read_header(shard).engine for shard in shards}
-    found = [shard for shard in shards if are_alike(made_on[shard], engine)]
-    if not found:
+    alike = [shard for shard in shards if are_alike(made_on[shard], engine)]
+    if not alike:
         others = ", ".join(sorted(set(made_on.values())))
         raise RecordError(f"the archive is executed by {engine}, but {others} made the records, and heads would read "
                           "other activations: record with this archive, or run the recorded requests again with "
                           "--replay, for which they must have been recorded with 'keep_requests: true'")
-    return found
+    return alike
 
 
 def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> RecordedTraffic:

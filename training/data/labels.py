@@ -35,8 +35,8 @@ def load_labels(path: Path, request: Tensor, n_classes: int) -> Tensor:
                 labels[request_hash(row[0].strip())] = int(row[1])
     except OSError as error:
         raise RecordError(f"cannot read the labels {path}: {error}") from error
-    found = torch.tensor([labels.get(one, -1) for one in request.tolist()])
-    if not bool((found >= 0).any()):
+    classes = torch.tensor([labels.get(hashed, -1) for hashed in request.tolist()])
+    if not bool((classes >= 0).any()):
         raise RecordError(f"{path} has {len(labels)} labels, but none belongs to a record: the ids must be those that "
                           "TorchServe returned in the header x-request-id")
-    return found
+    return classes

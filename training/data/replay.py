@@ -41,11 +41,12 @@ class Replay:
     rounds: int = 6
     """How often each record of the train part is replayed with augmentations; 0 replays all as they are."""
     pool: Side = 8
-    """Side to which the activations are pooled: free of what was recorded."""
+    """The side to which the activations are pooled, whatever was recorded."""
     augmentations: tuple[str, ...] = AUGMENTATIONS
-    """Those whose results a request could be: digits, say, should not be flipped. And 'mixup', which averages half of
-    the images with others: the backbone answers between the classes, which teaches a head more than few requests can
-    (Beyer et al., Knowledge distillation: a good teacher is patient and consistent, CVPR 2022)."""
+    """How images are changed: only in ways whose results a request could be, so digits, say, should not be flipped.
+    'mixup' averages half of the images with others: the backbone answers between the classes, which teaches a head more
+    than few requests can (Beyer et al., Knowledge distillation: a good teacher is patient and consistent, CVPR 2022).
+    """
     seed: int = 0
 
 
@@ -58,8 +59,8 @@ def augmentation(replay: Replay, inputs: Sequence[InputSpec]) -> Callable[[Tenso
     if not replay.rounds or not replay.augmentations:
         return lambda batch: batch
     if len(inputs) != 1 or len(inputs[0].shape) != 3:
-        found = ", ".join(f"{one.name} {one.shape}" for one in inputs)
-        raise RecordError(f"a replay augments images, but the model's inputs are {found}: train without --replay")
+        described = ", ".join(f"{spec.name} {spec.shape}" for spec in inputs)
+        raise RecordError(f"a replay augments images, but the model's inputs are {described}: train without --replay")
     from torchvision.transforms import v2  # takes seconds, which only a replay should cost
 
     height, width = inputs[0].shape[1:]
@@ -69,10 +70,10 @@ def augmentation(replay: Replay, inputs: Sequence[InputSpec]) -> Callable[[Tenso
                               padding_mode="reflect"),
         "rotate": v2.RandomApply([v2.RandomRotation(10)], p=0.3),
     }
-    of_one = [known[name] for name in replay.augmentations if name != MIXUP]
+    of_each = [known[name] for name in replay.augmentations if name != MIXUP]
 
     def transform(batch: Tensor) -> Tensor:
-        for augment in of_one:
+        for augment in of_each:
             batch = torch.stack([augment(image) for image in batch])
         return _mixed(batch) if MIXUP in replay.augmentations else batch
 
@@ -94,14 +95,14 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     A replay that was stopped goes on after its last full round.
 
     Args:
-        paths: where the training_set is written.
+        paths: where the training set is written.
         traffic: records with request bodies.
         layers: whose activations are kept.
         backbone: of the records.
         handler: turns request bodies into the model's input.
         replay: how.
         engine: that will serve.
-        on_batch: told how many requests were run.
+        on_batch: receives the number of requests that were run.
 
     Raises:
         RecordError: no bodies were recorded, they are to be augmented and no images, or the backbone does not answer

@@ -34,9 +34,9 @@ def _copied(url: str, cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         filesystem.invalidate_cache()
-        found = set()
+        present = set()
         for source, target, size in _wanted(filesystem, root, folder):
-            found.add(target)
+            present.add(target)
             if target.suffix == SUFFIX and target.exists() and target.stat().st_size == size:
                 continue  # a shard never changes; the monitor's state does
             with replacing(target) as scratch:
@@ -44,7 +44,7 @@ def _copied(url: str, cache: Path) -> Path:
     except Exception as error:  # each kind of storage has its own
         raise RecordError(f"cannot read the records at {url}: {type(error).__name__}: {error}") from error
     for kept in folder.rglob("*" + SUFFIX):
-        if kept not in found:  # deleted by the retention of the server that wrote it
+        if kept not in present:  # deleted by the retention of the server that wrote it
             kept.unlink()
     return folder
 

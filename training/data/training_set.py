@@ -25,7 +25,7 @@ class TrainingSet:
     layers: tuple[CandidateLayer, ...]
     """The candidates that there are activations of, in order."""
     recorded: Side
-    """Side to which the activations are pooled."""
+    """The side to which the activations are pooled."""
     n_classes: int
     paths: TrainingSetPaths
     log_probabilities: Tensor

@@ -1,4 +1,4 @@
-"""Trains a head to say what the backbone says (section 3.2.2 of the paper)."""
+"""Trains a head to predict what the backbone predicts (section 3.2.2 of the paper)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Distillation:
 
     epochs: int = 40
     max_steps: int = 5000
-    """Many records or replays are seen less often than `epochs`."""
+    """The most updates there are, so that many records or replays are seen less often than `epochs`."""
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.3

@@ -18,7 +18,7 @@ from early_exit.training.heads.trial import Trial
 from early_exit.training.paths import RunPaths
 
 _PATIENCE = 1000
-"""So many changes at random that lead to no new head mean that there is none."""
+"""When so many changes at random have led to no new head, there is none."""
 
 
 class MedianOfAll(MedianstopAssessor):  # type: ignore[misc]

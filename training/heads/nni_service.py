@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shlex
 import sys
@@ -18,7 +17,7 @@ import yaml
 from nni.experiment import Experiment
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig
 
-from early_exit.handler.errors import ConfigError, ServerError
+from early_exit.handler.errors import ConfigError, ServerError, did_you_mean
 from early_exit.training.heads.journal import gather
 from early_exit.training.heads.nni_task import Task
 from early_exit.training.heads.search import Search
@@ -31,7 +30,8 @@ _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTri
 _LOCAL = {"trialConcurrency": 1, "maxExperimentDuration": "12h", "trainingService": {"platform": "local"}}
 _POLL_SECONDS = 2.0
 _STARTS = 3
-"""NNI gives its tuner ten seconds to connect, which a busy machine may not keep. What fails later fails once."""
+"""An experiment is started at most so often: NNI gives its tuner ten seconds to connect, which a busy machine may not
+keep."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Service:
 
     settings: Mapping[str, Any] = field(default_factory=lambda: dict(_LOCAL))
     port: int = 8088
-    """Of NNI's web page; 8080 to 8082 are those of a server."""
+    """The port of NNI's web page; 8080 to 8082 are those of a server."""
 
     @classmethod
     def load(cls, path: Path) -> Service:
@@ -58,9 +58,8 @@ class Service:
         known = (*_KNOWN, "port")
         for key in data:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
                 raise ConfigError(f"{key!r} in the service file {path} is not a setting of NNI that is yours to make, "
-                                  + (f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"))
+                                  f"{did_you_mean(key, known)}")
         port = data.pop("port", cls.port)
         if not isinstance(port, int) or not 0 < port < 65536:
             raise ConfigError(f"port in the service file {path} must be a number from 1 to 65535, found {port!r}")

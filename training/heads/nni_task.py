@@ -22,7 +22,7 @@ class Task:
     tolerance: float
     recipe: Distillation
     flops: int
-    """Of the backbone."""
+    """The FLOPs of the backbone."""
 
     @classmethod
     def of(cls, evaluator: Evaluator) -> Task:
@@ -43,5 +43,5 @@ class Task:
     def evaluator(self, run: RunPaths, layer: str) -> Evaluator:
         """Return the evaluator of a layer."""
         training_set = TrainingSet.load(run.training_set)
-        [found] = [one for one in training_set.layers if one.path == layer]
-        return Evaluator(found, training_set, self.tolerance, self.recipe, FlopCost(self.flops))
+        [candidate] = [candidate for candidate in training_set.layers if candidate.path == layer]
+        return Evaluator(candidate, training_set, self.tolerance, self.recipe, FlopCost(self.flops))

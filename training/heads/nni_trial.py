@@ -12,7 +12,7 @@ import nni
 
 
 def main() -> None:
-    """Train and judge the head that the tuner asks for; write the result into the folder of the run."""
+    """Train and evaluate the head that the tuner asks for; write the result into the folder of the run."""
     # First of all: NNI gives trials that ask in another order than they were started the parameters of others,
     # and the imports below take seconds that differ.
     parameters = nni.get_next_parameter()

@@ -23,7 +23,7 @@ class Search:
 
     trials: int = 20
     startup: int = 8
-    """So many trials, the default head and others at random, come before the tuner models what it has seen."""
+    """The number of trials, the default head and others at random, before the tuner models what it has seen."""
     seed: int = 0
 
     def seed_for(self, layer: str, n_done: int) -> int:
@@ -36,7 +36,7 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
     """Return the trials of a layer, those of an earlier attempt included.
 
     Each trial's result is one line of the layer's journal, and its head lies beside, so a killed search
-    loses at most the trial that was running. `on_trials` is told how many more are done.
+    loses at most the trial that was running. `on_trials` receives the number of trials that were done since.
     """
     layer, recorded = evaluator.layer, evaluator.training_set.recorded
     trials = read_journal(run, layer.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.config import RAW
-from early_exit.handler.errors import ConfigError, PlanError
+from early_exit.handler.errors import ConfigError, PlanError, did_you_mean
 from early_exit.handler.exits.head import Convolution, HeadSpec
 
 MAX_CONVOLUTIONS, MAX_LINEARS = 2, 2
@@ -27,22 +26,22 @@ class SearchSpace:
     """
 
     pool: tuple[int | str, ...] = (1, 2, 4, RAW)
-    """Sides to which feature maps are pooled; 'raw' reads them as they were recorded."""
+    """The sides to which feature maps are pooled; 'raw' reads them as they were recorded."""
     convolutions: tuple[int, ...] = (0, 1, 2)
-    """How many there are, at most 2."""
+    """The numbers of convolutions, at most 2."""
     kernel: tuple[int, ...] = (1, 3)
     stride: tuple[int, ...] = (1, 2)
     channels: tuple[int, ...] = (32, 64, 96)
     separable: tuple[bool, ...] = (False, True)
     linears: tuple[int, ...] = (0, 1)
-    """How many linear layers there are before the classifier, at most 2."""
+    """The numbers of linear layers before the classifier, at most 2."""
     width: tuple[int, ...] = (32, 64, 128)
     heads: Mapping[str, HeadSpec] = field(default_factory=dict)
-    """By layer path: heads that the user gives, which are not searched for."""
+    """The heads that the user gives, by layer path; they are not searched for."""
 
     def __post_init__(self) -> None:
         limits = {"convolutions": MAX_CONVOLUTIONS, "linears": MAX_LINEARS}
-        for name in (one.name for one in fields(self) if one.name != "heads"):
+        for name in (part.name for part in fields(self) if part.name != "heads"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not values:
                 raise ConfigError(f"search space: {name} needs a list of values, found {values!r}")
@@ -61,12 +60,10 @@ class SearchSpace:
             data = yaml.safe_load(path.read_text()) or {}
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the search space {path}: {error}") from error
-        known = [one.name for one in fields(cls)]
+        known = [part.name for part in fields(cls)]
         for key in data if isinstance(data, dict) else ():
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                raise ConfigError(f"search space: {key!r} in {path} is not a setting, "
-                                  + (f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"))
+                raise ConfigError(f"search space: {key!r} in {path} is not a setting, {did_you_mean(key, known)}")
         if not isinstance(data, dict):
             raise ConfigError(f"search space: expected keys and values in {path}, found {data!r}")
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
@@ -89,7 +86,7 @@ class SearchSpace:
         if len(shape) == 3:
             side = max(pooled_shape(shape, recorded)[1:])
             # Sides that pool nothing are one choice, the raw one.
-            pools = tuple(dict.fromkeys(RAW if one == RAW or int(one) >= side else one for one in self.pool))
+            pools = tuple(dict.fromkeys(RAW if pool == RAW or int(pool) >= side else pool for pool in self.pool))
             values |= {"pool": pools, "convolutions": self.convolutions}
             for number in range(1, max(self.convolutions) + 1):
                 values |= {f"{name}{number}": getattr(self, name)

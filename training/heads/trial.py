@@ -1,4 +1,4 @@
-"""One trial of a search: train a head, and say what an exit with it alone would be worth."""
+"""One trial of a search: train a head, and tell what an exit with it alone would cost."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from early_exit.training.selection.calibrate import fit_temperature
 from early_exit.training.selection.thresholds import NEVER, budget_threshold
 
 LOOKS = 2
-"""How often a trial is judged while it trains, the end included."""
+"""The number of times that a trial is evaluated while it trains, the end included."""
 _CHUNK = 1024
 _CHANCE_LEVEL = 0.01
+
+HeadCost = Callable[[Head, CandidateLayer], float]
+"""The cost of a head at a layer as a fraction of the backbone's."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,15 @@ class Trial:
 
     number: int
     parameters: Mapping[str, Any]
-    """The tuner's choice."""
+    """What the tuner asked for."""
     head: HeadSpec
     agreement: float
-    """Share of the tune part on which the head's class is the backbone's."""
+    """The share of the tune part on which the head's class is the backbone's."""
     better_than_chance: bool
     head_cost: float
-    """Of the head, as a fraction of the backbone's cost."""
+    """The cost of the head as a fraction of the backbone's."""
     history: tuple[float, ...]
-    """Objective at each look; the last is the result."""
+    """The objective at each look; the last is the result."""
     seconds: float
 
     @property
@@ -67,13 +70,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Judges heads on one layer by the records of a run."""
+    """Trains heads on one layer and evaluates them, on the records of a run."""
 
     layer: CandidateLayer
     training_set: TrainingSet
     tolerance: float
     recipe: Distillation
-    head_cost: Callable[[Head, CandidateLayer], float]
+    head_cost: HeadCost
 
     def train(self, spec: HeadSpec, on_step: Callable[[int, Classify], bool]) -> Head:
         """Train a head on the train part."""
@@ -86,11 +89,11 @@ class Evaluator:
 
     def run(self, number: int, parameters: Mapping[str, Any],
             goes_on: Callable[[Trial], bool]) -> tuple[Trial, Head]:
-        """Train and judge one head.
+        """Train and evaluate one head.
 
         Args:
             number: of the trial.
-            parameters: the tuner's choice.
+            parameters: what the tuner asks for.
             goes_on: given the trial so far, tells whether it is worth its end.
         """
         started = time.monotonic()
@@ -131,6 +134,12 @@ class Evaluator:
             hits = (confidence >= budget_threshold(confidence, agrees, budget)).double().mean().item()
             costs.append(head_cost + 1 - hits * (1 - self.layer.cost))
         return sum(costs) / len(costs)
+
+
+def evaluators_of(training_set: TrainingSet, tolerance: float, recipe: Distillation,
+                  head_cost: HeadCost) -> list[Evaluator]:
+    """Return an evaluator for each layer of a training set, in the order of the backbone."""
+    return [Evaluator(layer, training_set, tolerance, recipe, head_cost) for layer in training_set.layers]
 
 
 def logits_of(classify: Classify, spec: HeadSpec, activations: Activations, rows: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.heads.trial import logits_of
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.pipeline import exit_costs
-from early_exit.training.selection.thresholds import OperatingPoint, mean_cost
+from early_exit.training.planning.exit_costs import exit_costs
+from early_exit.training.selection.simulation import OperatingPoint, mean_cost
 
 
 def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbone: BackboneDescription,
@@ -27,7 +27,7 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
     Args:
         plan: of the same backbone.
         heads: its heads, by layer path.
-        run: with its training_set and, where time is what counts, its profile.
+        run: with its training set and, where time is what counts, its profile.
         backbone: of both.
         options: of the run.
 
@@ -36,14 +36,14 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
     """
     training_set = TrainingSet.load(run.training_set)
     layers = {layer.path: layer for layer in training_set.layers}
-    if any(one.layer not in layers or one.head.recorded != training_set.recorded for one in plan.exits):
+    if any(planned.layer not in layers or planned.head.recorded != training_set.recorded for planned in plan.exits):
         return None
-    served = [TrainedHead(layers[one.layer], heads[one.layer]) for one in plan.exits]
+    served = [TrainedHead(layers[planned.layer], heads[planned.layer]) for planned in plan.exits]
     profile = Profile.load(run.profile) if run.profile.exists() else None
     rows = training_set.rows(Part.CERTIFY)
     taken = torch.full((len(rows),), -1, dtype=torch.int64)
-    for position, (planned, one) in enumerate(zip(plan.exits, served)):
-        logits = logits_of(one.head.classify, one.head.spec, training_set.activations(one.layer), rows)
+    for position, (planned, trained) in enumerate(zip(plan.exits, served)):
+        logits = logits_of(trained.head.classify, trained.head.spec, training_set.activations(trained.layer), rows)
         taken[(taken == -1) & planned.policy(logits)] = position
-    choice = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
-    return mean_cost(choice, taken, exit_costs(profile, served, backbone, options))
+    point = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
+    return mean_cost(point, taken, exit_costs(profile, served, backbone, options.batch_size))

@@ -1,1 +1,1 @@
-"""What a run found, for readers and machines."""
+"""What a run led to and what it is worth, for readers and machines."""

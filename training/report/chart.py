@@ -1,4 +1,8 @@
-"""Charts as SVG that an HTML page holds: no script, colours from the page's style, readable without seeing them."""
+"""Charts as SVG that an HTML page holds: no script, colours from the page's style, readable without seeing them.
+
+Matplotlib's SVG keeps its own colours when the page turns dark, names its parts alike in every chart of a page, and is
+three times as large, for 80 MB of packages: these few shapes are drawn here.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ class Series:
     name: str
     points: Sequence[tuple[float, float | None]]
     marked: tuple[float, float] | None = None
-    """A point on it that is circled."""
+    """The point of the line that is circled, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,15 @@ def line_chart(identity: str, title: str, summary: str, x: Axis, y: Axis, series
             anchor, shift = ("end", -4) if at_x(limit.x) > _WIDTH / 2 else ("start", 4)
             parts.append(f'<path class="limit" d="M{at_x(limit.x)},{_TOP}V{bottom}"/><text x="{at_x(limit.x) + shift}" '
                          f'y="{bottom - 6}" text-anchor="{anchor}">{escape(limit.name)}</text>')
-    for index, one in enumerate(series):
-        for run in _runs(one.points):
+    for index, line in enumerate(series):
+        for run in _runs(line.points):
             path = "L".join(f"{at_x(across)},{at_y(up)}" for across, up in run)
             parts.append(f'<path class="series s{index}" d="M{path}"/>')
-        if one.marked is not None:
-            across, up = one.marked
+        if line.marked is not None:
+            across, up = line.marked
             parts.append(f'<circle class="mark s{index}" cx="{at_x(across)}" cy="{at_y(up)}" r="4.5"/>')
     legend = "".join(f'<li><svg viewBox="0 0 26 8" aria-hidden="true"><path class="series s{index}" d="M0,4H26"/></svg>'
-                     f'<span>{escape(one.name)}</span></li>' for index, one in enumerate(series))
+                     f'<span>{escape(line.name)}</span></li>' for index, line in enumerate(series))
     return _figure(identity, title, summary, _HEIGHT, parts) + f'<ul class="legend">{legend}</ul></figure>'
 
 

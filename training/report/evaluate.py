@@ -13,43 +13,25 @@ from torch import Tensor
 
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import engine_of
 from early_exit.handler.errors import ArchiveError, RecordError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
-from early_exit.training.costs.cost import Costs, flop_costs
-from early_exit.training.data.dataset import Part
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
-from early_exit.training.planning.choose import choose, settings
+from early_exit.training.planning.choose import choose, path_to_certify
 from early_exit.training.planning.predictions import HeadPredictions
 from early_exit.training.report.latency import Latency, devices, latencies
 from early_exit.training.report.ltma import expected_ltma, ltma
-from early_exit.training.report.performance import Curve, Performance, Setting, curve, exit_performances, setting
+from early_exit.training.report.performance import Curve, Setting, curve, setting
 from early_exit.training.report.scripted_model import ScriptedModel
-from early_exit.training.report.summary import guarantee
-from early_exit.training.selection.thresholds import NEVER, OperatingPoint, confidence_levels, outcome
+from early_exit.training.report.summary import HeadReport, RunReport, flops_of, guarantee, make_report
+from early_exit.training.selection.simulation import OperatingPoint, outcome
+from early_exit.training.selection.thresholds import NEVER, confidence_levels
 
 BATCH_SIZES = (1, 8, 32)
-
-
-@dataclass(frozen=True)
-class EvaluatedExit:
-    """One exit of the plan, on the certify part."""
-
-    layer: str
-    cost: float
-    """Fraction of the backbone's FLOPs spent before its head."""
-    head: str
-    """Its architecture, in words."""
-    threshold: float
-    temperature: float
-    alone: Performance
-    """As if it were the only exit."""
-    together: Performance
-    """After the exits before it."""
 
 
 @dataclass(frozen=True)
@@ -57,46 +39,44 @@ class Resources:
     """What the model needs, without exits or with them."""
 
     flops: float
-    """Mean of a request."""
+    """The mean FLOPs of a request."""
     parameters: int
     size_bytes: int
-    """Of parameters and buffers."""
+    """The bytes of parameters and buffers."""
     ltma_bytes: float
-    """Live tensor memory allocations: mean of a request that is served alone."""
+    """The mean live tensor memory allocations of a request that is served alone."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The worth of a run; hit rates, agreement, accuracy and costs are those on its certify part."""
 
-    model: str
-    backbone: str
-    """sha256."""
-    guarantee: str
-    """The certificate in words."""
-    measure: str
-    """What the costs of settings are: 'flops' or 'seconds', in batches of `batch_size`."""
-    batch_size: int
-    records: dict[str, int]
-    """By part."""
-    deployed: Setting
-    exits: tuple[EvaluatedExit, ...]
+    summary: RunReport
+    """What the run itself reported."""
     frontier: tuple[Setting, ...]
-    """From "never exit" to aggressive: the deployed exits, or where none pay those that do on *tune*."""
+    """The settings from "never exit" to aggressive, of the deployed exits or, where none pay, those tried on *tune*."""
     curves: tuple[Curve, ...]
-    """Of every head."""
+    """What every head does alone, at all thresholds."""
     plain: Resources
+    """What the backbone needs without exits."""
     with_exits: Resources
+    """What the backbone needs with the exits of the plan."""
     latencies: tuple[Latency, ...]
-    heads: tuple[dict[str, Any], ...]
-    """Of the run's report: all that were trained."""
-    left_out: tuple[str, ...]
-    """Candidates without a head, and why."""
     asked: dict[str, Any]
     """The options of the run."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return evaluation.json."""
+        summary, plan = self.summary, self.summary.plan
+        return {"model": summary.model, "backbone": plan.backbone, "guarantee": guarantee(plan),
+                "measure": plan.measure, "batch_size": plan.batch_size, "records": dict(summary.records),
+                "deployed": asdict(summary.deployed), "exits": [asdict(exit) for exit in summary.exits],
+                "frontier": [asdict(point) for point in self.frontier],
+                "curves": [asdict(line) for line in self.curves], "plain": asdict(self.plain),
+                "with_exits": asdict(self.with_exits),
+                "latencies": [asdict(latency) for latency in self.latencies],
+                "heads": [asdict(head) for head in summary.heads], "left_out": list(summary.left_out),
+                "asked": self.asked}
 
 
 def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float = 60.0,
@@ -107,59 +87,59 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
         run: its folder.
         archive: the archive that was recorded, where it is not where it was when the run started.
         max_seconds: for the latencies on each device.
-        log: told what takes long.
+        log: receives a line before what takes long.
 
     Raises:
         RecordError: the folder is not that of a finished run.
         ArchiveError: the archive is not there, or has another backbone.
     """
     _require_finished(run)
-    inputs, report = json.loads(run.inputs.read_text()), json.loads(run.report_json.read_text())
+    inputs, reported = json.loads(run.inputs.read_text()), json.loads(run.report_json.read_text())
     plan, tensors = load_plan(run.plan)
     mar = _archive(run, inputs, archive)
-    judged, options = HeadPredictions.load(run.judged), TrainingOptions.to_choose_with(inputs["options"])
-    path = settings(judged, options) if options.thresholds == "certified" else None
-    choice = choose(judged, options, path)
-    planned = tuple(one.threshold for one in plan.exits)
-    if (choice.thresholds, tuple(judged.layers[index] for index in choice.layers)) != (
-            planned, tuple(one.layer for one in plan.exits)):
-        raise RecordError(f"{run.plan} is not what the run's own figures lead to: another version of this software "
-                          "wrote it, or it was changed. Train again into another folder")
-    said = judged.parts[Part.CERTIFY]
-    taken = outcome(choice, said.candidates).exit
+    predictions, options = HeadPredictions.load(run.predictions), TrainingOptions.to_choose_with(inputs["options"])
+    path = path_to_certify(predictions, options) if options.thresholds == "certified" else None
+    point = choose(predictions, options, path)
+    _require_planned(run, plan, point, predictions)
+    certify = predictions.certify
+    taken = outcome(point, certify.candidates).exit
     if path is None:
-        path = [OperatingPoint(choice.layers, (level,) * len(choice.layers)) for level in (NEVER, *confidence_levels())]
+        path = [OperatingPoint(point.layers, (level,) * len(point.layers)) for level in (NEVER, *confidence_levels())]
+    head_reports = [HeadReport(**head) for head in reported["heads"]]
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
         backbone = load_backbone(layout.folder)
         heads = build_heads(plan, tensors, backbone.description)
-        flops = _flops(judged, report["heads"], backbone.description)
-        deployed = setting(choice, said, flops)
-        plain, with_exits = _resources(backbone, plan, heads, taken, deployed.flops)
-        timed: list[Latency] = []
-        for device in [one for one in devices() if one == "cpu" or engine_of(plan.engine).on_gpu]:
+        summary = make_report(reported["model"], reported["records"], plan, point, predictions, head_reports,
+                              reported["left_out"], backbone.description)
+        plain, with_exits = _resources(backbone, plan, heads, taken, summary.deployed.flops)
+        engine, timed = engine_of(plan.engine), list[Latency]()
+        for device in [device for device in devices() if device == "cpu" or engine.on_gpu]:
             log(f"timing batches on {device}, for {max_seconds:.0f} s at most")
             here = backbone if device == "cpu" else load_backbone(layout.folder, device)
-            timed += latencies(engine_of(plan.engine).unsplit(here), ScriptedModel(here, plan, heads, device), taken,
+            timed += latencies(engine.unsplit(here), ScriptedModel(here, plan, heads, device), taken,
                                sorted({*BATCH_SIZES, options.batch_size}), device, max_seconds=max_seconds)
-    exits = tuple(
-        EvaluatedExit(one.layer, one.cost, one.head.in_words(), one.threshold, one.policy.temperature, *found)
-        for one, found in zip(plan.exits, exit_performances(choice, said)))
+    flops = flops_of(head_reports, backbone.description)
     return Evaluation(
-        model=report["model"], backbone=plan.backbone, guarantee=guarantee(plan), measure=plan.measure,
-        batch_size=plan.batch_size, records=report["records"], deployed=deployed, exits=exits,
-        frontier=tuple(setting(one, said, flops) for one in path),
-        curves=tuple(curve(layer, index, said) for index, layer in enumerate(judged.layers)),
-        plain=plain, with_exits=with_exits, latencies=tuple(timed), heads=tuple(report["heads"]),
-        left_out=tuple(report["left_out"]), asked=inputs["options"])
+        summary=summary, frontier=tuple(setting(point, certify, flops) for point in path),
+        curves=tuple(curve(layer, index, certify) for index, layer in enumerate(predictions.layers)),
+        plain=plain, with_exits=with_exits, latencies=tuple(timed), asked=inputs["options"])
 
 
 def _require_finished(run: RunPaths) -> None:
-    for path in (run.inputs, run.judged, run.plan, run.report_json):
+    for path in (run.inputs, run.predictions, run.plan, run.report_json):
         if not path.exists():
             raise RecordError(f"{run.root} is not the folder of a finished run, {path.name} is missing: pass what "
                               "'ee-train --to' was given, and let it finish")
+
+
+def _require_planned(run: RunPaths, plan: ExitPlan, point: OperatingPoint, predictions: HeadPredictions) -> None:
+    """Check that the plan is what the run's predictions lead to."""
+    planned = [(planned.layer, planned.threshold) for planned in plan.exits]
+    if planned != [(predictions.layers[index], threshold) for index, threshold in zip(point.layers, point.thresholds)]:
+        raise RecordError(f"{run.plan} is not what the run's own figures lead to: another version of this software "
+                          "wrote it, or it was changed. Train again into another folder")
 
 
 def _archive(run: RunPaths, inputs: dict[str, Any], given: Path | None) -> Path:
@@ -174,11 +154,6 @@ def _archive(run: RunPaths, inputs: dict[str, Any], given: Path | None) -> Path:
         raise ArchiveError(f"{mar} has the backbone {description.sha256[:12]}, but {run.root} is a run of "
                            f"{inputs['backbone'][:12]}: pass the archive that was recorded with --archive X.mar")
     return mar
-
-
-def _flops(judged: HeadPredictions, heads: list[dict[str, Any]], backbone: BackboneDescription) -> Costs:
-    of_head = {head["layer"]: head["flops_ratio"] for head in heads}
-    return flop_costs([backbone.layer(path) for path in judged.layers], [of_head[path] for path in judged.layers])
 
 
 def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], taken: Tensor,

@@ -11,6 +11,7 @@ from early_exit.training.report import chart
 from early_exit.training.report.chart import Axis, Limit, Series
 from early_exit.training.report.evaluate import Evaluation
 from early_exit.training.report.performance import Curve, Performance
+from early_exit.training.report.summary import RunReport, guarantee
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#57606a;--line:#c9ced4;--panel:#f4f6f8;
@@ -54,63 +55,65 @@ _FIGURES: dict[str, Callable[[Performance], float | None]] = {
 _LABELLED = ("accuracy", "effect")
 
 
-def html_page(found: Evaluation) -> str:
+def html_page(evaluation: Evaluation) -> str:
     """Return the page."""
-    sections = [_head(found), _exits(found), _categories(found), _frontier(found), _curves(found), _resources(found),
-                _latencies(found), _heads(found), _asked(found)]
-    title = escape(f"Early exits for {found.model}")
+    run = evaluation.summary
+    sections = [_head(evaluation), _exits(run), _categories(run), _frontier(evaluation), _curves(evaluation),
+                _resources(evaluation), _latencies(evaluation), _heads(run), _asked(evaluation)]
+    title = escape(f"Early exits for {run.model}")
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style></head>\n'
             f"<body><main><h1>{title}</h1>\n{''.join(sections)}</main></body></html>\n")
 
 
-def _head(found: Evaluation) -> str:
-    now, accuracy = found.deployed, found.deployed.accuracy
-    cards = [("exits", str(len(found.exits))), (f"{_cost(found)}, of the backbone's", f"{now.cost:.2f}")]
-    if found.measure != "flops":
-        cards.append(("FLOPs, of the backbone's", f"{now.flops:.2f}"))
-    memory = found.with_exits.ltma_bytes / found.plain.ltma_bytes
+def _head(evaluation: Evaluation) -> str:
+    run = evaluation.summary
+    deployed, accuracy = run.deployed, run.deployed.accuracy
+    cards = [("exits", str(len(run.exits))), (f"{_cost(run)}, of the backbone's", f"{deployed.cost:.2f}")]
+    if run.plan.measure != "flops":
+        cards.append(("FLOPs, of the backbone's", f"{deployed.flops:.2f}"))
+    memory = evaluation.with_exits.ltma_bytes / evaluation.plain.ltma_bytes
     cards.append(("live tensor memory, of the backbone's", f"{memory:.2f}"))
-    cards.append(("answers that differ", _share(now.disagreement)))
+    cards.append(("answers that differ", _share(deployed.disagreement)))
     if accuracy is not None:
         cards.append((f"accuracy; the backbone's is {_share(accuracy.backbone)}", _share(accuracy.served)))
-    records = ", ".join(f"{count} {name}" for name, count in found.records.items())
-    return (f'<p class="note">backbone {found.backbone[:12]} · records: {records}. Hit rates, agreement, accuracy and '
-            "costs below are those on the <em>certify</em> records, which nothing was chosen with.</p>"
-            f'<p class="promise">{escape(found.guarantee)}</p><dl class="cards">'
+    records = ", ".join(f"{count} {name}" for name, count in run.records.items())
+    return (f'<p class="note">backbone {run.plan.backbone[:12]} · records: {records}. Hit rates, agreement, accuracy '
+            "and costs below are those on the <em>certify</em> records, which nothing was chosen with.</p>"
+            f'<p class="promise">{escape(guarantee(run.plan))}</p><dl class="cards">'
             + "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in cards) + "</dl>\n")
 
 
-def _exits(found: Evaluation) -> str:
-    if not found.exits:
+def _exits(run: RunReport) -> str:
+    if not run.exits:
         return _section("Exits", "<p>No exit saves anything within the tolerance: every request is answered "
                         "in full.</p>")
-    full = 1 - sum(one.together.hit_rate for one in found.exits)
-    bars = [(one.layer, one.together.hit_rate, _share(one.together.hit_rate)) for one in found.exits]
+    full = 1 - sum(exit.together.hit_rate for exit in run.exits)
+    bars = [(exit.layer, exit.together.hit_rate, _share(exit.together.hit_rate)) for exit in run.exits]
     bars.append(("full backbone", full, _share(full)))
-    names = [name for name in _FIGURES if found.deployed.accuracy or name not in _LABELLED]
+    names = [name for name in _FIGURES if run.deployed.accuracy or name not in _LABELLED]
     header = ["layer", "cost", "confidence ≥", *chain.from_iterable((name, f"{name} alone") for name in names)]
-    rows = [[one.layer, f"{one.cost:.2f}", f"{one.threshold:.4f}", *chain.from_iterable(
-        (_share(_FIGURES[name](one.together)), _share(_FIGURES[name](one.alone))) for name in names)]
-        for one in found.exits]
+    rows = [[exit.layer, f"{exit.cost:.2f}", f"{exit.threshold:.4f}", *chain.from_iterable(
+        (_share(_FIGURES[name](exit.together)), _share(_FIGURES[name](exit.alone))) for name in names)]
+        for exit in run.exits]
     words = ("<p>A request leaves at the first exit that is confident enough. Each figure is given for the exit behind "
              "those before it, and for the exit alone. <em>Cost</em> is the share of the backbone's FLOPs before the "
              "exit; <em>agreement</em> is with the backbone; <em>effect</em> is the change of the accuracy on all "
              "requests, and no exit can lower it by more than the <em>bound</em>, hits (1 - agreement).</p>")
-    leaves = ", ".join(f"{words} at {name}" for name, _, words in bars)
+    leaves = ", ".join(f"{share} at {name}" for name, _, share in bars)
     return _section("Exits", f'<div class="wide">{chart.bar_chart("leave", "Where requests leave", leaves, bars)}</div>'
                     + words + _table("Exits on the certify records", header, rows))
 
 
-def _categories(found: Evaluation) -> str:
+def _categories(run: RunReport) -> str:
     rows = []
-    for one in found.exits:
-        for name, at in (("", one.together), (", alone", one.alone)):
-            counts = at.categories
+    for exit in run.exits:
+        for name, performance in (("", exit.together), (", alone", exit.alone)):
+            counts = performance.categories
             if counts is not None:
                 numbers = (counts.both_right, counts.same_mistake, counts.only_backbone, counts.only_exit,
                            counts.other_mistake)
-                rows.append([one.layer + name, str(counts.total), *(
+                rows.append([exit.layer + name, str(counts.total), *(
                     f"{number} ({number / counts.total:.1%})" if counts.total else "0" for number in numbers)])
     if not rows:
         return ""
@@ -120,74 +123,77 @@ def _categories(found: Evaluation) -> str:
                     "some.</p>" + _table("Answers of exits with a known label, by category", header, rows))
 
 
-def _frontier(found: Evaluation) -> str:
-    path, now, tolerance = found.frontier, found.deployed, float(found.asked["tolerance"])
+def _frontier(evaluation: Evaluation) -> str:
+    run, path, tolerance = evaluation.summary, evaluation.frontier, float(evaluation.asked["tolerance"])
+    deployed = run.deployed
     # What lies far beyond the tolerance would press the rest into a corner.
-    shown = [one for one in path if one.loss <= 4 * tolerance]
-    series = [Series(_cost(found), [(one.cost, one.loss) for one in shown], (now.cost, now.loss))]
-    if found.measure != "flops":
-        series.append(Series("FLOPs", [(one.flops, one.loss) for one in shown], (now.flops, now.loss)))
-    costs = [now.cost, now.flops, 1.0, *(cost for line in series for cost, _ in line.points)]
-    losses = [0.0, 1.25 * tolerance, *(one.loss for one in shown)]
-    loss = f"mean loss ({found.asked['risk']})"
+    shown = [point for point in path if point.loss <= 4 * tolerance]
+    series = [Series(_cost(run), [(point.cost, point.loss) for point in shown], (deployed.cost, deployed.loss))]
+    if run.plan.measure != "flops":
+        series.append(Series("FLOPs", [(point.flops, point.loss) for point in shown],
+                             (deployed.flops, deployed.loss)))
+    costs = [deployed.cost, deployed.flops, 1.0, *(cost for line in series for cost, _ in line.points)]
+    losses = [0.0, 1.25 * tolerance, *(point.loss for point in shown)]
+    loss = f"mean loss ({evaluation.asked['risk']})"
     summary = (f"From {path[0].loss:.2%} at cost {path[0].cost:.2f} to {path[-1].loss:.2%} at cost "
-               f"{path[-1].cost:.2f}; deployed {now.loss:.2%} at {_cost(found)} {now.cost:.2f} and FLOPs "
-               f"{now.flops:.2f}; tolerance {tolerance:.2%}.")
+               f"{path[-1].cost:.2f}; deployed {deployed.loss:.2%} at {_cost(run)} {deployed.cost:.2f} and FLOPs "
+               f"{deployed.flops:.2f}; tolerance {tolerance:.2%}.")
     figure = chart.line_chart(
         "frontier", f"{loss.capitalize()} against cost", summary,
         Axis("cost of a request, of the backbone's", min(costs) - 0.02, max(costs) + 0.02),
         Axis(loss, min(losses), max(losses)), series, [Limit(f"tolerance {100 * tolerance:.6g}%", y=tolerance)])
-    header = ["first threshold", _cost(found), "FLOPs", "answers that differ", "mean loss", "accuracy"]
-    rows = [[f"{one.thresholds[0]:.4f}" if one.thresholds and one.thresholds[0] <= 1 else "never",
-             f"{one.cost:.3f}", f"{one.flops:.3f}", _share(one.disagreement), _share(one.loss),
-             _share(one.accuracy.served if one.accuracy else None)] for one in path[::4]]
+    header = ["first threshold", _cost(run), "FLOPs", "answers that differ", "mean loss", "accuracy"]
+    rows = [[f"{point.thresholds[0]:.4f}" if point.thresholds and point.thresholds[0] <= 1 else "never",
+             f"{point.cost:.3f}", f"{point.flops:.3f}", _share(point.disagreement), _share(point.loss),
+             _share(point.accuracy.served if point.accuracy else None)] for point in path[::4]]
     return _section("What more risk would save", "<p>The exits of the plan with ever lower thresholds; the "
                     f'circles are what is deployed.</p><div class="wide">{figure}</div>'
                     + _folded("the settings as a table", _table("Every fourth setting", header, rows)))
 
 
-def _curves(found: Evaluation) -> str:
-    thresholds = {one.layer: one.threshold for one in found.exits}
+def _curves(evaluation: Evaluation) -> str:
+    thresholds = {exit.layer: exit.threshold for exit in evaluation.summary.exits}
     figures, rows = [], []
-    for number, one in enumerate(found.curves):
-        series = [Series("hit rate", list(zip(one.thresholds, one.hit_rate))),
-                  Series("agreement", list(zip(one.thresholds, one.agreement)))]
-        if any(value is not None for value in one.accuracy):
-            series.append(Series("accuracy", list(zip(one.thresholds, one.accuracy))))
-        deployed = thresholds.get(one.layer)
-        first = f"Without a threshold {_share(one.agreement[0])} agree with the backbone"
-        title = one.layer + ("" if deployed is not None else " (no exit)")
+    for number, curve in enumerate(evaluation.curves):
+        series = [Series("hit rate", list(zip(curve.thresholds, curve.hit_rate))),
+                  Series("agreement", list(zip(curve.thresholds, curve.agreement)))]
+        if any(value is not None for value in curve.accuracy):
+            series.append(Series("accuracy", list(zip(curve.thresholds, curve.accuracy))))
+        deployed = thresholds.get(curve.layer)
+        first = f"Without a threshold {_share(curve.agreement[0])} agree with the backbone"
+        title = curve.layer + ("" if deployed is not None else " (no exit)")
         figures.append(chart.line_chart(f"curve{number}", title, first, Axis("confidence threshold", 0, 1),
                                         Axis("share", 0, 1), series,
                                         [Limit("deployed", x=deployed)] if deployed is not None else []))
-        rows += _curve_rows(one)
+        rows += _curve_rows(curve)
     header = ["layer", "threshold", "hit rate", "agreement", "accuracy"]
     return _section("Each head alone, at every threshold", f'<div class="charts">{"".join(figures)}</div>'
                     + _folded("the curves as a table", _table("Heads alone by threshold", header, rows)))
 
 
-def _curve_rows(one: Curve) -> list[list[str]]:
-    return [[one.layer, f"{one.thresholds[at]:.2f}", _share(one.hit_rate[at]), _share(one.agreement[at]),
-             _share(one.accuracy[at])] for at in (one.thresholds.index(value) for value in _TABLE_THRESHOLDS)]
+def _curve_rows(curve: Curve) -> list[list[str]]:
+    return [[curve.layer, f"{curve.thresholds[index]:.2f}", _share(curve.hit_rate[index]),
+             _share(curve.agreement[index]), _share(curve.accuracy[index])]
+            for index in (curve.thresholds.index(threshold) for threshold in _TABLE_THRESHOLDS)]
 
 
-def _resources(found: Evaluation) -> str:
+def _resources(evaluation: Evaluation) -> str:
     rows = []
-    for name, plain, exits, unit, scale in (
-            ("FLOPs of a request", found.plain.flops, found.with_exits.flops, " M", 1e6),
-            ("live tensor memory of a request", found.plain.ltma_bytes, found.with_exits.ltma_bytes, " MB", 1e6),
-            ("parameters", found.plain.parameters, found.with_exits.parameters, " M", 1e6),
-            ("model size", found.plain.size_bytes, found.with_exits.size_bytes, " MB", 1e6)):
-        rows.append([name, f"{plain / scale:.3f}{unit}", f"{exits / scale:.3f}{unit}", f"{exits / plain:.3f}"])
+    for name, field, unit in (("FLOPs of a request", "flops", " M"),
+                              ("live tensor memory of a request", "ltma_bytes", " MB"),
+                              ("parameters", "parameters", " M"), ("model size", "size_bytes", " MB")):
+        plain, exits = getattr(evaluation.plain, field), getattr(evaluation.with_exits, field)
+        rows.append([name, f"{plain / 1e6:.3f}{unit}", f"{exits / 1e6:.3f}{unit}", f"{exits / plain:.3f}"])
     return _section("Computation and memory", _table("Means over the certify records", [
         "", "backbone", "with exits", "ratio"], rows) + '<p class="note">Live tensor memory is the sum of all tensors '
         "that are allocated from the input to the answer of a request that is served alone.</p>")
 
 
-def _latencies(found: Evaluation) -> str:
-    rows = [[one.device, str(one.batch_size), f"{one.plain_ms:.3f}", f"{one.exits_ms:.3f}", f"{one.ratio:.3f}",
-             str(one.repeats)] for one in found.latencies]
-    bars = [(f"{one.device}, batch {one.batch_size}", one.ratio, f"{one.ratio:.2f}") for one in found.latencies]
+def _latencies(evaluation: Evaluation) -> str:
+    rows = [[latency.device, str(latency.batch_size), f"{latency.plain_ms:.3f}", f"{latency.exits_ms:.3f}",
+             f"{latency.ratio:.3f}", str(latency.repeats)] for latency in evaluation.latencies]
+    bars = [(f"{latency.device}, batch {latency.batch_size}", latency.ratio, f"{latency.ratio:.2f}")
+            for latency in evaluation.latencies]
     summary = ", ".join(f"{words} on {name}" for name, _, words in bars)
     figure = chart.bar_chart("time", "Time with exits, of the backbone's (line: 1)", summary, bars, limit=1.0)
     return _section("Latency", f'<div class="wide">{figure}</div>' + _table(
@@ -196,29 +202,28 @@ def _latencies(found: Evaluation) -> str:
         + '<p class="note">Rows leave where recorded requests did, drawn at random for each batch.</p>')
 
 
-def _heads(found: Evaluation) -> str:
-    used = {one.layer for one in found.exits}
-    rows = [[head["layer"], head["architecture"], _share(head["agreement"]), f"{head['flops_ratio']:.4f}",
-             str(head["n_trials"]), "exit" if head["layer"] in used else "dropped: not in the subset that costs least"]
-            for head in found.heads]
-    left_out = "".join(f"<li>{escape(reason)}</li>" for reason in found.left_out)
+def _heads(run: RunReport) -> str:
+    rows = [[head.layer, head.architecture, _share(head.agreement), f"{head.flops_ratio:.4f}", str(head.n_trials),
+             "exit" if head.used else "dropped: not in the subset that costs least"] for head in run.heads]
+    left_out = "".join(f"<li>{escape(reason)}</li>" for reason in run.left_out)
     return _section("Heads, and what was dropped", _table(
         "Trained heads; agreement on the tune records",
         ["layer", "architecture", "agreement", "FLOPs, of the backbone's", "trials", "outcome"], rows, words=(1, 5))
         + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else ""))
 
 
-def _asked(found: Evaluation) -> str:
-    plain = {name: value for name, value in found.asked.items() if not isinstance(value, dict)}
-    rows, more = ([[name, value if isinstance(value, str) else json.dumps(value)] for name, value in some.items()]
-                  for some in (plain, {name: found.asked[name] for name in found.asked if name not in plain}))
+def _asked(evaluation: Evaluation) -> str:
+    asked = evaluation.asked
+    plain = {name: value for name, value in asked.items() if not isinstance(value, dict)}
+    rows, more = ([[name, value if isinstance(value, str) else json.dumps(value)] for name, value in options.items()]
+                  for options in (plain, {name: asked[name] for name in asked if name not in plain}))
     header = ["option", "value"]
     return _section("What was asked for", _table("Options", header, rows, words=(1,)) + _folded(
         "search, heads and training", _table("Options of search and training", header, more, words=(1,))))
 
 
-def _cost(found: Evaluation) -> str:
-    return "FLOPs" if found.measure == "flops" else f"time in batches of {found.batch_size}"
+def _cost(run: RunReport) -> str:
+    return "FLOPs" if run.plan.measure == "flops" else f"time in batches of {run.plan.batch_size}"
 
 
 def _section(title: str, content: str) -> str:

@@ -13,7 +13,7 @@ from early_exit.training.costs.profiling import one_thread, timed
 from early_exit.training.report.scripted_model import ScriptedModel
 
 REPEATS = 100
-"""Of each measurement, as in section 4.4 of the paper."""
+"""The number of repeats of each measurement, as in section 4.4 of the paper."""
 _LEAST_REPEATS = 3
 
 
@@ -37,13 +37,13 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def latencies(backbone: nn.Module, rehearsal: ScriptedModel, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
+def latencies(backbone: nn.Module, with_exits: ScriptedModel, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
               max_seconds: float = 60.0) -> Iterator[Latency]:
     """Yield the latency for each batch size, the plain backbone and the one with exits taking turns.
 
     Args:
         backbone: the plain backbone, on the device.
-        rehearsal: the same with exits.
+        with_exits: the same with exits.
         exit_taken: (N,) position of the exit that each record takes, or -1; batches are drawn from them.
         sizes: batch sizes.
         device: a torch device.
@@ -58,10 +58,10 @@ def latencies(backbone: nn.Module, rehearsal: ScriptedModel, exit_taken: Tensor,
             while number < REPEATS:
                 if number >= _LEAST_REPEATS and time.perf_counter() - started > max_seconds / len(sizes):
                     break
-                batch = rehearsal.tell(exit_taken[torch.randint(len(exit_taken), (size,), generator=generator)])
+                batch = with_exits.script(exit_taken[torch.randint(len(exit_taken), (size,), generator=generator)])
                 # Who goes first alternates: the second finds warm caches.
                 for turn in ((plain, exits), (exits, plain))[number % 2]:
-                    run = backbone if turn is plain else rehearsal
+                    run = backbone if turn is plain else with_exits
                     turn.append(timed(run, batch, device)[0])
                 number += 1
             count = len(plain) - 1

@@ -41,19 +41,19 @@ def ltma(run: Callable[..., object], inputs: Live) -> int:
     counter = AllocationCounter()
     with torch.no_grad(), counter:
         run(*inputs)
-    return sum(one.nbytes for one in inputs) + counter.n_bytes
+    return sum(item.nbytes for item in inputs) + counter.n_bytes
 
 
-def expected_ltma(rehearsal: ScriptedModel, exit_taken: Tensor) -> float:
+def expected_ltma(with_exits: ScriptedModel, exit_taken: Tensor) -> float:
     """Return the mean LTMA of a request that is served alone.
 
     Args:
-        rehearsal: the model with exits.
+        with_exits: the model with exits.
         exit_taken: (N,) position of the exit that each of N records takes, or -1.
     """
     total = 0.0
     for taken, count in Counter(exit_taken.tolist()).items():
-        total += count * ltma(rehearsal, rehearsal.tell(torch.tensor([taken])))
+        total += count * ltma(with_exits, with_exits.script(torch.tensor([taken])))
     return total / len(exit_taken)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from early_exit.training.costs.cost import Costs
 from early_exit.training.planning.predictions import PartPredictions
-from early_exit.training.selection.thresholds import OperatingPoint, mean_cost, outcome, served_classes
+from early_exit.training.selection.simulation import OperatingPoint, mean_cost, outcome, served_classes
 
 CURVE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
@@ -19,15 +19,15 @@ class Categories:
     """How many answers with a known label fall in each category of Table 1: B is the backbone's class, C the exit's."""
 
     both_right: int
-    """BC."""
+    """BC: both are right."""
     same_mistake: int
-    """Not (BC): both say the same, which is wrong."""
+    """Not (BC): both give the same class, which is wrong."""
     only_backbone: int
     """B and not C: what the exit costs in accuracy."""
     only_exit: int
-    """C and not B: what it gains."""
+    """C and not B: what the exit gains in accuracy."""
     other_mistake: int
-    """Neither: they say different things, both wrong."""
+    """Neither B nor C: they give different classes, both wrong."""
 
     @property
     def total(self) -> int:
@@ -58,35 +58,35 @@ class Performance:
     """How an exit answers those of N records that leave at it (Tables 1 and 2)."""
 
     hit_rate: float
-    """Share of the records that leave here."""
+    """The share of the records that leave here."""
     agreement: float | None
-    """Share of those that are answered like the backbone; none when nobody leaves."""
+    """The share of the records leaving here that are answered like the backbone; none when nobody leaves."""
     accuracy: float | None
-    """Share of those with a known label that are answered right; none when there are none."""
+    """The share of the labelled records leaving here that are answered right; none when there are none."""
     effect: float | None
-    """F(theta), equation 2: change of the accuracy on all labelled records that these answers make."""
+    """F(theta), equation 2: the change of the accuracy on all labelled records that the answers given here make."""
     bound: float
-    """Hit rate x (1 - agreement), equation 3: the accuracy cannot fall by more."""
+    """Hit rate x (1 - agreement), equation 3: this exit cannot lower the accuracy by more."""
     categories: Categories | None
-    """None without labels."""
+    """The categories of the labelled records leaving here; none where no record has a label."""
 
 
-def performance(leaves: Tensor, answers: Tensor, said: PartPredictions) -> Performance:
+def performance(leaves: Tensor, answers: Tensor, predictions: PartPredictions) -> Performance:
     """Return how those records are answered that leave.
 
     Args:
         leaves: (N,) bool.
         answers: (N,) int64 classes of the exit.
-        said: of the part with the N records.
+        predictions: for the part with the N records.
     """
-    n_hits, n_known = int(leaves.sum()), int((said.labels >= 0).sum())
-    n_agree = int((answers == said.teacher)[leaves].sum())
-    found = categorize(answers[leaves], said.teacher[leaves], said.labels[leaves])
+    n_hits, n_known = int(leaves.sum()), int((predictions.labels >= 0).sum())
+    n_agree = int((answers == predictions.teacher)[leaves].sum())
+    categories = categorize(answers[leaves], predictions.teacher[leaves], predictions.labels[leaves])
     return Performance(
-        hit_rate=n_hits / len(said), agreement=n_agree / n_hits if n_hits else None,
-        accuracy=(found.both_right + found.only_exit) / found.total if found.total else None,
-        effect=(found.only_exit - found.only_backbone) / n_known if n_known else None,
-        bound=(n_hits - n_agree) / len(said), categories=found if n_known else None)
+        hit_rate=n_hits / len(predictions), agreement=n_agree / n_hits if n_hits else None,
+        accuracy=(categories.both_right + categories.only_exit) / categories.total if categories.total else None,
+        effect=(categories.only_exit - categories.only_backbone) / n_known if n_known else None,
+        bound=(n_hits - n_agree) / len(predictions), categories=categories if n_known else None)
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,20 @@ class Curve:
     accuracy: tuple[float | None, ...]
 
 
-def curve(layer: str, index: int, said: PartPredictions) -> Curve:
+def curve(layer: str, index: int, predictions: PartPredictions) -> Curve:
     """Return the curve of the candidate with an index, on the records of a part."""
-    at = [performance(said.candidates.confidence[:, index] >= threshold, said.answers[:, index], said)
-          for threshold in CURVE_THRESHOLDS]
-    return Curve(layer, CURVE_THRESHOLDS, tuple(one.hit_rate for one in at), tuple(one.agreement for one in at),
-                 tuple(one.accuracy for one in at))
+    confidence, answers = predictions.candidates.confidence[:, index], predictions.answers[:, index]
+    points = [performance(confidence >= threshold, answers, predictions) for threshold in CURVE_THRESHOLDS]
+    return Curve(layer, CURVE_THRESHOLDS, tuple(point.hit_rate for point in points),
+                 tuple(point.agreement for point in points), tuple(point.accuracy for point in points))
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """On the records with a known label."""
+    """The shares of right answers to the records with a known label."""
 
     n: int
+    """The number of records with a known label."""
     backbone: float
     served: float
 
@@ -123,35 +124,37 @@ class Setting:
 
     thresholds: tuple[float, ...]
     cost: float
-    """Mean cost of a request as a fraction of the backbone's, in the measure of the plan."""
+    """The mean cost of a request as a fraction of the backbone's, heads included, in the measure of the plan."""
     flops: float
-    """The same in FLOPs."""
+    """The mean FLOPs of a request as a fraction of the backbone's, heads included."""
     disagreement: float
+    """The share of records that are answered differently from the backbone."""
     loss: float
-    """Mean loss under the risk of the run."""
+    """The mean loss under the risk of the run."""
     accuracy: Accuracy | None
-    """None without labels."""
+    """The accuracy; none where no record has a label."""
 
 
-def setting(choice: OperatingPoint, said: PartPredictions, flops: Costs) -> Setting:
-    """Return what a choice does to the records of a part; `flops` are the candidates' costs in FLOPs."""
-    found = outcome(choice, said.candidates)
-    accuracy, known = None, said.labels >= 0
+def setting(point: OperatingPoint, predictions: PartPredictions, flops: Costs) -> Setting:
+    """Return what an operating point does to the records of a part; `flops` are the candidates' costs in FLOPs."""
+    simulated = outcome(point, predictions.candidates)
+    accuracy, known = None, predictions.labels >= 0
     if bool(known.any()):
-        served = served_classes(choice, found.exit, said.answers, said.full)
-        accuracy = Accuracy(int(known.sum()), _share((said.teacher == said.labels)[known]),
-                            _share((served == said.labels)[known]))
-    return Setting(choice.thresholds, mean_cost(choice, found.exit, said.candidates.costs),
-                   mean_cost(choice, found.exit, flops), _share(found.differs), found.losses.double().mean().item(),
-                   accuracy)
+        served = served_classes(point, simulated.exit, predictions.answers, predictions.full)
+        accuracy = Accuracy(int(known.sum()), _share((predictions.teacher == predictions.labels)[known]),
+                            _share((served == predictions.labels)[known]))
+    return Setting(point.thresholds, mean_cost(point, simulated.exit, predictions.candidates.costs),
+                   mean_cost(point, simulated.exit, flops), _share(simulated.differs),
+                   simulated.losses.double().mean().item(), accuracy)
 
 
-def exit_performances(choice: OperatingPoint, said: PartPredictions) -> Sequence[tuple[Performance, Performance]]:
-    """Return how each exit of a choice does alone, and after the exits before it."""
-    taken = outcome(choice, said.candidates).exit
-    return [(performance(said.candidates.confidence[:, layer] >= threshold, said.answers[:, layer], said),
-             performance(taken == position, said.answers[:, layer], said))
-            for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds))]
+def exit_performances(point: OperatingPoint, predictions: PartPredictions) -> Sequence[tuple[Performance, Performance]]:
+    """Return how each exit of an operating point does alone, and after the exits before it."""
+    candidates, answers = predictions.candidates, predictions.answers
+    taken = outcome(point, candidates).exit
+    return [(performance(candidates.confidence[:, layer] >= threshold, answers[:, layer], predictions),
+             performance(taken == position, answers[:, layer], predictions))
+            for position, (layer, threshold) in enumerate(zip(point.layers, point.thresholds))]
 
 
 def _share(flags: Tensor) -> float:

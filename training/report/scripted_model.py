@@ -18,7 +18,7 @@ from early_exit.handler.protocol import FULL
 
 
 class ScriptedModel:
-    """A backbone and the exits of a plan that decide as they serve, but let rows leave as they were told.
+    """A backbone and the exits of a plan that decide as they serve, but let rows leave where a script says.
 
     What dense operations cost does not depend on the values, so no request is needed to measure it.
     """
@@ -31,20 +31,21 @@ class ScriptedModel:
         self._leaves: list[Tensor] = []
         self._items = [item.to(device) for item in backbone.description.probe_inputs()]
         self._n_exits = len(plan.exits)
-        self._stages = [replace(stage, exit=stage.exit and replace(
-            stage.exit, policy=self._told(number, stage.exit.policy))) for number, stage in enumerate(assembly.stages)]
+        self._stages = [
+            replace(stage, exit=stage.exit and replace(stage.exit, policy=self._scripted(number, stage.exit.policy)))
+            for number, stage in enumerate(assembly.stages)]
 
-    def tell(self, exits: Tensor) -> Live:
+    def script(self, exits: Tensor) -> Live:
         """Say at which exit, or `FULL`, each of (B,) rows will leave, and return the inputs of a batch of B rows."""
         travels = [exits[(exits == FULL) | (exits >= number)] for number in range(self._n_exits)]
         self._leaves = [(still == number).to(self._device) for number, still in enumerate(travels)]
         return tuple(item.expand(len(exits), *item.shape[1:]).contiguous() for item in self._items)
 
     def __call__(self, *inputs: Tensor) -> Answers:
-        """Answer the batch that `tell` returned."""
+        """Answer the batch that `script` returned."""
         return run_with_exits(inputs, self._stages)
 
-    def _told(self, number: int, policy: ExitPolicy) -> ExitPolicy:
+    def _scripted(self, number: int, policy: ExitPolicy) -> ExitPolicy:
         def decide(logits: Tensor) -> Tensor:
             policy(logits)  # it costs what it costs
             return self._leaves[number]

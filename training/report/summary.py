@@ -1,19 +1,18 @@
-"""What a run found, for a reader and for machines."""
+"""The report of a run: its exits, its heads and what they cost, for a reader and for machines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.training.costs.cost import flop_costs, head_flops
-from early_exit.training.data.dataset import Part
-from early_exit.training.data.training_set import TrainingSet
+from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.planning.predictions import HeadPredictions
-from early_exit.training.selection.thresholds import OperatingPoint, mean_cost, outcome
+from early_exit.training.report.performance import Performance, Setting, exit_performances, setting
+from early_exit.training.selection.simulation import OperatingPoint
 
 
 @dataclass(frozen=True)
@@ -22,16 +21,15 @@ class ExitReport:
 
     layer: str
     cost: float
+    """The fraction of the backbone's FLOPs that is spent before its head."""
+    head: str
+    """The architecture of its head, in words."""
     threshold: float
     temperature: float
-    head: str
-    """Its architecture, in words."""
-    hit_rate: float
-    """Share of all records that leave here, after the exits before it."""
-    agreement: float | None
-    """Share of those answered like the backbone; none when nobody leaves."""
-    hit_rate_alone: float
-    """Share that would leave here if it were the only exit."""
+    alone: Performance
+    """How it would answer if it were the only exit."""
+    together: Performance
+    """How it answers after the exits before it."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,14 @@ class HeadReport:
     layer: str
     architecture: str
     n_trials: int
-    """Of the search that found it; 0 for a head that was given."""
+    """The number of trials of the search that found it; 0 for a head that was given."""
     agreement: float
-    """Share of records on which its class is the backbone's."""
+    """The share of records on which its class is the backbone's."""
     temperature: float
     flops_ratio: float
-    """Of the head alone, as a fraction of the backbone."""
+    """The FLOPs of the head alone as a fraction of the backbone's."""
     used: bool
+    """Whether the plan has an exit with it."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +54,39 @@ class RunReport:
     """The outcome of an `ee-train` run."""
 
     model: str
-    records: dict[str, int]
-    """Number of records by part; replays belong to the train part."""
+    records: Mapping[str, int]
+    """The number of records by part; replays belong to the train part."""
     plan: ExitPlan
+    deployed: Setting
+    """What the plan does to the certify part."""
     exits: tuple[ExitReport, ...]
     heads: tuple[HeadReport, ...]
-    cost_ratio: float
-    """Mean cost per request as a fraction of the backbone's, in the plan's measure, on the certify part."""
-    flops_ratio: float
-    """Mean FLOPs per request as a fraction of the backbone's, heads included, on the certify part."""
-    disagreement: float
-    """Share of the certify part answered differently from the backbone."""
     left_out: tuple[str, ...]
-    """Candidates without a head, and why."""
+    """The candidates without a head, and why."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "plan": self.plan.to_json()}
+        """Return report.json."""
+        exits = [{"layer": exit.layer, "cost": exit.cost, "threshold": exit.threshold, "temperature": exit.temperature,
+                  "head": exit.head, "hit_rate": exit.together.hit_rate, "agreement": exit.together.agreement,
+                  "hit_rate_alone": exit.alone.hit_rate} for exit in self.exits]
+        return {"model": self.model, "records": dict(self.records), "plan": self.plan.to_json(), "exits": exits,
+                "heads": [asdict(head) for head in self.heads], "cost_ratio": self.deployed.cost,
+                "flops_ratio": self.deployed.flops, "disagreement": self.deployed.disagreement,
+                "left_out": list(self.left_out)}
 
     def to_text(self) -> str:
+        """Return report.txt."""
         parts = "  ".join(f"{name} {count}" for name, count in self.records.items())
         lines = [
-            f"{self.model}  {len(self.exits)} exits of {len(self.heads)} candidates  "
-            f"{self._cost()}FLOPs {self.flops_ratio:.3f} of the backbone's  disagreement {self.disagreement:.2%}",
+            f"{self.model}  {len(self.exits)} exits of {len(self.heads)} candidates  {self._time()}"
+            f"FLOPs {self.deployed.flops:.3f} of the backbone's  disagreement {self.deployed.disagreement:.2%}",
             f"  records: {parts}", "",
             "  layer         cost  hits    alone   agreement  confidence >=  head",
         ]
-        for found in self.exits:
-            agreement = "-" if found.agreement is None else f"{found.agreement:.2%}"
-            lines.append(f"  {found.layer:12}  {found.cost:.2f}  {found.hit_rate:6.1%}  {found.hit_rate_alone:6.1%}"
-                         f"  {agreement:>9}  {found.threshold:.4f}         {found.head}")
+        for exit in self.exits:
+            agreement = "-" if exit.together.agreement is None else f"{exit.together.agreement:.2%}"
+            lines.append(f"  {exit.layer:12}  {exit.cost:.2f}  {exit.together.hit_rate:6.1%}  "
+                         f"{exit.alone.hit_rate:6.1%}  {agreement:>9}  {exit.threshold:.4f}         {exit.head}")
         if not self.exits:
             lines.append("  no exit saves anything within the tolerance: the plan answers every request in full")
         unused = [f"{head.layer} ({head.agreement:.0%} agree)" for head in self.heads if not head.used]
@@ -93,10 +96,10 @@ class RunReport:
         lines += ["", "  " + guarantee(self.plan)]
         return "\n".join(lines) + "\n"
 
-    def _cost(self) -> str:
+    def _time(self) -> str:
         if self.plan.measure == "flops":
             return ""
-        return f"time {self.cost_ratio:.3f} (batches of {self.plan.batch_size})  "
+        return f"time {self.deployed.cost:.3f} (batches of {self.plan.batch_size})  "
 
 
 def guarantee(plan: ExitPlan) -> str:
@@ -107,29 +110,42 @@ def guarantee(plan: ExitPlan) -> str:
             "records that were not used to choose them.")
 
 
-def make_report(model: str, training_set: TrainingSet, heads: Sequence[TrainedHead], judged: HeadPredictions,
-                choice: OperatingPoint, plan: ExitPlan, left_out: Sequence[str],
+def head_reports(heads: Sequence[TrainedHead], predictions: HeadPredictions, point: OperatingPoint,
+                 backbone: BackboneDescription) -> list[HeadReport]:
+    """Return the reports on all trained heads, in the order of the backbone."""
+    return [HeadReport(layer=trained.layer.path, architecture=trained.head.spec.in_words(),
+                       n_trials=len(trained.trials),
+                       agreement=predictions.tune.candidates.agrees[:, index].double().mean().item(),
+                       temperature=predictions.temperatures[index],
+                       flops_ratio=head_flops(trained.head, trained.layer.shape) / backbone.flops,
+                       used=index in point.layers)
+            for index, trained in enumerate(heads)]
+
+
+def flops_of(heads: Sequence[HeadReport], backbone: BackboneDescription) -> Costs:
+    """Return what exits with reported heads cost in FLOPs."""
+    return flop_costs([backbone.layer(head.layer) for head in heads], [head.flops_ratio for head in heads])
+
+
+def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: OperatingPoint,
+                predictions: HeadPredictions, heads: Sequence[HeadReport], left_out: Sequence[str],
                 backbone: BackboneDescription) -> RunReport:
-    """Put together what a run found."""
-    certify = judged.certify
-    found = outcome(choice, certify)
-    flops = flop_costs([one.layer for one in heads],
-                       [head_flops(one.head, one.layer.shape) / backbone.flops for one in heads])
-    exits = []
-    for position, (planned, layer) in enumerate(zip(plan.exits, choice.layers)):
-        leaves = found.exit == position
-        exits.append(ExitReport(
-            layer=planned.layer, cost=planned.cost, threshold=planned.threshold, temperature=planned.policy.temperature,
-            head=planned.head.in_words(), hit_rate=leaves.double().mean().item(),
-            agreement=1 - found.differs[leaves].double().mean().item() if bool(leaves.any()) else None,
-            hit_rate_alone=(certify.confidence[:, layer] >= planned.threshold).double().mean().item()))
-    return RunReport(
-        model=model, plan=plan, exits=tuple(exits), left_out=tuple(left_out),
-        records={part.name.lower(): len(training_set.rows(part)) for part in Part},
-        heads=tuple(
-            HeadReport(one.layer.path, one.head.spec.in_words(), len(one.trials),
-                       judged.tune.agrees[:, index].double().mean().item(), judged.temperatures[index],
-                       float(flops.exits[index][1]), index in choice.layers)
-            for index, one in enumerate(heads)),
-        flops_ratio=mean_cost(choice, found.exit, flops), cost_ratio=mean_cost(choice, found.exit, certify.costs),
-        disagreement=found.differs.double().mean().item())
+    """Put together what a run led to.
+
+    Args:
+        model: name of the model.
+        records: number of records by part.
+        plan: made from the operating point.
+        point: that was chosen.
+        predictions: it was chosen by.
+        heads: all that were trained.
+        left_out: candidates without a head, and why.
+        backbone: of the plan.
+    """
+    certify = predictions.certify
+    exits = tuple(
+        ExitReport(planned.layer, planned.cost, planned.head.in_words(), planned.threshold,
+                   planned.policy.temperature, alone, together)
+        for planned, (alone, together) in zip(plan.exits, exit_performances(point, certify)))
+    return RunReport(model=model, records=records, plan=plan, exits=exits, heads=tuple(heads),
+                     deployed=setting(point, certify, flops_of(heads, backbone)), left_out=tuple(left_out))

@@ -32,5 +32,5 @@ def fit_temperature(logits: Tensor, teacher: Tensor) -> float:
         return functional.cross_entropy(logits / math.exp(log_temperature), teacher).item()
 
     # The log keeps T positive, and the bounds keep a head that agrees everywhere from dividing by 0.
-    found = minimize_scalar(loss, bounds=(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)), method="bounded")
-    return math.exp(float(found.x))
+    result = minimize_scalar(loss, bounds=(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)), method="bounded")
+    return math.exp(float(result.x))

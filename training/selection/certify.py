@@ -14,8 +14,9 @@ import numpy as np
 from scipy.special import bdtr
 from torch import Tensor
 
+from early_exit.handler import betting
 from early_exit.handler.errors import RecordError
-from early_exit.training.selection.risk import Risk
+from early_exit.handler.exits.risk import Risk
 
 METHODS = {
     Risk.DISAGREEMENT: "fixed-sequence test, exact binomial",
@@ -31,7 +32,7 @@ def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> 
         risk: what the losses measure.
         losses: (N,) of independent records.
         tolerance: T.
-        delta: level at which the p-value will be judged; it tunes the bets and nothing else.
+        delta: level at which the p-value will be compared with; it tunes the bets and nothing else.
     """
     if risk is Risk.DISAGREEMENT:
         return p_value(int(losses.sum()), len(losses), tolerance)
@@ -47,20 +48,17 @@ def p_value(k: int, n: int, tolerance: float) -> float:
 def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float:
     """Return a p-value of "mean > T" for losses in [0, 1], valid for any distribution.
 
-    A gambler who bets against the hypothesis round by round: while it holds, the expected capital does not grow,
-    so the largest capital seen exceeds 1 / p with probability at most p (Ville). The stakes adapt to the variance
-    (Waudby-Smith & Ramdas 2023, Estimating means of bounded random variables by betting, section 4.2).
+    Bets are placed on every record that the mean is below T (see `betting`): the gain is T - loss. They adapt to the
+    variance of the losses so far (Waudby-Smith and Ramdas 2024, section 4.2).
     """
     n = len(losses)
-    if n == 0:
-        return 1.0
     count = np.arange(1, n + 1)
     mean = (0.5 + np.cumsum(losses)) / (count + 1)
     variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (count + 1)
-    before = np.concatenate([[0.25], variance[:-1]])  # a stake may depend on the past only
-    stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.95 / (1 - tolerance))
-    capital = np.cumsum(np.log1p(-stake * (losses - tolerance)))
-    return float(min(1.0, math.exp(-max(0.0, capital.max()))))
+    before = np.concatenate([[0.25], variance])[:n]  # a bet may depend on the past only
+    bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.95 / (1 - tolerance))
+    log_capital = np.cumsum(np.log1p(bets * (tolerance - losses)))  # a product of thousands would overflow, or vanish
+    return betting.p_value(float(log_capital.max(initial=0.0)))
 
 
 def most_failures(n: int, tolerance: float, delta: float) -> int:

@@ -19,19 +19,19 @@ class Option:
     """One candidate exit at one threshold, on N records; a mask has bit i set for record i."""
 
     hits: int
-    """Mask of the records that would leave here."""
+    """The mask of the records that would leave here."""
     loss: tuple[tuple[float, int], ...]
-    """Their losses, as weighted masks: a record loses the weights of the masks that it is in."""
+    """The losses of the records that would leave, as weighted masks: a record loses the weights of its masks."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """A choice of exits."""
+    """Which candidates become exits."""
 
     layers: tuple[int, ...]
-    """Indices of the candidates, in order."""
+    """The indices of the candidates, in order."""
     cost: float
-    """Mean cost of a request as a fraction of the backbone's; 1 - K(S) / N where cost counts FLOPs."""
+    """The mean cost of a request as a fraction of the backbone's; 1 - K(S) / N where cost counts FLOPs."""
 
 
 def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *, max_loss: float | None = None,
@@ -96,9 +96,9 @@ def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_record
         room = max(1, MAX_EXACT - len(best.layers))
         for offset in range(-(-len(others) // room)):
             among = [*best.layers, *others[offset::-(-len(others) // room)]]
-            found = best_subset(option, costs, n_records, max_loss=max_loss, among=among, best=best)
-            if found.cost < best.cost:
-                best, improved = found, True
+            better = best_subset(option, costs, n_records, max_loss=max_loss, among=among, best=best)
+            if better.cost < best.cost:
+                best, improved = better, True
                 break
     return best
 

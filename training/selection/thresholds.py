@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import Costs
 from early_exit.training.selection.certify import most_failures
-from early_exit.training.selection.subset import Option, Subset, best_subset, bit_mask, improved_subset, loss_masks
+from early_exit.training.selection.simulation import Candidates, OperatingPoint, outcome
+from early_exit.training.selection.subset import Option, Subset, best_subset, improved_subset
 
 NEVER = 2.0
 """A threshold that no probability reaches."""
-_BATCHES = 400
-_SAFER = 8
+_MOST_SAFER = 8
 _RATES = (0.0, *torch.logspace(-4, 1, 157, dtype=torch.float64).tolist())
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What L calibrated heads say about N records."""
-
-    confidence: Tensor
-    """(N, L) in [0, 1]."""
-    agrees: Tensor
-    """(N, L) bool: the head's class is the backbone's."""
-    losses: Tensor
-    """(N, L) what an answer by the head risks."""
-    full_agrees: Tensor
-    """(N,) bool: the same of the answer of those that leave nowhere, which an engine may change,"""
-    full_losses: Tensor
-    """(N,) and what it risks."""
-    costs: Costs
-
-    def __len__(self) -> int:
-        return len(self.confidence)
-
-    @property
-    def n_layers(self) -> int:
-        return self.confidence.shape[1]
-
-    def option(self, layer: int, threshold: float) -> Option:
-        hits = self.confidence[:, layer] >= threshold
-        return Option(bit_mask(hits), loss_masks((self.losses[:, layer] - self.full_losses) * hits))
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """Exits and their thresholds."""
-
-    layers: tuple[int, ...]
-    """Indices of the candidates, in order."""
-    thresholds: tuple[float, ...]
-    safer: tuple[tuple[float, ...], ...] = ()
-    """Settings of the same exits to step back to, the nearest first."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a choice does to N records."""
-
-    exit: Tensor
-    """(N,) int64: position in the choice of the exit taken, or -1 for none."""
-    differs: Tensor
-    """(N,) bool: the answer is not the backbone's."""
-    losses: Tensor
-    """(N,) float32: what the answer risks."""
 
 
 def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
@@ -165,12 +113,12 @@ def safer_settings(path: Sequence[OperatingPoint], deployed: int, tune: Candidat
     settings: list[tuple[float, ...]] = []
     least = tune.full_losses.sum().item()
     allowed = (outcome(path[deployed], tune).losses.sum().item() - least) / 2
-    for choice in path[1:deployed][::-1]:
-        found = outcome(choice, tune)
-        if not bool((found.exit >= 0).any()) or len(settings) == _SAFER:
+    for point in path[1:deployed][::-1]:
+        simulated = outcome(point, tune)
+        if not bool((simulated.exit >= 0).any()) or len(settings) == _MOST_SAFER:
             break
-        if (lost := found.losses.sum().item() - least) <= allowed:
-            settings.append(choice.thresholds)
+        if (lost := simulated.losses.sum().item() - least) <= allowed:
+            settings.append(point.thresholds)
             if lost <= 0:
                 break
             allowed = lost / 2
@@ -182,66 +130,16 @@ def confidence_levels(count: int = 121) -> list[float]:
     return (1 - torch.logspace(-4, torch.log10(torch.tensor(0.7)).item(), count, dtype=torch.float64)).tolist()
 
 
-def outcome(choice: OperatingPoint, records: Candidates) -> Outcome:
-    """Return what a choice does to records; what later exits would have said does not count."""
-    n_records = len(records)
-    exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
-    differs, losses = ~records.full_agrees, records.full_losses.clone()
-    for position, (layer, threshold) in enumerate(zip(choice.layers, choice.thresholds)):
-        leaves = (exit_taken == -1) & (records.confidence[:, layer] >= threshold)
-        exit_taken[leaves] = position
-        differs[leaves] = ~records.agrees[leaves, layer]
-        losses[leaves] = records.losses[leaves, layer]
-    return Outcome(exit_taken, differs, losses)
+def expected_losses(risk: Risk, losses: Tensor, confidence: Tensor) -> Tensor:
+    """Return the (N, L) losses to choose exits by, which a few records tell more surely than those that occurred.
 
-
-def served_classes(choice: OperatingPoint, exit_taken: Tensor, answers: Tensor, full_class: Tensor) -> Tensor:
-    """Return the (N,) int64 classes that a choice answers with.
+    Whether an answer differs is the toss of a coin whose weight the calibrated confidence tells: among hundreds of
+    subsets of exits, the best by what occurred is too often the one that was lucky. The confidence gap is such a
+    weight already, and what labels say cannot be foreseen.
 
     Args:
-        choice: exits.
-        exit_taken: (N,) position of the exit that each record takes, or -1.
-        answers: (N, L) int64 classes of the candidates.
-        full_class: (N,) int64 classes of those that leave nowhere.
+        risk: what the losses measure.
+        losses: (N, L) that occurred.
+        confidence: (N, L) calibrated.
     """
-    served = full_class.clone()
-    for position, layer in enumerate(choice.layers):
-        leaves = exit_taken == position
-        served[leaves] = answers[leaves, layer]
-    return served
-
-
-def batch_costs(choice: OperatingPoint, exit_taken: Tensor, costs: Costs, *, seed: int = 0) -> Tensor:
-    """Return the (400,) costs of full batches drawn from records with replacement; the backbone alone costs 1.
-
-    Args:
-        choice: exits.
-        exit_taken: (N,) position of the exit that each record takes, or -1.
-        costs: of the candidates.
-        seed: of the draw.
-    """
-    drawn = torch.randint(len(exit_taken), (_BATCHES, costs.batch_size),
-                          generator=torch.Generator().manual_seed(seed))
-    exits = exit_taken[drawn]
-    total = torch.zeros(_BATCHES, dtype=torch.float64)
-    for position, (start, end) in enumerate(pairwise([-1, *choice.layers, costs.n_layers])):
-        n_alive = ((exits == -1) | (exits >= position)).sum(dim=1).numpy()
-        total += torch.from_numpy(costs.stages[start + 1:end + 1].sum(axis=0)[n_alive])
-        if end < costs.n_layers:
-            total += torch.from_numpy(costs.exits[end][n_alive])
-    return total
-
-
-def mean_cost(choice: OperatingPoint, exit_taken: Tensor, costs: Costs) -> float:
-    """Return the expected cost of a request as a fraction of the backbone's, heads included.
-
-    Args:
-        choice: exits.
-        exit_taken: (N,) position of the exit that each record takes, or -1.
-        costs: of the candidates.
-    """
-    total = 0.0
-    for position, (start, end) in enumerate(pairwise([-1, *choice.layers, costs.n_layers])):
-        step = costs.at(((exit_taken == -1) | (exit_taken >= position)).double().mean().item())
-        total += step.between(start, end) + (step.exits[end] if end < costs.n_layers else 0.0)
-    return total
+    return 1 - confidence if risk is Risk.DISAGREEMENT else losses

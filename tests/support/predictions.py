@@ -1,27 +1,27 @@
-"""What heads might say about records, drawn at random."""
+"""What heads might predict for records, drawn at random."""
 
 from __future__ import annotations
 
 import torch
 
 from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import flop_costs
-from early_exit.training.data.dataset import Part
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
-from early_exit.training.selection.risk import Risk
-from early_exit.training.selection.thresholds import Candidates
+from early_exit.training.selection.simulation import Candidates
 
 N_CLASSES = 4
 
 
-def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.0, seed: int = 0) -> HeadPredictions:
-    """Return judgements in which confident heads agree more often; a share of the records has labels."""
+def made_predictions(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.0,
+                     seed: int = 0) -> HeadPredictions:
+    """Return predictions in which confident heads agree more often; a share of the records has labels."""
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(f"layer{number}" for number in range(n_layers))
     costs = flop_costs([CandidateLayer(path, path, (8,), (number + 1) / (n_layers + 1))
                         for number, path in enumerate(layers)], [0.01] * n_layers)
-    parts = {}
-    for part in (Part.TUNE, Part.CERTIFY):
+
+    def drawn() -> PartPredictions:
         confidence = torch.rand(n_records, n_layers, generator=generator)
         teacher = torch.randint(N_CLASSES, (n_records,), generator=generator)
         guess = torch.randint(N_CLASSES, (n_records, n_layers), generator=generator)
@@ -30,7 +30,8 @@ def made_judged(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.
         labels = torch.where(torch.rand(n_records, generator=generator) < 0.7, teacher, guess[:, 0])
         labels[torch.rand(n_records, generator=generator) >= labelled] = -1
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
-        said = Candidates(confidence, answers == teacher[:, None], losses, torch.ones(n_records, dtype=torch.bool),
-                          torch.zeros(n_records), costs)
-        parts[part] = PartPredictions(said, answers, teacher, teacher.clone(), labels)
-    return HeadPredictions(layers, tuple(1.0 + number for number in range(n_layers)), parts)
+        candidates = Candidates(confidence, answers == teacher[:, None], losses,
+                                torch.ones(n_records, dtype=torch.bool), torch.zeros(n_records), costs)
+        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels)
+
+    return HeadPredictions(layers, tuple(1.0 + number for number in range(n_layers)), drawn(), drawn())

@@ -1,0 +1,51 @@
+"""Testing by betting: what bets against a hypothesis win is the evidence against it, however often one looks.
+
+A gambler begins with a capital of 1. In each round a bet b, settled before the round, is placed on a gain g whose
+expected value is at most 0 while the hypothesis holds; the capital is multiplied by 1 + b g, which is never negative.
+While the hypothesis holds, the expected capital does not grow, so the probability that it ever reaches 1 / p is at most
+p (Ville's inequality). Capital that is spread over several gamblers, or kept out of the game, changes nothing of that.
+(Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, Journal of the Royal Statistical
+Society B 86, 2024, sections 3 and 4.)
+
+Three tests are built on it: the bypass of exits that do not pay, the monitor's alarm, and the certificate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def after_round(capital: Sequence[float], bets: Sequence[float], gain: float, *, put_down: float = 0.0,
+                ) -> tuple[float, ...]:
+    """Return what gamblers have after a round.
+
+    Args:
+        capital: what each has before it.
+        bets: one for each of them.
+        gain: of the round, for all of them.
+        put_down: what each adds to its capital before the round.
+
+    >>> after_round((1.0, 1.0), (0.5, 1.0), 0.5)
+    (1.25, 1.5)
+    """
+    return tuple((has + put_down) * (1 + bet * gain) for has, bet in zip(capital, bets))
+
+
+def wealth(capital: Sequence[float], *, kept: float = 0.0) -> float:
+    """Return the mean capital of some gamblers, and with it what is kept out of the game."""
+    return sum(capital) / len(capital) + kept
+
+
+def rejects(wealth: float, delta: float) -> bool:
+    """Tell whether a wealth refutes the hypothesis, with a probability of at most delta of ever doing so wrongly."""
+    return wealth >= 1 / delta
+
+
+def p_value(log_capital: float) -> float:
+    """Return the least delta at which the logarithm of the largest capital so far rejects the hypothesis.
+
+    >>> p_value(0.0), round(p_value(math.log(50)), 6)
+    (1.0, 0.02)
+    """
+    return math.exp(-max(0.0, log_capital))

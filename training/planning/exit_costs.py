@@ -1,0 +1,31 @@
+"""What exits with trained heads cost: measured where time is what counts, otherwise in FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.training.costs.cost import Costs, FlopCost, flop_costs
+from early_exit.training.costs.profiling import Profile, profile_exit
+from early_exit.training.heads.heads import TrainedHead
+
+
+def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
+               batch_size: int) -> Costs:
+    """Return the costs of exits with some heads.
+
+    Args:
+        profile: measured times of the backbone's stages; without one FLOPs are counted.
+        heads: in the order of the backbone.
+        backbone: of the heads.
+        batch_size: of full batches, where time is measured.
+    """
+    layers = [trained.layer for trained in heads]
+    if profile is None:
+        cost = FlopCost(backbone.flops)
+        return flop_costs(layers, [cost(trained.head, trained.layer) for trained in heads])
+    exits = [profile_exit(trained.head, trained.layer, engine=profile.engine, device=profile.device)
+             for trained in tqdm(heads, desc="profile", unit="exit", disable=None)]
+    return profile.costs([layer.path for layer in layers], exits, batch_size)
