@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -75,13 +74,13 @@ def read_archive(mar: Path) -> tuple[str, BackboneDescription]:
 
     Raises:
         ArchiveError: it is not one.
+        FormatError: its format is not one that this version reads.
     """
     description = f"{FOLDER}/{DESCRIPTION_FILE}"
     try:
-        with zipfile.ZipFile(mar) as archive, tempfile.TemporaryDirectory() as scratch:
+        with zipfile.ZipFile(mar) as archive:
             model = json.loads(archive.read(MANIFEST))["model"]["modelName"]
-            extracted = Path(archive.extract(description, scratch))
-            return str(model), BackboneDescription.load(extracted)
+            return str(model), BackboneDescription.from_json(json.loads(archive.read(description)), str(mar))
     except KeyError as error:
         raise ArchiveError(f"{mar} is not an early-exit archive: make one with 'ee-archive {mar}'") from error
     except (OSError, zipfile.BadZipFile) as error:

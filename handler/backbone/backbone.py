@@ -8,9 +8,10 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,8 +25,8 @@ from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
 from early_exit.handler.detection.detector import DetectorSpec, load_tail, parameters_of, save_tail
 from early_exit.handler.errors import ArchiveError, GraphError
+from early_exit.handler.formats import BACKBONE
 
-FORMAT = 2
 PROGRAM_FILE = "backbone.pt2"
 DESCRIPTION_FILE = "backbone.json"
 
@@ -73,19 +74,25 @@ class BackboneDescription:
         raise GraphError(f"{path!r} is not a candidate layer of this backbone; it has {names}")
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+        path.write_text(json.dumps(BACKBONE.stamped(asdict(self)), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> BackboneDescription:
         """Read a description.
 
         Raises:
-            ArchiveError: it is not one, or a newer version of this software wrote it.
+            FormatError: it is not one, or its format is not one that this version reads.
         """
-        data = json.loads(path.read_text())
-        if data.get("format") != FORMAT:
-            raise ArchiveError(f"{path} has format {data.get('format')!r}, this version reads {FORMAT}: "
-                               "use the version of early-exit-torchserve that wrote it, or a newer one")
+        return cls.from_json(json.loads(path.read_text()), str(path))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: str) -> BackboneDescription:
+        """Read the content of a description; `source` names it in errors.
+
+        Raises:
+            FormatError: it is not one, or its format is not one that this version reads.
+        """
+        BACKBONE.require(data, source)
         return cls(
             sha256=data["sha256"], output=OutputSpec(**data["output"]),
             inputs=tuple(InputSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["inputs"]),
@@ -201,7 +208,8 @@ class Backbone:
         """Read what `save` wrote, onto a device.
 
         Raises:
-            ArchiveError: the files are damaged or of a newer format.
+            ArchiveError: the files are damaged.
+            FormatError: their format is not one that this version reads.
         """
         description = BackboneDescription.load(folder / DESCRIPTION_FILE)
         if description.detector is not None:  # which the program calls
