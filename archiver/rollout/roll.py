@@ -16,7 +16,7 @@ from early_exit.archiver.control import ModelServer, VersionStatus
 from early_exit.archiver.packaging.describe import describe
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.config import EARLY
-from early_exit.handler.errors import ArchiveError, ServerError
+from early_exit.handler.errors import ArchiveError, FormatError, ServerError
 
 _POLL_S = 0.2
 LONGEST_BATCH_S = 5.0
@@ -124,7 +124,7 @@ def _scaled_to(old: VersionStatus, store: Path) -> int | None:
     archive = store / old.file_name
     try:
         archived = describe(archive)["workers"] or 1
-    except ArchiveError:  # not one of ours, or not here
+    except (ArchiveError, FormatError):  # not one of ours, or not here
         return None
     return old.n_workers if old.n_workers and old.n_workers != archived else None
 

@@ -19,6 +19,7 @@ from early_exit.handler.engines.compiled_stage import CompiledStage
 from early_exit.handler.engines.registry import ENGINES, Engine, engine_of
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
+from early_exit.handler.loading import load_model
 from early_exit.handler.protocol import FULL
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.heads.distill import Distillation
@@ -68,7 +69,7 @@ def test_an_engine_that_registers_itself_is_planned_with_and_served(
     layout = ArchiveLayout(tmp_path / "archive")
     shutil.copytree(archive.folder, layout.folder)
     save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
-    model = EarlyExitModel.load(layout, ServingConfig(engine=NOTHING))
+    model = load_model(layout, ServingConfig(engine=NOTHING))
     calls.clear()
     batch = recorded_inputs()[:64]
     with torch.no_grad():
