@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,27 @@ from early_exit.archiver.packaging.archive import ArchiveRequest
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
+from tests.support.skips import fail_unexpected_skip
 from tests.support.untried import build_untried
 
 collect_ignore = ["benchmarks", "demo", "support"]
 """Run by hand, or imported by tests: what they need more of is not for every run."""
 WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
            "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_unexpected_skip(report)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from early_exit.handler.inference.continuous import ContinuousRun
 from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
 from early_exit.handler.model import EarlyExitModel
 from early_exit.handler.serving.probe import answer_probe
-from tests.support.gpu import needs_gpu
 from tests.support.models.digits_resnet import DigitsResNet
+from tests.support.skips import needs_gpu
 
 CUDA = torch.device("cuda")
 SPEC = HeadSpec(pool=2, widths=(8,))
