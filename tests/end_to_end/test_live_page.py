@@ -31,7 +31,7 @@ from tests.support.plans import write_plan
 from tests.support.untried import build_untried
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: make browser")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: make system")]
 
 BODIES = [one.body for one in traffic(120, seed=15)]
 CONFIG = WORKERS.format(n=1) + "  sampling_rate: 0.5\n"
@@ -103,6 +103,13 @@ def see(page: Page, *texts: str) -> None:
 
 def expect_unseen(page: Page, text: str) -> None:
     expect(page.get_by_text(text).filter(visible=True)).to_have_count(0)
+
+
+def hold_up(page: Page, url: str) -> list[Route]:
+    """Hold up the page's next request of a kind; return the list that it then is in."""
+    held: list[Route] = []
+    page.route(url, lambda route: held.append(route), times=1)
+    return held
 
 
 def let_go(held: list[Route]) -> None:
@@ -183,8 +190,7 @@ def test_a_file_that_is_dropped_is_asked_and_an_answer_that_comes_too_late_is_no
     target = page.locator("#drop")
     target.drop({"files": tmp_path / "bad.txt"})
     see(page, "UnidentifiedImageError")
-    held: list[Route] = []
-    page.route("**/ask/*", held.append, times=1)
+    held = hold_up(page, "**/ask/*")
     target.drop({"files": tmp_path / "bad.txt"})
     target.drop({"files": tmp_path / "digit.png"})
     see(page, "answered", "opinions together took")
@@ -208,8 +214,7 @@ def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_
     see(page, "requests left the model early", "Model")
     page.set_input_files("#file", tmp_path / "digit.png")
     see(page, "opinions together took")
-    held: list[Route] = []
-    page.route("**/state*", held.append, times=1)
+    held = hold_up(page, "**/state*")
     with page.expect_request("**/state*"):
         pass  # the page looks again every two seconds
     page.select_option("#model", "other")
