@@ -42,6 +42,12 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, the tests with servers: who runs files side by side then ends together."""
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def digits_backbone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> DigitsResNet:
     """Trained once for all processes that run tests."""

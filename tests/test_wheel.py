@@ -60,8 +60,8 @@ def test_every_command_starts_from_an_installed_wheel_alone(wheel: Path, tmp_pat
     elsewhere.mkdir()
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
                    check=True, capture_output=True)
-    # What is on this path comes before what is installed beside the interpreter, such as the repository itself; and with
-    # their allocator, commands do not start anew.
+    # What is on this path comes before what is installed beside the interpreter, such as the repository itself.
+    # Commands that find their allocator set do not start anew.
     environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": str(site)}
     commands = sorted((site / "bin").iterdir())
     assert {command.name for command in commands} == COMMANDS
