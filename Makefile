@@ -1,16 +1,24 @@
-# Needs only Python >= 3.10 and make. `make demo` and `make test` install what they need into .venv first.
+# Needs only Python >= 3.10 and make. `make demo` and `make test` install what they need into .venv first;
+# what the tests need besides, Chromium and curl, `make system` installs from the system's packages.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench clean
+.PHONY: install system demo test lint bench clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,models,lint]'
 	touch $@
+
+system:
+	command -v curl || $(call installed,curl)
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(call installed,chromium)
+
+installed = { test "$$(id -u)" = 0 && apt-get update && apt-get install --yes --no-install-recommends $(1); } || \
+	{ echo "The tests need $(1), and it could not be installed here: install your system's package of it." >&2; exit 1; }
 
 demo: install
 	$(BIN)/python -m tests.demo
@@ -31,7 +39,6 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.search --json search.json
 	$(BIN)/python -m tests.benchmarks.certify --json certify.json
 	$(BIN)/python -m tests.benchmarks.paper --json paper.json
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[models]'
 	$(BIN)/python -m tests.benchmarks.coverage --json coverage.json
 	$(BIN)/python -m tests.benchmarks.drift --json drift.json
 	$(BIN)/python -m tests.benchmarks.roll --json roll.json

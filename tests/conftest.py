@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
+from tests.support.skips import fail_unexpected_skip
 from tests.support.untried import build_untried
 
 collect_ignore = ["benchmarks", "demo", "support"]
@@ -26,17 +28,35 @@ WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
            "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, the tests with servers: who runs files side by side then ends together."""
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def digits_backbone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> DigitsResNet:
-    """Trained once for all processes that run tests: two at a time would take each other's cores."""
+    """Trained once for all processes that run tests."""
     own = tmp_path_factory.getbasetemp()
     shared = own if worker_id == "master" else own.parent
     weights = shared / "digits.pth"
     with FileLock(shared / "digits.lock"):
         if not weights.exists():
-            torch.set_num_threads(os.cpu_count() or 1)
-            torch.save(train_backbone(n_steps=200).state_dict(), weights)
-            torch.set_num_threads(1)
+            torch.save(train_backbone(n_steps=100).state_dict(), weights)
     backbone = DigitsResNet()
     backbone.load_state_dict(torch.load(weights, weights_only=True))
     return backbone.eval()

@@ -11,15 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from early_exit.handler.torchserve.allocator import ALLOCATOR
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("handler", "training", "archiver")
 COMMANDS = {"ee-archive", "ee-train", "ee-serve", "ee-roll", "ee-watch", "ee-gateway"}
-IMPORTED = """
-import sys
-import early_exit.archiver.watch.cli, early_exit.archiver.gateway.app, early_exit.training.__main__
-print(*(module.__file__ for name, module in sys.modules.items()
-        if name.startswith("early_exit.") and not name.endswith("__main__")), sep="\\n")
+STARTED = """
+import runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = [command, "--help"]
+    try:
+        runpy.run_path(command, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, command
+import early_exit.archiver.gateway.app, early_exit.training.__main__
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("early_exit.")), sep="\\n")
 """
+"""Runs commands in one process, which has torch to import once, and prints where our modules are."""
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +61,14 @@ def test_every_command_starts_from_an_installed_wheel_alone(wheel: Path, tmp_pat
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
                    check=True, capture_output=True)
     # What is on this path comes before what is installed beside the interpreter, such as the repository itself.
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-
-    def run(*command: object) -> str:
-        done = subprocess.run(list(map(str, command)), cwd=elsewhere, env=environment, capture_output=True, text=True,
-                              timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    files = run(sys.executable, "-c", IMPORTED).splitlines()
+    # Commands that find their allocator set do not start anew.
+    environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": str(site)}
+    commands = sorted((site / "bin").iterdir())
+    assert {command.name for command in commands} == COMMANDS
+    started = subprocess.run([sys.executable, "-c", STARTED, *commands], cwd=elsewhere, env=environment,
+                             capture_output=True, text=True, timeout=300, check=False)
+    assert started.returncode == 0, started.stderr
+    lines = started.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("usage: ")] == [command.name for command in commands]
+    files = [line for line in lines if line.endswith(".py")]
     assert len(files) > 50 and all(Path(file).is_relative_to(site) for file in files), files
-    assert {one.name for one in (site / "bin").iterdir()} == COMMANDS
-    for command in COMMANDS:
-        assert f"usage: {command}" in run(site / "bin" / command, "--help")

@@ -39,7 +39,7 @@ def test_without_a_plan_the_answers_are_the_original_models(recorder_mar: Path, 
 
 
 def test_the_same_source_gives_the_same_bytes(recorder_mar: Path, digits_mar: Path, tmp_path: Path) -> None:
-    again = build_archive(ArchiveRequest(str(digits_mar), tmp_path, input_shape=SHAPE))
+    again = build_untried(ArchiveRequest(str(digits_mar), tmp_path, input_shape=SHAPE))
     assert again.read_bytes() == recorder_mar.read_bytes()
 
 
@@ -74,7 +74,7 @@ def test_with_a_plan_confident_rows_exit_early(recorder_mar: Path, tmp_path: Pat
 
 def test_a_plan_can_be_put_on_the_original_archive_too(digits_mar: Path, recorder_mar: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "run", recorder_mar)
-    exiting = build_archive(ArchiveRequest(str(digits_mar), tmp_path, plan=plan, input_shape=SHAPE, version="9.0"))
+    exiting = build_untried(ArchiveRequest(str(digits_mar), tmp_path, plan=plan, input_shape=SHAPE, version="9.0"))
     assert describe(exiting)["backbone"]["sha256"] == describe(recorder_mar)["backbone"]["sha256"]
 
 
@@ -107,7 +107,7 @@ def test_another_archive_of_that_name_is_not_replaced(recorder_mar: Path, tmp_pa
     before = made.read_bytes()
     plan = write_plan(tmp_path / "run", recorder_mar)
     with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar is there already .* pass another --version"):
-        build_archive(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan, version="7.0"))
+        build_untried(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan, version="7.0"))
     assert made.read_bytes() == before
 
 
@@ -192,7 +192,7 @@ def test_the_builtin_image_classifier_tells_the_input_shape_itself(tmp_path: Pat
     weights = {f"{key}.{name}": tensor for key, layer in layers.items() for name, tensor in layer.state_dict().items()}
     mar = original_mar(tmp_path / "original", "small", str(tmp_path / "small_net.py"), "image_classifier", weights,
                        "batchSize: 1\n")
-    assert describe(build_archive(ArchiveRequest(str(mar), tmp_path)))["backbone"]["input_shape"] == (3, 224, 224)
+    assert describe(build_untried(ArchiveRequest(str(mar), tmp_path)))["backbone"]["input_shape"] == (3, 224, 224)
 
 
 def test_a_handler_that_keeps_image_sizes_needs_the_shape(digits_mar: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_factory_with_safetensors_and_a_pt2_give_the_same_backbone(
         digits_backbone: DigitsResNet, recorder_mar: Path, tmp_path: Path) -> None:
     save_file(digits_backbone.state_dict(), tmp_path / "weights.safetensors")
     handler = str(MODELS / "digits_handler.py")
-    made = build_archive(ArchiveRequest(
+    made = build_untried(ArchiveRequest(
         "tests.support.models.digits_resnet:DigitsResNet", tmp_path, weights=tmp_path / "weights.safetensors",
         input_shape=SHAPE, handler=handler, model_name="made"))
     torch.export.save(export_backbone(digits_backbone, [InputSpec("x", SHAPE)])[0], tmp_path / "model.pt2")
@@ -240,7 +240,7 @@ def test_a_users_mistake_is_a_message_and_status_1(tmp_path: Path, capsys: pytes
 
 
 def test_the_asked_engine_is_stored_and_kept_by_later_archives(recorder_mar: Path, tmp_path: Path) -> None:
-    eager = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, engine="eager"))
+    eager = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, engine="eager"))
     assert describe(recorder_mar)["engine"] == "folded"
     again = build_untried(ArchiveRequest(str(eager), tmp_path))
     assert describe(eager)["engine"] == describe(again)["engine"] == "eager"

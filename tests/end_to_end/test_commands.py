@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,30 +25,33 @@ pytestmark = pytest.mark.slow
 COMMANDS = Path(sys.executable).parent
 
 
-def run(folder: Path, command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMANDS / command, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                          timeout=300, check=False)
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And with the handlers of signals put back, which commands set for their process."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def test_a_missing_server_is_a_message_and_status_1(recorder_mar: Path, tmp_path: Path) -> None:
-    rolled = run(tmp_path, "ee-roll", recorder_mar, "--port", consecutive_free_ports(), "--no-tokens")
-    assert rolled.returncode == 1
-    assert "Is TorchServe running there?" in rolled.stderr
-    assert "Traceback" not in rolled.stderr
+def test_a_missing_server_is_a_message_and_status_1(recorder_mar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert roll([str(recorder_mar), "--port", str(consecutive_free_ports()), "--no-tokens"]) == 1
+    assert "Is TorchServe running there?" in capsys.readouterr().err
 
 
-def test_a_single_look_that_fails_is_status_1_and_a_line_for_machines(tmp_path: Path) -> None:
-    (tmp_path / "model-store").mkdir()
-    looked = run(tmp_path, "ee-watch", "cifar", "--once", "--json", "--port", consecutive_free_ports(), "--no-tokens")
-    assert looked.returncode == 1
-    [decision] = [json.loads(line) for line in looked.stdout.splitlines()]
+def test_a_single_look_that_fails_is_status_1_and_a_line_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model-store").mkdir()
+    assert watch(["cifar", "--once", "--json", "--port", str(consecutive_free_ports()), "--no-tokens"]) == 1
+    looked = capsys.readouterr()
+    [decision] = [json.loads(line) for line in looked.out.splitlines()]
     assert decision["event"] == "trouble" and "Is TorchServe running there?" in decision["error"]
-    assert "trouble: error" in looked.stderr, "for people"
+    assert "trouble: error" in looked.err, "for people"
 
 
-def test_the_gateway_does_not_listen_for_other_machines_without_a_token(tmp_path: Path) -> None:
-    refused = run(tmp_path, "ee-gateway", "--host", "0.0.0.0")
-    assert refused.returncode == 1 and "set EE_GATEWAY_TOKEN to a secret" in refused.stderr
+def test_the_gateway_does_not_listen_for_other_machines_without_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gateway(["--host", "0.0.0.0"]) == 1
+    assert "set EE_GATEWAY_TOKEN to a secret" in capsys.readouterr().err
 
 
 def test_the_gateway_tells_its_addresses_in_a_line_for_machines(tmp_path: Path) -> None:
@@ -80,6 +83,8 @@ def test_help_ends_with_examples_and_shells_get_completions(
     assert subprocess.run(["bash", "-n"], input=completions, text=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [("ee-train", "records"), ("ee-archive",), ("ee-roll",)])
-def test_misuse_is_status_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    assert run(tmp_path, *arguments).returncode == 2
+@pytest.mark.parametrize(("main", "arguments"), [(train, ["records"]), (archive, []), (roll, [])])
+def test_misuse_is_status_2(main: Callable[[list[str]], int], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2

@@ -27,6 +27,7 @@ from tests.support.client import BackgroundLoad, Reply, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
 from tests.support.rewritten import renumbered, rewritten
+from tests.support.skips import MAY_NOT_MOUNT
 from tests.support.untried import build_untried
 from tests.support.workers import kill_worker, wait_until_ready
 
@@ -180,7 +181,7 @@ def test_a_full_disk_costs_no_answer_and_recording_goes_on_when_there_is_room(
     records.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(records)], capture_output=True,
                       check=False).returncode:
-        pytest.skip("this user may not mount a small file system")
+        pytest.skip(MAY_NOT_MOUNT)
     try:
         with loaded(server, expected):
             time.sleep(4)

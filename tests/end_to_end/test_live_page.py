@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from websockets.sync.client import connect
 
 from early_exit.archiver.audit import Audit
@@ -23,7 +25,6 @@ from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
 from tests.conftest import WORKERS
-from tests.support.browser import CHROMIUM, Browser, browser
 from tests.support.client import failed, send
 from tests.support.digits import traffic
 from tests.support.documents import ROOT
@@ -31,16 +32,36 @@ from tests.support.gateway import as_bytes, gateway, receive, wait_for_state
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: make system")]
 
 BODIES = [one.body for one in traffic(120, seed=15)]
 CONFIG = WORKERS.format(n=1) + "  sampling_rate: 0.5\n"
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A tab with cookies and storage of its own."""
+    page = browser.new_page()
+    yield page
+    page.context.close()
+
+
+@pytest.fixture
+def complaints(page: Page) -> list[str]:
+    """What the page writes to its console as an error or does not catch."""
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    return complaints
 
 
 @pytest.fixture(scope="module")
@@ -76,22 +97,49 @@ def address(server: TorchServe, audit: Audit) -> Iterator[str]:
         yield at
 
 
-def work_told(tab: Browser) -> int:
+def see(page: Page, *texts: str) -> None:
+    """Wait until a reader sees all of the texts."""
+    for text in texts:
+        expect(page.get_by_text(text).filter(visible=True).first).to_be_visible(timeout=30_000)
+
+
+def expect_unseen(page: Page, text: str) -> None:
+    expect(page.get_by_text(text).filter(visible=True)).to_have_count(0)
+
+
+def hold_up(page: Page, url: str) -> list[Route]:
+    """Hold up the page's next request of a kind; return the list that it then is in."""
+    held: list[Route] = []
+    page.route(url, lambda route: held.append(route), times=1)
+    return held
+
+
+def let_go(held: list[Route]) -> None:
+    """Send a request that was held up, and wait until the page has its reply."""
+    [route] = held
+    route.continue_()
+    response = route.request.response()
+    assert response is not None
+    response.finished()
+
+
+def work_told(page: Page) -> int:
     """Return the percentage of the full model's work that the page tells."""
-    found = re.search(r"so it did (\d+) % of the work", tab.text())
-    assert found is not None, tab.text()
+    lead = page.locator("#lead").inner_text()
+    found = re.search(r"so it did (\d+) % of the work", lead)
+    assert found is not None, lead
     return int(found.group(1))
 
 
-def test_before_any_traffic_the_page_says_so(tab: Browser, address: str, pictures: Path) -> None:
+def test_before_any_traffic_the_page_says_so(page: Page, address: str, pictures: Path) -> None:
     wait_for_state(address, lambda state: state["looks"] if state["model"] else None)
-    tab.open(f"http://{address}/")
-    tab.wait_for("No requests in the last ten minutes", "With 95% confidence", "has not seen a shadow sample")
-    tab.picture(pictures / "empty.png")
+    page.goto(f"http://{address}/")
+    see(page, "No requests in the last ten minutes", "With 95% confidence", "has not seen a shadow sample")
+    page.screenshot(path=pictures / "empty.png", full_page=True)
 
 
 def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
-        tab: Browser, server: TorchServe, address: str, pictures: Path, tmp_path: Path) -> None:
+        page: Page, complaints: list[str], server: TorchServe, address: str, pictures: Path, tmp_path: Path) -> None:
     bodies = BODIES * 3
     assert failed(send(server, "digits", bodies)) == 0
     state = wait_for_state(address, lambda state: sum(
@@ -100,137 +148,129 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
              for name in (*(exit_["layer"] for exit_ in state["versions"][0]["plan"]["exits"]), "full")}
     assert sum(taken.values()) == len(bodies), "each request is counted once"
     early = 1 - taken["full"] / len(bodies)
-    tab.open(f"http://{address}/")
-    seen = tab.wait_for(f"of the last {len(bodies)} requests left the model early", "watched answers differ",
-                        "took on average", "with version 3.0")
-    assert f"{100 * early:.0f} %" in seen
     (tmp_path / "digit.png").write_bytes(BODIES[0])
-    tab.choose_file("#file", tmp_path / "digit.png")
-    tab.wait_for("answered", "opinions together took")
     for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False)):
-        tab.open(f"http://{address}/", width=width, dark=dark)
-        tab.wait_for("requests left the model early")
-        tab.choose_file("#file", tmp_path / "digit.png")
-        tab.wait_for("answered", "opinions together took")
-        assert tab.run("document.documentElement.scrollWidth") <= width, "nothing reaches over the edge"
-        tab.picture(pictures / f"{name}.png")
-    assert not tab.complaints
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme="dark" if dark else "light")
+        page.goto(f"http://{address}/")
+        see(page, f"of the last {len(bodies)} requests left the model early", "watched answers differ",
+            "took on average", "with version 3.0")
+        expect(page.locator("#lead")).to_contain_text(f"{100 * early:.0f} %")
+        page.set_input_files("#file", tmp_path / "digit.png")
+        see(page, "answered", "opinions together took")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing reaches over the edge"
+        page.screenshot(path=pictures / f"{name}.png", full_page=True)
+    assert not complaints
 
 
 def test_times_by_exit_are_of_answers_that_did_not_run_on_for_opinions_and_those_save_nothing(
-        tab: Browser, address: str) -> None:
+        page: Page, address: str) -> None:
     assert not requests.get(f"http://{address}/state", timeout=30).json()["latency"], "all that were dropped ran on"
-    tab.open(f"http://{address}/")
-    tab.wait_for("No answer has come over this gateway's WebSocket yet")
+    page.goto(f"http://{address}/")
+    see(page, "No answer has come over this gateway's WebSocket yet")
     with connect(f"ws://{address}/ws/digits") as socket:
         socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:60])}))
         told = receive(socket, 60)
-        tab.wait_for("half in", *{f"v 3.0 {'in full' if one['exit'] == 'full' else 'left early'}"
-                                  for one in told.values()})
-        work = work_told(tab)
+        see(page, "half in", *{f"v 3.0 {'in full' if one['exit'] == 'full' else 'left early'}"
+                               for one in told.values()})
+        work = work_told(page)
         for again in range(4):
             socket.send(as_bytes({f"{again} {number}": body for number, body in enumerate(BODIES[:60])}, anytime=True))
         receive(socket, 240)
     deadline = time.monotonic() + 30
-    while work_told(tab) <= work:
+    while work_told(page) <= work:
         assert time.monotonic() < deadline, "who hears every exit has run to the end"
-        time.sleep(0.2)
-
-
-LATE = """const real = fetch; let first = true; window.fetch = async (path, options) => {
-    const late = first && String(path).startsWith(%s);
-    if (late) first = false;
-    const reply = await real(path, options);
-    if (late) await new Promise((done) => setTimeout(done, 3000));
-    return reply;
-}"""
-"""Holds up the page's first request of a kind."""
+        page.wait_for_timeout(200)
 
 
 def test_a_file_that_is_dropped_is_asked_and_an_answer_that_comes_too_late_is_not_shown(
-        tab: Browser, address: str, tmp_path: Path) -> None:
+        page: Page, complaints: list[str], address: str, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"no image")
     (tmp_path / "digit.png").write_bytes(BODIES[0])
-    tab.open(f"http://{address}/")
-    tab.wait_for("requests left the model early")
-    tab.drop_files("#drop", tmp_path / "bad.txt")
-    tab.wait_for("UnidentifiedImageError")
-    tab.run(LATE % "'ask/'")
-    tab.drop_files("#drop", tmp_path / "bad.txt")
-    tab.drop_files("#drop", tmp_path / "digit.png")
-    tab.wait_for("answered", "opinions together took")
-    assert not tab.run("document.querySelector('#preview').hidden")
-    time.sleep(4)
-    assert "UnidentifiedImageError" not in tab.wait_for("opinions together took")
-    assert all("status of 400" in one for one in tab.complaints)
-    tab.complaints.clear()
+    page.goto(f"http://{address}/")
+    see(page, "requests left the model early")
+    target = page.locator("#drop")
+    target.drop({"files": tmp_path / "bad.txt"})
+    see(page, "UnidentifiedImageError")
+    held = hold_up(page, "**/ask/*")
+    target.drop({"files": tmp_path / "bad.txt"})
+    target.drop({"files": tmp_path / "digit.png"})
+    see(page, "answered", "opinions together took")
+    expect(page.locator("#preview")).to_be_visible()
+    let_go(held)
+    page.wait_for_timeout(500)
+    expect_unseen(page, "UnidentifiedImageError")
+    see(page, "opinions together took")
+    assert complaints and all("status of 400" in complaint for complaint in complaints)
 
 
 def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_on_its_way(
-        tab: Browser, server: TorchServe, address: str, tmp_path: Path) -> None:
+        page: Page, server: TorchServe, address: str, tmp_path: Path) -> None:
     token = {"Authorization": f"Bearer {read_token(server.key_file, 'management')}"}
     registered = requests.post(f"{server.addresses.management}/models", headers=token, timeout=120, params={
         "url": "digits-3.0.mar", "model_name": "other", "initial_workers": 1, "synchronous": "true"})
     assert registered.status_code == 200, registered.text
     wait_for_state(address, lambda state: state["models"] == ["digits", "other"])
     (tmp_path / "digit.png").write_bytes(BODIES[0])
-    tab.open(f"http://{address}/")
-    tab.wait_for("requests left the model early", "Model")
-    tab.choose_file("#file", tmp_path / "digit.png")
-    tab.wait_for("opinions together took")
-    tab.run(LATE % "'state'")
-    time.sleep(2.5)  # by then the page looks again
-    tab.run("""(() => { const select = document.querySelector('#model');
-        select.value = 'other'; select.dispatchEvent(new Event('change')); })()""")
-    told = tab.wait_for("other 3.0", "Every exit then says")
-    assert "opinions together took" not in told, "they were the other model's"
+    page.goto(f"http://{address}/")
+    see(page, "requests left the model early", "Model")
+    page.set_input_files("#file", tmp_path / "digit.png")
+    see(page, "opinions together took")
+    held = hold_up(page, "**/state*")
+    with page.expect_request("**/state*"):
+        pass  # the page looks again every two seconds
+    page.select_option("#model", "other")
+    see(page, "other 3.0", "Every exit then says")
+    expect_unseen(page, "opinions together took")  # they were the other model's
+    let_go(held)
     for _ in range(20):
-        assert tab.run("document.querySelector('#model').value") == "other"
-        time.sleep(0.2)
+        assert page.input_value("#model") == "other"
+        page.wait_for_timeout(50)
     requests.delete(f"{server.addresses.management}/models/other", headers=token, timeout=60).raise_for_status()
     wait_for_state(address, lambda state: state["models"] == ["digits"])
 
 
-def test_everything_can_be_reached_with_the_keyboard(tab: Browser, address: str) -> None:
-    tab.open(f"http://{address}/")
-    tab.wait_for("requests left the model early")
-    tab.press("Tab", 9)
-    assert tab.run("document.activeElement.id") == "file", "one model needs no choice; the first stop is the file"
+def test_everything_can_be_reached_with_the_keyboard(page: Page, address: str) -> None:
+    page.goto(f"http://{address}/")
+    see(page, "requests left the model early")
+    page.keyboard.press("Tab")
+    expect(page.locator("#file")).to_be_focused()  # one model needs no choice; the first stop is the file
 
 
 def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(
-        tab: Browser, server: TorchServe, address: str, audit: Audit, pictures: Path, tmp_path: Path) -> None:
+        page: Page, complaints: list[str], server: TorchServe, address: str, audit: Audit, pictures: Path,
+        tmp_path: Path) -> None:
     roll(Management(server.addresses, server.key_file), server.model_store / "digits-4.0.mar", longest_batch_s=1)
     audit.append("rolled", version="4.0", replaces="3.0", why="it is cheaper")
-    tab.open(f"http://{address}/")
+    page.goto(f"http://{address}/")
     deadline = time.monotonic() + 60
-    while "stepped back" not in tab.text():
-        assert time.monotonic() < deadline, tab.text()
+    while "stepped back" not in page.locator("#serving").inner_text():
+        assert time.monotonic() < deadline, page.locator("body").inner_text()
         assert failed(send(server, "digits", BODIES)) == 0
-    tab.wait_for("version 4.0 serves instead of 3.0", "ee-watch: rolled 4.0 instead of 3.0 (it is cheaper)",
-                 "alarm: version 4.0 has stepped back", "no longer holds", "version 3.0 is removed")
+    see(page, "version 4.0 serves instead of 3.0", "ee-watch: rolled 4.0 instead of 3.0 (it is cheaper)",
+        "alarm: version 4.0 has stepped back", "no longer holds", "version 3.0 is removed")
     (tmp_path / "digit.png").write_bytes(BODIES[0])
-    tab.choose_file("#file", tmp_path / "digit.png")
-    tab.wait_for("No exit was asked: the whole model answered")
-    tab.picture(pictures / "alarm.png")
-    assert not tab.complaints
+    page.set_input_files("#file", tmp_path / "digit.png")
+    see(page, "No exit was asked: the whole model answered")
+    page.screenshot(path=pictures / "alarm.png", full_page=True)
+    assert not complaints
 
 
-def test_the_page_says_what_is_wrong_and_recovers(tab: Browser, server: TorchServe, tmp_path: Path,
+def test_the_page_says_what_is_wrong_and_recovers(page: Page, server: TorchServe, tmp_path: Path,
                                                   pictures: Path) -> None:
     key_file = tmp_path / "keys.json"
     key_file.write_text(json.dumps({kind: {"key": "none"} for kind in ("inference", "management", "API")}))
     with gateway(Addresses.free(), key_file) as alone:
-        tab.open(f"http://{alone}/")
-        tab.wait_for("no answer from", "no news")
-        tab.picture(pictures / "gone.png")
-    tab.wait_for("The gateway does not answer")
+        page.goto(f"http://{alone}/")
+        see(page, "no answer from", "no news")
+        page.screenshot(path=pictures / "gone.png", full_page=True)
+    see(page, "The gateway does not answer")
     with gateway(server.addresses, server.key_file, token="secret") as closed:
-        tab.open(f"http://{closed}/")
-        tab.wait_for("wants its token")
-        tab.picture(pictures / "token.png")
+        page.goto(f"http://{closed}/")
+        see(page, "wants its token")
+        page.screenshot(path=pictures / "token.png", full_page=True)
         for given, answer in (("wrong", "That was not it"), ("secret", "digits 4.0")):
-            tab.run(f"document.querySelector('#token input').value = '{given}'")
-            tab.run("document.querySelector('#token button').click()")
-            tab.wait_for(answer)
-        assert "wants its token" not in tab.text()
+            page.fill("#token input", given)
+            page.click("#token button")
+            see(page, answer)
+        expect_unseen(page, "wants its token")

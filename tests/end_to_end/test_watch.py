@@ -21,6 +21,7 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import read_token
+from early_exit.archiver.watch.cli import main
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watcher import Watched, Watcher
@@ -207,26 +208,26 @@ def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched
     assert {reply.version for reply in serve(server, clean(20, seed=26))} == {"3.0"}
 
 
-def run(server: TorchServe, watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "early_exit.archiver.watch", *arguments, "digits", "--records",
-               *watched.sources, "--model-store", str(watched.store), "--state", str(watched.state), "--server",
-               f"{server.addresses.inference},{server.addresses.management}", "--tokens", str(server.key_file),
-               "--tolerance", str(TOLERANCE)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def options(server: TorchServe, watched: Watched) -> list[str]:
+    return ["digits", "--records", *watched.sources, "--model-store", str(watched.store), "--state", str(watched.state),
+            "--server", f"{server.addresses.inference},{server.addresses.management}", "--tokens",
+            str(server.key_file), "--tolerance", str(TOLERANCE)]
 
 
-def test_status_and_dry_run_tell_where_things_stand_and_change_nothing(server: TorchServe, watched: Watched) -> None:
+@pytest.mark.parametrize("asked", ["status", "--dry-run"])
+def test_status_and_dry_run_tell_where_things_stand_and_change_nothing(
+        asked: str, server: TorchServe, watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
     before = watched.audit.path.read_bytes()
-    for arguments in (("status",), ("--dry-run",)):
-        told = run(server, watched, *arguments)
-        assert told.returncode == 0, told.stderr
-        assert "void since" in told.stdout and "rolled back" in told.stdout
+    assert main([asked, *options(server, watched)]) == 0
+    told = capsys.readouterr().out
+    assert "void since" in told and "rolled back" in told
     assert watched.audit.path.read_bytes() == before
 
 
 def test_only_one_watcher_watches_a_model(server: TorchServe, watched: Watched) -> None:
+    command = [sys.executable, "-m", "early_exit.archiver.watch.__main__", "--once", *options(server, watched)]
     with only_watcher(watched.store / ".ee-watch-digits.lock"):
-        refused = run(server, watched, "--once")
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 1 and "another ee-watch" in refused.stderr
 
 

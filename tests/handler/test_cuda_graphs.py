@@ -20,8 +20,8 @@ from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
 from early_exit.handler.inference.in_flight import InFlightCalls
 from early_exit.handler.loading import build_model
 from early_exit.handler.serving.probe import answer_probe
-from tests.support.gpu import needs_gpu
 from tests.support.models.digits_resnet import DigitsResNet
+from tests.support.skips import needs_gpu
 
 CUDA = torch.device("cuda")
 SPEC = HeadSpec(pool=2, widths=(8,))

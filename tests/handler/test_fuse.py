@@ -15,7 +15,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.fuse import fuse
 from early_exit.handler.engines.registry import ENGINES
-from tests.support.gpu import needs_gpu
+from tests.support.skips import needs_gpu
 
 ATEN = torch.ops.aten
 

@@ -16,7 +16,7 @@ from early_exit.handler.inference.forward import Answers, Exit, Live, Stage, run
 from early_exit.handler.protocol import FULL
 from tests.handler.test_cuda_graphs import CUDA, SIZES, stages, varied
 from tests.handler.test_cuda_graphs import _full_precision as _full_precision
-from tests.support.gpu import needs_gpu
+from tests.support.skips import needs_cuda_build, needs_gpu
 
 
 def prepared(*levels: list[Stage], batch_size: int = 16, record: Record | None = None) -> Executor:
@@ -45,9 +45,9 @@ def assert_same(found: Answers, expected: Answers) -> None:
                                atol=1e-3)
 
 
+@needs_cuda_build
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_100"])
 def test_the_kernels_compile(architecture: str) -> None:
-    pytest.importorskip("cuda.bindings", reason="needs CUDA's Python bindings, which torch's CUDA build brings")
     assert compiled(architecture).startswith(b"\x7fELF")
 
 

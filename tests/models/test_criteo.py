@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.cifar import DataMissing, data_folder
 from tests.support.models.criteo import BUCKETS, CATEGORIES, COUNTS, decode, encode, read_csv
+from tests.support.skips import NO_DATA
 
 RECORDS = st.lists(st.fixed_dictionaries({}, optional={
     **{name: st.integers(-2, 2**20) for name in COUNTS},
@@ -43,7 +44,7 @@ def test_the_sample_of_criteo_is_read_with_its_gaps() -> None:
     try:
         rows = list(read_csv(data_folder() / "criteo-sample" / "criteo.csv"))
     except (DataMissing, FileNotFoundError) as missing:
-        pytest.skip(str(missing))
+        pytest.skip(f"{NO_DATA}: {missing}")
     records = [record for _, record in rows]
     assert {label for label, _ in rows} == {0, 1}
     n_missing = sum(39 - len(record) for record in records)

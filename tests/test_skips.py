@@ -1,0 +1,39 @@
+"""Where CI is set, a test may be left out only for a reason that is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import conftest
+from tests.support.skips import ALLOWED
+
+REASON = "no browser is installed"
+WAYS = {"call": f"def test_it(): pytest.skip('{REASON}')",
+        "mark": f"@pytest.mark.skip(reason='{REASON}')\ndef test_it(): pass",
+        "module": f"pytest.skip('{REASON}', allow_module_level=True)",
+        "import": "pytest.importorskip('no_such_module')"}
+
+
+def run(folder: Path, code: str) -> bool:
+    """Run a test file in this process, with the hooks of our own tests; return whether nothing failed."""
+    (folder / f"test_{folder.name}.py").write_text(f"import pytest\n{code}\n")
+    ended = pytest.main(["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", str(folder),
+                         str(folder)], plugins=[conftest])
+    return ended in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_unexpected_skip_fails_in_ci_and_nowhere_else(way: str, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    assert not run(tmp_path, WAYS[way])
+    monkeypatch.delenv("CI")
+    assert run(tmp_path, WAYS[way])
+
+
+def test_an_allowed_skip_passes_in_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    assert run(tmp_path, "\n".join(f"def test_{number}(): pytest.skip({reason + ': so it is here'!r})"
+                                   for number, reason in enumerate(ALLOWED)))
