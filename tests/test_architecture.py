@@ -16,10 +16,10 @@ FOLDERS = ("handler", "training", "archiver")
 """Each imports from itself and from those before it."""
 LEVELS: dict[str, list[set[str]]] = {
     "handler": [
-        {"service"}, {"torchserve"}, {"serving"}, {"user_handler"}, {"loading"}, {"model"}, {"assembly", "call_log"},
+        {"service"}, {"torchserve"}, {"serving"}, {"user_handler"}, {"model"},
         {"cuda"}, {"monitor", "recording"}, {"inference"}, {"archive_contents"}, {"exits", "config"}, {"engines"},
         {"detection"}, {"backbone"}, {"archive_layout", "formats"},
-        {"allocator", "betting", "call", "errors", "protocol", "python_modules", "shadow"}],
+        {"allocator", "betting", "call", "errors", "protocol", "python_modules"}],
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
         {"costs"}, {"paths", "command"}],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.handler.torchserve.allocator import ALLOCATOR
+from early_exit.handler.allocator import ALLOCATOR
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("handler", "training", "archiver")

@@ -17,8 +17,8 @@ from early_exit.archiver.packaging.manifest import manifest_text
 from early_exit.archiver.packaging.publish import publish, zip_folder
 from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.sample import sample_request
-from early_exit.archiver.packaging.source import Source, unpack_source
+from early_exit.archiver.packaging.sources.sample import sample_request
+from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.validate import validate
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.engines.openvino import PIECES

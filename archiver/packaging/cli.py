@@ -13,9 +13,9 @@ import torch
 
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.describe import describe, in_words
-from early_exit.archiver.packaging.detector import PEDESTRIAN
 from early_exit.archiver.packaging.quantize import N_SAMPLES
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES

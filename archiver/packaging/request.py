@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from early_exit.archiver.packaging.detector import PEDESTRIAN
+from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 

@@ -12,7 +12,7 @@ from early_exit.handler.call import Call, Reply
 from early_exit.handler.inference.bypassing import EpochBypass
 from early_exit.handler.inference.continuous import ContinuousExecutor
 from early_exit.handler.inference.coroutine import Coroutine
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.user_handler.context import HandlerContext

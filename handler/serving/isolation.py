@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from early_exit.handler.call import Call, Reply
-from early_exit.handler.call_log import ServedBatch
 from early_exit.handler.errors import InputError
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.call_log import ServedBatch
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.anytime import asks_for_every_exit
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.wrapper import UserHandler

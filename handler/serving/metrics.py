@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from early_exit.handler.assembly import Assembly
-from early_exit.handler.call_log import ServedBatch
+from early_exit.handler.model.assembly import Assembly
+from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.protocol import FULL, FULL_NAME
 from early_exit.handler.serving.host import Host, MetricKind

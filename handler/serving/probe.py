@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import PROBE_HEADER
 
 

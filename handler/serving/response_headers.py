@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import (
     CONFIDENCE_HEADER,
     EXIT_HEADER,

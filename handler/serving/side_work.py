@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor
 from early_exit.handler.recording.format import Records, request_hash

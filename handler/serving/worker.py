@@ -13,8 +13,8 @@ from early_exit.handler.call import Call, Reply
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.loading import load_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import load_model
 from early_exit.handler.monitor.shared_state import SharedMonitor, watch
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter

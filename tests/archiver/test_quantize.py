@@ -12,7 +12,7 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import INT8
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.recording.format import list_shards
 from early_exit.training.data.dataset import Part, load_traffic
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.heads.distill import Distillation, train_head

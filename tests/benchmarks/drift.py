@@ -26,8 +26,8 @@ from torch import Tensor
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.options import TrainingOptions

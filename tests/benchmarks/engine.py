@@ -33,8 +33,8 @@ from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Stage, run_with_exits
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
 from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.support.timing import interleaved, median_ratio
 

@@ -32,7 +32,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Answers, Stage, run_with_exits
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from tests.benchmarks.engine import exiting_model, untrained_heads
 from tests.support.timing import interleaved, median_ratio
 

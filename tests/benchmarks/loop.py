@@ -18,7 +18,7 @@ from torch import Tensor
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions

@@ -27,8 +27,8 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving.worker import Worker
 from early_exit.handler.torchserve.host import TorchServeHost
 from early_exit.handler.user_handler.context import HandlerContext

@@ -19,15 +19,15 @@ from torchvision.models import efficientnet_b0
 from torchvision.transforms.functional import to_pil_image
 
 from early_exit.archiver.packaging.archive import build_archive
-from early_exit.archiver.packaging.detector import backbone_of_detector
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.detector import backbone_of_detector
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, save_plan
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL
 from early_exit.handler.recording.format import list_shards, read_shard
 from tests.conftest import WORKERS

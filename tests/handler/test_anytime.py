@@ -14,7 +14,7 @@ from torch import Tensor
 from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import run_with_exits
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import ANYTIME_HEADER, FULL, OPINIONS_HEADER
 from tests.handler.test_early_answers import Numbers, backbone, model, requests
 from tests.handler.test_forward import inputs, three_stages

@@ -15,7 +15,7 @@ from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from early_exit.archiver.packaging.detector import backbone_of_detector, is_detector
+from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.detector_tails import TAILS
 from early_exit.handler.backbone.image_class import CERTAIN, Strategy, class_scores
@@ -24,7 +24,7 @@ from early_exit.handler.detection.detector import images_of
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
 from early_exit.handler.inference.in_flight import InFlightCalls
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.small_detector import SmallDetector

@@ -27,9 +27,9 @@ from early_exit.handler.inference.bypass import AdaptiveBypass
 from early_exit.handler.inference.bypassing import EpochBypass
 from early_exit.handler.inference.continuous import ContinuousExecutor
 from early_exit.handler.inference.in_flight import InFlightCalls
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.shadow import ShadowSampler
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
+from early_exit.handler.model.shadow import ShadowSampler
 from early_exit.handler.torchserve.continuous_batching import claim_only_worker, require_continuous_batching
 from tests.support.host import MemoryHost, worker_of
 

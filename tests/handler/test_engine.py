@@ -18,7 +18,7 @@ from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.inference.forward import Stage, run_with_exits
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from tests.support.plans import random_exits
 
 

@@ -20,8 +20,8 @@ from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.inference.bypass import AdaptiveBypass, Comparison
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import watch
 from early_exit.handler.protocol import EXIT_HEADER, FULL, STEP_HEADER

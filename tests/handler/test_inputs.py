@@ -13,7 +13,7 @@ from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import find_cuts, split
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import GraphError, InputError
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 
 TEXT = (InputSpec("tokens", (6,), "int64"), InputSpec("mask", (6,), "int64"))
 

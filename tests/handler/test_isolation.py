@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.call import Call, Reply
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.user_handler.context import HandlerContext
 from tests.support.host import MemoryHost

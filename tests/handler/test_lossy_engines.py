@@ -16,7 +16,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import ENGINES, INT8, are_alike
 from early_exit.handler.errors import ArchiveError, ConfigError, InputError, PlanError
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.handler.loading import build_model, load_model
+from early_exit.handler.model.loading import build_model, load_model
 from tests.support.digits import traffic
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.plans import random_exits

@@ -17,7 +17,7 @@ from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan, save_plan
 from early_exit.handler.exits.policy import POLICIES, ConfidencePolicy, PlannedPolicy
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL
 from tests.support.plans import random_exits
 

@@ -10,7 +10,7 @@ import torch
 
 from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.host import MetricKind
 from early_exit.handler.serving.worker import Worker
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext

@@ -10,7 +10,7 @@ from torch import Tensor
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import Live
-from early_exit.handler.loading import build_model
+from early_exit.handler.model.loading import build_model
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
 

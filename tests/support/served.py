@@ -7,8 +7,8 @@ from pathlib import Path
 
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.loading import load_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import load_model
 from early_exit.training.data.preprocessing import archived_config
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.detection.loading import load_backbone
-from early_exit.handler.loading import build_model
-from early_exit.handler.model import EarlyExitModel
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
 
 VOCABULARY, LENGTH = 99, 12
 

@@ -19,7 +19,7 @@ from early_exit.handler.engines.compiled_stage import CompiledStage
 from early_exit.handler.engines.registry import ENGINES, Engine, engine_of
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
-from early_exit.handler.loading import load_model
+from early_exit.handler.model.loading import load_model
 from early_exit.handler.protocol import FULL
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.heads.distill import Distillation

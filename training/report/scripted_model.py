@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from early_exit.handler.assembly import Assembly
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.exits.policy import ExitPolicy
 from early_exit.handler.inference.forward import Answers, Live, run_with_exits
+from early_exit.handler.model.assembly import Assembly
 from early_exit.handler.protocol import FULL
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.assembly import Assembly
 from early_exit.handler.backbone.signature import bind
-from early_exit.handler.call_log import CallLog, ServedBatch
 from early_exit.handler.cuda.stages import capture_stages
 from early_exit.handler.detection.detector import images_of
 from early_exit.handler.inference.bypassing import Bypass, BypassingExecutor
 from early_exit.handler.inference.executor import Execution, Executor
 from early_exit.handler.inference.forward import Answers, Live
-from early_exit.handler.shadow import ShadowSampler
+from early_exit.handler.model.assembly import Assembly
+from early_exit.handler.model.call_log import CallLog, ServedBatch
+from early_exit.handler.model.shadow import ShadowSampler
 
 
 class EarlyExitModel(nn.Module):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.assembly import Assembly
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.config import EARLY, PLAIN, ServingConfig
@@ -21,8 +20,9 @@ from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.inference.bypass import AdaptiveBypass
 from early_exit.handler.inference.bypassing import EpochBypass
 from early_exit.handler.inference.continuous import ContinuousExecutor
-from early_exit.handler.model import EarlyExitModel
-from early_exit.handler.shadow import ShadowSampler
+from early_exit.handler.model.assembly import Assembly
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.shadow import ShadowSampler
 
 
 def build_model(backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,

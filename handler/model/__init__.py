@@ -1,0 +1,1 @@
+"""The model object that stands in for the user's: assembled, loaded, called, and what it logs of its calls."""
