@@ -1,0 +1,82 @@
+"""Headers, records, metrics and the monitor fail each for itself, and each failure is counted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.risk import Risk
+from early_exit.handler.model.loading import build_model
+from early_exit.handler.monitor.shared_state import SharedMonitor
+from early_exit.handler.protocol import EXIT_HEADER
+from early_exit.handler.recording.format import list_shards
+from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.serving.metrics import ServingMetrics
+from early_exit.handler.serving.response_headers import ResponseHeaders
+from early_exit.handler.serving.worker import Worker
+from tests.support.host import MemoryHost, calls_of_rows, worker_of
+
+BREAKS: dict[str, tuple[type[Any], str]] = {"headers": (ResponseHeaders, "_name"), "records": (RecordWriter, "offer"),
+                                            "monitor": (SharedMonitor, "note"), "metrics": (ServingMetrics, "served")}
+"""By kind of side work, a method without which it fails."""
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone.from_module(nn.Sequential(*(nn.Linear(8, 8), nn.ReLU()) * 3, nn.Linear(8, 3)), (8,))
+
+
+def worker(backbone: Backbone, host: MemoryHost, records: Path) -> Worker:
+    """Return a worker whose exits let everybody leave and are wrong, and which records and watches every request."""
+    layer = backbone.description.candidates[0]
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
+    plan = ExitPlan(backbone.description.sha256, "certified", (
+        PlannedExit(layer.path, HeadSpec(widths=()), ConfidencePolicy(1.0, 0.0), layer.cost, 0.01),), certificate)
+    torch.manual_seed(1)
+    model = build_model(backbone, plan, {layer.path: Head(HeadSpec(widths=()), layer.shape, 3)}, sampling_rate=1.0,
+                        record_layers=1)
+    return worker_of(model, config=ServingConfig(records=str(records), records_per_shard=64), host=host)
+
+
+def broken(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("broken")
+
+
+def works(kind: str, host: MemoryHost, serving: Worker, headers: dict[str, str], records: Path) -> bool:
+    """Tell whether a kind of side work did what it is for."""
+    return {"headers": lambda: EXIT_HEADER in headers,
+            "records": lambda: bool(list_shards(records)),
+            "monitor": lambda: serving.model.level == 1,
+            "metrics": lambda: host.value("shadow_samples_total") > 0}[kind]()
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_what_fails_beside_the_answers_is_counted_and_stops_nothing_else(
+        kind: str, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    host = MemoryHost()
+    serving = worker(backbone, host, tmp_path)
+    monkeypatch.setattr(*BREAKS[kind], broken)
+    calls = calls_of_rows([torch.randn(64, 8)], [f"request-{row}" for row in range(64)])
+    deadline, replies = time.monotonic() + 20, []
+    expected, working, n_steps = {other: other != kind for other in BREAKS}, {}, 0
+    while working != expected and time.monotonic() < deadline:
+        replies, n_steps = [reply for reply in serving.step(calls) if reply is not None], n_steps + 1
+        working = {other: works(other, host, serving, replies[0].headers, tmp_path) for other in BREAKS}
+        time.sleep(0.02)
+    assert [reply.status for reply in replies] == [200] * 64
+    assert working == expected
+    assert host.metrics["side_errors_total"].values == {(kind,): n_steps}
+    assert caplog.text.count(f"{kind} fails") == 1, "a failure is logged once while it lasts"
+    serving.close()
