@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 1024
-"""Of a batch: a decision is made by one block of threads, one for each row."""
+"""The largest batch: a decision is made by one block of threads, with a thread for each row."""
 
 N, NEXT, N_MOVED, N_HITS, THROUGH, LEFT, ROWS, MOVED, HITS, HIT_ROWS = (
     *range(4), *range(4, 4 + 6 * MAX_ROWS, MAX_ROWS))
 """Where the fields of `struct Batch` begin."""
 LENGTH = 4 + 7 * MAX_ROWS
-"""Of `struct Batch`."""
+"""The number of integers in `struct Batch`."""
 
 _SOURCE = r"""
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(cudaGraphConditionalHandle handle,
@@ -122,8 +122,8 @@ def launch(name: str, blocks: tuple[int, int], threads: int, *arguments: Tensor 
     """
     from cuda.bindings import driver
 
-    values = tuple(one.data_ptr() if isinstance(one, Tensor) else one or 0 for one in arguments)
-    types = tuple(ctypes.c_int if isinstance(one, int) else ctypes.c_void_p for one in arguments)
+    values = tuple(value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments)
+    types = tuple(ctypes.c_int if isinstance(value, int) else ctypes.c_void_p for value in arguments)
     checked(driver.cuLaunchKernel(function(name), *blocks, 1, threads, 1, 1, 0,
                                   torch.cuda.current_stream().cuda_stream, (values, types), 0))
 

@@ -22,7 +22,7 @@ from early_exit.handler.protocol import FULL
 
 
 class SingleLaunch:
-    """Does what `run_with_exits` does, without observers, opinions and what a backbone returns beside its scores.
+    """Does what `run_with_exits` does, without observers, the scores of every exit and what a backbone returns beside its scores.
 
     Its calls come from one stream.
     """
@@ -48,12 +48,12 @@ class SingleLaunch:
         self._first, [scores] = by_stage[0], by_stage[-1][-1].outputs
         device = scores.device
         self._asked = torch.zeros(kernels.LEFT, dtype=torch.int32, pin_memory=True)
-        self._told = torch.zeros(kernels.MAX_ROWS, dtype=torch.int32, pin_memory=True)
+        self._left_after = torch.zeros(kernels.MAX_ROWS, dtype=torch.int32, pin_memory=True)
         self._state = torch.zeros(kernels.LENGTH, dtype=torch.int32, device=device)
         size_of = [len(self._sizes), *(bisect_left(self._sizes, n) for n in range(1, self._sizes[-1] + 1))]
         self._size_of = torch.tensor(size_of, dtype=torch.int32, device=device)
         self._answers, self._full = (torch.zeros_like(scores, memory_format=torch.contiguous_format) for _ in range(2))
-        self._answers_at, self._full_at = (_addresses([one]) for one in (self._answers, self._full))
+        self._answers_at, self._full_at = (_addresses([scores]) for scores in (self._answers, self._full))
         self._places = [_places(following) for following in by_stage[1:]]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._program = Program()
@@ -61,12 +61,12 @@ class SingleLaunch:
         cases: list[list[torch.cuda.CUDAGraph]] = [[] for _ in self._sizes]
         for number, (stage, here) in enumerate(zip(stages, by_stage)):
             is_last = stage is stages[-1]
-            for case, one in zip(cases, here):
-                case.append(one.graph)
+            for case, captured in zip(cases, here):
+                case.append(captured.graph)
                 if is_last:
-                    case.append(self._end(one))
+                    case.append(self._end(captured))
                 elif stage.exit is not None:
-                    case.append(self._exit(stage.exit, number, one))
+                    case.append(self._exit(stage.exit, number, captured))
             if is_last or stage.exit is not None:
                 self._program.switch(self._at(kernels.NEXT), cases)
                 cases = [[] for _ in self._sizes]
@@ -90,7 +90,7 @@ class SingleLaunch:
         outputs, rows = self._answers[:n_rows].clone(), shadow.nonzero().flatten()
         reference = self._full[rows] if len(rows) else outputs[:0]
         self._done.synchronize()
-        return Answers(outputs, self._told[:n_rows].long(), rows, reference, (), rows[:0], {})
+        return Answers(outputs, self._left_after[:n_rows].long(), rows, reference, (), rows[:0], {})
 
     def _begin(self) -> Live:
         self._state[:len(self._asked)].copy_(self._asked, non_blocking=True)
@@ -98,7 +98,7 @@ class SingleLaunch:
         return ()
 
     def _tell(self) -> Live:
-        self._told.copy_(self._state[kernels.LEFT:][:kernels.MAX_ROWS], non_blocking=True)
+        self._left_after.copy_(self._state[kernels.LEFT:][:kernels.MAX_ROWS], non_blocking=True)
         return ()
 
     def _exit(self, exit_: Exit, number: int, here: Captured) -> torch.cuda.CUDAGraph:
@@ -142,11 +142,11 @@ class SingleLaunch:
 
 def _by_stage(stages: Sequence[GraphedStage], sizes: Sequence[int]) -> list[list[Captured]]:
     """Return for each stage its graphs in ascending sizes."""
-    by_stage = [[one for one in (stage.graph.captured(size, ()) for size in sizes) if one] for stage in stages]
+    by_stage = [[captured for size in sizes if (captured := stage.graph.captured(size, ()))] for stage in stages]
     if any(len(made) < len(sizes) for made in by_stage):
         raise RuntimeError("a stage cannot be captured")
     for before, here in pairwise(by_stage):
-        reads = [(x, place) for one, next_ in zip(before, here) for x, place in zip(one.outputs, next_.inputs)]
+        reads = [(x, place) for last, next_ in zip(before, here) for x, place in zip(last.outputs, next_.inputs)]
         if any(x is not place for x, place in reads):
             raise RuntimeError("a stage was captured before the one that it follows, and so reads elsewhere")
     return by_stage
@@ -155,7 +155,7 @@ def _by_stage(stages: Sequence[GraphedStage], sizes: Sequence[int]) -> list[list
 def _places(stage: Sequence[Captured]) -> list[Tensor]:
     """Return for each of a stage's inputs the addresses where graphs of ascending sizes read it."""
     places = []
-    for inputs in zip(*(one.inputs for one in stage)):
+    for inputs in zip(*(captured.inputs for captured in stage)):
         layouts = {tuple(stride for stride, size in zip(x.stride()[1:], x.shape[1:]) if size > 1) for x in inputs}
         if len(layouts) > 1:
             raise RuntimeError(f"how a row lies in memory depends on the size of the batch: strides {layouts}")
@@ -164,4 +164,4 @@ def _places(stage: Sequence[Captured]) -> list[Tensor]:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([one.data_ptr() for one in tensors], dtype=torch.int64, device=tensors[0].device)
+    return torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64, device=tensors[0].device)

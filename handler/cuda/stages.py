@@ -62,7 +62,7 @@ def capture_stages(stages: Sequence[Stage], inputs: Live, batch_size: int) -> No
     if not isinstance(stages[0], GraphedStage):
         return
     for size in reversed(sizes_up_to(batch_size)):  # smaller ones find the memory that the largest used
-        batch = tuple(one.expand(size, *one.shape[1:]) for one in inputs)
+        batch = tuple(x.expand(size, *x.shape[1:]) for x in inputs)
         run_with_exits(batch, stages, shadow=torch.ones(size, dtype=torch.bool))
 
 

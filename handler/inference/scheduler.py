@@ -1,4 +1,4 @@
-"""Which stage runs next when rows wait at several: a pure decision, so that nobody's wait is a matter of luck."""
+"""The decision which stage runs next when rows wait at several; it bounds how long any row waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Waiting:
     stage: int
     n_rows: int
     age: int
-    """Steps that have run since the oldest of them began."""
+    """How many stages have been run since the oldest of the rows began."""
 
 
 def next_stage(waiting: Sequence[Waiting], n_stages: int) -> int:
@@ -29,5 +29,5 @@ def next_stage(waiting: Sequence[Waiting], n_stages: int) -> int:
         waiting: at least one, each stage once.
         n_stages: of the whole backbone.
     """
-    patient = all(one.age < n_stages for one in waiting)
-    return max(waiting, key=lambda one: (0 if patient else one.age, one.n_rows, one.stage)).stage
+    patient = all(rows.age < n_stages for rows in waiting)
+    return max(waiting, key=lambda rows: (0 if patient else rows.age, rows.n_rows, rows.stage)).stage
