@@ -22,7 +22,8 @@ from early_exit.handler.protocol import FULL
 
 
 class SingleLaunch:
-    """Does what `run_with_exits` does, without observers, the scores of every exit and what a backbone returns beside its scores.
+    """Does what `run_with_exits` does, without observers, without the scores of every exit, and without what a backbone
+    returns beside its scores.
 
     Its calls come from one stream.
     """
