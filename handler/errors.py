@@ -31,5 +31,9 @@ class ArchiveError(EarlyExitError):
     """A model archive cannot be read, built or loaded."""
 
 
+class FormatError(EarlyExitError):
+    """A file has a format that this version does not read, most often one of a newer version."""
+
+
 class ServerError(EarlyExitError):
     """TorchServe did not start, refused a request, or did not answer in time."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.errors import PlanError
+from early_exit.handler.errors import FormatError, PlanError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.sequential_test import Monitored
 
@@ -46,7 +46,7 @@ def _read(mar: Path) -> dict[str, Any] | None:
     try:
         with zipfile.ZipFile(mar) as archive:
             plan = ExitPlan.from_json(json.loads(archive.read(ArchiveLayout(Path()).plan.as_posix())), str(mar))
-    except (KeyError, ValueError, PlanError, zipfile.BadZipFile):  # without a plan, or none of ours
+    except (KeyError, ValueError, PlanError, FormatError, zipfile.BadZipFile):  # without a plan, or none of ours
         return None
     certificate = plan.certificate
     return {

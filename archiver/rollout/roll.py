@@ -15,7 +15,7 @@ from typing import Any
 from early_exit.archiver.packaging.describe import describe, sample_request
 from early_exit.archiver.torchserve.management import Management, VersionStatus
 from early_exit.handler.config import EARLY
-from early_exit.handler.errors import ArchiveError, ServerError
+from early_exit.handler.errors import ArchiveError, FormatError, ServerError
 
 _POLL_S = 0.2
 LONGEST_BATCH_S = 5.0
@@ -123,7 +123,7 @@ def _scaled_to(old: VersionStatus, store: Path) -> int | None:
     archive = store / old.file_name
     try:
         asked = describe(archive)["workers"]
-    except ArchiveError:  # not one of ours, or not here
+    except (ArchiveError, FormatError):  # not one of ours, or not here
         return None
     return old.n_workers if old.n_workers and old.n_workers != (asked or 1) else None
 

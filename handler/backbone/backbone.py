@@ -27,8 +27,7 @@ from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
 from early_exit.handler.errors import ArchiveError, GraphError
-
-FORMAT = 2
+from early_exit.handler.formats import BACKBONE
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,15 @@ class BackboneDescription:
         raise GraphError(f"{path!r} is not a candidate layer of this backbone; it has {names}")
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+        path.write_text(json.dumps(BACKBONE.stamped(asdict(self)), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> BackboneDescription:
         """Read a description.
 
         Raises:
-            ArchiveError: it is not one, or a newer version of this software wrote it.
+            FormatError: its format is not one that this version reads.
+            ArchiveError: it cannot be read, or is not a description.
         """
         try:
             return cls.from_json(json.loads(path.read_text()), str(path))
@@ -93,11 +93,10 @@ class BackboneDescription:
         """Read what `save` wrote; errors name the source.
 
         Raises:
-            ArchiveError: it is not a description, or a newer version of this software wrote it.
+            FormatError: its format is not one that this version reads.
+            ArchiveError: it is not a description.
         """
-        if data.get("format") != FORMAT:
-            raise ArchiveError(f"{source} has format {data.get('format')!r}, this version reads {FORMAT}: "
-                               "use the version of early-exit-torchserve that wrote it, or a newer one")
+        BACKBONE.require(data, source)
         try:
             return cls._from_fields(data)
         except (KeyError, TypeError, ValueError) as error:
@@ -223,7 +222,7 @@ class Backbone:
         What the program calls must be known by now: `load_backbone` in `detection/` sees to that.
 
         Raises:
-            ArchiveError: the file is damaged or of a newer format.
+            ArchiveError: the file is damaged.
         """
         program = load_program(folder / PROGRAM_FILE)
         if torch.device(device).type != "cpu":

@@ -18,8 +18,7 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy, policy_of
-
-FORMAT = 1
+from early_exit.handler.formats import PLAN
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class ExitPlan:
         return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "exits": [planned.to_json() for planned in self.exits]}
+        return PLAN.stamped({**asdict(self), "exits": [planned.to_json() for planned in self.exits]})
 
     def digest(self) -> str:
         """Return a short hash of the plan without its heads, by which it is known in records and audits."""
@@ -151,10 +150,10 @@ class ExitPlan:
         """Read a plan.
 
         Raises:
-            PlanError: it is incomplete, or a newer version of this software wrote it.
+            FormatError: its format is not one that this version reads.
+            PlanError: it is incomplete.
         """
-        if data.get("format") != FORMAT:
-            raise PlanError(f"{source} has format {data.get('format')!r}, this version reads {FORMAT}")
+        PLAN.require(data, source)
         certificate = data.get("certificate")
         try:
             return cls(
@@ -184,7 +183,8 @@ def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:
     """Read a plan and the tensors of its heads, which lie beside it.
 
     Raises:
-        PlanError: a file is missing, damaged or of a newer format.
+        FormatError: its format is not one that this version reads.
+        PlanError: a file is missing or damaged.
     """
     try:
         plan = ExitPlan.from_json(json.loads(path.read_text()), str(path))

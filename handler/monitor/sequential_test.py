@@ -19,8 +19,8 @@ from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.formats import MONITOR_STATE
 
-FORMAT = 1
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 STAKE_EVERY = 100
 
@@ -130,18 +130,18 @@ class MonitorState:
         return MonitorState(step, evidence, alarms)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "certificate": "void" if self.alarms else "holds", **asdict(self)}
+        return MONITOR_STATE.stamped({"certificate": "void" if self.alarms else "holds", **asdict(self)})
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> MonitorState:
+    def from_json(cls, data: dict[str, Any], source: str) -> MonitorState:
         """Read a state.
 
         Raises:
-            ValueError: it is none, or of another format.
+            FormatError: its format is not one that this version reads.
+            ValueError: it is none.
         """
+        MONITOR_STATE.require(data, source)
         try:
-            if data["format"] != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, found {data['format']!r}")
             found = data["evidence"]
             return cls(int(data["step"]), Evidence(int(found["n"]), float(found["lost"]), tuple(found["capital"])),
                        tuple(Alarm(**alarm) for alarm in data["alarms"]))

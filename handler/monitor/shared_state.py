@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from early_exit.handler.errors import FormatError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
 
@@ -39,10 +40,11 @@ def read_state(path: Path) -> MonitorState | None:
 
     Raises:
         OSError: it cannot be read.
+        FormatError: its format is not one that this version reads.
         ValueError: it is not the state of a monitor.
     """
     try:
-        return MonitorState.from_json(json.loads(path.read_text()))
+        return MonitorState.from_json(json.loads(path.read_text()), str(path))
     except FileNotFoundError:
         return None
 
@@ -107,7 +109,7 @@ class SharedMonitor:
             else:
                 self._share_in(self._path)
             self.state, self._failing = self._shared, False
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, FormatError) as error:
             if not self._failing:
                 logger.warning("cannot share the monitor's state in %s: %s. This worker watches alone.",
                                self._path, error)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.errors import RecordError
+from early_exit.handler.formats import RECORDS
 
-FORMAT = "2"
 SUFFIX = ".safetensors"
 SCRATCH_SUFFIX = ".writing"
 _ACTIVATION = "activation/"
@@ -105,7 +107,8 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
         sizes = torch.tensor([len(body) for body in records.bodies])
         tensors["body_sizes"] = sizes
         tensors["body_bytes"] = torch.frombuffer(bytearray(b"".join(records.bodies) or b"\0"), dtype=torch.uint8)
-    metadata = {"format": FORMAT, "header": json.dumps(header.__dict__)}
+    stamped = RECORDS.stamped({"header": json.dumps(header.__dict__)})
+    metadata = {name: str(value) for name, value in stamped.items()}  # safetensors keeps strings only
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     scratch = path.with_suffix(SCRATCH_SUFFIX)
     try:
@@ -136,16 +139,11 @@ def read_header(path: Path) -> ShardHeader:
     """Return the header of a shard.
 
     Raises:
-        RecordError: the file is damaged, or a newer version of this software wrote it.
+        RecordError: the file is damaged.
+        FormatError: its format is not one that this version reads.
     """
-    try:
-        with safe_open(path, "pt") as shard:
-            metadata = shard.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"cannot read the record shard {path}: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise RecordError(f"{path} has record format {metadata.get('format')!r}, this version reads {FORMAT}")
-    header = json.loads(metadata["header"])
+    with _opened(path) as shard:
+        header = json.loads(shard.metadata()["header"])
     return ShardHeader(**{**header, "layers": tuple(header["layers"])})
 
 
@@ -154,17 +152,15 @@ def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Re
 
     Raises:
         RecordError: the file is damaged or lacks a layer.
+        FormatError: its format is not one that this version reads.
     """
-    try:
-        with safe_open(path, "pt") as shard:
-            columns = {name: shard.get_tensor(name) for name in COLUMNS}
-            activations = {layer: shard.get_tensor(_ACTIVATION + layer) for layer in layers}
-            kept = None
-            if bodies and "body_sizes" in shard.keys():  # noqa: SIM118 - a safetensors file is not a mapping
-                sizes = shard.get_tensor("body_sizes").tolist()
-                kept = list(_cut(shard.get_tensor("body_bytes").numpy().tobytes(), sizes))
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    with _opened(path) as shard:
+        columns = {name: shard.get_tensor(name) for name in COLUMNS}
+        activations = {layer: shard.get_tensor(_ACTIVATION + layer) for layer in layers}
+        kept = None
+        if bodies and "body_sizes" in shard.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+            sizes = shard.get_tensor("body_sizes").tolist()
+            kept = list(_cut(shard.get_tensor("body_bytes").numpy().tobytes(), sizes))
     return Records(activations=activations, bodies=kept, **columns)
 
 
@@ -173,13 +169,22 @@ def read_times(path: Path) -> Tensor:
 
     Raises:
         RecordError: the file is damaged.
+        FormatError: its format is not one that this version reads.
     """
+    with _opened(path) as shard:
+        times: Tensor = shard.get_tensor("time")
+        return times
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a shard for reading: the one place where its format is checked, whoever reads it."""
     try:
         with safe_open(path, "pt") as shard:
-            times: Tensor = shard.get_tensor("time")
+            RECORDS.require(shard.metadata(), path)
+            yield shard
     except (OSError, SafetensorError) as error:
         raise RecordError(f"cannot read the record shard {path}: {error}") from error
-    return times
 
 
 def _cut(joined: bytes, sizes: Sequence[int]) -> Iterator[bytes]:

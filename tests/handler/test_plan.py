@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,15 +58,6 @@ def test_missing_head_tensors_are_refused(backbone: Backbone) -> None:
     plan, _ = plan_for(backbone)
     with pytest.raises(PlanError, match="does not fit the head"):
         build_heads(plan, {}, backbone.description)
-
-
-def test_a_plan_of_a_newer_format_is_refused(backbone: Backbone, tmp_path: Path) -> None:
-    plan, heads = plan_for(backbone)
-    save_plan(tmp_path, plan, heads)
-    data = json.loads((tmp_path / "plan.json").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps({**data, "format": 2}))
-    with pytest.raises(PlanError, match="format 2, this version reads 1"):
-        load_plan(tmp_path / "plan.json")
 
 
 def test_an_incomplete_plan_names_what_is_missing(backbone: Backbone) -> None:
