@@ -46,8 +46,9 @@ def read_archive(mar: Path) -> ArchiveContents:
     """Read what an early-exit archive says of itself, and nothing else of it.
 
     Raises:
-        ArchiveError: it is not an early-exit archive, it is damaged, or a newer version of this software made it.
-        PlanError: its plan is incomplete, or a newer version of this software wrote it.
+        ArchiveError: it is not an early-exit archive, or it is damaged.
+        FormatError: its format or that of its plan is not one that this version reads.
+        PlanError: its plan is incomplete.
     """
     try:
         with zipfile.ZipFile(mar) as archive:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -21,11 +20,11 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.watch.status import look
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.exits.plan import ExitPlan, load_plan
+from early_exit.handler.exits.plan import load_plan
 from early_exit.handler.monitor.shared_state import monitor_file, read_state
-from early_exit.handler.recording.format import ShardHeader, list_shards, read_header, read_shard
+from early_exit.handler.recording.format import list_shards, read_header, read_shard
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.replay import Replay
 from early_exit.training.heads.distill import Distillation
@@ -74,18 +73,12 @@ def test_a_repackaged_archive_has_the_old_backbone_plan_and_answers(old: LastRel
     before, after = describe(old.exiting), describe(repackaged)
     assert after["version"] == "4.0"
     assert after["backbone"]["sha256"] == before["backbone"]["sha256"]
-    assert plan_in(repackaged) == load_plan(old.plan)[0] == plan_in(old.exiting)
+    assert read_archive(repackaged).plan == load_plan(old.plan)[0] == read_archive(old.exiting).plan
     answers = load_file(old.answers)
     for mar in (repackaged, old.exiting):
         with torch.no_grad():
             outputs = served_model(mar)(answers["inputs"])
         torch.testing.assert_close(outputs, answers["outputs"], rtol=1e-5, atol=1e-5)
-
-
-def plan_in(mar: Path) -> ExitPlan:
-    with tempfile.TemporaryDirectory() as scratch:
-        extract(mar, Path(scratch))
-        return load_plan(ArchiveLayout(Path(scratch)).plan)[0]
 
 
 def test_an_old_archive_with_exits_is_repackaged_without_them(old: LastRelease, tmp_path: Path) -> None:
@@ -99,7 +92,7 @@ def test_old_records_of_an_old_archive_make_a_plan(old: LastRelease, tmp_path: P
     archive = ArchiveLayout(tmp_path / "archive")
     archive.root.mkdir()
     extract(old.recorder, archive.root)
-    description = Backbone.load(archive.folder).description
+    description = read_archive(old.recorder).description
     shards = find_shards(old.records, "digits", description)
     assert sum(len(read_shard(shard, [], bodies=True).bodies or ()) for shard in shards) == 320
     run = RunPaths(tmp_path / "run")
@@ -113,8 +106,7 @@ def test_old_records_of_an_old_archive_make_a_plan(old: LastRelease, tmp_path: P
 def test_the_alarm_of_an_old_worker_is_found_and_counts(old: LastRelease) -> None:
     """Its state has the digest of the plan in its name, as the old version took it."""
     plan, _ = load_plan(old.plan)
-    header = ShardHeader("digits", "3.0", plan.backbone, None, ())
-    state = read_state(monitor_file(old.records, header, plan.digest()))
+    state = read_state(monitor_file(old.records / "digits" / plan.backbone, "3.0", plan))
     assert state is not None and len(state.alarms) == 1
     assert (state.step, state.evidence.n) == (1, 7) and state.alarms[0].step == 0
 

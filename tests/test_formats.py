@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from early_exit.archiver.packaging.cli import main as ee_archive
-from early_exit.handler.archive_layout import ArchiveLayout, extract, read_archive
-from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import FormatError
 from early_exit.handler.formats import BACKBONE, FORMATS, MONITOR_STATE, PLAN, RECORDS, FileFormat
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
@@ -74,7 +75,7 @@ def records(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     layout = ArchiveLayout(tmp_path_factory.mktemp("recorder"))
     extract(recorder_mar, layout.root)
     requests = traffic(64, seed=70)
-    record(Backbone.load(layout.folder), next(batches(requests, 64)), folder, name="digits",
+    record(load_backbone(layout.folder), next(batches(requests, 64)), folder, name="digits",
            bodies=[request.body for request in requests])
     [shard] = list_shards(folder)
     with safe_open(shard, "pt") as opened:
@@ -121,7 +122,7 @@ def test_ee_train_refuses_a_newer_archive_by_name(
     newer = rewritten(recorder_mar, tmp_path / "newer.mar", **{"early_exit/backbone.json": lambda text: json.dumps(
         {**json.loads(text), "format": NEWER})})
     assert ee_train([str(records), "--archive", str(newer), "--to", str(tmp_path / "run")]) == 1
-    _refused(capsys, newer, BACKBONE)
+    _refused(capsys, f"{newer}: early_exit/backbone.json", BACKBONE)
     with pytest.raises(FormatError, match=r"newer\.mar"):
         read_archive(newer)
 
@@ -140,7 +141,7 @@ def test_a_newer_state_of_a_monitor_is_refused_by_name_and_never_replaced(tmp_pa
     assert worker.state.alarms, "it watches alone"
 
 
-def _refused(capsys: pytest.CaptureFixture[str], file: Path, file_format: FileFormat) -> None:
+def _refused(capsys: pytest.CaptureFixture[str], file: Path | str, file_format: FileFormat) -> None:
     readable = " and ".join(map(str, file_format.readable))
     assert (f"{file} is {file_format.kind} of format {NEWER}, this version reads {readable}: use the version of "
             "early-exit-torchserve that wrote it, or a newer one") in capsys.readouterr().err

@@ -80,7 +80,8 @@ class BackboneDescription:
         """Read a description.
 
         Raises:
-            FormatError: it is not one, or its format is not one that this version reads.
+            FormatError: its format is not one that this version reads.
+            ArchiveError: it cannot be read, or is not a description.
         """
         try:
             return cls.from_json(json.loads(path.read_text()), str(path))
@@ -92,8 +93,8 @@ class BackboneDescription:
         """Read what `save` wrote; errors name the source.
 
         Raises:
-            ArchiveError: it is not a description.
             FormatError: its format is not one that this version reads.
+            ArchiveError: it is not a description.
         """
         BACKBONE.require(data, source)
         try:

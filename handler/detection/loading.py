@@ -15,7 +15,8 @@ def load_backbone(folder: Path, device: torch.device | str = "cpu") -> Backbone:
     """Read the backbone that `Backbone.save` wrote into a folder, onto a device.
 
     Raises:
-        ArchiveError: the files are damaged or of a newer format.
+        ArchiveError: the files are damaged.
+        FormatError: their format is not one that this version reads.
     """
     description = BackboneDescription.load(folder / DESCRIPTION_FILE)
     if description.detector is not None:

@@ -64,7 +64,7 @@ def test_the_engine_eager_gives_them_bit_for_bit() -> None:
 def test_no_batch_norm_of_a_resnet_is_left_and_the_weights_are_there_once() -> None:
     backbone = network("resnet18")
     served = build_model(backbone, record_layers=100)
-    left = [name for part in served._parts for name in operations(part) if "batch_norm" in name]
+    left = [name for part in served.assembly._parts for name in operations(part) if "batch_norm" in name]
     assert not left
     size = sum(tensor.numel() for tensor in served.parameters())
     assert size < sum(tensor.numel() for tensor in backbone.graph.parameters())
@@ -173,7 +173,7 @@ def test_activations_stay_channels_last_when_rows_leave() -> None:
     def watched(stage: Stage) -> Stage:
         return Stage(lambda x: (seen.append(x), stage.forward(x))[1], stage.exit)
 
-    first, *others = build_model(backbone, plan, heads).stages
+    first, *others = build_model(backbone, plan, heads).assembly.stages
     run_with_exits((varied_inputs(),), [first, *map(watched, others)])
     assert len({len(x) for x in seen}) > 1, "rows must leave"
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

@@ -67,7 +67,7 @@ def test_between_stages_travel_integers_and_heads_read_floats(backbone: Backbone
     for number, (stage, same) in enumerate(zip(served.assembly.stages[:-1], exact.stages[:-1])):
         live, reference = stage.forward(*live), same.forward(*reference)
         n_integers += live[0].dtype is torch.uint8
-        read, activation = served._reads[number](live[0]), reference[0]
+        read, activation = served.assembly._reads[number](live[0]), reference[0]
         assert read.dtype is torch.float32
         assert (read - activation).abs().mean() < 0.05 * activation.abs().amax()
     assert n_integers >= len(served.assembly.stages) // 2

@@ -83,8 +83,8 @@ def test_a_plan_by_a_policy_that_registers_itself_is_read_and_served(backbone: B
     loaded, tensors = load_plan(tmp_path / "plan.json")
     assert loaded == plan and loaded.digest() == plan.digest()
     model = build_model(backbone, loaded, build_heads(loaded, tensors, backbone.description))
-    for step, threshold in enumerate((0.6, 0.95)):
-        model.step_back(step)
+    for level, threshold in enumerate((0.6, 0.95)):
+        model.fall_back(level)
         model(BATCH)
         stages = model.log.take()[0].answers.stages
         expected = expected_stages(backbone, model.assembly.layers, heads, threshold)

@@ -62,8 +62,8 @@ class RowsHandler:
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         inputs = [torch.stack(rows) for rows in zip(*(item["rows"] for item in data))]
         with torch.no_grad():
-            classes: list[int] = self.model(*inputs).argmax(dim=1).tolist()
-        return classes
+            self.model(*inputs)
+        return ["done"] * len(data)
 
 
 def worker_of(model: EarlyExitModel, handler: Any = None, config: ServingConfig | None = None,

@@ -31,5 +31,6 @@ def record(backbone: Backbone, inputs: Tensor | Live, folder: Path, *, name: str
     worker = worker_of(model, config=config, host=MemoryHost(name))
     for start in range(0, n_requests, 64):
         rows = slice(start, start + 64)
-        worker.step(calls_of_rows([x[rows] for x in tensors], names[rows], bodies and bodies[rows]))
+        replies = worker.step(calls_of_rows([x[rows] for x in tensors], names[rows], bodies and bodies[rows]))
+        assert all(reply is not None and reply.body == "done" for reply in replies), replies
     worker.close()

@@ -78,7 +78,7 @@ def test_an_engine_that_registers_itself_is_planned_with_and_served(
     stays = model.log.take()[0].answers.stages == FULL
     assert stays.any()
     torch.testing.assert_close(scores[stays], expected[stays])
-    assert model.engine_identity == NOTHING
+    assert model.assembly.engine_identity == NOTHING
 
 
 def test_without_it_nobody_knows_it() -> None:
