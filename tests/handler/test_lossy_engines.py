@@ -64,7 +64,7 @@ def test_between_stages_travel_integers_and_heads_read_floats(backbone: Backbone
     served = build_model(backbone, engine=INT8, record_layers=100)
     exact = build_model(backbone, record_layers=100)
     live, reference, n_integers = (digits,), (digits,), 0
-    for number, (stage, same) in enumerate(zip(served.assembly.stages[:-1], exact.stages[:-1])):
+    for number, (stage, same) in enumerate(zip(served.assembly.stages[:-1], exact.assembly.stages[:-1])):
         live, reference = stage.forward(*live), same.forward(*reference)
         n_integers += live[0].dtype is torch.uint8
         read, activation = served.assembly._reads[number](live[0]), reference[0]
