@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ MAY_USE = {
     "archiver/watch": {"torch"},
 }
 """Packages from elsewhere that a folder, a room or a file may import; a room may also use what its folder may."""
+
+
+KNOW_THE_SERVER = ("handler/torchserve", "handler/user_handler", "archiver/torchserve", "archiver/packaging")
+"""The rooms in which words of TorchServe's server may stand."""
+WORDS_OF_THE_SERVER = ("request_processor", "request_ids", r"set_(all_)?response_", "continuousBatching", "minWorkers",
+                       "maxWorkers", r"key_file\.json", "/models", "model_service_worker", "yaml_config",
+                       r"add_metric_to_cache", r"\b507\b")
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,16 @@ def test_packages_from_elsewhere_are_used_where_the_table_says(folder: str) -> N
         if package not in {"early_exit", *sys.stdlib_module_names, *may}:
             wrong.append(place)
     assert not wrong, f"not in MAY_USE:\n{listed(wrong)}"
+
+
+def test_words_of_the_server_stand_in_its_rooms_alone() -> None:
+    """Its worker process, response statuses and headers, continuous batching, keys and management API."""
+    words = re.compile("|".join(WORDS_OF_THE_SERVER))
+    wrong = [f"{file}:{number} says {word[0]}" for folder in FOLDERS for file in files(folder)
+             if not any(file.is_relative_to(room) for room in KNOW_THE_SERVER)
+             for number, line in enumerate((ROOT / file).read_text().splitlines(), start=1)
+             if (word := words.search(line))]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_package_has_more_files_than_one_takes_in() -> None:

@@ -37,6 +37,16 @@ def test_every_file_that_a_document_names_is_there(document: Path) -> None:
         assert path.with_suffix(".py").exists() or path.is_dir(), f"{document.name} runs {path}"
 
 
+def test_the_architecture_page_names_every_room_once() -> None:
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "architecture.md").read_text().splitlines()
+            if line.startswith("| `") and "what it holds" not in line]
+    named = [path.rstrip("/") for row in rows for path in re.findall(r"`((?:handler|training|archiver)/[\w./]*)`", row)]
+    rooms = [str(path.relative_to(ROOT)) for folder in ("handler", "training", "archiver")
+             for path in (ROOT / folder).iterdir()
+             if (path.suffix == ".py" and path.name != "__init__.py") or (path / "__init__.py").exists()]
+    assert sorted(named) == sorted(rooms)
+
+
 def test_the_readme_lists_every_setting_with_its_default() -> None:
     told = table(README, "key")
     assert told.keys() == {field.name for field in fields(ServingConfig)}
