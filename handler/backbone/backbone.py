@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from early_exit.handler.backbone.detector_tails import save_tail, tail_parameter
 from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
+from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
 from early_exit.handler.errors import ArchiveError, GraphError
@@ -228,41 +226,6 @@ class Backbone:
         if torch.device(device).type != "cpu":
             program = move_to_device_pass(program, torch.device(device))
         return cls(program, backbone_graph(program), description, folder)
-
-
-def load_program(path: Path) -> ExportedProgram:
-    """Read a .pt2 file.
-
-    Raises:
-        ArchiveError: it is not an exported program that this torch can read.
-    """
-    _require_no_pickle(path)
-    try:
-        return torch.export.load(path)
-    except Exception as error:  # torch raises many kinds for a damaged or newer file
-        raise ArchiveError(f"{path.name} cannot be read as an exported program by torch {torch.__version__}: "
-                           f"{type(error).__name__}: {error}") from error
-
-
-def _require_no_pickle(path: Path) -> None:
-    """Refuse a .pt2 with anything but tensors in it: torch would unpickle that, and so run any code.
-
-    Raises:
-        ArchiveError: it has, or it is no .pt2.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                content = archive.read(name) if name.endswith((".pt", "_config.json")) else b""
-                if name.endswith(".pt") and content:
-                    torch.load(io.BytesIO(content), weights_only=True)
-                elif b'"use_pickle": true' in content:
-                    raise ArchiveError(f"{path.name} holds the pickled entry {name}: save it with plain tensors")
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ArchiveError(f"cannot read {path} as an exported program: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ArchiveError(f"{path.name} holds more than tensors, and unpickling that could run any code: export it "
-                           "with tensors as example inputs") from error
 
 
 def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:

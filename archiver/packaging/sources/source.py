@@ -15,7 +15,8 @@ from early_exit.archiver.packaging.sources.detector import backbone_of_detector,
 from early_exit.archiver.packaging.sources.eager_model import eager_model, model_from_factory
 from early_exit.archiver.packaging.sources.sample import image_input, model_input
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import Backbone, load_program
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError
 

@@ -1,0 +1,141 @@
+"""The `.pt2` file of an exported program, read only if it holds tensors and a graph of torch's operations alone.
+
+`torch.export.load` trusts its file: it unpickles entries that the file names, loads compiled libraries, evaluates sizes
+as Python, and resolves an operation by any dotted name below `torch`. So a file is examined first, by what it says once
+it is parsed, not by how it is spelled.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from early_exit.handler.errors import ArchiveError
+
+_PLAIN = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
+                    r"data/weights/weight_\d+|data/constants/tensor_\d+|extra/[\w.-]+")
+"""Entries that torch reads as bytes: markers, raw tensors, and files of the user's that it hands back unread."""
+_TENSOR_CONFIG = re.compile(r"data/(weights|constants)/\w+_(weights|constants)_config\.json")
+_PICKLED_TENSORS = re.compile(r"data/(weights|constants|sample_inputs)/\w+\.pt")
+_GRAPH = re.compile(r"models/\w+\.json")
+_OPERATION = re.compile(
+    r"torch\.ops\.[a-z]\w*\.((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
+    r"|_operator\.(?!__)\w+|math\.(?!__)\w+|torch\.sym_\w+")
+"""Names of operations; torch would resolve others, such as `torch.serialization.os.system`, to what they name."""
+_SYMBOL = re.compile(r"[a-z]{1,4}\d+")
+_FUNCTIONS = frozenset({
+    "Symbol", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv",
+    "FloatTrueDiv", "Abs", "floor", "ceiling", "ModularIndexing", "PowByNatural", "FloatPow", "ToFloat", "TruncToInt",
+    "FloorToInt", "CeilToInt", "RoundToInt", "Identity", "Integer", "Rational", "Float", "Eq", "Ne", "Lt", "Le", "Gt",
+    "Ge", "And", "Or", "Not", "Piecewise", "Where", "true", "false", "oo", "int_oo"})
+"""Names in the sizes that torch.export writes, such as "Mul(Integer(2), Symbol('s31', positive=True))"."""
+_ARITHMETIC = (ast.Expression, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.BoolOp, ast.boolop, ast.Compare,
+               ast.cmpop, ast.Call, ast.keyword, ast.Load)
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Read a .pt2 file.
+
+    Raises:
+        ArchiveError: it is not an exported program that this torch can read, or reading it could run code.
+    """
+    _examine(path)
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises many kinds for a damaged or newer file
+        raise ArchiveError(f"{path.name} cannot be read as an exported program by torch {torch.__version__}: "
+                           f"{type(error).__name__}: {error}") from error
+
+
+def _examine(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            # Whoever reads the first of two entries of a name would see another file than whoever reads the last.
+            if twice := [name for name, count in Counter(name.lower() for name in names).items() if count > 1]:
+                raise ArchiveError(f"{path.name} holds {twice[0]} twice: export the program again")
+            if len({name.partition("/")[0] for name in names}) != 1:
+                raise ArchiveError(f"{path.name} is not an exported program: expected one folder in it")
+            for name in names:
+                _examine_entry(path, name.partition("/")[2], archive.read(name))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"cannot read {path} as an exported program: {error}") from error
+
+
+def _examine_entry(path: Path, name: str, content: bytes) -> None:
+    if _PICKLED_TENSORS.fullmatch(name):
+        try:
+            if content:
+                torch.load(io.BytesIO(content), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ArchiveError(f"{path.name} holds more than tensors in {name}, and unpickling that could run any "
+                               "code: export it with tensors as example inputs") from error
+    elif _TENSOR_CONFIG.fullmatch(name):
+        for payload in _dicts(_parsed(path, name, content)):
+            if "path_name" in payload and (payload.get("use_pickle") is not False or not re.fullmatch(
+                    r"(weight|tensor)_\d+", str(payload["path_name"]))):
+                raise ArchiveError(f"{path.name} holds the pickled entry {payload['path_name']!r}: save it with plain "
+                                   "tensors")
+    elif _GRAPH.fullmatch(name):
+        _examine_graph(path, _parsed(path, name, content))
+    elif not _PLAIN.fullmatch(name):
+        raise ArchiveError(f"{path.name} holds {name!r}, which is no part of an exported program that is read here: "
+                           "compiled libraries and custom objects are refused; use torch.export.save")
+
+
+def _examine_graph(path: Path, graph: object) -> None:
+    for part in _dicts(graph):
+        target, expression = part.get("target"), part.get("expr_str")
+        if "inputs" in part and "outputs" in part and target is not None and not _OPERATION.fullmatch(str(target)):
+            raise ArchiveError(f"{path.name} calls {target!r}, which is no operation of torch: refused")
+        if expression is not None and not _is_size(str(expression)):
+            raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is no arithmetic of sizes: refused")
+
+
+def _is_size(expression: str) -> bool:
+    """Tell whether torch, which evaluates an expression as Python, would find arithmetic in it and nothing else."""
+    try:
+        nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            is_known = node.id in _FUNCTIONS or _SYMBOL.fullmatch(node.id) is not None
+        elif isinstance(node, ast.Constant):
+            is_known = isinstance(node.value, (int, float)) or (
+                isinstance(node.value, str) and _SYMBOL.fullmatch(node.value) is not None)
+        else:
+            is_known = isinstance(node, _ARITHMETIC)
+        if not is_known:
+            return False
+    return True
+
+
+def _parsed(path: Path, name: str, content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ArchiveError(f"{name} in {path.name} is not JSON, so the file is damaged: {error}") from error
+
+
+def _dicts(value: object) -> Iterator[dict[str, Any]]:
+    """Yield every dict in parsed JSON."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part

@@ -1,0 +1,156 @@
+"""A .pt2 that could run code is refused, however it asks for it; where torch alone reads it, the code runs."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from early_exit.handler.backbone.program_file import _is_size, load_program
+from early_exit.handler.errors import ArchiveError
+
+Change = Callable[[str, bytes], bytes]
+
+
+class Code:
+    """What a pickle runs: it leaves a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("program") / "model.pt2"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    rows = torch.export.Dim("rows", min=1, max=64)
+    torch.export.save(torch.export.export(model, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: rows},)), path)
+    return path
+
+
+def rewritten(program: Path, target: Path, change: Change, more: dict[str, bytes] | None = None) -> Path:
+    with zipfile.ZipFile(program) as source, zipfile.ZipFile(target, "w") as sink:
+        folder = source.namelist()[0].partition("/")[0]
+        for name in source.namelist():
+            sink.writestr(name, change(name.partition("/")[2], source.read(name)))
+        for name, content in (more or {}).items():
+            sink.writestr(f"{folder}/{name}", content)
+    return target
+
+
+def pickled_weight(trace: Path, spelling: Callable[[str], str]) -> Change:
+    def change(name: str, content: bytes) -> bytes:
+        if name == "data/weights/weight_0":
+            torch.save(Code(trace), buffer := io.BytesIO())
+            return bytes(buffer.getvalue())
+        if name == "data/weights/model_weights_config.json":
+            config = json.loads(content)
+            next(iter(config["config"].values()))["use_pickle"] = True
+            return spelling(json.dumps(config)).encode()
+        return content
+
+    return change
+
+
+def opaque_constant(trace: Path) -> tuple[Change, dict[str, bytes]]:
+    def change(name: str, content: bytes) -> bytes:
+        if name != "data/constants/model_constants_config.json":
+            return content
+        return json.dumps({"config": {"constant": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True,
+                                                   "tensor_meta": None}}}).encode()
+
+    return change, {"data/constants/opaque_obj_0": pickle.dumps(Code(trace))}
+
+
+def evaluated_size(trace: Path) -> Change:
+    def change(name: str, content: bytes) -> bytes:
+        if name != "models/model.json":
+            return content
+        return content.replace(b'"expr_str": "', f'"expr_str": "__import__(\'os\').mkdir(\'{trace}\') or '.encode())
+
+    return change
+
+
+ATTACKS: dict[str, Callable[[Path], tuple[Change, dict[str, bytes]]]] = {
+    "a pickled weight": lambda trace: (pickled_weight(trace, lambda text: text), {}),
+    "a pickled weight, spelled without spaces": lambda trace: (
+        pickled_weight(trace, lambda text: json.dumps(json.loads(text), separators=(",", ":"))), {}),
+    "a pickled weight, with its key in escapes": lambda trace: (
+        pickled_weight(trace, lambda text: text.replace("use_pickle", "\\u0075se_pickle")), {}),
+    "an opaque constant": opaque_constant,
+    "a size that is evaluated": lambda trace: (evaluated_size(trace), {}),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_program_that_runs_code_where_torch_reads_it_is_refused(
+        attack: str, program: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    change, more = ATTACKS[attack](trace)
+    path = rewritten(program, tmp_path / "model.pt2", change, more)
+    with pytest.raises(ArchiveError, match=r"model\.pt2 (holds|has)"):
+        load_program(path)
+    assert not trace.exists(), "the code ran although the file was refused"
+    subprocess.run([sys.executable, "-c", "import sys, torch; torch.export.load(sys.argv[1])", str(path)],
+                   capture_output=True, timeout=120, check=False)
+    assert trace.exists(), "this attack does not work, so it proves nothing"
+
+
+@pytest.mark.parametrize("target", ["torch.serialization.os.system", "torch.ops.load_library", "os.system",
+                                    "torch.ops.aten.__class__", "_operator.__class__"])
+def test_a_program_that_calls_anything_but_operations_is_refused(target: str, program: Path, tmp_path: Path) -> None:
+    def change(name: str, content: bytes) -> bytes:
+        return content.replace(b"torch.ops.aten.conv2d.default", target.encode())
+
+    with pytest.raises(ArchiveError, match="is no operation of torch"):
+        load_program(rewritten(program, tmp_path / "model.pt2", change))
+
+
+@pytest.mark.parametrize("name", ["data/aotinductor/model/model.so", "data/constants/custom_obj_0", "models/model.pkl"])
+def test_entries_that_are_no_part_of_a_program_are_refused(name: str, program: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="no part of an exported program"):
+        load_program(rewritten(program, tmp_path / "model.pt2", lambda name, content: content, {name: b"?"}))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_entry_that_is_there_twice_is_refused(program: Path, tmp_path: Path) -> None:
+    more = {"data/weights/model_weights_config.json": b'{"config": {}}'}
+    with pytest.raises(ArchiveError, match="twice"):
+        load_program(rewritten(program, tmp_path / "model.pt2", lambda name, content: content, more))
+
+
+def test_a_program_of_torch_is_read(program: Path) -> None:
+    assert load_program(program).module()(torch.zeros(5, 3, 8, 8)).shape == (5, 2)
+
+
+@given(st.text(alphabet="abcs019_().,+-*/ '\"[]{}:;=<>\\@", max_size=30))
+def test_what_passes_for_a_size_reaches_no_attribute_and_no_item(expression: str) -> None:
+    if _is_size(expression):
+        kinds = {type(node) for node in ast.walk(ast.parse(expression, mode="eval"))}
+        assert not kinds & {ast.Attribute, ast.Subscript, ast.Lambda, ast.JoinedStr, ast.NamedExpr, ast.ListComp}
+
+
+def test_sizes_of_torch_pass_and_others_do_not() -> None:
+    for expression in ("s0", "2*s77 + 1", "Max(1, s0)", "FloorDiv(s27, 2)", "(s0 - 1)//2", "u0", "int_oo",
+                       "Symbol('s31', positive=True, integer=True)", "Mul(Integer(4), Symbol('s0'))"):
+        assert _is_size(expression), expression
+    for expression in ("__import__('os')", "s0.__class__", "open", "exec(s0)", "lambda: s0", "s0[0]", "Symbol('a.b')",
+                       "sympify('s0')", "preview(s0)", "[s0 for s1 in s2]", "(s0 := s1)", "f'{s0}'"):
+        assert not _is_size(expression), expression
