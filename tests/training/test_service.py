@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ConfigError
+from early_exit.training.cli import options_of, parser
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.journal import append, gather, read_journal, write_result
@@ -139,3 +141,9 @@ def test_only_a_service_with_other_machines_can_be_exposed(tmp_path: Path) -> No
     (tmp_path / "service.yaml").write_text("trialConcurrency: 2")
     with pytest.raises(ConfigError, match="leave it out"):
         Service.load(tmp_path / "service.yaml", exposed=True)
+
+
+def test_only_a_search_in_the_service_can_be_exposed(tmp_path: Path) -> None:
+    asked = parser().parse_args(["records", "--archive", "a.mar", "--to", str(tmp_path), "--expose-nni"])
+    with pytest.raises(ConfigError, match="but the search is nni: leave it out"):
+        options_of(asked, ArchiveLayout(tmp_path))

@@ -113,10 +113,6 @@ class Service:
         return (f"other machines do not reach NNI's service on port {self.port}, but other users of this machine do, "
                 "and can run code as you: this system does not tell whose a connection is")
 
-    def config(self, command: str, space: Mapping[str, Any], code: Path) -> ExperimentConfig:
-        """Return NNI's configuration of an experiment; the tuner is still to be set."""
-        return _config(self.settings, command, space, code)
-
 
 def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, service: Service, run: RunPaths,
                       log: Callable[[str], None], on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
@@ -137,8 +133,8 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     Task.of(evaluator).save(run)
     first = 1 + max((trial.number for trial in trials), default=-1)
     command = shlex.join(["-m", "early_exit.training.heads.nni_trial", str(root), layer.path, str(first)])
-    config = service.config(f"{service.python} {command}", space.choices(layer.shape, evaluator.training_set.recorded),
-                            run.task.parent.resolve())
+    config = _config(service.settings, f"{service.python} {command}",
+                     space.choices(layer.shape, evaluator.training_set.recorded), run.task.parent.resolve())
     config.experiment_name = f"early exit at {layer.path}"
     config.experiment_working_directory = str(run.experiments.resolve())
     config.max_trial_number = search.trials - len(trials)
@@ -171,6 +167,7 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
 
 
 def _config(settings: Mapping[str, Any], command: str, space: Mapping[str, Any], code: Path) -> ExperimentConfig:
+    """Return NNI's configuration of an experiment; the tuner is still to be set."""
     return ExperimentConfig(**settings, trialCommand=command, trialCodeDirectory=str(code), searchSpace=space,
                             tuner={"name": "Random"}, logLevel="warning")
 
