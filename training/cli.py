@@ -130,6 +130,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        "in a file (nni)")
     heads.add_argument("--service", type=Path, metavar="FILE.yaml",
                        help="for nni-service: concurrency and training service in NNI's keys (one trial at a time)")
+    heads.add_argument("--expose-nni", action="store_true",
+                       help="let NNI's service answer on all interfaces, as a service file with other machines needs: "
+                       "anyone who reaches its port then runs code as you")
     heads.add_argument("--space", type=Path, metavar="FILE.yaml", help="what to search instead of the default space")
     heads.add_argument("--trials", type=_count, default=Search().trials, help="for each layer (%(default)s)")
     heads.add_argument("--layers", type=_count, default=defaults.layers,
@@ -152,7 +155,11 @@ def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOpt
     if asked.service and not in_service:
         raise ConfigError("--service says where --search nni-service runs its trials, but the search is "
                           f"{asked.search}: leave it out, or pass --search nni-service")
-    service = Service.load(asked.service) if asked.service else Service()
+    if asked.expose_nni and not in_service:
+        raise ConfigError("--expose-nni opens the service of --search nni-service to other machines, but the search is "
+                          f"{asked.search}: leave it out, or pass --search nni-service")
+    service = Service.load(asked.service, exposed=asked.expose_nni) if asked.service else Service(
+        exposed=asked.expose_nni)
     given = asked.space if searches or asked.search == "none" else Path(asked.search)
     config = archived_config(archive)
     return TrainingOptions(

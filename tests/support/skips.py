@@ -11,7 +11,8 @@ NO_GPU = "needs a GPU that torch can use"
 NO_CUDA_BUILD = "needs CUDA's Python bindings, which torch's CUDA build brings"
 NO_DATA = "the data folder is not there"
 MAY_NOT_MOUNT = "this user may not mount a small file system"
-ALLOWED = (NO_GPU, NO_CUDA_BUILD, NO_DATA, MAY_NOT_MOUNT)
+MAY_NOT_ACT_AS_ANOTHER = "this user may not act as another user of this machine"
+ALLOWED = (NO_GPU, NO_CUDA_BUILD, NO_DATA, MAY_NOT_MOUNT, MAY_NOT_ACT_AS_ANOTHER)
 """How the reasons begin that hold on a machine where everything is installed that the tests need."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ConfigError
+from early_exit.training.cli import options_of, parser
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.journal import append, gather, read_journal, write_result
@@ -57,7 +59,7 @@ def test_a_killed_search_in_the_service_goes_on_with_the_journal_it_has(tmp_path
     service = Service({**Service().settings, "trialConcurrency": 2, "maxExperimentDuration": "5m"}, port)
     more = len(run.trial_results(LAYER.path)) + 2
     trials = search_in_service(here, SPACE, Search(trials=more), service, run, told.append)
-    assert f"http://127.0.0.1:{port}" in told[0] and "without a password" in told[0]
+    assert f"http://127.0.0.1:{port}" in told[1]
     assert read_journal(run, LAYER.path) == trials and len(trials) > 1
     assert sorted({trial.number for trial in trials}) == sorted(trial.number for trial in trials)
     finished = [trial for trial in trials if not trial.stopped]
@@ -79,7 +81,10 @@ def test_trials_run_on_other_machines_over_ssh(tmp_path: Path) -> None:
                 "platform": "remote", "machineList": [{
                     "host": "127.0.0.1", "port": server.port, "user": USER, "sshKeyFile": str(server.key_file),
                     "pythonPath": str(Path(sys.executable).parent)}]}}))
-        trials = search_in_service(evaluator(run), SPACE, Search(trials=2), Service.load(file), run, print)
+        told: list[str] = []
+        trials = search_in_service(evaluator(run), SPACE, Search(trials=2), Service.load(file, exposed=True), run,
+                                   told.append)
+    assert "from anywhere, runs code as you" in told[0]
     assert trials[0] == first[0]
     assert [trial.number for trial in trials] == [0, 1]
     assert all(run.trial(LAYER.path, trial.number).exists() for trial in trials)
@@ -121,6 +126,7 @@ def test_results_are_gathered_once(tmp_path: Path) -> None:
     ("trialConcurrency: 0", "NNI refuses"),
     ("trainingService: {platform: remote}", "NNI refuses"),
     ("trainingService: {platform: remote, machineList: [{host: a, user: b, sshKeyFile: /none}]}", "SSH key file"),
+    ("trainingService: {platform: remote, machineList: [{host: a, user: b, password: c}]}", "Pass --expose-nni"),
     ("trainingService: {platform: moon}", "NNI refuses"),
     ("[1]", "expected keys and values"),
     ("a: [", "cannot read"),
@@ -129,3 +135,15 @@ def test_a_service_file_that_is_wrong_is_refused(tmp_path: Path, text: str, mess
     (tmp_path / "service.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         Service.load(tmp_path / "service.yaml")
+
+
+def test_only_a_service_with_other_machines_can_be_exposed(tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text("trialConcurrency: 2")
+    with pytest.raises(ConfigError, match="leave it out"):
+        Service.load(tmp_path / "service.yaml", exposed=True)
+
+
+def test_only_a_search_in_the_service_can_be_exposed(tmp_path: Path) -> None:
+    asked = parser().parse_args(["records", "--archive", "a.mar", "--to", str(tmp_path), "--expose-nni"])
+    with pytest.raises(ConfigError, match="but the search is nni: leave it out"):
+        options_of(asked, ArchiveLayout(tmp_path))

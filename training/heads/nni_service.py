@@ -1,12 +1,18 @@
-"""The search for heads in NNI's service: one experiment per layer, its trials on the machines that NNI runs them on."""
+"""The search for heads in NNI's service: one experiment per layer, its trials on the machines that NNI runs them on.
+
+Whoever reaches a port of the service runs code as who started it: NNI's tuner and trials unpickle what they are sent.
+`nni_loopback.js` keeps the service to this machine and this user, unless trials run on other machines.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +34,9 @@ from early_exit.training.paths import RunPaths, replacing
 _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTrialDuration", "nniManagerIp",
           "trainingService")
 _LOCAL = {"trialConcurrency": 1, "maxExperimentDuration": "12h", "trainingService": {"platform": "local"}}
+_LOOPBACK = Path(__file__).with_name("nni_loopback.js")
+_USERS = Path("/proc/net/tcp")
+"""Where the script finds out whose a connection is."""
 _POLL_SECONDS = 2.0
 _STARTS = 3
 """An experiment is started at most so often: NNI gives its tuner ten seconds to connect, which a busy machine may not
@@ -41,13 +50,26 @@ class Service:
     settings: Mapping[str, Any] = field(default_factory=lambda: dict(_LOCAL))
     port: int = 8088
     """The port of NNI's web page; 8080 to 8082 are those of a server."""
+    exposed: bool = False
+    """Whether the service answers on all interfaces: other machines' trials need it, and nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.local and self.exposed:
+            raise ConfigError("--expose-nni is for a service file with other machines, whose trials must reach NNI's "
+                              "service; here they run on this machine: leave it out")
+        if not self.local and not self.exposed:
+            raise ConfigError(
+                "the service file has trials run on other machines, so NNI's service must answer on all interfaces of "
+                "this one, without a password: whoever reaches its ports runs code as you. Pass --expose-nni if a "
+                "firewall lets only those machines in, or leave trainingService out to run the trials here")
 
     @classmethod
-    def load(cls, path: Path) -> Service:
+    def load(cls, path: Path, *, exposed: bool = False) -> Service:
         """Read a YAML file; what it does not name is as for one trial at a time on this machine.
 
         Raises:
-            ConfigError: it cannot be read, has a key that is not for here, or NNI refuses it.
+            ConfigError: it cannot be read, has a key that is not for here, NNI refuses it, or `exposed` is not what its
+                trials need.
         """
         try:
             data = yaml.safe_load(path.read_text()) or {}
@@ -63,22 +85,33 @@ class Service:
         port = data.pop("port", cls.port)
         if not isinstance(port, int) or not 0 < port < 65536:
             raise ConfigError(f"port in the service file {path} must be a number from 1 to 65535, found {port!r}")
-        service = cls({**_LOCAL, **data}, port)
+        settings = {**_LOCAL, **data}
         try:
-            service.config("true", {}, Path("/")).validate()
+            _config(settings, "true", {}, Path("/")).validate()
+            return cls(settings, port, exposed)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"NNI refuses the service file {path}: {error}") from error
-        return service
+
+    @property
+    def local(self) -> bool:
+        """Whether all trials run on this machine."""
+        return bool(self.settings["trainingService"]["platform"] == "local")
 
     @property
     def python(self) -> str:
         """Command of the interpreter of a trial: this one here, elsewhere the one that `pythonPath` leads to."""
-        return shlex.quote(sys.executable) if self.settings["trainingService"]["platform"] == "local" else "python3"
+        return shlex.quote(sys.executable) if self.local else "python3"
 
-    def config(self, command: str, space: Mapping[str, Any], code: Path) -> ExperimentConfig:
-        """Return NNI's configuration of an experiment; the tuner is still to be set."""
-        return ExperimentConfig(**self.settings, trialCommand=command, trialCodeDirectory=str(code), searchSpace=space,
-                                tuner={"name": "Random"}, logLevel="warning")
+    @property
+    def reach(self) -> str:
+        """Who reaches the service, and can thereby run code, as a sentence for the user."""
+        if self.exposed:
+            return (f"--expose-nni: until the search ends, whoever reaches port {self.port} or {self.port + 1} of this "
+                    "machine, from anywhere, runs code as you: let a firewall keep all but the trials' machines out")
+        if _USERS.exists():
+            return f"only your own processes on this machine reach NNI's service on port {self.port}"
+        return (f"other machines do not reach NNI's service on port {self.port}, but other users of this machine do, "
+                "and can run code as you: this system does not tell whose a connection is")
 
 
 def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, service: Service, run: RunPaths,
@@ -100,8 +133,8 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     Task.of(evaluator).save(run)
     first = 1 + max((trial.number for trial in trials), default=-1)
     command = shlex.join(["-m", "early_exit.training.heads.nni_trial", str(root), layer.path, str(first)])
-    config = service.config(f"{service.python} {command}", space.choices(layer.shape, evaluator.training_set.recorded),
-                            run.task.parent.resolve())
+    config = _config(service.settings, f"{service.python} {command}",
+                     space.choices(layer.shape, evaluator.training_set.recorded), run.task.parent.resolve())
     config.experiment_name = f"early exit at {layer.path}"
     config.experiment_working_directory = str(run.experiments.resolve())
     config.max_trial_number = search.trials - len(trials)
@@ -109,10 +142,10 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
                               seed=search.seed_for(layer.path, len(trials)))
     config.assessor = _algorithm("MedianOfAll", optimize_mode="minimize")
     known = len(trials)
+    log(service.reach)
     for _ in range(_STARTS):
-        experiment = _start(config, service.port, run)
-        log(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port} (NNI answers on all interfaces "
-            "of this machine, without a password: let a firewall keep others out)")
+        experiment = _start(config, service, run)
+        log(f"NNI's page on the search at {layer.path}: http://127.0.0.1:{service.port}")
         status, died = "ERROR", None
         try:
             status = _wait(experiment, lambda: len(run.trial_results(layer.path)), on_trials)
@@ -133,22 +166,46 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     return trials
 
 
+def _config(settings: Mapping[str, Any], command: str, space: Mapping[str, Any], code: Path) -> ExperimentConfig:
+    """Return NNI's configuration of an experiment; the tuner is still to be set."""
+    return ExperimentConfig(**settings, trialCommand=command, trialCodeDirectory=str(code), searchSpace=space,
+                            tuner={"name": "Random"}, logLevel="warning")
+
+
 def _algorithm(name: str, **arguments: Any) -> CustomAlgorithmConfig:
     return CustomAlgorithmConfig(class_name=f"early_exit.training.heads.nni_algorithms.{name}",
                                  code_directory=str(Path(__file__).parent), class_args=arguments)
 
 
-def _start(config: ExperimentConfig, port: int, run: RunPaths) -> Experiment:
+def _start(config: ExperimentConfig, service: Service, run: RunPaths) -> Experiment:
     nni.silence_stdout()  # stdout is for the report
-    experiment = Experiment(config)
+    experiment, port = Experiment(config), service.port
     try:
-        experiment.start(port)
+        with _closed_to_others(service, run):
+            experiment.start(port)
     except Exception as error:
         raise ServerError(f"NNI does not start on port {port}: {error}; set another 'port' in the service file if it "
                           f"is taken, and see the logs in {run.experiments / experiment.id}") from error
     with replacing(run.running) as scratch:
         scratch.write_text(json.dumps({"id": experiment.id, "port": port}))
     return experiment
+
+
+@contextmanager
+def _closed_to_others(service: Service, run: RunPaths) -> Iterator[None]:
+    """Have the processes that are started in the block write for this user alone and, unless it is exposed, the service
+    listen to this user alone."""
+    run.experiments.parent.chmod(0o700)  # an earlier attempt may have made it otherwise
+    before, umask = os.environ.get("NODE_OPTIONS"), os.umask(0o077)
+    if not service.exposed:
+        os.environ["NODE_OPTIONS"] = f"{before or ''} --require {json.dumps(str(_LOOPBACK), ensure_ascii=False)}"
+    try:
+        yield
+    finally:
+        os.umask(umask)
+        os.environ.pop("NODE_OPTIONS", None)
+        if before is not None:
+            os.environ["NODE_OPTIONS"] = before
 
 
 def _wait(experiment: Experiment, n_results: Callable[[], int], on_trials: Callable[[int], object]) -> str:
