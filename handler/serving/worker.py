@@ -67,10 +67,10 @@ class Worker:
         return_freed_memory()
         # Before anything comes through: graphs follow each other only in the order in which they are captured.
         model.prepare(host.batch_size)
-        answer_probe(model)
         manifest = json.loads(layout.original_manifest.read_text())
         context = HandlerContext(host.context, manifest, host.model_config)
         handler = load_user_handler(manifest, context, model)
+        answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
         return cls(model, handler, context, config, host)
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,8 +92,11 @@ class HandlerContext:
         self.request_processor = [RequestState(call.headers) for call in calls]
 
     def view(self) -> HandlerContext:
-        """Return a context of the same worker, for a call of the handler that goes on beside others."""
-        return HandlerContext(self._base, self.manifest, self.model_yaml_config)
+        """Return a context of the same worker, for a call of the handler that goes on beside others.
+
+        What the handler sets on it is seen by that call alone.
+        """
+        return HandlerContext(copy.copy(self._base), self.manifest, self.model_yaml_config)
 
     def reply(self, position: int, body: Any) -> Reply:
         """Return the reply to a request of the call, with the status and headers that were set for it."""

@@ -153,6 +153,21 @@ def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: Early
     assert frontend.handler.n_loaded == 1
 
 
+def test_what_a_handler_notes_in_its_context_before_the_model_is_its_own_requests_after_it(
+        model: EarlyExitModel) -> None:
+    class Noted(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            context.noted = data[0]["body"]
+            [answer] = super().handle(data, context)
+            return [answer | {"of": context.noted}]
+
+    frontend = Frontend(model, Noted(model))
+    bodies = {f"id-{number}": body for number, body in enumerate(requests(20))}
+    frontend.waiting = dict(bodies)
+    frontend.finish()
+    assert {name: answer["of"] for name, (_, answer, _) in frontend.answers.items()} == bodies
+
+
 def test_a_request_that_the_host_forgets_is_dropped_and_its_thread_is_free(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     before = threading.active_count()

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from safetensors.torch import save_file
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.errors import ArchiveError
 from early_exit.handler.recording.format import list_shards, read_header, read_shard
+from early_exit.handler.serving.worker import Worker
+from tests.support.host import MemoryHost
 from tests.support.models.rows_model import rows_model
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
@@ -101,3 +106,26 @@ def test_a_host_in_memory_gets_answers_exits_records_and_errors_without_torchser
     scores = rows_model()(torch.tensor(rows))
     stays = [number for number in range(40) if exits[number] == "full"]
     assert [answered[f"id-{number}"][1]["class"] for number in stays] == scores[stays].argmax(dim=1).tolist()
+
+
+def test_a_handler_that_changes_the_weights_is_found_out_when_the_worker_loads(
+        archive: ArchiveLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Damaging:
+        model: torch.nn.Module
+
+        def _load_pickled_model(self) -> torch.nn.Module:
+            raise AssertionError("it gets ours")
+
+        def initialize(self, context: Any) -> None:
+            self.model = self._load_pickled_model()
+            for parameter in self.model.parameters():
+                parameter.data.mul_(2)
+
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            raise AssertionError("it is never asked")
+
+    module = ModuleType("rows_model")
+    Damaging.__module__, module.Damaging = module.__name__, Damaging  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(ArchiveError, match="scores are off"):
+        Worker.load(archive.root, MemoryHost("rows", folder=str(archive.root)))
