@@ -35,7 +35,7 @@ def simulated(n_records: int, seed: int = 0) -> Candidates:
     confidence = torch.sigmoid(6 * margin)
     agrees = torch.rand(n_records, 3, generator=generator) < 0.3 + 0.7 * confidence
     costs = Costs("flops", 1, np.array([[0, 0.2], [0, 0.3], [0, 0.3], [0, 0.2]]), np.array([[0, 0.01]] * 3))
-    return Candidates(confidence, agrees, (~agrees).float(), torch.ones(n_records, dtype=torch.bool),
+    return Candidates(confidence, 1 - confidence, agrees, (~agrees).float(), torch.ones(n_records, dtype=torch.bool),
                       torch.zeros(n_records), costs)
 
 
