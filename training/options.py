@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from early_exit.handler.engines.registry import DEFAULT_ENGINE
+from early_exit.handler.exits.policy import ConfidencePolicy, policy_class
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.data.replay import Replay
 from early_exit.training.heads.distill import Distillation
@@ -30,6 +31,8 @@ class TrainingOptions:
     """The confidence of the certificate, 1 - delta."""
     thresholds: Rule = "certified"
     risk: Risk = Risk.DISAGREEMENT
+    policy: str = ConfidencePolicy.kind
+    """The kind of policy that decides at exits who leaves."""
     measure: Measure = "seconds"
     """What exits are chosen to save: measured time, or FLOPs as in the paper."""
     batch_size: int = 8
@@ -50,6 +53,9 @@ class TrainingOptions:
     fresh_after: float | None = None
     """The Unix time, in seconds, after which records tune and certify; earlier ones all train, so that a renewed plan
     is certified on records that no earlier one was."""
+
+    def __post_init__(self) -> None:
+        policy_class(self.policy)  # an unknown one is refused before anything is trained
 
     @property
     def delta(self) -> float:

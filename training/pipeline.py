@@ -73,14 +73,15 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     profile = _profile(run, archive, backbone, training_set.layers, options)
     head_cost: HeadCost = FlopCost(description.flops)
     if profile is not None and options.service is None:
-        head_cost = TimeCost(profile, options.batch_size)
-    trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost)
+        head_cost = TimeCost(profile, options.batch_size, options.policy)
+    trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost, options.policy)
     architectures, dropped = find_architectures(trials_on, run, options.space, options.search, options.service, log)
     if not architectures:
         raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
-    heads = train_heads(evaluators_of(training_set, options.tolerance, options.recipe, head_cost), architectures, run)
-    costs = exit_costs(profile, heads, description, options.batch_size)
-    predictions = predict(training_set, heads, costs, options.risk, truth)
+    trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost, options.policy)
+    heads = train_heads(trainings, architectures, run)
+    costs = exit_costs(profile, heads, [options.policy] * len(heads), description, options.batch_size)
+    predictions = predict(training_set, heads, costs, options.risk, options.policy, truth)
     with replacing(run.predictions) as scratch:
         predictions.save(scratch)
     point = choose(predictions, options)

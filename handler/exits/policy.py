@@ -13,6 +13,8 @@ from early_exit.handler.errors import PlanError
 
 ExitPolicy = Callable[[Tensor], Tensor]
 """Any callable from (B, K) head logits to (B,) bool: which rows leave here. The forward pass asks for no more."""
+NEVER = 2.0
+"""A threshold that no confidence reaches."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class PlannedPolicy(ABC):
     """The policy of an exit in a plan: it says what an exit answers, who leaves there, and how likely errors are.
 
     All is computed row by row from (B, K) logits, and from nothing else: on a GPU the decision is captured once and
-    repeated. Whoever adds a policy puts its class into `POLICIES`.
+    repeated. Whoever adds a policy puts its class into `POLICIES`; one with values of its own also says how they are
+    `fitted`.
     """
 
     temperature: float
@@ -34,6 +37,17 @@ class PlannedPolicy(ABC):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise PlanError(f"temperature must be above 0, got {self.temperature}")
+
+    @classmethod
+    def fitted(cls, temperature: float, logits: Tensor, teacher: Tensor) -> PlannedPolicy:
+        """Return the policy of a head, by which nobody leaves before it is given another threshold.
+
+        Args:
+            temperature: that calibrates the logits.
+            logits: (N, K) head logits on records the head was not trained on.
+            teacher: (N,) class the backbone predicted for the same records.
+        """
+        return cls(temperature, NEVER)
 
     @abstractmethod
     def confidence(self, logits: Tensor) -> Tensor:
@@ -74,6 +88,18 @@ POLICIES: dict[str, type[PlannedPolicy]] = {ConfidencePolicy.kind: ConfidencePol
 """The policies that a plan may name, by their kind."""
 
 
+def policy_class(kind: str) -> type[PlannedPolicy]:
+    """Return the registered policy of a kind.
+
+    Raises:
+        PlanError: this version has none.
+    """
+    if kind not in POLICIES:
+        raise PlanError(f"expected a policy of {', '.join(POLICIES)}, found {kind!r}: does it come from a newer "
+                        "version of early-exit-torchserve?")
+    return POLICIES[kind]
+
+
 def policy_of(data: Mapping[str, Any]) -> PlannedPolicy:
     """Return the policy that `to_json` gave; without a kind it is one by confidence.
 
@@ -81,12 +107,10 @@ def policy_of(data: Mapping[str, Any]) -> PlannedPolicy:
         PlanError: this version has no policy of that kind, or it needs other values.
     """
     kind = data.get("kind", ConfidencePolicy.kind)
-    if kind not in POLICIES:
-        raise PlanError(f"expected a policy of {', '.join(POLICIES)}, found {kind!r}: was the plan made with a newer "
-                        "version of early-exit-torchserve?")
+    policy = policy_class(kind)
     values = {name: value for name, value in data.items() if name != "kind"}
-    needed = {field.name for field in fields(POLICIES[kind])}
+    needed = {field.name for field in fields(policy)}
     if values.keys() != needed:
         raise PlanError(f"expected {', '.join(sorted(needed))} of a policy by {kind}, found "
                         f"{', '.join(sorted(values)) or 'nothing'}")
-    return POLICIES[kind](**values)
+    return policy(**values)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from early_exit.handler.exits.head import HeadSpec
-from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.policy import NEVER, ConfidencePolicy, PlannedPolicy
 from early_exit.handler.model.loading import build_model
 from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.costs.profiling import one_thread
@@ -34,9 +34,8 @@ from early_exit.training.heads.distill import Distillation, train_head
 from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.planning.choose import choose
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
-from early_exit.training.selection.calibrate import fit_temperature
+from early_exit.training.selection.calibrate import fit_policy
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, mean_cost, outcome, served_classes
-from early_exit.training.selection.thresholds import NEVER
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
@@ -93,20 +92,21 @@ class Heads:
                    flop_costs(layers, flops))
 
     def predictions(self, tune: Tensor, certify: Tensor) -> HeadPredictions:
-        """Fit the temperatures on some rows; return what the heads predict for these and for others."""
-        temperatures = tuple(fit_temperature(self.logits[tune, layer], self.backbone_class[tune])
-                             for layer in range(self.costs.n_layers))
-        parts = (PartPredictions(self.candidates(rows, temperatures), self.logits[rows].argmax(dim=2),
+        """Fit the policies on some rows; return what the heads predict for these and for others."""
+        policies = tuple(fit_policy(ConfidencePolicy.kind, self.logits[tune, layer], self.backbone_class[tune])
+                         for layer in range(self.costs.n_layers))
+        parts = (PartPredictions(self.candidates(rows, policies), self.logits[rows].argmax(dim=2),
                                  self.backbone_class[rows], self.backbone_class[rows], self.labels[rows])
                  for rows in (tune, certify))
-        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), temperatures, *parts)
+        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), policies, *parts)
 
-    def candidates(self, rows: Tensor, temperatures: Sequence[float]) -> Candidates:
-        """Return what heads of these temperatures predict for some rows."""
-        confidence = torch.stack([ConfidencePolicy(temperature, NEVER).confidence(self.logits[rows, layer])
-                                  for layer, temperature in enumerate(temperatures)], dim=1)
+    def candidates(self, rows: Tensor, policies: Sequence[PlannedPolicy]) -> Candidates:
+        """Return what heads with these policies predict for some rows."""
+        confidence, error_chance = (
+            torch.stack([says(self.logits[rows, layer]) for layer, says in enumerate(by_head)], dim=1)
+            for by_head in ([policy.confidence for policy in policies], [policy.error_chance for policy in policies]))
         agrees = self.logits[rows].argmax(dim=2) == self.backbone_class[rows][:, None]
-        return Candidates(confidence, agrees, (~agrees).float(), torch.ones(len(rows), dtype=torch.bool),
+        return Candidates(confidence, error_chance, agrees, (~agrees).float(), torch.ones(len(rows), dtype=torch.bool),
                           torch.zeros(len(rows)), self.costs)
 
     def accuracy_loss(self, point: OperatingPoint, rows: Tensor, exit_taken: Tensor) -> float:
@@ -128,14 +128,14 @@ def chosen(thresholds: Rule, heads: Heads, rows: Tensor, test: Tensor,
     n_tune = N_TUNE if thresholds == "certified" else len(rows)
     predictions = heads.predictions(rows[:n_tune], rows[n_tune:])
     options = TrainingOptions(tolerance=tolerance, thresholds=thresholds, measure="flops")
-    return choose(predictions, options), heads.candidates(test, predictions.temperatures)
+    return choose(predictions, options), heads.candidates(test, predictions.policies)
 
 
 def earlyon(heads: Heads, rows: Tensor, test: Tensor, tolerance: float) -> tuple[OperatingPoint, Candidates]:
     temperatures, thresholds = earlyon_thresholds(heads.logits[rows], heads.scores[rows], heads.labels[rows], tolerance)
     enabled = tuple(layer for layer, threshold in enumerate(thresholds) if threshold < NEVER)
     return (OperatingPoint(enabled, tuple(thresholds[layer] for layer in enabled)),
-            heads.candidates(test, temperatures))
+            heads.candidates(test, [ConfidencePolicy(temperature, NEVER) for temperature in temperatures]))
 
 
 RULES: dict[str, Callable[[Heads, Tensor, Tensor, float], tuple[OperatingPoint, Candidates]]] = {

@@ -152,10 +152,10 @@ class Bench:
 
     def _trained(self, name: str, training_set: TrainingSet, options: TrainingOptions) -> list[TrainedHead]:
         _say(self.subject, f"training the heads '{name}'")
-        run, head_cost = RunPaths(self.folder / name), TimeCost(self.profile, BATCH)
-        trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost)
+        run, head_cost = RunPaths(self.folder / name), TimeCost(self.profile, BATCH, options.policy)
+        trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost, options.policy)
         architectures, _ = find_architectures(trials_on, run, options.space, options.search)
-        trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost)
+        trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost, options.policy)
         return train_heads(trainings, architectures, run)
 
     def rows(self, methods: Collection[str]) -> Iterator[dict[str, Any]]:
@@ -221,8 +221,8 @@ class Bench:
         if options.risk is Risk.ACCURACY:
             labels = load_labels(self.subject.labels, training_set.request, training_set.n_classes)
         description, profile = self.subject.backbone.description, None if options.measure == "flops" else self.profile
-        costs = exit_costs(profile, heads, description, options.batch_size)
-        predictions = predict(training_set, heads, costs, options.risk, labels)
+        costs = exit_costs(profile, heads, [options.policy] * len(heads), description, options.batch_size)
+        predictions = predict(training_set, heads, costs, options.risk, options.policy, labels)
         point = choose(predictions, options)
         plan = make_plan(point, predictions, heads, training_set, description, options, profile)
         by_path = {one.layer.path: one.head for one in heads}

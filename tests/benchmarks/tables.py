@@ -38,7 +38,7 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
     teacher, classes = full.argmax(dim=1), torch.stack([one.argmax(dim=1) for one in opinions], dim=1)
     confidence = torch.stack([ConfidencePolicy(1.0, 0.0).confidence(one) for one in opinions], dim=1)
     agrees, full_class = classes == teacher[:, None], served.argmax(dim=1)
-    candidates = Candidates(confidence, agrees, (~agrees).float(), full_class == teacher,
+    candidates = Candidates(confidence, 1 - confidence, agrees, (~agrees).float(), full_class == teacher,
                             (full_class != teacher).float(), flop_costs(layers, heads))
     return PartPredictions(candidates, classes, teacher, full_class, truth)
 

@@ -1,12 +1,11 @@
-"""A policy is added in one place: this one registers itself here, and a plan of it is written, read and served."""
+"""A policy is added in one place: this one is registered here, and a plan of it is written, read and served."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -16,27 +15,13 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan, save_plan
-from early_exit.handler.exits.policy import POLICIES, ConfidencePolicy, PlannedPolicy
+from early_exit.handler.exits.policy import POLICIES, ConfidencePolicy
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL
+from tests.support.entropy import EntropyPolicy
 from tests.support.plans import random_exits
 
 BATCH = 4 * torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-
-
-@dataclass(frozen=True)
-class EntropyPolicy(PlannedPolicy):
-    """Leave when the entropy is low (BranchyNet), as a share of the largest, which is log K."""
-
-    scale: float
-    """What the entropy is multiplied with: a value that only this policy has."""
-
-    kind: ClassVar[str] = "entropy"
-
-    def confidence(self, logits: Tensor) -> Tensor:
-        log_probabilities = self.answers(logits).log_softmax(dim=1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1)
-        return (1 - self.scale * entropy / math.log(logits.shape[1])).clamp(0, 1)
 
 
 @pytest.fixture

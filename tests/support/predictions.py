@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from early_exit.handler.backbone.candidates import CandidateLayer
+from early_exit.handler.exits.policy import NEVER, ConfidencePolicy
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import flop_costs
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
@@ -30,8 +31,9 @@ def made_predictions(n_records: int = 200, n_layers: int = 3, *, labelled: float
         labels = torch.where(torch.rand(n_records, generator=generator) < 0.7, teacher, guess[:, 0])
         labels[torch.rand(n_records, generator=generator) >= labelled] = -1
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
-        candidates = Candidates(confidence, answers == teacher[:, None], losses,
+        candidates = Candidates(confidence, 1 - confidence, answers == teacher[:, None], losses,
                                 torch.ones(n_records, dtype=torch.bool), torch.zeros(n_records), costs)
         return PartPredictions(candidates, answers, teacher, teacher.clone(), labels)
 
-    return HeadPredictions(layers, tuple(1.0 + number for number in range(n_layers)), drawn(), drawn())
+    policies = tuple(ConfidencePolicy(1.0 + number, NEVER) for number in range(n_layers))
+    return HeadPredictions(layers, policies, drawn(), drawn())

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from early_exit.handler.exits.policy import NEVER
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.report.performance import categorize, curve, exit_performances, setting
 from early_exit.training.selection.simulation import OperatingPoint
-from early_exit.training.selection.thresholds import NEVER
 from tests.support.predictions import made_predictions
 
 POINT = OperatingPoint((0, 2), (0.9, 0.6))
@@ -102,7 +102,7 @@ def test_predictions_come_back_from_their_file(tmp_path: Path) -> None:
     predictions = made_predictions(labelled=0.5)
     predictions.save(tmp_path / "predictions.safetensors")
     again = HeadPredictions.load(tmp_path / "predictions.safetensors")
-    assert (again.layers, again.temperatures) == (predictions.layers, predictions.temperatures)
+    assert (again.layers, again.policies) == (predictions.layers, predictions.policies)
     for before, after in ((predictions.tune, again.tune), (predictions.certify, again.certify)):
         for first, second in zip(_tensors(before), _tensors(after), strict=True):
             assert first.dtype == second.dtype and torch.equal(first, second)

@@ -32,8 +32,7 @@ RECIPE = Distillation(epochs=3)
 
 
 def evaluator(folder: Path, *, target: Callable[[Tensor], Tensor] | None = None) -> Evaluator:
-    return Evaluator(LAYER, made_training_set(folder, target), 0.05, RECIPE,
-                     FlopCost(100_000))
+    return Evaluator(LAYER, made_training_set(folder, target), 0.05, RECIPE, FlopCost(100_000), "confidence")
 
 
 def test_each_trial_leaves_a_line_and_a_head(tmp_path: Path) -> None:

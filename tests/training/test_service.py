@@ -32,7 +32,8 @@ SPACE = SearchSpace(linears=(0, 1), width=(2, 4, 8, 16))
 
 
 def evaluator(run: RunPaths) -> Evaluator:
-    return Evaluator(LAYER, made_training_set(run.training_set.root), 0.05, Distillation(epochs=3), FlopCost(100_000))
+    return Evaluator(LAYER, made_training_set(run.training_set.root), 0.05, Distillation(epochs=3), FlopCost(100_000),
+                     "confidence")
 
 
 def free_port() -> int:

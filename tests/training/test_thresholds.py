@@ -35,7 +35,7 @@ def simulated(n_records: int, seed: int = 0) -> Candidates:
     confidence = torch.sigmoid(6 * margin)
     agrees = torch.rand(n_records, 3, generator=generator) < 0.3 + 0.7 * confidence
     costs = Costs("flops", 1, np.array([[0, 0.2], [0, 0.3], [0, 0.3], [0, 0.2]]), np.array([[0, 0.01]] * 3))
-    return Candidates(confidence, agrees, (~agrees).float(), torch.ones(n_records, dtype=torch.bool),
+    return Candidates(confidence, 1 - confidence, agrees, (~agrees).float(), torch.ones(n_records, dtype=torch.bool),
                       torch.zeros(n_records), costs)
 
 
@@ -115,6 +115,35 @@ def test_risk_buys_time_at_one_rate_at_all_exits_of_a_setting() -> None:
         rates = [(1 - threshold) / (1 - until[layer]) for layer, threshold in zip(point.layers, point.thresholds)
                  if threshold > 0]
         assert max(rates, default=0) == pytest.approx(min(rates, default=0), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1000), power=st.sampled_from([0.5, 3.0]))
+def test_who_leaves_depends_on_the_chance_of_an_error_and_not_on_what_scale_the_confidence_has(
+        seed: int, power: float) -> None:
+    tune = simulated(500, seed)
+    path = certified_path(tune, 0.05, 0.05, 1500)
+    other = replace(tune, confidence=tune.confidence**power)
+    other_path = certified_path(other, 0.05, 0.05, 1500)
+    assert [point.layers for point in other_path] == [point.layers for point in path]
+    for point, same in zip(path, other_path):
+        assert (outcome(point, tune).exit == outcome(same, other).exit).double().mean() >= 0.99
+    for before, after in pairwise(point.thresholds for point in other_path):
+        assert all(later <= earlier for earlier, later in zip(before, after))
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1000), noise=st.floats(0, 0.5))
+def test_at_each_rate_those_leave_who_save_most_beyond_what_they_risk(seed: int, noise: float) -> None:
+    exact = simulated(300, seed)
+    drawn = torch.rand(300, 3, generator=torch.Generator().manual_seed(seed))
+    tune = replace(exact, confidence=((1 - noise) * exact.confidence**3 + noise * drawn).mul(50).round() / 50)
+    path = certified_path(tune, 0.2, 0.05, 1500)
+    for rate, point in zip(torch.logspace(-4, 1, 157, dtype=torch.float64).tolist()[::13], path[1::13], strict=True):
+        for layer, threshold in zip(point.layers, point.thresholds):
+            gains = rate * tune.costs.saved[layer] - tune.error_chance[:, layer].double()
+            best = max(gains[tune.confidence[:, layer] >= level / 50].sum().item() for level in range(52))
+            assert gains[tune.confidence[:, layer] >= threshold].sum().item() >= best - 1e-3
 
 
 def test_luck_on_the_tune_part_does_not_choose_exits() -> None:

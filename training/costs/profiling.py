@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from early_exit.handler.cuda.stages import capture_stages, graphed
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, engine_of
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.inference_head import InferenceHead
-from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.policy import policy_class
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
 from early_exit.training.costs.cost import Costs
 
@@ -132,14 +132,20 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
                    tuple(steps[1::2]))
 
 
-def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENGINE, device: str = "cpu",
-                 sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
+def profile_exit(head: Head, layer: CandidateLayer, policy: str, *, engine: str = DEFAULT_ENGINE,
+                 device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
     """Return the seconds of an exit for each batch size: head, decision, and half of the batch leaves.
 
     What serves is what is timed: the loop with the exit, less the loop without it.
-    """
-    decide = ConfidencePolicy(1.0, 0.0)
 
+    Args:
+        head: trained or not.
+        layer: that it stands after.
+        policy: the kind of the exit's policy; how long it takes does not depend on its values.
+        engine: that executes the backbone.
+        device: a torch device.
+        sizes: batch sizes, ascending.
+    """
     def half(logits: Tensor) -> Tensor:
         return decide(logits) & (torch.arange(len(logits), device=logits.device) % 2 == 0)
 
@@ -155,6 +161,8 @@ def profile_exit(head: Head, layer: CandidateLayer, *, engine: str = DEFAULT_ENG
     with torch.no_grad(), one_thread():
         arranged = [engine_of(engine).arrange(torch.rand(size, *layer.shape, device=device)) for size in sizes]
         served = InferenceHead(head, 1.0, arranged[0][1]).to(device)
+        logits = served(arranged[-1][0])
+        decide = replace(policy_class(policy).fitted(1.0, logits, logits.argmax(dim=1)), threshold=0.0)
         with_exit, without = loop(Exit(served.forward, half, lambda logits: logits[:, :2])), loop(None)
         others = torch.zeros(_OTHERS, device=device)
 
@@ -174,9 +182,11 @@ class TimeCost:
 
     profile: Profile
     batch_size: int
+    policy: str
+    """The kind of policy that the exits will have."""
 
     def __call__(self, head: Head, layer: CandidateLayer) -> float:
-        [seconds] = profile_exit(head, layer, engine=self.profile.engine, device=self.profile.device,
+        [seconds] = profile_exit(head, layer, self.policy, engine=self.profile.engine, device=self.profile.device,
                                  sizes=(self.batch_size,))
         return seconds / self.profile.seconds(self.batch_size)
 

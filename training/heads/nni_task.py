@@ -23,13 +23,15 @@ class Task:
     recipe: Distillation
     flops: int
     """The FLOPs of the backbone."""
+    policy: str
+    """The kind of policy that the exits will have."""
 
     @classmethod
     def of(cls, evaluator: Evaluator) -> Task:
         """Return the task of an evaluator that counts FLOPs."""
         if not isinstance(evaluator.head_cost, FlopCost):
             raise TypeError(f"a trial elsewhere cannot measure what a head costs here: {evaluator.head_cost!r}")
-        return cls(evaluator.tolerance, evaluator.recipe, evaluator.head_cost.flops)
+        return cls(evaluator.tolerance, evaluator.recipe, evaluator.head_cost.flops, evaluator.policy)
 
     def save(self, run: RunPaths) -> None:
         with replacing(run.task) as scratch:
@@ -38,10 +40,11 @@ class Task:
     @classmethod
     def load(cls, run: RunPaths) -> Task:
         data = json.loads(run.task.read_text())
-        return cls(data["tolerance"], Distillation(**data["recipe"]), data["flops"])
+        return cls(data["tolerance"], Distillation(**data["recipe"]), data["flops"], data["policy"])
 
     def evaluator(self, run: RunPaths, layer: str) -> Evaluator:
         """Return the evaluator of a layer."""
         training_set = TrainingSet.load(run.training_set)
         [candidate] = [candidate for candidate in training_set.layers if candidate.path == layer]
-        return Evaluator(candidate, training_set, self.tolerance, self.recipe, FlopCost(self.flops))
+        return Evaluator(candidate, training_set, self.tolerance, self.recipe, FlopCost(self.flops),
+                         self.policy)

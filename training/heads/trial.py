@@ -14,14 +14,13 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.exits.head import Head, HeadSpec
-from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.data.activation_file import Activations, Selected
 from early_exit.training.data.dataset import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Classify, Distillation, train_head
 from early_exit.training.heads.space import spec_of
-from early_exit.training.selection.calibrate import fit_temperature
-from early_exit.training.selection.thresholds import NEVER, budget_threshold
+from early_exit.training.selection.calibrate import fit_policy
+from early_exit.training.selection.thresholds import budget_threshold
 
 LOOKS = 2
 """The number of times that a trial is evaluated while it trains, the end included."""
@@ -77,6 +76,8 @@ class Evaluator:
     tolerance: float
     recipe: Distillation
     head_cost: HeadCost
+    policy: str
+    """The kind of policy that the exits will have."""
 
     def train(self, spec: HeadSpec, on_step: Callable[[int, Classify], bool]) -> Head:
         """Train a head on the train part."""
@@ -128,7 +129,7 @@ class Evaluator:
 
     def _objective(self, logits: Tensor, agrees: Tensor, teacher: Tensor, head_cost: float) -> float:
         """Return the mean cost with this exit alone over budgets around the tolerance, which one alone is noisy."""
-        confidence = ConfidencePolicy(fit_temperature(logits, teacher), NEVER).confidence(logits)
+        confidence = fit_policy(self.policy, logits, teacher).confidence(logits)
         costs = []
         for budget in (self.tolerance / 2, self.tolerance, 2 * self.tolerance):
             hits = (confidence >= budget_threshold(confidence, agrees, budget)).double().mean().item()
@@ -136,10 +137,10 @@ class Evaluator:
         return sum(costs) / len(costs)
 
 
-def evaluators_of(training_set: TrainingSet, tolerance: float, recipe: Distillation,
-                  head_cost: HeadCost) -> list[Evaluator]:
+def evaluators_of(training_set: TrainingSet, tolerance: float, recipe: Distillation, head_cost: HeadCost,
+                  policy: str) -> list[Evaluator]:
     """Return an evaluator for each layer of a training set, in the order of the backbone."""
-    return [Evaluator(layer, training_set, tolerance, recipe, head_cost) for layer in training_set.layers]
+    return [Evaluator(layer, training_set, tolerance, recipe, head_cost, policy) for layer in training_set.layers]
 
 
 def logits_of(classify: Classify, spec: HeadSpec, activations: Activations, rows: Tensor) -> Tensor:

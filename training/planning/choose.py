@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
-from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.costs.cost import head_flops
 from early_exit.training.costs.profiling import Profile
 from early_exit.training.data.dataset import Part
@@ -29,7 +28,7 @@ from early_exit.training.selection.thresholds import (
 def path_to_certify(predictions: HeadPredictions, options: TrainingOptions) -> list[OperatingPoint]:
     """Return the operating points that a certified one is chosen among, from "never exit" to aggressive."""
     tune = predictions.tune.candidates
-    expected = replace(tune, losses=expected_losses(options.risk, tune.losses, tune.confidence))
+    expected = replace(tune, losses=expected_losses(options.risk, tune.losses, tune.error_chance))
     return certified_path(expected, options.tolerance, options.delta, len(predictions.certify))
 
 
@@ -81,7 +80,7 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
     shrink_from = profile.shrink_from(paths, options.batch_size) if profile else (1,) * len(paths)
     exits = tuple(
         PlannedExit(layer=trained.layer.path, head=trained.head.spec, cost=trained.layer.cost,
-                    policy=ConfidencePolicy(predictions.temperatures[index], threshold),
+                    policy=replace(predictions.policies[index], threshold=threshold),
                     head_cost=head_flops(trained.head, trained.layer.shape) / backbone.flops, shrink_from=least)
         for trained, index, threshold, least in zip(chosen, point.layers, point.thresholds, shrink_from))
     certify = predictions.certify.candidates

@@ -12,13 +12,14 @@ from early_exit.training.costs.profiling import Profile, profile_exit
 from early_exit.training.heads.heads import TrainedHead
 
 
-def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: BackboneDescription,
-               batch_size: int) -> Costs:
+def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], policies: Sequence[str],
+               backbone: BackboneDescription, batch_size: int) -> Costs:
     """Return the costs of exits with some heads.
 
     Args:
         profile: measured times of the backbone's stages; without one FLOPs are counted.
         heads: in the order of the backbone.
+        policies: the kind of each exit's policy, which is timed with it.
         backbone: of the heads.
         batch_size: of full batches, where time is measured.
     """
@@ -26,6 +27,7 @@ def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], backbone: 
     if profile is None:
         cost = FlopCost(backbone.flops)
         return flop_costs(layers, [cost(trained.head, trained.layer) for trained in heads])
-    exits = [profile_exit(trained.head, trained.layer, engine=profile.engine, device=profile.device)
-             for trained in tqdm(heads, desc="profile", unit="exit", disable=None)]
+    timed = tqdm(list(zip(heads, policies)), desc="profile", unit="exit", disable=None)
+    exits = [profile_exit(trained.head, trained.layer, policy, engine=profile.engine, device=profile.device)
+             for trained, policy in timed]
     return profile.costs([layer.path for layer in layers], exits, batch_size)

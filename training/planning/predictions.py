@@ -12,18 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.policy import PlannedPolicy, policy_of
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import Costs
 from early_exit.training.data.dataset import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.heads.trial import logits_of
-from early_exit.training.selection.calibrate import fit_temperature
+from early_exit.training.selection.calibrate import fit_policy
 from early_exit.training.selection.simulation import Candidates
-from early_exit.training.selection.thresholds import NEVER
 
-_OF_CANDIDATES = ("confidence", "agrees", "losses", "full_agrees", "full_losses")
+_OF_CANDIDATES = ("confidence", "error_chance", "agrees", "losses", "full_agrees", "full_losses")
 _OF_PART = ("answers", "teacher", "full", "labels")
 
 
@@ -52,21 +51,21 @@ class HeadPredictions:
 
     layers: tuple[str, ...]
     """The paths of the L candidates, in order."""
-    temperatures: tuple[float, ...]
-    """The temperature of each head."""
+    policies: tuple[PlannedPolicy, ...]
+    """The policy of each head, fitted on *tune*; its threshold is not chosen yet."""
     tune: PartPredictions
     certify: PartPredictions
 
     def save(self, path: Path) -> None:
         costs = self.tune.candidates.costs
-        tensors = {"temperatures": torch.tensor(self.temperatures, dtype=torch.float64),
-                   "stages": torch.from_numpy(costs.stages).contiguous(),
+        tensors = {"stages": torch.from_numpy(costs.stages).contiguous(),
                    "exits": torch.from_numpy(costs.exits).contiguous()}
         for part, predictions in ((Part.TUNE, self.tune), (Part.CERTIFY, self.certify)):
             for owner, names in ((predictions.candidates, _OF_CANDIDATES), (predictions, _OF_PART)):
                 tensors |= {f"{part.name}.{name}": getattr(owner, name).contiguous() for name in names}
         save_file(tensors, path, {"layers": json.dumps(self.layers), "measure": costs.measure,
-                                  "batch_size": str(costs.batch_size)})
+                                  "batch_size": str(costs.batch_size),
+                                  "policies": json.dumps([policy.to_json() for policy in self.policies])})
 
     @classmethod
     def load(cls, path: Path) -> HeadPredictions:
@@ -80,11 +79,11 @@ class HeadPredictions:
             candidates = Candidates(**{name: of_part[name] for name in _OF_CANDIDATES}, costs=costs)
             return PartPredictions(candidates, **{name: of_part[name] for name in _OF_PART})
 
-        return cls(tuple(json.loads(about["layers"])), tuple(tensors["temperatures"].tolist()), read(Part.TUNE),
-                   read(Part.CERTIFY))
+        return cls(tuple(json.loads(about["layers"])), tuple(map(policy_of, json.loads(about["policies"]))),
+                   read(Part.TUNE), read(Part.CERTIFY))
 
 
-def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Costs, risk: Risk,
+def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Costs, risk: Risk, policy: str,
             labels: Tensor | None = None) -> HeadPredictions:
     """Calibrate the heads on *tune*, and return what they predict for *tune* and *certify*.
 
@@ -93,6 +92,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         heads: one for each of the costs' candidates.
         costs: of the candidates.
         risk: what an answer may lose; for accuracy, records without a label are left out.
+        policy: the kind of policy that is fitted to each head.
         labels: (N,) true classes, -1 where unknown.
     """
     known = torch.full((training_set.n_records,), -1) if labels is None else labels
@@ -107,19 +107,20 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
 
     def predictions_for(rows: Tensor, logits: Tensor) -> PartPredictions:
         teacher, full = training_set.backbone_class[rows], training_set.full_class[rows]
-        # The very formula that will serve.
-        confidence = torch.stack([ConfidencePolicy(temperature, NEVER).confidence(logits[:, index])
-                                  for index, temperature in enumerate(temperatures)], dim=1)
+        # The very formulas that will serve.
+        confidence = torch.stack([fitted.confidence(logits[:, index]) for index, fitted in enumerate(policies)], dim=1)
+        error_chance = torch.stack([fitted.error_chance(logits[:, index]) for index, fitted in enumerate(policies)],
+                                   dim=1)
         answers = logits.argmax(dim=2)
         losses = risk.losses(torch.cat([answers, full[:, None]], dim=1), teacher, training_set.log_probabilities[rows],
                              known[rows])
-        candidates = Candidates(confidence, answers == teacher[:, None], losses[:, :-1], full == teacher, losses[:, -1],
-                                costs)
+        candidates = Candidates(confidence, error_chance, answers == teacher[:, None], losses[:, :-1], full == teacher,
+                                losses[:, -1], costs)
         return PartPredictions(candidates, answers, teacher, full, known[rows])
 
     tune, certify = rows_of(Part.TUNE), rows_of(Part.CERTIFY)
     tune_logits = logits_for(tune)
-    temperatures = tuple(fit_temperature(tune_logits[:, index], training_set.backbone_class[tune])
-                         for index in range(len(heads)))
-    return HeadPredictions(tuple(trained.layer.path for trained in heads), temperatures,
+    policies = tuple(fit_policy(policy, tune_logits[:, index], training_set.backbone_class[tune])
+                     for index in range(len(heads)))
+    return HeadPredictions(tuple(trained.layer.path for trained in heads), policies,
                            predictions_for(tune, tune_logits), predictions_for(certify, logits_for(certify)))

@@ -46,4 +46,5 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
         logits = logits_of(trained.head.classify, trained.head.spec, training_set.activations(trained.layer), rows)
         taken[(taken == -1) & planned.policy(logits)] = position
     point = OperatingPoint(tuple(range(len(served))), tuple(planned.threshold for planned in plan.exits))
-    return mean_cost(point, taken, exit_costs(profile, served, backbone, options.batch_size))
+    policies = [planned.policy.kind for planned in plan.exits]
+    return mean_cost(point, taken, exit_costs(profile, served, policies, backbone, options.batch_size))

@@ -19,6 +19,7 @@ from early_exit.handler.engines.registry import engine_of
 from early_exit.handler.errors import ArchiveError, RecordError
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
+from early_exit.handler.exits.policy import NEVER
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.planning.choose import choose, path_to_certify
@@ -29,7 +30,7 @@ from early_exit.training.report.performance import Curve, Setting, curve, settin
 from early_exit.training.report.scripted_model import ScriptedModel
 from early_exit.training.report.summary import HeadReport, RunReport, flops_of, guarantee, make_report
 from early_exit.training.selection.simulation import OperatingPoint, outcome
-from early_exit.training.selection.thresholds import NEVER, confidence_levels
+from early_exit.training.selection.thresholds import confidence_levels
 
 BATCH_SIZES = (1, 8, 32)
 

@@ -116,7 +116,7 @@ def head_reports(heads: Sequence[TrainedHead], predictions: HeadPredictions, poi
     return [HeadReport(layer=trained.layer.path, architecture=trained.head.spec.in_words(),
                        n_trials=len(trained.trials),
                        agreement=predictions.tune.candidates.agrees[:, index].double().mean().item(),
-                       temperature=predictions.temperatures[index],
+                       temperature=predictions.policies[index].temperature,
                        flops_ratio=head_flops(trained.head, trained.layer.shape) / backbone.flops,
                        used=index in point.layers)
             for index, trained in enumerate(heads)]

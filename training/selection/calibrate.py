@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al. 2017, section 4.2), with the backbone's class as the label."""
+"""Fits an exit's policy to what its head says, by temperature scaling with the backbone's class as the label."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional
 
+from early_exit.handler.exits.policy import PlannedPolicy, policy_class
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
+def fit_policy(kind: str, logits: Tensor, teacher: Tensor) -> PlannedPolicy:
+    """Return the calibrated policy of a head, by which nobody leaves before it is given another threshold.
+
+    Args:
+        kind: by which the policy is registered.
+        logits: (N, K) head logits on records the head was not trained on.
+        teacher: (N,) class the backbone predicted for the same records.
+    """
+    return policy_class(kind).fitted(fit_temperature(logits, teacher), logits, teacher)
+
+
 def fit_temperature(logits: Tensor, teacher: Tensor) -> float:
-    """Return the T for which softmax(logits / T) agrees best with the teacher.
+    """Return the T for which softmax(logits / T) agrees best with the teacher (Guo et al. 2017, section 4.2).
 
     Args:
         logits: (N, K) head logits on records the head was not trained on.

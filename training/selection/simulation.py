@@ -19,7 +19,9 @@ class Candidates:
     """What L calibrated heads say about N records."""
 
     confidence: Tensor
-    """(N, L) calibrated confidences, in [0, 1]."""
+    """(N, L) confidences of the heads' policies, in [0, 1]."""
+    error_chance: Tensor
+    """(N, L) calibrated chances that the head's class is not the backbone's."""
     agrees: Tensor
     """(N, L) bool: the head's class is the backbone's."""
     losses: Tensor
@@ -51,7 +53,7 @@ class OperatingPoint:
     layers: tuple[int, ...]
     """The indices of the chosen candidates, in order."""
     thresholds: tuple[float, ...]
-    """The least calibrated confidence that leaves, for each chosen candidate."""
+    """The least confidence that leaves, for each chosen candidate."""
     safer: tuple[tuple[float, ...], ...] = ()
     """Thresholds of the same exits to step back to on alarm, the nearest first."""
 

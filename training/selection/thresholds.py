@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from early_exit.handler.exits.policy import NEVER
 from early_exit.handler.exits.risk import Risk
-from early_exit.training.costs.cost import Costs
 from early_exit.training.selection.certify import most_failures
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, outcome
 from early_exit.training.selection.subset import Option, Subset, best_subset, improved_subset
 
-NEVER = 2.0
-"""A threshold that no probability reaches."""
 _MOST_SAFER = 8
 _RATES = (0.0, *torch.logspace(-4, 1, 157, dtype=torch.float64).tolist())
+_DECIMALS = 6
+"""The decimals of thresholds: other processors, whose sums may differ in the last bit, find the same ones again."""
 
 
 def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
     """Return the smallest threshold with hit rate x (1 - agreement) <= budget (section 3.3, equation 3).
 
     Args:
-        confidence: (N,) calibrated confidences on validation records.
+        confidence: (N,) confidences on validation records.
         agrees: (N,) bool.
         budget: tolerated share of all records that leave here with another answer.
 
@@ -85,7 +87,7 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
     # What the engine loses without exits is spent already.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
-    by_rate = [_thresholds(tune.costs, rate) for rate in _RATES]
+    by_rate = list(zip(*(_thresholds(tune, layer) for layer in range(tune.n_layers))))
     for thresholds in by_rate[::-4]:
         options = [tune.option(layer, least) for layer, least in enumerate(thresholds)]
         best = improved_subset(lambda layer, position, options=options: options[layer],  # type: ignore[misc]
@@ -93,14 +95,32 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
     return [OperatingPoint(best.layers, tuple(thresholds[layer] for layer in best.layers)) for thresholds in by_rate]
 
 
-def _thresholds(costs: Costs, rate: float) -> list[float]:
-    """Return for each candidate the least confidence that leaves when risk buys time at a rate.
+def _thresholds(tune: Candidates, layer: int) -> list[float]:
+    """Return for each rate the least confidence that leaves at a candidate when risk buys time at that rate.
 
-    A request leaves where the chance that its answer differs, 1 - confidence, is at most the rate times what of the
-    backbone it saves there: the first exit may risk more than the last. At the rate 0 nobody leaves.
+    The chances of an error of all that leave are, in sum, as far as they can be below the rate times what of the
+    backbone these save: the first exit may risk more than the last. At the rate 0 nobody leaves.
     """
-    # Rounded, so that other processors, whose sums may differ in the last bit, find the same again.
-    return [max(0.0, round(1 - rate * saved, 6)) if rate else NEVER for saved in costs.saved]
+    confidence, order = tune.confidence[:, layer].sort(descending=True)
+    risked = functional.pad(tune.error_chance[order, layer].double().cumsum(dim=0), (1, 0))  # [n] when n leave
+    # Equal rows leave together.
+    n_leaving = torch.tensor([0, *(confidence[1:] < confidence[:-1]).nonzero().flatten().add(1).tolist(), len(tune)])
+    saved, rounding = tune.costs.saved[layer], len(tune) * 10.0**-_DECIMALS
+    thresholds = [NEVER]
+    for rate in _RATES[1:]:
+        # Where the confidence is the chance of no error, this is the best threshold for all records, seen or not.
+        threshold = max(0.0, round(1 - rate * saved, _DECIMALS))
+        n_leave = int((confidence >= threshold).sum())
+        gains = rate * saved * n_leaving - risked[n_leaving]
+        n_best = int(n_leaving[gains.argmax()])
+        if gains.max() > rate * saved * n_leave - risked[n_leave] + rounding:
+            threshold = _rounded_down(confidence[n_best - 1].item()) if n_best else NEVER
+        thresholds.append(min(threshold, thresholds[-1]))
+    return thresholds
+
+
+def _rounded_down(confidence: float) -> float:
+    return math.floor(confidence * 10.0**_DECIMALS) / 10.0**_DECIMALS
 
 
 def safer_settings(path: Sequence[OperatingPoint], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
@@ -130,16 +150,16 @@ def confidence_levels(count: int = 121) -> list[float]:
     return (1 - torch.logspace(-4, torch.log10(torch.tensor(0.7)).item(), count, dtype=torch.float64)).tolist()
 
 
-def expected_losses(risk: Risk, losses: Tensor, confidence: Tensor) -> Tensor:
+def expected_losses(risk: Risk, losses: Tensor, error_chance: Tensor) -> Tensor:
     """Return the (N, L) losses to choose exits by, which a few records tell more surely than those that occurred.
 
-    Whether an answer differs is the toss of a coin whose weight the calibrated confidence tells: among hundreds of
-    subsets of exits, the best by what occurred is too often the one that was lucky. The confidence gap is such a
+    Whether an answer differs is the toss of a coin whose weight the calibrated chance of an error tells: among hundreds
+    of subsets of exits, the best by what occurred is too often the one that was lucky. The confidence gap is such a
     weight already, and what labels say cannot be foreseen.
 
     Args:
         risk: what the losses measure.
         losses: (N, L) that occurred.
-        confidence: (N, L) calibrated.
+        error_chance: (N, L) calibrated.
     """
-    return 1 - confidence if risk is Risk.DISAGREEMENT else losses
+    return error_chance if risk is Risk.DISAGREEMENT else losses
