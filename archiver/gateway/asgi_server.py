@@ -122,7 +122,7 @@ class _Messages(WebSocketsSansIOProtocol):
             self._share.give_back()
             self.queue.put_nowait({"type": "websocket.disconnect", "code": TRY_LATER, "reason": str(reason)})
             # Closed at once with bytes unread, the connection would be reset, and the client would not learn why.
-            self.transport.write_eof()
+            self.loop.call_soon(self.transport.write_eof)  # after the answers to what came with this
             self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
 
 
