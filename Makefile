@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install system demo test lint bench clean
+.PHONY: install system policy demo test lint bench clean
 
 install: .venv/installed
 
@@ -11,6 +11,14 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,models,lint]'
+	touch $@
+
+# What judges the manifests of Kubernetes wants other versions of packages than TorchServe, so it has a folder of its own.
+policy: .venv/checkov/installed
+
+.venv/checkov/installed: constraints-checkov.txt | .venv/installed
+	$(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/python -m pip install --quiet --requirement constraints-checkov.txt
 	touch $@
 
 system:
@@ -23,7 +31,7 @@ installed = { test "$$(id -u)" = 0 && apt-get update && apt-get install --yes --
 demo: install
 	$(BIN)/python -m tests.demo
 
-test: install
+test: install policy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install

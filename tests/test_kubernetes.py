@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,8 @@ from early_exit.archiver.watch.cli import parser as watch_parser
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
 PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser, "ee-gateway": gateway_parser}
 Manifest = dict[str, Any]
+CHECKOV = FOLDER.parents[1] / ".venv" / "checkov" / "bin" / "checkov"
+needs_checkov = pytest.mark.skipif(not CHECKOV.exists(), reason="checkov is not installed: make policy")
 
 
 def manifests(*names: str) -> list[Manifest]:
@@ -37,7 +41,8 @@ def of_kserve() -> Manifest:
     predictor = dict(service["spec"]["predictor"])
     assert predictor.pop("minReplicas") <= predictor.pop("maxReplicas")
     assert predictor["containers"][0]["name"] == "kserve-container", "the name that KServe looks for"
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "predictor"}, "spec": predictor}
+    metadata = {"name": "predictor", "labels": {"serving.kserve.io/inferenceservice": service["metadata"]["name"]}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": predictor}
 
 
 def pods() -> list[Manifest]:
@@ -64,8 +69,8 @@ def test_commands_can_be_started_as_the_manifests_start_them() -> None:
         for container in pod["containers"]:
             parsed = started(container)
             mounted = {one["mountPath"] for one in container["volumeMounts"]}
-            for folder in ("/models", "/records"):
-                assert any(folder in str(value) for value in vars(parsed).values()) and folder in mounted
+            for folder in mounted - {"/tmp"}:
+                assert any(folder in str(value) for value in vars(parsed).values()), "what is mounted is used"
 
 
 def test_the_gateway_beside_a_server_finds_its_port_tokens_and_decisions() -> None:
@@ -74,6 +79,7 @@ def test_the_gateway_beside_a_server_finds_its_port_tokens_and_decisions() -> No
     served, asked = started(server), started(gateway)
     assert asked.server == f"http://127.0.0.1:{served.port}"
     assert asked.tokens == served.state / KEY_FILE and asked.model_store == served.model_store
+    assert asked.host_name == [f"$(POD).{stateful['spec']['serviceName']}"]
     assert [port["containerPort"] for port in gateway["ports"]] == [asked.port]
     assert TOKEN_VARIABLE in [one["name"] for one in gateway["env"]], "it listens for other machines"
     [watch] = [one for one in manifests("ee-watch.yaml") if one["kind"] == "Deployment"]
@@ -81,9 +87,112 @@ def test_the_gateway_beside_a_server_finds_its_port_tokens_and_decisions() -> No
     assert asked.watch / watching.model == watching.state
 
 
-def test_the_image_has_what_every_container_needs() -> None:
-    extras = set(re.findall(r"/src\[([\w,]+)\]", (FOLDER / "Dockerfile").read_text())[0].split(","))
-    assert {"serve", "train", "gateway"} <= extras
+def test_each_image_has_what_its_containers_need_and_the_servers_no_nni_and_no_sources() -> None:
+    stages = dict(re.findall(r"^FROM [^\n]* AS (\S+)\n(.*?)(?=^FROM|\Z)", (FOLDER / "Dockerfile").read_text(),
+                             re.MULTILINE | re.DOTALL))
+    extras = {name: set(re.findall(r"/src\[([\w,]+)\]", stages[name])[0].split(","))
+              for name in ("build", "build-watch")}
+    assert {"serve", "gateway"} <= extras["build"] and "train" not in extras["build"]
+    assert {"serve", "train"} <= extras["build-watch"]
+    for name, built in (("server", "build"), ("watch", "build-watch")):
+        copied = [line for line in stages[name].splitlines() if line.startswith(("COPY", "ADD", "RUN"))]
+        assert copied == [f"COPY --from={built} /opt/early-exit /opt/early-exit"], "nothing else is in a layer"
+
+
+def test_nothing_but_the_package_is_sent_to_the_image() -> None:
+    ignored, *allowed = [line for line in (FOLDER.parents[1] / ".dockerignore").read_text().splitlines()
+                         if line and not line.startswith("#")]
+    assert ignored == "*"
+    assert {line for line in allowed if line.startswith("!")} == {
+        "!archiver", "!handler", "!training", "!LICENSE", "!README.md", "!constraints.txt", "!pyproject.toml"}
+
+
+def test_the_gateways_limits_hold_within_its_pod() -> None:
+    [stateful] = [one for one in manifests("torchserve.yaml") if one["kind"] == "StatefulSet"]
+    [gateway] = [container for container in stateful["spec"]["template"]["spec"]["containers"]
+                 if container["name"] == "gateway"]
+    imported = 640  # MiB that the process has before its first request
+    assert gateway["resources"]["limits"]["memory"] == "2Gi"
+    assert imported + 6 * started(gateway).max_bytes_in_all / 2**20 < 2048
+
+
+def mounts(container: Manifest) -> dict[str, tuple[str | None, bool]]:
+    """Return the part of each volume that a container sees, and whether it may write there."""
+    return {mount["name"]: (mount.get("subPathExpr"), not mount.get("readOnly", False))
+            for mount in container["volumeMounts"]}
+
+
+def test_who_runs_an_archives_code_writes_only_records_and_sees_its_own_keys_only() -> None:
+    [deployment] = [manifest for manifest in manifests("ee-watch.yaml") if manifest["kind"] == "Deployment"]
+    watch = mounts(deployment["spec"]["template"]["spec"]["containers"][0])
+    assert watch["state"] == (None, False) and watch["records"] == (None, False)
+    assert watch["models"] == watch["watch"] == (None, True)
+    for pod in pods():
+        for container in pod["containers"]:
+            if container["command"] == ["ee-watch", "cifar"]:
+                continue
+            seen = mounts(container)
+            assert "state" not in seen or seen["state"][0] == "$(POD)"
+            assert seen["models"] == (None, False)
+            assert not seen.get("watch", (None, False))[1], "it could name the archive that is rolled everywhere"
+            if container["command"] == ["ee-gateway"]:
+                assert {name for name, (_, writes) in seen.items() if writes} == {"tmp"}
+            else:
+                assert {name for name, (_, writes) in seen.items() if writes} <= {"tmp", "records", "state"}
+                assert "watch" not in seen
+
+
+def test_clients_reach_the_inference_port_and_the_gateway_and_kserves_pods_are_covered() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in manifests("torchserve.yaml")
+                if one["kind"] == "NetworkPolicy"}
+    for name, ports in (("torchserve", {8080, 8090}), ("torchserve-kserve", {8080})):
+        policy = policies[name]
+        assert policy["policyTypes"] == ["Ingress", "Egress"] and "egress" not in policy, "nothing leaves"
+        assert {port["port"] for rule in policy["ingress"] if "from" not in rule for port in rule["ports"]} == ports
+        management = [rule["from"] for rule in policy["ingress"] if {"port": 8081} in rule["ports"]]
+        assert management == ([[{"podSelector": {"matchLabels": {"app": "ee-watch"}}}]] if name == "torchserve" else [])
+    [key] = policies["torchserve-kserve"]["podSelector"]["matchExpressions"]
+    assert key == {"key": "serving.kserve.io/inferenceservice", "operator": "Exists"}, "the label that KServe gives"
+
+
+JUSTIFIED = {
+    "CKV_K8S_8": "ee-watch answers nobody; it ends when it fails",
+    "CKV_K8S_9": "ee-watch answers nobody",
+    "CKV_K8S_11": "a limit on cores throttles requests in the middle of a batch",
+    "CKV_K8S_15": "the tag names one image",
+    "CKV_K8S_21": "whoever applies them chooses the namespace",
+    "CKV_K8S_35": "the gateway's token is a variable, which code of archives, in another container, does not see",
+    "CKV_K8S_43": "the digest is known when somebody has built the image",
+    "CKV_DOCKER_2": "Kubernetes asks by probes"}
+
+
+def refused(*made: Manifest, folder: Path) -> set[str]:
+    """Return what checkov, a policy tool, says against manifests and the Dockerfile."""
+    (folder / "all.yaml").write_text(yaml.safe_dump_all(made))
+    shutil.copy(FOLDER / "Dockerfile", folder)
+    done = subprocess.run([CHECKOV, "--directory", folder, "--framework", "kubernetes", "dockerfile", "--output",
+                           "json", "--skip-download", "--skip-check", ",".join(JUSTIFIED)],
+                          text=True, capture_output=True, timeout=120, check=False)
+    reports = json.loads(done.stdout)
+    assert {report["check_type"] for report in reports} == {"kubernetes", "dockerfile"}, done.stderr
+    assert all(report["summary"]["passed"] > 10 and not report["summary"]["parsing_errors"] for report in reports)
+    return {f"{failed['check_id']} {failed['check_name']}: {failed['resource']}" for report in reports
+            for failed in report["results"]["failed_checks"]}
+
+
+@pytest.mark.slow
+@needs_checkov
+def test_a_policy_tool_finds_nothing_against_the_manifests_and_would(tmp_path: Path) -> None:
+    made = [*manifests("torchserve.yaml", "ee-watch.yaml"), of_kserve()]
+    assert refused(*made, folder=tmp_path) == set()
+    for manifest in made:
+        pod = manifest["spec"].get("template", manifest)["spec"]
+        pod.pop("securityContext", None)
+        pod.pop("automountServiceAccountToken", None)
+        for container in pod.get("containers", []):
+            container.pop("securityContext")
+    found = {failed.split()[0] for failed in refused(*made, folder=tmp_path)}
+    assert found >= {"CKV_K8S_20", "CKV_K8S_22", "CKV_K8S_31", "CKV_K8S_37", "CKV_K8S_38"}
 
 
 def started(container: Manifest) -> argparse.Namespace:
@@ -95,8 +204,10 @@ def test_every_claim_and_service_that_is_named_is_there() -> None:
     every = manifests("torchserve.yaml", "ee-watch.yaml")
     claims = {one["metadata"]["name"] for one in every if one["kind"] == "PersistentVolumeClaim"}
     for pod in pods():
-        volumes = {one["name"]: one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"]}
-        assert set(volumes.values()) <= claims
+        volumes = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName")
+                   for volume in pod["volumes"]}
+        assert set(volumes.values()) <= {*claims, None}
+        assert [name for name, claim in volumes.items() if claim is None] == ["tmp"]
         assert {one["name"] for container in pod["containers"] for one in container["volumeMounts"]} == volumes.keys()
     [stateful] = [one for one in every if one["kind"] == "StatefulSet"]
     [watch] = [one for one in every if one["kind"] == "Deployment"]
@@ -120,5 +231,5 @@ def test_the_startup_probe_succeeds_when_the_server_answers(recorder_mar: Path, 
 def probed(script: str, server: TorchServe) -> int:
     """Run a probe beside a server; return its exit status."""
     here = script.replace("http://127.0.0.1:8080", server.addresses.inference).replace("/tmp/state", str(server.state))
-    here = re.sub(r'f"/state/.*?/(\w+\.json)"', rf'"{server.state}/\1"', here)
+    here = here.replace('"/state/', f'"{server.state}/')
     return subprocess.run([sys.executable, "-c", here], capture_output=True, timeout=60, check=False).returncode

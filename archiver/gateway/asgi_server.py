@@ -1,18 +1,32 @@
-"""The process that serves the gateway."""
+"""The process that serves the gateway, and what it reads of a connection before the application sees it."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
-from early_exit.archiver.gateway.messages import Limits
+from early_exit.archiver.gateway.messages import TRY_LATER, BytesInFlight, Limits, NoRoom, Share
 from early_exit.archiver.gateway.upstream import PREDICTION_S
 
 _PING_S = 20.0
 _GRACE_S = 10
+HEADERS_S, BODY_S = 10.0, 60.0
+"""How long the headers of a request may take to arrive, counted from the connection or their first byte, and then its
+body."""
+_BESIDE = 64
+"""Connections without a WebSocket that may be open: of the page, of `/ask`, and those that have sent nothing yet."""
+_FRAME_BYTES = 64
+"""What a fragment of a message takes in memory beside its bytes."""
 
 
 class GatewayServer(uvicorn.Server):
@@ -29,20 +43,106 @@ class GatewayServer(uvicorn.Server):
             self._when_started()
 
 
-def make_server(app: Starlette, host: str, port: int, limits: Limits,
+class _Requests(H11Protocol):
+    """HTTP for so many connections, each with a limit on how long a request may take to arrive."""
+
+    def __init__(self, *arguments: Any, most: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._most = most
+        self._limited: object = None
+        self._limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            transport.abort()
+        else:
+            self._limit_what_arrives()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._limit_what_arrives()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._end_limit()
+
+    def _limit_what_arrives(self) -> None:
+        state = self.conn.their_state
+        if state is self._limited:
+            return
+        self._end_limit()
+        limits_s: dict[object, float] = {h11.IDLE: HEADERS_S, h11.SEND_BODY: BODY_S}
+        if state in limits_s:
+            self._limit = self.loop.call_later(limits_s[state], self.transport.abort)
+        self._limited = state
+
+    def _end_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+
+
+class _Messages(WebSocketsSansIOProtocol):
+    """WebSockets whose messages count among the bytes in flight from their first byte on."""
+
+    def __init__(self, *arguments: Any, held: BytesInFlight, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._share = Share(held)
+
+    def data_received(self, data: bytes) -> None:
+        self._hold(len(data))
+        super().data_received(data)
+
+    def handle_cont(self, event: Frame) -> None:
+        self._hold(_FRAME_BYTES)
+        super().handle_cont(event)
+
+    async def receive(self) -> Any:
+        """Return what comes next; from then on the application counts it."""
+        event = await super().receive()
+        if self.queue.empty():
+            self._share.give_back()
+        return event
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._share.give_back()
+
+    def _hold(self, n_bytes: int) -> None:
+        if self.close_sent:
+            return  # whatever still comes is thrown away
+        try:
+            self._share.take(n_bytes)
+        except NoRoom as reason:
+            self.conn.fail(TRY_LATER, str(reason))
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.stop_keepalive()
+            self.close_sent = True
+            self.frames = []
+            self._share.give_back()
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": TRY_LATER, "reason": str(reason)})
+            # Closed at once with bytes unread, the connection would be reset, and the client would not learn why.
+            self.loop.call_soon(self.transport.write_eof)  # after the answers to what came with this
+            self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+
+
+def make_server(app: Starlette, host: str, port: int, limits: Limits, in_flight: BytesInFlight,
                 when_started: Callable[[], None] = lambda: None) -> uvicorn.Server:
-    """Return a server that pings its clients and takes no larger messages than the limits allow.
+    """Return a server that pings its clients and reads no more than the limits allow.
 
     Args:
         app: the application that it serves.
         host: address to listen on.
         port: port to listen on.
         limits: limits of the messages.
+        in_flight: counts what is read, together with what the application holds.
         when_started: called once, when clients can connect.
     """
     # While a message waits for its turn nothing is read, not even a pong: who is silent for longer than that has gone.
     longest_s = PREDICTION_S * (1 + limits.items_per_message / limits.in_flight)
     return GatewayServer(uvicorn.Config(
         app, host, port, log_level="warning", ws_ping_interval=_PING_S, ws_ping_timeout=longest_s,
+        http=cast(type[asyncio.Protocol], partial(_Requests, most=limits.connections + _BESIDE)),
+        ws=cast(type[asyncio.Protocol], partial(_Messages, held=in_flight)),
         ws_max_size=limits.bytes_per_message, ws_per_message_deflate=False,  # images are compressed already
         timeout_graceful_shutdown=_GRACE_S), when_started)

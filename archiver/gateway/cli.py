@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from early_exit.handler.errors import ConfigError, ServerError
 from early_exit.training.command import command_parser, run_command
 
 TOKEN_VARIABLE = "EE_GATEWAY_TOKEN"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,24 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from early_exit.archiver.gateway.app import LOOPBACK, create_app
+        from early_exit.archiver.gateway.app import create_app
         from early_exit.archiver.gateway.asgi_server import make_server
         from early_exit.archiver.gateway.certificates import Promises
-        from early_exit.archiver.gateway.messages import Limits
+        from early_exit.archiver.gateway.messages import BytesInFlight, Limits
         from early_exit.archiver.gateway.upstream import PREDICTION_S
         from early_exit.archiver.torchserve.management import AsyncManagement
     except ImportError as error:
         raise ConfigError(f"the gateway needs {error.name}: pip install 'early-exit-torchserve[gateway]'") from error
-    token = os.environ.get(TOKEN_VARIABLE)
-    if options.host not in LOOPBACK and not token:
-        raise ConfigError(f"{options.host} can be reached from elsewhere: set {TOKEN_VARIABLE} to a secret that "
-                          "clients send as 'Authorization: Bearer ...' or ?token=..., or listen on 127.0.0.1")
-    limits = Limits(options.max_items, options.max_bytes, options.in_flight, options.in_flight_in_all)
+    token, is_given = _token(options.host)
+    limits = Limits(options.max_items, options.max_bytes, options.in_flight, options.in_flight_in_all,
+                    bytes_in_all=options.max_bytes_in_all)
+    if limits.bytes_in_all < limits.bytes_per_message:
+        raise ConfigError(f"--max-bytes-in-all {limits.bytes_in_all} must be at least four times --max-bytes "
+                          f"{limits.bytes_per_item}, the largest message")
+    in_flight = BytesInFlight(limits.bytes_in_all)
     upstream = AsyncManagement(Addresses.of_server(options.server), None if options.no_tokens else options.tokens,
                                connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
-    app = create_app(upstream, token=token, limits=limits, plans=Promises(options.model_store).of,
+    app = create_app(upstream, token=token, names=[options.host, *options.host_name], limits=limits,
+                     in_flight=in_flight, plans=Promises(options.model_store).of,
                      decisions=lambda model: Audit(options.watch / model / AUDIT_FILE).read())
-    server = make_server(app, options.host, options.port, limits, lambda: _print_addresses(options))
+    server = make_server(app, options.host, options.port, limits, in_flight,
+                         lambda: _print_addresses(options, None if is_given else token))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
         server.run()
         if not server.started:
@@ -51,13 +57,30 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_addresses(options: argparse.Namespace) -> None:
-    addresses = {"page": f"http://{options.host}:{options.port}/",
-                 "websocket": f"ws://{options.host}:{options.port}/ws/MODEL"}
+def _token(host: str) -> tuple[str, bool]:
+    """Return the token that clients must send, and whether the user gave it.
+
+    The gateway signs what it sends on with TorchServe's keys, so every user of this machine who reaches its port would
+    have them; on loopback, too, there is a token.
+    """
+    given = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not given and host not in LOOPBACK:
+        raise ConfigError(f"{host} can be reached from elsewhere: set {TOKEN_VARIABLE} to a secret that clients "
+                          "send as 'Authorization: Bearer ...', or listen on 127.0.0.1")
+    return given or secrets.token_hex(24), bool(given)
+
+
+def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    # A browser sends nothing of what comes after '#', and the page takes it out of the address bar.
+    addresses = {"page": f"http://{host}:{options.port}/" + (f"#token={made}" if made else ""),
+                 "websocket": f"ws://{host}:{options.port}/ws/MODEL"}
     if options.json:
-        print(json.dumps(addresses), flush=True)
+        print(json.dumps(addresses | ({"token": made} if made else {})), flush=True)
     else:
-        print(f"live page   {addresses['page']}\nwebsocket   {addresses['websocket']}\nCtrl-C stops it", flush=True)
+        token = f"{made}  (of this start; {TOKEN_VARIABLE} sets one)" if made else f"that of {TOKEN_VARIABLE}"
+        print(f"live page   {addresses['page']}\nwebsocket   {addresses['websocket']}\ntoken       {token}\n"
+              "Ctrl-C stops it", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,8 +90,8 @@ def parser() -> argparse.ArgumentParser:
         "sends each answer as soon as it is there.", """
         beside the server that ee-serve started here:
           ee-gateway
-        for other machines, with a token of its own:
-          EE_GATEWAY_TOKEN=secret ee-gateway --host 0.0.0.0 --port 9000""")
+        for other machines, which call this one gpu1, with a token of its own:
+          EE_GATEWAY_TOKEN=secret ee-gateway --host 0.0.0.0 --host-name gpu1 --port 9000""")
     parser.add_argument("--server", default="http://127.0.0.1:8080", metavar="URL[,URL]",
                         help="TorchServe's inference address, and the management address unless it is the next port "
                         "(%(default)s)")
@@ -80,11 +103,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", type=Path, default=Path(".ee-watch"), metavar="FOLDER",
                         help="where ee-watch keeps its decisions (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
+    parser.add_argument("--host-name", action="append", default=[], metavar="NAME",
+                        help="by which clients call this machine, besides localhost and addresses; again for another")
     parser.add_argument("--port", type=int, default=8090, help="(%(default)s)")
     parser.add_argument("--max-items", type=int, default=64, metavar="N", help="in a message (%(default)s)")
     parser.add_argument("--max-bytes", type=int, default=10 * 2**20, metavar="N", help="of an item (%(default)s)")
     parser.add_argument("--in-flight", type=int, default=32, metavar="N",
                         help="items of a connection that TorchServe works at (%(default)s)")
     parser.add_argument("--in-flight-in-all", type=int, default=256, metavar="N", help="(%(default)s)")
+    parser.add_argument("--max-bytes-in-all", type=int, default=128 * 2**20, metavar="N",
+                        help="of messages and answers that are held at once; the process may need six times as much "
+                        "memory (%(default)s)")
     parser.add_argument("--json", action="store_true", help="tell the addresses as one line for machines")
     return parser

@@ -24,11 +24,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 HEADER_BYTES = 4
-UNSUPPORTED, NOT_ALLOWED, TOO_BIG, TRY_LATER = 1003, 1008, 1009, 1013
+_ID_LENGTH = 200
+UNSUPPORTED, TOO_BIG, TRY_LATER = 1003, 1009, 1013
 """WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry)."""
 
 
@@ -44,11 +47,76 @@ class Limits:
     """Items of all connections that the server works at."""
     connections: int = 64
     """Connections that are open at once; each may hold two messages that wait for their turn."""
+    bytes_in_all: int = 128 * 2**20
+    """Bytes of messages and answers that are held at once, of all connections. A text may take four times its bytes
+    in memory, as may what its JSON holds while it is read, so the process needs six times as much."""
 
     @property
     def bytes_per_message(self) -> int:
         """Largest message: a few large items, or many small ones."""
         return 4 * self.bytes_per_item
+
+    @property
+    def signs_per_message(self) -> int:
+        """Largest number of commas, colons and brackets in a message's JSON, outside of base64: those of ids, too."""
+        return (_ID_LENGTH + 24) * (self.items_per_message + 1)
+
+    @property
+    def bytes_per_header(self) -> int:
+        """Largest header of a message in bytes: an id may take twelve bytes for each of its characters."""
+        return (12 * _ID_LENGTH + 200) * (self.items_per_message + 1)
+
+
+class NoRoom(Exception):
+    """The gateway holds as many bytes as it may."""
+
+
+class BytesInFlight:
+    """Counts the bytes of messages and answers that the gateway holds, over all connections, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+
+    @contextmanager
+    def share(self) -> Iterator[Share]:
+        """Yield a share, which is given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            share.give_back()
+
+    def add(self, n_bytes: int) -> None:
+        """Count bytes that come, or go where the number is negative.
+
+        Raises:
+            NoRoom: there would be more than the limit.
+        """
+        if n_bytes > 0 and self._held + n_bytes > self._limit:
+            raise NoRoom(f"the gateway holds {self._held} of {self._limit} bytes: try again later")
+        self._held += n_bytes
+
+
+class Share:
+    """The part of the bytes in flight that one connection, or one request, holds."""
+
+    def __init__(self, of_all: BytesInFlight) -> None:
+        self._of_all, self._held = of_all, 0
+
+    def take(self, n_bytes: int) -> None:
+        """Hold more.
+
+        Raises:
+            NoRoom: all connections together would hold too many.
+        """
+        self._of_all.add(n_bytes)
+        self._held += n_bytes
+
+    def give_back(self, n_bytes: int | None = None) -> None:
+        """Hold so many bytes less, or none at all."""
+        returned = self._held if n_bytes is None else min(n_bytes, self._held)
+        self._held -= returned
+        self._of_all.add(-returned)
 
 
 @dataclass(frozen=True)
@@ -77,10 +145,12 @@ def read_message(message: str | bytes, limits: Limits) -> list[Item]:
     if len(message) > limits.bytes_per_message:
         raise Malformed(f"a message may have {limits.bytes_per_message} bytes, this one has {len(message)}", TOO_BIG)
     if isinstance(message, str):
-        header = _header(message)
+        header = _header(message, limits)
         return [Item(_id(item), _decoded(item), _anytime(header)) for item in _items(header, limits)]
     size = int.from_bytes(message[:HEADER_BYTES], "big")
-    header, rest = _header(message[HEADER_BYTES:HEADER_BYTES + size]), message[HEADER_BYTES + size:]
+    if size > limits.bytes_per_header:
+        raise Malformed(f"a header may have {limits.bytes_per_header} bytes, this one has {size}", TOO_BIG)
+    header, rest = _header(message[HEADER_BYTES:HEADER_BYTES + size], limits), message[HEADER_BYTES + size:]
     items, start = [], 0
     for item in _items(header, limits):
         length = item.get("size")
@@ -93,7 +163,12 @@ def read_message(message: str | bytes, limits: Limits) -> list[Item]:
     return items
 
 
-def _header(text: str | bytes) -> dict[str, Any]:
+def _header(text: str | bytes, limits: Limits) -> dict[str, Any]:
+    # Small objects take twenty times their text in memory.
+    if sum(text.count(sign) if isinstance(text, str) else text.count(sign.encode()) for sign in ",:[{"
+           ) > limits.signs_per_message:
+        raise Malformed(f"a message with {limits.items_per_message} items needs no more than "
+                        f"{limits.signs_per_message} commas, colons and brackets", TOO_BIG)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -117,8 +192,8 @@ def _items(header: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
 
 def _id(item: dict[str, Any]) -> str:
     name = item.get("id")
-    if not isinstance(name, str) or not 0 < len(name) <= 200:
-        raise Malformed(f"every item needs an 'id', a string of at most 200 characters, found {name!r:.80}")
+    if not isinstance(name, str) or not 0 < len(name) <= _ID_LENGTH:
+        raise Malformed(f"every item needs an 'id', a string of at most {_ID_LENGTH} characters, found {name!r:.80}")
     return name
 
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from early_exit.archiver.gateway.messages import Item, Limits, Malformed, read_message
+from early_exit.archiver.gateway.messages import (
+    TRY_LATER,
+    BytesInFlight,
+    Item,
+    Limits,
+    Malformed,
+    NoRoom,
+    Share,
+    read_message,
+)
 from early_exit.archiver.gateway.upstream import Upstream, answer_item
 
 logger = logging.getLogger(__name__)
@@ -20,9 +30,16 @@ Seen = Callable[[str, dict[str, Any]], None]
 
 
 async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits: Limits, in_all: asyncio.Semaphore,
-                       seen: Seen) -> None:
+                       held: BytesInFlight, seen: Seen) -> None:
     """Serve one client, whose connection is accepted, until it leaves or sends what cannot be read."""
+    with held.share() as share:
+        await _serve(socket, model, upstream, limits, in_all, share, seen)
+
+
+async def _serve(socket: WebSocket, model: str, upstream: Upstream, limits: Limits, in_all: asyncio.Semaphore,
+                 share: Share, seen: Seen) -> None:
     own = asyncio.Semaphore(limits.in_flight)
+    sending = asyncio.Lock()  # one answer at a time lies in the connection's buffer; the others are counted here
     tasks: set[asyncio.Task[None]] = set()
     left = False
 
@@ -45,14 +62,25 @@ async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits
     async def answer(item: Item) -> None:
         nonlocal left
         try:
-            message = await message_of(item)
+            message = with_room(item, await message_of(item))
+            share.give_back(len(item.body))
             if socket.client_state is WebSocketState.CONNECTED:
                 try:
-                    await socket.send_text(message)
+                    async with sending:
+                        await socket.send_text(message)
                 except (WebSocketDisconnect, RuntimeError):
                     left = True
+            share.give_back(len(message))
         finally:
             own.release()
+
+    def with_room(item: Item, message: str) -> str:
+        """Return the message where it may be held until the client has read it, else one that says why not."""
+        try:
+            share.take(len(message))
+        except NoRoom as error:
+            return json.dumps({"id": item.id, "status": 503, "error": str(error)})
+        return message
 
     try:
         while True:
@@ -60,17 +88,21 @@ async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits
             if received["type"] == "websocket.disconnect":
                 return
             text, data = received.get("text"), received.get("bytes")
-            for item in read_message(text if text is not None else data or b"", limits):
+            waiting = deque(read_message(text if text is not None else data or b"", limits))
+            del received, text, data  # what is no longer counted must not be kept
+            share.take(sum(len(item.body) for item in waiting))
+            while waiting:
                 await own.acquire()  # back-pressure: as long as this waits, nothing more is read
                 if left:
                     return
-                task = asyncio.create_task(answer(item))
+                task = asyncio.create_task(answer(waiting.popleft()))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-    except Malformed as reason:
+    except (Malformed, NoRoom) as reason:
         await asyncio.gather(*tasks, return_exceptions=True)  # what was asked before is answered
+        code = reason.code if isinstance(reason, Malformed) else TRY_LATER
         # A close frame has room for 123 bytes of reason.
-        await socket.close(reason.code, str(reason).encode()[:120].decode(errors="ignore"))
+        await socket.close(code, str(reason).encode()[:120].decode(errors="ignore"))
     finally:
         for task in tasks:
             task.cancel()

@@ -19,12 +19,12 @@ from websockets.sync.client import connect
 
 from early_exit.archiver.gateway.app import create_app
 from early_exit.archiver.gateway.dashboard import SHOWN_S, Live
-from early_exit.archiver.gateway.messages import Limits
+from early_exit.archiver.gateway.messages import BytesInFlight, Limits
 from early_exit.archiver.gateway.upstream import Upstream
 from early_exit.archiver.gateway.websocket import serve_socket
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import AsyncManagement
-from tests.support.gateway import as_text, receive, serving
+from tests.support.gateway import ALLOWED, TOKEN, as_text, connected, receive, serving
 
 ANSWERS = """# TYPE ee_answers_total counter
 ee_answers_total{ModelName="digits",ModelVersion="3.0",Exit="full",} %d
@@ -100,9 +100,9 @@ def test_numbers_that_json_has_no_word_for_arrive_as_null() -> None:
     opinions = '[{"exit":"full","class":0,"confidence":NaN}]'
     headers = {"X-Early-Exit-Confidence": "nan", "X-Early-Exit-Opinions": opinions}
     with stand_in({"/predictions/digits": '{"a": [NaN, 1.5, -Infinity, 1e999]}'}, headers) as upstream, \
-            serving(create_app(upstream, token=None), Limits()) as address:
-        asked = requests.post(f"http://{address}/ask/digits", data=b"a", timeout=30)
-        with connect(f"ws://{address}/ws/digits") as socket:
+            serving(create_app(upstream, token=TOKEN), Limits()) as address:
+        asked = requests.post(f"http://{address}/ask/digits", headers=ALLOWED, data=b"a", timeout=30)
+        with connected(address) as socket:
             socket.send(as_text({"a": b"a"}))
             sent = json.loads(socket.recv(timeout=30), parse_constant=pytest.fail)
     for told in (asked.json(), sent):
@@ -119,7 +119,7 @@ def test_an_item_that_fails_in_the_gateway_is_a_500_and_the_next_is_answered() -
 
     async def serve(socket: WebSocket) -> None:
         await socket.accept()
-        await serve_socket(socket, "digits", upstream, Limits(), asyncio.Semaphore(4), seen)
+        await serve_socket(socket, "digits", upstream, Limits(), asyncio.Semaphore(4), BytesInFlight(1000), seen)
 
     app = Starlette(routes=[WebSocketRoute("/", serve)])
     with stand_in({"/predictions/digits": "3"}) as upstream, serving(app, Limits()) as address, \

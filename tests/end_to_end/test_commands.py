@@ -49,19 +49,33 @@ def test_a_single_look_that_fails_is_status_1_and_a_line_for_machines(capsys: py
     assert "trouble: error" in looked.err, "for people"
 
 
-def test_the_gateway_does_not_listen_for_other_machines_without_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("token", [None, "", " "])
+def test_the_gateway_does_not_listen_for_other_machines_without_a_token(
+        token: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if token is None:
+        monkeypatch.delenv("EE_GATEWAY_TOKEN", raising=False)
+    else:
+        monkeypatch.setenv("EE_GATEWAY_TOKEN", token)
     assert gateway(["--host", "0.0.0.0"]) == 1
     assert "set EE_GATEWAY_TOKEN to a secret" in capsys.readouterr().err
 
 
-def test_the_gateway_tells_its_addresses_in_a_line_for_machines(tmp_path: Path) -> None:
+def test_the_gateway_makes_a_token_where_none_is_set_and_tells_it_in_a_line_for_machines(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EE_GATEWAY_TOKEN", "")
     port = consecutive_free_ports()
     with subprocess.Popen([COMMANDS / "ee-gateway", "--json", "--port", str(port)], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE) as gateway:
         assert gateway.stdout is not None
         told = json.loads(gateway.stdout.readline())
-        assert told == {"page": f"http://127.0.0.1:{port}/", "websocket": f"ws://127.0.0.1:{port}/ws/MODEL"}
+        assert told == {"page": f"http://127.0.0.1:{port}/#token={told['token']}",
+                        "websocket": f"ws://127.0.0.1:{port}/ws/MODEL", "token": told["token"]}
+        assert len(told["token"]) == 48, "its own, of this start"
         assert "Early exits" in requests.get(told["page"], timeout=30).text
+        state = f"http://127.0.0.1:{port}/state"
+        assert requests.get(state, timeout=30).status_code == 401
+        allowed = {"Authorization": f"Bearer {told['token']}"}
+        assert requests.get(state, headers=allowed, timeout=30).status_code == 200
         gateway.send_signal(signal.SIGINT)
         assert gateway.wait(30) == 0
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import requests
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
-from websockets.sync.client import connect
 
 from early_exit.archiver.audit import Audit
 from early_exit.archiver.packaging.request import ArchiveRequest
@@ -28,7 +27,7 @@ from tests.conftest import WORKERS
 from tests.support.client import failed, send
 from tests.support.digits import traffic
 from tests.support.documents import ROOT
-from tests.support.gateway import as_bytes, gateway, receive, wait_for_state
+from tests.support.gateway import ALLOWED, TOKEN, as_bytes, connected, gateway, receive, wait_for_state
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
 
@@ -133,7 +132,9 @@ def work_told(page: Page) -> int:
 
 def test_before_any_traffic_the_page_says_so(page: Page, address: str, pictures: Path) -> None:
     wait_for_state(address, lambda state: state["looks"] if state["model"] else None)
-    page.goto(f"http://{address}/")
+    page.goto(f"http://{address}/#token={TOKEN}")
+    page.wait_for_url(f"http://{address}/")  # the token is no longer in it
+    page.reload()
     see(page, "No requests in the last ten minutes", "With 95% confidence", "has not seen a shadow sample")
     page.screenshot(path=pictures / "empty.png", full_page=True)
 
@@ -152,7 +153,7 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
     for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False)):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme="dark" if dark else "light")
-        page.goto(f"http://{address}/")
+        page.goto(f"http://{address}/#token={TOKEN}")
         see(page, f"of the last {len(bodies)} requests left the model early", "watched answers differ",
             "took on average", "with version 3.0")
         expect(page.locator("#lead")).to_contain_text(f"{100 * early:.0f} %")
@@ -165,10 +166,11 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
 
 def test_times_by_exit_are_of_answers_that_did_not_run_on_for_opinions_and_those_save_nothing(
         page: Page, address: str) -> None:
-    assert not requests.get(f"http://{address}/state", timeout=30).json()["latency"], "all that were dropped ran on"
-    page.goto(f"http://{address}/")
+    state = requests.get(f"http://{address}/state", headers=ALLOWED, timeout=30).json()
+    assert not state["latency"], "all that were dropped ran on"
+    page.goto(f"http://{address}/#token={TOKEN}")
     see(page, "No answer has come over this gateway's WebSocket yet")
-    with connect(f"ws://{address}/ws/digits") as socket:
+    with connected(address) as socket:
         socket.send(as_bytes({str(number): body for number, body in enumerate(BODIES[:60])}))
         told = receive(socket, 60)
         see(page, "half in", *{f"v 3.0 {'in full' if one['exit'] == 'full' else 'left early'}"
@@ -187,7 +189,7 @@ def test_a_file_that_is_dropped_is_asked_and_an_answer_that_comes_too_late_is_no
         page: Page, complaints: list[str], address: str, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"no image")
     (tmp_path / "digit.png").write_bytes(BODIES[0])
-    page.goto(f"http://{address}/")
+    page.goto(f"http://{address}/#token={TOKEN}")
     see(page, "requests left the model early")
     target = page.locator("#drop")
     target.drop({"files": tmp_path / "bad.txt"})
@@ -212,7 +214,7 @@ def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_
     assert registered.status_code == 200, registered.text
     wait_for_state(address, lambda state: state["models"] == ["digits", "other"])
     (tmp_path / "digit.png").write_bytes(BODIES[0])
-    page.goto(f"http://{address}/")
+    page.goto(f"http://{address}/#token={TOKEN}")
     see(page, "requests left the model early", "Model")
     page.set_input_files("#file", tmp_path / "digit.png")
     see(page, "opinions together took")
@@ -231,7 +233,7 @@ def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_
 
 
 def test_everything_can_be_reached_with_the_keyboard(page: Page, address: str) -> None:
-    page.goto(f"http://{address}/")
+    page.goto(f"http://{address}/#token={TOKEN}")
     see(page, "requests left the model early")
     page.keyboard.press("Tab")
     expect(page.locator("#file")).to_be_focused()  # one model needs no choice; the first stop is the file
@@ -242,7 +244,7 @@ def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(
         tmp_path: Path) -> None:
     roll(Management(server.addresses, server.key_file), server.model_store / "digits-4.0.mar", longest_batch_s=1)
     audit.append("rolled", version="4.0", replaces="3.0", why="it is cheaper")
-    page.goto(f"http://{address}/")
+    page.goto(f"http://{address}/#token={TOKEN}")
     deadline = time.monotonic() + 60
     while "stepped back" not in page.locator("#serving").inner_text():
         assert time.monotonic() < deadline, page.locator("body").inner_text()
@@ -261,15 +263,15 @@ def test_the_page_says_what_is_wrong_and_recovers(page: Page, server: TorchServe
     key_file = tmp_path / "keys.json"
     key_file.write_text(json.dumps({kind: {"key": "none"} for kind in ("inference", "management", "API")}))
     with gateway(Addresses.free(), key_file) as alone:
-        page.goto(f"http://{alone}/")
+        page.goto(f"http://{alone}/#token={TOKEN}")
         see(page, "no answer from", "no news")
         page.screenshot(path=pictures / "gone.png", full_page=True)
     see(page, "The gateway does not answer")
-    with gateway(server.addresses, server.key_file, token="secret") as closed:
+    with gateway(server.addresses, server.key_file) as closed:
         page.goto(f"http://{closed}/")
         see(page, "wants its token")
         page.screenshot(path=pictures / "token.png", full_page=True)
-        for given, answer in (("wrong", "That was not it"), ("secret", "digits 4.0")):
+        for given, answer in (("wrong", "That was not it"), (TOKEN, "digits 4.0")):
             page.fill("#token input", given)
             page.click("#token button")
             see(page, answer)

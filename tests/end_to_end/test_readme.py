@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import requests
 import torch
 from PIL import Image
 from torch import nn
@@ -65,7 +64,9 @@ def test_the_readme_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: 
         reader.check("ee-watch")
         port = consecutive_free_ports()
         with reader.running(reader.follow("ee-gateway"), f" --port {port}"):
-            ask_through_the_gateway(port, bodies[0])
+            token = re.search(r"#token=(\w+)", reader.printed)
+            assert token is not None, reader.printed
+            ask_through_the_gateway(port, token[1], bodies[0])
         workers = psutil.Process(serving.pid).children(recursive=True)
         assert len(workers) >= 2, "the server and a worker"
     reader.at_the_end()
@@ -80,18 +81,13 @@ def server_at(reader: Reader) -> TorchServe:
     return TorchServe(reader.folder / "model-store", reader.folder / ".ee-serve", addresses)
 
 
-def ask_through_the_gateway(port: int, body: bytes) -> None:
+def ask_through_the_gateway(port: int, token: str, body: bytes) -> None:
     """Send the README's message, with a request in it, and get messages of its form."""
     said = next(block for block in blocks(README) if block.startswith("> {"))
     message, answer = (line[2:] for line in said.splitlines()[:2])
     message = message.replace("<base64>", base64.b64encode(body).decode())
-    for _ in range(50):
-        try:
-            requests.get(f"http://127.0.0.1:{port}/", timeout=5)
-            break
-        except requests.ConnectionError:
-            time.sleep(0.2)
-    with connect(f"ws://127.0.0.1:{port}/ws/cifar") as socket:
+    allowed = {"Authorization": f"Bearer {token}"}
+    with connect(f"ws://127.0.0.1:{port}/ws/cifar", additional_headers=allowed) as socket:
         socket.send(message)
         for _ in range(2):
             told = json.loads(socket.recv(timeout=60))

@@ -13,35 +13,40 @@ from typing import Any
 
 import requests
 from starlette.applications import Starlette
-from websockets.sync.client import ClientConnection
+from websockets.sync.client import ClientConnection, connect
 
 from early_exit.archiver.gateway.app import create_app
 from early_exit.archiver.gateway.asgi_server import make_server
 from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.gateway.dashboard import Decisions
-from early_exit.archiver.gateway.messages import Limits
+from early_exit.archiver.gateway.messages import BytesInFlight, Limits
 from early_exit.archiver.gateway.upstream import PREDICTION_S
 from early_exit.archiver.torchserve.addresses import Addresses, free_ports
 from early_exit.archiver.torchserve.management import AsyncManagement
 
+TOKEN = "secret"
+ALLOWED = {"Authorization": f"Bearer {TOKEN}"}
+"""What a client sends who may come in."""
+
 
 @contextmanager
-def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None, token: str | None = None,
+def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None,
             limits: Limits | None = None, decisions: Decisions = lambda model: []) -> Iterator[str]:
     """Yield host and port of a gateway in front of a TorchServe."""
     limits = limits or Limits()
     upstream = AsyncManagement(addresses, key_file, connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
-    app = create_app(upstream, token=token, limits=limits, decisions=decisions,
+    in_flight = BytesInFlight(limits.bytes_in_all)
+    app = create_app(upstream, token=TOKEN, limits=limits, in_flight=in_flight, decisions=decisions,
                      plans=Promises(store).of if store else lambda file_name: None)
-    with serving(app, limits) as address:
+    with serving(app, limits, in_flight) as address:
         yield address
 
 
 @contextmanager
-def serving(app: Starlette, limits: Limits) -> Iterator[str]:
+def serving(app: Starlette, limits: Limits, in_flight: BytesInFlight | None = None) -> Iterator[str]:
     """Yield host and port of an application as the gateway's process serves it."""
     [port] = free_ports(1)
-    server = make_server(app, "127.0.0.1", port, limits)
+    server = make_server(app, "127.0.0.1", port, limits, in_flight or BytesInFlight(limits.bytes_in_all))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -56,11 +61,16 @@ def serving(app: Starlette, limits: Limits) -> Iterator[str]:
 def wait_for_state(address: str, holds: Callable[[dict[str, Any]], object], limit_s: float = 30.0) -> dict[str, Any]:
     """Wait until something holds for what the gateway's live page is told; return that."""
     deadline = time.monotonic() + limit_s
-    while not holds(state := requests.get(f"http://{address}/state", timeout=30).json()):
+    while not holds(state := requests.get(f"http://{address}/state", headers=ALLOWED, timeout=30).json()):
         assert time.monotonic() < deadline, state
         time.sleep(0.2)
     found: dict[str, Any] = state
     return found
+
+
+def connected(address: str, model: str = "digits") -> ClientConnection:
+    """Return a connection to the gateway's WebSocket, with the token."""
+    return connect(f"ws://{address}/ws/{model}", additional_headers=ALLOWED)
 
 
 def as_text(bodies: dict[str, bytes], **more: Any) -> str:

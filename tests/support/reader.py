@@ -35,6 +35,8 @@ class Reader:
             elsewhere: parts of commands that another test runs.
         """
         self.folder, self.port = folder, consecutive_free_ports()
+        self.printed = ""
+        """What the last command that goes on printed at its start."""
         self._instead = {**instead, HOME: str(folder), "127.0.0.1:8080": f"127.0.0.1:{self.port}"}
         self._more = more
         self._steps = iter([one for one in commands(document)
@@ -77,6 +79,7 @@ class Reader:
             assert process.stdout is not None
             printed = "".join(process.stdout.readline() for _ in shown.output)
             assert not shown.missing(self._as_told(printed)), printed
+            self.printed = printed
             yield process
         finally:
             process.send_signal(signal.SIGINT)

@@ -5,10 +5,23 @@ import { drawEvents, drawFigures, drawLatency, drawOpinions, drawPromise, showTr
 import { drawRiver, flow } from "./river.js";
 import { byNumber, drawTimeline } from "./timeline.js";
 
-let token = new URLSearchParams(location.hash.slice(1)).get("token") || sessionStorage.getItem("token") || "";
+let token = sessionStorage.getItem("token") ?? "";
 let chosen = null, state = null, drawnAt = 0;
 let looks = 0, questions = 0, asked = null;  // replies to any but the latest look or question come too late
 const unasked = [...get("opinions").children];
+
+// The token is kept for this tab, and taken out of its address, which others see and the browser remembers.
+function takeToken() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!given) return;
+  keepToken(given);
+  history.replaceState(null, "", location.pathname + location.search);
+}
+
+function keepToken(given) {
+  token = given;
+  sessionStorage.setItem("token", token);
+}
 
 function ask(path, options = {}) {
   return fetch(path, { ...options, headers: token ? { Authorization: `Bearer ${token}` } : {} });
@@ -173,8 +186,7 @@ get("file").addEventListener("change", (event) => {
 });
 get("token").addEventListener("submit", (event) => {
   event.preventDefault();
-  token = event.target.querySelector("input").value;
-  sessionStorage.setItem("token", token);
+  keepToken(event.target.querySelector("input").value);
   look();
 });
 ["dragover", "dragleave", "drop"].forEach((kind) => get("drop").addEventListener(kind, (event) => {
@@ -183,4 +195,6 @@ get("token").addEventListener("submit", (event) => {
   if (kind === "drop" && event.dataTransfer.files[0]) askEveryExit(event.dataTransfer.files[0]);
 }));
 addEventListener("resize", () => { if (state?.model) drawAll(); });
+addEventListener("hashchange", () => { takeToken(); look(); });
+takeToken();
 watch();

@@ -1,0 +1,224 @@
+"""Who is let into the gateway, how long a stranger may take, and how much all clients together may ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import socket as sockets
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import requests
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
+
+from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.gateway import asgi_server
+from early_exit.archiver.gateway.access import SUBPROTOCOL, TOKEN_SUBPROTOCOL
+from early_exit.archiver.gateway.app import create_app
+from early_exit.archiver.gateway.cli import parser
+from early_exit.archiver.gateway.messages import TOO_BIG, TRY_LATER, BytesInFlight, Limits
+from tests.support.gateway import ALLOWED, TOKEN, as_bytes, connected, receive, serving
+
+SMALL = Limits(bytes_per_item=100_000, bytes_in_all=500_000)
+
+
+class Server:
+    """A server of models that answers when it is let, and counts what it works at."""
+
+    def __init__(self) -> None:
+        self.n_working = 0
+        self.answers = True
+
+    async def predict(self, model: str, body: bytes, *, anytime: bool) -> Prediction:
+        self.n_working += 1
+        while not self.answers:
+            await asyncio.sleep(0.01)
+        self.n_working -= 1
+        return Prediction(200, {}, b"3", None)
+
+    async def models(self) -> list[str]:
+        return []
+
+    async def versions(self, model: str) -> list[VersionStatus]:
+        return []
+
+    async def metrics(self) -> str:
+        return ""
+
+    async def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def gateway(limits: Limits, server: Server | None = None) -> Iterator[tuple[str, BytesInFlight]]:
+    in_flight = BytesInFlight(limits.bytes_in_all)
+    app = create_app(server or Server(), token=TOKEN, names=["gpu1"], limits=limits, in_flight=in_flight)
+    with serving(app, limits, in_flight) as address:
+        yield address, in_flight
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with gateway(SMALL) as (address, _):
+        yield address
+
+
+def status(address: str, way: str, headers: dict[str, str], query: str = "") -> int:
+    """Return the status of a client's first request, by one of the three ways in."""
+    if way == "websocket":
+        host = headers.get("Host", address)
+        try:
+            with sockets.create_connection(address.split(":")) as plain:  # the port of a Host header is the client's
+                more = {name: value for name, value in headers.items() if name != "Host"}
+                with connect(f"ws://{host}/ws/digits{query}", sock=plain, additional_headers=more):
+                    return 200
+        except InvalidStatus as refusal:
+            return refusal.response.status_code
+    if way == "ask":
+        return requests.post(f"http://{address}/ask/digits{query}", b"a", headers=headers, timeout=30).status_code
+    return requests.get(f"http://{address}/{way}{query}", headers=headers, timeout=30).status_code
+
+
+@pytest.mark.parametrize("way", ["state", "ask", "websocket"])
+def test_host_origin_and_token_are_checked_whichever_way_a_client_comes(address: str, way: str) -> None:
+    assert status(address, way, ALLOWED) == 200
+    assert status(address, way, ALLOWED | {"Origin": f"http://{address}"}) == 200
+    for host in ("gpu1", "GPU1:9000", "[::1]:8090", "10.0.0.7"):
+        assert status(address, way, ALLOWED | {"Host": host}) == 200
+    for host in ("elsewhere.example", "127.0.0.1.elsewhere.example", "x@127.0.0.1", "localhost.", "[::1"):
+        if way != "websocket" or not {"[", "@"} & set(host):  # the client refuses to send these itself
+            assert status(address, way, ALLOWED | {"Host": host}) == 400
+    for origin in ("http://elsewhere.example", "null", "", f"file://{address}", f"http://x@{address}"):
+        assert status(address, way, ALLOWED | {"Origin": origin}) == 403
+    for sent in ("", "Bearer", "Bearer ", "Bearer wrong", "Bearer s\u00e9cret", f"Basic {TOKEN}", TOKEN):
+        assert status(address, way, {"Authorization": sent.encode("latin-1").decode("latin-1")}) == 401
+    assert status(address, way, {}) == status(address, way, {}, f"?token={TOKEN}") == 401, "addresses are written down"
+
+
+def test_the_page_and_its_files_name_no_secret_and_are_had_without_token_but_not_by_another_name(address: str) -> None:
+    for path in ("", "page/live.js"):
+        assert status(address, path, {}) == 200
+        assert status(address, path, {"Host": "elsewhere.example"}) == 400
+    for path in ("page/../state", "page/%2e%2e/state", "/state", "page"):
+        assert status(address, path, {}) != 200
+
+
+def test_an_empty_token_is_none() -> None:
+    with pytest.raises(ValueError, match="expected a token, found an empty one"):
+        create_app(Server(), token="").build_middleware_stack()
+
+
+def test_a_websocket_of_a_page_has_the_token_as_subprotocol(address: str) -> None:
+    offered = [Subprotocol(SUBPROTOCOL), Subprotocol(TOKEN_SUBPROTOCOL + TOKEN)]
+    with connect(f"ws://{address}/ws/digits", subprotocols=offered) as socket:
+        assert socket.subprotocol == SUBPROTOCOL
+    with pytest.raises(InvalidStatus, match="401"), connect(
+            f"ws://{address}/ws/digits", subprotocols=[offered[0], Subprotocol(TOKEN_SUBPROTOCOL)]):
+        pass
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\nA: ",
+                                  b"POST /ask/digits HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+                                  b"Authorization: Bearer " + TOKEN.encode() + b"\r\n\r\nx"])
+def test_who_sends_nothing_or_too_slowly_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi_server, "HEADERS_S", 0.5)
+    monkeypatch.setattr(asgi_server, "BODY_S", 0.5)
+    with gateway(SMALL) as (address, _):
+        with sockets.create_connection(address.split(":"), timeout=30) as slow:
+            slow.sendall(sent)
+            with pytest.raises((ConnectionError, TimeoutError)):
+                while True:
+                    slow.sendall(b"a" if sent else b"")
+                    slow.settimeout(0.1)
+                    with contextlib.suppress(sockets.timeout):
+                        if not slow.recv(1):
+                            raise ConnectionResetError
+        assert status(address, "state", ALLOWED) == 200
+
+
+def test_no_more_connections_are_open_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi_server, "_BESIDE", 2)
+    with gateway(Limits(connections=1)) as (address, _), contextlib.ExitStack() as open_ones:
+        for _ in range(3):
+            open_ones.enter_context(sockets.create_connection(address.split(":")))
+        with pytest.raises(requests.ConnectionError):
+            status(address, "state", ALLOWED)
+
+
+def test_bytes_that_are_held_have_a_limit_over_all_connections_and_are_given_back() -> None:
+    server = Server()
+    server.answers = False
+    with gateway(SMALL, server) as (address, in_flight):
+        with connected(address) as first, connected(address) as second, connected(address) as third:
+            first.send(as_bytes({name: bytes(99_000) for name in "abc"}))
+            second.send(as_bytes({name: bytes(90_000) for name in "de"}))
+            wait_until(lambda: server.n_working == 5)
+            third.send(iter([bytes(100_000), bytes(100_000)]))  # a message that is not finished counts as well
+            with pytest.raises(ConnectionClosed) as refused:
+                third.recv(timeout=30)
+            assert refused.value.rcvd is not None and refused.value.rcvd.code == TRY_LATER
+            assert requests.post(f"http://{address}/ask/digits", bytes(100_000), headers=ALLOWED,
+                                 timeout=30).status_code == 503
+            server.answers = True
+            assert {message["status"] for message in receive(first, 3).values()} == {200}
+        wait_until(lambda: in_flight._held == 0)
+        assert status(address, "ask", ALLOWED) == 200
+
+
+def test_a_message_in_a_million_pieces_is_refused() -> None:
+    with gateway(SMALL) as (address, _), connected(address) as socket:
+        with pytest.raises(ConnectionClosed) as refused:
+            socket.send(b"" for _ in range(20_000))
+            socket.recv(timeout=30)
+        assert refused.value.rcvd is not None and refused.value.rcvd.code == TRY_LATER
+
+
+@pytest.mark.parametrize("part", ["{}", "[]", '""', "1"])
+def test_json_that_would_fill_the_memory_is_refused(address: str, part: str) -> None:
+    bomb = '{"items": [], "more": [' + ",".join([part] * 90_000) + "]}"
+    for message in (bomb, len(bomb).to_bytes(4, "big") + bomb.encode()):
+        with connected(address) as socket:
+            socket.send(message)
+            with pytest.raises(ConnectionClosed) as refused:
+                socket.recv(timeout=30)
+        assert refused.value.rcvd is not None and refused.value.rcvd.code == TOO_BIG
+
+
+def test_ids_of_any_signs_fit_into_a_message(address: str) -> None:
+    items = [{"id": ("," * 195 + str(number)).ljust(200, "["), "data": base64.b64encode(b"a").decode()}
+             for number in range(64)]
+    with connected(address) as socket:
+        socket.send(json.dumps({"items": items}))
+        assert len(receive(socket, 64)) == 64
+
+
+def test_by_default_32_items_of_a_connection_and_256_in_all_are_in_flight() -> None:
+    promised = parser().parse_args([])
+    assert Limits(promised.max_items, promised.max_bytes, promised.in_flight, promised.in_flight_in_all,
+                  bytes_in_all=promised.max_bytes_in_all) == Limits()
+    server = Server()
+    server.answers = False
+    with gateway(Limits(), server) as (address, _), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connected(address)) for _ in range(10)]
+        message = as_bytes({str(number): b"a" for number in range(64)})
+        for n_sent, client in enumerate(clients, 1):
+            client.send(message)
+            expected = min(32 * n_sent, 256)
+            wait_until(lambda expected=expected: server.n_working == expected)
+            time.sleep(0.05)
+            assert server.n_working == expected
+        server.answers = True
+        assert all(len(receive(client, 64)) == 64 for client in clients)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came to hold")
