@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from early_exit.handler.call import Call, Reply
@@ -17,15 +16,6 @@ from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.wrapper import UserHandler
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """A request that has not been answered yet."""
-
-    call: Call
-    coroutine: Coroutine
-    """The user's handler at work on the request."""
 
 
 class EarlyAnswers:
@@ -46,7 +36,8 @@ class EarlyAnswers:
             raise TypeError(f"early answers need a continuous executor, found {type(executor).__name__}")
         self._executor, self._bypass = executor, bypass
         self._model, self._handler, self._context, self._telemetry = model, handler, context, telemetry
-        self._in_flight: dict[str, _InFlight] = {}
+        self._in_flight: dict[str, Coroutine] = {}
+        """By id of a call that has not been answered: the user's handler at work on it."""
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:
         """Let new calls join, run one stage, and return for each call its reply, or None while it has none.
@@ -55,10 +46,10 @@ class EarlyAnswers:
         """
         started = time.perf_counter()
         for gone in self._in_flight.keys() - {call.id for call in calls}:
-            self._executor.drop(self._in_flight.pop(gone).coroutine)
+            self._executor.drop(self._in_flight.pop(gone))
         for call in calls:
             if call.id not in self._in_flight:
-                self._in_flight[call.id] = _InFlight(call, self._executor.start(partial(self._handle, call)))
+                self._in_flight[call.id] = self._executor.start(partial(self._handle, call))
         self._executor.run_stage()
         replies = [self._leave(call.id) for call in calls]
         if self._model.level != self._model.assembly.last_level:
@@ -76,10 +67,10 @@ class EarlyAnswers:
         return served
 
     def _leave(self, call_id: str) -> Reply | None:
-        in_flight = self._in_flight[call_id]
-        if not in_flight.coroutine.done:
+        coroutine = self._in_flight[call_id]
+        if not coroutine.done:
             return None
         del self._in_flight[call_id]
-        served: Served = in_flight.coroutine.result()
+        served: Served = coroutine.result()
         self._telemetry.note(served)
         return served.replies[0]

@@ -32,7 +32,7 @@ def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> 
         risk: what the losses measure.
         losses: (N,) of independent records.
         tolerance: T.
-        delta: level at which the p-value will be compared with; it tunes the bets and nothing else.
+        delta: level that the p-value will be compared with; it tunes the bets and nothing else.
     """
     if risk is Risk.DISAGREEMENT:
         return p_value(int(losses.sum()), len(losses), tolerance)
