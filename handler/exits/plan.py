@@ -134,8 +134,8 @@ class ExitPlan:
             raise PlanError(f"each safer setting needs {len(costs)} thresholds, one for each exit, found {self.safer}")
 
     @property
-    def last_step(self) -> int:
-        """The step without exits, which comes after the deployed plan, step 0, and its safer settings."""
+    def last_level(self) -> int:
+        """The fallback level without exits; the deployed plan is level 0, and its safer settings lie between."""
         return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:

@@ -91,13 +91,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Why a step was left."""
+    """Why a fallback level was left."""
 
     step: int
+    """The level that was left; state files call it so."""
     time: float
     """Unix time in seconds."""
     n: int
-    """Shadow samples at that step."""
+    """The number of shadow samples that were answered at that level."""
     mean_loss: float
     wealth: float
 
@@ -107,23 +108,24 @@ class MonitorState:
     """Where a version stands; each step back begins with fresh evidence."""
 
     step: int = 0
-    """0 is the plan as deployed, then its safer settings in order, then no exits."""
+    """The fallback level, which state files call so: 0 is the plan as deployed, then its safer settings in order, then no
+    exits."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
     """One for each step back; the first voids the certificate."""
 
-    def after(self, samples: Iterable[tuple[int, float]], monitored: Monitored, last_step: int,
+    def after(self, samples: Iterable[tuple[int, float]], monitored: Monitored, last_level: int,
               now: float) -> MonitorState:
-        """Return the state after some (step, loss) samples; those answered at another step do not count."""
-        step, evidence, alarms = self.step, self.evidence, self.alarms
+        """Return the state after some (level, loss) samples; those answered at another level do not count."""
+        level, evidence, alarms = self.step, self.evidence, self.alarms
         for answered_at, loss in samples:
-            if answered_at != step or step >= last_step:
+            if answered_at != level or level >= last_level:
                 continue
             evidence = evidence.after(loss, monitored.tolerance)
             if rejects(evidence.wealth(), monitored.delta):
-                alarms = (*alarms, Alarm(step, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
-                step, evidence = step + 1, Evidence()
-        return MonitorState(step, evidence, alarms)
+                alarms = (*alarms, Alarm(level, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
+                level, evidence = level + 1, Evidence()
+        return MonitorState(level, evidence, alarms)
 
     def to_json(self) -> dict[str, Any]:
         return MONITOR_STATE.stamped({"certificate": "void" if self.alarms else "holds", **asdict(self)})

@@ -58,16 +58,16 @@ class SharedMonitor:
     or where there is none, a worker goes on alone with the last state it knows, and adds what it saw when it can.
     """
 
-    def __init__(self, monitored: Monitored, last_step: int, path: Path | None) -> None:
+    def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:
         """Read the state where there is one and start.
 
         Args:
             monitored: what is tested.
-            last_step: the step without exits, at which nothing is left to test.
+            last_level: the fallback level without exits, at which nothing is left to test.
             path: of the shared state; none keeps it in memory.
         """
         self.monitored = monitored
-        self._last_step, self._path = last_step, path
+        self._last_level, self._path = last_level, path
         self._shared = self.state = MonitorState()
         self._unshared: list[tuple[int, float]] = []
         self._failing = False
@@ -76,9 +76,9 @@ class SharedMonitor:
         self._thread = threading.Thread(target=self._run, name="early-exit-monitor", daemon=True)
         self._thread.start()
 
-    def note(self, step: int, losses: list[float]) -> None:
-        """Take the losses of shadow samples that were answered at a step; never waits."""
-        self._queue.put([(step, loss) for loss in losses])
+    def note(self, level: int, losses: list[float]) -> None:
+        """Take the losses of shadow samples that were answered at a fallback level; never waits."""
+        self._queue.put([(level, loss) for loss in losses])
 
     def close(self) -> None:
         """Share what was noted and stop."""
@@ -120,7 +120,7 @@ class SharedMonitor:
         for alarm in self.state.alarms[len(before.alarms):]:
             logger.error("ALARM: the mean loss of %d shadow samples is %.4f, certified was at most %.4f: the "
                          "certificate is void, exits step back to step %d of %d", alarm.n, alarm.mean_loss,
-                         self.monitored.tolerance, alarm.step + 1, self._last_step)
+                         self.monitored.tolerance, alarm.step + 1, self._last_level)
 
     def _share_in(self, path: Path) -> None:
         if not self._unshared:
@@ -146,7 +146,7 @@ class SharedMonitor:
         self._shared, self._unshared = state, []
 
     def _advanced(self, state: MonitorState) -> MonitorState:
-        return state.after(self._unshared, self.monitored, self._last_step, time.time())
+        return state.after(self._unshared, self.monitored, self._last_level, time.time())
 
 
 def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMonitor | None:
@@ -160,7 +160,7 @@ def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMon
     if plan is None or plan.certificate is None or not plan.exits:
         return None
     path = None if folder is None else monitor_file(folder, version, plan)
-    return SharedMonitor(Monitored.of(plan.certificate), plan.last_step, path)
+    return SharedMonitor(Monitored.of(plan.certificate), plan.last_level, path)
 
 
 @contextlib.contextmanager

@@ -79,9 +79,9 @@ class ServingMetrics:
                 self._bypassed.update(int(is_bypassed), str(size))
         self._was_bypassed = bypassed
 
-    def side_error(self, kind: str) -> None:
-        """Count a failure of something that goes on beside the answers."""
-        self._side_errors.update(1, kind)
+    def side_errors(self, kind: str, count: int) -> None:
+        """Count failures of something that goes on beside the answers."""
+        self._side_errors.update(count, kind)
 
     def _stage_seconds(self, batch: ServedBatch) -> None:
         if not batch.answers.stage_seconds or batch.time - self._stages_reported < STAGE_REPORT_S:

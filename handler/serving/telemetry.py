@@ -31,6 +31,8 @@ class Telemetry:
         self._metrics, self._work = metrics, work
         self._failing: set[str] = set()
         """The kinds that failed the last time, which are not logged again."""
+        for kind in work:
+            metrics.side_errors(kind, 0)  # a rate needs a value to begin with
 
     def note(self, served: Served) -> None:
         """Do all side work for what one call of the user's handler served; never raises."""
@@ -46,4 +48,4 @@ class Telemetry:
             logger.exception("%s fails; answers, and everything else beside them, go on", kind)
         self._failing.add(kind)
         with contextlib.suppress(Exception):  # the metrics may be what fails
-            self._metrics.side_error(kind)
+            self._metrics.side_errors(kind, 1)
