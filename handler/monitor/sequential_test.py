@@ -108,7 +108,7 @@ class MonitorState:
     """Where a version stands; each step back begins with fresh evidence."""
 
     step: int = 0
-    """The fallback level, which state files call so: 0 is the plan as deployed, then its safer settings in order, then no
+    """The fallback level; state files call it so. 0 is the plan as deployed, then its safer settings in order, then no
     exits."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
