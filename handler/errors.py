@@ -39,7 +39,7 @@ class FormatError(EarlyExitError):
 
 
 class ServerError(EarlyExitError):
-    """TorchServe did not start, refused a request, or did not answer in time."""
+    """A server did not start, refused a request, or did not answer in time."""
 
 
 def did_you_mean(name: object, known: Sequence[str]) -> str:
