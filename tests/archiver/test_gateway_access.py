@@ -131,8 +131,8 @@ def test_who_sends_nothing_or_too_slowly_is_cut_off(sent: bytes, monkeypatch: py
     with gateway(SMALL) as (address, _):
         with sockets.create_connection(address.split(":"), timeout=30) as slow:
             slow.sendall(sent)
-            with pytest.raises((ConnectionError, TimeoutError)):
-                while True:
+            with pytest.raises(ConnectionError):
+                for _ in range(100):
                     slow.sendall(b"a" if sent else b"")
                     slow.settimeout(0.1)
                     with contextlib.suppress(sockets.timeout):
