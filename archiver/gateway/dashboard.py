@@ -11,8 +11,8 @@ from typing import Any
 
 from early_exit.archiver.control import VersionStatus
 from early_exit.archiver.gateway.latency import Latencies
-from early_exit.archiver.gateway.prometheus import VersionMetrics, read_metrics
 from early_exit.archiver.gateway.upstream import Upstream
+from early_exit.archiver.version_metrics import NO_VERSION, VersionMetrics
 from early_exit.handler.errors import ServerError
 
 EVERY_S = 2.0
@@ -21,7 +21,6 @@ SHOWN_S = 600.0
 _LOOKS = int(SHOWN_S / EVERY_S)
 """Looks that are kept of each model: they are never closer than `EVERY_S`, so no fewer than are shown."""
 _EVENTS = 40
-_DEFAULT = "default"
 
 Decisions = Callable[[str], Sequence[Mapping[str, Any]]]
 """Returns what `ee-watch` decided about a model: objects with 'time', 'event' and evidence, oldest first."""
@@ -73,7 +72,7 @@ class Live:
         """Look once at all models; the state says what failed, for one model or for all."""
         try:
             models = await self._upstream.models()
-            scrape = read_metrics(await self._upstream.metrics())
+            scrape = await self._upstream.metrics()
             self._trouble = None
         except Exception as error:  # one look that fails must not be the last
             self._trouble = _in_a_sentence(error)
@@ -123,7 +122,7 @@ class Live:
         grown = {name: counts.since((before or {}).get(name, VersionMetrics())) for name, counts in metrics.items()}
         versions = [_version(status, plan, metrics.get(status.version, VersionMetrics()))
                     for status, plan in zip(registered, plans)]
-        served = next((version["version"] for version in versions if version["serves"]), _DEFAULT)
+        served = next((version["version"] for version in versions if version["serves"]), NO_VERSION)
         history.events += ({"time": now, "text": text} for text in changes(history.versions, versions))
         if before is not None:  # what was counted before the first look has no time
             history.looks.append({
@@ -131,8 +130,8 @@ class Live:
                 "answers": {name: counts.answers for name, counts in grown.items() if any(counts.answers.values())},
                 "shadow": {name: counts.shadow for name, counts in grown.items() if counts.shadow},
                 "anytime": {name: counts.anytime for name, counts in grown.items() if counts.anytime},
-                # TorchServe counts requests that name no version under the name 'default'.
-                "took": {served if name == _DEFAULT else name: [counts.requests, counts.seconds]
+                # Requests that named no version were answered by the one that serves.
+                "took": {served if name == NO_VERSION else name: [counts.requests, counts.seconds]
                          for name, counts in grown.items() if counts.requests}})
         history.metrics, history.versions, history.looked_at = metrics, versions, now
 

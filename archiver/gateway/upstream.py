@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import (
     CONFIDENCE_HEADER,
@@ -39,8 +40,12 @@ class Upstream(Protocol):
     async def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
 
-    async def metrics(self) -> str:
-        """Return the server's metrics as Prometheus text."""
+    async def metrics(self) -> Scrape:
+        """Return what the server has counted.
+
+        Raises:
+            ValueError: it answers with something else than metrics.
+        """
 
     async def close(self) -> None:
         """Give back what the connections hold."""

@@ -15,7 +15,9 @@ import httpx
 
 from early_exit.archiver.control import Prediction, VersionStatus
 from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
+from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
 
@@ -104,11 +106,11 @@ class Api:
         return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
                           response.content, None if response.status_code == 200 else _message(response))
 
-    def metrics(self) -> Conversation[str]:
-        """Get the Prometheus text."""
+    def metrics(self) -> Conversation[Scrape]:
+        """Get what the server has counted; a ValueError where it answers with something else."""
         response = yield ApiRequest("GET", f"{self._addresses.metrics}/metrics", "inference")
         _require_ok(response)
-        return response.text
+        return read_metrics(response.text)
 
     def _model(self, *path: str) -> str:
         return "/".join([self._addresses.management, "models", *(quote(part, safe="") for part in path)])

@@ -11,6 +11,7 @@ from early_exit.archiver.control import Prediction, VersionStatus
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.api import Api, ApiRequest, Conversation, T
 from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind
+from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 
 _ROLL_S = 30.0
@@ -118,8 +119,8 @@ class AsyncManagement:
         """Return the registered versions of a model, none when it is not registered."""
         return await self._hold(self._api.versions(model))
 
-    async def metrics(self) -> str:
-        """Return the Prometheus text."""
+    async def metrics(self) -> Scrape:
+        """Return what the server has counted; a ValueError where it answers with something else."""
         return await self._hold(self._api.metrics())
 
     async def _hold(self, conversation: Conversation[T], limit_s: float = _LOOK_S) -> T:

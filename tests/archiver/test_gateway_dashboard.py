@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.gateway.dashboard import changes
 from early_exit.archiver.gateway.latency import DECADES, PER_DECADE, Latencies, distribution
-from early_exit.archiver.gateway.prometheus import VersionMetrics, read_metrics
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.torchserve.metrics import read_metrics
+from early_exit.archiver.version_metrics import VersionMetrics
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
 from tests.support.plans import write_plan

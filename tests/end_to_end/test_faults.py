@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from early_exit.archiver.gateway.prometheus import read_metrics
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import EarlyExitError, ServerError
 from early_exit.handler.recording.format import list_shards, read_shard

@@ -1,0 +1,44 @@
+"""TorchServe's metrics address: the text of Prometheus, with the exits' metrics and its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from early_exit.archiver.version_metrics import Scrape, VersionMetrics
+from early_exit.handler.protocol import METRIC_PREFIX
+
+_MONITOR = f"{METRIC_PREFIX}monitor_"
+_REQUESTS, _MICROSECONDS = "ts_inference_requests", "ts_inference_latency_microseconds"
+
+
+def read_metrics(text: str) -> Scrape:
+    """Read the Prometheus text; TorchServe counts requests that name no version under `NO_VERSION`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    # Only the gateway, which has an extra of its own, reads metrics.
+    from prometheus_client.parser import text_string_to_metric_families
+
+    scrape: dict[str, dict[str, VersionMetrics]] = defaultdict(lambda: defaultdict(VersionMetrics))
+    for family in text_string_to_metric_families(text):
+        for name, labels, value, *_ in family.samples:
+            if name.startswith(METRIC_PREFIX):
+                version = scrape[labels["ModelName"]][labels["ModelVersion"]]
+                if name == f"{METRIC_PREFIX}answers_total":
+                    version.answers[labels["Exit"]] = version.answers.get(labels["Exit"], 0.0) + value
+                elif name == f"{METRIC_PREFIX}shadow_samples_total":
+                    version.shadow += value
+                elif name == f"{METRIC_PREFIX}anytime_answers_total":
+                    version.anytime += value
+                elif name == f"{METRIC_PREFIX}exits_bypassed" and value:
+                    version.bypassed.add(int(labels["BatchSize"]))
+                elif name.startswith(_MONITOR):
+                    version.monitor[name.removeprefix(_MONITOR)] = value
+            elif name.startswith((_REQUESTS, _MICROSECONDS)) and not name.endswith("_created"):
+                version = scrape[labels["model_name"]][labels["model_version"]]
+                if name.startswith(_REQUESTS):
+                    version.requests += value
+                else:
+                    version.seconds += value / 1e6
+    return scrape
