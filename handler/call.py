@@ -18,6 +18,10 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     """The headers of the request."""
 
+    def has_header(self, name: str) -> bool:
+        """Tell whether the request has a header, whatever its value and however a proxy spells its name."""
+        return any(header.lower() == name.lower() for header in self.headers)
+
 
 @dataclass
 class Reply:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.archive_contents import ArchiveContents, read_archive
 from early_exit.handler.config import ServingConfig
 
 
@@ -18,7 +18,10 @@ def describe(mar: Path) -> dict[str, Any]:
         ArchiveError: it is not an early-exit archive.
         PlanError: its plan cannot be read.
     """
-    contents = read_archive(mar)
+    return _as_data(mar, read_archive(mar))
+
+
+def _as_data(mar: Path, contents: ArchiveContents) -> dict[str, Any]:
     backbone, plan = contents.description, contents.plan
     configuration = yaml.safe_load(contents.configuration) or {}
     serving = ServingConfig.from_model_config(configuration)
@@ -49,7 +52,8 @@ def in_words(mar: Path) -> str:
         ArchiveError: it is not an early-exit archive.
         PlanError: its plan cannot be read.
     """
-    contents, plan = describe(mar), read_archive(mar).plan
+    archive = read_archive(mar)
+    contents, plan = _as_data(mar, archive), archive.plan
     backbone = contents["backbone"]
     exits = {planned.layer: planned for planned in (plan.exits if plan else ())}
     lines = [

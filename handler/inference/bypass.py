@@ -56,9 +56,6 @@ class AdaptiveBypass:
     way that is found to cost more becomes the control of the other, so what changes on the machine is noticed.
     """
 
-    times_calls = True
-    """What each call took is what is compared."""
-
     def __init__(self, control_rate: float, draw: Callable[[], float]) -> None:
         """Begin with exits.
 

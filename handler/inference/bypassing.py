@@ -19,14 +19,8 @@ _EPOCH = 32
 class Bypass(Protocol):
     """What decides for each call whether it takes the exits."""
 
-    times_calls: bool
-    """Whether it wants to know what each call took; a GPU is waited for then."""
-
     def takes_exits(self, n_rows: int) -> bool:
         """Tell whether a call of so many rows takes the exits."""
-
-    def measured(self, n_rows: int, seconds: float, *, with_exits: bool) -> None:
-        """Note what a call took."""
 
     def bypassed(self) -> dict[int, bool]:
         """Tell by largest batch size of those judged together whether their exits are bypassed."""
@@ -38,8 +32,6 @@ class EpochBypass:
     Requests of the stretch before that have not been answered yet blur the difference, but do not turn it round.
     """
 
-    times_calls = False
-
     def __init__(self, bypass: AdaptiveBypass) -> None:
         self._bypass = bypass
         self._begin()
@@ -47,9 +39,6 @@ class EpochBypass:
     def takes_exits(self, n_rows: int) -> bool:
         """Tell whether requests that join now take the exits."""
         return self._takes_exits
-
-    def measured(self, n_rows: int, seconds: float, *, with_exits: bool) -> None:
-        """Do nothing: the time of a call tells nothing where calls share stages."""
 
     def bypassed(self) -> dict[int, bool]:
         """Tell whether the exits are bypassed, by the one batch size that there is: 1."""
@@ -90,7 +79,7 @@ class BypassingExecutor:
             return self._executor.run(inputs, level, shadow, anytime)
         with_exits, started = self._bypass.takes_exits(len(shadow)), time.perf_counter()
         execution = self._executor.run(inputs, level if with_exits else self._last_level, shadow)
-        if self._bypass.times_calls:
+        if isinstance(self._bypass, AdaptiveBypass):  # where calls share stages, the time of one tells nothing
             if execution.answers.outputs.is_cuda:
                 torch.cuda.synchronize(execution.answers.outputs.device)
             self._bypass.measured(len(shadow), time.perf_counter() - started, with_exits=with_exits)

@@ -19,6 +19,7 @@ from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.inference.executor import Record
 from early_exit.handler.inference.fallbacks import fallback_levels
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
+from early_exit.handler.protocol import FULL, FULL_NAME
 
 
 class Assembly(nn.Module):
@@ -76,6 +77,10 @@ class Assembly(nn.Module):
     def last_level(self) -> int:
         """The fallback level without exits."""
         return len(self.levels) - 1
+
+    def exit_name(self, stage: int) -> str:
+        """Return what clients and metrics call the exit after a stage, or the whole backbone for `FULL`."""
+        return FULL_NAME if stage == FULL else self.layers[stage]
 
     def recorder(self, pool: Side) -> Record:
         """Return what makes the records of activations: pooled to a side, float16, on the CPU."""

@@ -10,12 +10,6 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
-from early_exit.handler.protocol import ANYTIME_HEADER
-
-
-def asks_for_every_exit(headers: Mapping[str, Any]) -> bool:
-    """Tell whether a request's headers ask for the predictions of every exit, however a proxy spells them."""
-    return any(name.lower() == ANYTIME_HEADER.lower() for name in headers)
 
 
 def per_exit_predictions(exits: Sequence[str], scores: Sequence[Tensor], kind: ScoreKind, labels: Any) -> list[str]:

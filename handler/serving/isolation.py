@@ -12,7 +12,7 @@ from early_exit.handler.call import Call, Reply
 from early_exit.handler.errors import InputError
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
-from early_exit.handler.serving.anytime import asks_for_every_exit
+from early_exit.handler.protocol import ANYTIME_HEADER
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.wrapper import UserHandler
 
@@ -67,7 +67,7 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
 def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandler, context: HandlerContext,
           model: EarlyExitModel) -> Served:
     # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
-    model.log.begin([asks_for_every_exit(call.headers) for call in calls])
+    model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls])
     context.begin(calls)
     responses = handler.handle([call.inputs for call in calls], context)
     if not isinstance(responses, list) or len(responses) != len(calls):

@@ -7,7 +7,7 @@ from collections import Counter
 from early_exit.handler.model.assembly import Assembly
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.monitor.sequential_test import MonitorState
-from early_exit.handler.protocol import FULL, FULL_NAME
+from early_exit.handler.protocol import FULL
 from early_exit.handler.serving.host import Host, MetricKind
 from early_exit.handler.serving.isolation import Served
 
@@ -50,7 +50,7 @@ class ServingMetrics:
             self._refused.update(len(served.calls))
         for batch in served.batches:
             for stage, count in Counter(batch.answers.stages.tolist()).items():
-                self._answers.update(count, self._name(stage))
+                self._answers.update(count, self._assembly.exit_name(stage))
             if len(batch.answers.shadow):
                 self._shadow.update(len(batch.answers.shadow))
             if len(batch.answers.anytime):
@@ -88,7 +88,5 @@ class ServingMetrics:
             return
         self._stages_reported = batch.time
         for number, seconds in enumerate(batch.answers.stage_seconds):
-            self._seconds.update(seconds, self._name(number if number < len(self._assembly.layers) else FULL))
-
-    def _name(self, stage: int) -> str:
-        return FULL_NAME if stage == FULL else self._assembly.layers[stage]
+            stage = number if number < len(self._assembly.layers) else FULL
+            self._seconds.update(seconds, self._assembly.exit_name(stage))

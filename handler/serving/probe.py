@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.model.early_exit_model import EarlyExitModel
-from early_exit.handler.protocol import PROBE_HEADER
 
 
 def answer_probe(model: EarlyExitModel) -> dict[str, Any]:
@@ -31,8 +29,3 @@ def answer_probe(model: EarlyExitModel) -> dict[str, Any]:
     exits = [path for path, stage in zip(assembly.layers, assembly.stages) if stage.exit is not None]
     return {"probe": "ok", "relative_error": error.item(), "backbone": assembly.description.sha256, "exits": exits,
             "plan": assembly.plan.digest() if assembly.plan else None}
-
-
-def is_probe(headers: Mapping[str, Any]) -> bool:
-    """Tell a probe by the headers of a request, however a proxy spells them."""
-    return any(name.lower() == PROBE_HEADER.lower() for name in headers)

@@ -8,8 +8,6 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import (
     CONFIDENCE_HEADER,
     EXIT_HEADER,
-    FULL,
-    FULL_NAME,
     OPINIONS_HEADER,
     STEP_HEADER,
     VERSION_HEADER,
@@ -42,16 +40,13 @@ class ResponseHeaders:
         # A control batch goes without exits whatever the monitor says, and a call in flight keeps its level.
         level = min(batch.level, self._model.level)
         for reply, stage, confidence in zip(served.replies, answers.stages.tolist(), confidences):
-            reply.headers[EXIT_HEADER] = self._name(stage)
+            reply.headers[EXIT_HEADER] = assembly.exit_name(stage)
             reply.headers[CONFIDENCE_HEADER] = f"{confidence:.4f}"
             reply.headers[VERSION_HEADER] = self._version
             if level:
                 reply.headers[STEP_HEADER] = f"{level} of {assembly.last_level}"
         if answers.exit_scores:
-            names = [self._name(stage) for stage in answers.exit_scores]
+            names = [assembly.exit_name(stage) for stage in answers.exit_scores]
             predictions = per_exit_predictions(names, list(answers.exit_scores.values()), scores, self._labels)
             for row, header in zip(answers.anytime.tolist(), predictions):
                 served.replies[row].headers[OPINIONS_HEADER] = header
-
-    def _name(self, stage: int) -> str:
-        return FULL_NAME if stage == FULL else self._model.assembly.layers[stage]

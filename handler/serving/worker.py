@@ -16,13 +16,14 @@ from early_exit.handler.errors import ArchiveError
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import load_model
 from early_exit.handler.monitor.shared_state import SharedMonitor, watch
+from early_exit.handler.protocol import PROBE_HEADER
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
 from early_exit.handler.serving.isolation import answer_calls
 from early_exit.handler.serving.metrics import ServingMetrics
-from early_exit.handler.serving.probe import answer_probe, is_probe
+from early_exit.handler.serving.probe import answer_probe
 from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
 from early_exit.handler.serving.telemetry import SideWork, Telemetry
@@ -82,7 +83,7 @@ class Worker:
         Raises:
             MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         """
-        replies: list[Reply | None] = [self.probe() if is_probe(call.headers) else None for call in calls]
+        replies: list[Reply | None] = [self.probe() if call.has_header(PROBE_HEADER) else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
         if others or self._early is not None:
             for position, reply in zip(others, self._answer([calls[position] for position in others])):

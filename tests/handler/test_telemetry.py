@@ -26,7 +26,7 @@ from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.worker import Worker
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
-BREAKS: dict[str, tuple[type[Any], str]] = {"headers": (ResponseHeaders, "_name"), "records": (RecordWriter, "offer"),
+BREAKS: dict[str, tuple[type[Any], str]] = {"headers": (ResponseHeaders, "set"), "records": (RecordWriter, "offer"),
                                             "monitor": (SharedMonitor, "note"), "metrics": (ServingMetrics, "served")}
 """By kind of side work, a method without which it fails."""
 
@@ -66,8 +66,8 @@ def test_what_fails_beside_the_answers_is_counted_and_stops_nothing_else(
         kind: str, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture) -> None:
     host = MemoryHost()
-    serving = worker(backbone, host, tmp_path)
     monkeypatch.setattr(*BREAKS[kind], broken)
+    serving = worker(backbone, host, tmp_path)
     calls = calls_of_rows([torch.randn(64, 8)], [f"request-{row}" for row in range(64)])
     deadline, replies = time.monotonic() + 20, []
     expected, working, n_steps = {other: other != kind for other in BREAKS}, {}, 0
