@@ -49,6 +49,11 @@ class ArchiveLayout:
         return self.folder / "sample-request"
 
     @property
+    def handler_description(self) -> Path:
+        """What was found out about the user's handler."""
+        return self.folder / "handler.json"
+
+    @property
     def plan(self) -> Path:
         return self.folder / PLAN_FILE
 
