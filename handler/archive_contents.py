@@ -31,6 +31,8 @@ class ArchiveContents:
     """Text of the model-config.yaml; empty where the archive has none."""
     sample_request: bytes | None
     """Body of a request that the user's handler answers, where one is known."""
+    sample_answers: Mapping[str, Any]
+    """By exit: how the archive answered the sample request where it was made; empty where it was not noted."""
 
     @property
     def model(self) -> str:
@@ -74,7 +76,7 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     if not isinstance(model, dict) or not {"modelName", "modelVersion"} <= model.keys():
         raise ArchiveError(f"{mar}: expected the name and the version of a model in {layout.manifest}, found "
                            f"{model!r:.80}: is the archive damaged?")
-    plan, configuration = content(layout.plan), model.get("configFile")
+    plan, answers, configuration = content(layout.plan), content(layout.sample_answers), model.get("configFile")
     return ArchiveContents(
         manifest=manifest,
         original_manifest=_parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}"),
@@ -83,7 +85,8 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
-        sample_request=content(layout.sample_request))
+        sample_request=content(layout.sample_request),
+        sample_answers={} if answers is None else _parsed(answers, f"{mar}: {layout.sample_answers}"))
 
 
 def _parsed(content: bytes | None, source: str) -> dict[str, Any]:

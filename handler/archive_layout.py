@@ -49,6 +49,11 @@ class ArchiveLayout:
         return self.folder / "sample-request"
 
     @property
+    def sample_answers(self) -> Path:
+        """JSON: how the new archive answered the sample request, by the exit that answered."""
+        return self.folder / "sample-answers.json"
+
+    @property
     def plan(self) -> Path:
         return self.folder / PLAN_FILE
 

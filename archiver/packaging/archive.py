@@ -55,7 +55,7 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         request.to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=request.to, prefix=".building-") as building:
             draft = Path(building) / _file_name(layout)
-            _zip_and_validate(layout.root, draft, source.weights, aside, log)
+            _zip_and_try_out(layout, draft, source.weights, aside, log)
             target = request.to / draft.name
             publish(draft, target)
         progress.update()
@@ -120,20 +120,29 @@ def _file_name(layout: ArchiveLayout) -> str:
     return f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
 
 
-def _zip_and_validate(root: Path, draft: Path, weights: str | None, aside: Path, log: Callable[[str], None]) -> None:
+def _zip_and_try_out(layout: ArchiveLayout, draft: Path, weights: str | None, aside: Path,
+                     log: Callable[[str], None]) -> None:
+    """Zip a folder, try the archive out, and let it tell how it answered its sample request."""
+    if answers := _first_answers(layout.root, draft, weights, aside, log):
+        layout.sample_answers.write_text(json.dumps(answers, indent=1, sort_keys=True))
+        zip_folder(layout.root, draft)
+
+
+def _first_answers(root: Path, draft: Path, weights: str | None, aside: Path,
+                   log: Callable[[str], None]) -> dict[str, Any]:
     """Zip a folder and try the archive out, without the user's own weights if it can do without them: the exported
     backbone has them already."""
     if weights is None or not (root / weights).exists():
         zip_folder(root, draft)
-        validate(draft)
-        return
+        return validate(draft)
     shutil.move(root / weights, aside / "weights")
     zip_folder(root, draft)
     try:
-        validate(draft)
+        return validate(draft)
     except ArchiveError:
         # A handler whose initialize() reads the weights itself needs them; then they are in twice.
         shutil.move(aside / "weights", root / weights)
         zip_folder(root, draft)
-        validate(draft)
+        answers = validate(draft)
         log(f"the handler reads {weights} itself, so the archive holds the weights twice")
+        return answers

@@ -21,10 +21,12 @@ _LIMIT_S = 300
 
 
 def validate(mar: Path) -> dict[str, Any]:
-    """Load an archive in a fresh process with TorchServe's own loader, probe it, and run its sample request.
+    """Load an archive in a fresh process with TorchServe's own loader, probe it, and run its sample request at every
+    fallback level.
 
     Returns:
-        What the probe said.
+        How it answered its sample request, by the exit that answered; empty where it has none, or where it answers
+        differently each time.
 
     Raises:
         ArchiveError: it does not load or answer; the message ends with what the worker printed.
@@ -43,13 +45,14 @@ def validate(mar: Path) -> dict[str, Any]:
             raise ArchiveError(f"the new archive did not load and answer within {_LIMIT_S} s") from None
     if run.returncode:
         raise ArchiveError(f"the new archive does not run, so it is not published:\n{run.stderr.strip()[-2000:]}")
-    outcome: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return outcome
+    answers: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return answers
 
 
 def _record_nothing(folder: Path) -> None:
     name = json.loads((folder / MANIFEST).read_text())["model"].get("configFile")
     if name:
         config = yaml.safe_load((folder / name).read_text()) or {}
-        config["early_exit"] = {**(config.get("early_exit") or {}), "sampling_rate": 0}
+        config["early_exit"] = {**(config.get("early_exit") or {}), "sampling_rate": 0,
+                                "control_rate": 0}  # the exits answer, not a control batch
         (folder / name).write_text(yaml.safe_dump(config))

@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
                         help="when a server fails, roll the version before into those that are done")
     parser.add_argument("--request", type=Path,
                         help="body of a request that the new version must answer first; by default its own sample")
-    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
-                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--longest-batch-s", type=float, metavar="S",
+                        help=f"how long the old version may take for one batch ({LONGEST_BATCH_S:.0f}, or as long as "
+                        "is measured with the secret; without it this is needed)")
     parser.add_argument("--json", action="store_true", help="print the report for machines")
     return parser
