@@ -26,6 +26,7 @@ from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
+SECRET = "set by the operator, not made by ee-serve"
 BODIES = [request.body for request in traffic(80, seed=8)]
 
 
@@ -48,8 +49,12 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     state = tmp_path_factory.mktemp("state")
-    with TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-3.0.mar"]) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EARLY_EXIT_SECRET", SECRET)
+        server = TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-3.0.mar"])
+        with server as running:
+            assert running.secret_file.read_text().strip() == SECRET
+            yield running
 
 
 def test_a_roll_under_load_to_early_answers_loses_nothing_and_changes_no_answer(
@@ -80,7 +85,7 @@ def ask(server: TorchServe, version: str, body: bytes, headers: dict[str, str]) 
 def opinions(server: TorchServe, version: str, body: bytes) -> tuple[str, list[dict[str, object]]]:
     """Ask a version what all its exits think; return the exit that answered and what they said."""
     reply = ask(server, version, body, {"X-Early-Exit-Anytime": "1",
-                                        "X-Early-Exit-Secret": server.secret_file.read_text().strip()})
+                                        "X-Early-Exit-Secret": SECRET})
     return reply.headers["X-Early-Exit"], json.loads(reply.headers["X-Early-Exit-Opinions"])
 
 
@@ -106,6 +111,11 @@ def test_the_operator_hears_every_exit_whenever_answers_leave_and_clients_force_
                 assert len(reply.json()) == 3 and reply.headers["X-Early-Exit"] != "", "its class, as ever"
                 assert "X-Early-Exit-Opinions" not in reply.headers and "probe" not in reply.json()
     assert metrics(server).split('ee_anytime_answers_total{')[1:] == before
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'management')}"}
+    described = requests.get(f"{server.addresses.management}/models/digits/all", headers=token, timeout=20).text
+    assert "modelVersion" in described and SECRET not in described
+    logs = [file.read_text(errors="replace") for file in (server.state / "logs").rglob("*") if file.is_file()]
+    assert any("open_headers" in log for log in logs) and not any(SECRET in log or "guessed" in log for log in logs)
     management.unregister("digits", "3.0")
 
 
