@@ -34,6 +34,8 @@ class ArchiveContents:
     """Requests that the user's handler answers, where any are known."""
     is_compared: bool
     """Whether it answered its samples without exits as the archive did that it was made from."""
+    sample_answers: Mapping[str, Any]
+    """By exit: how the archive answered the first sample where it was made; empty where it was not noted."""
 
     @property
     def model(self) -> str:
@@ -77,7 +79,7 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     if not isinstance(model, dict) or not {"modelName", "modelVersion"} <= model.keys():
         raise ArchiveError(f"{mar}: expected the name and the version of a model in {layout.manifest}, found "
                            f"{model!r:.80}: is the archive damaged?")
-    plan, configuration = content(layout.plan), model.get("configFile")
+    plan, answers, configuration = content(layout.plan), content(layout.sample_answers), model.get("configFile")
     return ArchiveContents(
         manifest=manifest,
         original_manifest=_parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}"),
@@ -87,7 +89,8 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
         samples=_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
-        is_compared=layout.answers.as_posix() in names)
+        is_compared=layout.answers.as_posix() in names,
+        sample_answers={} if answers is None else _parsed(answers, f"{mar}: {layout.sample_answers}"))
 
 
 def _samples(content: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:

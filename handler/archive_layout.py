@@ -64,6 +64,11 @@ class ArchiveLayout:
         return self.folder / "handler.json"
 
     @property
+    def sample_answers(self) -> Path:
+        """JSON: how the new archive answered the first sample, by the exit that answered."""
+        return self.folder / "sample-answers.json"
+
+    @property
     def plan(self) -> Path:
         return self.folder / PLAN_FILE
 

@@ -13,9 +13,16 @@ from early_exit.handler.errors import ArchiveError
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def zip_folder(folder: Path, target: Path) -> None:
-    """Zip a folder so that the same files give the same bytes; compiled Python is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
+    """Zip a folder so that the same files give the same bytes; compiled Python is left out.
+
+    Args:
+        folder: whose files are zipped.
+        target: the archive.
+        without: a file of the folder that is left out too.
+    """
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and "__pycache__" not in path.parts and path != without)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # deflate differs between zlib versions
         for path in files:
             entry = zipfile.ZipInfo(str(path.relative_to(folder)), _EPOCH)

@@ -22,6 +22,16 @@ class Addresses:
         return cls(*(f"http://127.0.0.1:{port}" for port in (inference, management, metrics)))
 
     @classmethod
+    def of_interfaces(cls, inference: str, management: str, metrics: str, port: int) -> Addresses:
+        """Return addresses on interfaces of this machine: inference at a port, management and metrics at the next two.
+
+        >>> Addresses.of_interfaces("0.0.0.0", "127.0.0.1", "127.0.0.1", 8080).management
+        'http://127.0.0.1:8081'
+        """
+        hosts = (inference, management, metrics)
+        return cls(*(f"http://{host}:{number}" for number, host in enumerate(hosts, start=port)))
+
+    @classmethod
     def of_server(cls, text: str) -> Addresses:
         """Return the addresses of "http://host:8080": the next ports are for management and metrics.
 

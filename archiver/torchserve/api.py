@@ -19,7 +19,8 @@ from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
-from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
+from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER, SECRET_VARIABLE
+from early_exit.handler.sample_request import OCTETS
 
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
@@ -37,6 +38,8 @@ class ApiRequest:
     params: dict[str, str | int] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    needs_secret: bool = False
+    """Whether it asks for a full pass, which workers do for those alone who send their secret."""
 
 
 Conversation = Generator[ApiRequest, httpx.Response, T]
@@ -87,22 +90,31 @@ class Api:
 
     def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
         """Let a version check itself, and learn what it says."""
-        said: dict[str, Any] = _json((yield ApiRequest(
-            "POST", self._prediction(model, version), "inference", headers={PROBE_HEADER: "1"}, body=b"probe")))
+        response = yield ApiRequest("POST", self._prediction(model, version), "inference",
+                                    headers={PROBE_HEADER: "1"}, body=b"probe", needs_secret=True)
+        said = _parsed(response)
+        if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):
+            raise ServerError(f"{model} {version} answered its probe with {response.status_code}, as if it were any "
+                              f"request: {_message(response)}\nIts workers do not know the secret that was sent: is "
+                              f"the file with it that of this server, and its {SECRET_VARIABLE} the same?")
+        _require_ok(response)
         return said
 
-    def predict(self, model: str, body: bytes, *, version: str | None = None,
-                anytime: bool = False) -> Conversation[Prediction]:
+    def predict(self, model: str, body: bytes, *, version: str | None = None, anytime: bool = False,
+                content_type: str = OCTETS) -> Conversation[Prediction]:
         """Get the answer to a request, whatever its status: this one does not raise for a refusal.
 
         Args:
             model: name of a served model.
             body: body of the request.
             version: a registered version, by default the model's default.
-            anytime: whether the request runs to the end and hears what every exit would have said.
+            anytime: whether the request runs to the end and hears what every exit would have said; without the secret
+                of the workers it does so only where their configuration opens that to clients.
+            content_type: of the body.
         """
-        response = yield ApiRequest("POST", self._prediction(model, version), "inference",
-                                    headers={ANYTIME_HEADER: "1"} if anytime else {}, body=body)
+        headers = {"content-type": content_type, **({ANYTIME_HEADER: "1"} if anytime else {})}
+        response = yield ApiRequest("POST", self._prediction(model, version), "inference", headers=headers, body=body,
+                                    needs_secret=anytime)
         return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
                           response.content, None if response.status_code == 200 else _message(response))
 
@@ -132,6 +144,13 @@ def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
 def _json(response: httpx.Response) -> Any:
     _require_ok(response)
     return response.json()
+
+
+def _parsed(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _require_ok(response: httpx.Response) -> None:

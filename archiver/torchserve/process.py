@@ -1,9 +1,10 @@
-"""A TorchServe on loopback with the settings that early exits need, as a context manager."""
+"""A TorchServe with the settings that early exits need, as a context manager."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,10 +21,11 @@ import psutil
 
 from early_exit.archiver.torchserve.addresses import Addresses, free_ports
 from early_exit.archiver.torchserve.java import find_java
-from early_exit.archiver.torchserve.tokens import KEY_FILE, read_token
+from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
+from early_exit.handler.protocol import SECRET_VARIABLE
 
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -41,7 +43,8 @@ _STOP_S = 30.0
 class TorchServe:
     """One server and everything it needs in one state folder.
 
-    The folder holds config.properties, the token file (key_file.json), logs and the server's temporary files.
+    The folder holds config.properties, the token file (key_file.json), the secret of the workers, logs and the server's
+    temporary files.
     """
 
     def __init__(self, model_store: Path, state: Path, addresses: Addresses, *, records: Path | None = None,
@@ -60,6 +63,7 @@ class TorchServe:
         self.model_store, self.state = model_store.resolve(), state.resolve()
         self.addresses = addresses
         self.key_file = self.state / KEY_FILE
+        self.secret_file = self.state / SECRET_FILE
         self._records = records.resolve() if records else None
         self._models = list(models)
         self._token_minutes = token_minutes
@@ -104,7 +108,8 @@ class TorchServe:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self.key_file.unlink(missing_ok=True)  # its tokens died with the server
+        for file in (self.key_file, self.secret_file):  # what they hold died with the server
+            file.unlink(missing_ok=True)
         self._process = None
 
     def _start(self) -> None:
@@ -116,7 +121,8 @@ class TorchServe:
         (self.state / "config.properties").write_text(self._properties())
         (self.state / "log4j2.xml").write_text(_log_configuration(self.state / "logs"))
         environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
-                       "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs")}
+                       "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs"),
+                       SECRET_VARIABLE: self._make_secret()}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
         if self._records is not None:
             self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -126,6 +132,15 @@ class TorchServe:
             self._process = subprocess.Popen(self._command(), cwd=self.state, env=environment, stdout=output,
                                              stderr=subprocess.STDOUT, start_new_session=True)
         self._wait_until_healthy(60.0)
+
+    def _make_secret(self) -> str:
+        """Return the secret of the workers, that of the environment where it has one, and write it into its file."""
+        secret = os.environ.get(SECRET_VARIABLE, "").strip() or secrets.token_hex(24)
+        self.secret_file.unlink(missing_ok=True)
+        # A file of our own, for us alone from the beginning, and not what a link of this name points to.
+        with os.fdopen(os.open(self.secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret + "\n")
+        return secret
 
     def _command(self) -> list[str]:
         import ts
@@ -157,7 +172,8 @@ class TorchServe:
     def _require_free_ports(self) -> None:
         for address in (self.addresses.inference, self.addresses.management, self.addresses.metrics):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(address.rsplit(":", 1)[1]))) == 0:
+                host, port = address.removeprefix("http://").rsplit(":", 1)
+                if probe.connect_ex((host, int(port))) == 0:
                     raise ServerError(f"something listens on {address} already: stop it or choose another port")
 
     def _wait_until_healthy(self, limit_s: float) -> None:

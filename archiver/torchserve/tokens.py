@@ -1,4 +1,4 @@
-"""The tokens that let a client of TorchServe in: read from its key file, and renewed when they are refused."""
+"""What lets a client of TorchServe in: its tokens, renewed when they are refused, and the secret of its workers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from early_exit.handler.errors import ServerError
 
 KEY_FILE = "key_file.json"
 """TorchServe writes its tokens into this file, in the folder it is started in."""
+SECRET_FILE = "secret"
+"""`ee-serve` writes the secret of its workers into this file, beside the tokens."""
 TokenKind = Literal["inference", "management"]
 _RENEWING = "API"
 """Kind of the token that new tokens are asked for with."""
@@ -33,6 +35,27 @@ def read_token(key_file: Path, kind: str) -> str:
         raise ServerError(f"cannot read the {kind} token from {key_file}: {error!r}. TorchServe writes {KEY_FILE} "
                           "into the folder it is started in; pass it with --tokens") from error
     return key
+
+
+def read_secret(secret_file: Path | None) -> str | None:
+    """Return the secret of a server's workers, or None where there is no such file.
+
+    Raises:
+        ServerError: the file cannot be read, or does not hold what a header can carry.
+    """
+    if secret_file is None:
+        return None
+    try:
+        secret = secret_file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"cannot read the secret of a server's workers from {secret_file}: {type(error).__name__}. "
+                          "Expected one line of ASCII") from error
+    if not secret.isprintable() or not secret:
+        raise ServerError(f"expected one line of ASCII in {secret_file}, the secret of a server's workers, found "
+                          f"{len(secret.splitlines())} lines")
+    return secret
 
 
 class TokenAuth(httpx.Auth):

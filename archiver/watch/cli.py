@@ -83,8 +83,9 @@ def parser() -> argparse.ArgumentParser:
                         help="after which a certificate is renewed (%(default)s)")
     parser.add_argument("--trial-samples", type=int, default=300, metavar="N",
                         help="shadow samples after which a new version is accepted (%(default)s)")
-    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
-                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--longest-batch-s", type=float, metavar="S",
+                        help=f"how long the old version may take for one batch ({LONGEST_BATCH_S:.0f}, or as long as "
+                        "is measured with the secret; without it this is needed)")
     parser.add_argument("--once", action="store_true",
                         help="look once, do what is to be done, and end; status 1 if the look or a roll fails")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")

@@ -16,7 +16,7 @@ from early_exit.archiver.control import ModelServer
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
-from early_exit.archiver.rollout.roll import retire
+from early_exit.archiver.rollout.roll import require_known_batch, retire
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
 from early_exit.handler.archive_layout import ArchiveLayout, extract
@@ -52,8 +52,8 @@ class Watched:
     terms: Terms
     trial_samples: int
     """Shadow samples that a new version must pass before it is accepted."""
-    longest_batch_s: float
-    """How long an old version may take for one batch."""
+    longest_batch_s: float | None
+    """How long an old version may take for one batch; None where a roll may measure it."""
 
     @property
     def audit(self) -> Audit:
@@ -110,6 +110,8 @@ class Watcher:
             self._roll(pending)
         elif (attempt := self._attempt(status)) is not None:
             self._require_agreement(status)
+            for server in self._watched.servers:  # before minutes of training, not after
+                require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
 
     def _note_clock(self, status: ModelStatus) -> None:

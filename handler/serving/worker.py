@@ -25,6 +25,7 @@ from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
 from early_exit.handler.serving.isolation import answer_calls
 from early_exit.handler.serving.metrics import ServingMetrics
+from early_exit.handler.serving.operator_headers import OperatorHeaders
 from early_exit.handler.serving.probe import answer_probe
 from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
@@ -52,6 +53,7 @@ class Worker:
         self.model = model
         self._handler, self._context = handler, context
         self._telemetry, self._closing = _telemetry(model, config, host, getattr(handler, "mapping", None))
+        self._headers = OperatorHeaders.of_environment(are_open=config.open_headers)
         is_early = config.answers == EARLY
         self._early = EarlyAnswers(model, handler, context, self._telemetry) if is_early else None
 
@@ -88,6 +90,7 @@ class Worker:
         Raises:
             MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         """
+        calls = [self._headers.admit(call) for call in calls]
         replies: list[Reply | None] = [self.probe() if call.has_header(PROBE_HEADER) else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
         if others or self._early is not None:

@@ -83,7 +83,8 @@ def recovered(folder: Path) -> dict[str, Any]:
                     for label in backbone(batch).argmax(dim=1).tolist()]
     server = TorchServe(store, folder / "state", Addresses.free(), records=folder / "records", models=[recorder.name])
     with server:
-        watched = Watched("cifar", [Management(server.addresses, server.key_file)], store, [str(folder / "records")],
+        management = Management(server.addresses, server.key_file, server.secret_file)
+        watched = Watched("cifar", [management], store, [str(folder / "records")],
                           folder / "watch", lambda archive: OPTIONS, None, Terms(OPTIONS.tolerance, 0.05, 1e9),
                           trial_samples=200, longest_batch_s=1.0)
         watcher = Watcher(watched, print)

@@ -60,7 +60,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def watched(server: TorchServe) -> Watched:
     folder = server.state.parent
-    return Watched("digits", [Management(server.addresses, server.key_file)], folder / "store",
+    return Watched("digits", [Management(server.addresses, server.key_file, server.secret_file)], folder / "store",
                    [str(folder / "records")], folder / "watch", lambda archive: OPTIONS, None,
                    Terms(TOLERANCE, 0.05, 30 * 24 * 3600.0), trial_samples=30, longest_batch_s=1.0)
 

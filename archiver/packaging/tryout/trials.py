@@ -46,18 +46,24 @@ def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], sampl
     }, "the original archive")
 
 
-def check(mar: Path, expected: Path | None = None) -> None:
+def check(mar: Path, expected: Path | None = None) -> dict[str, Any]:
     """Load an archive in a fresh process with TorchServe's own loader, and let it answer its samples.
 
     Args:
         mar: the archive.
         expected: what its samples were answered with before; with exits off it must answer the same.
 
+    Returns:
+        How it answers its first sample as it will serve, as parsed JSON or a text, by the exit that answers; empty
+        where it has none, or where it answers otherwise each time.
+
     Raises:
         ArchiveError: it does not load or does not answer, or not the same.
     """
     try:
-        _run(mar, {"expected": expected and str(expected), "out": None, "samples": None}, "the new archive")
+        answers: dict[str, Any] = _run(mar, {"expected": expected and str(expected), "out": None, "samples": None},
+                                       "the new archive")
+        return answers
     except ArchiveError as error:
         raise ArchiveError(f"the new archive does not answer as it should, so it is not published: {error}",
                            error.unsupported) from error
@@ -72,9 +78,9 @@ def answer_in_full(mar: Path, samples: Sequence[SampleRequest], out: Path) -> No
     _run(mar, {"expected": None, "out": str(out), "samples": samples_text(samples)}, "the archive")
 
 
-def _run(mar: Path, job: dict[str, Any], what: str) -> None:
+def _run(mar: Path, job: dict[str, Any], what: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
         extract(mar, folder)
-        run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
+        return run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
