@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,8 @@ from typing import Any
 import yaml
 
 from early_exit.handler.archive_layout import MANIFEST, extract
-from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ArchiveError
+from early_exit.training.environment import MORE_VARIABLES, minimal_environment
 
 _FIRST_RUN = Path(__file__).with_name("first_run.py")
 _LIMIT_S = 300
@@ -22,6 +21,8 @@ _LIMIT_S = 300
 
 def validate(mar: Path) -> dict[str, Any]:
     """Load an archive in a fresh process with TorchServe's own loader, probe it, and run its sample request.
+
+    The process has a minimal environment: it knows no secrets of the user's, and no folder to record into.
 
     Returns:
         What the probe said.
@@ -34,15 +35,15 @@ def validate(mar: Path) -> dict[str, Any]:
         folder.mkdir()
         extract(mar, folder)
         _record_nothing(folder)
-        environment = {name: value for name, value in os.environ.items() if name != RECORDS_VARIABLE}
         # -I: nothing of the current directory or PYTHONPATH may help a self-contained archive.
         try:
-            run = subprocess.run([sys.executable, "-I", str(_FIRST_RUN), str(folder)], env=environment,
+            run = subprocess.run([sys.executable, "-I", str(_FIRST_RUN), str(folder)], env=minimal_environment(),
                                  capture_output=True, text=True, timeout=_LIMIT_S, check=False)
         except subprocess.TimeoutExpired:
             raise ArchiveError(f"the new archive did not load and answer within {_LIMIT_S} s") from None
     if run.returncode:
-        raise ArchiveError(f"the new archive does not run, so it is not published:\n{run.stderr.strip()[-2000:]}")
+        raise ArchiveError(f"the new archive does not run, so it is not published (where its code misses a variable of "
+                           f"yours, name that in {MORE_VARIABLES}):\n{run.stderr.strip()[-2000:]}")
     outcome: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return outcome
 

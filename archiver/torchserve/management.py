@@ -13,6 +13,7 @@ from early_exit.archiver.torchserve.api import Api, ApiRequest, Conversation, T
 from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
+from early_exit.training.credentials import without_credentials
 
 _ROLL_S = 30.0
 """Limit for any answer that a roll waits for."""
@@ -35,7 +36,7 @@ class Management:
         self._client = httpx.Client(timeout=_ROLL_S, limits=httpx.Limits(max_keepalive_connections=0))
 
     def __str__(self) -> str:
-        return self._addresses.management
+        return without_credentials(self._addresses.management)
 
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
@@ -151,4 +152,5 @@ def _as_httpx(request: ApiRequest) -> dict[str, Any]:
 
 
 def _no_answer(request: ApiRequest, error: httpx.HTTPError) -> ServerError:
-    return ServerError(f"no answer from {request.url}: {type(error).__name__}. Is TorchServe running there?")
+    return ServerError(f"no answer from {without_credentials(request.url)}: {type(error).__name__}. Is TorchServe "
+                       "running there?")
