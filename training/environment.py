@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-GATEWAY_TOKEN_VARIABLE = "EE_GATEWAY_TOKEN"
+GATEWAY_TOKEN = "EE_GATEWAY_TOKEN"
 """Holds the token of `ee-gateway`, for which no other process has a use."""
 MORE_VARIABLES = "EE_ARCHIVE_ENV"
 """Names the further variables that an archive's code may see, separated by commas."""

@@ -24,7 +24,7 @@ from early_exit.archiver.torchserve.tokens import KEY_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
-from early_exit.training.environment import GATEWAY_TOKEN_VARIABLE
+from early_exit.training.environment import GATEWAY_TOKEN
 
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -119,7 +119,7 @@ class TorchServe:
         environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
                        "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs")}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
-        environment.pop(GATEWAY_TOKEN_VARIABLE, None)  # both may be started from one shell
+        environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
             self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
             environment[RECORDS_VARIABLE] = str(self._records)

@@ -43,7 +43,8 @@ def store(recorder_mar: Path, made: Path, tmp_path_factory: pytest.TempPathFacto
     """A model store with digits 2.0 and with 3.0, which has exits and whose code tells that it was run."""
     folder, plain = tmp_path_factory.mktemp("coded"), tmp_path_factory.mktemp("plain")
     plan = write_plan(plain / "run", recorder_mar)
-    tell = f"\nimport json, os, pathlib\npathlib.Path({str(made)!r}, __name__).write_text(json.dumps(dict(os.environ)))\n"
+    tell = ("\nimport json, os, pathlib\n"
+            f"pathlib.Path({str(made)!r}, __name__).write_text(json.dumps(dict(os.environ)))\n")
     shutil.copy(recorder_mar, folder)
     mar = build_untried(ArchiveRequest(str(recorder_mar), plain, plan=plan))
     rewritten(mar, folder / mar.name, **{name: lambda text: text + tell for name in CODE})
@@ -88,7 +89,8 @@ def test_the_gateway_runs_no_code_of_the_archives_it_reads(store: Path, made: Pa
 
 @pytest.mark.parametrize("how", [["status", "digits"], ["digits", "--dry-run"]], ids=["status", "dry run"])
 def test_asking_where_a_model_stands_runs_none_of_its_code(
-        store: Path, records: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]) -> None:
+        store: Path, records: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        how: list[str]) -> None:
     server = serving("server", store)
     server.register("digits-3.0.mar", 1)
     server.set_default("digits", "3.0")

@@ -29,7 +29,7 @@ def _copied(url: str, cache: Path) -> Path:
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise RecordError(without_credentials(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] "
                                               "installed?")) from error
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12]
