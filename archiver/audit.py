@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from early_exit.training.credentials import all_without_credentials
+
 AUDIT_FILE = "audit.jsonl"
 Event = dict[str, Any]
 
@@ -23,8 +25,11 @@ class Audit:
         self.path = path
 
     def append(self, event: str, **evidence: Any) -> Event:
-        """Write a decision down, with its evidence and the time; it is on disk when this returns."""
-        line = {"time": time.time(), "event": event, **evidence}
+        """Write a decision down, with its evidence and the time; it is on disk when this returns.
+
+        Errors in the evidence may name URLs, and the gateway's page shows them: credentials in these are left out.
+        """
+        line = all_without_credentials({"time": time.time(), "event": event, **evidence})
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self.path.open("a+b") as file:
             # A line that a crash cut short stays, on a line of its own.
@@ -45,7 +50,7 @@ class Audit:
         events = []
         for line in self.path.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
+                events.append(all_without_credentials(json.loads(line)))  # audits of before hold them
         return events
 
     def latest(self, *names: str) -> Event | None:

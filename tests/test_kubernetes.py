@@ -15,7 +15,6 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from early_exit.archiver.gateway.cli import TOKEN_VARIABLE
 from early_exit.archiver.gateway.cli import parser as gateway_parser
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.cli import addresses_of
@@ -23,6 +22,7 @@ from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import KEY_FILE
 from early_exit.archiver.watch.cli import parser as watch_parser
+from early_exit.training.environment import GATEWAY_TOKEN
 
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
 PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser, "ee-gateway": gateway_parser}
@@ -82,7 +82,7 @@ def test_the_gateway_beside_a_server_finds_its_port_tokens_and_decisions() -> No
     assert asked.tokens == served.state / KEY_FILE and asked.model_store == served.model_store
     assert asked.host_name == [f"$(POD).{stateful['spec']['serviceName']}"]
     assert [port["containerPort"] for port in gateway["ports"]] == [asked.port]
-    assert TOKEN_VARIABLE in [one["name"] for one in gateway["env"]], "it listens for other machines"
+    assert GATEWAY_TOKEN in [one["name"] for one in gateway["env"]], "it listens for other machines"
     [watch] = [one for one in manifests("ee-watch.yaml") if one["kind"] == "Deployment"]
     watching = started(watch["spec"]["template"]["spec"]["containers"][0])
     assert asked.watch / watching.model == watching.state

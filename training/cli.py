@@ -15,7 +15,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.risk import Risk
-from early_exit.training.command import command_parser, print_next, run_command
+from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.replay import AUGMENTATIONS, Replay
@@ -68,7 +68,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _log(line: str) -> None:
-    print(f"ee-train: {line}", file=sys.stderr)
+    log_to_stderr(f"ee-train: {line}")
 
 
 def report_parser() -> argparse.ArgumentParser:

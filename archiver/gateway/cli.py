@@ -15,8 +15,8 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE
 from early_exit.handler.errors import ConfigError, ServerError
 from early_exit.training.command import command_parser, run_command
+from early_exit.training.environment import GATEWAY_TOKEN
 
-TOKEN_VARIABLE = "EE_GATEWAY_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -63,9 +63,9 @@ def _token(host: str) -> tuple[str, bool]:
     The gateway signs what it sends on with TorchServe's keys, so every user of this machine who reaches its port would
     have them; on loopback, too, there is a token.
     """
-    given = os.environ.get(TOKEN_VARIABLE, "").strip()
+    given = os.environ.get(GATEWAY_TOKEN, "").strip()
     if not given and host not in LOOPBACK:
-        raise ConfigError(f"{host} can be reached from elsewhere: set {TOKEN_VARIABLE} to a secret that clients "
+        raise ConfigError(f"{host} can be reached from elsewhere: set {GATEWAY_TOKEN} to a secret that clients "
                           "send as 'Authorization: Bearer ...', or listen on 127.0.0.1")
     return given or secrets.token_hex(24), bool(given)
 
@@ -90,7 +90,7 @@ def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
     if options.json:
         print(json.dumps(addresses | ({"token": made} if made else {})), flush=True)
     else:
-        token = f"{made}  (of this start; {TOKEN_VARIABLE} sets one)" if made else f"that of {TOKEN_VARIABLE}"
+        token = f"{made}  (of this start; {GATEWAY_TOKEN} sets one)" if made else f"that of {GATEWAY_TOKEN}"
         print(f"live page   {addresses['page']}\nwebsocket   {addresses['websocket']}\ntoken       {token}\n"
               "Ctrl-C stops it", flush=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from early_exit.archiver.packaging.sources.sample import samples_of_files
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
-from early_exit.training.command import command_parser, raise_on_terminate, run_command
+from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +26,7 @@ def _roll(options: argparse.Namespace) -> int:
     requests = samples_of_files([options.request] if options.request else [], options.content_type)
     reports = roll_all(servers_of(options), options.archive, put_back=options.put_back,
                        request=requests[0] if requests else None, untried=options.untried,
-                       longest_batch_s=options.longest_batch_s, log=lambda line: print(line, file=sys.stderr))
+                       longest_batch_s=options.longest_batch_s, log=log_to_stderr)
     for report in reports:
         instead = f" instead of {report.replaced}" if report.replaced else ""
         print(json.dumps(asdict(report)) if options.json else f"{report.model} {report.version} serves{instead}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from early_exit.handler.errors import ServerError
+from early_exit.training.credentials import without_credentials
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Addresses:
         except ValueError:
             host = port = None
         if url.scheme not in ("http", "https") or not host or not port:
-            raise ServerError(f"expected an inference address such as http://10.0.0.7:8080, found {inference!r}")
+            raise ServerError(f"expected an inference address such as http://10.0.0.7:8080, found "
+                              f"{without_credentials(inference)!r}")
         base = f"{url.scheme}://{url.netloc.rpartition(':')[0]}"
         management = management or f"{base}:{port + 1}"
         return cls(inference.rstrip("/"), management.rstrip("/"), f"{base}:{port + 2}")

@@ -21,6 +21,7 @@ from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import OCTETS
+from early_exit.training.credentials import without_credentials
 
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
@@ -155,8 +156,8 @@ def _parsed(response: httpx.Response) -> Any:
 
 def _require_ok(response: httpx.Response) -> None:
     if not response.is_success:
-        raise ServerError(f"{response.request.method} {response.url} was answered with {response.status_code}: "
-                          f"{_message(response)}")
+        raise ServerError(f"{response.request.method} {without_credentials(str(response.url))} was answered with "
+                          f"{response.status_code}: {_message(response)}")
 
 
 def _message(response: httpx.Response) -> str:

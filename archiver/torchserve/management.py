@@ -15,6 +15,7 @@ from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import SECRET_HEADER
 from early_exit.handler.sample_request import SampleRequest
+from early_exit.training.credentials import without_credentials
 
 _ROLL_S = 30.0
 """Limit for any answer that a roll waits for."""
@@ -40,7 +41,7 @@ class Management:
         self._client = httpx.Client(timeout=_ROLL_S, limits=httpx.Limits(max_keepalive_connections=0))
 
     def __str__(self) -> str:
-        return self._addresses.management
+        return without_credentials(self._addresses.management)
 
     @property
     def has_secret(self) -> bool:
@@ -166,4 +167,5 @@ def _as_httpx(request: ApiRequest, secret_file: Path | None) -> dict[str, Any]:
 
 
 def _no_answer(request: ApiRequest, error: httpx.HTTPError) -> ServerError:
-    return ServerError(f"no answer from {request.url}: {type(error).__name__}. Is TorchServe running there?")
+    return ServerError(f"no answer from {without_credentials(request.url)}: {type(error).__name__}. Is TorchServe "
+                       "running there?")

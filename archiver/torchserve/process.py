@@ -26,6 +26,7 @@ from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import SECRET_VARIABLE
+from early_exit.training.environment import GATEWAY_TOKEN
 
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -124,6 +125,7 @@ class TorchServe:
                        "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs"),
                        SECRET_VARIABLE: self._make_secret()}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
+        environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
             self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
             environment[RECORDS_VARIABLE] = str(self._records)

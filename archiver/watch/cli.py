@@ -17,7 +17,7 @@ from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import Terms, fresh_after
 from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
 from early_exit.training.cli import add_options, options_of
-from early_exit.training.command import command_parser, raise_on_terminate, run_command
+from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
 _DAY_S = 24 * 3600.0
 
@@ -50,7 +50,7 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
     """Look again and again; return the exit status of a single look."""
-    watcher = Watcher(watched, lambda line: print(line, file=sys.stderr, flush=True))
+    watcher = Watcher(watched, log_to_stderr)
     n_known = len(watched.audit.read())
     while True:
         watcher.tick()
