@@ -12,8 +12,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from early_exit.handler.errors import ServerError
+from early_exit.handler.names import bare_name
+from early_exit.handler.private_files import open_private, private_folder, read_private
+
 AUDIT_FILE = "audit.jsonl"
 Event = dict[str, Any]
+
+
+def audit_of(folder: Path, model: str) -> Audit:
+    """Return the decisions about a model, whose watcher keeps its state below a folder.
+
+    Raises:
+        ServerError: the name of the model leads out of the folder.
+    """
+    return Audit(folder / bare_name(model, "the name of a model", ServerError) / AUDIT_FILE)
 
 
 class Audit:
@@ -23,10 +36,14 @@ class Audit:
         self.path = path
 
     def append(self, event: str, **evidence: Any) -> Event:
-        """Write a decision down, with its evidence and the time; it is on disk when this returns."""
+        """Write a decision down, with its evidence and the time; it is on disk when this returns.
+
+        Raises:
+            OSError: it cannot be written, or its file or folder belongs to somebody else.
+        """
         line = {"time": time.time(), "event": event, **evidence}
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self.path.open("a+b") as file:
+        private_folder(self.path.parent)
+        with open_private(self.path, "a+b") as file:
             # A line that a crash cut short stays, on a line of its own.
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
@@ -39,11 +56,17 @@ class Audit:
         return line
 
     def read(self) -> list[Event]:
-        """Return all decisions but lines that a crash cut short."""
-        if not self.path.exists():
+        """Return all decisions but lines that a crash cut short.
+
+        Raises:
+            OSError: the file cannot be read, or belongs to somebody else.
+        """
+        try:
+            text = read_private(self.path)
+        except FileNotFoundError:
             return []
         events = []
-        for line in self.path.read_text().splitlines():
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):
                 events.append(json.loads(line))
         return events

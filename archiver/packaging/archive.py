@@ -20,7 +20,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.sample import sample_request
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.validate import validate
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.engines.openvino import PIECES
 from early_exit.handler.engines.registry import ENGINES, require_engine
 from early_exit.handler.errors import ArchiveError
@@ -116,7 +116,7 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
 
 
 def _file_name(layout: ArchiveLayout) -> str:
-    manifest = json.loads(layout.manifest.read_text())["model"]
+    manifest = read_manifest(layout.manifest)["model"]  # a name that was asked for is checked here, too
     return f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from early_exit.handler.archive_layout import MANIFEST, extract
+from early_exit.handler.archive_layout import ArchiveLayout, extract, read_manifest
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ArchiveError
 
@@ -48,7 +48,7 @@ def validate(mar: Path) -> dict[str, Any]:
 
 
 def _record_nothing(folder: Path) -> None:
-    name = json.loads((folder / MANIFEST).read_text())["model"].get("configFile")
+    name = read_manifest(ArchiveLayout(folder).manifest)["model"].get("configFile")
     if name:
         config = yaml.safe_load((folder / name).read_text()) or {}
         config["early_exit"] = {**(config.get("early_exit") or {}), "sampling_rate": 0}

@@ -10,8 +10,8 @@ from typing import Any
 
 from early_exit.handler.errors import RecordError
 from early_exit.handler.monitor.shared_state import MONITOR_FILES
+from early_exit.handler.private_files import private_folder, replacing
 from early_exit.handler.recording.format import SUFFIX
-from early_exit.training.paths import replacing
 
 
 def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
@@ -31,7 +31,7 @@ def _copied(url: str, cache: Path) -> Path:
     except (ImportError, ValueError) as error:
         raise RecordError(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] installed?") from error
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     try:
         filesystem.invalidate_cache()
         present = set()

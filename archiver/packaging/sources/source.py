@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
 from early_exit.archiver.packaging.sources.eager_model import eager_model, model_from_factory
 from early_exit.archiver.packaging.sources.sample import image_input, model_input
-from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.archive_layout import ArchiveLayout, extract, read_manifest
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.detection.loading import load_backbone
@@ -66,10 +65,10 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     extract(Path(request.source), layout.root)
-    manifest: dict[str, Any] = json.loads(layout.manifest.read_text())
+    manifest = read_manifest(layout.manifest)
     if not layout.original_manifest.exists():
         return Source(manifest, _backbone_of_mar(request, layout, manifest))
-    original: dict[str, Any] = json.loads(layout.original_manifest.read_text())
+    original = read_manifest(layout.original_manifest)
     original["model"] |= {key: manifest["model"][key] for key in ("modelVersion", "configFile")
                           if key in manifest["model"]}
     return Source(original, load_backbone(layout.folder))
