@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.handler.errors import ServerError
-from early_exit.handler.names import bare_name
-from early_exit.handler.private_files import open_private, private_folder, read_private
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import open_private, private_folder, read_private
 
 AUDIT_FILE = "audit.jsonl"
 Event = dict[str, Any]

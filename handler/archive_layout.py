@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.names import bare_name
+from early_exit.handler.files.names import bare_name
 
 FOLDER = "early_exit"
 HANDLER = "early_exit.handler.service"

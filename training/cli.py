@@ -15,7 +15,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.risk import Risk
-from early_exit.handler.private_files import replacing
+from early_exit.handler.files.private import replacing
 from early_exit.training.command import command_parser, print_next, run_command
 from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import archived_config

@@ -18,7 +18,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import save_plan
 from early_exit.handler.exits.risk import Risk
-from early_exit.handler.private_files import replacing
+from early_exit.handler.files.private import replacing
 from early_exit.handler.recording.format import read_times
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone

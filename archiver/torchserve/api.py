@@ -19,7 +19,7 @@ from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
-from early_exit.handler.names import bare_name
+from early_exit.handler.files.names import bare_name
 from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
 
 T = TypeVar("T")

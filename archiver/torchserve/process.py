@@ -24,7 +24,7 @@ from early_exit.archiver.torchserve.tokens import KEY_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
-from early_exit.handler.private_files import open_private, private_folder, replacing
+from early_exit.handler.files.private import open_private, private_folder, replacing
 
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}

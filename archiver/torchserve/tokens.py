@@ -11,7 +11,7 @@ from typing import Literal
 import httpx
 
 from early_exit.handler.errors import ForeignFileError, ServerError
-from early_exit.handler.private_files import read_private
+from early_exit.handler.files.private import read_private
 
 KEY_FILE = "key_file.json"
 """TorchServe writes its tokens into this file, in the folder it is started in."""

@@ -15,9 +15,10 @@ from early_exit.archiver.torchserve.server_options import add_server_options, se
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import Terms, fresh_after
-from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watcher
 from early_exit.handler.errors import ConfigError
-from early_exit.handler.names import bare_name
+from early_exit.handler.files.names import bare_name
 from early_exit.training.cli import add_options, options_of
 from early_exit.training.command import command_parser, raise_on_terminate, run_command
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from early_exit.handler.errors import ServerError
-from early_exit.handler.private_files import open_private
+from early_exit.handler.files.private import open_private
 
 
 @contextlib.contextmanager

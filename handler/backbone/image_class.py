@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.names import bare_name
+from early_exit.handler.files.names import bare_name
 
 CERTAIN = 0.5
 """An object with less than this score is no answer."""

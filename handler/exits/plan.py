@@ -19,8 +19,8 @@ from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy, policy_of
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import PLAN
-from early_exit.handler.private_files import replacing
 
 
 @dataclass(frozen=True)

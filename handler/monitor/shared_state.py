@@ -14,8 +14,8 @@ from pathlib import Path
 
 from early_exit.handler.errors import FormatError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.files.private import open_private, private_folder, read_private, replacing
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
-from early_exit.handler.private_files import open_private, private_folder, read_private, replacing
 
 logger = logging.getLogger(__name__)
 

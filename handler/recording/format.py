@@ -18,9 +18,9 @@ from torch import Tensor
 
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import RECORDS
-from early_exit.handler.names import bare_name
-from early_exit.handler.private_files import replacing
 
 SUFFIX = ".safetensors"
 _ACTIVATION = "activation/"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from early_exit.handler.errors import RecordError
-from early_exit.handler.names import bare_name
-from early_exit.handler.private_files import SCRATCH_SUFFIX
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import SCRATCH_SUFFIX
 from early_exit.handler.recording.format import SUFFIX
 
 _ABANDONED_S = 3600.0

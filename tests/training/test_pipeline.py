@@ -16,8 +16,8 @@ from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.files.private import replacing
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.private_files import replacing
 from early_exit.handler.recording.format import Records, ShardHeader, list_shards, request_hash, write_shard
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
 from early_exit.training.heads.distill import Distillation

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
-from early_exit.handler.private_files import open_private, private_folder
+from early_exit.handler.files.private import open_private, private_folder
 
 _ROWS_AT_ONCE = 4096
 """The number of rows that `are_finite` has in memory."""

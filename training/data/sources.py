@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.private import private_folder, replacing
 from early_exit.handler.monitor.shared_state import MONITOR_FILES
-from early_exit.handler.private_files import private_folder, replacing
 from early_exit.handler.recording.format import SUFFIX
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors.torch import save_file
 
 from early_exit.handler.exits.head import Head
-from early_exit.handler.private_files import open_private, private_folder, replacing
+from early_exit.handler.files.private import open_private, private_folder, replacing
 from early_exit.training.heads.trial import Trial
 from early_exit.training.paths import RunPaths
 

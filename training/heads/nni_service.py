@@ -24,7 +24,7 @@ from nni.experiment import Experiment
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig
 
 from early_exit.handler.errors import ConfigError, ServerError, did_you_mean
-from early_exit.handler.private_files import replacing
+from early_exit.handler.files.private import replacing
 from early_exit.training.heads.journal import gather
 from early_exit.training.heads.nni_task import Task
 from early_exit.training.heads.search import Search
