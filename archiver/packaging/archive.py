@@ -116,7 +116,7 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
 
 
 def _file_name(layout: ArchiveLayout) -> str:
-    manifest = read_manifest(layout.manifest)["model"]  # a name that was asked for is checked here, too
+    manifest = read_manifest(layout.manifest)["model"]
     return f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
 
 
