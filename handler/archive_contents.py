@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, checked_manifest, require_harmless
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan
@@ -64,6 +64,7 @@ def read_archive(mar: Path) -> ArchiveContents:
 
 
 def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
+    require_harmless(archive, mar)
     layout, names = ArchiveLayout(Path()), set(archive.namelist())
     description = layout.folder / DESCRIPTION_FILE
     required = (layout.manifest, layout.original_manifest, description)
@@ -79,10 +80,12 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     if not isinstance(model, dict) or not {"modelName", "modelVersion"} <= model.keys():
         raise ArchiveError(f"{mar}: expected the name and the version of a model in {layout.manifest}, found "
                            f"{model!r:.80}: is the archive damaged?")
+    manifest = checked_manifest(manifest, f"{mar}: {layout.manifest}")
+    original = _parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}")
     plan, answers, configuration = content(layout.plan), content(layout.sample_answers), model.get("configFile")
     return ArchiveContents(
         manifest=manifest,
-        original_manifest=_parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}"),
+        original_manifest=checked_manifest(original, f"{mar}: {layout.original_manifest}"),
         description=BackboneDescription.from_json(_parsed(content(description), f"{mar}: {description}"),
                                                   f"{mar}: {description}"),
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.archiver.audit import AUDIT_FILE, Audit
+from early_exit.archiver.audit import audit_of
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE
 from early_exit.handler.errors import ConfigError, ServerError
@@ -47,7 +47,7 @@ def _serve(options: argparse.Namespace) -> int:
                                _secret_file(options), connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
     app = create_app(upstream, token=token, names=[options.host, *options.host_name], limits=limits,
                      in_flight=in_flight, plans=Promises(options.model_store).of,
-                     decisions=lambda model: Audit(options.watch / model / AUDIT_FILE).read())
+                     decisions=lambda model: audit_of(options.watch, model).read())
     server = make_server(app, options.host, options.port, limits, in_flight,
                          lambda: _print_addresses(options, None if is_given else token))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order

@@ -21,7 +21,7 @@ from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.tryout.trials import check
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
@@ -118,7 +118,7 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
 
 
 def _file_name(layout: ArchiveLayout) -> str:
-    manifest = json.loads(layout.manifest.read_text())["model"]
+    manifest = read_manifest(layout.manifest)["model"]
     return f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
 
 

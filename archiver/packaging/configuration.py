@@ -25,6 +25,19 @@ class Configuration:
     """Name of the engine that the archive is executed by."""
 
 
+def serving_config(text: str) -> ServingConfig:
+    """Return how an archive serves by the text of its model-config.yaml, which may be empty.
+
+    Raises:
+        ArchiveError: it is not YAML.
+        ConfigError: it holds a wrong setting.
+    """
+    try:
+        return ServingConfig.from_model_config(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ArchiveError(f"cannot read the archive's {CONFIG_FILE}: {error}") from error
+
+
 def read_configuration(file: Path | None, engine: str | None, log: Callable[[str], None]) -> Configuration:
     """Return the configuration of an archive.
 

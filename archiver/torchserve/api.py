@@ -19,6 +19,7 @@ from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
+from early_exit.handler.files.names import bare_name
 from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import OCTETS
 from early_exit.training.credentials import without_credentials
@@ -139,7 +140,8 @@ def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
         n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in version["workers"]),
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
         max_batch_delay_s=version["maxBatchDelay"] / 1000, batch_size=version["batchSize"],
-        file_name=version["modelUrl"].rsplit("/", 1)[-1])
+        file_name=bare_name(version["modelUrl"].rsplit("/", 1)[-1], "the archive's name that the server tells",
+                            ServerError))
 
 
 def _json(response: httpx.Response) -> Any:

@@ -25,6 +25,7 @@ from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE, read_to
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
+from early_exit.handler.files.private import open_private, private_folder, replacing
 from early_exit.handler.protocol import SECRET_VARIABLE
 from early_exit.training.environment import GATEWAY_TOKEN
 
@@ -117,19 +118,23 @@ class TorchServe:
         if not self.model_store.is_dir():
             raise ServerError(f"no model store at {self.model_store}: create the folder or pass --model-store")
         for folder in (self.state, self.state / "logs", self.state / "tmp"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(folder)
         self._require_free_ports()
-        (self.state / "config.properties").write_text(self._properties())
-        (self.state / "log4j2.xml").write_text(_log_configuration(self.state / "logs"))
+        self.key_file.unlink(missing_ok=True)  # TorchServe would write through a link
+        for name, text in (("config.properties", self._properties()),
+                           ("log4j2.xml", _log_configuration(self.state / "logs"))):
+            with replacing(self.state / name) as scratch:
+                scratch.write_text(text)
         environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
                        "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs"),
                        SECRET_VARIABLE: self._make_secret()}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
         environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
-            self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self._records.is_dir():  # one that is there may be a volume, with an owner of its own
+                private_folder(self._records)
             environment[RECORDS_VARIABLE] = str(self._records)
-        with (self.state / "logs" / "server.out").open("wb") as output:
+        with open_private(self.state / "logs" / "server.out", "wb") as output:
             # A session of its own: Ctrl-C reaches us, and we end it in order.
             self._process = subprocess.Popen(self._command(), cwd=self.state, env=environment, stdout=output,
                                              stderr=subprocess.STDOUT, start_new_session=True)
@@ -150,7 +155,7 @@ class TorchServe:
         home = Path(ts.__file__).parent
         command = [
             find_java(), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={self.state / 'tmp'}",
-            f"-Dlog4j.configurationFile=file://{self.state / 'log4j2.xml'}", "-cp", f".:{home / 'frontend' / '*'}",
+            f"-Dlog4j.configurationFile=file://{self.state / 'log4j2.xml'}", "-cp", str(home / "frontend" / "*"),
             "org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", "config.properties",
             "-s", str(self.model_store), "-ncs",
         ]

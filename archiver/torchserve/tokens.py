@@ -10,7 +10,8 @@ from typing import Literal
 
 import httpx
 
-from early_exit.handler.errors import ServerError
+from early_exit.handler.errors import ForeignFileError, ServerError
+from early_exit.handler.files.private import read_private
 
 KEY_FILE = "key_file.json"
 """TorchServe writes its tokens into this file, in the folder it is started in."""
@@ -27,10 +28,12 @@ def read_token(key_file: Path, kind: str) -> str:
     """Return the 'management', 'inference' or 'API' token of TorchServe's key file.
 
     Raises:
-        ServerError: the file is missing or not a key file.
+        ServerError: the file is missing, not a key file, a link, or somebody else's.
     """
     try:
-        key: str = json.loads(key_file.read_text())[kind]["key"]
+        key: str = json.loads(read_private(key_file))[kind]["key"]
+    except ForeignFileError as error:
+        raise ServerError(f"cannot take the {kind} token: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ServerError(f"cannot read the {kind} token from {key_file}: {error!r}. TorchServe writes {KEY_FILE} "
                           "into the folder it is started in; pass it with --tokens") from error

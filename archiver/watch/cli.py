@@ -15,7 +15,10 @@ from early_exit.archiver.torchserve.server_options import add_server_options, se
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import Terms, fresh_after
-from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watcher
+from early_exit.handler.errors import ConfigError
+from early_exit.handler.files.names import bare_name
 from early_exit.training.cli import add_options, options_of
 from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
@@ -96,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _watched(options: argparse.Namespace) -> Watched:
+    bare_name(options.model, "MODEL", ConfigError)  # of folders and the lock
     return Watched(
         model=options.model, servers=servers_of(options), store=options.model_store, sources=options.records,
         state=options.state or Path(".ee-watch") / options.model, options=lambda archive: options_of(options, archive),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from early_exit.handler.allocator import return_freed_memory
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.call import Call, Reply
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
@@ -74,7 +73,7 @@ class Worker:
         return_freed_memory()
         # Before anything comes through: graphs follow each other only in the order in which they are captured.
         model.prepare(host.batch_size)
-        manifest = json.loads(layout.original_manifest.read_text())
+        manifest = read_manifest(layout.original_manifest)
         context = HandlerContext(host.context, manifest, host.model_config)
         description = HandlerDescription.load(layout.handler_description)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))

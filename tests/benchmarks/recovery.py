@@ -26,7 +26,8 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.watch.triggers import Terms
-from early_exit.archiver.watch.watcher import Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import Watcher
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.report import report
 from tests.support.cifar import as_batch, load_requests, load_weights

@@ -24,7 +24,8 @@ from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.archiver.watch.cli import main
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.triggers import Terms
-from early_exit.archiver.watch.watcher import Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import Watcher
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.monitor.sequential_test import Monitored
 from early_exit.handler.monitor.shared_state import SharedMonitor, monitor_file

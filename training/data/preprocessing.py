@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.signature import InputSpec, bind
 from early_exit.handler.call import Call
 from early_exit.handler.errors import ArchiveError
@@ -138,7 +137,7 @@ def tool_context(folder: Path, manifest: Mapping[str, Any]) -> HandlerContext:
 
 def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
     """Return the model-config.yaml of an extracted archive; empty where it has none."""
-    name = json.loads(archive.manifest.read_text())["model"].get("configFile")
+    name = read_manifest(archive.manifest)["model"].get("configFile")
     return (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
 
 

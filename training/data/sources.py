@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.private import private_folder, replacing
 from early_exit.handler.monitor.shared_state import MONITOR_FILES
 from early_exit.handler.recording.format import SUFFIX
 from early_exit.training.credentials import without_credentials
-from early_exit.training.paths import replacing
 
 
 def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def _copied(url: str, cache: Path) -> Path:
         raise RecordError(without_credentials(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] "
                                               "installed?")) from error
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     try:
         filesystem.invalidate_cache()
         present = set()

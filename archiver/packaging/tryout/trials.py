@@ -42,7 +42,8 @@ def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], sampl
         "output": request.output, "strategy": request.strategy and request.strategy.value,
         "pedestrian": request.pedestrian, "model_file": manifest["model"].get("modelFile"),
         "program": str(Path(request.source).absolute()) if is_program else None,
-        "factory": request.source if is_factory else None, "factory_paths": [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)],
+        "factory": request.source if is_factory else None,
+        "factory_paths": [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)],
         "weights": request.weights and str(request.weights.absolute()),
     }, "the original archive")
 
