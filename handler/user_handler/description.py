@@ -1,4 +1,4 @@
-"""What `ee-archive` found out about a user's handler: where its model is, and whose the rows are that the model gets."""
+"""What `ee-archive` found out about a user's handler: where its model is, and whose the model's rows are."""
 
 from __future__ import annotations
 
