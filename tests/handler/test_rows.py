@@ -76,6 +76,10 @@ def calling_twice(requests: Sequence[Request]) -> list[tuple[Tensor, ...]]:
     return at_once(requests) + at_once([request.flip(0) for request in requests])
 
 
+def calling_twice_for_one(requests: Sequence[Request]) -> list[tuple[Tensor, ...]]:
+    return calling_twice(requests) if len(requests) == 1 else at_once(requests)
+
+
 def padding_to_a_fixed_batch(requests: Sequence[Request]) -> list[tuple[Tensor, ...]]:
     return at_once([*requests, *[torch.zeros(3)] * (8 - len(requests))])
 
@@ -112,7 +116,7 @@ def test_rows_in_the_order_of_the_requests_are_counted(handler: Handler, count: 
 
 
 @pytest.mark.parametrize("handler", [
-    reversing, sorting, one_by_one_in_reverse, interleaving, reversing_all_rows, calling_twice,
+    reversing, sorting, one_by_one_in_reverse, interleaving, reversing_all_rows, calling_twice, calling_twice_for_one,
     padding_to_a_fixed_batch, padding_to_the_longest, mixing, repeating_the_batch, without_an_answer_of_the_model])
 @FEW
 @given(a=REQUESTS, b=REQUESTS)
@@ -148,7 +152,7 @@ def test_a_filter_of_duplicates_is_found_out_by_two_requests_that_share_rows() -
         return [(torch.unique(torch.cat(list(requests)), dim=0),)]
 
     a, b = torch.tensor([[0.0, 1], [2, 3]]), torch.tensor([[0.0, 1], [4, 5]])
-    assert found(filtering, a, b).unknown_because == "it makes 2 rows of one request and 3 of two"
+    assert found(filtering, a, b).unknown_because == "the handler makes 2 rows of one request and 3 of two"
 
 
 def test_requests_of_different_numbers_of_rows_are_unknown() -> None:
@@ -156,7 +160,7 @@ def test_requests_of_different_numbers_of_rows_are_unknown() -> None:
         return [(torch.cat(list(requests)),)]
 
     answer = found(sentences, torch.randn(2, 3), torch.randn(3, 3))
-    assert answer.unknown_because == "it makes 2 rows of one request and 3 of another"
+    assert answer.unknown_because == "the handler makes 2 rows of one request and 3 of another"
 
 
 def test_rounding_is_no_difference_and_a_dtype_is() -> None:
