@@ -38,7 +38,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
         ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
     name = original["model"]["modelName"]
-    traffic = load_traffic(find_shards(records, name, backbone.description))
+    traffic = load_traffic(find_shards(records, name, backbone.description)).of_known_requests()
     is_train = traffic.part == list(Part).index(Part.TRAIN)
     batches: list[Live] = []
     n_found = 0

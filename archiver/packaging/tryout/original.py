@@ -42,7 +42,7 @@ from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import SampleRequest, parse_samples, samples_text
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
 from early_exit.handler.user_handler.places import modules_reached, put
-from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, rows_per_request
+from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, n_rows_of, rows_per_request
 from early_exit.handler.user_handler.wrapper import given_to_loaders
 
 
@@ -81,7 +81,7 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
     calls = original.calls(samples[:1]) if samples else []
     model = called_model(calls, original.roots) if samples else held_model(original.roots)
     before = state_of(model)
-    rows = RowsPerRequest(None, "")
+    rows = RowsPerRequest(HandlerDescription().rows_per_request)  # until two samples, or a worker's own check, say more
     alone: list[list[ModelCall]] = []
     if samples:
         alone = [_calls_of(model, original, [sample]) for sample in samples[:2]]
@@ -90,9 +90,8 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
     if len(samples) > 1:
         together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
         rows = rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together)))
-    elif samples:
-        rows = RowsPerRequest(None, "only one sample request is known, so how it orders several was not seen: give two "
-                                    "with --request")
+    elif samples and len(alone[0]) == 1:
+        rows = RowsPerRequest(n_rows_of(_rows(alone[0][0])))
     answered = _answers(original, samples)
     require_same(before, state_of(model))
     folder = Path(job["out"])
