@@ -22,6 +22,7 @@ from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.program_file import load_program
+from early_exit.handler.backbone.regions import inline_regions
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
 from early_exit.handler.errors import ArchiveError, GraphError
@@ -161,6 +162,7 @@ class Backbone:
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
         """
+        inline_regions(program)
         graph = backbone_graph(program)
         limits = index_limits(graph)
         nodes = inputs_of(graph.graph)
