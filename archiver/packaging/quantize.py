@@ -12,7 +12,7 @@ import torch
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import split
-from early_exit.handler.engines.openvino import PIECES, convert, import_openvino
+from early_exit.handler.engines.openvino import PIECES, convert, import_openvino, in_float32
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.inference.forward import Live
 from early_exit.training.data.dataset import Part, find_shards, load_traffic
@@ -84,7 +84,7 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
     target.mkdir(exist_ok=True)
     for number, piece in enumerate(pieces):
         log(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
-        fed = nncf.Dataset(samples, lambda live: [x.numpy() for x in live])
+        fed = nncf.Dataset(samples, lambda live: [in_float32(x).numpy() for x in live])
         small = nncf.quantize(convert(piece), fed, subset_size=len(samples), model_type=kind,
                               preset=nncf.QuantizationPreset.PERFORMANCE)
         openvino.save_model(small, target / f"{number:03}.xml", compress_to_fp16=False)

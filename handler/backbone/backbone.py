@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch.export.passes import move_to_device_pass
 from early_exit.handler.archive_layout import DESCRIPTION_FILE, PROGRAM_FILE
 from early_exit.handler.backbone.candidates import CandidateLayer, LeftOut, discover_layers
 from early_exit.handler.backbone.detector_tails import save_tail, tail_parameters
-from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.export import backbone_graph, export_backbone, prepare_program, scores_dtype
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.program_file import load_program
-from early_exit.handler.backbone.regions import inline_regions
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
 from early_exit.handler.errors import ArchiveError, GraphError
@@ -162,7 +161,7 @@ class Backbone:
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
         """
-        inline_regions(program)
+        prepare_program(program)
         graph = backbone_graph(program)
         limits = index_limits(graph)
         nodes = inputs_of(graph.graph)
@@ -177,12 +176,16 @@ class Backbone:
             raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on what an input "
                              f"holds in a way that an export cannot follow: {error}") from error
         draft = BackboneDescription(
-            sha256=_identity(program, inputs), inputs=inputs, output=output, n_classes=0, scores=ScoreKind.LOGITS,
+            sha256=_identity(program, inputs), inputs=inputs,
+            output=replace(output, dtype=scores_dtype(program)), n_classes=0, scores=ScoreKind.LOGITS,
             flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
             detector=detector,
         )
         with torch.no_grad():
             scores = graph(*probe)
+        if scores.dim() != 2 or len(scores) != 1:
+            raise GraphError(f"expected (1, classes) scores of a batch of one, found {tuple(scores.shape)}: the model "
+                             "treats a batch of one differently, and answers must not depend on the batch")
         if scores.shape[1] < 2:
             raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
                              "to answer with; a binary classifier must return two scores")

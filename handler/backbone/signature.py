@@ -13,6 +13,9 @@ from torch import Tensor
 from early_exit.handler.errors import GraphError, InputError
 
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One (B, *shape) input."""
@@ -50,6 +53,8 @@ class OutputSpec:
     """Index or name of the scores in it."""
     length: int = 1
     """Length of the output, where it is a tuple."""
+    dtype: str = "float32"
+    """Name of the torch dtype of the scores; exits compute with float32."""
 
     @classmethod
     def of(cls, output: object) -> OutputSpec:
@@ -86,6 +91,7 @@ class OutputSpec:
 
         An object whose class cannot be made of the scores alone is a dict instead.
         """
+        scores = scores.to(getattr(torch, self.dtype))
         if self.key is None:
             return scores
         if self.kind == "tuple":
