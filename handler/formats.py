@@ -60,7 +60,7 @@ class FileFormat:
                           f"{' and '.join(map(str, self.readable))}: {remedy}")
 
 
-BACKBONE = FileFormat("the description of a backbone", 2, 2,
+BACKBONE = FileFormat("the description of a backbone", 2, 3,
                       "make the archive again with ee-archive, from the one that you had before")
 PLAN = FileFormat("an exit plan", 1, 1, "make the plan again with ee-train")
 RECORDS = FileFormat("a record shard", 2, 2, "record again with an archive of this version")

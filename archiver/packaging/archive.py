@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from early_exit.archiver.packaging.manifest import manifest_text
 from early_exit.archiver.packaging.publish import publish, zip_folder
 from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.sources.sample import sample_request
+from early_exit.archiver.packaging.sources.sample import probed_by_sample, sample_request
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.validate import validate
 from early_exit.handler.archive_layout import ArchiveLayout
@@ -48,6 +49,7 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         if sample is None:
             log("no sample request is known, so the handler's pre- and post-processing are not tried out; "
                 "--request FILE gives one")
+        source = replace(source, backbone=probed_by_sample(source.backbone, layout, source.manifest, sample))
         configuration = read_configuration(request.config or source.configuration(layout), request.engine, log)
         _write_own_folder(request, layout, source, configuration.engine, sample, aside, log)
         _write_root(request, layout, source, configuration)

@@ -16,7 +16,7 @@ class ArchiveRequest:
     """An archive that is to be built: from what, where to, and what is to be in it."""
 
     source: str
-    """A .mar, a .pt2, or a factory as package.module:function."""
+    """A .mar, the same as .tar.gz or as a folder, a .pt2, or a factory as package.module:function."""
     to: Path
     """Folder that the archive is published into; it is created where it is missing."""
     plan: Path | None = None

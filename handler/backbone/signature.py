@@ -32,12 +32,13 @@ class InputSpec:
     def zeros(self, n_rows: int) -> Tensor:
         return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))
 
-    def probe(self) -> Tensor:
-        """Return a (1, *shape) input that is valid and the same on every machine."""
+    def probe(self, *, positive: bool = False) -> Tensor:
+        """Return a (1, *shape) input that is valid and the same on every machine: floats in [-1, 1], or in [0.1, 1.1]."""
         dtype = getattr(torch, self.dtype)
         count = torch.arange(torch.Size(self.shape).numel())
         if dtype.is_floating_point:
             values = torch.sin(count.double())
+            values = values / 2 + 0.6 if positive else values
         else:  # a mask lets everything through
             values = torch.ones_like(count) if self.limit is None else count % self.limit
         return values.to(dtype).reshape(1, *self.shape)

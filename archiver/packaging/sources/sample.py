@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.backbone.backbone import BackboneDescription
-from early_exit.handler.errors import ArchiveError
+from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
+from early_exit.handler.errors import ArchiveError, InputError
 from early_exit.training.data.preprocessing import preprocessing
 
 
@@ -36,6 +36,31 @@ def sample_request(file: Path | None, layout: ArchiveLayout, manifest: dict[str,
     except ArchiveError:  # not a handler of images: the probe must do
         return None
     return image if shape == description.input_shape else None
+
+
+def probed_by_sample(backbone: Backbone, layout: ArchiveLayout, manifest: dict[str, Any],
+                     sample: bytes | None) -> Backbone:
+    """Return a backbone whose probe is what the handler makes of the sample, where it makes one row of it.
+
+    A backbone that was read from an archive keeps its probe, which tells whether its weights are still what they were.
+
+    Raises:
+        ArchiveError: no score of the probe is a number, so it could not tell whether the weights are damaged.
+    """
+    if backbone.folder is not None:
+        return backbone
+    if sample is not None:
+        try:
+            with preprocessing(layout.root, manifest) as handler:
+                backbone = backbone.probed_by(handler.model_inputs([sample], backbone.description.inputs))
+        except (ArchiveError, InputError):  # as of a handler that makes several rows: an input of ours must do
+            pass
+    scores = torch.tensor(backbone.description.probe)
+    if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
+        tried = "for the sample request" if sample is not None else "on any input that was tried"
+        raise ArchiveError(f"the model's scores {tried} are not numbers ({scores.tolist()[:5]}), so damaged weights could "
+                           "not be told from sound ones: pass --request FILE with a typical request")
+    return backbone
 
 
 def sample_image(side: int = 256) -> bytes:

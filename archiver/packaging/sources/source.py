@@ -14,7 +14,8 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
 from early_exit.archiver.packaging.sources.eager_model import eager_model, model_from_factory
 from early_exit.archiver.packaging.sources.sample import image_input, model_input
-from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
+from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.detection.loading import load_backbone
@@ -48,13 +49,13 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     Raises:
         EarlyExitError: there is no such source, something that it needs was not given, or its model cannot be exported.
     """
-    if request.source.endswith(".mar"):
+    if is_packaged_model(request.source):
         return _from_mar(request, layout)
     manifest = _lay_out_handler(request, layout)
     if request.source.endswith(".pt2"):
         return Source(manifest, Backbone.from_program(load_program(Path(request.source))))
     if ":" not in request.source:
-        raise ArchiveError(f"expected a .mar, a .pt2 or package.module:function, found {request.source!r}")
+        raise ArchiveError(f"expected a .mar, a .tar.gz, a folder with MAR-INF, a .pt2 or package.module:function, found {request.source!r}")
     if request.weights is None or (request.input_shape is None and not request.inputs):
         raise ArchiveError("a factory needs --weights FILE.safetensors|.pth, and --input-shape, such as 3,224,224, or "
                            "an --input NAME:DTYPE:SHAPE for each input")
@@ -65,7 +66,7 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
 
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
-    extract(Path(request.source), layout.root)
+    unpack(Path(request.source), layout.root)
     manifest: dict[str, Any] = json.loads(layout.manifest.read_text())
     if not layout.original_manifest.exists():
         return Source(manifest, _backbone_of_mar(request, layout, manifest))
@@ -76,6 +77,9 @@ def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
 
 
 def _backbone_of_mar(request: ArchiveRequest, layout: ArchiveLayout, manifest: dict[str, Any]) -> Backbone:
+    serialized = str(manifest["model"].get("serializedFile"))
+    if serialized.endswith(".pt2") and not manifest["model"].get("modelFile"):
+        return Backbone.from_program(load_program(layout.root / serialized))
     model = eager_model(layout.root, manifest)
     if is_detector(model):
         return backbone_of_detector(model, request.input_shape, request.strategy, request.pedestrian,
