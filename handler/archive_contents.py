@@ -14,6 +14,7 @@ from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.sample_request import Part, SampleRequest, parse_samples
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class ArchiveContents:
     """The plan of the exits; none where the archive answers every request in full."""
     configuration: str
     """Text of the model-config.yaml; empty where the archive has none."""
-    sample_request: bytes | None
-    """Body of a request that the user's handler answers, where one is known."""
+    samples: tuple[SampleRequest, ...]
+    """Requests that the user's handler answers, where any are known."""
+    is_compared: bool
+    """Whether it answered its samples without exits as the archive did that it was made from."""
 
     @property
     def model(self) -> str:
@@ -83,7 +86,14 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
-        sample_request=content(layout.sample_request))
+        samples=_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
+        is_compared=layout.answers.as_posix() in names)
+
+
+def _samples(content: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:
+    if content is not None:
+        return parse_samples(content, source)
+    return () if body is None else (SampleRequest((Part(body),)),)
 
 
 def _parsed(content: bytes | None, source: str) -> dict[str, Any]:

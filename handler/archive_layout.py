@@ -46,9 +46,24 @@ class ArchiveLayout:
         return self.folder / "original-manifest.json"
 
     @property
+    def samples(self) -> Path:
+        """Requests that the user's handler answers, where any are known."""
+        return self.folder / "samples.json"
+
+    @property
     def sample_request(self) -> Path:
-        """Body of a request that the user's handler answers, where one is known."""
+        """What an archive of the last release has instead: the body of one."""
         return self.folder / "sample-request"
+
+    @property
+    def answers(self) -> Path:
+        """What the original archive answered to the samples."""
+        return self.folder / "answers.json"
+
+    @property
+    def handler_description(self) -> Path:
+        """What was found out about the user's handler."""
+        return self.folder / "handler.json"
 
     @property
     def plan(self) -> Path:

@@ -92,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
                         help=f"for {calibrated}: records folder with request bytes, of which at most {N_SAMPLES} are "
                              "used")
-    parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
+    parser.add_argument("--request", type=Path, action="append", default=[], dest="requests", metavar="FILE",
+                        help="body of a typical request, which the archive keeps as its sample; give two that differ, "
+                             "so that it is seen how the handler orders several")
+    parser.add_argument("--content-type", metavar="TYPE",
+                        help="of the requests; by default what the names of their files say")
+    parser.add_argument("--output", metavar="NAME",
+                        help="name or index of the scores in what the model returns, where several could be them")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
                         help="for a detector, what an image's class is: "
                              f"{', '.join(strategy.value for strategy in Strategy)} ({Strategy.OBJECT.value})")

@@ -41,8 +41,12 @@ class ArchiveRequest:
     """Engine to write into model-config.yaml, its only owner: an archive without a plan is executed by one too."""
     calibrate: Path | None = None
     """Folder with recorded request bytes, for an engine that is made from them."""
-    request: Path | None = None
-    """File with the body of a typical request."""
+    requests: Sequence[Path] = field(default_factory=tuple)
+    """Files with the bodies of typical requests, best two that differ."""
+    content_type: str | None = None
+    """Of the requests; by default what the names of their files say."""
+    output: str | None = None
+    """Name or index of the scores in what the model returns, where several of its outputs could be them."""
     strategy: Strategy | None = None
     """What the class of an image is, for a detector; by default its most confident object."""
     pedestrian: int = PEDESTRIAN

@@ -79,7 +79,7 @@ def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_
         ready_s = time.monotonic() - started
         log(f"ready after {ready_s:.1f} s")
         _require_same(contents, server.probe(model, version))
-        sample = request if request is not None else read_archive(mar).sample_request
+        sample = request if request is not None else next((one.body for one in read_archive(mar).samples), None)
         if sample is not None:
             server.predict(model, version, sample)
             sent = time.monotonic()

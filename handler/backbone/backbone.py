@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class BackboneDescription:
     """(K,) scores for the backbone's probe, computed where the archive was made."""
     detector: DetectorSpec | None = None
     """The detector whose images the classes are of; none where the model is a classifier."""
+    constants: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """What the user's handler gives the model beside tensors, always the same, by the names of its parameters."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -108,6 +111,7 @@ class BackboneDescription:
             candidates=tuple(CandidateLayer.from_json(layer) for layer in data["candidates"]),
             left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
             detector=DetectorSpec.from_json(data["detector"]) if data.get("detector") else None,
+            constants=data.get("constants", {}),
         )
 
 
@@ -125,8 +129,8 @@ class Backbone:
 
     @classmethod
     def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32,
-                    detector: DetectorSpec | None = None) -> Backbone:
-        """Export an eager classifier.
+                    detector: DetectorSpec | None = None, output: str | None = None) -> Backbone:
+        """Export an eager classifier of one input.
 
         Raises:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
@@ -134,23 +138,31 @@ class Backbone:
         parameters = list(inspect.signature(model.forward).parameters)
         name = parameters[0] if parameters else "x"
         spec = InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))
-        return cls.from_inputs(model, [spec], detector)
+        return cls.from_inputs(model, [spec], detector, output=output)
 
     @classmethod
-    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec],
-                    detector: DetectorSpec | None = None) -> Backbone:
+    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec], detector: DetectorSpec | None = None,
+                    constants: Mapping[str, Any] = MappingProxyType({}), output: str | None = None) -> Backbone:
         """Export an eager classifier with several inputs, which are given to it by name.
+
+        Args:
+            model: the classifier.
+            inputs: the tensors that it takes.
+            detector: the detector that it is a part of, if any.
+            constants: what it is given beside them, always the same.
+            output: which of its outputs are the scores; needed only where several could be.
 
         Raises:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
         """
-        program, output = export_backbone(model, inputs)
-        return cls.from_program(program, [spec.name for spec in inputs], output, detector)
+        program, found = export_backbone(model, inputs, constants, output)
+        return cls.from_program(program, [spec.name for spec in inputs], found, detector, constants)
 
     @classmethod
     def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
                      output: OutputSpec = OutputSpec(),  # noqa: B008 - it is frozen
-                     detector: DetectorSpec | None = None) -> Backbone:
+                     detector: DetectorSpec | None = None, constants: Mapping[str, Any] = MappingProxyType({})
+                     ) -> Backbone:
         """Describe an exported classifier.
 
         Args:
@@ -158,6 +170,7 @@ class Backbone:
             names: names of the inputs; by default those in the program.
             output: what the user's model returned.
             detector: the detector that it is a part of, if any.
+            constants: what the user's model is given beside the inputs.
 
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
@@ -180,7 +193,7 @@ class Backbone:
             sha256=_identity(program, inputs), inputs=inputs,
             output=replace(output, dtype=scores_dtype(program)), n_classes=0, scores=ScoreKind.LOGITS,
             flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
-            detector=detector,
+            detector=detector, constants=dict(constants),
         )
         with torch.no_grad():
             scores = graph(*probe)

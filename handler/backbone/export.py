@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,15 +40,17 @@ _SQUEEZE = {torch.ops.aten.squeeze.default: torch.ops.aten.squeeze.dims,
 class ScoresOnly(nn.Module):
     """A classifier that takes its inputs in order and returns its scores, whatever else it returns."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], note: Callable[[OutputSpec], object]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], constants: Mapping[str, Any], output: str | None,
+                 note: Callable[[OutputSpec], object]) -> None:
         super().__init__()
         self.model = model
-        self._names, self._note = names, note
+        self._names, self._constants, self._output, self._note = names, constants, output, note
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        alone = len(inputs) == 1 and not self._constants
         with _ForAnyBatch():
-            output = self.model(*inputs) if len(inputs) == 1 else self.model(**dict(zip(self._names, inputs)))
-        spec = OutputSpec.of(output)
+            output = self.model(*inputs) if alone else self.model(**dict(zip(self._names, inputs)), **self._constants)
+        spec = OutputSpec.of(output, self._output)
         self._note(spec)  # torch.export undoes what is assigned to the module
         return spec.scores(output)
 
@@ -64,8 +67,16 @@ class _ForAnyBatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[ExportedProgram, OutputSpec]:
+def export_backbone(model: nn.Module, inputs: Sequence[InputSpec],
+                    constants: Mapping[str, Any] = MappingProxyType({}), output: str | None = None
+                    ) -> tuple[ExportedProgram, OutputSpec]:
     """Export a classifier's inference pass with a dynamic batch dimension.
+
+    Args:
+        model: the classifier.
+        inputs: the tensors that it takes.
+        constants: what it is given beside them, by name.
+        output: which of the model's outputs are the scores; needed only where several could be.
 
     Returns:
         The program, which maps the inputs in order to (B, K) scores, and where they are in what the model returns.
@@ -79,7 +90,7 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[Expo
                          "with one of several classes, which takes a single-label classifier")
     model.eval()
     outputs: list[OutputSpec] = []
-    wrapped = ScoresOnly(model, [spec.name for spec in inputs], outputs.append)
+    wrapped = ScoresOnly(model, [spec.name for spec in inputs], constants, output, outputs.append)
     # Two rows: a batch of 0 or 1 would be taken for a constant.
     example = tuple(spec.zeros(2) for spec in inputs)
     batch = Dim("batch", min=1)

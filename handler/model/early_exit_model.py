@@ -58,12 +58,13 @@ class EarlyExitModel(nn.Module):
             InputError: the inputs are not the backbone's in number, shape or dtype.
         """
         self.log.is_computing = False
-        inputs = bind(self.assembly.description.inputs, given, named)
+        description = self.assembly.description
+        inputs = bind(description.inputs, given, named, description.constants)
         self.log.is_computing = True
         if any(x.requires_grad for x in inputs):  # an explanation follows the gradient through the whole backbone
             scores = self.assembly.differentiable(inputs)
             self.log.is_computing = False
-            return self.assembly.description.output.output(scores)
+            return description.output.output(scores)
         with torch.no_grad():
             rate = self.shadow.rate  # the monitor may change it while the call is in flight
             shadow = self.shadow.draw(len(inputs[0]))

@@ -14,7 +14,7 @@ from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import ANYTIME_HEADER
 from early_exit.handler.user_handler.context import HandlerContext
-from early_exit.handler.user_handler.wrapper import UserHandler
+from early_exit.handler.user_handler.entry_point import UserHandler
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from early_exit.handler.monitor.shared_state import SharedMonitor, watch
 from early_exit.handler.protocol import PROBE_HEADER
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.sample_request import parse_samples
 from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
 from early_exit.handler.serving.isolation import answer_calls
@@ -28,7 +30,9 @@ from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
 from early_exit.handler.serving.telemetry import SideWork, Telemetry
 from early_exit.handler.user_handler.context import HandlerContext
-from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handler
+from early_exit.handler.user_handler.description import HandlerDescription
+from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.wrapper import load_user_handler
 
 
 class Worker:
@@ -70,7 +74,8 @@ class Worker:
         model.prepare(host.batch_size)
         manifest = json.loads(layout.original_manifest.read_text())
         context = HandlerContext(host.context, manifest, host.model_config)
-        handler = load_user_handler(manifest, context, model)
+        description = HandlerDescription.load(layout.handler_description)
+        handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
         answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
         return cls(model, handler, context, config, host)
 
@@ -116,6 +121,14 @@ class Worker:
                 if answered is not None:
                     answered.body = with_nulls(answered.body)
         return replies
+
+
+def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: UserHandler) -> None:
+    """Let a handler answer a request that the archive carries along."""
+    if layout.samples.exists():
+        [sample, *_] = parse_samples(layout.samples.read_text(), str(layout.samples))
+        context.begin([Call("sample", sample.inputs())])
+        handler.handle([sample.inputs()], context)
 
 
 def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host,

@@ -22,7 +22,9 @@ from early_exit.handler.call import Call
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.inference.forward import Live
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext
-from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handler
+from early_exit.handler.user_handler.description import HandlerDescription
+from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.wrapper import load_user_handler
 
 _Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
 """What a model was called with, positional and by name -> its (B, ...) inputs."""
@@ -104,9 +106,10 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     """
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
     context = tool_context(folder, manifest)
+    description = HandlerDescription.load(ArchiveLayout(folder).handler_description)
     with importing_from(folder):
         with _working_in(folder):
-            handler = load_user_handler(manifest, context, _Messenger())
+            handler = load_user_handler(manifest, context, _Messenger(), description)
         yield Preprocessing(handler, manifest["model"]["handler"], context, folder)
 
 
