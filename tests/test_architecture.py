@@ -23,7 +23,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"allocator", "betting", "call", "errors", "protocol", "python_modules"}],
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
-        {"costs"}, {"paths", "command"}],
+        {"costs"}, {"paths", "command", "text_files"}],
     "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }

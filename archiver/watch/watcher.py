@@ -283,4 +283,4 @@ def _summary(plan: ExitPlan | None) -> dict[str, Any] | None:
 
 
 def _is_number(version: str) -> bool:
-    return version.replace(".", "", 1).isdigit()
+    return version.replace(".", "", 1).isdecimal() and math.isfinite(float(version))

@@ -26,7 +26,6 @@ from early_exit.handler.backbone.regions import inline_regions
 from early_exit.handler.backbone.signature import HALF_PRECISION, InputSpec, OutputSpec
 from early_exit.handler.errors import GraphError
 
-
 _BY_NUMBER = "use_mm_for_euclid_dist_if_necessary"
 """How `torch.cdist` computes distances by default: of more than `_MANY_POINTS` points by a matrix product."""
 _MANY_POINTS = 25
@@ -129,7 +128,8 @@ def prepare_program(program: ExportedProgram) -> None:
         if node.target in _SQUEEZE:
             shape = node.args[0].meta["val"].shape
             node.target = _SQUEEZE[node.target]
-            node.args = (node.args[0], [place for place, size in enumerate(shape) if isinstance(size, int) and size == 1])
+            ones = [place for place, size in enumerate(shape) if isinstance(size, int) and size == 1]
+            node.args = (node.args[0], ones)
     program.graph_module.recompile()
 
 
@@ -157,8 +157,8 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     data = reads_inputs(module)
     training = [node.name for node in module.graph.nodes if _is_training(node, data)]
     if training:
-        raise GraphError(f"{', '.join(training[:3])} would behave as in training, at random or by the statistics of the "
-                         "batch: call model.eval() before exporting, and give functions such as F.dropout and "
+        raise GraphError(f"{', '.join(training[:3])} would behave as in training, at random or by the statistics of "
+                         "the batch: call model.eval() before exporting, and give functions such as F.dropout and "
                          "F.batch_norm training=self.training")
     scores = [_in_float32(node) for node in _outputs(module.graph)]
     if len(scores) != 1 or tensor_of(scores[0]) is None:

@@ -90,8 +90,9 @@ def _examine_entry(path: Path, name: str, content: bytes) -> None:
     elif _GRAPH.fullmatch(name):
         _examine_graph(path, _parsed(path, name, content))
     elif name.startswith("data/aotinductor/"):
-        raise ArchiveError(f"{path.name} is an AOT library: AOTInductor has compiled the operations, so there is no graph "
-                           "to cut. Save the program before it is compiled, with torch.export.save", Unsupported.AOT_LIBRARY)
+        raise ArchiveError(f"{path.name} is an AOT library: AOTInductor has compiled the operations, so there is no "
+                           "graph to cut. Save the program before it is compiled, with torch.export.save",
+                           Unsupported.AOT_LIBRARY)
     elif not _PLAIN.fullmatch(name):
         raise ArchiveError(f"{path.name} holds {name!r}, which is no part of an exported program that is read here: "
                            "compiled libraries and custom objects are refused; use torch.export.save")

@@ -56,7 +56,8 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
         found, expected = kind.log_probabilities(found), kind.log_probabilities(expected)
     is_number = expected.isfinite()
     is_same = (found == expected) | (found.isnan() & expected.isnan())
-    if not bool(is_number.any()) or not bool((is_same | is_number).all()) or not bool(found[is_number].isfinite().all()):
+    is_comparable = bool((is_same | is_number).all()) and bool(found[is_number].isfinite().all())
+    if not bool(is_number.any()) or not is_comparable:
         return math.inf
     differences, sizes = (found - expected)[is_number].abs(), expected[is_number].abs()
     is_filler = _are_fillers(expected[is_number])

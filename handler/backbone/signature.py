@@ -12,7 +12,6 @@ from torch import Tensor
 
 from early_exit.handler.errors import GraphError, InputError, Unsupported
 
-
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -33,7 +32,7 @@ class InputSpec:
         return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))
 
     def probe(self, *, positive: bool = False) -> Tensor:
-        """Return a (1, *shape) input that is valid and the same on every machine: floats in [-1, 1], or in [0.1, 1.1]."""
+        """Return a (1, *shape) input that is valid and the same everywhere: floats in [-1, 1], or in [0.1, 1.1]."""
         dtype = getattr(torch, self.dtype)
         count = torch.arange(torch.Size(self.shape).numel())
         if dtype.is_floating_point:

@@ -23,7 +23,6 @@ from early_exit.handler.inference.fallbacks import fallback_levels
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
 from early_exit.handler.protocol import FULL, FULL_NAME
 
-
 _OF_HALF_PRECISION = 0.05
 """Relative to the largest score: what the order of additions makes of a model that computes in half precision."""
 

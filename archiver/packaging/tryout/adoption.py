@@ -147,8 +147,8 @@ def probed(backbone: Backbone, model: CalledModel, calls: Sequence[ModelCall]) -
     scores = torch.tensor(backbone.description.probe)
     if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
         tried = "for the sample request" if calls else "on any input that was tried"
-        raise ArchiveError(f"the model's scores {tried} are not numbers, {scores.tolist()[:5]}, so damaged weights could "
-                           "not be told from sound ones: pass --request FILE with a typical request")
+        raise ArchiveError(f"the model's scores {tried} are not numbers, {scores.tolist()[:5]}, so damaged weights "
+                           "could not be told from sound ones: pass --request FILE with a typical request")
     return backbone
 
 

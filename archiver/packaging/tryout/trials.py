@@ -10,7 +10,6 @@ from typing import Any
 
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.tryout.child import run_child
-from early_exit.handler.archive_layout import extract
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import SampleRequest, samples_text
 
@@ -76,5 +75,5 @@ def _run(mar: Path, job: dict[str, Any], what: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
-        extract(mar, folder)
+        unpack(mar, folder)
         run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
