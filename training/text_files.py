@@ -25,8 +25,8 @@ def read_text(path: Path, what: str) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read {what} {path}: {error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {what} {path}: expected UTF-8, found the byte {error.object[error.start]:#04x} at "
-                          f"{error.start}: save it as UTF-8, which TorchServe expects too") from error
+        raise ConfigError(f"cannot read {what} {path}: expected UTF-8, found the byte {error.object[error.start]:#04x} "
+                          f"at {error.start}: save it as UTF-8, which TorchServe expects too") from error
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -81,8 +81,8 @@ class OutputSpec:
             raise GraphError(f"expected --output to name one of {', '.join(places) or 'no outputs'}, found {wanted!r}")
         chosen = [wanted] if wanted is not None else [name for name in places if name == "logits"] or list(places)
         if len(chosen) > 1:
-            raise GraphError(f"{len(chosen)} of the model's outputs could be the scores, {', '.join(chosen)}, and an exit "
-                             "can stand for one: if the answer to a client needs only one of them, name it with "
+            raise GraphError(f"{len(chosen)} of the model's outputs could be the scores, {', '.join(chosen)}, and an "
+                             "exit can stand for one: if the answer to a client needs only one of them, name it with "
                              "--output", Unsupported.SEVERAL_SCORES)
         if chosen:
             return cls(kind, places[chosen[0]], length)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.unpacking import unpack
 from early_exit.archiver.packaging.tryout.child import run_child
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import SampleRequest, samples_text
