@@ -60,7 +60,7 @@ class FileFormat:
                           f"{' and '.join(map(str, self.readable))}: {remedy}")
 
 
-BACKBONE = FileFormat("the description of a backbone", 2, 2,
+BACKBONE = FileFormat("the description of a backbone", 2, 3,
                       "make the archive again with ee-archive, from the one that you had before")
 HANDLER = FileFormat("the description of a handler", 1, 1,
                      "make the archive again with ee-archive, from the one that you had before")

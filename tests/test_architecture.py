@@ -24,7 +24,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"allocator", "betting", "call", "errors", "protocol", "python_modules"}],
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
-        {"costs"}, {"paths", "command"}, {"credentials", "environment"}],
+        {"costs"}, {"paths", "command", "text_files"}, {"credentials", "environment"}],
     "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }

@@ -68,7 +68,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     backbone = load_backbone(archive.folder)
     description = backbone.description
     training_set, left_out = _training_set(archive, mar, backbone, shards, options, run, log)
-    truth = load_labels(labels, training_set.request, training_set.n_classes) if labels else None
+    truth = load_labels(labels, training_set.request, training_set.n_classes, log) if labels else None
     if options.risk is Risk.ACCURACY:
         _require_labels(truth, training_set, options)
     profile = _profile(run, archive, backbone, training_set.layers, options)

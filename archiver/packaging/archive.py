@@ -94,7 +94,7 @@ def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayou
                       aside: Path, log: Callable[[str], None]) -> None:
     """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
     if request.calibrate is not None:
-        quantize(backbone, recorded_inputs(request.calibrate, layout, source.manifest, backbone), aside, log)
+        quantize(backbone, recorded_inputs(request.calibrate, layout, source.manifest, backbone, log), aside, log)
     elif (layout.folder / PIECES).exists():
         shutil.move(layout.folder / PIECES, aside / PIECES)
     else:

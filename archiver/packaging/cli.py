@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
                      --handler image_classifier --model-name photos
         a text model of two inputs:
           ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128""")
-    parser.add_argument("source", help="an existing .mar with an eager model, package.module:function, or a .pt2")
+    parser.add_argument("source", help="an existing .mar, .tar.gz or folder of torch-model-archiver, "
+                        "package.module:function, or a .pt2")
     parser.add_argument("--plan", type=Path, help="plan.json of an ee-train run")
     parser.add_argument("--version", help="model version; by default one above the source's")
     parser.add_argument("--to", type=Path, default=Path("model-store"), help="folder for the archive (%(default)s)")

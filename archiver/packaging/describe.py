@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from early_exit.handler.archive_contents import ArchiveContents, read_archive
 from early_exit.handler.config import ServingConfig
+from early_exit.training.text_files import parse_yaml
 
 
 def describe(mar: Path) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def describe(mar: Path) -> dict[str, Any]:
 
 def _as_data(mar: Path, contents: ArchiveContents) -> dict[str, Any]:
     backbone, plan = contents.description, contents.plan
-    configuration = yaml.safe_load(contents.configuration) or {}
+    configuration = parse_yaml(contents.configuration, f"model-config.yaml in {mar}") or {}
     serving = ServingConfig.from_model_config(configuration)
     return {
         "model": contents.model,

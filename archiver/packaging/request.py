@@ -21,7 +21,7 @@ class ArchiveRequest:
     """
 
     source: str
-    """A .mar, a .pt2, or a factory as package.module:function."""
+    """A .mar, the same as .tar.gz or as a folder, a .pt2, or a factory as package.module:function."""
     to: Path
     """Folder that the archive is published into; it is created where it is missing."""
     plan: Path | None = None

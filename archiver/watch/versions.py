@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,4 +20,4 @@ def next_version(store: Path, model: str, registered: Sequence[str]) -> str:
 
 
 def _is_number(version: str) -> bool:
-    return version.replace(".", "", 1).isdecimal()
+    return version.replace(".", "", 1).isdecimal() and math.isfinite(float(version))

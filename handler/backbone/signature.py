@@ -12,6 +12,8 @@ from torch import Tensor
 
 from early_exit.handler.errors import GraphError, InputError, Unsupported
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -29,12 +31,13 @@ class InputSpec:
     def zeros(self, n_rows: int) -> Tensor:
         return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))
 
-    def probe(self) -> Tensor:
-        """Return a (1, *shape) input that is valid and the same on every machine."""
+    def probe(self, *, positive: bool = False) -> Tensor:
+        """Return a (1, *shape) input that is valid and the same everywhere: floats in [-1, 1], or in [0.1, 1.1]."""
         dtype = getattr(torch, self.dtype)
         count = torch.arange(torch.Size(self.shape).numel())
         if dtype.is_floating_point:
             values = torch.sin(count.double())
+            values = values / 2 + 0.6 if positive else values
         else:  # a mask lets everything through
             values = torch.ones_like(count) if self.limit is None else count % self.limit
         return values.to(dtype).reshape(1, *self.shape)
@@ -50,6 +53,8 @@ class OutputSpec:
     """Index or name of the scores in it."""
     length: int = 1
     """Length of the output, where it is a tuple."""
+    dtype: str = "float32"
+    """Name of the torch dtype of the scores; exits compute with float32."""
 
     @classmethod
     def of(cls, output: object, wanted: str | None = None) -> OutputSpec:
@@ -97,6 +102,7 @@ class OutputSpec:
 
         An object whose class cannot be made of the scores alone is a dict instead.
         """
+        scores = scores.to(getattr(torch, self.dtype))
         if self.key is None:
             return scores
         if self.kind == "tuple":

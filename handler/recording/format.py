@@ -156,7 +156,7 @@ def read_header(path: Path) -> ShardHeader:
     """
     with _opened(path) as shard:
         header = json.loads(shard.metadata()["header"])
-    return ShardHeader(**{**header, "layers": tuple(header["layers"])})
+        return ShardHeader(**{**header, "layers": tuple(header["layers"])})
 
 
 def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Records:
@@ -195,8 +195,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as shard:
             RECORDS.require(shard.metadata(), path)
             yield shard
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"cannot read the record shard {path}: {type(error).__name__}: {error}") from error
 
 
 def _cut(joined: bytes, sizes: Sequence[int]) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
@@ -139,6 +139,27 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
     raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
                       f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
                       "first shard is sealed")
+
+
+def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[Path]:
+    """Return the shards that can be read; of each other one, such as one that was cut short, a line is logged.
+
+    Raises:
+        RecordError: there are none.
+        FormatError: a shard has a format that this version does not read.
+    """
+    readable = []
+    for shard in shards:
+        try:
+            read_header(shard)
+            read_times(shard)
+        except RecordError as error:
+            log(f"{error}. It is passed over")
+        else:
+            readable.append(shard)
+    if not readable:
+        raise RecordError(f"none of the {len(shards)} record shards can be read: record again")
+    return readable
 
 
 def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:

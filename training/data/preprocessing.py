@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.signature import InputSpec, bind
 from early_exit.handler.call import Call
-from early_exit.handler.errors import ArchiveError
+from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.inference.forward import Live
 from early_exit.handler.user_handler.alone import ModelReached
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.entry_point import UserHandler
 from early_exit.handler.user_handler.wrapper import load_user_handler
+from early_exit.training.text_files import read_yaml
 
 _Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
 """What a model was called with, positional and by name -> its (B, ...) inputs."""
@@ -124,14 +124,25 @@ def tool_context(folder: Path, manifest: Mapping[str, Any]) -> HandlerContext:
         manifest: the manifest that the user's handler expects.
     """
     model = manifest["model"]
-    config = yaml.safe_load((folder / model["configFile"]).read_text()) if model.get("configFile") else None
-    return HandlerContext(ToolContext(model["modelName"], str(folder)), manifest, config or {})
+    config = _config(folder, model)
+    return HandlerContext(ToolContext(model["modelName"], str(folder)), manifest, config)
 
 
 def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
-    """Return the model-config.yaml of an extracted archive; empty where it has none."""
-    name = read_manifest(archive.manifest)["model"].get("configFile")
-    return (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
+    """Return the model-config.yaml of an extracted archive; empty where it has none.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no keys and values.
+    """
+    return _config(archive.root, read_manifest(archive.manifest)["model"])
+
+
+def _config(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    name = model.get("configFile")
+    content = read_yaml(folder / name, "the configuration") if name else None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{name}: expected keys and values, found {type(content).__name__}")
+    return content or {}
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.handler.archive_layout import ArchiveLayout, extract, read_manifest
+from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.errors import ArchiveError
 
 
@@ -43,18 +44,19 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     Raises:
         ArchiveError: there is no such source, or something that it needs was not given.
     """
-    if request.source.endswith(".mar"):
+    if is_packaged_model(request.source):
         return _from_mar(request, layout)
     if not request.source.endswith(".pt2"):
         if ":" not in request.source:
-            raise ArchiveError(f"expected a .mar, a .pt2 or package.module:function, found {request.source!r}")
+            raise ArchiveError("expected a .mar, a .tar.gz, a folder with MAR-INF, a .pt2 or package.module:function, "
+                               f"found {request.source!r}")
         if request.weights is None:
             raise ArchiveError("a factory needs --weights FILE.safetensors|.pth")
     return Source(_lay_out_handler(request, layout), is_ours=False, has_model=False)
 
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
-    extract(Path(request.source), layout.root)
+    unpack(Path(request.source), layout.root)
     manifest = read_manifest(layout.manifest)
     if not layout.original_manifest.exists():
         return Source(manifest, is_ours=False, has_model=True)
@@ -69,14 +71,15 @@ def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str
     if request.handler is None or request.model_name is None:
         raise ArchiveError("a factory or .pt2 needs --handler (a file, or a built-in such as image_classifier), which "
                            "does pre- and post-processing, and --model-name")
-    handler = [Path(request.handler)] if request.handler.endswith(".py") else []
+    name, colon, function = request.handler.partition(":")
+    handler = [Path(name)] if name.endswith(".py") else []
     for file in (*request.extra_files, *handler):
         if not file.is_file():
             raise ArchiveError(f"no such file: {file}")
         shutil.copyfile(file, layout.root / file.name)
     # 'modelFile' makes TorchServe's base handler ask for an eager model, which it is given.
-    manifest = {"runtime": "python", "model": {"modelName": request.model_name, "handler": Path(request.handler).name,
-                                               "modelFile": "exported.py"}}
+    manifest = {"runtime": "python", "model": {
+        "modelName": request.model_name, "handler": Path(name).name + colon + function, "modelFile": "exported.py"}}
     layout.manifest.parent.mkdir()
     layout.manifest.write_text(json.dumps(manifest))
     return manifest

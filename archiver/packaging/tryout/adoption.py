@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.archiver.packaging.tryout.model_calls import ModelCall, n_parameters
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import ArchiveError, GraphError, Unsupported
 from early_exit.handler.user_handler.description import Place, Root
@@ -124,6 +125,31 @@ def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[In
                            "model's input shape: pass --input-shape C,H,W if all requests come at one size, or bring "
                            "them to one in the handler")
     return [InputSpec(*found) for found in tensors[0]], constants[0]
+
+
+def probed(backbone: Backbone, model: CalledModel, calls: Sequence[ModelCall]) -> Backbone:
+    """Return a backbone whose probe is the first row of a real call, where one has the backbone's inputs.
+
+    Args:
+        backbone: the exported model.
+        model: the model.
+        calls: of it.
+
+    Raises:
+        ArchiveError: no score of the probe is a number, so it could not tell damaged weights from sound ones.
+    """
+    for call in calls[:1]:
+        rows = tuple(value[:1].detach().cpu().clone() for value in _arguments(model, call).values()
+                     if isinstance(value, Tensor))
+        if [(row.shape[1:], str(row.dtype)) for row in rows] == [
+                (spec.shape, f"torch.{spec.dtype}") for spec in backbone.description.inputs]:
+            backbone = backbone.probed_by(rows)
+    scores = torch.tensor(backbone.description.probe)
+    if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
+        tried = "for the sample request" if calls else "on any input that was tried"
+        raise ArchiveError(f"the model's scores {tried} are not numbers, {scores.tolist()[:5]}, so damaged weights "
+                           "could not be told from sound ones: pass --request FILE with a typical request")
+    return backbone
 
 
 def require_fixed(model: CalledModel, calls: Sequence[ModelCall]) -> None:

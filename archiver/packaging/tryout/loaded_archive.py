@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -96,8 +97,25 @@ def _why(handler: str, error: Exception) -> str:
     if isinstance(error, UnpicklingError):
         return (f"{handler} reads weights that hold more than tensors, and unpickling that could run any code, which "
                 f"torch refuses: save model.state_dict() instead ({str(error).splitlines()[0]})")
+    if isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)) and (files := _files_in_other_encodings()):
+        return (f"{handler} cannot read {', '.join(files)} ({error}): expected UTF-8 without a byte order mark, "
+                "in which TorchServe's own code reads it: save it so")
     traceback.print_exc()
     return f"{handler} cannot be loaded as TorchServe does: {type(error).__name__}: {error}"
+
+
+def _files_in_other_encodings() -> list[str]:
+    """Return the texts of the archive that Python's open() does not read as the JSON or YAML that they are."""
+    wrong = []
+    for file in sorted(path for path in Path().iterdir() if path.suffix in (".json", ".yaml", ".yml", ".txt", ".csv")):
+        content = file.read_bytes()
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            wrong.append(file.name)
+        else:
+            wrong += [file.name] if content.startswith(codecs.BOM_UTF8) and file.suffix == ".json" else []
+    return wrong
 
 
 def _roots(handler: str, entry_point: Any) -> Roots:

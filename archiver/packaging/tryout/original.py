@@ -7,6 +7,7 @@ Usage: original.py JOB.json
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
 from early_exit.archiver.packaging.sources.eager_model import model_from_factory
@@ -23,6 +24,7 @@ from early_exit.archiver.packaging.tryout.adoption import (
     called_model,
     held_model,
     input_specs,
+    probed,
     require_fixed,
     require_same,
     state_of,
@@ -87,6 +89,7 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
         alone = [_calls_of(model, original, [sample]) for sample in samples[:2]]
         require_fixed(model, [call for calls in alone for call in calls])
     backbone, samples = _backbone(original, model, samples, alone)
+    backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])
     if len(samples) > 1:
         together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
         rows = rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together)))
@@ -134,8 +137,9 @@ def _backbone(original: Original, model: CalledModel, samples: list[SampleReques
     """Return the exported model, and the samples that fit it."""
     job = original.job
     shape = job["input_shape"] and tuple(job["input_shape"])
-    if job["program"] is not None:
-        return Backbone.from_program(load_program(Path(job["program"]))), samples
+    program = job["program"] or _own_program(original, model)
+    if program is not None:
+        return Backbone.from_program(load_program(Path(program))), samples
     strategy = job["strategy"] and Strategy(job["strategy"])
     if is_detector(model.exported):
         if job["factory"] is not None:
@@ -162,6 +166,14 @@ def _backbone(original: Original, model: CalledModel, samples: list[SampleReques
                                "that was asked for: leave out --input-shape and --input")
         samples = []
     return Backbone.from_inputs(model.exported, wanted, constants=constants, output=job["output"]), samples
+
+
+def _own_program(original: Original, model: CalledModel) -> Path | None:
+    """Return the exported program in the user's archive, where that is what the handler calls."""
+    manifest = json.loads(ArchiveLayout(original.folder).manifest.read_text())["model"]
+    file = str(manifest.get("serializedFile"))
+    is_called = isinstance(model.module, fx.GraphModule) and not manifest.get("modelFile")
+    return original.folder / file if file.endswith(".pt2") and is_called else None
 
 
 def _image_shape(alone: list[list[ModelCall]]) -> tuple[int, ...] | None:

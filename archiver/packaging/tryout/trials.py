@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.unpacking import unpack
 from early_exit.archiver.packaging.tryout.child import run_child
-from early_exit.handler.archive_layout import extract
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import SampleRequest, samples_text
 
@@ -84,5 +84,5 @@ def _run(mar: Path, job: dict[str, Any], what: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
-        extract(mar, folder)
+        unpack(mar, folder)
         return run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
