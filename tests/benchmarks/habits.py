@@ -19,7 +19,7 @@ from typing import Any
 from early_exit.training.command import raise_on_terminate
 from tests.benchmarks.report import report
 from tests.support.habits.examples import EXAMPLES
-from tests.support.habits.refused import LISTED, REFUSED
+from tests.support.habits.refused import REFUSED
 from tests.support.habits.rows import ANSWERED, BATCHED, CALLED, COMPUTED, LOADED, WRAPPED
 from tests.support.habits.trial import Outcome, try_habits
 
@@ -44,8 +44,8 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "habits": len(outcomes),
         "same": sum(outcome.same for outcome in outcomes),
         "wrong": [outcome.habit.name for outcome in outcomes if outcome.wrong],
-        "refused": [{"name": name, "reason": refusal.reason, "message": refusal.message} for name, refusal in refused],
-        "refused_unlisted": sum(refusal.reason not in LISTED for _, refusal in refused),
+        "refused": [{"name": name, "reason": refusal.reason and refusal.reason.value, "message": refusal.message} for name, refusal in refused],
+        "refused_unlisted": sum(refusal.reason is None for _, refusal in refused),
         "differences": {outcome.habit.name: outcome.wrong for outcome in outcomes if outcome.wrong},
     }
 

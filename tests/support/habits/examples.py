@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertTokenizerFast
 
-from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.errors import Unsupported
 from tests.support.detector import images
 from tests.support.habits.habit import Ask, Habit, UsersFiles, instance, made, state_dict
-from tests.support.habits.refused import SEVERAL_SCORES
 
 LENGTH = 16
-WORDS = ["a", "good", "bad", "film", "plot", "song", "was", "very", "not", "really", "and", "the", "boring", "wonderful", "it", "of", "in", "to", "all", "time", "actor", "ending", "music", "scene", "slow", "quick"]
+WORDS = ("a", "good", "bad", "film", "plot", "song", "was", "very", "not", "really", "and", "the", "boring", "wonderful",
+         "it", "all", "time", "actor", "ending", "music", "slow", "quick")
 TEXTS = ("a wonderful film", "boring", "the plot was slow and the ending was bad", "very good music",
          "not a good song", "it was really wonderful all the time", "the actor was not bad", "quick")
 
@@ -49,9 +49,9 @@ def photo_followers(model: Any) -> Sequence[Sequence[nn.Linear]]:
 
 
 def with_names(model: nn.Module, folder: Path) -> UsersFiles:
-    names = folder / "index_to_name.json"
-    names.write_text(json.dumps({str(number): name for number, name in enumerate(("cat", "dog", "bird", "fish", "ant"))}))
-    return UsersFiles(state_dict(model, folder).serialized, (names,))
+    names = {str(number): name for number, name in enumerate(("cat", "dog", "bird", "fish", "ant"))}
+    (folder / "index_to_name.json").write_text(json.dumps(names))
+    return UsersFiles(state_dict(model, folder).serialized, (folder / "index_to_name.json",))
 
 
 @torch.no_grad()
@@ -104,7 +104,6 @@ def pretrained(model: Any, folder: Path) -> UsersFiles:
 SMALL = 1e-3
 """Size of what the pooler's tanh gets."""
 PICTURES = tuple(Ask(body) for body in pictures(256))
-BERT_INPUTS = tuple(InputSpec(name, (LENGTH,), "int64") for name in ("input_ids", "attention_mask"))
 BERT_ASKS = tuple(Ask(text.encode(), "text/plain" if number % 2 else "") for number, text in enumerate(TEXTS))
 SCENES = tuple(Ask(png(image)) for image in images(8, (3, 96, 96), seed=4))
 
@@ -118,10 +117,10 @@ EXAMPLES = (
         Ask(json.dumps({"image": base64.b64encode(body).decode()}).encode(), "application/json" if number % 2 else "")
         for number, body in enumerate(pictures(96))), "photo_net.py", followers=photo_followers),
     Habit("faster_rcnn", "object_detector", partial(sure_detector, "small_faster_rcnn.py"), SCENES,
-          "small_faster_rcnn.py", options={"input_shape": (3, 96, 96)}),
+          "small_faster_rcnn.py"),
     Habit("bert", "sequence_classifier.py", bert, BERT_ASKS + tuple(
         Ask(text.encode(), explain=True) for text in TEXTS[:2]), write=pretrained, followers=bert_followers,
-        thresholds=(0.8,), options={"inputs": BERT_INPUTS}),
+        thresholds=(0.8,)),
     Habit("question_answering", "question_answering.py", lambda: BertForQuestionAnswering(bert_config()), BERT_ASKS,
-          write=pretrained, refusal=SEVERAL_SCORES, options={"inputs": BERT_INPUTS}),
+          write=pretrained, refusal=Unsupported.SEVERAL_SCORES),
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from early_exit.handler.errors import Unsupported
 from early_exit.handler.python_modules import own_classes
 
 FILES = Path(__file__).with_name("files")
@@ -76,7 +77,7 @@ class Habit:
     """The linear layers, with ReLU between them, that follow each place of an exit; without any there are no exits."""
     thresholds: tuple[float, ...] = (0.9, 0.6)
     """Least confidence that leaves, for each exit."""
-    refusal: str | None = None
+    refusal: Unsupported | None = None
     """The reason for which it is refused; without one its answers stay the same."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the `ArchiveRequest`, what a user must say."""

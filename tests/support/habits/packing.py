@@ -17,7 +17,7 @@ from model_archiver.model_packaging import generate_model_archive
 
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.errors import EarlyExitError, Unsupported
 from tests.support.habits.habit import FILES, Habit
 
 SUFFIXES = {"default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
@@ -28,7 +28,8 @@ LIMIT_S = 600
 class Refused:
     """What `ee-archive` said instead of making an archive."""
 
-    reason: str
+    reason: Unsupported | None
+    """None where none is listed."""
     message: str
 
 
@@ -72,10 +73,10 @@ def _build_apart(context: multiprocessing.context.ForkServerContext, request: Ar
     try:
         if not receiver.poll(LIMIT_S):
             process.kill()
-            return Refused("no end", f"ee-archive did not end within {LIMIT_S} s")
+            return Refused(None, f"ee-archive did not end within {LIMIT_S} s")
         outcome: Path | Refused = receiver.recv()
     except EOFError:
-        outcome = Refused("crash", "ee-archive ended without a word")
+        outcome = Refused(None, "ee-archive ended without a word")
     finally:
         process.join()
     return outcome
@@ -85,11 +86,6 @@ def _build(request: ArchiveRequest, sender: Connection) -> None:
     try:
         sender.send(build_archive(request))
     except EarlyExitError as error:
-        sender.send(Refused(_reason(error), str(error)))
+        sender.send(Refused(error.unsupported, str(error)))
     except BaseException:
-        sender.send(Refused("traceback", traceback.format_exc()[-3000:]))
-
-
-def _reason(error: EarlyExitError) -> str:
-    reason = getattr(error, "reason", None)
-    return "unlisted" if reason is None else str(getattr(reason, "value", reason))
+        sender.send(Refused(None, traceback.format_exc()[-3000:]))

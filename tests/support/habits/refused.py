@@ -9,18 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from early_exit.handler.errors import Unsupported
 from tests.support.habits.habit import CONFIG, Ask, UsersFiles
 from tests.support.habits.rows import JSON, ROWS, rows
-
-TORCHSCRIPT = "TorchScript"
-AOT_LIBRARY = "AOT library"
-SESSION = "ONNX or TensorRT session"
-NO_MODULE = "no torch module"
-CONTROL_FLOW = "control flow on values"
-SEVERAL_SCORES = "several score outputs"
-PER_REQUEST = "changes per request"
-LISTED = (TORCHSCRIPT, AOT_LIBRARY, SESSION, NO_MODULE, CONTROL_FLOW, SEVERAL_SCORES, PER_REQUEST)
-"""All reasons for which a handler may be refused."""
 
 
 def torchscript(model: nn.Module, folder: Path) -> UsersFiles:
@@ -50,15 +41,15 @@ SHARPENED = tuple(Ask(json.dumps({"row": row, "sharpness": 0.5 + number % 3}).en
                   for number, row in enumerate(ROWS.tolist()))
 
 REFUSED = (
-    rows("torchscript", model_file=None, write=torchscript, refusal=TORCHSCRIPT),
-    rows("traced", "traced.py", refusal=TORCHSCRIPT),
-    rows("aot_library", model_file=None, write=aot_library, refusal=AOT_LIBRARY,
+    rows("torchscript", model_file=None, write=torchscript, refusal=Unsupported.TORCHSCRIPT),
+    rows("traced", "traced.py", refusal=Unsupported.TORCHSCRIPT),
+    rows("aot_library", model_file=None, write=aot_library, refusal=Unsupported.AOT_LIBRARY,
          config=CONFIG + "pt2:\n  export:\n    aot_compile: true\n"),
-    rows("no_module", "no_module.py", model_file=None, write=matrix, refusal=NO_MODULE),
-    rows("quantised", "quantised.py", refusal=NO_MODULE),
-    rows("branching", model_file="branching_net.py", refusal=CONTROL_FLOW),
-    rows("two_heads", "two_heads.py", model_file="two_heads_net.py", refusal=SEVERAL_SCORES),
-    rows("ensemble", "ensemble.py", write=two_weights, refusal=SEVERAL_SCORES),
+    rows("no_module", "no_module.py", model_file=None, write=matrix, refusal=Unsupported.NO_MODULE),
+    rows("quantised", "quantised.py", refusal=Unsupported.TORCHSCRIPT),
+    rows("branching", model_file="branching_net.py", refusal=Unsupported.CONTROL_FLOW),
+    rows("two_heads", "two_heads.py", model_file="two_heads_net.py", refusal=Unsupported.SEVERAL_SCORES),
+    rows("ensemble", "ensemble.py", write=two_weights, refusal=Unsupported.SEVERAL_SCORES),
     rows("sharpened_per_request", "sharpened_per_request.py", model_file="sharpened_net.py", asks=SHARPENED,
-         refusal=PER_REQUEST),
+         refusal=Unsupported.CHANGES),
 )

@@ -72,9 +72,13 @@ def try_habits(habits: Sequence[Habit], folder: Path, *, at_once: int = 5,
 
 
 def in_words(outcome: Outcome) -> str:
-    said = outcome.wrong or (f"{outcome.refused.reason}: {outcome.refused.message}" if outcome.refused else "")
+    said = outcome.wrong or (f"{_reason(outcome.refused)}: {outcome.refused.message}" if outcome.refused else "")
     verdict = "same" if outcome.same else "WRONG" if outcome.wrong else "refused"
     return f"{outcome.habit.name:28}{verdict:9}{said}".rstrip()
+
+
+def _reason(refused: Refused) -> str:
+    return refused.reason.value if refused.reason else "for a reason that is not listed"
 
 
 def _try_some(habits: Sequence[Habit], folder: Path, server: TorchServe) -> list[Outcome]:
@@ -133,7 +137,7 @@ def _archives(habits: Sequence[Habit], folder: Path, wrong: dict[str, str],
     for name, outcome in zip(with_exits, build_all(list(with_exits.values()))):
         habit = by_name[name]
         if isinstance(outcome, Refused):
-            wrong[name] = f"refused with exits: {outcome.reason}: {outcome.message}"
+            wrong[name] = f"refused with exits: {outcome.message}"
             continue
         archives[name].ours["with exits"] = exits = _served(outcome, habit)
         early = rewritten(outcome, store / f"{name}-early.mar", **{
@@ -144,10 +148,11 @@ def _archives(habits: Sequence[Habit], folder: Path, wrong: dict[str, str],
 
 
 def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveRequest:
-    """Return what a user asks of `ee-archive` for a habit's original archive, with samples in a folder."""
-    sample = folder / "sample"
-    sample.write_bytes(habit.asks[0].body)
-    return ArchiveRequest(str(source), store, request=sample, **habit.options)
+    """Return what a user asks of `ee-archive` for a habit's original archive, with two samples in a folder."""
+    samples = [folder / "first", folder / "second"]
+    for sample, ask in zip(samples, habit.asks):
+        sample.write_bytes(ask.body)
+    return ArchiveRequest(str(source), store, requests=samples, **habit.options)
 
 
 def _served(mar: Path, habit: Habit) -> Served:
