@@ -21,7 +21,7 @@ from tests.benchmarks.report import report
 from tests.support.habits.examples import EXAMPLES
 from tests.support.habits.refused import REFUSED
 from tests.support.habits.rows import ANSWERED, BATCHED, CALLED, COMPUTED, LOADED, WRAPPED
-from tests.support.habits.trial import Outcome, try_habits
+from tests.support.habits.trial import Trial, try_habits
 
 HABITS = (*LOADED, *WRAPPED, *CALLED, *BATCHED, *ANSWERED, *COMPUTED, *EXAMPLES, *REFUSED)
 
@@ -37,16 +37,17 @@ def main() -> int:
         habits, scratch, log=lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))))
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Return the figures that the project is held to, and how the wrong ones differ."""
-    refused = [(outcome.habit.name, outcome.refused) for outcome in outcomes if outcome.refused]
+def summary(trials: list[Trial]) -> dict[str, Any]:
+    """Return the figures that the project is held to, and in what the wrong answers differ."""
+    refused = [(trial.habit.name, trial.refused) for trial in trials if trial.refused]
     return {
-        "habits": len(outcomes),
-        "same": sum(outcome.same for outcome in outcomes),
-        "wrong": [outcome.habit.name for outcome in outcomes if outcome.wrong],
-        "refused": [{"name": name, "reason": refusal.reason and refusal.reason.value, "message": refusal.message} for name, refusal in refused],
-        "refused_unlisted": sum(refusal.reason is None for _, refusal in refused),
-        "differences": {outcome.habit.name: outcome.wrong for outcome in outcomes if outcome.wrong},
+        "habits": len(trials),
+        "same": sum(trial.same for trial in trials),
+        "wrong": [trial.habit.name for trial in trials if trial.wrong],
+        "refused": [{"name": name, "reason": said.reason and said.reason.value, "message": said.message}
+                    for name, said in refused],
+        "refused_unlisted": sum(said.reason is None for _, said in refused),
+        "differences": {trial.habit.name: trial.wrong for trial in trials if trial.wrong},
     }
 
 

@@ -20,8 +20,8 @@ from tests.support.detector import images
 from tests.support.habits.habit import Ask, Habit, UsersFiles, instance, made, state_dict
 
 LENGTH = 16
-WORDS = ("a", "good", "bad", "film", "plot", "song", "was", "very", "not", "really", "and", "the", "boring", "wonderful",
-         "it", "all", "time", "actor", "ending", "music", "slow", "quick")
+WORDS = ("a", "good", "bad", "film", "plot", "song", "was", "very", "not", "really", "and", "the", "boring",
+         "wonderful", "it", "all", "time", "actor", "ending", "music", "slow", "quick")
 TEXTS = ("a wonderful film", "boring", "the plot was slow and the ending was bad", "very good music",
          "not a good song", "it was really wonderful all the time", "the actor was not bad", "quick")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,14 +40,6 @@ class UsersFiles:
     extra: tuple[Path, ...] = ()
 
 
-def as_json(body: bytes) -> object:
-    """Return what a client reads in a body: JSON, or a text."""
-    try:
-        return json.loads(body)
-    except ValueError:
-        return body.decode()
-
-
 def state_dict(model: nn.Module, folder: Path) -> UsersFiles:
     """Write the weights as most people do."""
     torch.save(model.state_dict(), folder / "weights.pth")
@@ -73,8 +64,9 @@ class Habit:
     """Files in `FILES` that handler and model file import."""
     write: Callable[[nn.Module, Path], UsersFiles] = state_dict
     """Writes the user's other files into a folder."""
-    followers: Callable[[Any], Sequence[Sequence[nn.Linear]]] = lambda model: ()
-    """The linear layers, with ReLU between them, that follow each place of an exit; without any there are no exits."""
+    followers: Callable[[Any], Sequence[Sequence[nn.Linear]]] | None = None
+    """Returns, of the model, the linear layers that follow each place of an exit, with ReLU between them. Where what
+    follows is more than a head can be, there are no exits."""
     thresholds: tuple[float, ...] = (0.9, 0.6)
     """Least confidence that leaves, for each exit."""
     refusal: Unsupported | None = None
@@ -85,8 +77,6 @@ class Habit:
     config: str = CONFIG
     archive_format: str = "default"
     """Of torch-model-archiver."""
-    read: Callable[[bytes], object] = as_json
-    """What a client makes of a body."""
 
 
 def instance(model_file: str, seed: int = 0) -> nn.Module:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from filelock import FileLock
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
-from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.errors import EarlyExitError, Unsupported
 from tests.support.habits.habit import FILES, Habit
 
 SUFFIXES = {"default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
-LIMIT_S = 600
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,9 @@ class Refused:
     reason: Unsupported | None
     """None where none is listed."""
     message: str
+
+    def __str__(self) -> str:
+        return f"{self.reason.value if self.reason else 'for a reason that is not listed'}: {self.message}"
 
 
 def original(habit: Habit, folder: Path, store: Path) -> Path:
@@ -57,35 +56,30 @@ def original(habit: Habit, folder: Path, store: Path) -> Path:
     return store / f"{habit.name}{SUFFIXES[habit.archive_format]}"
 
 
-def build_all(requests: Sequence[ArchiveRequest]) -> list[Path | Refused]:
-    """Build archives, two at a time, each in a process of its own as `ee-archive` is."""
-    context = multiprocessing.get_context("forkserver")  # of a process that has imported torch, but no user's file
-    context.set_forkserver_preload([__name__])
+def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveRequest:
+    """Return what a user asks of `ee-archive` for an original archive.
+
+    Args:
+        habit: whose archive it is.
+        source: the archive.
+        folder: an existing folder for two sample requests.
+        store: folder for the new archive.
+    """
+    samples = [folder / "first", folder / "second"]
+    for sample, ask in zip(samples, habit.asks):
+        sample.write_bytes(ask.body)
+    return ArchiveRequest(str(source), store, requests=samples, **habit.options)
+
+
+def build_all(requests: Sequence[ArchiveRequest], build: Callable[[ArchiveRequest], Path]) -> list[Path | Refused]:
+    """Build archives, two at a time: what runs a user's code is a process of its own anyway."""
+    def built(request: ArchiveRequest) -> Path | Refused:
+        try:
+            return build(request)
+        except EarlyExitError as error:
+            return Refused(error.unsupported, str(error))
+        except Exception:  # a user would see a traceback, and so does who reads the outcome
+            return Refused(None, traceback.format_exc()[-3000:])
+
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda request: _build_apart(context, request), requests))
-
-
-def _build_apart(context: multiprocessing.context.ForkServerContext, request: ArchiveRequest) -> Path | Refused:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_build, args=(request, sender), daemon=False)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(LIMIT_S):
-            process.kill()
-            return Refused(None, f"ee-archive did not end within {LIMIT_S} s")
-        outcome: Path | Refused = receiver.recv()
-    except EOFError:
-        outcome = Refused(None, "ee-archive ended without a word")
-    finally:
-        process.join()
-    return outcome
-
-
-def _build(request: ArchiveRequest, sender: Connection) -> None:
-    try:
-        sender.send(build_archive(request))
-    except EarlyExitError as error:
-        sender.send(Refused(error.unsupported, str(error)))
-    except BaseException:
-        sender.send(Refused(None, traceback.format_exc()[-3000:]))
+        return list(pool.map(built, requests))

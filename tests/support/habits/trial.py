@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
@@ -14,175 +16,152 @@ from early_exit.handler.archive_layout import MANIFEST
 from tests.support.habits.agreement import Answer, difference
 from tests.support.habits.exits import copied_exits
 from tests.support.habits.habit import Ask, Habit
-from tests.support.habits.packing import Refused, build_all, original
+from tests.support.habits.packing import SUFFIXES, Refused, asked, build_all, original
 from tests.support.habits.serving import Served, alone, left_and_stayed, serving, together
 from tests.support.rewritten import rewritten
+from tests.support.untried import build_untried
 
 EXITS = "early_exit:\n  control_rate: 0\n"
 """Exits are not bypassed, whatever time they save."""
 EARLY = EXITS + "  answers: early\ncontinuousBatching: true\n"
+WITHOUT_EXITS, WITH_EXITS, EARLY_ANSWERS = "without exits", "with exits", "with early answers"
+WAYS = (WITHOUT_EXITS, WITH_EXITS, EARLY_ANSWERS)
+"""How an archive of ours may answer."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a habit."""
+@dataclass
+class Trial:
+    """A habit while it is tried."""
 
     habit: Habit
-    wrong: str = ""
-    """How a client would notice; empty where none would."""
+    folder: Path
+    """For what is written of it."""
+    ours: dict[str, Served] = field(default_factory=dict)
+    """By way of answering: the version that does."""
     refused: Refused | None = None
+    """What `ee-archive` said of the original archive."""
+    wrong: list[str] = field(default_factory=list)
+    """How a client would notice; empty where none would."""
+    first: list[Answer] = field(default_factory=list)
+    """What the original answers, asked alone."""
+    again: list[Answer] = field(default_factory=list)
+    """The same once more."""
+    in_batches: list[Answer] = field(default_factory=list)
+    """What the original answers where requests become batches."""
 
     @property
     def same(self) -> bool:
         return not self.wrong and self.refused is None
 
     @property
-    def expected(self) -> bool:
-        return not self.wrong and (self.refused.reason if self.refused else None) == self.habit.refusal
+    def original(self) -> Served:
+        suffix = SUFFIXES[self.habit.archive_format]
+        return Served(self.habit.name, self.habit.version, self.habit.name + suffix)
+
+    @property
+    def batchable(self) -> list[Ask]:
+        """The requests that may be in a batch with others."""
+        return [ask for ask in self.habit.asks if not ask.explain and not ask.fails]
+
+    def __str__(self) -> str:
+        verdict = "same" if self.same else "WRONG" if self.wrong else "refused"
+        return f"{self.habit.name:28}{verdict:9}{'; '.join(self.wrong) or self.refused or ''}".rstrip()
 
 
-@dataclass(frozen=True)
-class _Archives:
-    """A habit in the model store."""
-
-    original: Served
-    ours: dict[str, Served]
-    """By what they do: without exits, with exits, with early answers."""
-
-
-def try_habits(habits: Sequence[Habit], folder: Path, *, at_once: int = 5,
-               log: Callable[[str], None] = lambda line: None) -> list[Outcome]:
+def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = WAYS, at_once: int = 8,
+               build: Callable[[ArchiveRequest], Path] = build_archive,
+               log: Callable[[str], None] = lambda line: None) -> list[Trial]:
     """Return what became of each habit.
 
     Args:
         habits: are tried.
         folder: for everything that is written.
-        at_once: how many are served side by side; each takes three workers.
+        ways: of answering that are tried.
+        at_once: how many habits are served side by side; each takes a worker.
+        build: makes an archive of an original.
         log: called with a line about each habit.
     """
-    outcomes: list[Outcome] = []
     store = folder / "store"
     store.mkdir(parents=True)
+    trials = [Trial(habit, folder / "users" / habit.name) for habit in habits]
     with TorchServe(store, folder / "state", Addresses.free()) as server:
         for start in range(0, len(habits), at_once):
-            for outcome in _try_some(habits[start:start + at_once], folder, server):
-                log(in_words(outcome))
-                outcomes.append(outcome)
-    return outcomes
+            group = trials[start:start + at_once]
+            _adopt(group, store, build)
+            _add_exits([trial for trial in group if trial.ours and trial.habit.followers], store)
+            _ask_originals(group, server)
+            for way in ways:
+                _ask_ours([trial for trial in group if way in trial.ours], way, server)
+            for trial in group:
+                log(str(trial))
+    return trials
 
 
-def in_words(outcome: Outcome) -> str:
-    said = outcome.wrong or (f"{_reason(outcome.refused)}: {outcome.refused.message}" if outcome.refused else "")
-    verdict = "same" if outcome.same else "WRONG" if outcome.wrong else "refused"
-    return f"{outcome.habit.name:28}{verdict:9}{said}".rstrip()
-
-
-def _reason(refused: Refused) -> str:
-    return refused.reason.value if refused.reason else "for a reason that is not listed"
-
-
-def _try_some(habits: Sequence[Habit], folder: Path, server: TorchServe) -> list[Outcome]:
-    wrong: dict[str, str] = {}
-    refused: dict[str, Refused] = {}
-    archives = _archives(habits, folder, wrong, refused)
-    by_name = {habit.name: habit for habit in habits}
-    expected: dict[str, tuple[list[Answer], list[Answer], list[Answer]]] = {}
-    originals = {name: archive.original for name, archive in archives.items()}
-    with serving(server, list(originals.values())) as troubles:
-        for name, served in originals.items():
-            if served in troubles:
-                wrong[name] = f"stock TorchServe does not serve it: {troubles[served]}"
-            else:
-                asks = by_name[name].asks
-                expected[name] = (alone(server, served, asks), alone(server, served, asks),
-                                  together(server, served, _batchable(by_name[name])))
-    with serving(server, [served for archive in archives.values() for served in archive.ours.values()]) as troubles:
-        for name, archive in archives.items():
-            problems = [] if name in wrong else [
-                _problem(by_name[name], server, mode, served, expected[name], troubles)
-                for mode, served in archive.ours.items()]
-            if found := [problem for problem in problems if problem]:
-                wrong[name] = "; ".join(found)
-    return [Outcome(habit, wrong.get(habit.name, ""), refused.get(habit.name)) for habit in habits]
-
-
-def _archives(habits: Sequence[Habit], folder: Path, wrong: dict[str, str],
-              refused: dict[str, Refused]) -> dict[str, _Archives]:
-    """Build all archives of some habits; note what is wrong with those that cannot be built, and what is refused."""
-    store = folder / "store"
-    archives: dict[str, _Archives] = {}
-    requests: dict[str, ArchiveRequest] = {}
-    for habit in habits:
-        own = folder / "users" / habit.name
-        source = original(habit, own, store)
-        archives[habit.name] = _Archives(Served(habit.name, habit.version, source.name), {})
-        requests[habit.name] = asked(habit, source, own, store)
-    with_exits: dict[str, ArchiveRequest] = {}
-    by_name = {habit.name: habit for habit in habits}
-    for name, outcome in zip(requests, build_all(list(requests.values()))):
-        habit, own = by_name[name], folder / "users" / name
+def _adopt(trials: Sequence[Trial], store: Path, build: Callable[[ArchiveRequest], Path]) -> None:
+    """Make the original archives, and of each one without exits."""
+    sources = [original(trial.habit, trial.folder, store) for trial in trials]
+    requests = [asked(trial.habit, source, trial.folder, store) for trial, source in zip(trials, sources)]
+    for trial, outcome in zip(trials, build_all(requests, build)):
         if isinstance(outcome, Refused):
-            refused[name] = outcome
+            trial.refused = outcome
+        else:
+            trial.ours[WITHOUT_EXITS] = _served(outcome, trial.habit)
+
+
+def _add_exits(trials: Sequence[Trial], store: Path) -> None:
+    """Make of each archive one with exits, and of that one with early answers."""
+    for trial in trials:
+        habit, recorder = trial.habit, store / trial.ours[WITHOUT_EXITS].file_name
+        config = trial.folder / "exits.yaml"
+        config.write_text(habit.config + EXITS)
+        try:
+            plan = copied_exits(trial.folder / "plan", recorder, habit.followers(habit.model()), habit.thresholds)
+            exits = build_untried(ArchiveRequest(str(recorder), store, plan=plan, config=config))
+        except Exception as error:  # one habit that cannot have exits is told, and the others go on
+            trial.wrong.append(f"{WITH_EXITS}: {type(error).__name__}: {error}")
             continue
-        archives[name].ours["without exits"] = _served(outcome, habit)
-        if chains := habit.followers(habit.model()):
-            try:
-                plan = copied_exits(own / "plan", outcome, chains, habit.thresholds)
-            except Exception as error:
-                wrong[name] = f"its exits cannot be copied: {error}"
-                continue
-            config = own / "exits.yaml"
-            config.write_text(habit.config + EXITS)
-            with_exits[name] = ArchiveRequest(str(outcome), store, plan=plan, config=config)
-    for name, outcome in zip(with_exits, build_all(list(with_exits.values()))):
-        habit = by_name[name]
-        if isinstance(outcome, Refused):
-            wrong[name] = f"refused with exits: {outcome.message}"
-            continue
-        archives[name].ours["with exits"] = exits = _served(outcome, habit)
-        early = rewritten(outcome, store / f"{name}-early.mar", **{
-            MANIFEST: lambda text, version=exits.version: text.replace(f'"{version}"', f'"{version}.early"'),
+        served = trial.ours[WITH_EXITS] = _served(exits, habit)
+        early = rewritten(exits, store / f"{habit.name}-early.mar", **{
+            MANIFEST: lambda text, version=served.version: text.replace(f'"{version}"', f'"{version}.early"'),
             "model-config.yaml": (habit.config + EARLY).encode()})
-        archives[name].ours["with early answers"] = _served(early, habit)
-    return archives
-
-
-def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveRequest:
-    """Return what a user asks of `ee-archive` for a habit's original archive, with two samples in a folder."""
-    samples = [folder / "first", folder / "second"]
-    for sample, ask in zip(samples, habit.asks):
-        sample.write_bytes(ask.body)
-    return ArchiveRequest(str(source), store, requests=samples, **habit.options)
+        trial.ours[EARLY_ANSWERS] = _served(early, habit)
 
 
 def _served(mar: Path, habit: Habit) -> Served:
-    import zipfile
-
     with zipfile.ZipFile(mar) as archive:
         return Served(habit.name, json.loads(archive.read(MANIFEST))["model"]["modelVersion"], mar.name)
 
 
-def _batchable(habit: Habit) -> list[Ask]:
-    return [ask for ask in habit.asks if not ask.explain and not ask.fails]
+def _ask_originals(trials: Sequence[Trial], server: TorchServe) -> None:
+    with serving(server, [trial.original for trial in trials]) as troubles:
+        for trial in trials:
+            if trial.original in troubles:
+                trial.wrong.append(f"stock TorchServe does not serve it: {troubles[trial.original]}")
+                continue
+            trial.first, trial.again = (alone(server, trial.original, trial.habit.asks) for _ in range(2))
+            trial.in_batches = together(server, trial.original, trial.batchable)
 
 
-def _problem(habit: Habit, server: TorchServe, mode: str, served: Served,
-             expected: tuple[list[Answer], list[Answer], list[Answer]], troubles: dict[Served, str]) -> str:
-    """Return how a client would notice that this version answers; empty where none would."""
-    if served in troubles:
-        return f"{mode}: {troubles[served]}"
-    first, again, batched = expected
-    answers = alone(server, served, habit.asks)
-    in_batches = _batchable(habit)
-    for way, asks, found, wanted, once_more in (
-            ("alone", habit.asks, answers, first, again),
-            ("together", in_batches, together(server, served, in_batches), batched,
-             [answer for ask, answer in zip(habit.asks, first) if ask in in_batches])):
-        for ask, *three in zip(asks, found, wanted, once_more):
-            if differs := difference(*three, habit.read):
-                return f"{mode}, {way}, {'explanation of ' if ask.explain else ''}{ask.body[:60]!r}: {differs}"
-    if mode != "without exits":
-        left, stayed = left_and_stayed(server, served)
-        if not (left and stayed):
-            return f"{mode}: {left} rows left and {stayed} stayed, where both are to be tried"
+def _ask_ours(trials: Sequence[Trial], way: str, server: TorchServe) -> None:
+    with serving(server, [trial.ours[way] for trial in trials]) as troubles:
+        for trial in trials:
+            served = trial.ours[way]
+            told = troubles.get(served) or _noticed(trial, served, server)
+            if not told and way != WITHOUT_EXITS:
+                left, stayed = left_and_stayed(server, served)
+                told = "" if left and stayed else f"{left} rows left and {stayed} stayed, where both are to be tried"
+            trial.wrong += [f"{way}: {told}"] if told else []
+
+
+def _noticed(trial: Trial, served: Served, server: TorchServe) -> str:
+    """Return how a client would notice that a version answers instead of the original; empty where none would."""
+    habit = trial.habit
+    batchable = [number for number, ask in enumerate(habit.asks) if ask in trial.batchable]
+    for asks, found, expected, again in (
+            (habit.asks, alone(server, served, habit.asks), trial.first, trial.again),
+            (trial.batchable, together(server, served, trial.batchable), trial.in_batches,
+             [trial.first[number] for number in batchable])):
+        for ask, *answers in zip(asks, found, expected, again):
+            if told := difference(*answers):
+                return f"{'explanation of ' if ask.explain else ''}{ask.body[:60]!r}: {told}"
     return ""
