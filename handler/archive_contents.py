@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, checked_manifest, require_harmless
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan
@@ -34,6 +34,8 @@ class ArchiveContents:
     """Requests that the user's handler answers, where any are known."""
     is_compared: bool
     """Whether it answered its samples without exits as the archive did that it was made from."""
+    sample_answers: Mapping[str, Any]
+    """By exit: how the archive answered the first sample where it was made; empty where it was not noted."""
 
     @property
     def model(self) -> str:
@@ -62,6 +64,7 @@ def read_archive(mar: Path) -> ArchiveContents:
 
 
 def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
+    require_harmless(archive, mar)
     layout, names = ArchiveLayout(Path()), set(archive.namelist())
     description = layout.folder / DESCRIPTION_FILE
     required = (layout.manifest, layout.original_manifest, description)
@@ -77,17 +80,20 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     if not isinstance(model, dict) or not {"modelName", "modelVersion"} <= model.keys():
         raise ArchiveError(f"{mar}: expected the name and the version of a model in {layout.manifest}, found "
                            f"{model!r:.80}: is the archive damaged?")
-    plan, configuration = content(layout.plan), model.get("configFile")
+    manifest = checked_manifest(manifest, f"{mar}: {layout.manifest}")
+    original = _parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}")
+    plan, answers, configuration = content(layout.plan), content(layout.sample_answers), model.get("configFile")
     return ArchiveContents(
         manifest=manifest,
-        original_manifest=_parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}"),
+        original_manifest=checked_manifest(original, f"{mar}: {layout.original_manifest}"),
         description=BackboneDescription.from_json(_parsed(content(description), f"{mar}: {description}"),
                                                   f"{mar}: {description}"),
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
         samples=_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
-        is_compared=layout.answers.as_posix() in names)
+        is_compared=layout.answers.as_posix() in names,
+        sample_answers={} if answers is None else _parsed(answers, f"{mar}: {layout.sample_answers}"))
 
 
 def _samples(content: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:

@@ -55,6 +55,10 @@ class ArchiveError(EarlyExitError):
     """A model archive cannot be read, built or loaded."""
 
 
+class ForeignFileError(EarlyExitError, PermissionError):
+    """A file or folder that should be ours belongs to somebody else, is a link, or is no regular file."""
+
+
 class FormatError(EarlyExitError):
     """A file has a format that this version does not read, most often one of a newer version."""
 

@@ -20,10 +20,11 @@ LEVELS: dict[str, list[set[str]]] = {
         {"service"}, {"torchserve"}, {"serving"}, {"user_handler"}, {"model"},
         {"cuda"}, {"monitor", "recording"}, {"inference"}, {"archive_contents"}, {"exits", "config"}, {"engines"},
         {"detection"}, {"backbone"}, {"sample_request"}, {"archive_layout", "formats"},
+        {"files"},
         {"allocator", "betting", "call", "errors", "protocol", "python_modules"}],
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
-        {"costs"}, {"paths", "command", "text_files"}],
+        {"costs"}, {"paths", "command", "text_files"}, {"credentials", "environment"}],
     "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }

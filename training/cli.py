@@ -15,7 +15,8 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.risk import Risk
-from early_exit.training.command import command_parser, print_next, run_command
+from early_exit.handler.files.private import replacing
+from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
 from early_exit.training.data.dataset import find_shards, readable_shards
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.replay import AUGMENTATIONS, Replay
@@ -25,7 +26,7 @@ from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.search import Search
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import TrainingOptions
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.report.evaluate import evaluate
 from early_exit.training.report.html import html_page
@@ -68,7 +69,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _log(line: str) -> None:
-    print(f"ee-train: {line}", file=sys.stderr)
+    log_to_stderr(f"ee-train: {line}")
 
 
 def report_parser() -> argparse.ArgumentParser:

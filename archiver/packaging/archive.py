@@ -21,7 +21,7 @@ from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.tryout.trials import check
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
@@ -47,9 +47,9 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         layout.root.mkdir()
         aside.mkdir()
         source = unpack_source(request, layout)
+        configuration = read_configuration(request.config or source.configuration(layout), request.engine, log)
         learn(request, layout, source, aside, log)
         _advance(progress, "fill")
-        configuration = read_configuration(request.config or source.configuration(layout), request.engine, log)
         _write_own_folder(request, layout, source, configuration.engine, aside, log)
         _write_root(request, layout, source, configuration)
         _advance(progress, "try out")
@@ -118,7 +118,7 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
 
 
 def _file_name(layout: ArchiveLayout) -> str:
-    manifest = json.loads(layout.manifest.read_text())["model"]
+    manifest = read_manifest(layout.manifest)["model"]
     return f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
 
 
@@ -128,30 +128,39 @@ def _zip_and_check(layout: ArchiveLayout, draft: Path, source: Source, aside: Pa
     Raises:
         ArchiveError: it does not answer as its source does, whoever loads the model.
     """
+    layout.sample_answers.unlink(missing_ok=True)
+    answers = _checked(layout, draft, source, aside, log)
+    if answers:  # by which ee-roll knows the archive where it may not probe
+        layout.sample_answers.write_text(json.dumps(answers, indent=1, sort_keys=True))
+        zip_folder(layout.root, draft)
+
+
+def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
+             log: Callable[[str], None]) -> dict[str, Any]:
+    """Zip a folder and return how the archive answers its first sample, by the exit that answers."""
     expected = layout.answers if layout.answers.exists() else None
     if source.is_ours:
         zip_folder(layout.root, draft)
-        check(draft, expected)
-        return
+        return check(draft, expected)
     description = HandlerDescription.load(layout.handler_description)
     ways = list(Loading)[list(Loading).index(description.loading):] if source.has_model else [Loading.GIVEN]
     weights = layout.root / source.weights if source.weights else None
     for way in ways:
         replace(description, loading=way).save(layout.handler_description)
         # Without the user's own weights if it can do without them: the exported backbone has them already.
-        if weights is not None and way is Loading.GIVEN:
-            shutil.move(weights, aside / "weights")
-        zip_folder(layout.root, draft)
-        if weights is not None and way is Loading.GIVEN:
-            shutil.move(aside / "weights", weights)
+        zip_folder(layout.root, draft, without=weights if way is Loading.GIVEN else None)
         try:
-            check(draft, expected)
+            answers = check(draft, expected)
         except ArchiveError:
             if way is ways[-1]:
                 raise
-        else:
-            if weights is not None and way is not Loading.GIVEN:
-                log(f"the handler reads {weights.name} itself, so the archive holds the weights twice")
-            if way is Loading.KEPT:
-                log("the handler asks its model for more than its answers, so each worker keeps the original model too")
-            return
+            continue
+        if way is Loading.GIVEN:
+            if weights is not None:
+                weights.unlink()
+        elif weights is not None:
+            log(f"the handler reads {weights.name} itself, so the archive holds the weights twice")
+        if way is Loading.KEPT:
+            log("the handler asks its model for more than its answers, so each worker keeps the original model too")
+        return answers
+    raise AssertionError("the last way is returned or raised")

@@ -19,7 +19,7 @@ from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
-from early_exit.training.command import command_parser, print_next, run_command
+from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def _show(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     values = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
     mar = build_archive(ArchiveRequest(**{**values, "inputs": tuple(options.inputs)}),
-                        lambda line: print(f"ee-archive: {line}", file=sys.stderr))
+                        lambda line: log_to_stderr(f"ee-archive: {line}"))
     _print_contents(mar, as_json=options.json)
     print_next(f"ee-roll {mar}" if options.plan else
                f"ee-serve {mar.name} --model-store {mar.parent}, or ee-roll {mar} where a server runs")

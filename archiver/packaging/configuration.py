@@ -25,6 +25,15 @@ class Configuration:
     """Name of the engine that the archive is executed by."""
 
 
+def serving_config(text: str) -> ServingConfig:
+    """Return how an archive serves by the text of its model-config.yaml, which may be empty.
+
+    Raises:
+        ConfigError: it is not YAML, or holds a wrong setting.
+    """
+    return ServingConfig.from_model_config(parse_yaml(text, f"the archive's {CONFIG_FILE}"))
+
+
 def read_configuration(file: Path | None, engine: str | None, log: Callable[[str], None]) -> Configuration:
     """Return the configuration of an archive.
 

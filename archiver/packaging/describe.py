@@ -32,6 +32,8 @@ def _as_data(mar: Path, contents: ArchiveContents) -> dict[str, Any]:
         "engine": serving.engine,
         "answers": serving.answers,
         "handler": contents.original_manifest["model"]["handler"],
+        "samples": len(contents.samples),
+        "compared": contents.is_compared,
         "backbone": {
             "sha256": backbone.sha256, "input_shape": backbone.input_shape,
             "inputs": [spec.__dict__ for spec in backbone.inputs], "n_classes": backbone.n_classes,
@@ -61,6 +63,8 @@ def in_words(mar: Path) -> str:
         f"{' '.join('x'.join(map(str, spec['shape'])) for spec in backbone['inputs'])}  {backbone['n_classes']} "
         f"classes  {backbone['flops'] / 1e6:.1f} MFLOPs  engine {contents['engine']}  backbone "
         f"{backbone['sha256'][:12]}",
+        "  without exits it answers as the original did" if contents["compared"] else
+        "  its answers have not been compared with the original's",
     ]
     width = max(len(layer["path"]) for layer in [*backbone["candidates"], *backbone["left_out"]])
     for layer in backbone["candidates"]:

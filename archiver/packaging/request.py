@@ -9,11 +9,16 @@ from pathlib import Path
 from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.files.names import bare_name
 
 
 @dataclass(frozen=True)
 class ArchiveRequest:
-    """An archive that is to be built: from what, where to, and what is to be in it."""
+    """An archive that is to be built: from what, where to, and what is to be in it.
+
+    Raises:
+        ArchiveError: its name or version leads out of the folder that it is published into.
+    """
 
     source: str
     """A .mar, the same as .tar.gz or as a folder, a .pt2, or a factory as package.module:function."""
@@ -51,3 +56,8 @@ class ArchiveRequest:
     """What the class of an image is, for a detector; by default its most confident object."""
     pedestrian: int = PEDESTRIAN
     """Label of pedestrians, for a detector."""
+
+    def __post_init__(self) -> None:
+        for what, name in (("model name", self.model_name), ("version", self.version)):
+            if name is not None:
+                bare_name(name, f"the {what}")

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import RECORDS
 
 SUFFIX = ".safetensors"
-SCRATCH_SUFFIX = ".writing"
 _ACTIVATION = "activation/"
 
 
@@ -93,6 +94,10 @@ class ShardHeader:
     engine: str = "folded"
     """Identity of the engine that computed the activations."""
 
+    def __post_init__(self) -> None:
+        for what in ("model", "version", "backbone"):
+            bare_name(getattr(self, what), f"the {what} of recorded requests", RecordError)
+
     def folder(self, root: Path) -> Path:
         return root / self.model / self.backbone
 
@@ -103,9 +108,10 @@ def request_hash(request_id: str) -> int:
 
 
 def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
-    """Publish records as a shard: written beside, synced, renamed.
+    """Publish records as a shard that nobody else may read: written beside, synced, renamed.
 
     Raises:
+        ForeignFileError: the folder belongs to somebody else.
         OSError: it cannot be written; nothing is left behind.
     """
     tensors = records.columns() | {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
@@ -115,19 +121,13 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
         tensors["body_bytes"] = torch.frombuffer(bytearray(b"".join(records.bodies) or b"\0"), dtype=torch.uint8)
     stamped = RECORDS.stamped({"header": json.dumps(header.__dict__)})
     metadata = {name: str(value) for name, value in stamped.items()}  # safetensors keeps strings only
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    scratch = path.with_suffix(SCRATCH_SUFFIX)
-    try:
+    with replacing(path) as scratch:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
         except SafetensorError as error:  # how the library reports a full disk or a missing permission
             raise OSError(str(error)) from error
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def list_shards(folder: Path) -> list[Path]:

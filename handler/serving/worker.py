@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from early_exit.handler.allocator import return_freed_memory
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.call import Call, Reply
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
@@ -25,6 +24,7 @@ from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
 from early_exit.handler.serving.isolation import answer_calls
 from early_exit.handler.serving.metrics import ServingMetrics
+from early_exit.handler.serving.operator_headers import OperatorHeaders
 from early_exit.handler.serving.probe import answer_probe
 from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
@@ -52,6 +52,7 @@ class Worker:
         self.model = model
         self._handler, self._context = handler, context
         self._telemetry, self._closing = _telemetry(model, config, host, getattr(handler, "mapping", None))
+        self._headers = OperatorHeaders.of_environment(are_open=config.open_headers)
         is_early = config.answers == EARLY
         self._early = EarlyAnswers(model, handler, context, self._telemetry) if is_early else None
 
@@ -72,7 +73,7 @@ class Worker:
         return_freed_memory()
         # Before anything comes through: graphs follow each other only in the order in which they are captured.
         model.prepare(host.batch_size)
-        manifest = json.loads(layout.original_manifest.read_text())
+        manifest = read_manifest(layout.original_manifest)
         context = HandlerContext(host.context, manifest, host.model_config)
         description = HandlerDescription.load(layout.handler_description)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
@@ -88,6 +89,7 @@ class Worker:
         Raises:
             MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         """
+        calls = [self._headers.admit(call) for call in calls]
         replies: list[Reply | None] = [self.probe() if call.has_header(PROBE_HEADER) else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
         if others or self._early is not None:

@@ -25,7 +25,8 @@ def same(before: Any, after: Any) -> bool:
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 values = st.recursive(st.none() | st.booleans() | numbers | st.text(max_size=8),
-                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4))
+                      lambda inner: st.lists(inner, max_size=4)
+                      | st.dictionaries(st.text(max_size=4), inner, max_size=4))
 
 
 @given(values)

@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What serving without exits costs.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    restart_with_allocator("tests.benchmarks.overhead", sys.argv[1:])
+    restart_with_allocator()
     torch.manual_seed(0)
     figures = {
         "resnet18w32_32px": measure(ResNet18W32(), (3, 32, 32), {1: 300, 8: 100, 32: 30}),

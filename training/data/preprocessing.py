@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.signature import InputSpec, bind
 from early_exit.handler.call import Call
 from early_exit.handler.errors import ArchiveError, ConfigError
@@ -142,7 +141,7 @@ def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or holds no keys and values.
     """
-    return _config(archive.root, json.loads(archive.manifest.read_text())["model"])
+    return _config(archive.root, read_manifest(archive.manifest)["model"])
 
 
 def _config(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:

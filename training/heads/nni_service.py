@@ -23,12 +23,13 @@ from nni.experiment import Experiment
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig
 
 from early_exit.handler.errors import ConfigError, ServerError, did_you_mean
+from early_exit.handler.files.private import replacing
 from early_exit.training.heads.journal import gather
 from early_exit.training.heads.nni_task import Task
 from early_exit.training.heads.search import Search
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.heads.trial import Evaluator, Trial
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 from early_exit.training.text_files import read_yaml
 
 _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTrialDuration", "nniManagerIp",

@@ -10,7 +10,7 @@ from typing import Any
 
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.errors import ArchiveError
 
 
@@ -57,10 +57,10 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     unpack(Path(request.source), layout.root)
-    manifest: dict[str, Any] = json.loads(layout.manifest.read_text())
+    manifest = read_manifest(layout.manifest)
     if not layout.original_manifest.exists():
         return Source(manifest, is_ours=False, has_model=True)
-    original: dict[str, Any] = json.loads(layout.original_manifest.read_text())
+    original = read_manifest(layout.original_manifest)
     original["model"] |= {key: manifest["model"][key] for key in ("modelVersion", "configFile")
                           if key in manifest["model"]}
     return Source(original, is_ours=True, has_model=True)

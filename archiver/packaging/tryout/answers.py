@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ class Answer:
     content_type: str
     """As the handler set it; empty where TorchServe chooses one."""
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Those of the response that the handler set, which are not kept."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "body": base64.b64encode(self.body).decode()}
+        return {"status": self.status, "content_type": self.content_type, "body": base64.b64encode(self.body).decode()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:

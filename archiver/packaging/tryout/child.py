@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.handler import errors
-from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ArchiveError, EarlyExitError, Unsupported
+from early_exit.training.environment import MORE_VARIABLES, minimal_environment
 
 LIMIT_S = 600.0
 """How long a model may take to be loaded, exported and tried out."""
@@ -23,6 +23,8 @@ _SHOWN = 2000
 
 def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float = LIMIT_S) -> Any:
     """Run a program that calls `answer_parent`, and return what its work returned.
+
+    The process has a minimal environment: it knows no secrets of the user's, and no folder to record into.
 
     Args:
         program: a file; it finds installed packages only, nothing of the current folder or PYTHONPATH.
@@ -37,21 +39,20 @@ def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float =
     with tempfile.TemporaryDirectory() as scratch:
         asked, told = Path(scratch) / "job.json", Path(scratch) / "result.json"
         asked.write_text(json.dumps({**job, "result": str(told)}))
-        environment = {name: value for name, value in os.environ.items() if name != RECORDS_VARIABLE}
         try:
-            run = subprocess.run([sys.executable, "-I", str(program), str(asked)], env=environment,
+            run = subprocess.run([sys.executable, "-I", str(program), str(asked)], env=minimal_environment(),
                                  capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
         except subprocess.TimeoutExpired as error:
             raise ArchiveError(f"{what} did not load and answer within {limit_s:.0f} s"
                                f"{_printed(error.stdout, error.stderr)}") from None
         if not told.exists():
             raise ArchiveError(f"{what} does not run: its process ended with status {run.returncode}"
-                               f"{_printed(run.stdout, run.stderr)}")
+                               f"{_failed(run.stdout, run.stderr)}")
         result = json.loads(told.read_text())
     if "error" in result:
         kind = getattr(errors, result["kind"], ArchiveError)
         unsupported = result["unsupported"] and Unsupported(result["unsupported"])
-        raise kind(result["error"] + (_printed(run.stdout, run.stderr) if result["shows_output"] else ""), unsupported)
+        raise kind(result["error"] + (_failed(run.stdout, run.stderr) if result["shows_output"] else ""), unsupported)
     return result["value"]
 
 
@@ -77,6 +78,10 @@ def answer_parent(work: Callable[[dict[str, Any]], Any]) -> None:
 
 class LoadingError(ArchiveError):
     """The user's code failed; what it printed says more."""
+
+
+def _failed(*streams: str | bytes | None) -> str:
+    return f" (where its code misses a variable of yours, name that in {MORE_VARIABLES}){_printed(*streams)}"
 
 
 def _printed(*streams: str | bytes | None) -> str:

@@ -131,7 +131,8 @@ def _answer(value: Any, index: int, message: str, code: int, context: Any) -> An
     if context is None:
         return Answer(code, "", message.encode())
     status, _ = context.get_response_status(index)
-    return Answer(status or code, context.get_response_content_type(index) or "", _encoded(value))
+    return Answer(status or code, context.get_response_content_type(index) or "", _encoded(value),
+                  dict(context.get_response_headers(index)))
 
 
 def _encoded(value: Any) -> bytes:

@@ -216,7 +216,7 @@ def _given_model(job: dict[str, Any]) -> nn.Module | None:
         return backbone_graph(load_program(Path(job["program"])))
     if job["factory"] is None:
         return None
-    sys.path.insert(0, job["factory_folder"])
+    sys.path[:0] = [path for path in job["factory_paths"] if path]
     return model_from_factory(job["factory"], Path(job["weights"]))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,13 @@ from early_exit.archiver.packaging.tryout.comparison import contradictions
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import EarlyExitError
-from early_exit.handler.protocol import PROBE_HEADER
+from early_exit.handler.protocol import EXIT_HEADER, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import Part, SampleRequest, parse_samples
 from early_exit.handler.user_handler.description import Root
 
 _IN_FULL = {"exits": False, "engine": "eager", "answers": "plain", "sampling_rate": 0, "control_rate": 0}
 """The settings with which an archive answers exactly as its original."""
-_AS_SERVED = {"sampling_rate": 0}
+_AS_SERVED = {"sampling_rate": 0, "control_rate": 0}
 _CONFIGURATION, _USERS = "tried-out.yaml", "tried-out-users.yaml"
 
 
@@ -38,6 +39,9 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         job: "folder", of an extracted archive; "samples", a text of others than its own; "expected", a file of answers
             to them; "out", where the archive's answers are written. All but the first may be None.
 
+    Returns:
+        How it answers its first sample, by the exit that answers.
+
     Raises:
         LoadingError: it does not load, does not answer, or answers otherwise.
     """
@@ -47,16 +51,43 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     if job["expected"] or job["out"]:
         _in_a_fork(lambda: _answer_in_full(folder, job))
     _configure(folder, _AS_SERVED)
+    secret = os.environ[SECRET_VARIABLE] = secrets.token_hex(24)  # of this run, before the worker loads
     archive = LoadedArchive(folder)
-    [outcome] = archive.answer([SampleRequest((Part(b""),))], {PROBE_HEADER: "1"})
-    if outcome.status != 200:
-        raise LoadingError(f"the probe was answered with {outcome}")
-    for sample in _samples(folder)[:1]:
-        [answer] = archive.answer([sample])
-        if answer.status != 200:
-            raise LoadingError(f"a request was answered with {answer}")
-    probe: dict[str, Any] = json.loads(outcome.body)
-    return probe
+    [probe] = archive.answer([SampleRequest((Part(b""),))], {PROBE_HEADER: "1", SECRET_HEADER: secret})
+    if probe.status != 200:
+        raise LoadingError(f"the probe was answered with {probe}")
+    return _answers_by_exit(archive, _samples(folder)[:1])
+
+
+def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:
+    """Return how a sample is answered at every fallback level, the last of which answers in full."""
+    if not samples:
+        return {}
+    [first], [second] = archive.answer(samples), archive.answer(samples)
+    if first.status != 200:
+        raise LoadingError(f"a request was answered with {first}")
+    if first != second or _as_read(first.body) is None:
+        return {}  # what differs from call to call is nothing to compare a server's answer with
+    service: Any = archive.roots[Root.HANDLER]
+    model = service.worker.model
+    answers: dict[str, Any] = {}
+    for level in range(model.assembly.last_level + 1):
+        model.fall_back(level)
+        [answer] = archive.answer(samples)
+        answers.setdefault(answer.headers.get(EXIT_HEADER, ""), _as_read(answer.body))
+    return answers
+
+
+def _as_read(body: bytes) -> Any:
+    """Return what a body says: parsed JSON, else text; None for bytes."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,23 +42,30 @@ def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], sampl
         "output": request.output, "strategy": request.strategy and request.strategy.value,
         "pedestrian": request.pedestrian, "model_file": manifest["model"].get("modelFile"),
         "program": str(Path(request.source).absolute()) if is_program else None,
-        "factory": request.source if is_factory else None, "factory_folder": str(Path.cwd()),
+        "factory": request.source if is_factory else None,
+        "factory_paths": [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)],
         "weights": request.weights and str(request.weights.absolute()),
     }, "the original archive")
 
 
-def check(mar: Path, expected: Path | None = None) -> None:
+def check(mar: Path, expected: Path | None = None) -> dict[str, Any]:
     """Load an archive in a fresh process with TorchServe's own loader, and let it answer its samples.
 
     Args:
         mar: the archive.
         expected: what its samples were answered with before; with exits off it must answer the same.
 
+    Returns:
+        How it answers its first sample as it will serve, as parsed JSON or a text, by the exit that answers; empty
+        where it has none, or where it answers otherwise each time.
+
     Raises:
         ArchiveError: it does not load or does not answer, or not the same.
     """
     try:
-        _run(mar, {"expected": expected and str(expected), "out": None, "samples": None}, "the new archive")
+        answers: dict[str, Any] = _run(mar, {"expected": expected and str(expected), "out": None, "samples": None},
+                                       "the new archive")
+        return answers
     except ArchiveError as error:
         raise ArchiveError(f"the new archive does not answer as it should, so it is not published: {error}",
                            error.unsupported) from error
@@ -72,9 +80,9 @@ def answer_in_full(mar: Path, samples: Sequence[SampleRequest], out: Path) -> No
     _run(mar, {"expected": None, "out": str(out), "samples": samples_text(samples)}, "the archive")
 
 
-def _run(mar: Path, job: dict[str, Any], what: str) -> None:
+def _run(mar: Path, job: dict[str, Any], what: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
         unpack(mar, folder)
-        run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
+        return run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
