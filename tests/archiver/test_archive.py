@@ -213,6 +213,26 @@ def test_a_factory_with_safetensors_and_a_pt2_give_the_same_backbone(
     assert describe(made)["backbone"]["candidates"] == describe(exported)["backbone"]["candidates"] == expected
 
 
+@torch.no_grad()
+def test_a_mar_whose_handler_loads_an_exported_program_is_taken(digits_mar: Path, digits_backbone: DigitsResNet,
+                                                                recorder_mar: Path, tmp_path: Path) -> None:
+    torch.export.save(export_backbone(digits_backbone, [InputSpec("x", SHAPE)])[0], tmp_path / "model.pt2")
+
+    def of_a_program(text: str) -> str:
+        manifest = json.loads(text)
+        del manifest["model"]["modelFile"]
+        manifest["model"] |= {"serializedFile": "model.pt2", "handler": "program_handler.py"}
+        return json.dumps(manifest)
+
+    source = rewritten(digits_mar, tmp_path / "program.mar", drop="weights.pth", **{
+        MANIFEST: of_a_program, "model.pt2": (tmp_path / "model.pt2").read_bytes(),
+        "program_handler.py": (MODELS / "program_handler.py").read_bytes()})
+    made = build_archive(ArchiveRequest(str(source), tmp_path / "store", input_shape=SHAPE))
+    assert describe(made)["backbone"]["candidates"] == describe(recorder_mar)["backbone"]["candidates"]
+    batch = next(iter(batches(traffic(8, seed=5), 8)))
+    torch.testing.assert_close(served_model(made)(batch), digits_backbone(batch), atol=1e-5, rtol=1e-5)
+
+
 def test_the_archives_own_handler_code_is_used_not_the_installed_one(recorder_mar: Path, tmp_path: Path) -> None:
     extract(recorder_mar, tmp_path)
     service = tmp_path / "early_exit" / "handler" / "service.py"

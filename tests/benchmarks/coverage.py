@@ -3,9 +3,9 @@
     python -m tests.benchmarks.coverage --json FILE [--families torchvision timm hf] [--models NAME ...]
 
 A model is ok when it exports, has at least two candidate layers, its stages in a chain give its own answers to 1e-4 at
-batches of 1, 3 and 8, as exported and as an archive has them served (written, read again, on the default engine), a head on
-every candidate gives one row of logits per item, and its probe notices weights that were overwritten. A run that was stopped goes on with the models that FILE does
-not have yet.
+batches of 1, 3 and 8, as exported and as an archive has them served (written, read again, on the default engine), a
+head on every candidate gives one row of logits per item, and its probe notices weights that were overwritten. A run
+that was stopped goes on with the models that FILE does not have yet.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def examine(specimen: Specimen) -> dict[str, Any]:
 
     Returns:
         ok, candidates, max_error (of the scores, relative where they exceed 1), served_error (the same of the model as
-        an archive has it served), the engine of that, seconds (of the export and the search for candidates), and the
-        reason where it is not ok.
+        an archive has it served), unnoticed_damage (names of overwritten weights that the probe takes for sound), the
+        engine, seconds (of the export and the search for candidates), and the reason where it is not ok.
     """
     torch.manual_seed(0)
     model = specimen.make().eval()

@@ -15,11 +15,13 @@ from early_exit.handler.backbone.graph import split
 from early_exit.handler.backbone.scores import ScoreKind, score_error
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, GraphError
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving.probe import answer_probe
 from tests.support.damage import unnoticed_damage
 from tests.support.forwards import HalfPrecisionScores, Plain, forwards
-from tests.support.plans import thirds
 from tests.support.zoo import Specimen
 
 FORWARDS = pytest.mark.parametrize("specimen", list(forwards()), ids=lambda specimen: specimen.name)
@@ -67,11 +69,13 @@ def test_the_probe_notices_damage_to_any_weights(specimen: Specimen, tmp_path: P
 def test_exits_within_autocast_answer_and_their_scores_have_the_models_dtype() -> None:
     torch.manual_seed(0)
     backbone = Backbone.from_module(HalfPrecisionScores().eval(), (3, 8, 8))
-    model = build_model(backbone, *thirds(backbone, ["body.1"], (torch.randn(64, 3, 8, 8),)), record_layers=2, record_pool=2,
-                        sampling_rate=1.0)
+    layer, spec = backbone.description.candidates[0], HeadSpec(pool=2, widths=())
+    exit_ = PlannedExit(layer.path, spec, ConfidencePolicy(1.0, 0.0), layer.cost, 0.01)
+    model = build_model(backbone, ExitPlan(backbone.description.sha256, "paper", (exit_,), None),
+                        {layer.path: Head(spec, layer.shape, 5).eval()}, record_layers=2, sampling_rate=1.0)
     assert model(torch.randn(4, 3, 8, 8)).dtype is torch.bfloat16
     served = model.log.take()[0]
-    assert (served.answers.stages >= 0).any()
+    assert (served.answers.stages == 0).all()
     assert served.answers.outputs.dtype is torch.float32
 
 
