@@ -23,6 +23,7 @@ from early_exit.handler.protocol import ANYTIME_HEADER, CONFIDENCE_HEADER, EXIT_
 from early_exit.handler.recording.format import ANONYMOUS, Records, list_shards, read_shard, request_hash
 from early_exit.handler.serving import ownership
 from early_exit.handler.serving.ownership import DrawnRequest
+from early_exit.handler.user_handler.alone import rows_alone
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.rows import RowsPerRequest, rows_per_request
 from tests.support.host import MemoryHost, worker_of
@@ -272,13 +273,11 @@ def test_a_check_leaves_no_trace(
     counted, checked = list[int](), list[Call]()
     host, handler = MemoryHost(), Noting(model)
     host.context.metrics = type("Metrics", (), {"add_counter": lambda self, name, count: counted.append(count)})()
-    rows_alone = ownership.rows_alone
-
     def counting(call: Call, *others: Any) -> Any:
         checked.append(call)
         return rows_alone(call, *others)
 
-    monkeypatch.setattr(ownership, "rows_alone", counting)
+    monkeypatch.setattr("early_exit.handler.serving.ownership.rows_alone", counting)
     worker = worker_of(model, handler, host=host)
     handler.initialize(worker._answers._context)
     for _ in range(3):
