@@ -130,10 +130,11 @@ def test_who_asks_for_every_exit_hears_of_its_own_rows(kind: type[AtOnce], model
     assert all([one["exit"] for one in json.loads(heard[number] or "")] == [*exits, "full"] for number in (1, 3, 5))
 
 
+@pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("kind", KNOWN)
 def test_a_request_is_recorded_once_with_what_belongs_to_it(
-        kind: type[AtOnce], model: EarlyExitModel, backbone: Backbone, tmp_path: Path) -> None:
-    model.shadow.rate = 0.5
+        kind: type[AtOnce], rate: float, model: EarlyExitModel, backbone: Backbone, tmp_path: Path) -> None:
+    model.shadow.rate = rate
     worker = worker_of(model, kind(model), ServingConfig(records=str(tmp_path), keep_requests=True),
                        description=HandlerDescription(rows_per_request=kind.rows_per_request))
     asked = requests(64)
@@ -146,7 +147,7 @@ def test_a_request_is_recorded_once_with_what_belongs_to_it(
     assert len(set(numbers)) == len(numbers) and len(numbers) > 10
     assert records.bodies == [f"body-{number}".encode() for number in numbers]
     k = kind.rows_per_request or 1
-    assert records.sampling_rate.tolist() == pytest.approx([1 - 0.5 ** k] * len(numbers))
+    assert records.sampling_rate.tolist() == pytest.approx([1 - (1 - rate) ** k] * len(numbers))
     seen = set()
     for number, log_probabilities in zip(numbers, records.log_probabilities):
         rows = views({"rows": asked[number]})[:k]
@@ -205,6 +206,16 @@ def test_what_two_samples_miss_the_worker_finds_in_the_batch_that_shows_it(
     worker.close()
     assert {hashed for records in recorded(tmp_path) for hashed in records.request.tolist()} == {ANONYMOUS}
     assert caplog.text.count("In batches, from now on, of several requests") == 1
+    assert host.metrics["rows_unknown"].values == {("check",): 1}
+
+
+def test_a_handler_that_empties_its_requests_is_checked_like_others(model: EarlyExitModel) -> None:
+    class Emptying(SortingByLength):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            return super().handle([{"rows": item.pop("rows")} for item in data], context)
+
+    host = MemoryHost()
+    replied(worker_of(model, Emptying(model), host=host), calls_of(requests(4, lengths=(8, 7, 6, 5))))
     assert host.metrics["rows_unknown"].values == {("check",): 1}
 
 
