@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests start many processes, each of which would otherwise compile anew whatever has no bytecode yet.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install system policy demo test lint bench clean
+.PHONY: install system policy demo test lint types audit bench clean
 
 install: .venv/installed
 
@@ -46,10 +46,22 @@ test:
 	$(MAKE) --jobs=2 install policy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-lint: install
+lint: types audit
+
+types: install
 	mkdir -p .typing && ln -sfn .. .typing/early_exit
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p early_exit.handler -p early_exit.training -p early_exit.archiver
+
+# By itself pip-audit passes over packages that PyPI, or a mirror, tells nothing about, and finds no hole in them.
+audit: .venv/audit/installed
+	.venv/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt \
+		$(shell sed -n 's/^\([A-Z][A-Z0-9-]*\) .*/--ignore-vuln \1/p' ignored-advisories.txt)
+
+.venv/audit/installed: constraints-audit.txt | .venv/installed
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --requirement constraints-audit.txt
+	touch $@
 
 bench: install
 	$(BIN)/python -m tests.benchmarks.loop --json loop.json

@@ -12,8 +12,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from early_exit.handler.errors import ServerError
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import open_private, private_folder, read_private
+from early_exit.training.credentials import all_without_credentials
+
 AUDIT_FILE = "audit.jsonl"
 Event = dict[str, Any]
+
+
+def audit_of(folder: Path, model: str) -> Audit:
+    """Return the decisions about a model, whose watcher keeps its state below a folder.
+
+    Raises:
+        ServerError: the name of the model leads out of the folder.
+    """
+    return Audit(folder / bare_name(model, "the name of a model", ServerError) / AUDIT_FILE)
 
 
 class Audit:
@@ -23,10 +37,16 @@ class Audit:
         self.path = path
 
     def append(self, event: str, **evidence: Any) -> Event:
-        """Write a decision down, with its evidence and the time; it is on disk when this returns."""
-        line = {"time": time.time(), "event": event, **evidence}
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self.path.open("a+b") as file:
+        """Write a decision down, with its evidence and the time; it is on disk when this returns.
+
+        Errors in the evidence may name URLs, and the gateway's page shows them: credentials in these are left out.
+
+        Raises:
+            OSError: it cannot be written, or its file or folder belongs to somebody else.
+        """
+        line = all_without_credentials({"time": time.time(), "event": event, **evidence})
+        private_folder(self.path.parent)
+        with open_private(self.path, "a+b") as file:
             # A line that a crash cut short stays, on a line of its own.
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
@@ -39,13 +59,19 @@ class Audit:
         return line
 
     def read(self) -> list[Event]:
-        """Return all decisions but lines that a crash cut short."""
-        if not self.path.exists():
+        """Return all decisions but lines that a crash cut short.
+
+        Raises:
+            OSError: the file cannot be read, or belongs to somebody else.
+        """
+        try:
+            text = read_private(self.path)
+        except FileNotFoundError:
             return []
         events = []
-        for line in self.path.read_text().splitlines():
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
+                events.append(all_without_credentials(json.loads(line)))  # audits of before hold them
         return events
 
     def latest(self, *names: str) -> Event | None:

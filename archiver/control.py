@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from early_exit.handler.sample_request import SampleRequest
+
 
 @dataclass(frozen=True)
 class VersionStatus:
@@ -46,6 +48,11 @@ class ModelServer(Protocol):
     Each method raises a ServerError where the server does not answer, or refuses.
     """
 
+    @property
+    def has_secret(self) -> bool:
+        """Whether the secret is known with which the server's workers let themselves be probed and requests run to the
+        end."""
+
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
 
@@ -62,14 +69,18 @@ class ModelServer(Protocol):
         """Remove a version at once, with whatever it has not answered."""
 
     def probe(self, model: str, version: str) -> dict[str, Any]:
-        """Let a version check itself; return what its probe says: 'backbone' (sha256) and 'plan' (digest or None)."""
+        """Let a version check itself; return what its probe says: 'backbone' (sha256) and 'plan' (digest or None).
 
-    def predict(self, model: str, version: str, body: bytes, *, to_the_end: bool = False) -> bytes:
-        """Return a version's answer to a request.
+        It takes the secret.
+        """
+
+    def predict(self, model: str, version: str, request: SampleRequest, *, to_the_end: bool = False) -> Prediction:
+        """Return a version's answer to a request; one that is refused raises a ServerError.
 
         Args:
             model: name of a served model.
             version: a registered version of it.
-            body: body of the request.
-            to_the_end: whether the request runs through the whole backbone, whatever the exits say.
+            request: what is sent.
+            to_the_end: whether the request runs through the whole backbone, whatever the exits say; it takes the
+                secret.
         """

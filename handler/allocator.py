@@ -20,13 +20,14 @@ ALLOCATOR = {
 """Environment variables that glibc's malloc reads when a process starts."""
 
 
-def restart_with_allocator(module: str, arguments: list[str]) -> None:
-    """Run `python -m module arguments` instead of this process, unless it has the allocator already.
+def restart_with_allocator() -> None:
+    """Run the command line of this process anew, unless the process has the allocator already.
 
-    What is measured in it then holds for the server's workers.
+    What is measured in it then holds for the server's workers. Modules are found where this process finds them: with
+    `python -m` instead, whoever put a file into the current folder would run code.
     """
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **ALLOCATOR})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
 def return_freed_memory() -> None:

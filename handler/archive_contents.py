@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, checked_manifest, require_harmless
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.sample_request import Part, SampleRequest, parse_samples
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,12 @@ class ArchiveContents:
     """The plan of the exits; none where the archive answers every request in full."""
     configuration: str
     """Text of the model-config.yaml; empty where the archive has none."""
-    sample_request: bytes | None
-    """Body of a request that the user's handler answers, where one is known."""
+    samples: tuple[SampleRequest, ...]
+    """Requests that the user's handler answers, where any are known."""
+    is_compared: bool
+    """Whether it answered its samples without exits as the archive did that it was made from."""
+    sample_answers: Mapping[str, Any]
+    """By exit: how the archive answered the first sample where it was made; empty where it was not noted."""
 
     @property
     def model(self) -> str:
@@ -59,6 +64,7 @@ def read_archive(mar: Path) -> ArchiveContents:
 
 
 def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
+    require_harmless(archive, mar)
     layout, names = ArchiveLayout(Path()), set(archive.namelist())
     description = layout.folder / DESCRIPTION_FILE
     required = (layout.manifest, layout.original_manifest, description)
@@ -74,16 +80,26 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     if not isinstance(model, dict) or not {"modelName", "modelVersion"} <= model.keys():
         raise ArchiveError(f"{mar}: expected the name and the version of a model in {layout.manifest}, found "
                            f"{model!r:.80}: is the archive damaged?")
-    plan, configuration = content(layout.plan), model.get("configFile")
+    manifest = checked_manifest(manifest, f"{mar}: {layout.manifest}")
+    original = _parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}")
+    plan, answers, configuration = content(layout.plan), content(layout.sample_answers), model.get("configFile")
     return ArchiveContents(
         manifest=manifest,
-        original_manifest=_parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}"),
+        original_manifest=checked_manifest(original, f"{mar}: {layout.original_manifest}"),
         description=BackboneDescription.from_json(_parsed(content(description), f"{mar}: {description}"),
                                                   f"{mar}: {description}"),
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
-        sample_request=content(layout.sample_request))
+        samples=_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
+        is_compared=layout.answers.as_posix() in names,
+        sample_answers={} if answers is None else _parsed(answers, f"{mar}: {layout.sample_answers}"))
+
+
+def _samples(content: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:
+    if content is not None:
+        return parse_samples(content, source)
+    return () if body is None else (SampleRequest((Part(body),)),)
 
 
 def _parsed(content: bytes | None, source: str) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import stat
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.files.names import bare_name
 
 FOLDER = "early_exit"
 HANDLER = "early_exit.handler.service"
@@ -16,11 +20,18 @@ DESCRIPTION_FILE = "backbone.json"
 """What is known of the backbone without loading it."""
 PROGRAM_FILE = "backbone.pt2"
 """The exported program of the backbone."""
+PROBE_FILE = "probe.safetensors"
+"""The inputs on which the backbone is tried; the scores that they must give are in its description."""
 TAIL_FILE = "detector.safetensors"
 """Weights of what follows a detector's stages, where the backbone is a detector's."""
 PLAN_FILE = "plan.json"
 HEADS_FILE = "heads.safetensors"
 """Weights of the plan's heads; it lies beside the plan."""
+_NAMES = ("modelName", "modelVersion", "serializedFile", "modelFile", "configFile", "requirementsFile")
+"""Values of a manifest that become part of a path."""
+_SMALL_BYTES = 2**30
+_MOST_EXPANSION = 20
+"""An archive above `_SMALL_BYTES` may unpack to so many times its own size: weights are hardly compressible."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,29 @@ class ArchiveLayout:
         return self.folder / "original-manifest.json"
 
     @property
+    def samples(self) -> Path:
+        """Requests that the user's handler answers, where any are known."""
+        return self.folder / "samples.json"
+
+    @property
     def sample_request(self) -> Path:
-        """Body of a request that the user's handler answers, where one is known."""
+        """What an archive of the last release has instead: the body of one."""
         return self.folder / "sample-request"
+
+    @property
+    def answers(self) -> Path:
+        """What the original archive answered to the samples."""
+        return self.folder / "answers.json"
+
+    @property
+    def handler_description(self) -> Path:
+        """What was found out about the user's handler."""
+        return self.folder / "handler.json"
+
+    @property
+    def sample_answers(self) -> Path:
+        """JSON: how the new archive answered the first sample, by the exit that answered."""
+        return self.folder / "sample-answers.json"
 
     @property
     def plan(self) -> Path:
@@ -57,14 +88,12 @@ def extract(mar: Path, folder: Path) -> None:
     """Unpack a model archive into an existing folder.
 
     Raises:
-        ArchiveError: it is no .mar, it is damaged, or an entry would land outside the folder.
+        ArchiveError: it is no .mar, it is damaged, an entry would land outside the folder or is no file, or it unpacks
+            to far more than it is.
     """
     try:
         with zipfile.ZipFile(mar) as archive:
-            for name in archive.namelist():
-                path = PurePosixPath(name.replace("\\", "/"))
-                if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise ArchiveError(f"{mar} holds the entry {name!r}, which leaves the archive: refused")
+            require_harmless(archive, mar)
             damaged = archive.testzip()
             if damaged is not None:
                 raise ArchiveError(f"{mar} is damaged: the checksum of {damaged} is wrong")
@@ -73,3 +102,72 @@ def extract(mar: Path, folder: Path) -> None:
         raise ArchiveError(f"cannot read {mar} as a model archive: {error}") from error
     if not (folder / MANIFEST).is_file():
         raise ArchiveError(f"{mar} has no {MANIFEST}: expected an archive made by torch-model-archiver")
+
+
+def require_harmless(archive: zipfile.ZipFile, mar: Path) -> None:
+    """Check the names, kinds and sizes of an archive's entries, before any is read.
+
+    Raises:
+        ArchiveError: an entry would land outside the archive, is no file or folder, or is there twice, or all of them
+            are far larger than the archive.
+    """
+    names = set()
+    for entry in archive.infolist():
+        path = PurePosixPath(entry.filename.replace("\\", "/"))
+        if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which leaves the archive: refused")
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which is a link or a device: refused, as "
+                               "expected are files and folders")
+        if path in names:  # TorchServe may take the other one than we do
+            raise ArchiveError(f"{mar} holds the entry {entry.filename!r} twice: refused, archive the model again")
+        names.add(path)
+    unpacked, packed = sum(entry.file_size for entry in archive.infolist()), mar.stat().st_size
+    if unpacked > max(_SMALL_BYTES, _MOST_EXPANSION * packed):
+        raise ArchiveError(f"{mar} has {packed} bytes and would unpack to {unpacked}: refused, as expected are at most "
+                           f"{_MOST_EXPANSION} times as many, or {_SMALL_BYTES}. If that is your model, archive it "
+                           "without compression")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a manifest of an extracted archive, with names that lead nowhere else.
+
+    Raises:
+        ArchiveError: it is no manifest, or a name in it is not bare.
+    """
+    try:
+        return checked_manifest(json.loads(path.read_text()), str(path))
+    except (OSError, ValueError) as error:
+        raise ArchiveError(f"cannot read the manifest {path}: {error}. Is the archive damaged?") from error
+
+
+def checked_manifest(manifest: Any, source: str) -> dict[str, Any]:
+    """Return a manifest if its names lead nowhere else.
+
+    Args:
+        manifest: what was read.
+        source: where, for messages.
+
+    Raises:
+        ArchiveError: it is no manifest, or a name in it is not bare.
+    """
+    model = manifest.get("model") if isinstance(manifest, dict) else None
+    if not isinstance(model, dict):
+        raise ArchiveError(f"{source}: expected a manifest with a model, found {manifest!r:.80}: is the archive "
+                           "damaged?")
+    for key in _NAMES:
+        value = model.get(key)
+        if value not in (None, ""):
+            bare_name(str(value) if isinstance(value, (int, float)) else value, f"{key} in {source}")
+    handler = model.get("handler")
+    if handler is not None:
+        _require_handler(handler, source)
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _require_handler(handler: object, source: str) -> None:
+    """Check a handler: a module, or a file with perhaps a folder before it and a function after it."""
+    file = handler.partition(":")[0] if isinstance(handler, str) else handler
+    for part in file.split("/") if isinstance(file, str) else [file]:
+        bare_name(part, f"handler {handler!r:.200} in {source}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -20,7 +20,17 @@ class Call:
 
     def has_header(self, name: str) -> bool:
         """Tell whether the request has a header, whatever its value and however a proxy spells its name."""
-        return any(header.lower() == name.lower() for header in self.headers)
+        return bool(self.header_values(name))
+
+    def header_values(self, name: str) -> list[str]:
+        """Return the values of a header; a host may hand over several that differ in the spelling of the name."""
+        return [value for header, value in self.headers.items() if header.lower() == name.lower()]
+
+    def without_headers(self, names: Collection[str]) -> Call:
+        """Return the same request without some headers, however their names are spelt."""
+        dropped = {name.lower() for name in names}
+        kept = {header: value for header, value in self.headers.items() if header.lower() not in dropped}
+        return self if len(kept) == len(self.headers) else replace(self, headers=kept)
 
 
 @dataclass

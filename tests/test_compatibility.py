@@ -135,7 +135,7 @@ def test_a_server_takes_an_old_archive_with_its_own_code_and_rolls_to_the_repack
         assert {reply.exit for reply in before} - {"full"}, "some leave early"
         logs = [log.read_text() for log in (server.state / "logs").glob("*.log")]
         assert any("this is the code of the archive" in log for log in logs)
-        management = Management(server.addresses, server.key_file)
+        management = Management(server.addresses, server.key_file, server.secret_file)
         wait_for(lambda: look(management, "digits", store, [str(records)], tmp_path / "cache").n_watched > 0,
                  "the monitor's state")
         assert roll(management, store / repackaged.name).replaced == "3.0"

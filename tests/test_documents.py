@@ -15,7 +15,7 @@ from early_exit.archiver.gateway.cli import parser as gateway_parser
 from early_exit.archiver.packaging.cli import parser as archive_parser
 from early_exit.archiver.packaging.cli import show_parser
 from early_exit.archiver.rollout.cli import parser as roll_parser
-from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.cli import addresses_of
 from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.archiver.watch.cli import parser as watch_parser
 from early_exit.handler.config import ServingConfig
@@ -88,7 +88,7 @@ def test_the_readmes_options_are_those_of_training() -> None:
 def test_prometheus_scrapes_where_ee_serve_shows_metrics_by_default() -> None:
     [job] = yaml.safe_load((ROOT / "docs" / "prometheus.yml").read_text())["scrape_configs"]
     options = serve_parser().parse_args([])
-    metrics = Addresses.of_server(f"http://{options.host}:{options.port}").metrics
+    metrics = addresses_of(options).metrics
     [[target]] = [one["targets"] for one in job["static_configs"]]
     assert (f"http://{target}", job["metrics_path"]) == (metrics, "/metrics")
 

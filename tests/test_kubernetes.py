@@ -15,13 +15,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from early_exit.archiver.gateway.cli import TOKEN_VARIABLE
 from early_exit.archiver.gateway.cli import parser as gateway_parser
 from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.cli import addresses_of
 from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import KEY_FILE
 from early_exit.archiver.watch.cli import parser as watch_parser
+from early_exit.training.environment import GATEWAY_TOKEN
 
 FOLDER = Path(__file__).parents[1] / "docs" / "kubernetes"
 PARSERS = {"ee-serve": serve_parser, "ee-watch": watch_parser, "ee-gateway": gateway_parser}
@@ -81,7 +82,7 @@ def test_the_gateway_beside_a_server_finds_its_port_tokens_and_decisions() -> No
     assert asked.tokens == served.state / KEY_FILE and asked.model_store == served.model_store
     assert asked.host_name == [f"$(POD).{stateful['spec']['serviceName']}"]
     assert [port["containerPort"] for port in gateway["ports"]] == [asked.port]
-    assert TOKEN_VARIABLE in [one["name"] for one in gateway["env"]], "it listens for other machines"
+    assert GATEWAY_TOKEN in [one["name"] for one in gateway["env"]], "it listens for other machines"
     [watch] = [one for one in manifests("ee-watch.yaml") if one["kind"] == "Deployment"]
     watching = started(watch["spec"]["template"]["spec"]["containers"][0])
     assert asked.watch / watching.model == watching.state
@@ -153,6 +154,18 @@ def test_clients_reach_the_inference_port_and_the_gateway_and_kserves_pods_are_c
         assert management == ([[{"podSelector": {"matchLabels": {"app": "ee-watch"}}}]] if name == "torchserve" else [])
     [key] = policies["torchserve-kserve"]["podSelector"]["matchExpressions"]
     assert key == {"key": "serving.kserve.io/inferenceservice", "operator": "Exists"}, "the label that KServe gives"
+
+
+def test_a_port_is_open_to_other_pods_where_a_policy_admits_somebody_and_the_gateway_lends_no_full_passes() -> None:
+    served = {container["name"]: addresses_of(started(container)) for pod in pods() for container in pod["containers"]
+              if container["command"][0] == "ee-serve"}
+    admitted = {one["metadata"]["name"]: {port["port"] for rule in one["spec"]["ingress"] for port in rule["ports"]}
+                for one in manifests("torchserve.yaml") if one["kind"] == "NetworkPolicy"}
+    for name, policy in (("torchserve", "torchserve"), ("kserve-container", "torchserve-kserve")):
+        opened = {int(address.rsplit(":", 1)[1]) for address in vars(served[name]).values() if "//0.0.0.0:" in address}
+        assert opened == admitted[policy] - {8090}, name
+    [gateway] = [container for pod in pods() for container in pod["containers"] if container["name"] == "gateway"]
+    assert started(gateway).secret is None and started(gateway).host == "0.0.0.0"
 
 
 JUSTIFIED = {

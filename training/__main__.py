@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-train` with the allocator of the server's workers; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What is measured must hold for the server's workers. First, because all that is imported is imported anew.
-    restart_with_allocator("early_exit.training", arguments)
+    restart_with_allocator()
     from early_exit.training.cli import main as run
 
     return run(arguments)

@@ -15,8 +15,9 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.risk import Risk
-from early_exit.training.command import command_parser, print_next, run_command
-from early_exit.training.data.dataset import find_shards
+from early_exit.handler.files.private import replacing
+from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
+from early_exit.training.data.dataset import find_shards, readable_shards
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.replay import AUGMENTATIONS, Replay
 from early_exit.training.data.sources import local_folders
@@ -25,7 +26,7 @@ from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.search import Search
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import TrainingOptions
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.report.evaluate import evaluate
 from early_exit.training.report.html import html_page
@@ -46,8 +47,8 @@ def _train(options: argparse.Namespace) -> int:
         archive = ArchiveLayout(Path(scratch))
         extract(options.archive, archive.root)
         run = RunPaths(options.to)
-        shards = find_shards(local_folders(options.records, run.remote), contents.model,
-                             contents.description)
+        found = find_shards(local_folders(options.records, run.remote), contents.model, contents.description)
+        shards = readable_shards(found, _log)
         report = train(contents.model, archive, shards, options_of(options, archive), run, mar=options.archive,
                        labels=options.labels, log=_log)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
@@ -68,7 +69,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _log(line: str) -> None:
-    print(f"ee-train: {line}", file=sys.stderr)
+    log_to_stderr(f"ee-train: {line}")
 
 
 def report_parser() -> argparse.ArgumentParser:

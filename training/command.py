@@ -11,6 +11,7 @@ from collections.abc import Callable
 import shtab
 
 from early_exit.handler.errors import EarlyExitError
+from early_exit.training.credentials import without_credentials
 
 
 def command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def run_command(name: str, work: Callable[[], int], *, when_interrupted: str = "
     try:
         return work()
     except (EarlyExitError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        log_to_stderr(f"{name}: {error}")
     except KeyboardInterrupt:
         print(f"{name}: {when_interrupted}", file=sys.stderr)
     return 1
@@ -50,6 +51,11 @@ def raise_on_terminate() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
+
+
+def log_to_stderr(line: str) -> None:
+    """Print a line for the user at once, without the credentials of the URLs in it."""
+    print(without_credentials(line), file=sys.stderr, flush=True)
 
 
 def print_next(command: str) -> None:

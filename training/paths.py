@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -124,16 +121,5 @@ class RunPaths:
 
 
 def _file_name(layer: str) -> str:
-    return quote(layer, safe="")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a scratch path beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    name = quote(layer, safe="")
+    return "%2E" + name[1:] if name.startswith(".") else name  # '..' would be the folder above

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.backbone.candidates import CandidateLayer, spread_over
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import save_plan
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.files.private import replacing
 from early_exit.handler.recording.format import read_times
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
@@ -36,7 +37,7 @@ from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import find_architectures, train_heads
 from early_exit.training.heads.trial import HeadCost, evaluators_of
 from early_exit.training.options import TrainingOptions
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 from early_exit.training.planning.choose import choose, make_plan
 from early_exit.training.planning.exit_costs import exit_costs
 from early_exit.training.planning.predictions import predict
@@ -67,7 +68,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     backbone = load_backbone(archive.folder)
     description = backbone.description
     training_set, left_out = _training_set(archive, mar, backbone, shards, options, run, log)
-    truth = load_labels(labels, training_set.request, training_set.n_classes) if labels else None
+    truth = load_labels(labels, training_set.request, training_set.n_classes, log) if labels else None
     if options.risk is Risk.ACCURACY:
         _require_labels(truth, training_set, options)
     profile = _profile(run, archive, backbone, training_set.layers, options)
@@ -116,7 +117,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
             training_set = prepare(run.training_set, traffic, layers, description.n_classes, pool)
         else:
             layers = spread_over(description.candidates, options.layers)
-            original = json.loads(archive.original_manifest.read_text())
+            original = read_manifest(archive.original_manifest)
             with preprocessing(archive.root, original) as handler, \
                     tqdm(desc="replay", unit="request", disable=None,
                          total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:

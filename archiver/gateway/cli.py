@@ -10,13 +10,13 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.archiver.audit import AUDIT_FILE, Audit
+from early_exit.archiver.audit import audit_of
 from early_exit.archiver.torchserve.addresses import Addresses
-from early_exit.archiver.torchserve.tokens import KEY_FILE
+from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE
 from early_exit.handler.errors import ConfigError, ServerError
 from early_exit.training.command import command_parser, run_command
+from early_exit.training.environment import GATEWAY_TOKEN
 
-TOKEN_VARIABLE = "EE_GATEWAY_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -44,10 +44,10 @@ def _serve(options: argparse.Namespace) -> int:
                           f"{limits.bytes_per_item}, the largest message")
     in_flight = BytesInFlight(limits.bytes_in_all)
     upstream = AsyncManagement(Addresses.of_server(options.server), None if options.no_tokens else options.tokens,
-                               connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
+                               _secret_file(options), connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
     app = create_app(upstream, token=token, names=[options.host, *options.host_name], limits=limits,
                      in_flight=in_flight, plans=Promises(options.model_store).of,
-                     decisions=lambda model: Audit(options.watch / model / AUDIT_FILE).read())
+                     decisions=lambda model: audit_of(options.watch, model).read())
     server = make_server(app, options.host, options.port, limits, in_flight,
                          lambda: _print_addresses(options, None if is_given else token))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
@@ -63,11 +63,23 @@ def _token(host: str) -> tuple[str, bool]:
     The gateway signs what it sends on with TorchServe's keys, so every user of this machine who reaches its port would
     have them; on loopback, too, there is a token.
     """
-    given = os.environ.get(TOKEN_VARIABLE, "").strip()
+    given = os.environ.get(GATEWAY_TOKEN, "").strip()
     if not given and host not in LOOPBACK:
-        raise ConfigError(f"{host} can be reached from elsewhere: set {TOKEN_VARIABLE} to a secret that clients "
+        raise ConfigError(f"{host} can be reached from elsewhere: set {GATEWAY_TOKEN} to a secret that clients "
                           "send as 'Authorization: Bearer ...', or listen on 127.0.0.1")
     return given or secrets.token_hex(24), bool(given)
+
+
+def _secret_file(options: argparse.Namespace) -> Path | None:
+    """Return where the secret lies that clients of the gateway get every exit's opinion with, if they do.
+
+    Each such request costs a full pass. On loopback the gateway is the operator's own; off it, clients may be anyone's.
+    """
+    if options.secret is not None:
+        if not options.secret.is_file():
+            raise ConfigError(f"no secret at {options.secret}: ee-serve makes it when it starts")
+        return Path(options.secret)
+    return None if options.no_tokens or options.host not in LOOPBACK else Path(options.tokens).with_name(SECRET_FILE)
 
 
 def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
@@ -78,7 +90,7 @@ def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
     if options.json:
         print(json.dumps(addresses | ({"token": made} if made else {})), flush=True)
     else:
-        token = f"{made}  (of this start; {TOKEN_VARIABLE} sets one)" if made else f"that of {TOKEN_VARIABLE}"
+        token = f"{made}  (of this start; {GATEWAY_TOKEN} sets one)" if made else f"that of {GATEWAY_TOKEN}"
         print(f"live page   {addresses['page']}\nwebsocket   {addresses['websocket']}\ntoken       {token}\n"
               "Ctrl-C stops it", flush=True)
 
@@ -97,6 +109,10 @@ def parser() -> argparse.ArgumentParser:
                         "(%(default)s)")
     parser.add_argument("--tokens", type=Path, default=Path(".ee-serve") / KEY_FILE, metavar="FILE",
                         help="TorchServe's key file (%(default)s)")
+    parser.add_argument("--secret", type=Path, metavar="FILE",
+                        help="the secret of TorchServe's workers: with it every client of the gateway may ask for "
+                        "every exit's opinion, a full pass each; on loopback by default the file "
+                        f"{SECRET_FILE} beside the key file")
     parser.add_argument("--no-tokens", action="store_true", help="TorchServe runs without token authorisation")
     parser.add_argument("--model-store", type=Path, default=Path("model-store"),
                         help="TorchServe's, to read the certificates from (%(default)s)")

@@ -14,6 +14,7 @@ from early_exit.archiver.gateway.latency import Latencies
 from early_exit.archiver.gateway.upstream import Upstream
 from early_exit.archiver.version_metrics import NO_VERSION, VersionMetrics
 from early_exit.handler.errors import ServerError
+from early_exit.training.credentials import without_credentials
 
 EVERY_S = 2.0
 SHOWN_S = 600.0
@@ -137,8 +138,8 @@ class Live:
 
 
 def _in_a_sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, ServerError) else (
-        f"The gateway cannot read what TorchServe tells: {type(error).__name__}: {error}")
+    return without_credentials(str(error) if isinstance(error, ServerError) else (
+        f"The gateway cannot read what TorchServe tells: {type(error).__name__}: {error}"))
 
 
 def in_words(decision: Mapping[str, Any]) -> str:

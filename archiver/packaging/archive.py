@@ -1,4 +1,4 @@
-"""Writes an early-exit .mar: self-contained, the same bytes for the same input, tried out before anyone sees it."""
+"""Writes an early-exit .mar: self-contained, the same bytes for the same input, compared before anyone sees it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +14,49 @@ from tqdm import tqdm
 
 import early_exit.handler
 from early_exit.archiver.packaging.configuration import CONFIG_FILE, Configuration, read_configuration
+from early_exit.archiver.packaging.learn import learn
 from early_exit.archiver.packaging.manifest import manifest_text
 from early_exit.archiver.packaging.publish import publish, zip_folder
 from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.sources.sample import sample_request
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
-from early_exit.archiver.packaging.validate import validate
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.archiver.packaging.tryout.trials import check
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
 from early_exit.handler.engines.registry import ENGINES, require_engine
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
+from early_exit.handler.user_handler.description import HandlerDescription, Loading
 
 
 def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda line: None) -> Path:
-    """Build, validate and publish an archive; return its path.
+    """Build, compare and publish an archive; return its path.
 
     Args:
         request: what is wanted.
         log: called with a line about what the user should know of the archive.
 
     Raises:
-        EarlyExitError: the source, the plan or the configuration cannot be used, or another archive has the name;
-            nothing is published.
+        EarlyExitError: the source, the plan or the configuration cannot be used, the archive does not answer as its
+            source does, or another archive has the name; nothing is published.
     """
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=3, desc="export", unit="step", disable=None) as progress:
         layout, aside = ArchiveLayout(Path(scratch) / "archive"), Path(scratch) / "aside"
         layout.root.mkdir()
         aside.mkdir()
         source = unpack_source(request, layout)
+        learn(request, layout, source, aside, log)
         _advance(progress, "fill")
-        sample = sample_request(request.request, layout, source.manifest, source.backbone.description)
-        if sample is None:
-            log("no sample request is known, so the handler's pre- and post-processing are not tried out; "
-                "--request FILE gives one")
         configuration = read_configuration(request.config or source.configuration(layout), request.engine, log)
-        _write_own_folder(request, layout, source, configuration.engine, sample, aside, log)
+        _write_own_folder(request, layout, source, configuration.engine, aside, log)
         _write_root(request, layout, source, configuration)
         _advance(progress, "try out")
         request.to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=request.to, prefix=".building-") as building:
             draft = Path(building) / _file_name(layout)
-            _zip_and_validate(layout.root, draft, source.weights, aside, log)
+            _zip_and_check(layout, draft, source, aside, log)
             target = request.to / draft.name
             publish(draft, target)
         progress.update()
@@ -67,19 +68,21 @@ def _advance(progress: Any, to: str) -> None:
     progress.set_description(to)
 
 
-def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: Source, engine: str,
-                      sample: bytes | None, aside: Path, log: Callable[[str], None]) -> None:
-    """Replace all that lies in the archive's own folder: handler code, backbone, engine's pieces, plan, sample."""
-    backbone = source.backbone
+def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: Source, engine: str, aside: Path,
+                      log: Callable[[str], None]) -> None:
+    """Replace what lies in the archive's own folder: handler code, engine's pieces, plan."""
+    backbone = load_backbone(layout.folder)
     if ENGINES[engine].needs_calibration:
-        _keep_or_quantize(request, engine, layout, source, aside, log)
-    shutil.rmtree(layout.folder, ignore_errors=True)
+        _keep_or_quantize(request, engine, layout, source, backbone, aside, log)
+    kept = aside / "kept"
+    layout.folder.rename(kept)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
     backbone.save(layout.folder)
+    for file in (layout.samples, layout.answers, layout.handler_description):
+        if (kept / file.name).exists():
+            shutil.move(kept / file.name, file)
     if (aside / PIECES).exists():
         shutil.move(aside / PIECES, layout.folder / PIECES)
-    if sample is not None:
-        layout.sample_request.write_bytes(sample)
     if request.plan is not None:
         plan, tensors = load_plan(request.plan)
         require_engine(plan.engine, ENGINES[engine].identity(layout.folder))
@@ -87,12 +90,11 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
     layout.original_manifest.write_text(json.dumps(source.manifest, indent=1, sort_keys=True))
 
 
-def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayout, source: Source, aside: Path,
-                      log: Callable[[str], None]) -> None:
+def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayout, source: Source, backbone: Backbone,
+                      aside: Path, log: Callable[[str], None]) -> None:
     """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
     if request.calibrate is not None:
-        quantize(source.backbone, recorded_inputs(request.calibrate, layout, source.manifest, source.backbone), aside,
-                 log)
+        quantize(backbone, recorded_inputs(request.calibrate, layout, source.manifest, backbone, log), aside, log)
     elif (layout.folder / PIECES).exists():
         shutil.move(layout.folder / PIECES, aside / PIECES)
     else:
@@ -116,24 +118,49 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
 
 
 def _file_name(layout: ArchiveLayout) -> str:
-    manifest = json.loads(layout.manifest.read_text())["model"]
+    manifest = read_manifest(layout.manifest)["model"]
     return f"{manifest['modelName']}-{manifest['modelVersion']}.mar"
 
 
-def _zip_and_validate(root: Path, draft: Path, weights: str | None, aside: Path, log: Callable[[str], None]) -> None:
-    """Zip a folder and try the archive out, without the user's own weights if it can do without them: the exported
-    backbone has them already."""
-    if weights is None or not (root / weights).exists():
-        zip_folder(root, draft)
-        validate(draft)
-        return
-    shutil.move(root / weights, aside / "weights")
-    zip_folder(root, draft)
-    try:
-        validate(draft)
-    except ArchiveError:
-        # A handler whose initialize() reads the weights itself needs them; then they are in twice.
-        shutil.move(aside / "weights", root / weights)
-        zip_folder(root, draft)
-        validate(draft)
-        log(f"the handler reads {weights} itself, so the archive holds the weights twice")
+def _zip_and_check(layout: ArchiveLayout, draft: Path, source: Source, aside: Path, log: Callable[[str], None]) -> None:
+    """Zip a folder and compare its answers; where the user's own model must be loaded is found out by trying.
+
+    Raises:
+        ArchiveError: it does not answer as its source does, whoever loads the model.
+    """
+    layout.sample_answers.unlink(missing_ok=True)
+    answers = _checked(layout, draft, source, aside, log)
+    if answers:  # by which ee-roll knows the archive where it may not probe
+        layout.sample_answers.write_text(json.dumps(answers, indent=1, sort_keys=True))
+        zip_folder(layout.root, draft)
+
+
+def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
+             log: Callable[[str], None]) -> dict[str, Any]:
+    """Zip a folder and return how the archive answers its first sample, by the exit that answers."""
+    expected = layout.answers if layout.answers.exists() else None
+    if source.is_ours:
+        zip_folder(layout.root, draft)
+        return check(draft, expected)
+    description = HandlerDescription.load(layout.handler_description)
+    ways = list(Loading)[list(Loading).index(description.loading):] if source.has_model else [Loading.GIVEN]
+    weights = layout.root / source.weights if source.weights else None
+    for way in ways:
+        replace(description, loading=way).save(layout.handler_description)
+        # Without the user's own weights if it can do without them: the exported backbone has them already.
+        zip_folder(layout.root, draft, without=weights if way is Loading.GIVEN else None)
+        try:
+            answers = check(draft, expected)
+        except ArchiveError:
+            if way is ways[-1]:
+                raise
+            continue
+        if way is Loading.GIVEN:
+            if weights is not None:
+                weights.unlink()
+        elif weights is not None:
+            log(f"the handler reads {weights.name} itself, so the archive holds the weights twice")
+        if way is Loading.KEPT:
+            log("the handler asks its model for more than its answers, so each worker keeps the original model too")
+        return answers
+    raise AssertionError("the last way is returned or raised")

@@ -19,7 +19,7 @@ from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
-from early_exit.training.command import command_parser, print_next, run_command
+from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def _show(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     values = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
     mar = build_archive(ArchiveRequest(**{**values, "inputs": tuple(options.inputs)}),
-                        lambda line: print(f"ee-archive: {line}", file=sys.stderr))
+                        lambda line: log_to_stderr(f"ee-archive: {line}"))
     _print_contents(mar, as_json=options.json)
     print_next(f"ee-roll {mar}" if options.plan else
                f"ee-serve {mar.name} --model-store {mar.parent}, or ee-roll {mar} where a server runs")
@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
                      --handler image_classifier --model-name photos
         a text model of two inputs:
           ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128""")
-    parser.add_argument("source", help="an existing .mar with an eager model, package.module:function, or a .pt2")
+    parser.add_argument("source", help="an existing .mar, .tar.gz or folder of torch-model-archiver, "
+                        "package.module:function, or a .pt2")
     parser.add_argument("--plan", type=Path, help="plan.json of an ee-train run")
     parser.add_argument("--version", help="model version; by default one above the source's")
     parser.add_argument("--to", type=Path, default=Path("model-store"), help="folder for the archive (%(default)s)")
@@ -91,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
                         help=f"for {calibrated}: records folder with request bytes, of which at most {N_SAMPLES} are "
                              "used")
-    parser.add_argument("--request", type=Path, help="body of a typical request, used as the sample")
+    parser.add_argument("--request", type=Path, action="append", default=[], dest="requests", metavar="FILE",
+                        help="body of a typical request, which the archive keeps as its sample; give two that differ, "
+                             "so that it is seen how the handler orders several")
+    parser.add_argument("--content-type", metavar="TYPE",
+                        help="of the requests; by default what the names of their files say")
+    parser.add_argument("--output", metavar="NAME",
+                        help="name or index of the scores in what the model returns, where several could be them")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
                         help="for a detector, what an image's class is: "
                              f"{', '.join(strategy.value for strategy in Strategy)} ({Strategy.OBJECT.value})")

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from early_exit.handler.config import EARLY, ServingConfig
-from early_exit.handler.errors import ArchiveError
 from early_exit.handler.torchserve.continuous_batching import SERVER_SETTINGS
+from early_exit.training.text_files import parse_yaml, read_text
 
 CONFIG_FILE = "model-config.yaml"
 
@@ -25,6 +25,15 @@ class Configuration:
     """Name of the engine that the archive is executed by."""
 
 
+def serving_config(text: str) -> ServingConfig:
+    """Return how an archive serves by the text of its model-config.yaml, which may be empty.
+
+    Raises:
+        ConfigError: it is not YAML, or holds a wrong setting.
+    """
+    return ServingConfig.from_model_config(parse_yaml(text, f"the archive's {CONFIG_FILE}"))
+
+
 def read_configuration(file: Path | None, engine: str | None, log: Callable[[str], None]) -> Configuration:
     """Return the configuration of an archive.
 
@@ -34,14 +43,10 @@ def read_configuration(file: Path | None, engine: str | None, log: Callable[[str
         log: called with a line about what was changed for TorchServe's sake.
 
     Raises:
-        ArchiveError: the file cannot be read.
-        ConfigError: it holds a wrong setting.
+        ConfigError: the file cannot be read, or holds a wrong setting.
     """
-    try:
-        text = file.read_text() if file else ""
-        content = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError) as error:
-        raise ArchiveError(f"cannot read the configuration {file}: {error}") from error
+    text = read_text(file, "the configuration") if file else ""
+    content = parse_yaml(text, f"the configuration {file}")
     serving = ServingConfig.from_model_config(content)
     changed = dict(content or {})
     if engine is not None:

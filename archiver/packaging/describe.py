@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from early_exit.handler.archive_contents import ArchiveContents, read_archive
 from early_exit.handler.config import ServingConfig
+from early_exit.training.text_files import parse_yaml
 
 
 def describe(mar: Path) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def describe(mar: Path) -> dict[str, Any]:
 
 def _as_data(mar: Path, contents: ArchiveContents) -> dict[str, Any]:
     backbone, plan = contents.description, contents.plan
-    configuration = yaml.safe_load(contents.configuration) or {}
+    configuration = parse_yaml(contents.configuration, f"model-config.yaml in {mar}") or {}
     serving = ServingConfig.from_model_config(configuration)
     return {
         "model": contents.model,
@@ -33,6 +32,8 @@ def _as_data(mar: Path, contents: ArchiveContents) -> dict[str, Any]:
         "engine": serving.engine,
         "answers": serving.answers,
         "handler": contents.original_manifest["model"]["handler"],
+        "samples": len(contents.samples),
+        "compared": contents.is_compared,
         "backbone": {
             "sha256": backbone.sha256, "input_shape": backbone.input_shape,
             "inputs": [spec.__dict__ for spec in backbone.inputs], "n_classes": backbone.n_classes,
@@ -62,6 +63,8 @@ def in_words(mar: Path) -> str:
         f"{' '.join('x'.join(map(str, spec['shape'])) for spec in backbone['inputs'])}  {backbone['n_classes']} "
         f"classes  {backbone['flops'] / 1e6:.1f} MFLOPs  engine {contents['engine']}  backbone "
         f"{backbone['sha256'][:12]}",
+        "  without exits it answers as the original did" if contents["compared"] else
+        "  its answers have not been compared with the original's",
     ]
     width = max(len(layer["path"]) for layer in [*backbone["candidates"], *backbone["left_out"]])
     for layer in backbone["candidates"]:

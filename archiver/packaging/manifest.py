@@ -42,5 +42,5 @@ def _next_version(version: str | None) -> str:
         return "1.0"
     try:
         return f"{int(float(version)) + 1}.0"
-    except ValueError:
+    except (ValueError, OverflowError):  # as for "inf"
         raise ArchiveError(f"the source has version {version!r}, which cannot be counted up: pass --version") from None

@@ -12,17 +12,18 @@ import torch
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import split
-from early_exit.handler.engines.openvino import PIECES, convert, import_openvino
+from early_exit.handler.engines.openvino import PIECES, convert, import_openvino, in_float32
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.inference.forward import Live
-from early_exit.training.data.dataset import Part, find_shards, load_traffic
+from early_exit.training.data.dataset import Part, find_shards, load_traffic, readable_shards
 from early_exit.training.data.preprocessing import preprocessing
 
 N_SAMPLES = 300
 _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int)
 
 
-def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone) -> Live:
+def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
+                    log: Callable[[str], None] = lambda line: None) -> Live:
     """Return the (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
 
     They are requests of the train part: those that certify what is made here are used for nothing else.
@@ -32,13 +33,15 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
         layout: the archive with the user's files.
         original: the manifest that the user's handler expects.
         backbone: the backbone that was recorded.
+        log: called with a line about each shard that cannot be read.
 
     Raises:
         RecordError: no request bytes of this backbone were recorded.
         ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
     name = original["model"]["modelName"]
-    traffic = load_traffic(find_shards(records, name, backbone.description))
+    shards = readable_shards(find_shards(records, name, backbone.description), log)
+    traffic = load_traffic(shards).of_known_requests()
     is_train = traffic.part == list(Part).index(Part.TRAIN)
     batches: list[Live] = []
     n_found = 0
@@ -84,7 +87,7 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
     target.mkdir(exist_ok=True)
     for number, piece in enumerate(pieces):
         log(f"quantizing piece {number + 1} of {len(pieces)} with {len(samples)} requests")
-        fed = nncf.Dataset(samples, lambda live: [x.numpy() for x in live])
+        fed = nncf.Dataset(samples, lambda live: [in_float32(x).numpy() for x in live])
         small = nncf.quantize(convert(piece), fed, subset_size=len(samples), model_type=kind,
                               preset=nncf.QuantizationPreset.PERFORMANCE)
         openvino.save_model(small, target / f"{number:03}.xml", compress_to_fp16=False)

@@ -9,14 +9,19 @@ from pathlib import Path
 from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.files.names import bare_name
 
 
 @dataclass(frozen=True)
 class ArchiveRequest:
-    """An archive that is to be built: from what, where to, and what is to be in it."""
+    """An archive that is to be built: from what, where to, and what is to be in it.
+
+    Raises:
+        ArchiveError: its name or version leads out of the folder that it is published into.
+    """
 
     source: str
-    """A .mar, a .pt2, or a factory as package.module:function."""
+    """A .mar, the same as .tar.gz or as a folder, a .pt2, or a factory as package.module:function."""
     to: Path
     """Folder that the archive is published into; it is created where it is missing."""
     plan: Path | None = None
@@ -41,9 +46,18 @@ class ArchiveRequest:
     """Engine to write into model-config.yaml, its only owner: an archive without a plan is executed by one too."""
     calibrate: Path | None = None
     """Folder with recorded request bytes, for an engine that is made from them."""
-    request: Path | None = None
-    """File with the body of a typical request."""
+    requests: Sequence[Path] = field(default_factory=tuple)
+    """Files with the bodies of typical requests, best two that differ."""
+    content_type: str | None = None
+    """Of the requests; by default what the names of their files say."""
+    output: str | None = None
+    """Name or index of the scores in what the model returns, where several of its outputs could be them."""
     strategy: Strategy | None = None
     """What the class of an image is, for a detector; by default its most confident object."""
     pedestrian: int = PEDESTRIAN
     """Label of pedestrians, for a detector."""
+
+    def __post_init__(self) -> None:
+        for what, name in (("model name", self.model_name), ("version", self.version)):
+            if name is not None:
+                bare_name(name, f"the {what}")

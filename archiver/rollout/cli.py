@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from early_exit.archiver.packaging.sources.sample import samples_of_files
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
-from early_exit.training.command import command_parser, raise_on_terminate, run_command
+from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _roll(options: argparse.Namespace) -> int:
-    request = options.request.read_bytes() if options.request else None
-    reports = roll_all(servers_of(options), options.archive, put_back=options.put_back, request=request,
-                       longest_batch_s=options.longest_batch_s, log=lambda line: print(line, file=sys.stderr))
+    requests = samples_of_files([options.request] if options.request else [], options.content_type)
+    reports = roll_all(servers_of(options), options.archive, put_back=options.put_back,
+                       request=requests[0] if requests else None, untried=options.untried,
+                       longest_batch_s=options.longest_batch_s, log=log_to_stderr)
     for report in reports:
         instead = f" instead of {report.replaced}" if report.replaced else ""
         print(json.dumps(asdict(report)) if options.json else f"{report.model} {report.version} serves{instead}")
@@ -46,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
                         help="when a server fails, roll the version before into those that are done")
     parser.add_argument("--request", type=Path,
                         help="body of a request that the new version must answer first; by default its own sample")
-    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
-                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--content-type", metavar="TYPE",
+                        help="of the request; by default what the name of its file says")
+    parser.add_argument("--untried", action="store_true",
+                        help="let a version serve though no request is known that tries it out")
+    parser.add_argument("--longest-batch-s", type=float, metavar="S",
+                        help=f"how long the old version may take for one batch ({LONGEST_BATCH_S:.0f}, or as long as "
+                        "is measured with the secret; without it this is needed)")
     parser.add_argument("--json", action="store_true", help="print the report for machines")
     return parser

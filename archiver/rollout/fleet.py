@@ -49,7 +49,7 @@ def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callabl
     if report.replaced_archive is None:
         return f"{server} served no {report.model} before, so it keeps {report.version}"
     try:
-        roll(server, store / report.replaced_archive, log=log, **{**limits, "request": None})
+        roll(server, store / report.replaced_archive, log=log, **{**limits, "request": None, "untried": True})
     except EarlyExitError as error:
         return f"{server} keeps {report.version}: {error}"
     return f"{server} was put back to {report.replaced}"

@@ -14,9 +14,12 @@ from typing import Any
 
 from early_exit.archiver.control import ModelServer, VersionStatus
 from early_exit.archiver.packaging.describe import describe
+from early_exit.archiver.rollout.sample_answer import require_same_answer
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.config import EARLY
 from early_exit.handler.errors import ArchiveError, FormatError, ServerError
+from early_exit.handler.protocol import SECRET_VARIABLE
+from early_exit.handler.sample_request import SampleRequest
 
 _POLL_S = 0.2
 LONGEST_BATCH_S = 5.0
@@ -42,8 +45,8 @@ class RollReport:
     """File name of the removed version's archive in the model store; none when the model was new."""
 
 
-def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_limit_s: float = 300.0,
-         drain_limit_s: float = 300.0, longest_batch_s: float = LONGEST_BATCH_S,
+def roll(server: ModelServer, mar: Path, *, request: SampleRequest | None = None, untried: bool = False,
+         ready_limit_s: float = 300.0, drain_limit_s: float = 300.0, longest_batch_s: float | None = None,
          log: Callable[[str], None] = lambda line: None) -> RollReport:
     """Replace the served version of a model by the one in an archive.
 
@@ -52,10 +55,12 @@ def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_
         mar: an archive in the server's model store.
         request: body of a request that the new version must answer before it gets any traffic; by default
             the archive's sample request.
+        untried: whether the version may serve though no request is known that tries it out.
         ready_limit_s: how long the new workers may take to start.
         drain_limit_s: how long the old version may take to answer what it has.
-        longest_batch_s: how long the old version's workers may take for one batch; longer where the request that
-            tries out the new version, run to the end, says so.
+        longest_batch_s: how long the old version's workers may take for one batch, by default `LONGEST_BATCH_S`; longer
+            where the request that tries out the new version, run to the end, says so. Without the server's secret no
+            request says so, and it has to be given.
         log: called with a line about each step.
 
     Raises:
@@ -68,6 +73,11 @@ def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_
     if any(status.version == version for status in registered):
         raise ServerError(f"{model} {version} is registered already: give the archive another --version")
     old = next((status for status in registered if status.is_default), None)
+    if not untried and request is None:
+        _require_tried(mar, contents, old)
+    if old is not None:
+        require_known_batch(server, longest_batch_s)
+    longest_batch_s = LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s
     started = time.monotonic()
     log(f"registering {model} {version}")
     server.register(mar.name, workers=max(1, old.n_workers if old else 1))
@@ -78,14 +88,9 @@ def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_
             _wait_until_ready(server, model, version, ready_limit_s)
         ready_s = time.monotonic() - started
         log(f"ready after {ready_s:.1f} s")
-        _require_same(contents, server.probe(model, version))
-        sample = request if request is not None else read_archive(mar).sample_request
-        if sample is not None:
-            server.predict(model, version, sample)
-            sent = time.monotonic()
-            server.predict(model, version, sample, to_the_end=True)
-            if old is not None:
-                longest_batch_s = max(longest_batch_s, _BUSY_FACTOR * old.batch_size * (time.monotonic() - sent))
+        alone_s = _try_out(server, mar, contents, request, log)
+        if old is not None:
+            longest_batch_s = max(longest_batch_s, _BUSY_FACTOR * old.batch_size * alone_s)
         server.set_default(model, version)
     except BaseException as error:
         _remove_quietly(server, model, version, log)
@@ -101,8 +106,22 @@ def roll(server: ModelServer, mar: Path, *, request: bytes | None = None, ready_
                       old.file_name if old else None)
 
 
+def require_known_batch(server: ModelServer, longest_batch_s: float | None) -> None:
+    """Check that it is known, or can be measured, how long a batch takes on a server.
+
+    Raises:
+        ServerError: it is neither.
+    """
+    if longest_batch_s is None and not server.has_secret:
+        raise ServerError(f"the secret of the workers of {server} is not known, so no request can be run to the end to "
+                          "tell how long a batch takes: pass --longest-batch-s, the seconds that the served version "
+                          "may take for one, or --secret FILE, with which the new version is probed and measured "
+                          "(ee-serve makes the file; another server needs what it holds in the variable "
+                          f"{SECRET_VARIABLE})")
+
+
 def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_limit_s: float = 300.0,
-           longest_batch_s: float = LONGEST_BATCH_S) -> None:
+           longest_batch_s: float | None = None) -> None:
     """Remove a version that gets no requests any more once it has answered those that it got.
 
     Args:
@@ -110,12 +129,12 @@ def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_lim
         model: name of the model.
         version: a version of it that is not the default.
         drain_limit_s: how long it may take to answer what it has.
-        longest_batch_s: how long its workers may take for one batch.
+        longest_batch_s: how long its workers may take for one batch, by default `LONGEST_BATCH_S`.
 
     Raises:
         ServerError: it still has requests; it is left registered.
     """
-    _drain(server, model, version, drain_limit_s, longest_batch_s)
+    _drain(server, model, version, drain_limit_s, LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s)
     server.unregister(model, version.version)
 
 
@@ -127,6 +146,51 @@ def _scaled_to(old: VersionStatus, store: Path) -> int | None:
     except (ArchiveError, FormatError):  # not one of ours, or not here
         return None
     return old.n_workers if old.n_workers and old.n_workers != archived else None
+
+
+def _require_tried(mar: Path, contents: dict[str, Any], old: VersionStatus | None) -> None:
+    """Check that a backbone answers a real request before it serves, or serves already.
+
+    Raises:
+        ServerError: no request is known.
+    """
+    if contents["samples"] or (old is not None and _backbone_of(mar.parent / old.file_name)
+                               == contents["backbone"]["sha256"]):
+        return
+    raise ServerError(f"{mar.name} has no sample request, so its backbone has never answered a real one: pass "
+                      "--request FILE, here or to ee-archive, or --untried if it shall serve all the same")
+
+
+def _backbone_of(archive: Path) -> str | None:
+    try:
+        return read_archive(archive).description.sha256
+    except (ArchiveError, FormatError):  # not one of ours, or not here
+        return None
+
+
+def _try_out(server: ModelServer, mar: Path, contents: dict[str, Any], request: SampleRequest | None,
+             log: Callable[[str], None]) -> float:
+    """Check that a version computes what its archive does, and answers; return the seconds of a request that ran to the
+    end, 0 where none did."""
+    model, version, archive = contents["model"], contents["version"], read_archive(mar)
+    if server.has_secret:
+        _require_same(contents, server.probe(model, version))
+        sample = request if request is not None else next(iter(archive.samples), None)
+        if sample is None:
+            return 0.0
+        server.predict(model, version, sample)
+        sent = time.monotonic()
+        server.predict(model, version, sample, to_the_end=True)
+        return time.monotonic() - sent
+    samples = [sample for sample in (request, *archive.samples[:1]) if sample is not None]
+    predictions = [server.predict(model, version, sample) for sample in samples]
+    if archive.sample_answers:
+        require_same_answer(archive, contents["engine"], predictions[-1])
+        log("not probed, for want of the server's secret: its sample request is answered as where the archive was made")
+    else:
+        log("not probed, for want of the server's secret, and the archive has no answer of its own to compare with: "
+            "whether the server loaded this archive, or another of that name, is not known")
+    return 0.0
 
 
 def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:

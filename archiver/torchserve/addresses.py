@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from early_exit.handler.errors import ServerError
+from early_exit.training.credentials import without_credentials
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,16 @@ class Addresses:
     @classmethod
     def on_loopback(cls, inference: int = 8080, management: int = 8081, metrics: int = 8082) -> Addresses:
         return cls(*(f"http://127.0.0.1:{port}" for port in (inference, management, metrics)))
+
+    @classmethod
+    def of_interfaces(cls, inference: str, management: str, metrics: str, port: int) -> Addresses:
+        """Return addresses on interfaces of this machine: inference at a port, management and metrics at the next two.
+
+        >>> Addresses.of_interfaces("0.0.0.0", "127.0.0.1", "127.0.0.1", 8080).management
+        'http://127.0.0.1:8081'
+        """
+        hosts = (inference, management, metrics)
+        return cls(*(f"http://{host}:{number}" for number, host in enumerate(hosts, start=port)))
 
     @classmethod
     def of_server(cls, text: str) -> Addresses:
@@ -38,7 +49,8 @@ class Addresses:
         except ValueError:
             host = port = None
         if url.scheme not in ("http", "https") or not host or not port:
-            raise ServerError(f"expected an inference address such as http://10.0.0.7:8080, found {inference!r}")
+            raise ServerError(f"expected an inference address such as http://10.0.0.7:8080, found "
+                              f"{without_credentials(inference)!r}")
         base = f"{url.scheme}://{url.netloc.rpartition(':')[0]}"
         management = management or f"{base}:{port + 1}"
         return cls(inference.rstrip("/"), management.rstrip("/"), f"{base}:{port + 2}")

@@ -19,7 +19,10 @@ from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
-from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER, SECRET_VARIABLE
+from early_exit.handler.sample_request import OCTETS
+from early_exit.training.credentials import without_credentials
 
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
@@ -37,6 +40,8 @@ class ApiRequest:
     params: dict[str, str | int] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    needs_secret: bool = False
+    """Whether it asks for a full pass, which workers do for those alone who send their secret."""
 
 
 Conversation = Generator[ApiRequest, httpx.Response, T]
@@ -87,22 +92,31 @@ class Api:
 
     def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
         """Let a version check itself, and learn what it says."""
-        said: dict[str, Any] = _json((yield ApiRequest(
-            "POST", self._prediction(model, version), "inference", headers={PROBE_HEADER: "1"}, body=b"probe")))
+        response = yield ApiRequest("POST", self._prediction(model, version), "inference",
+                                    headers={PROBE_HEADER: "1"}, body=b"probe", needs_secret=True)
+        said = _parsed(response)
+        if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):
+            raise ServerError(f"{model} {version} answered its probe with {response.status_code}, as if it were any "
+                              f"request: {_message(response)}\nIts workers do not know the secret that was sent: is "
+                              f"the file with it that of this server, and its {SECRET_VARIABLE} the same?")
+        _require_ok(response)
         return said
 
-    def predict(self, model: str, body: bytes, *, version: str | None = None,
-                anytime: bool = False) -> Conversation[Prediction]:
+    def predict(self, model: str, body: bytes, *, version: str | None = None, anytime: bool = False,
+                content_type: str = OCTETS) -> Conversation[Prediction]:
         """Get the answer to a request, whatever its status: this one does not raise for a refusal.
 
         Args:
             model: name of a served model.
             body: body of the request.
             version: a registered version, by default the model's default.
-            anytime: whether the request runs to the end and hears what every exit would have said.
+            anytime: whether the request runs to the end and hears what every exit would have said; without the secret
+                of the workers it does so only where their configuration opens that to clients.
+            content_type: of the body.
         """
-        response = yield ApiRequest("POST", self._prediction(model, version), "inference",
-                                    headers={ANYTIME_HEADER: "1"} if anytime else {}, body=body)
+        headers = {"content-type": content_type, **({ANYTIME_HEADER: "1"} if anytime else {})}
+        response = yield ApiRequest("POST", self._prediction(model, version), "inference", headers=headers, body=body,
+                                    needs_secret=anytime)
         return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
                           response.content, None if response.status_code == 200 else _message(response))
 
@@ -126,7 +140,8 @@ def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
         n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in version["workers"]),
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
         max_batch_delay_s=version["maxBatchDelay"] / 1000, batch_size=version["batchSize"],
-        file_name=version["modelUrl"].rsplit("/", 1)[-1])
+        file_name=bare_name(version["modelUrl"].rsplit("/", 1)[-1], "the archive's name that the server tells",
+                            ServerError))
 
 
 def _json(response: httpx.Response) -> Any:
@@ -134,10 +149,17 @@ def _json(response: httpx.Response) -> Any:
     return response.json()
 
 
+def _parsed(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
 def _require_ok(response: httpx.Response) -> None:
     if not response.is_success:
-        raise ServerError(f"{response.request.method} {response.url} was answered with {response.status_code}: "
-                          f"{_message(response)}")
+        raise ServerError(f"{response.request.method} {without_credentials(str(response.url))} was answered with "
+                          f"{response.status_code}: {_message(response)}")
 
 
 def _message(response: httpx.Response) -> str:

@@ -21,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     server = TorchServe(
-        options.model_store, options.state, Addresses.of_server(f"http://{options.host}:{options.port}"),
-        records=options.records, models=[Path(model).name for model in options.models],
-        token_minutes=options.token_minutes, threads=options.threads)
+        options.model_store, options.state, addresses_of(options), records=options.records,
+        models=[Path(model).name for model in options.models], token_minutes=options.token_minutes,
+        threads=options.threads)
     try:
         with server:
             places = {"inference": server.addresses.inference, "management": server.addresses.management,
                       "metrics": f"{server.addresses.metrics}/metrics", "tokens": str(server.key_file),
-                      "records": str(options.records.resolve())}
+                      "secret": str(server.secret_file), "records": str(options.records.resolve())}
             if options.json:
                 print(json.dumps(places), flush=True)
             else:
@@ -37,6 +37,11 @@ def _serve(options: argparse.Namespace) -> int:
             return server.wait()
     except KeyboardInterrupt:
         return 0
+
+
+def addresses_of(options: argparse.Namespace) -> Addresses:
+    """Return where the server is to listen."""
+    return Addresses.of_interfaces(options.host, options.management_host, options.metrics_host, options.port)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +56,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, default=Path(".ee-serve"),
                         help="tokens, logs, temporary files (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1",
-                        help="to listen on; others see tokens and requests unless TLS is put in front (%(default)s)")
+                        help="to listen on for predictions; others see tokens and requests unless TLS is put in front "
+                        "(%(default)s)")
+    parser.add_argument("--management-host", default="127.0.0.1", metavar="HOST",
+                        help="to listen on for ee-roll and ee-watch: whoever has the management token there chooses "
+                        "what is served (%(default)s)")
+    parser.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST",
+                        help="to listen on for Prometheus: metrics need no token (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="inference; management and metrics follow (%(default)s)")
     parser.add_argument("--token-minutes", type=int, default=60, help="how long tokens are valid (%(default)s)")
     parser.add_argument("--threads", type=int, help="of one worker; by default half the cores")

@@ -10,9 +10,12 @@ import httpx
 from early_exit.archiver.control import Prediction, VersionStatus
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.api import Api, ApiRequest, Conversation, T
-from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind
+from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind, read_secret
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
+from early_exit.handler.protocol import SECRET_HEADER
+from early_exit.handler.sample_request import SampleRequest
+from early_exit.training.credentials import without_credentials
 
 _ROLL_S = 30.0
 """Limit for any answer that a roll waits for."""
@@ -23,19 +26,27 @@ _LOOK_S = 10.0
 class Management:
     """A TorchServe as rollout and watch know it, a `ModelServer`."""
 
-    def __init__(self, addresses: Addresses, key_file: Path | None) -> None:
+    def __init__(self, addresses: Addresses, key_file: Path | None, secret_file: Path | None = None) -> None:
         """Remember where the server is and where its tokens are.
 
         Args:
             addresses: where the server listens.
             key_file: TorchServe's key_file.json; none when its token authorisation is off.
+            secret_file: holds the secret of the server's workers, while there is such a file; read for each request,
+                as a server that starts anew makes a new one.
         """
+        self._secret_file = secret_file
         self._addresses, self._api, self._auth = addresses, Api(addresses), _auth(addresses, key_file)
         # Between two calls a server may be restarted, so no connection is kept for the next one.
         self._client = httpx.Client(timeout=_ROLL_S, limits=httpx.Limits(max_keepalive_connections=0))
 
     def __str__(self) -> str:
-        return self._addresses.management
+        return without_credentials(self._addresses.management)
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether the secret of the server's workers is known."""
+        return read_secret(self._secret_file) is not None
 
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
@@ -61,16 +72,17 @@ class Management:
         """Let a version check itself through the inference address."""
         return self._hold(self._api.probe(model, version))
 
-    def predict(self, model: str, version: str, body: bytes, *, to_the_end: bool = False) -> bytes:
+    def predict(self, model: str, version: str, request: SampleRequest, *, to_the_end: bool = False) -> Prediction:
         """Return a version's answer to a request.
 
         Raises:
             ServerError: it is not answered with 200.
         """
-        prediction = self._hold(self._api.predict(model, body, version=version, anytime=to_the_end))
+        prediction = self._hold(self._api.predict(model, request.body, version=version, anytime=to_the_end,
+                                                  content_type=request.parts[0].content_type))
         if prediction.error is not None:
             raise ServerError(f"{model} {version} answered a request with {prediction.status}: {prediction.error}")
-        return prediction.body
+        return prediction
 
     def _hold(self, conversation: Conversation[T]) -> T:
         try:
@@ -83,7 +95,7 @@ class Management:
 
     def _send(self, request: ApiRequest) -> httpx.Response:
         try:
-            return self._client.request(**_as_httpx(request), auth=self._auth[request.token])
+            return self._client.request(**_as_httpx(request, self._secret_file), auth=self._auth[request.token])
         except httpx.HTTPError as error:
             raise _no_answer(request, error) from error
 
@@ -91,15 +103,18 @@ class Management:
 class AsyncManagement:
     """A TorchServe as the gateway knows it, an `Upstream`."""
 
-    def __init__(self, addresses: Addresses, key_file: Path | None, *, connections: int, prediction_s: float) -> None:
+    def __init__(self, addresses: Addresses, key_file: Path | None, secret_file: Path | None = None, *,
+                 connections: int, prediction_s: float) -> None:
         """Remember where the server is and where its tokens are.
 
         Args:
             addresses: where the server listens.
             key_file: TorchServe's key_file.json; none when its token authorisation is off.
+            secret_file: holds the secret of the server's workers, while there is such a file.
             connections: most predictions at once.
             prediction_s: limit for a prediction, waiting in TorchServe's queue included.
         """
+        self._secret_file = secret_file
         self._api, self._auth, self._prediction_s = Api(addresses), _auth(addresses, key_file), prediction_s
         self._client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(
             max_connections=connections + 4, max_keepalive_connections=connections + 4))
@@ -134,7 +149,7 @@ class AsyncManagement:
 
     async def _send(self, request: ApiRequest, limit_s: float) -> httpx.Response:
         try:
-            return await self._client.request(**_as_httpx(request), auth=self._auth[request.token],
+            return await self._client.request(**_as_httpx(request, self._secret_file), auth=self._auth[request.token],
                                               timeout=httpx.Timeout(limit_s, connect=5.0))
         except httpx.HTTPError as error:
             raise _no_answer(request, error) from error
@@ -145,10 +160,12 @@ def _auth(addresses: Addresses, key_file: Path | None) -> dict[TokenKind, TokenA
     return {kind: TokenAuth(key_file, kind, addresses.management) if key_file else None for kind in kinds}
 
 
-def _as_httpx(request: ApiRequest) -> dict[str, Any]:
+def _as_httpx(request: ApiRequest, secret_file: Path | None) -> dict[str, Any]:
+    secret = read_secret(secret_file) if request.needs_secret else None
     return {"method": request.method, "url": request.url, "params": request.params or None,
-            "headers": request.headers, "content": request.body}
+            "headers": request.headers | ({SECRET_HEADER: secret} if secret else {}), "content": request.body}
 
 
 def _no_answer(request: ApiRequest, error: httpx.HTTPError) -> ServerError:
-    return ServerError(f"no answer from {request.url}: {type(error).__name__}. Is TorchServe running there?")
+    return ServerError(f"no answer from {without_credentials(request.url)}: {type(error).__name__}. Is TorchServe "
+                       "running there?")

@@ -1,9 +1,10 @@
-"""A TorchServe on loopback with the settings that early exits need, as a context manager."""
+"""A TorchServe with the settings that early exits need, as a context manager."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,10 +21,13 @@ import psutil
 
 from early_exit.archiver.torchserve.addresses import Addresses, free_ports
 from early_exit.archiver.torchserve.java import find_java
-from early_exit.archiver.torchserve.tokens import KEY_FILE, read_token
+from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
+from early_exit.handler.files.private import open_private, private_folder, replacing
+from early_exit.handler.protocol import SECRET_VARIABLE
+from early_exit.training.environment import GATEWAY_TOKEN
 
 # Idle threads of one worker must not spin on cores that another worker needs.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -41,7 +45,8 @@ _STOP_S = 30.0
 class TorchServe:
     """One server and everything it needs in one state folder.
 
-    The folder holds config.properties, the token file (key_file.json), logs and the server's temporary files.
+    The folder holds config.properties, the token file (key_file.json), the secret of the workers, logs and the server's
+    temporary files.
     """
 
     def __init__(self, model_store: Path, state: Path, addresses: Addresses, *, records: Path | None = None,
@@ -60,6 +65,7 @@ class TorchServe:
         self.model_store, self.state = model_store.resolve(), state.resolve()
         self.addresses = addresses
         self.key_file = self.state / KEY_FILE
+        self.secret_file = self.state / SECRET_FILE
         self._records = records.resolve() if records else None
         self._models = list(models)
         self._token_minutes = token_minutes
@@ -104,28 +110,44 @@ class TorchServe:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self.key_file.unlink(missing_ok=True)  # its tokens died with the server
+        for file in (self.key_file, self.secret_file):  # what they hold died with the server
+            file.unlink(missing_ok=True)
         self._process = None
 
     def _start(self) -> None:
         if not self.model_store.is_dir():
             raise ServerError(f"no model store at {self.model_store}: create the folder or pass --model-store")
         for folder in (self.state, self.state / "logs", self.state / "tmp"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(folder)
         self._require_free_ports()
-        (self.state / "config.properties").write_text(self._properties())
-        (self.state / "log4j2.xml").write_text(_log_configuration(self.state / "logs"))
+        self.key_file.unlink(missing_ok=True)  # TorchServe would write through a link
+        for name, text in (("config.properties", self._properties()),
+                           ("log4j2.xml", _log_configuration(self.state / "logs"))):
+            with replacing(self.state / name) as scratch:
+                scratch.write_text(text)
         environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
-                       "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs")}
+                       "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs"),
+                       SECRET_VARIABLE: self._make_secret()}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
+        environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
-            self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self._records.is_dir():  # one that is there may be a volume, with an owner of its own
+                private_folder(self._records)
             environment[RECORDS_VARIABLE] = str(self._records)
-        with (self.state / "logs" / "server.out").open("wb") as output:
+        with open_private(self.state / "logs" / "server.out", "wb") as output:
             # A session of its own: Ctrl-C reaches us, and we end it in order.
             self._process = subprocess.Popen(self._command(), cwd=self.state, env=environment, stdout=output,
                                              stderr=subprocess.STDOUT, start_new_session=True)
         self._wait_until_healthy(60.0)
+
+    def _make_secret(self) -> str:
+        """Return the secret of the workers, that of the environment where it has one, and write it into its file."""
+        secret = os.environ.get(SECRET_VARIABLE, "").strip() or secrets.token_hex(24)
+        self.secret_file.unlink(missing_ok=True)
+        # A file of our own, for us alone from the beginning, and not what a link of this name points to.
+        with os.fdopen(os.open(self.secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret + "\n")
+        return secret
 
     def _command(self) -> list[str]:
         import ts
@@ -133,7 +155,7 @@ class TorchServe:
         home = Path(ts.__file__).parent
         command = [
             find_java(), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={self.state / 'tmp'}",
-            f"-Dlog4j.configurationFile=file://{self.state / 'log4j2.xml'}", "-cp", f".:{home / 'frontend' / '*'}",
+            f"-Dlog4j.configurationFile=file://{self.state / 'log4j2.xml'}", "-cp", str(home / "frontend" / "*"),
             "org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", "config.properties",
             "-s", str(self.model_store), "-ncs",
         ]
@@ -157,7 +179,8 @@ class TorchServe:
     def _require_free_ports(self) -> None:
         for address in (self.addresses.inference, self.addresses.management, self.addresses.metrics):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(address.rsplit(":", 1)[1]))) == 0:
+                host, port = address.removeprefix("http://").rsplit(":", 1)
+                if probe.connect_ex((host, int(port))) == 0:
                     raise ServerError(f"something listens on {address} already: stop it or choose another port")
 
     def _wait_until_healthy(self, limit_s: float) -> None:

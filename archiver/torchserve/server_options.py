@@ -7,7 +7,7 @@ from pathlib import Path
 
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
-from early_exit.archiver.torchserve.tokens import KEY_FILE
+from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE
 from early_exit.handler.errors import ServerError
 
 
@@ -20,6 +20,9 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
                         "unless it is the next port; once for each server")
     parser.add_argument("--tokens", type=Path, action="append", metavar="FILE",
                         help=f"TorchServe's key file, one for all servers or one for each (.ee-serve/{KEY_FILE})")
+    parser.add_argument("--secret", type=Path, action="append", default=[], metavar="FILE",
+                        help="the secret of the servers' workers, one file for all servers or one for each, to let "
+                        f"them be probed; by default the file {SECRET_FILE} beside each key file, where there is one")
     parser.add_argument("--no-tokens", action="store_true", help="the servers run without token authorisation")
 
 
@@ -27,14 +30,26 @@ def servers_of(options: argparse.Namespace) -> list[Management]:
     """Return the servers that were asked for.
 
     Raises:
-        ServerError: an address is wrong, or there are neither one key file nor as many as servers.
+        ServerError: an address is wrong, there are neither one key file nor as many as servers, or a secret that is
+            named is not there.
     """
     addresses = [Addresses.of_server(text) for text in options.server] or [
         Addresses.on_loopback(options.port, options.port + 1, options.port + 2)]
-    if options.no_tokens:
-        return [Management(server, None) for server in addresses]
-    tokens = options.tokens or [Path(".ee-serve") / KEY_FILE]
-    if len(tokens) not in (1, len(addresses)):
-        raise ServerError(f"{len(tokens)} key files for {len(addresses)} servers: pass --tokens once, or once for each "
-                          "--server in the same order")
-    return [Management(*pair) for pair in zip(addresses, tokens * (len(addresses) if len(tokens) == 1 else 1))]
+    key_files: list[Path] | list[None] = [None] * len(addresses)
+    secret_files: list[Path] | list[None] = [None] * len(addresses)
+    if not options.no_tokens:
+        key_files = _for_each(options.tokens or [Path(".ee-serve") / KEY_FILE], len(addresses), "--tokens")
+        secret_files = [key_file.with_name(SECRET_FILE) for key_file in key_files]
+    if options.secret:
+        secret_files = _for_each(options.secret, len(addresses), "--secret")
+        if missing := [str(file) for file in secret_files if not file.is_file()]:
+            raise ServerError(f"no secret at {' and '.join(missing)}: ee-serve makes it when it starts")
+    return [Management(*server) for server in zip(addresses, key_files, secret_files)]
+
+
+def _for_each(files: list[Path], n_servers: int, option: str) -> list[Path]:
+    """Return a file for each server."""
+    if len(files) not in (1, n_servers):
+        raise ServerError(f"{len(files)} files for {n_servers} servers: pass {option} once, or once for each --server "
+                          "in the same order")
+    return files * n_servers if len(files) == 1 else files

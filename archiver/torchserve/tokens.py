@@ -1,4 +1,4 @@
-"""The tokens that let a client of TorchServe in: read from its key file, and renewed when they are refused."""
+"""What lets a client of TorchServe in: its tokens, renewed when they are refused, and the secret of its workers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Literal
 
 import httpx
 
-from early_exit.handler.errors import ServerError
+from early_exit.handler.errors import ForeignFileError, ServerError
+from early_exit.handler.files.private import read_private
 
 KEY_FILE = "key_file.json"
 """TorchServe writes its tokens into this file, in the folder it is started in."""
+SECRET_FILE = "secret"
+"""`ee-serve` writes the secret of its workers into this file, beside the tokens."""
 TokenKind = Literal["inference", "management"]
 _RENEWING = "API"
 """Kind of the token that new tokens are asked for with."""
@@ -25,14 +28,37 @@ def read_token(key_file: Path, kind: str) -> str:
     """Return the 'management', 'inference' or 'API' token of TorchServe's key file.
 
     Raises:
-        ServerError: the file is missing or not a key file.
+        ServerError: the file is missing, not a key file, a link, or somebody else's.
     """
     try:
-        key: str = json.loads(key_file.read_text())[kind]["key"]
+        key: str = json.loads(read_private(key_file))[kind]["key"]
+    except ForeignFileError as error:
+        raise ServerError(f"cannot take the {kind} token: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ServerError(f"cannot read the {kind} token from {key_file}: {error!r}. TorchServe writes {KEY_FILE} "
                           "into the folder it is started in; pass it with --tokens") from error
     return key
+
+
+def read_secret(secret_file: Path | None) -> str | None:
+    """Return the secret of a server's workers, or None where there is no such file.
+
+    Raises:
+        ServerError: the file cannot be read, or does not hold what a header can carry.
+    """
+    if secret_file is None:
+        return None
+    try:
+        secret = secret_file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"cannot read the secret of a server's workers from {secret_file}: {type(error).__name__}. "
+                          "Expected one line of ASCII") from error
+    if not secret.isprintable() or not secret:
+        raise ServerError(f"expected one line of ASCII in {secret_file}, the secret of a server's workers, found "
+                          f"{len(secret.splitlines())} lines")
+    return secret
 
 
 class TokenAuth(httpx.Auth):

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-watch` with the allocator of the server's workers; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What is measured must hold for the server's workers. First, because all that is imported is imported anew.
-    restart_with_allocator("early_exit.archiver.watch", arguments)
+    restart_with_allocator()
     os.nice(10)  # the requests come first
     from early_exit.archiver.watch.cli import main as run
 

@@ -14,9 +14,12 @@ from early_exit.archiver.torchserve.server_options import add_server_options, se
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import Terms, fresh_after
-from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watcher
+from early_exit.handler.errors import ConfigError
+from early_exit.handler.files.names import bare_name
 from early_exit.training.cli import add_options, options_of
-from early_exit.training.command import command_parser, raise_on_terminate, run_command
+from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
 _DAY_S = 24 * 3600.0
 
@@ -48,7 +51,7 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
     """Look again and again; return the exit status of a single look."""
-    watcher = Watcher(watched, lambda line: print(line, file=sys.stderr, flush=True))
+    watcher = Watcher(watched, log_to_stderr)
     n_known = len(watched.audit.read())
     while True:
         watcher.tick()
@@ -81,8 +84,9 @@ def parser() -> argparse.ArgumentParser:
                         help="after which a certificate is renewed (%(default)s)")
     parser.add_argument("--trial-samples", type=int, default=300, metavar="N",
                         help="shadow samples after which a new version is accepted (%(default)s)")
-    parser.add_argument("--longest-batch-s", type=float, default=LONGEST_BATCH_S, metavar="S",
-                        help="how long the old version may take for one batch (%(default)s)")
+    parser.add_argument("--longest-batch-s", type=float, metavar="S",
+                        help=f"how long the old version may take for one batch ({LONGEST_BATCH_S:.0f}, or as long as "
+                        "is measured with the secret; without it this is needed)")
     parser.add_argument("--once", action="store_true",
                         help="look once, do what is to be done, and end; status 1 if the look or a roll fails")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
@@ -93,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _watched(options: argparse.Namespace) -> Watched:
+    bare_name(options.model, "MODEL", ConfigError)  # of folders and the lock
     return Watched(
         model=options.model, servers=servers_of(options), store=options.model_store, sources=options.records,
         state=options.state or Path(".ee-watch") / options.model, options=lambda archive: options_of(options, archive),

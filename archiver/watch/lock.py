@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from early_exit.handler.errors import ServerError
+from early_exit.handler.files.private import open_private
 
 
 @contextlib.contextmanager
@@ -17,8 +18,9 @@ def only_watcher(path: Path) -> Iterator[None]:
 
     Raises:
         ServerError: another process holds it.
+        ForeignFileError: it is a link, or belongs to somebody else.
     """
-    with path.open("a+") as file:
+    with open_private(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

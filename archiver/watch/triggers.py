@@ -14,7 +14,7 @@ from early_exit.training.selection.certify import records_needed
 
 NEW_SHARE = 0.2
 """Share of new records at which the paper retrains (section 3.6)."""
-ATTEMPT = "attempt"
+ATTEMPT, KEPT, ROLLING = "attempt", "kept", "rolling"
 CLOCK = "clock set back"
 
 

@@ -3,61 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.audit import AUDIT_FILE, Audit, Event
+from early_exit.archiver.audit import Event
 from early_exit.archiver.control import ModelServer
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
-from early_exit.archiver.rollout.roll import retire
+from early_exit.archiver.rollout.roll import require_known_batch, retire
+from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name
 from early_exit.archiver.watch.status import ModelStatus, look
-from early_exit.archiver.watch.triggers import ATTEMPT, CLOCK, Terms, Trigger, fired, is_better, newest_mark
+from early_exit.archiver.watch.triggers import (
+    ATTEMPT,
+    CLOCK,
+    KEPT,
+    ROLLING,
+    Trigger,
+    fired,
+    is_better,
+    newest_mark,
+)
+from early_exit.archiver.watch.versions import next_version, stored_versions
+from early_exit.archiver.watch.watched import Watched
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.errors import EarlyExitError, RecordError, ServerError
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
-from early_exit.training.options import TrainingOptions
+from early_exit.handler.files.names import bare_name
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.planning.reassess import cost_on_run
 
 _TRIES = 3
-ROLLING, ROLLED, ROLL_FAILED = "rolling", "rolled", "roll failed"
+ROLLED, ROLL_FAILED, GIVEN_UP = "rolled", "roll failed", "given up"
 ACCEPTED, TAKING_BACK, ROLLED_BACK = "accepted", "taking back", "rolled back"
-KEPT, TROUBLE = "kept", "trouble"
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What is watched, and how."""
-
-    model: str
-    servers: Sequence[ModelServer]
-    store: Path
-    """The servers' model store."""
-    sources: Sequence[str]
-    """Folders and URLs with the servers' records."""
-    state: Path
-    """Folder for the audit, runs and copies of records from URLs."""
-    options: Callable[[ArchiveLayout], TrainingOptions]
-    """Returns what to train for an extracted archive."""
-    labels: Path | None
-    """CSV of request ids and true classes, for the risk of accuracy."""
-    terms: Terms
-    trial_samples: int
-    """Shadow samples that a new version must pass before it is accepted."""
-    longest_batch_s: float
-    """How long an old version may take for one batch."""
-
-    @property
-    def audit(self) -> Audit:
-        return Audit(self.state / AUDIT_FILE)
+TROUBLE = "trouble"
 
 
 class Watcher:
@@ -67,11 +51,18 @@ class Watcher:
         self._watched, self._log = watched, log
         self._audit = watched.audit
         self._trouble: str | None = None
+        self._seen: ModelStatus | None = None
 
     def tick(self) -> None:
-        """Look once and do what is to be done; trouble is noted in the audit, once while it lasts."""
+        """Look once and do what is to be done; trouble is noted in the audit, once while it lasts.
+
+        What a renewal that is over has left is removed, and records that are too old or too many are, whatever happens.
+        """
         try:
-            self._tick()
+            try:
+                self._tick()
+            finally:
+                self._clean_up()
             self._trouble = None
         except Exception as error:  # one bad tick must not end the watch
             trouble = f"{type(error).__name__}: {error}"
@@ -92,13 +83,13 @@ class Watcher:
 
     def on_trial(self, status: ModelStatus) -> Event | None:
         """Return the decision that brought the served version in, while it is not accepted yet."""
-        event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, TAKING_BACK, ROLLED_BACK)
+        event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, TAKING_BACK, ROLLED_BACK, GIVEN_UP)
         if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != status.version:
             return None
         return event
 
     def _tick(self) -> None:
-        status = self.look()
+        status = self._seen = self.look()
         self._note_clock(status)
         if (begun := self._taken_back_in_part()) is not None:
             self._take_back(begun)
@@ -107,9 +98,11 @@ class Watcher:
                 self._finish(trial)
             self._judge(status, trial)
         elif (pending := self._pending(status)) is not None:
-            self._roll(pending)
+            self._roll(self._note_roll(pending))
         elif (attempt := self._attempt(status)) is not None:
             self._require_agreement(status)
+            for server in self._watched.servers:  # before minutes of training, not after
+                require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
 
     def _note_clock(self, status: ModelStatus) -> None:
@@ -176,15 +169,25 @@ class Watcher:
             self._note(ACCEPTED, **evidence)
 
     def _pending(self, status: ModelStatus) -> Event | None:
-        """Return a roll that failed or was cut short before the switch and is worth another try."""
-        event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED)
-        if event is None or event["event"] == ROLLED or event["replaces"] != status.version:
+        """Return a roll that failed or was cut short before the switch and is worth another try; give up any other."""
+        event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED, GIVEN_UP)
+        if event is None or event["event"] in (ROLLED, GIVEN_UP):
             return None
-        if event["tries"] >= _TRIES:
+        if event["replaces"] != status.version or event["tries"] >= _TRIES:
+            self._give_up(event)
             return None
         for server in self._watched.servers:  # what was left half done
             self._retire(server, event["version"])
         return event
+
+    def _give_up(self, rolled: Event) -> None:
+        """Remove a version that could not be rolled in: from all servers, and then its archive from the store."""
+        for server in self._watched.servers:
+            self._retire(server, rolled["version"])
+        if not any(registered.version == rolled["version"] for server in self._watched.servers
+                   for registered in server.versions(self._watched.model)):
+            (self._watched.store / bare_name(rolled["archive"], "an archive in the audit")).unlink(missing_ok=True)
+        self._note(GIVEN_UP, **{key: rolled[key] for key in ("version", "archive", "replaces", "tries")})
 
     def _attempt(self, status: ModelStatus) -> Event | None:
         """Return the renewal that was cut short, or a new one that there is reason for."""
@@ -196,7 +199,7 @@ class Watcher:
             return None
         return {
             "reason": trigger.reason, **trigger.evidence, "version": status.version,
-            "run": time.strftime("%Y%m%d-%H%M%S", time.gmtime()), "newest_record": status.times[-1].item(),
+            "run": run_name(), "newest_record": status.times[-1].item(),
             "certify_after": trigger.fresh_after, "tries": 0}
 
     def _renew(self, status: ModelStatus, attempt: Event) -> None:
@@ -205,24 +208,24 @@ class Watcher:
         try:
             plan, current_cost = self._train(status, attempt["certify_after"], run)
         except RecordError as error:
-            self._keep(status, run, why=str(error))
+            self._note(KEPT, version=status.version, why=str(error))
             return
         better, why = is_better(plan, status.plan, attempt["reason"], current_cost)
         evidence = {"why": why, "run": run.root.name, "new": _summary(plan), "current": _summary(status.plan),
                     "current_cost_now": current_cost}
         if not better:
-            self._keep(status, run, **evidence)
+            self._note(KEPT, version=status.version, **evidence)
             return
-        mar = build_archive(ArchiveRequest(str(status.archive), self._watched.store, plan=run.plan,
-                                           version=self._next_version(status)), self._log)
-        version = mar.stem.removeprefix(f"{status.model}-")
-        _remove_training_set(run)
-        self._roll({"version": version, "archive": mar.name, "replaces": status.version,
-                    "replaced_archive": status.archive.name, "tries": 0, **evidence})
-
-    def _keep(self, status: ModelStatus, run: RunPaths, **evidence: Any) -> None:
-        self._note(KEPT, version=status.version, **evidence)
-        _remove_training_set(run)
+        version = next_version(self._watched.store, status.model, status.registered)
+        mar = build_archive(ArchiveRequest(str(status.archive), self._watched.store, plan=run.plan, version=version),
+                            self._log)
+        try:
+            facts = self._note_roll({"version": version, "archive": mar.name, "replaces": status.version,
+                                     "replaced_archive": status.archive.name, "tries": 0, **evidence})
+        except OSError:  # nobody would know whose it is
+            mar.unlink()
+            raise
+        self._roll(facts)
 
     def _train(self, status: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
         """Train a new plan; return it and what the current one costs on its records."""
@@ -239,35 +242,44 @@ class Watcher:
                 current_cost = cost_on_run(current, heads, run, status.backbone, options)
         return load_plan(run.plan)[0], current_cost
 
-    def _roll(self, decision: Event) -> None:
+    def _note_roll(self, decision: Event) -> Event:
+        """Note that a version is rolled in, once more or for the first time; return what is known of it."""
         facts = {key: decision[key] for key in ("version", "archive", "replaces", "replaced_archive", "why", "new",
                                                 "current", "current_cost_now")}
         facts["tries"] = decision["tries"] + 1
         self._note(ROLLING, **facts)
+        return facts
+
+    def _roll(self, facts: Event) -> None:
         try:
-            roll_all(self._watched.servers, self._watched.store / decision["archive"], put_back=True,
+            roll_all(self._watched.servers, self._watched.store / facts["archive"], put_back=True,
                      longest_batch_s=self._watched.longest_batch_s, log=self._log)
         except EarlyExitError as error:
             self._note(ROLL_FAILED, **facts, error=str(error))
+            if facts["tries"] >= _TRIES:
+                self._give_up(facts)
             return
         self._note(ROLLED, **facts)
 
-    def _next_version(self, status: ModelStatus) -> str:
-        """Return a version above all that the server has and the store holds: none of them is replaced."""
-        stored = (mar.stem.removeprefix(f"{status.model}-") for mar in self._watched.store.glob("*.mar"))
-        numbers = [float(version) for version in (*stored, *status.registered) if _is_number(version)]
-        return f"{int(max(numbers, default=0)) + 1}.0"
+    def _clean_up(self) -> None:
+        with contextlib.suppress(OSError, EarlyExitError):  # what cannot be removed now is removed later
+            remove_left_over(self._watched.state / "runs", self._audit.read(), self._unfinished_run())
+            stored = stored_versions(self._watched.store, self._watched.model)
+            newest = stored[max(stored)] if stored else None
+            if archive := self._seen.archive if self._seen else newest:
+                limit_records(self._watched.sources, self._watched.model, archive)
+
+    def _unfinished_run(self) -> str | None:
+        """Return the name of the run that the next tick goes on with, if there is one."""
+        event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
+        if event is None or event["event"] != ATTEMPT or event.get("tries", _TRIES) >= _TRIES:
+            return None
+        return event["run"] if self._seen is None or event["version"] == self._seen.version else None
 
     def _note(self, event: str, **evidence: Any) -> None:
         about = ", ".join(f"{key} {value}" for key, value in evidence.items() if not isinstance(value, (dict, list)))
         self._log(f"{event}: {about}")
         self._audit.append(event, **evidence)
-
-
-def _remove_training_set(run: RunPaths) -> None:
-    """Remove a decided run's copy of the records: they would outlive their own age and size limits there."""
-    shutil.rmtree(run.training_set.root, ignore_errors=True)
-    shutil.rmtree(run.remote, ignore_errors=True)
 
 
 def _summary(plan: ExitPlan | None) -> dict[str, Any] | None:
@@ -280,7 +292,3 @@ def _summary(plan: ExitPlan | None) -> dict[str, Any] | None:
             "certificate": None if certificate is None else {
                 "risk": certificate.risk, "bound": certificate.tolerance, "confidence": certificate.confidence,
                 "n": certificate.n, "k": certificate.k, "p_value": certificate.p_value}}
-
-
-def _is_number(version: str) -> bool:
-    return version.replace(".", "", 1).isdigit()

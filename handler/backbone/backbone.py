@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from early_exit.handler.archive_layout import DESCRIPTION_FILE, PROGRAM_FILE
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, PROBE_FILE, PROGRAM_FILE
 from early_exit.handler.backbone.candidates import CandidateLayer, LeftOut, discover_layers
 from early_exit.handler.backbone.detector_tails import save_tail, tail_parameters
-from early_exit.handler.backbone.export import backbone_graph, export_backbone
+from early_exit.handler.backbone.export import backbone_graph, export_backbone, prepare_program, scores_dtype
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.program_file import load_program
@@ -45,18 +49,16 @@ class BackboneDescription:
     candidates: tuple[CandidateLayer, ...]
     left_out: tuple[LeftOut, ...]
     probe: tuple[float, ...]
-    """(K,) scores for `probe_inputs`, computed where the archive was made."""
+    """(K,) scores for the backbone's probe, computed where the archive was made."""
     detector: DetectorSpec | None = None
     """The detector whose images the classes are of; none where the model is a classifier."""
+    constants: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """What the user's handler gives the model beside tensors, always the same, by the names of its parameters."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """One item of the first input, without the batch dimension."""
         return self.inputs[0].shape
-
-    def probe_inputs(self) -> tuple[Tensor, ...]:
-        """Return (1, ...) inputs that are the same on every machine."""
-        return tuple(spec.probe() for spec in self.inputs)
 
     def layer(self, path: str) -> CandidateLayer:
         """Return the candidate of that module path.
@@ -109,6 +111,7 @@ class BackboneDescription:
             candidates=tuple(CandidateLayer.from_json(layer) for layer in data["candidates"]),
             left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
             detector=DetectorSpec.from_json(data["detector"]) if data.get("detector") else None,
+            constants=data.get("constants", {}),
         )
 
 
@@ -119,13 +122,15 @@ class Backbone:
     program: ExportedProgram
     graph: fx.GraphModule
     description: BackboneDescription
+    probe: tuple[Tensor, ...]
+    """(1, ...) inputs on the CPU on which it is tried wherever it is loaded."""
     folder: Path | None = None
     """The folder it was read from, where an engine may have put more; none for one that was never written."""
 
     @classmethod
     def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32,
-                    detector: DetectorSpec | None = None) -> Backbone:
-        """Export an eager classifier.
+                    detector: DetectorSpec | None = None, output: str | None = None) -> Backbone:
+        """Export an eager classifier of one input.
 
         Raises:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
@@ -133,23 +138,31 @@ class Backbone:
         parameters = list(inspect.signature(model.forward).parameters)
         name = parameters[0] if parameters else "x"
         spec = InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))
-        return cls.from_inputs(model, [spec], detector)
+        return cls.from_inputs(model, [spec], detector, output=output)
 
     @classmethod
-    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec],
-                    detector: DetectorSpec | None = None) -> Backbone:
+    def from_inputs(cls, model: nn.Module, inputs: Sequence[InputSpec], detector: DetectorSpec | None = None,
+                    constants: Mapping[str, Any] = MappingProxyType({}), output: str | None = None) -> Backbone:
         """Export an eager classifier with several inputs, which are given to it by name.
+
+        Args:
+            model: the classifier.
+            inputs: the tensors that it takes.
+            detector: the detector that it is a part of, if any.
+            constants: what it is given beside them, always the same.
+            output: which of its outputs are the scores; needed only where several could be.
 
         Raises:
             GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
         """
-        program, output = export_backbone(model, inputs)
-        return cls.from_program(program, [spec.name for spec in inputs], output, detector)
+        program, found = export_backbone(model, inputs, constants, output)
+        return cls.from_program(program, [spec.name for spec in inputs], found, detector, constants)
 
     @classmethod
     def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
                      output: OutputSpec = OutputSpec(),  # noqa: B008 - it is frozen
-                     detector: DetectorSpec | None = None) -> Backbone:
+                     detector: DetectorSpec | None = None, constants: Mapping[str, Any] = MappingProxyType({})
+                     ) -> Backbone:
         """Describe an exported classifier.
 
         Args:
@@ -157,10 +170,12 @@ class Backbone:
             names: names of the inputs; by default those in the program.
             output: what the user's model returned.
             detector: the detector that it is a part of, if any.
+            constants: what the user's model is given beside the inputs.
 
         Raises:
             GraphError: it is no classifier, or offers no place for an exit.
         """
+        prepare_program(program)
         graph = backbone_graph(program)
         limits = index_limits(graph)
         nodes = inputs_of(graph.graph)
@@ -168,19 +183,23 @@ class Backbone:
             InputSpec(name, tuple(int(size) for size in node.meta["val"].shape[1:]),
                       str(node.meta["val"].dtype).removeprefix("torch."), limits.get(node.name))
             for node, name in zip(nodes, names or [node.name for node in nodes]))
-        probe = tuple(spec.probe() for spec in inputs)
+        probe = _probe(graph, inputs)
         try:
             candidates, left_out, flops = discover_layers(graph, probe)
         except RuntimeError as error:  # such as what only some texts may lack
             raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on what an input "
                              f"holds in a way that an export cannot follow: {error}") from error
         draft = BackboneDescription(
-            sha256=_identity(program, inputs), inputs=inputs, output=output, n_classes=0, scores=ScoreKind.LOGITS,
+            sha256=_identity(program, inputs), inputs=inputs,
+            output=replace(output, dtype=scores_dtype(program)), n_classes=0, scores=ScoreKind.LOGITS,
             flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
-            detector=detector,
+            detector=detector, constants=dict(constants),
         )
         with torch.no_grad():
             scores = graph(*probe)
+        if scores.dim() != 2 or len(scores) != 1:
+            raise GraphError(f"expected (1, classes) scores of a batch of one, found {tuple(scores.shape)}: the model "
+                             "treats a batch of one differently, and answers must not depend on the batch")
         if scores.shape[1] < 2:
             raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
                              "to answer with; a binary classifier must return two scores")
@@ -189,7 +208,14 @@ class Backbone:
             raise GraphError(f"no layer of this backbone can carry an exit ({reasons})")
         description = BackboneDescription(**{**draft.__dict__, "n_classes": scores.shape[1],
                                              "scores": score_kind(scores), "probe": tuple(scores[0].tolist())})
-        return cls(program, graph, description)
+        return cls(program, graph, description, probe)
+
+    def probed_by(self, inputs: tuple[Tensor, ...]) -> Backbone:
+        """Return this backbone with other (1, ...) inputs as its probe, such as those of a real request."""
+        with torch.no_grad():
+            scores = self.graph(*inputs)
+        description = replace(self.description, probe=tuple(scores[0].tolist()), scores=score_kind(scores))
+        return replace(self, description=description, probe=inputs)
 
     @property
     def device(self) -> torch.device:
@@ -209,6 +235,8 @@ class Backbone:
             node.meta.pop("stack_trace", None)
         torch.export.save(self.program, folder / PROGRAM_FILE)
         self.description.save(folder / DESCRIPTION_FILE)
+        inputs = {str(number): tensor.contiguous() for number, tensor in enumerate(self.probe)}
+        save_file(inputs, folder / PROBE_FILE)
         if self.description.detector is not None:
             save_tail(self.description.detector, folder)
 
@@ -225,7 +253,32 @@ class Backbone:
         program = load_program(folder / PROGRAM_FILE)
         if torch.device(device).type != "cpu":
             program = move_to_device_pass(program, torch.device(device))
-        return cls(program, backbone_graph(program), description, folder)
+        return cls(program, backbone_graph(program), description, _load_probe(folder, description), folder)
+
+
+def _probe(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
+    """Return (1, ...) inputs for which a backbone's scores are numbers, where there are such; a root has none of half
+    of the others."""
+    probes = [tuple(spec.probe(positive=positive) for spec in inputs) for positive in (False, True)]
+    with torch.no_grad():
+        for probe in probes:
+            with contextlib.suppress(RuntimeError):  # which is told of where the costs are counted
+                scores = graph(*probe)
+                if bool(scores.isfinite().any()) and not bool(scores.isnan().any()):
+                    return probe
+    return probes[0]
+
+
+def _load_probe(folder: Path, description: BackboneDescription) -> tuple[Tensor, ...]:
+    path = folder / PROBE_FILE
+    if not path.exists():  # format 2 had none of its own
+        return tuple(spec.probe() for spec in description.inputs)
+    try:
+        tensors = load_file(path)
+        return tuple(tensors[str(number)] for number in range(len(description.inputs)))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ArchiveError(f"cannot read the probe of the backbone in {path}: {error}: is the archive damaged?"
+                           ) from error
 
 
 def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:

@@ -3,36 +3,79 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.node import Argument
+from torch.overrides import TorchFunctionMode
 
-from early_exit.handler.backbone.graph import batch_size, inputs_of, is_batch_first, keep_beside, tensor_of
-from early_exit.handler.backbone.signature import InputSpec, OutputSpec
+from early_exit.handler.backbone.graph import (
+    batch_size,
+    inputs_of,
+    is_batch_first,
+    keep_beside,
+    reads_inputs,
+    tensor_of,
+)
+from early_exit.handler.backbone.regions import inline_regions
+from early_exit.handler.backbone.signature import HALF_PRECISION, InputSpec, OutputSpec
 from early_exit.handler.errors import GraphError
+
+_BY_NUMBER = "use_mm_for_euclid_dist_if_necessary"
+"""How `torch.cdist` computes distances by default: of more than `_MANY_POINTS` points by a matrix product."""
+_MANY_POINTS = 25
+_TRAINING_FLAG = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5}
+"""By the name of an operation that draws at random or uses the statistics of the batch: the argument that says so."""
+_SQUEEZE = {torch.ops.aten.squeeze.default: torch.ops.aten.squeeze.dims,
+            torch.ops.aten.squeeze_.default: torch.ops.aten.squeeze_.dims}
+"""By an operation that drops every dimension of size 1, that of a batch of one as well: the one that drops some."""
 
 
 class ScoresOnly(nn.Module):
     """A classifier that takes its inputs in order and returns its scores, whatever else it returns."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], note: Callable[[OutputSpec], object]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], constants: Mapping[str, Any], output: str | None,
+                 note: Callable[[OutputSpec], object]) -> None:
         super().__init__()
         self.model = model
-        self._names, self._note = names, note
+        self._names, self._constants, self._output, self._note = names, constants, output, note
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        output = self.model(*inputs) if len(inputs) == 1 else self.model(**dict(zip(self._names, inputs)))
-        spec = OutputSpec.of(output)
+        alone = len(inputs) == 1 and not self._constants
+        with _ForAnyBatch():
+            output = self.model(*inputs) if alone else self.model(**dict(zip(self._names, inputs)), **self._constants)
+        spec = OutputSpec.of(output, self._output)
         self._note(spec)  # torch.export undoes what is assigned to the module
         return spec.scores(output)
 
 
-def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[ExportedProgram, OutputSpec]:
+class _ForAnyBatch(TorchFunctionMode):
+    """Fixes what torch would choose by the number of rows, which must not be fixed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.cdist and kwargs.get("compute_mode", _BY_NUMBER) == _BY_NUMBER:
+            # As torch chooses by itself, from the one size that is fixed.
+            by_products = any(isinstance(x.shape[-2], int) and x.shape[-2] > _MANY_POINTS for x in args[:2])
+            kwargs = {**kwargs, "compute_mode": f"{'' if by_products else 'donot_'}use_mm_for_euclid_dist"}
+        return func(*args, **kwargs)
+
+
+def export_backbone(model: nn.Module, inputs: Sequence[InputSpec],
+                    constants: Mapping[str, Any] = MappingProxyType({}), output: str | None = None
+                    ) -> tuple[ExportedProgram, OutputSpec]:
     """Export a classifier's inference pass with a dynamic batch dimension.
+
+    Args:
+        model: the classifier.
+        inputs: the tensors that it takes.
+        constants: what it is given beside them, by name.
+        output: which of the model's outputs are the scores; needed only where several could be.
 
     Returns:
         The program, which maps the inputs in order to (B, K) scores, and where they are in what the model returns.
@@ -46,7 +89,7 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec]) -> tuple[Expo
                          "with one of several classes, which takes a single-label classifier")
     model.eval()
     outputs: list[OutputSpec] = []
-    wrapped = ScoresOnly(model, [spec.name for spec in inputs], outputs.append)
+    wrapped = ScoresOnly(model, [spec.name for spec in inputs], constants, output, outputs.append)
     # Two rows: a batch of 0 or 1 would be taken for a constant.
     example = tuple(spec.zeros(2) for spec in inputs)
     batch = Dim("batch", min=1)
@@ -74,6 +117,22 @@ def _line_of(error: BaseException) -> str:
     return f"it stops in {own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno}) at '{own[-1].line}' with "
 
 
+def prepare_program(program: ExportedProgram) -> None:
+    """Bring a program into the form in which it is cut: one graph, whose values have one rank for every batch.
+
+    Raises:
+        GraphError: it holds a subgraph that cannot be put into its graph.
+    """
+    inline_regions(program)
+    for node in program.graph.nodes:
+        if node.target in _SQUEEZE:
+            shape = node.args[0].meta["val"].shape
+            node.target = _SQUEEZE[node.target]
+            ones = [place for place, size in enumerate(shape) if isinstance(size, int) and size == 1]
+            node.args = (node.args[0], ones)
+    program.graph_module.recompile()
+
+
 def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     """Return the forward pass of an exported backbone as a graph with its parameters attached.
 
@@ -95,16 +154,19 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     if not all(is_batch_first(node, batch) for node in inputs):
         raise GraphError("expected inputs with one row per item, found "
                          + ", ".join(f"{node.name} of shape {tuple(node.meta['val'].shape)}" for node in inputs))
-    training = [node.name for node in module.graph.nodes if _is_training(node)]
+    data = reads_inputs(module)
+    training = [node.name for node in module.graph.nodes if _is_training(node, data)]
     if training:
-        raise GraphError(f"{', '.join(training[:3])} would behave as in training: call model.eval() before exporting")
-    scores = _outputs(module.graph)
+        raise GraphError(f"{', '.join(training[:3])} would behave as in training, at random or by the statistics of "
+                         "the batch: call model.eval() before exporting, and give functions such as F.dropout and "
+                         "F.batch_norm training=self.training")
+    scores = [_in_float32(node) for node in _outputs(module.graph)]
     if len(scores) != 1 or tensor_of(scores[0]) is None:
         raise GraphError(f"expected a backbone that returns one tensor of scores, found {len(scores)} outputs")
     shape = tuple(scores[0].meta["val"].shape)
     if len(shape) != 2 or not is_batch_first(scores[0], batch):
         raise GraphError(f"expected scores of shape (batch, classes), found {shape}: is this a classifier?")
-    if scores[0].target is torch.ops.aten.sigmoid.default:
+    if _before_casts(scores[0]).target is torch.ops.aten.sigmoid.default:
         raise GraphError(f"the backbone ends in a sigmoid over {shape[1]} scores: a multi-label model has no one class "
                          "for an exit to answer with, and a binary one must return two scores, such as "
                          "torch.cat([-z, z], dim=1) / 2 of its logit z")
@@ -114,6 +176,29 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     keep_beside(scores[0])
     # A plain module: the one that torch.export returns forbids eval(), which every handler calls.
     return fx.GraphModule(module, module.graph)
+
+
+def scores_dtype(program: ExportedProgram) -> str:
+    """Return the name of the dtype in which an exported backbone returns its scores."""
+    value = tensor_of(_outputs(program.graph)[0])
+    return "float32" if value is None else str(value.dtype).removeprefix("torch.")
+
+
+def _before_casts(node: fx.Node) -> fx.Node:
+    while node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _in_float32(scores: fx.Node) -> fx.Node:
+    """Return scores of half precision, as autocast leaves them, in float32, which exits compute with."""
+    value = tensor_of(scores)
+    if value is None or value.dtype not in HALF_PRECISION:
+        return scores
+    with scores.graph.inserting_after(scores):
+        cast = scores.graph.call_function(torch.ops.aten.to.dtype, (scores, torch.float32))
+    cast.meta = {**scores.meta, "val": value.float()}
+    return cast
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
@@ -128,8 +213,11 @@ def _outputs(graph: fx.Graph) -> list[fx.Node]:
     return nodes
 
 
-def _is_training(node: fx.Node) -> bool:
+def _is_training(node: fx.Node, data: Container[fx.Node]) -> bool:
     """Whether an operation draws at random or uses the statistics of the batch."""
     name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
-    flag = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5}.get(name)
-    return flag is not None and len(node.args) > flag and node.args[flag] is True
+    flag = _TRAINING_FLAG.get(name)
+    if flag is None or len(node.args) <= flag or node.args[flag] is not True:
+        return False
+    # Weights that are brought to zero mean and unit variance are no batch; nobody keeps statistics of them.
+    return name != "batch_norm" or node.args[0] in data or node.args[3] is not None

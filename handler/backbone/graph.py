@@ -252,6 +252,11 @@ def _ours(scores: fx.Node) -> fx.Node | None:
     return source if getattr(source.target, "namespace", None) == "early_exit" else None
 
 
+def reads_inputs(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that depend on the values of the inputs: not those of parameters and shapes alone."""
+    return _Dependence(module).data
+
+
 def index_limits(module: fx.GraphModule) -> dict[str, int]:
     """Return, by the name of an input that looks up rows of tables, how many rows the smallest table has."""
     known = _Dependence(module)
@@ -276,4 +281,3 @@ def is_batch_first(node: fx.Node, batch: int | torch.SymInt) -> bool:
     """Whether a value has one row per item: only then can the rows of answered items be dropped."""
     shape = node.meta["val"].shape
     return len(shape) > 0 and str(shape[0]) == str(batch) and not any(str(batch) in str(s) for s in shape[1:])
-

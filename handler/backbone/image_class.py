@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.handler.files.names import bare_name
+
 CERTAIN = 0.5
 """An object with less than this score is no answer."""
 
@@ -36,6 +38,9 @@ class DetectorSpec:
     """Label of pedestrians."""
     tail: str
     """Identity of what comes after the backbone's stages, by which the graph calls it."""
+
+    def __post_init__(self) -> None:
+        bare_name(self.model_file, "the model file of a detector")  # its code is run
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DetectorSpec:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from early_exit.handler.errors import ArchiveError
+from early_exit.handler.errors import ArchiveError, Unsupported
 
 _PLAIN = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
                     r"data/weights/weight_\d+|data/constants/tensor_\d+|extra/[\w.-]+")
@@ -89,6 +89,10 @@ def _examine_entry(path: Path, name: str, content: bytes) -> None:
                                    "tensors")
     elif _GRAPH.fullmatch(name):
         _examine_graph(path, _parsed(path, name, content))
+    elif name.startswith("data/aotinductor/"):
+        raise ArchiveError(f"{path.name} is an AOT library: AOTInductor has compiled the operations, so there is no "
+                           "graph to cut. Save the program before it is compiled, with torch.export.save",
+                           Unsupported.AOT_LIBRARY)
     elif not _PLAIN.fullmatch(name):
         raise ArchiveError(f"{path.name} holds {name!r}, which is no part of an exported program that is read here: "
                            "compiled libraries and custom objects are refused; use torch.export.save")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
+import torch
 from torch import Tensor
+
+_FAR_BELOW = 1000.0
+"""Scores so far, and by a hundred times the others' size, below the largest are fillers that stand for no answer."""
 
 
 class ScoreKind(str, Enum):
@@ -37,3 +42,34 @@ def score_kind(scores: Tensor) -> ScoreKind:
     if bool((scores <= 0).all()) and sums_to_one(scores.exp()):
         return ScoreKind.LOG_PROBABILITIES
     return ScoreKind.LOGITS
+
+
+def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
+    """Return the largest difference between two (K,) rows of scores, relative to the largest score.
+
+    Probabilities are compared as logarithms, as those of a sure answer hardly change with the weights. Classes that are
+    masked by a constant such as -1e9 have a scale of their own; scores that are no numbers must be where they are
+    expected, or the error is infinite, as it is where no score is a number.
+    """
+    found, expected = found.double(), expected.double()
+    if kind is ScoreKind.PROBABILITIES:
+        found, expected = kind.log_probabilities(found), kind.log_probabilities(expected)
+    is_number = expected.isfinite()
+    is_same = (found == expected) | (found.isnan() & expected.isnan())
+    is_comparable = bool((is_same | is_number).all()) and bool(found[is_number].isfinite().all())
+    if not bool(is_number.any()) or not is_comparable:
+        return math.inf
+    differences, sizes = (found - expected)[is_number].abs(), expected[is_number].abs()
+    is_filler = _are_fillers(expected[is_number])
+    answers = sizes[~is_filler].amax()
+    scale = torch.where(is_filler, sizes, answers if answers > 0 else 1.0)
+    return float((differences / scale).amax())
+
+
+def _are_fillers(scores: Tensor) -> Tensor:
+    """Tell which of (N,) finite scores lie so far below the others that they can only mask a class."""
+    ordered = scores.sort(descending=True).values
+    gaps = ordered[:-1] - ordered[1:]
+    largest = torch.maximum(ordered[0].abs(), ordered[:-1].abs())
+    ends = ((gaps > _FAR_BELOW) & (gaps > 100 * largest)).nonzero().flatten()
+    return scores < ordered[ends[0]] if len(ends) else torch.zeros_like(scores, dtype=torch.bool)

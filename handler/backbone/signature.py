@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.handler.errors import GraphError, InputError
+from early_exit.handler.errors import GraphError, InputError, Unsupported
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,13 @@ class InputSpec:
     def zeros(self, n_rows: int) -> Tensor:
         return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))
 
-    def probe(self) -> Tensor:
-        """Return a (1, *shape) input that is valid and the same on every machine."""
+    def probe(self, *, positive: bool = False) -> Tensor:
+        """Return a (1, *shape) input that is valid and the same everywhere: floats in [-1, 1], or in [0.1, 1.1]."""
         dtype = getattr(torch, self.dtype)
         count = torch.arange(torch.Size(self.shape).numel())
         if dtype.is_floating_point:
             values = torch.sin(count.double())
+            values = values / 2 + 0.6 if positive else values
         else:  # a mask lets everything through
             values = torch.ones_like(count) if self.limit is None else count % self.limit
         return values.to(dtype).reshape(1, *self.shape)
@@ -50,26 +53,39 @@ class OutputSpec:
     """Index or name of the scores in it."""
     length: int = 1
     """Length of the output, where it is a tuple."""
+    dtype: str = "float32"
+    """Name of the torch dtype of the scores; exits compute with float32."""
 
     @classmethod
-    def of(cls, output: object) -> OutputSpec:
-        """Find the scores: those called 'logits', or the first tensor of shape (batch, classes).
+    def of(cls, output: object, wanted: str | None = None) -> OutputSpec:
+        """Find the scores: the only tensor of shape (batch, classes), or that called 'logits'.
+
+        Args:
+            output: what the model returned.
+            wanted: name or index of the scores, where several tensors could be them.
 
         Raises:
-            GraphError: there are none.
+            GraphError: there are none, or several.
         """
         if isinstance(output, Tensor):
             return cls()
+        kind, length = "tuple", 1
+        fields: dict[Any, object] = {}
         if isinstance(output, (tuple, list)):
-            places = [(index, value) for index, value in enumerate(output) if _is_scores(value)]
-            if places:
-                return cls("tuple", places[0][0], len(output))
+            fields, length = dict(enumerate(output)), len(output)
         elif isinstance(output, Mapping) or is_dataclass(output):
             fields = dict(output) if isinstance(output, Mapping) else vars(output)
-            names = sorted((name for name, value in fields.items() if _is_scores(value)), key=lambda n: n != "logits")
-            if names:
-                kind = type(output)
-                return cls("dict" if kind is dict else f"{kind.__module__}:{kind.__qualname__}", names[0])
+            kind = "dict" if type(output) is dict else f"{type(output).__module__}:{type(output).__qualname__}"
+        places = {str(place): place for place, value in fields.items() if _is_scores(value)}
+        if wanted is not None and wanted not in places:
+            raise GraphError(f"expected --output to name one of {', '.join(places) or 'no outputs'}, found {wanted!r}")
+        chosen = [wanted] if wanted is not None else [name for name in places if name == "logits"] or list(places)
+        if len(chosen) > 1:
+            raise GraphError(f"{len(chosen)} of the model's outputs could be the scores, {', '.join(chosen)}, and an "
+                             "exit can stand for one: if the answer to a client needs only one of them, name it with "
+                             "--output", Unsupported.SEVERAL_SCORES)
+        if chosen:
+            return cls(kind, places[chosen[0]], length)
         raise GraphError(f"expected scores of shape (batch, classes), found {type(output).__name__}"
                          f"{_shapes(output)}: is this a classifier?")
 
@@ -86,6 +102,7 @@ class OutputSpec:
 
         An object whose class cannot be made of the scores alone is a dict instead.
         """
+        scores = scores.to(getattr(torch, self.dtype))
         if self.key is None:
             return scores
         if self.kind == "tuple":
@@ -99,15 +116,25 @@ class OutputSpec:
         return {self.key: scores}
 
 
-def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[str, object]) -> tuple[Tensor, ...]:
+def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[str, object],
+         constants: Mapping[str, object] | None = None) -> tuple[Tensor, ...]:
     """Return the tensors of a call in the order of the inputs.
+
+    Args:
+        inputs: that the backbone was exported for.
+        given: positional arguments.
+        named: the others.
+        constants: values that were given beside the tensors when the backbone was exported; no others may be.
 
     Raises:
         InputError: they are not those that the backbone was exported for.
     """
     expected = [spec.name for spec in inputs]
     given = [value for value in given if value is not None]
-    values = {**dict(zip(expected, given)), **{name: value for name, value in named.items() if value is not None}}
+    named = {name: value for name, value in named.items() if value is not None}
+    if constants:
+        given, named = _without(constants, given, named)
+    values = {**dict(zip(expected, given)), **named}
     if set(values) != set(expected) or len(given) > len(expected):
         raise InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} without a name and "
                          f"{', '.join(named) or 'none'} with one")
@@ -123,6 +150,24 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
     if len({len(value) for value in tensors}) > 1:
         raise InputError(f"expected as many rows of each input, found {[len(value) for value in tensors]}")
     return tuple(tensors)
+
+
+def _without(constants: Mapping[str, object], given: Sequence[object], named: Mapping[str, object]
+             ) -> tuple[list[object], dict[str, object]]:
+    """Return the arguments of a call without the constants.
+
+    Raises:
+        InputError: a constant has another value, or is not given.
+    """
+    beside = [value for value in given if not isinstance(value, Tensor)]
+    found = {name: named[name] for name in constants if name in named}
+    others = [name for name in constants if name not in named]
+    found |= dict(zip(others, beside))
+    if found != dict(constants) or len(beside) > len(others):
+        raise InputError(f"expected {dict(constants)} beside the tensors, found {found or beside}: the model was "
+                         "exported for these values")
+    return ([value for value in given if isinstance(value, Tensor)],
+            {name: value for name, value in named.items() if name not in constants})
 
 
 def _is_scores(value: object) -> bool:

@@ -27,8 +27,8 @@ class _InBfloat16(nn.Module):
 
 
 def _lowered(argument: Argument) -> Argument:
-    """Return bfloat16 where an operation was told to compute in float32."""
-    return torch.bfloat16 if argument is torch.float32 else argument
+    """Return bfloat16 where an operation was told to compute in another floating dtype."""
+    return torch.bfloat16 if argument in (torch.float32, torch.float16) else argument
 
 
 def in_bfloat16(stages: list[fx.GraphModule]) -> list[CompiledStage]:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import inputs_of, split
+from early_exit.handler.backbone.signature import HALF_PRECISION
 from early_exit.handler.engines.compiled_stage import CompiledStage, Read, read_as_it_is
 from early_exit.handler.errors import ArchiveError, ConfigError
 
@@ -50,11 +51,12 @@ def convert(stage: fx.GraphModule) -> Model:
     """Return a stage as a float32 model whose inputs have any number of rows; their nodes are named in0, in1,
     ..., those of its outputs out0, out1, ..."""
     openvino = import_openvino()
-    example = tuple(torch.zeros(2, *map(int, node.meta["val"].shape[1:]), dtype=node.meta["val"].dtype)
-                    for node in inputs_of(stage.graph))
+    values = [node.meta["val"] for node in inputs_of(stage.graph)]
+    example = tuple(in_float32(torch.zeros(2, *map(int, value.shape[1:]), dtype=value.dtype)) for value in values)
     rows = torch.export.Dim("batch", min=1)
     with torch.no_grad():
-        program = torch.export.export(stage, example, dynamic_shapes=tuple({0: rows} for _ in example))
+        program = torch.export.export(_InFloat32(stage, [value.dtype for value in values]), example,
+                                      dynamic_shapes=(tuple({0: rows} for _ in example),))
     model = openvino.convert_model(program)
     model.reshape({number: [-1, *tensor.shape[1:]] for number, tensor in enumerate(example)})
     # Nodes have names of their own; a tensor that travels on as it came, such as a mask, would lose one of two.
@@ -62,6 +64,22 @@ def convert(stage: fx.GraphModule) -> Model:
         for number, end in enumerate(ends):
             end.get_node().set_friendly_name(f"{name}{number}")
     return model
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """Return a tensor of half precision in float32: NumPy, by which OpenVINO is given tensors, has no bfloat16."""
+    return x.float() if x.dtype in HALF_PRECISION else x
+
+
+class _InFloat32(nn.Module):
+    """A stage whose tensors of half precision travel in float32, which holds the same numbers."""
+
+    def __init__(self, stage: nn.Module, dtypes: Sequence[torch.dtype]) -> None:
+        super().__init__()
+        self.stage, self._dtypes = stage, dtypes
+
+    def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(in_float32, self.stage(*(x.to(dtype) for x, dtype in zip(live, self._dtypes)))))
 
 
 def _end(ends: Sequence[Any], name: str) -> Any:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.graph import split
+from early_exit.handler.backbone.graph import split, tensor_of
+from early_exit.handler.backbone.signature import HALF_PRECISION
 from early_exit.handler.engines.bfloat16 import in_bfloat16
 from early_exit.handler.engines.compiled_stage import CompiledStage, Read, read_as_it_is
 from early_exit.handler.engines.fold import fold
@@ -94,11 +95,20 @@ def require_engine(planned: str, identity: str) -> None:
 
 
 def _as_exported(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
-    return [CompiledStage(stage) for stage in split(backbone.graph, boundaries)]
+    return _with_reads(split(backbone.graph, boundaries), backbone, boundaries)
 
 
 def _folded(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
-    return [CompiledStage(stage) for stage in _rewritten(backbone, boundaries)]
+    return _with_reads(_rewritten(backbone, boundaries), backbone, boundaries)
+
+
+def _with_reads(stages: Sequence[fx.GraphModule], backbone: Backbone,
+                boundaries: Sequence[str]) -> list[CompiledStage]:
+    """Return stages that hand on what the backbone computes, which under autocast is of half precision."""
+    values = {node.name: tensor_of(node) for node in backbone.graph.graph.nodes}
+    dtypes = [value.dtype for name in boundaries if (value := values[name]) is not None]
+    return [CompiledStage(stage, Tensor.float if dtype in HALF_PRECISION else read_as_it_is)
+            for stage, dtype in zip(stages, [*dtypes, torch.float32])]
 
 
 def _in_bfloat16(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:

@@ -19,6 +19,7 @@ from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy, policy_of
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import PLAN
 
 
@@ -174,10 +175,10 @@ def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> None:
     """Write heads.safetensors and then plan.json into an existing folder; `heads` is by layer path."""
     tensors = {f"{planned.layer}/{name}": tensor.contiguous()
                for planned in plan.exits for name, tensor in heads[planned.layer].state_dict().items()}
-    save_file(tensors, folder / HEADS_FILE, metadata={"backbone": plan.backbone})
-    scratch = folder / (PLAN_FILE + ".writing")
-    scratch.write_text(json.dumps(plan.to_json(), indent=1))
-    scratch.replace(folder / PLAN_FILE)
+    with replacing(folder / HEADS_FILE) as scratch:
+        save_file(tensors, scratch, metadata={"backbone": plan.backbone})
+    with replacing(folder / PLAN_FILE) as scratch:
+        scratch.write_text(json.dumps(plan.to_json(), indent=1))
 
 
 def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.candidates import spread_over
+from early_exit.handler.backbone.graph import tensor_of
 from early_exit.handler.backbone.pooling import Side, pool_activation
+from early_exit.handler.backbone.signature import HALF_PRECISION
 from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.engines.compiled_stage import read_and_pool
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
@@ -20,6 +22,9 @@ from early_exit.handler.inference.executor import Record
 from early_exit.handler.inference.fallbacks import fallback_levels
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
 from early_exit.handler.protocol import FULL, FULL_NAME
+
+_OF_HALF_PRECISION = 0.05
+"""Relative to the largest score: what the order of additions makes of a model that computes in half precision."""
 
 
 class Assembly(nn.Module):
@@ -45,7 +50,12 @@ class Assembly(nn.Module):
         """
         super().__init__()
         self.description, self.device, self.plan = backbone.description, backbone.device, plan
+        self._probe = backbone.probe
         self.engine = engine_of(engine)
+        is_half = any(value is not None and value.dtype in HALF_PRECISION
+                      for value in map(tensor_of, backbone.graph.graph.nodes))
+        self.max_probe_error = max(self.engine.max_probe_error, _OF_HALF_PRECISION if is_half else 0.0)
+        """The largest error of the probe's scores that other processors make."""
         self.engine_identity = self.engine.identity(backbone.folder)
         if self.description.detector is not None and not self.engine.runs_detectors:
             able = " or ".join(engine.name for engine in ENGINES.values() if engine.runs_detectors)
@@ -118,8 +128,8 @@ class Assembly(nn.Module):
         return scores
 
     def probe_inputs(self) -> Live:
-        """Return (1, ...) inputs that are the same on every machine, on the device."""
-        return tuple(x.to(self.device) for x in self.description.probe_inputs())
+        """Return the (1, ...) inputs of the backbone's probe, on the device."""
+        return tuple(x.to(self.device) for x in self._probe)
 
     def _exit(self, planned: PlannedExit, head: InferenceHead) -> Exit:
         # The bound forward, as for the stages: fewer calls between the operations.

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from early_exit.handler.errors import FormatError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.files.private import open_private, private_folder, read_private, replacing
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ def read_state(path: Path) -> MonitorState | None:
     """Return the state in a file, none where there is no file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or it is a link or belongs to somebody else.
         FormatError: its format is not one that this version reads.
         ValueError: it is not the state of a monitor.
     """
     try:
-        return MonitorState.from_json(json.loads(path.read_text()), str(path))
+        return MonitorState.from_json(json.loads(read_private(path)), str(path))
     except FileNotFoundError:
         return None
 
@@ -127,7 +127,7 @@ class SharedMonitor:
             # The file is replaced as a whole, so it can be read without the lock.
             self._shared = read_state(path) or self._shared
             return
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(path.parent)
         with _locked(path.with_suffix(".lock")):
             try:
                 written = read_state(path)
@@ -135,14 +135,8 @@ class SharedMonitor:
                 logger.warning("%s is replaced: %s", path, error)
                 written = None
             state = self._advanced(written or self._shared)
-            scratch = path.with_suffix(f".{os.getpid()}")
-            try:
+            with replacing(path) as scratch:
                 scratch.write_text(json.dumps(state.to_json()))
-                scratch.replace(path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    scratch.unlink(missing_ok=True)
-                raise
         self._shared, self._unshared = state, []
 
     def _advanced(self, state: MonitorState) -> MonitorState:
@@ -165,6 +159,6 @@ def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMon
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with open_private(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,1 +1,1 @@
-"""The record format and its writer."""
+"""The record format, its writer, and how long records are kept."""

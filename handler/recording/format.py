@@ -18,11 +18,18 @@ from torch import Tensor
 
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import RECORDS
 
 SUFFIX = ".safetensors"
-SCRATCH_SUFFIX = ".writing"
 _ACTIVATION = "activation/"
+ANONYMOUS = -2**63
+"""Stands for the request of a record where it is not known which request the recorded row belongs to.
+
+Such records are no repeats of each other. They have no body, and no label belongs to them. Those that have the same
+time were served together, and some of them may be of one request, so they all go to one part of the records.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,9 @@ class RecordColumns:
     exit: Tensor
     """(N,) int16: position in the shard's layers of the exit that answered, or -1 for the backbone."""
     request: Tensor
-    """(N,) int64: a uniform hash of the request id."""
+    """(N,) int64: a uniform hash of the request id, or `ANONYMOUS`."""
     time: Tensor
-    """(N,) float64: Unix time in seconds."""
+    """(N,) float64: Unix time in seconds, the same for all that were served together."""
     sampling_rate: Tensor
     """(N,) float32: the probability with which the request was drawn."""
 
@@ -67,7 +74,7 @@ class Records(RecordColumns):
     activations: Mapping[str, Tensor]
     """By layer path: (N, ...) float16, pooled."""
     bodies: Sequence[bytes] | None = None
-    """N request bodies, where they are kept."""
+    """N request bodies, where they are kept; empty where the request is not known."""
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
@@ -93,19 +100,24 @@ class ShardHeader:
     engine: str = "folded"
     """Identity of the engine that computed the activations."""
 
+    def __post_init__(self) -> None:
+        for what in ("model", "version", "backbone"):
+            bare_name(getattr(self, what), f"the {what} of recorded requests", RecordError)
+
     def folder(self, root: Path) -> Path:
         return root / self.model / self.backbone
 
 
 def request_hash(request_id: str) -> int:
-    """Return a uniform signed 64-bit hash of a request id; records are split by it."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big", signed=True)
+    """Return a uniform signed 64-bit hash of a request id, never `ANONYMOUS`; records are split by it."""
+    return max(ANONYMOUS + 1, int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big", signed=True))
 
 
 def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
-    """Publish records as a shard: written beside, synced, renamed.
+    """Publish records as a shard that nobody else may read: written beside, synced, renamed.
 
     Raises:
+        ForeignFileError: the folder belongs to somebody else.
         OSError: it cannot be written; nothing is left behind.
     """
     tensors = records.columns() | {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
@@ -115,19 +127,13 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
         tensors["body_bytes"] = torch.frombuffer(bytearray(b"".join(records.bodies) or b"\0"), dtype=torch.uint8)
     stamped = RECORDS.stamped({"header": json.dumps(header.__dict__)})
     metadata = {name: str(value) for name, value in stamped.items()}  # safetensors keeps strings only
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    scratch = path.with_suffix(SCRATCH_SUFFIX)
-    try:
+    with replacing(path) as scratch:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
         except SafetensorError as error:  # how the library reports a full disk or a missing permission
             raise OSError(str(error)) from error
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def list_shards(folder: Path) -> list[Path]:
@@ -150,7 +156,7 @@ def read_header(path: Path) -> ShardHeader:
     """
     with _opened(path) as shard:
         header = json.loads(shard.metadata()["header"])
-    return ShardHeader(**{**header, "layers": tuple(header["layers"])})
+        return ShardHeader(**{**header, "layers": tuple(header["layers"])})
 
 
 def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Records:
@@ -189,8 +195,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as shard:
             RECORDS.require(shard.metadata(), path)
             yield shard
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"cannot read the record shard {path}: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"cannot read the record shard {path}: {type(error).__name__}: {error}") from error
 
 
 def _cut(joined: bytes, sizes: Sequence[int]) -> Iterator[bytes]:

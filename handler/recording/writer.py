@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -11,12 +10,12 @@ import time
 from pathlib import Path
 
 from early_exit.handler.config import ServingConfig
-from early_exit.handler.recording.format import SCRATCH_SUFFIX, SUFFIX, Records, ShardHeader, list_shards, write_shard
+from early_exit.handler.recording.format import Records, ShardHeader, write_shard
+from early_exit.handler.recording.retention import enforce_limits, shard_name
 
 logger = logging.getLogger(__name__)
 
 _SHARDS_IN_MEMORY = 4
-_ABANDONED_S = 3600.0
 
 
 class RecordWriter:
@@ -67,7 +66,7 @@ class RecordWriter:
             except queue.Empty:
                 item = None
                 if not parts:
-                    self._enforce_budget_quietly()  # records grow too old without traffic, too
+                    self._enforce_limits()  # records grow too old without traffic, too
                     continue
             else:
                 if item is None:
@@ -84,7 +83,7 @@ class RecordWriter:
         n_records = sum(map(len, parts))
         if not n_records:
             return
-        name = f"{self._header.version}-{os.getpid()}-{time.time_ns()}-{self._n_shards}{SUFFIX}"
+        name = shard_name(self._header.version, os.getpid(), time.time_ns(), self._n_shards)
         self._n_shards += 1
         written = False
         try:
@@ -95,7 +94,7 @@ class RecordWriter:
                 logger.warning("cannot write records to %s: %s. They are dropped until this is mended.",
                                self._root, error)
             self._failing = True
-        self._enforce_budget_quietly()
+        self._enforce_limits()
         with self._lock:
             self._waiting -= n_records
             if written:
@@ -103,21 +102,5 @@ class RecordWriter:
             else:
                 self._dropped += n_records
 
-    def _enforce_budget_quietly(self) -> None:
-        # Other workers delete and rename in the same folder; what vanished meanwhile is dealt with next time.
-        with contextlib.suppress(OSError):
-            self._enforce_budget()
-
-    def _enforce_budget(self) -> None:
-        """Delete this model's shards that are too old, then the oldest beyond the size budget."""
-        folder = self._root / self._header.model
-        now = time.time()
-        shards = [(path, path.stat()) for path in list_shards(folder)]
-        size = sum(stat.st_size for _, stat in shards)
-        for path, stat in shards:
-            if now - stat.st_mtime > self._config.records_max_age_s or size > self._config.records_max_bytes:
-                path.unlink(missing_ok=True)
-                size -= stat.st_size
-        for scratch in folder.rglob("*" + SCRATCH_SUFFIX):  # left by a killed worker
-            if now - scratch.stat().st_mtime > _ABANDONED_S:
-                scratch.unlink(missing_ok=True)
+    def _enforce_limits(self) -> None:
+        enforce_limits(self._root, self._header.model, self._config.records_max_age_s, self._config.records_max_bytes)

@@ -15,7 +15,7 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.serving.telemetry import Telemetry
 from early_exit.handler.user_handler.context import HandlerContext
-from early_exit.handler.user_handler.wrapper import UserHandler
+from early_exit.handler.user_handler.entry_point import UserHandler
 
 
 class EarlyAnswers:

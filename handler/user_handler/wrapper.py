@@ -2,83 +2,91 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from early_exit.handler.errors import ArchiveError
-from early_exit.handler.python_modules import own_classes
 from early_exit.handler.user_handler.context import HandlerContext
+from early_exit.handler.user_handler.description import HandlerDescription, Loading
+from early_exit.handler.user_handler.entry_point import UserHandler, load_entry_point
+from early_exit.handler.user_handler.places import Roots, at, names_of, put
+from early_exit.handler.user_handler.stand_in import StandIn
+
+_LOADERS = ("_load_pickled_model", "_load_torchscript_model", "_load_torch_export_aot_compile")
+"""The methods with which TorchServe's base handler reads a model."""
 
 
-class UserHandler(Protocol):
-    """A TorchServe handler object."""
-
-    model: Any
-
-    def initialize(self, context: Any) -> None: ...
-
-    def handle(self, data: list[Any], context: Any) -> list[Any]: ...
-
-
-def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, model: nn.Module) -> UserHandler:
+def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, model: nn.Module,
+                      description: HandlerDescription, first: Callable[[UserHandler], object] | None = None
+                      ) -> UserHandler:
     """Create the handler that a manifest names, with `model` in place of its own.
-
-    A handler that loads its model through TorchServe's BaseHandler gets ours without reading any weights;
-    one that loads its model itself does so, and the result is replaced.
 
     Args:
         manifest: the archive's original manifest.
         context: what the handler sees of the worker.
-        model: what `handler.model` becomes.
+        model: what answers in place of the handler's own model.
+        description: where that is, and who loads it.
+        first: lets a handler answer a request, for one that loads its model when the first comes.
 
     Raises:
-        ArchiveError: the handler cannot be found, or does not keep its model in `self.model`.
+        ArchiveError: the handler cannot be found, or does not keep its model where it kept it when it was archived.
     """
-    handler = handler_class(manifest["model"]["handler"])()
-    for loader in ("_load_pickled_model", "_load_torchscript_model"):
-        if hasattr(handler, loader):
-            setattr(handler, loader, lambda *args, **kwargs: model)
-    handler.initialize(context)
-    if not isinstance(getattr(handler, "model", None), nn.Module):
-        raise ArchiveError(f"{type(handler).__name__} does not keep its model in 'self.model' after initialize(), so "
-                           "it cannot be given one with early exits: store the model there and call it from there")
-    handler.model = model
-    loaded: UserHandler = handler
-    return loaded
+    handler, roots = load_entry_point(manifest["model"]["handler"])
+    if description.loading is Loading.GIVEN:
+        with given_to_loaders(handler, lambda: StandIn(model)):
+            handler.initialize(context)
+    else:
+        handler.initialize(context)
+        if first is not None and not _is_there(roots, description):
+            first(handler)
+    _replace(roots, description, model)
+    return handler
 
 
-def handler_class(name: str) -> type[Any]:
-    """Return the class of a custom handler file or of one of TorchServe's built-in handlers.
+@contextmanager
+def given_to_loaders(handler: object, model: Callable[[], object]) -> Iterator[None]:
+    """Let TorchServe's base handler find a model where it would read a file.
 
-    Raises:
-        ArchiveError: there is none.
+    Args:
+        handler: whose own loaders are replaced too, where it has any; for good.
+        model: returns what is found.
     """
-    module_name = name.split("/")[-1].removesuffix(".py")
-    module = _import_handler(module_name)
-    classes = own_classes(module)
-    if len(classes) != 1 or not hasattr(classes[0], "handle"):
-        raise ArchiveError(f"expected one handler class with handle() in {module_name}, found "
-                           f"{[kind.__name__ for kind in classes] or 'none'}: a module-level handle function keeps its "
-                           "model out of reach, so turn it into a class that keeps it in 'self.model'")
-    return classes[0]
+    def load(*args: object, **kwargs: object) -> object:
+        return model()
+
+    for name in _LOADERS:
+        if hasattr(handler, name):
+            setattr(handler, name, load)
+    # A handler of another kind may hold an object of the base handler's.
+    base = getattr(sys.modules.get("ts.torch_handler.base_handler"), "BaseHandler", None)
+    before = {name: getattr(base, name) for name in _LOADERS if hasattr(base, name)}
+    for name in before:
+        setattr(base, name, load)
+    try:
+        yield
+    finally:
+        for name, loader in before.items():
+            setattr(base, name, loader)
 
 
-def _import_handler(name: str) -> ModuleType:
-    # TorchServe's base handler imports OpenVINO's backend of torch.compile wherever that is installed: five seconds of
-    # CPU at every start, for a compiler that never sees our model.
-    sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
+def _is_there(roots: Roots, description: HandlerDescription) -> bool:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise ArchiveError(f"the handler {name} needs {error.name!r}, which is not installed") from error
+        return all(at(roots, place) is not None for place in description.model)
+    except LookupError:
+        return False
+
+
+def _replace(roots: Roots, description: HandlerDescription, model: nn.Module) -> None:
     try:
-        return importlib.import_module(f"ts.torch_handler.{name}")
-    except ModuleNotFoundError as error:
-        raise ArchiveError(f"cannot import the handler {name!r}: no such file in the archive, and as a built-in "
-                           f"handler of TorchServe it fails with: {error}") from error
+        found = [at(roots, place) for place in description.model]
+    except LookupError as error:
+        raise ArchiveError(f"the handler does not keep its model in {names_of(description.model)} after initialize(), "
+                           f"so it cannot be given one with early exits: {error}") from error
+    original = found[0] if description.loading is Loading.KEPT else None
+    stand_in = StandIn(model, original)
+    for place in description.model:
+        put(roots, place, stand_in)

@@ -150,7 +150,7 @@ def test_an_archive_that_does_not_run_is_not_published(digits_mar: Path, tmp_pat
     broken = rewritten(digits_mar, tmp_path / "broken.mar", **{
         "digits_handler.py": (MODELS / "digits_handler.py").read_bytes().replace(
             b"topk = 3", b"topk = 3\n\n    def postprocess(self, data):\n        raise ValueError('no more')\n")})
-    with pytest.raises(ArchiveError, match="(?s)does not run, so it is not published.*no more"):
+    with pytest.raises(ArchiveError, match="(?s)does not run, so it is not published.*EE_ARCHIVE_ENV.*no more"):
         build_archive(ArchiveRequest(str(broken), tmp_path / "store", input_shape=SHAPE))
     assert not list((tmp_path / "store").glob("*"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +31,27 @@ def test_each_server_has_its_address_and_the_management_port_follows_unless_it_i
 def test_there_is_one_key_file_for_all_or_one_for_each() -> None:
     two = ("--server", "http://one:1", "--server", "http://two:2")
     assert len(servers(*two, "--tokens", "a")) == len(servers(*two, "--tokens", "a", "--tokens", "b")) == 2
-    with pytest.raises(ServerError, match="2 key files for 1 servers"):
+    with pytest.raises(ServerError, match="2 files for 1 servers: pass --tokens"):
         servers("--tokens", "a", "--tokens", "b")
+
+
+def test_a_secret_lies_beside_the_key_file_unless_it_is_named(tmp_path: Path) -> None:
+    keys = str(tmp_path / "key_file.json")
+    (tmp_path / "named").write_text("s\n")
+    assert not servers("--tokens", keys)[0].has_secret, "a server that ee-serve did not start"
+    (tmp_path / "secret").write_text("s\n")
+    assert servers("--tokens", keys)[0].has_secret
+    assert not servers("--no-tokens")[0].has_secret
+    assert servers("--no-tokens", "--secret", str(tmp_path / "named"))[0].has_secret
+    with pytest.raises(ServerError, match="no secret at .*missing: ee-serve makes it"):
+        servers("--secret", str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines\n", "\N{LATIN SMALL LETTER E WITH ACUTE}"])
+def test_what_no_header_can_carry_is_no_secret(text: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(text)
+    with pytest.raises(ServerError, match="one line of ASCII"):
+        _ = servers("--tokens", str(tmp_path / "key_file.json"))[0].has_secret
 
 
 @pytest.mark.parametrize("text", ["10.0.0.7:8080", "http://host", "ftp://host:1", "http://host:many", ""])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from early_exit.archiver.control import ModelServer, VersionStatus
+from early_exit.archiver.control import ModelServer, Prediction, VersionStatus
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import RollReport, roll
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.errors import ServerError
+from tests.support.rewritten import renumbered, rewritten
 from tests.support.untried import build_untried
 
 LIMITS = {"longest_batch_s": 0.0, "ready_limit_s": 2.0, "drain_limit_s": 2.0}
@@ -27,6 +30,9 @@ class ServerInMemory:
     store: Path
     probe_error: str | None = None
     """What every probe fails with."""
+    has_secret: bool = True
+    answer: Prediction = field(default_factory=lambda: Prediction(200, {}, b"{}", None))
+    """What every request is answered with."""
     registered: dict[str, VersionStatus] = field(default_factory=dict)
     calls: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -59,23 +65,29 @@ class ServerInMemory:
         assert not self.registered.pop(version).is_default, "it still got requests"
 
     def probe(self, model: str, version: str) -> dict[str, Any]:
+        assert self.has_secret
         self.calls.append(("probe", version))
         if self.probe_error is not None:
             raise ServerError(self.probe_error)
         contents = read_archive(self.store / self.registered[version].file_name)
         return {"backbone": contents.description.sha256, "plan": contents.plan and contents.plan.digest()}
 
-    def predict(self, model: str, version: str, body: bytes, *, to_the_end: bool = False) -> bytes:
+    def predict(self, model: str, version: str, body: bytes, *, to_the_end: bool = False) -> Prediction:
+        assert self.has_secret or not to_the_end
         self.calls.append(("predict", version, "to the end" if to_the_end else ""))
-        return b"{}"
+        return self.answer
 
 
 @pytest.fixture(scope="module")
 def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model store with digits 2.0 and 3.0."""
+    """Return a model store with digits 2.0 and 3.0, and 4.0 with answers to its sample request."""
     folder = tmp_path_factory.mktemp("in-memory")
     for version in ("2.0", "3.0"):
         build_untried(ArchiveRequest(str(recorder_mar), folder, version=version))
+    answers = json.dumps({"layer1.0": {"three": 0.7, "rank": 3}, "full": {"three": 0.9, "rank": 3}}).encode()
+    answering = rewritten(folder / "digits-3.0.mar", folder / "answers.mar",
+                          **{"early_exit/sample-answers.json": answers})
+    renumbered(answering, folder / "digits-4.0.mar", "3.0", "4.0")
     return folder
 
 
@@ -135,3 +147,46 @@ def test_without_being_told_to_a_failed_roll_puts_nothing_back(store: Path) -> N
     with pytest.raises(ServerError, match="a already serve digits-3.0.mar and are left so"):
         roll_all([done, failing], store / "digits-3.0.mar", **LIMITS)
     assert (done.default, failing.default) == ("3.0", "2.0")
+
+
+def left_at(exit_: str, **answer: object) -> Prediction:
+    return Prediction(200, {"x-early-exit": exit_}, json.dumps(answer).encode(), None)
+
+
+@pytest.mark.parametrize("answer", [left_at("layer1.0", three=0.7001, rank=3), left_at("full", three=0.9, rank=3)])
+def test_without_the_secret_the_sample_must_be_answered_as_where_the_archive_was_made(
+        store: Path, answer: Prediction) -> None:
+    """At whichever exit: a batch that finds out whether exits pay, and a version that stepped back, answer in full."""
+    server, said = serving("a", store, has_secret=False, answer=answer), list[str]()
+    roll(server, store / "digits-4.0.mar", **LIMITS, log=said.append)
+    assert server.calls == [("register", "4.0"), ("predict", "4.0", ""), ("set_default", "4.0"), ("unregister", "2.0")]
+    assert "answered as where the archive was made" in "".join(said)
+
+
+@pytest.mark.parametrize(("answer", "difference"), [
+    (left_at("layer1.0", three=0.72, rank=3), "answer.three is 0.72, expected 0.7"),
+    (left_at("layer1.0", three=0.7, rank=4), "answer.rank is 4, expected 3"),
+    (left_at("layer1.0", four=0.7, rank=3), "answer is {'four': 0.7, 'rank': 3}, expected {'three': 0.7, 'rank': 3}"),
+    (left_at("layer2.0", three=0.7, rank=3), "left at layer2.0, and at layer1.0 or full"),
+    (Prediction(200, {}, b"no JSON", None), "left at no exit that is told")])
+def test_without_the_secret_a_sample_that_is_answered_otherwise_stops_the_roll(
+        store: Path, answer: Prediction, difference: str) -> None:
+    server = serving("a", store, has_secret=False, answer=answer)
+    with pytest.raises(ServerError, match=re.escape(difference)):
+        rolled(server, store / "digits-4.0.mar")
+    assert (server.default, list(server.registered)) == ("2.0", ["2.0"])
+
+
+def test_without_the_secret_the_longest_batch_has_to_be_given_before_anything_is_done(store: Path) -> None:
+    server = serving("a", store, has_secret=False)
+    with pytest.raises(ServerError, match="pass --longest-batch-s.* or --secret FILE.*EARLY_EXIT_SECRET"):
+        roll(server, store / "digits-4.0.mar")
+    assert server.calls == []
+    empty = ServerInMemory("b", store, has_secret=False)
+    assert roll(empty, store / "digits-3.0.mar").replaced is None, "nothing has to be drained"
+
+
+def test_an_archive_that_has_no_answer_of_its_own_is_rolled_and_what_is_not_known_is_said(store: Path) -> None:
+    server, said = serving("a", store, has_secret=False), list[str]()
+    roll(server, store / "digits-3.0.mar", **LIMITS, log=said.append)
+    assert ("predict", "3.0", "") in server.calls and "is not known" in "".join(said)

@@ -136,6 +136,15 @@ def test_an_audit_is_read_as_it_was_written_and_goes_on_after_a_crash(
     assert [event for event in audit.read() if event["event"] == "noted"] == written[:-1]
 
 
+def test_decisions_are_for_this_user_alone_whatever_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        Audit(tmp_path / "model" / "audit.jsonl").append("noted")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o700
+
+
 def _hold(path: Path, ready: object) -> None:
     with only_watcher(path):
         ready.set()  # type: ignore[attr-defined]

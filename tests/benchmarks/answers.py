@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, nargs=2, default=(160, 2400), metavar=("A", "B"),
                         help="for each load and mode, in (a) and (b) (%(default)s)")
     options = parser.parse_args()
-    restart_with_allocator("tests.benchmarks.answers", sys.argv[1:])
+    restart_with_allocator()
     raise_on_terminate()
     rows: list[dict[str, Any]] = []
     for part, prepare, count in (("a", photos, options.requests[0]), ("b", cifar, options.requests[1])):

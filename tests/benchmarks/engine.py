@@ -58,7 +58,7 @@ def main() -> int:
         return 0
     if options.json is None:
         parser.error("--json FILE is needed")
-    restart_with_allocator("tests.benchmarks.engine", sys.argv[1:])
+    restart_with_allocator()
     torch.manual_seed(0)
     engines = ["eager", *(name for name in options.engines if name != "eager")]
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():

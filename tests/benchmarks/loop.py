@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=0.95)
     options = parser.parse_args()
-    restart_with_allocator("tests.benchmarks.loop", sys.argv[1:])
+    restart_with_allocator()
     training = TrainingOptions(options.tolerance, options.confidence, search=None)
     return report(options.json, lambda scratch: measure(scratch, training))
 

@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, metavar="FOLDER",
                         help="keep heads and training_set there: a run that is stopped or repeated goes on with them")
     options = parser.parse_args()
-    restart_with_allocator("tests.benchmarks.paper", sys.argv[1:])
+    restart_with_allocator()
     rows: list[dict[str, Any]] = []
     for name in options.subjects:
         with tempfile.TemporaryDirectory() as scratch:

@@ -26,7 +26,8 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.watch.triggers import Terms
-from early_exit.archiver.watch.watcher import Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import Watcher
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.report import report
 from tests.support.cifar import as_batch, load_requests, load_weights
@@ -83,7 +84,8 @@ def recovered(folder: Path) -> dict[str, Any]:
                     for label in backbone(batch).argmax(dim=1).tolist()]
     server = TorchServe(store, folder / "state", Addresses.free(), records=folder / "records", models=[recorder.name])
     with server:
-        watched = Watched("cifar", [Management(server.addresses, server.key_file)], store, [str(folder / "records")],
+        management = Management(server.addresses, server.key_file, server.secret_file)
+        watched = Watched("cifar", [management], store, [str(folder / "records")],
                           folder / "watch", lambda archive: OPTIONS, None, Terms(OPTIONS.tolerance, 0.05, 1e9),
                           trial_samples=200, longest_batch_s=1.0)
         watcher = Watcher(watched, print)

@@ -68,7 +68,7 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
     bodies = [one.body for one in traffic(200, seed=31)]
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[first.name]) as server:
-        management = Management(server.addresses, server.key_file)
+        management = Management(server.addresses, server.key_file, server.secret_file)
         with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as warm_up:
             time.sleep(5)
         with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as load:

@@ -25,7 +25,7 @@ CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_ex
 
 
 def main() -> None:
-    restart_with_allocator("tests.demo", [])
+    restart_with_allocator()
     raise_on_terminate()
     started = time.monotonic()
 

@@ -11,4 +11,4 @@ from early_exit.archiver.torchserve.process import TorchServe
 @pytest.fixture(scope="module")
 def management(server: TorchServe) -> Management:
     """Of the module's server."""
-    return Management(server.addresses, server.key_file)
+    return Management(server.addresses, server.key_file, server.secret_file)

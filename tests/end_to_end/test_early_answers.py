@@ -26,6 +26,7 @@ from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
+SECRET = "set by the operator, not made by ee-serve"
 BODIES = [request.body for request in traffic(80, seed=8)]
 
 
@@ -48,8 +49,12 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     state = tmp_path_factory.mktemp("state")
-    with TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-3.0.mar"]) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EARLY_EXIT_SECRET", SECRET)
+        server = TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-3.0.mar"])
+        with server as running:
+            assert running.secret_file.read_text().strip() == SECRET
+            yield running
 
 
 def test_a_roll_under_load_to_early_answers_loses_nothing_and_changes_no_answer(
@@ -68,17 +73,24 @@ def test_a_roll_under_load_to_early_answers_loses_nothing_and_changes_no_answer(
         assert json.loads(one.body) == pytest.approx(json.loads(other.body), abs=1e-4)
 
 
-def opinions(server: TorchServe, version: str, body: bytes) -> tuple[str, list[dict[str, object]]]:
-    """Ask a version what all its exits think; return the exit that answered and what they said."""
+def ask(server: TorchServe, version: str, body: bytes, headers: dict[str, str]) -> requests.Response:
+    """Send a request as any client of the server may, with headers of its own."""
     token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
     reply = requests.post(f"{server.addresses.inference}/predictions/digits/{version}", data=body, timeout=20,
-                          headers={**token, "X-Early-Exit-Anytime": "1"})
-    assert reply.status_code == 200
+                          headers={**token, **headers})
+    assert reply.status_code == 200, reply.text
+    return reply
+
+
+def opinions(server: TorchServe, version: str, body: bytes) -> tuple[str, list[dict[str, object]]]:
+    """Ask a version what all its exits think; return the exit that answered and what they said."""
+    reply = ask(server, version, body, {"X-Early-Exit-Anytime": "1",
+                                        "X-Early-Exit-Secret": SECRET})
     return reply.headers["X-Early-Exit"], json.loads(reply.headers["X-Early-Exit-Opinions"])
 
 
-def test_who_asks_hears_every_exit_whenever_answers_leave(server: TorchServe, management: Management,
-                                                          store: Path) -> None:
+def test_the_operator_hears_every_exit_whenever_answers_leave_and_clients_force_no_full_pass(
+        server: TorchServe, management: Management, store: Path) -> None:
     """The same exits with plain batching beside the early ones."""
     management.register("digits-3.0.mar", workers=1)
     deadline = time.monotonic() + 120
@@ -91,6 +103,19 @@ def test_who_asks_hears_every_exit_whenever_answers_leave(server: TorchServe, ma
         assert said[-1]["exit"] == "full" and len(said) > 2 and early in [one["exit"] for one in said]
         for one, other in zip(said, said_plainly):
             assert one == pytest.approx(other, abs=2e-4)
+    before = metrics(server).split('ee_anytime_answers_total{')[1:]
+    for header in ("X-Early-Exit-Anytime", "X-Early-Exit-Probe"):
+        for secret in ({}, {"X-Early-Exit-Secret": "guessed"}, {"X-Early-Exit-Secret": ""}):
+            replies = [ask(server, version, BODIES[0], {header: "1", **secret}) for version in ("4.0", "3.0")]
+            for reply in replies:
+                assert len(reply.json()) == 3 and reply.headers["X-Early-Exit"] != "", "its class, as ever"
+                assert "X-Early-Exit-Opinions" not in reply.headers and "probe" not in reply.json()
+    assert metrics(server).split('ee_anytime_answers_total{')[1:] == before
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'management')}"}
+    described = requests.get(f"{server.addresses.management}/models/digits/all", headers=token, timeout=20).text
+    assert "modelVersion" in described and SECRET not in described
+    logs = [file.read_text(errors="replace") for file in (server.state / "logs").rglob("*") if file.is_file()]
+    assert any("open_headers" in log for log in logs) and not any(SECRET in log or "guessed" in log for log in logs)
     management.unregister("digits", "3.0")
 
 

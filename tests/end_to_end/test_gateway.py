@@ -44,7 +44,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def address(server: TorchServe) -> Iterator[str]:
-    with gateway(server.addresses, server.key_file, store=server.model_store,
+    with gateway(server.addresses, server.key_file, server.secret_file, store=server.model_store,
                  limits=Limits(bytes_per_item=100_000, in_flight=8)) as at:
         yield at
 
@@ -77,6 +77,15 @@ def test_opinions_come_with_the_answer_when_asked_for(address: str) -> None:
     assert asked["opinions"] == told["opinions"]
     state = wait_for_state(address, lambda state: sum(look["anytime"].get("3.0", 0) for look in state["looks"]) == 2)
     assert sum(sum(look["answers"].get("3.0", {}).values()) for look in state["looks"]) >= 2, "they are answers as well"
+
+
+def test_a_gateway_without_the_secret_lends_no_full_passes(server: TorchServe) -> None:
+    with gateway(server.addresses, server.key_file) as for_others, connected(for_others) as socket:
+        socket.send(as_bytes({"a": BODIES[0]}, anytime=True))
+        told = receive(socket, 1)["a"]
+        asked = requests.post(f"http://{for_others}/ask/digits", headers=ALLOWED, data=BODIES[0], timeout=30).json()
+    for message in (told, asked):
+        assert message["status"] == 200 and message["exit"] and "opinions" not in message
 
 
 def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def server(models: dict[str, nn.Module], plans: dict[str, Planned],
         archives.append(build_untried(_made(name, models, plans, folder, store, config, handler)))
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[one.name for one in archives]) as running:
-        management, deadline = Management(running.addresses, running.key_file), time.monotonic() + 180
+        management = Management(running.addresses, running.key_file, running.secret_file)
+        deadline = time.monotonic() + 180
         while not all(management.versions(name)[0].n_ready for name in models):
             assert time.monotonic() < deadline, "the workers do not start"
             time.sleep(0.5)

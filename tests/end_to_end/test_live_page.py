@@ -91,7 +91,7 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
 
 @pytest.fixture(scope="module")
 def address(server: TorchServe, audit: Audit) -> Iterator[str]:
-    with gateway(server.addresses, server.key_file, store=server.model_store,
+    with gateway(server.addresses, server.key_file, server.secret_file, store=server.model_store,
                  decisions=lambda model: audit.read()) as at:
         yield at
 
@@ -242,7 +242,8 @@ def test_everything_can_be_reached_with_the_keyboard(page: Page, address: str) -
 def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(
         page: Page, complaints: list[str], server: TorchServe, address: str, audit: Audit, pictures: Path,
         tmp_path: Path) -> None:
-    roll(Management(server.addresses, server.key_file), server.model_store / "digits-4.0.mar", longest_batch_s=1)
+    management = Management(server.addresses, server.key_file, server.secret_file)
+    roll(management, server.model_store / "digits-4.0.mar", longest_batch_s=1)
     audit.append("rolled", version="4.0", replaces="3.0", why="it is cheaper")
     page.goto(f"http://{address}/#token={TOKEN}")
     deadline = time.monotonic() + 60

@@ -6,27 +6,30 @@ import shutil
 from pathlib import Path
 
 import pytest
+import requests
 
 from early_exit.archiver.packaging.describe import describe
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
+from early_exit.handler.archive_contents import read_archive
 from tests.conftest import WORKERS
-from tests.support.client import send
+from tests.support.client import BackgroundLoad, failed, send
 from tests.support.detector import sure_detector
 from tests.support.digits import traffic
 from tests.support.documents import README, ROOT
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
+from tests.support.own_server import own_server
 from tests.support.reader import Reader
-from tests.support.workers import wait_until_ready
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_page_for_those_who_have_a_mar_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Path) -> None:
-    """With digits, whose handler does not bring images to one size."""
-    body = traffic(1, seed=60)[0].body
-    (tmp_path / "typical.jpg").write_bytes(body)
+    """With digits, whose handler does not bring images to one size, and on a server that they started themselves."""
+    bodies = [request.body for request in traffic(40, seed=60)]
+    (tmp_path / "typical.jpg").write_bytes(bodies[0])
     mar = original_mar(tmp_path / "user", "yours", "digits_resnet.py", "digits_handler.py",
                        digits_backbone.state_dict(), WORKERS.format(n=1))
     store = tmp_path / "model-store"
@@ -35,14 +38,29 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(digits_backbone: D
         shutil.copy(mar, folder)
     reader = Reader(ROOT / "docs" / "migrate.md", tmp_path, more={"ee-archive": "--input-shape 1,32,32"}, instead={})
     addresses = Addresses.on_loopback(*range(reader.port, reader.port + 3))
-    with TorchServe(store, tmp_path / ".ee-serve", addresses, models=["yours.mar"]) as server:
-        wait_until_ready(server, "yours")
-        [before] = send(server, "yours", [body])
+    with own_server(tmp_path, store, addresses, "yours") as server:
+        [before] = send(server, "yours", bodies[:1])
         reader.check("ee-archive yours.mar")
-        reader.check("ee-roll")
-        [after] = send(server, "yours", [body])
+        assert set(read_archive(store / "yours-2.0.mar").sample_answers) == {"full"}
+        with BackgroundLoad(server, "yours", bodies) as load:
+            printed = reader.check("ee-roll")
+        assert "its sample request is answered as where the archive was made" in printed
+        [after] = send(server, "yours", bodies[:1])
+        clients_force_no_full_pass(server, bodies[0])
     reader.at_the_end()
     assert (before.version, after.version) == ("", "2.0") and before.top() == after.top()
+    assert failed(load.replies) == 0
+
+
+def clients_force_no_full_pass(server: TorchServe, body: bytes) -> None:
+    """Try it with the inference key, which all clients have, where no secret is set."""
+    token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
+    for header in ("X-Early-Exit-Anytime", "X-Early-Exit-Probe"):
+        for secret in ({}, {"X-Early-Exit-Secret": ""}, {"X-Early-Exit-Secret": "None"}):
+            reply = requests.post(f"{server.addresses.inference}/predictions/yours", data=body, timeout=30,
+                                  headers={**token, header: "1", **secret})
+            assert reply.status_code == 200 and len(reply.json()) == 3 and "probe" not in reply.json()
+            assert reply.headers["X-Early-Exit"] == "full" and "X-Early-Exit-Opinions" not in reply.headers
 
 
 def test_the_command_for_detectors_makes_an_archive(tmp_path: Path) -> None:

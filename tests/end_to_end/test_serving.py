@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
+from xml.etree import ElementTree
 
 import psutil
 import pytest
@@ -19,6 +22,7 @@ from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
 from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.training.environment import GATEWAY_TOKEN
 from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, metrics, send
 from tests.support.digits import traffic
@@ -45,9 +49,16 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    state = tmp_path_factory.mktemp("state")
-    with TorchServe(store, state, Addresses.free(), records=state / "records", models=["digits-2.0.mar"]) as running:
-        yield running
+    """It is started with a umask that keeps nothing from others, and with a secret of the gateway's."""
+    folder, umask = tmp_path_factory.mktemp("server"), os.umask(0)
+    started = TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
+                         models=["digits-2.0.mar"])
+    try:
+        with mock.patch.dict(os.environ, {GATEWAY_TOKEN: "secret", "OF_THE_HANDLER": "seen"}), started:
+            yield started
+    finally:
+        os.umask(umask)
+    assert not started.key_file.exists(), "its tokens end with the server"
 
 
 def test_two_workers_answer_and_record_every_request(server: TorchServe, management: Management) -> None:
@@ -59,7 +70,7 @@ def test_two_workers_answer_and_record_every_request(server: TorchServe, managem
     assert failed(replies) == 0
     assert {(reply.exit, reply.version) for reply in replies} == {("full", "2.0")}
     assert all(len(json.loads(reply.body)) == 3 for reply in replies), "the handler's own response schema"
-    records = server.state / "records"
+    records = server.state.parent / "records"
     deadline = time.monotonic() + 20
     while (found := sum(len(read_shard(shard, [])) for shard in list_shards(records))) < len(BODIES):
         assert time.monotonic() < deadline, f"{found} of {len(BODIES)} records"
@@ -97,6 +108,29 @@ def test_the_metrics_tell_exits_records_shadows_and_stage_seconds(server: TorchS
 def test_without_a_token_nothing_is_answered(server: TorchServe) -> None:
     url = f"{server.addresses.inference}/predictions/digits"
     assert requests.post(url, data=BODIES[0], timeout=10).status_code == 400
+
+
+def test_tokens_logs_and_records_are_for_this_user_alone_whatever_the_umask(server: TorchServe) -> None:
+    records = server.state.parent / "records"
+    for folder in (server.state, server.state / "logs", server.state / "tmp", records, *records.glob("*/*/")):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder
+    assert server.key_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_each_log_has_a_limit(server: TorchServe) -> None:
+    logs = ElementTree.parse(server.state / "log4j2.xml").iter("RollingFile")
+    limits = {log.get("fileName"): (log.find(".//SizeBasedTriggeringPolicy").get("size"),  # type: ignore[union-attr]
+                                    log.find("DefaultRolloverStrategy").get("max"))  # type: ignore[union-attr]
+              for log in logs}
+    assert limits == {str(server.state / "logs" / f"{name}.log"): ("20 MB", "3") for name in ("server", "model")}
+
+
+def test_workers_see_the_variables_of_ee_serve_but_not_the_gateways_token(server: TorchServe) -> None:
+    workers = server.workers()
+    assert workers
+    for worker in workers:
+        variables = worker.environ()
+        assert variables["OF_THE_HANDLER"] == "seen" and GATEWAY_TOKEN not in variables
 
 
 def test_archives_from_elsewhere_cannot_be_registered(

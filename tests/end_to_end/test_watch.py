@@ -24,7 +24,8 @@ from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.archiver.watch.cli import main
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.triggers import Terms
-from early_exit.archiver.watch.watcher import Watched, Watcher
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import Watcher
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.monitor.sequential_test import Monitored
 from early_exit.handler.monitor.shared_state import SharedMonitor, monitor_file
@@ -60,7 +61,7 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def watched(server: TorchServe) -> Watched:
     folder = server.state.parent
-    return Watched("digits", [Management(server.addresses, server.key_file)], folder / "store",
+    return Watched("digits", [Management(server.addresses, server.key_file, server.secret_file)], folder / "store",
                    [str(folder / "records")], folder / "watch", lambda archive: OPTIONS, None,
                    Terms(TOLERANCE, 0.05, 30 * 24 * 3600.0), trial_samples=30, longest_batch_s=1.0)
 

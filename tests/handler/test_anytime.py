@@ -15,7 +15,7 @@ from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import run_with_exits
 from early_exit.handler.model.early_exit_model import EarlyExitModel
-from early_exit.handler.protocol import ANYTIME_HEADER, FULL, OPINIONS_HEADER
+from early_exit.handler.protocol import ANYTIME_HEADER, FULL, OPINIONS_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from tests.handler.test_early_answers import Numbers, backbone, model, requests
 from tests.handler.test_forward import inputs, three_stages
 from tests.support.host import worker_of
@@ -53,11 +53,18 @@ def test_opinions_are_what_each_head_says_and_change_no_answer(
         torch.testing.assert_close(answers.exit_scores[number], scores)
 
 
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's."""
+    monkeypatch.setenv(SECRET_VARIABLE, "the operator's")
+
+
 def answered(model: EarlyExitModel, asking: list[bool], labels: Any = None) -> list[dict[str, str]]:
     """Answer requests in one batch through a handler; return their response headers."""
     handler = Numbers(model)
     handler.mapping = labels
-    calls = [Call(f"id-{item}", {"body": body}, {ANYTIME_HEADER.lower(): "1"} if asking[item] else {})
+    asks = {ANYTIME_HEADER.lower(): "1", SECRET_HEADER: "the operator's"}
+    calls = [Call(f"id-{item}", {"body": body}, asks if asking[item] else {})
              for item, body in enumerate(requests(len(asking)))]
     return [reply.headers for reply in worker_of(model, handler).step(calls) if reply is not None]
 

@@ -111,7 +111,7 @@ def test_a_call_with_other_inputs_is_the_clients_mistake(
 
 
 def test_a_probe_looks_up_only_rows_that_the_tables_have(backbone: Backbone) -> None:
-    tokens, mask = backbone.description.probe_inputs()
+    tokens, mask = backbone.probe
     assert backbone.description.inputs[0].limit == 11
     assert tokens.max() < 11 and mask.eq(1).all()
 

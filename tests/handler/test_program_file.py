@@ -123,10 +123,16 @@ def test_a_program_that_calls_anything_but_operations_is_refused(target: str, pr
         load_program(rewritten(program, tmp_path / "model.pt2", change))
 
 
-@pytest.mark.parametrize("name", ["data/aotinductor/model/model.so", "data/constants/custom_obj_0", "models/model.pkl"])
+@pytest.mark.parametrize("name", ["data/constants/custom_obj_0", "models/model.pkl"])
 def test_entries_that_are_no_part_of_a_program_are_refused(name: str, program: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="no part of an exported program"):
         load_program(rewritten(program, tmp_path / "model.pt2", lambda name, content: content, {name: b"?"}))
+
+
+def test_a_compiled_program_is_refused_as_such(program: Path, tmp_path: Path) -> None:
+    more = {"data/aotinductor/model/model.so": b"?"}
+    with pytest.raises(ArchiveError, match="AOT library.*torch.export.save"):
+        load_program(rewritten(program, tmp_path / "model.pt2", lambda name, content: content, more))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

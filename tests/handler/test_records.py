@@ -24,6 +24,7 @@ from early_exit.handler.recording.format import (
     read_times,
     write_shard,
 )
+from early_exit.handler.recording.retention import shard_name
 from early_exit.handler.recording.writer import RecordWriter
 
 HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1", "layer2"))
@@ -71,11 +72,11 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    # The scratch name is taken by a folder: writing fails whoever runs the test.
-    (tmp_path / "a.writing").mkdir()
+    # The name is taken by a folder: writing fails whoever runs the test.
+    (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(OSError):
         write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
-    assert list_shards(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_the_writer_seals_full_shards_and_the_rest_at_the_end(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_clock_that_jumps_back_loses_no_shard(tmp_path: Path, monkeypatch: pyt
 
 
 def test_shards_beyond_the_age_limit_go(tmp_path: Path) -> None:
-    old = HEADER.folder(tmp_path) / "old.safetensors"
+    old = HEADER.folder(tmp_path) / shard_name("2.0", 1, 1, 0)
     write_shard(old, HEADER, some_records(1))
     os.utime(old, (time.time() - 100, time.time() - 100))
     writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_max_age_s=50))

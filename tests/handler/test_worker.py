@@ -18,6 +18,7 @@ from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.protocol import SECRET_VARIABLE
 from early_exit.handler.recording.format import list_shards, read_header, read_shard
 from early_exit.handler.serving.worker import Worker
 from tests.support.host import MemoryHost
@@ -45,7 +46,7 @@ from tests.support.host import MemoryHost
 host = MemoryHost("rows", "1.0", folder=str(folder), batch_size=4, model_config=config)
 worker = Worker.load(folder, host)
 calls = [Call(f"id-{number}", {"body": body}) for number, body in enumerate(bodies)]
-calls.append(Call("probe", {"body": ""}, {"x-early-exit-probe": "1"}))
+calls.append(Call("probe", {"body": ""}, {"x-early-exit-probe": "1", "x-early-exit-secret": "s"}))
 answered = {}
 while len(answered) < len(calls):
     waiting = [call for call in calls if call.id not in answered]
@@ -87,7 +88,8 @@ def test_a_host_in_memory_gets_answers_exits_records_and_errors_without_torchser
     config = {"early_exit": {"answers": answers, "records": str(tmp_path), "sampling_rate": 1.0, "control_rate": 0}}
     driven = subprocess.run(
         [sys.executable, "-c", DRIVE, str(archive.root), json.dumps(config), json.dumps(bodies)], text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120, check=False)
+        env={**os.environ, "PYTHONPATH": str(ROOT), SECRET_VARIABLE: "s"},
+        capture_output=True, timeout=120, check=False)
     assert driven.returncode == 0, driven.stderr
     seen = json.loads(driven.stdout.splitlines()[-1])
     assert seen["code"] == str(archive.root / "early_exit" / "handler" / "serving" / "worker.py"), "not the archive's"

@@ -30,11 +30,12 @@ ALLOWED = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @contextmanager
-def gateway(addresses: Addresses, key_file: Path, *, store: Path | None = None,
+def gateway(addresses: Addresses, key_file: Path, secret_file: Path | None = None, *, store: Path | None = None,
             limits: Limits | None = None, decisions: Decisions = lambda model: []) -> Iterator[str]:
     """Yield host and port of a gateway in front of a TorchServe."""
     limits = limits or Limits()
-    upstream = AsyncManagement(addresses, key_file, connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
+    upstream = AsyncManagement(addresses, key_file, secret_file, connections=limits.in_flight_in_all,
+                               prediction_s=PREDICTION_S)
     in_flight = BytesInFlight(limits.bytes_in_all)
     app = create_app(upstream, token=TOKEN, limits=limits, in_flight=in_flight, decisions=decisions,
                      plans=Promises(store).of if store else lambda file_name: None)

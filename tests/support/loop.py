@@ -92,7 +92,7 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
     shutil.copy(original, store)
     server = TorchServe(store, folder / "state", Addresses.free(), records=records, models=[original.name])
     with server:
-        management = Management(server.addresses, server.key_file)
+        management = Management(server.addresses, server.key_file, server.secret_file)
         log(f"ee-serve    TorchServe with the original model at {server.addresses.inference}")
         name = original.stem
         before, cpu_before, mb_before = _measured(server, name, measure)

@@ -15,5 +15,5 @@ def build_untried(asked: ArchiveRequest, log: Callable[[str], None] = lambda lin
 
     A server does that next; where there is none, other tests try out such archives.
     """
-    with mock.patch.object(archive, "validate"):
+    with mock.patch.object(archive, "check", return_value={}):
         return archive.build_archive(asked, log)

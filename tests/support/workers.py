@@ -12,7 +12,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 
 def wait_until_ready(server: TorchServe, model: str = "digits") -> None:
     """Wait for the first worker of a model."""
-    management = Management(server.addresses, server.key_file)
+    management = Management(server.addresses, server.key_file, server.secret_file)
     deadline = time.monotonic() + 90
     while (versions := management.versions(model)) and versions[0].n_ready < 1:
         assert time.monotonic() < deadline, "the worker does not start"

@@ -16,13 +16,14 @@ from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.files.private import replacing
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.recording.format import Records, ShardHeader, list_shards, request_hash, write_shard
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from tests.support.recording import record
 from tests.support.residual import N_RECORDS, Residual, recorded_inputs

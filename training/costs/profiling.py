@@ -113,7 +113,7 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
         device: a torch device.
         sizes: batch sizes, ascending.
     """
-    items = [item.to(device) for item in backbone.description.probe_inputs()]
+    items = [item.to(device) for item in backbone.probe]
     with torch.no_grad(), one_thread():
         compiled = engine_of(engine).compile(backbone, [layer.node for layer in layers])
         stages = graphed([Stage(stage.module.forward) for stage in compiled], torch.device(device))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.private import open_private, private_folder
 
 _ROWS_AT_ONCE = 4096
 """The number of rows that `are_finite` has in memory."""
@@ -43,7 +44,8 @@ class Activations:
     def create(cls, path: Path, n_rows: int, shape: Sequence[int],
                dtype: type[np.generic] = np.float16) -> Activations:
         """Make a file of zeros for N rows of a shape."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
+        open_private(path, "w").close()  # NumPy would make it readable for others
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(n_rows, *shape)).flush()
         return cls(path, writable=True)
 

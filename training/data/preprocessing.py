@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
@@ -13,31 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.signature import InputSpec, bind
 from early_exit.handler.call import Call
-from early_exit.handler.errors import ArchiveError
+from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.inference.forward import Live
+from early_exit.handler.user_handler.alone import ModelReached
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext
-from early_exit.handler.user_handler.wrapper import UserHandler, load_user_handler
+from early_exit.handler.user_handler.description import HandlerDescription
+from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.wrapper import load_user_handler
+from early_exit.training.text_files import read_yaml
 
 _Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
 """What a model was called with, positional and by name -> its (B, ...) inputs."""
 
 
-class _ModelReached(BaseException):
-    """Carries the first batch out of a handler, past any 'except Exception' of its own."""
-
-    def __init__(self, given: tuple[object, ...], named: dict[str, object]) -> None:
-        self.given, self.named = given, named
-
-
 class _Messenger(nn.Module):
     def forward(self, *given: object, **named: object) -> Tensor:
-        raise _ModelReached(given, named)
+        raise ModelReached(given, named)
 
 
 class Preprocessing:
@@ -76,7 +71,7 @@ class Preprocessing:
         try:
             with _working_in(self._folder):
                 self._handler.handle([call.inputs for call in calls], self._context)
-        except _ModelReached as reached:
+        except ModelReached as reached:
             batch = tensors(reached.given, reached.named)
         except Exception as error:  # the user's own code may raise anything
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
@@ -85,8 +80,7 @@ class Preprocessing:
         if len(batch[0]) == len(bodies):
             return batch
         if len(bodies) == 1:
-            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, so requests could not be told "
-                               "apart in a batch: it must make one")
+            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, where one is expected")
         # It calls its model once per request.
         return tuple(torch.cat(rows) for rows in zip(*(self._reached([body], tensors) for body in bodies)))
 
@@ -104,9 +98,10 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     """
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
     context = tool_context(folder, manifest)
+    description = HandlerDescription.load(ArchiveLayout(folder).handler_description)
     with importing_from(folder):
         with _working_in(folder):
-            handler = load_user_handler(manifest, context, _Messenger())
+            handler = load_user_handler(manifest, context, _Messenger(), description)
         yield Preprocessing(handler, manifest["model"]["handler"], context, folder)
 
 
@@ -129,14 +124,25 @@ def tool_context(folder: Path, manifest: Mapping[str, Any]) -> HandlerContext:
         manifest: the manifest that the user's handler expects.
     """
     model = manifest["model"]
-    config = yaml.safe_load((folder / model["configFile"]).read_text()) if model.get("configFile") else None
-    return HandlerContext(ToolContext(model["modelName"], str(folder)), manifest, config or {})
+    config = _config(folder, model)
+    return HandlerContext(ToolContext(model["modelName"], str(folder)), manifest, config)
 
 
 def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
-    """Return the model-config.yaml of an extracted archive; empty where it has none."""
-    name = json.loads(archive.manifest.read_text())["model"].get("configFile")
-    return (yaml.safe_load((archive.root / name).read_text()) or {}) if name else {}
+    """Return the model-config.yaml of an extracted archive; empty where it has none.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no keys and values.
+    """
+    return _config(archive.root, read_manifest(archive.manifest)["model"])
+
+
+def _config(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    name = model.get("configFile")
+    content = read_yaml(folder / name, "the configuration") if name else None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{name}: expected keys and values, found {type(content).__name__}")
+    return content or {}
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.private import replacing
 from early_exit.handler.model.loading import build_model
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
 from early_exit.training.data.preprocessing import Preprocessing
 from early_exit.training.data.training_set import TrainingSet, columns_of, finish
-from early_exit.training.paths import TrainingSetPaths, replacing
+from early_exit.training.paths import TrainingSetPaths
 
 _BATCH = 64
 _LEAST_AGREEMENT = 0.98
@@ -109,6 +110,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
             them as it did when it served.
         ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
+    traffic = traffic.of_known_requests()
     transform = augmentation(replay, backbone.description.inputs)
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())

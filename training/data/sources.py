@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.files.private import private_folder, replacing
 from early_exit.handler.monitor.shared_state import MONITOR_FILES
 from early_exit.handler.recording.format import SUFFIX
-from early_exit.training.paths import replacing
+from early_exit.training.credentials import without_credentials
 
 
 def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
@@ -28,10 +29,11 @@ def _copied(url: str, cache: Path) -> Path:
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise RecordError(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] installed?") from error
+    except (ImportError, OSError, ValueError) as error:
+        raise RecordError(without_credentials(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] "
+                                              "installed?")) from error
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     try:
         filesystem.invalidate_cache()
         present = set()
@@ -42,7 +44,8 @@ def _copied(url: str, cache: Path) -> Path:
             with replacing(target) as scratch:
                 filesystem.get_file(source, str(scratch))
     except Exception as error:  # each kind of storage has its own
-        raise RecordError(f"cannot read the records at {url}: {type(error).__name__}: {error}") from error
+        raise RecordError(without_credentials(f"cannot read the records at {url}: {type(error).__name__}: {error}")
+                          ) from error
     for kept in folder.rglob("*" + SUFFIX):
         if kept not in present:  # deleted by the retention of the server that wrote it
             kept.unlink()

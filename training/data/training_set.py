@@ -13,9 +13,10 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.backbone.pooling import Side, pooled_shape
+from early_exit.handler.files.private import replacing
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
-from early_exit.training.paths import TrainingSetPaths, replacing
+from early_exit.training.paths import TrainingSetPaths
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from tqdm import tqdm
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.errors import ConfigError, did_you_mean
 from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.files.private import replacing
 from early_exit.training.heads.distill import Classify
 from early_exit.training.heads.nni_service import Service, search_in_service
 from early_exit.training.heads.search import Search, best_trial, search_layer
 from early_exit.training.heads.space import SearchSpace, default_head, given_head
 from early_exit.training.heads.trial import Evaluator, Trial
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 
 
 @dataclass(frozen=True)

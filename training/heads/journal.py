@@ -5,8 +5,9 @@ from __future__ import annotations
 from safetensors.torch import save_file
 
 from early_exit.handler.exits.head import Head
+from early_exit.handler.files.private import open_private, private_folder, replacing
 from early_exit.training.heads.trial import Trial
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 
 
 def read_journal(run: RunPaths, layer: str) -> list[Trial]:
@@ -21,11 +22,10 @@ def read_journal(run: RunPaths, layer: str) -> list[Trial]:
 def append(run: RunPaths, layer: str, trial: Trial) -> None:
     """Add a trial to its layer's journal, in place of a line that a kill cut short."""
     path = run.trials(layer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    with path.open("r+" if path.exists() else "w") as file:
-        file.truncate(text.rfind("\n") + 1)
-        file.seek(0, 2)
+    private_folder(path.parent)
+    with open_private(path, "a+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind("\n") + 1)
         file.write(trial.to_json() + "\n")
 
 

@@ -19,17 +19,18 @@ from typing import Any
 
 import nni
 import requests
-import yaml
 from nni.experiment import Experiment
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig
 
 from early_exit.handler.errors import ConfigError, ServerError, did_you_mean
+from early_exit.handler.files.private import replacing
 from early_exit.training.heads.journal import gather
 from early_exit.training.heads.nni_task import Task
 from early_exit.training.heads.search import Search
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.heads.trial import Evaluator, Trial
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
+from early_exit.training.text_files import read_yaml
 
 _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTrialDuration", "nniManagerIp",
           "trainingService")
@@ -71,10 +72,7 @@ class Service:
             ConfigError: it cannot be read, has a key that is not for here, NNI refuses it, or `exposed` is not what its
                 trials need.
         """
-        try:
-            data = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the service file {path}: {error}") from error
+        data = read_yaml(path, "the service file") or {}
         if not isinstance(data, dict):
             raise ConfigError(f"expected keys and values in the service file {path}, found {data!r}")
         known = (*_KNOWN, "port")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from early_exit.handler.files.private import replacing
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.trial import Evaluator
-from early_exit.training.paths import RunPaths, replacing
+from early_exit.training.paths import RunPaths
 
 
 @dataclass(frozen=True)

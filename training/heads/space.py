@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.config import RAW
 from early_exit.handler.errors import ConfigError, PlanError, did_you_mean
 from early_exit.handler.exits.head import Convolution, HeadSpec
+from early_exit.training.text_files import read_yaml
 
 MAX_CONVOLUTIONS, MAX_LINEARS = 2, 2
 
@@ -56,10 +55,7 @@ class SearchSpace:
         Raises:
             ConfigError: it cannot be read, or has an unknown key or a wrong value.
         """
-        try:
-            data = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the search space {path}: {error}") from error
+        data = read_yaml(path, "the search space") or {}
         known = [part.name for part in fields(cls)]
         for key in data if isinstance(data, dict) else ():
             if key not in known:

@@ -164,7 +164,7 @@ def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], ta
     parameters, size = sum(p.numel() for p in backbone.parameters()), sum(tensor.nbytes for tensor in held)
     flops = backbone.description.flops
     whole = engine_of(plan.engine).unsplit(backbone)
-    plain = Resources(flops, parameters, size, ltma(whole, backbone.description.probe_inputs()))
+    plain = Resources(flops, parameters, size, ltma(whole, backbone.probe))
     in_heads = [p for head in heads.values() for p in head.parameters()]
     return plain, Resources(
         flops * flops_ratio, parameters + sum(p.numel() for p in in_heads), size + sum(p.nbytes for p in in_heads),

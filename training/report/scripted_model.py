@@ -29,7 +29,7 @@ class ScriptedModel:
         assembly = Assembly(backbone, plan, heads, engine=plan.engine).to(device)
         self._device = device
         self._leaves: list[Tensor] = []
-        self._items = [item.to(device) for item in backbone.description.probe_inputs()]
+        self._items = [item.to(device) for item in backbone.probe]
         self._n_exits = len(plan.exits)
         self._stages = [
             replace(stage, exit=stage.exit and replace(stage.exit, policy=self._scripted(number, stage.exit.policy)))

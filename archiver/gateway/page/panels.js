@@ -112,8 +112,8 @@ const timesOf = (row) => `half in ${milliseconds(row.p50)}, 95 % in ${millisecon
 // told: a message of the gateway with every exit's opinion. plan: of the version that answered.
 export function drawOpinions(place, told, plan) {
   if (!told.opinions) {
-    place.replaceChildren(make("p", told.error ?? "This version does not tell what its exits think. Archives of "
-      + "ee-archive do.", { class: "notice bad" }));
+    place.replaceChildren(make("p", told.error ?? "This version does not tell what its exits think: it is no "
+      + "archive of ee-archive, or the gateway does not have the secret of its server (ee-gateway --secret).", { class: "notice bad" }));
     return;
   }
   const answered = told.opinions.findIndex((one) => one.exit === told.exit), planned = plan?.exits ?? [];

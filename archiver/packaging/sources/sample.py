@@ -1,80 +1,123 @@
-"""A sample request: it tells the shape that a handler feeds its model, and proves a new archive."""
+"""Sample requests: they show what a handler gives its model, and prove a new archive."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import json
+import mimetypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
-from early_exit.training.data.preprocessing import preprocessing
+from early_exit.handler.sample_request import BODY, OCTETS, Part, SampleRequest
+
+_SIDES = (256, 320)
 
 
-def sample_request(file: Path | None, layout: ArchiveLayout, manifest: dict[str, Any],
-                   description: BackboneDescription) -> bytes | None:
-    """Return a request that reaches the model with the right shape, where one is known.
-
-    Args:
-        file: the user's own sample, which comes first.
-        layout: the archive with the user's files; where the source has a sample, it comes next.
-        manifest: the manifest that the user's handler expects.
-        description: what is known of the backbone; an image is the last resort, if the model takes one.
-    """
-    if file is not None:
-        return file.read_bytes()
-    if layout.sample_request.exists():
-        return layout.sample_request.read_bytes()
-    if len(description.inputs) > 1 or not description.inputs[0].dtype.startswith("float"):
-        return None
-    image = sample_image(description.input_shape[-1])
-    try:
-        shape, _ = model_input(layout.root, manifest, image)
-    except ArchiveError:  # not a handler of images: the probe must do
-        return None
-    return image if shape == description.input_shape else None
-
-
-def sample_image(side: int = 256) -> bytes:
-    """Return a square PNG, the sample for handlers that read images."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.radial_gradient("L").convert("RGB").resize((side, side)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def image_input(folder: Path, manifest: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return shape and dtype of one item for a handler that brings images of any size to one.
-
-    Raises:
-        ArchiveError: the handler reads no images, or gives them to its model at their own size.
-    """
-    smaller, larger = (model_input(folder, manifest, sample_image(side)) for side in (256, 320))
-    if smaller != larger:
-        raise ArchiveError(f"{manifest['model']['handler']} gives images to its model at their own size, so a sample "
-                           "does not tell the model's input shape: pass --input-shape C,H,W, or --request FILE")
-    return smaller
-
-
-def model_input(folder: Path, manifest: dict[str, Any], request: bytes) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return shape and dtype of one item as a handler gives it to its model for a request.
+def samples_of_files(files: Sequence[Path], content_type: str | None) -> list[SampleRequest]:
+    """Return the user's sample requests, with a variation of the first where there is only one.
 
     Args:
-        folder: an extracted archive.
-        manifest: its manifest.
-        request: body of a request.
+        files: their bodies.
+        content_type: of all of them; by default what the names of the files say.
 
     Raises:
-        ArchiveError: the handler does not turn the request into one tensor for its model.
+        ArchiveError: a file cannot be read.
     """
-    with preprocessing(folder, manifest) as handler:
+    samples = []
+    for file in files:
         try:
-            batch = handler.model_input([request])
-        except ArchiveError as error:
-            raise ArchiveError(f"cannot tell the model's input shape: {error}. Pass --input-shape C,H,W or --request "
-                               "FILE with a typical request") from error
-    return tuple(batch.shape[1:]), batch.dtype
+            value = file.read_bytes()
+        except OSError as error:
+            raise ArchiveError(f"cannot read the sample request {file}: {error}") from error
+        samples.append(SampleRequest((Part(value, content_type or mimetypes.guess_type(file.name)[0] or OCTETS),)))
+    if len(samples) == 1:
+        samples += varied(samples[0])
+    return samples
+
+
+def sample_images(side: int | None = None) -> list[SampleRequest]:
+    """Return two square images, for handlers that read images of any size, or of one."""
+    return [SampleRequest((Part(_image(side or size, inverted=number == 1), OCTETS, BODY),))
+            for number, size in enumerate(_SIDES)]
+
+
+def varied(sample: SampleRequest) -> list[SampleRequest]:
+    """Return a request of the same kind with another content, in a list that is empty where none can be made."""
+    parts = [Part(value, part.content_type, part.name) for part in sample.parts
+             if (value := _varied_bytes(part.value)) is not None]
+    return [SampleRequest(tuple(parts))] if len(parts) == len(sample.parts) and parts else []
+
+
+def _image(side: int, *, inverted: bool) -> bytes:
+    from PIL import Image, ImageOps
+
+    image = Image.radial_gradient("L").convert("RGB").resize((side, side))
+    return _saved(ImageOps.invert(image) if inverted else image, "PNG")
+
+
+def _varied_bytes(value: bytes) -> bytes | None:
+    image = _varied_image(value)
+    if image is not None:
+        return image
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        # Numbers of four bytes, say: the same ones in another order.
+        words = [value[start:start + 4] for start in range(0, len(value), 4)]
+        return b"".join(reversed(words)) if len(value) % 4 == 0 and words != words[::-1] else None
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return _varied_text(text).encode()
+    changed = _varied_json(content)
+    return json.dumps(changed).encode() if changed != content else None
+
+
+def _varied_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _varied_json(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        changed = [_varied_json(inner) for inner in value]
+        return changed if changed != value else value[::-1]
+    if isinstance(value, float):
+        return value / 2 - 0.1
+    if isinstance(value, str):
+        return _varied_base64(value) or _varied_text(value)
+    return value
+
+
+def _varied_base64(text: str) -> str | None:
+    try:
+        image = _varied_image(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        return None
+    return base64.b64encode(image).decode() if image else None
+
+
+def _varied_text(text: str) -> str:
+    words = text.split(" ")
+    return " ".join([*words[1:], words[0]]) if len(set(words)) > 1 else f"{text} {text}"
+
+
+def _varied_image(value: bytes) -> bytes | None:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(value)) as image:
+            kind, mode = image.format, image.mode
+            if kind is None:
+                return None
+            inverted = ImageOps.invert(ImageOps.mirror(image.convert("L" if mode in ("1", "L") else "RGB")))
+            return _saved(inverted.convert(mode), kind)
+    except Exception:  # each format of images has its own errors, and most bodies are none
+        return None
+
+
+def _saved(image: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()

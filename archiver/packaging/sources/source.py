@@ -8,16 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
-from early_exit.archiver.packaging.sources.eager_model import eager_model, model_from_factory
-from early_exit.archiver.packaging.sources.sample import image_input, model_input
-from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.program_file import load_program
-from early_exit.handler.detection.loading import load_backbone
+from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.errors import ArchiveError
 
 
@@ -27,8 +20,11 @@ class Source:
 
     manifest: dict[str, Any]
     """The manifest that the user's handler expects."""
-    backbone: Backbone
-    """The user's model, exported."""
+    is_ours: bool
+    """Whether it is an early-exit archive already, whose backbone and samples are known."""
+
+    has_model: bool
+    """Whether the user's files hold the model, so that the handler can load it itself."""
 
     @property
     def weights(self) -> str | None:
@@ -43,56 +39,31 @@ class Source:
 
 
 def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
-    """Lay out the user's files and return the manifest that their handler expects, and the backbone.
+    """Lay out the user's files and return what is known of them.
 
     Raises:
-        EarlyExitError: there is no such source, something that it needs was not given, or its model cannot be exported.
+        ArchiveError: there is no such source, or something that it needs was not given.
     """
-    if request.source.endswith(".mar"):
+    if is_packaged_model(request.source):
         return _from_mar(request, layout)
-    manifest = _lay_out_handler(request, layout)
-    if request.source.endswith(".pt2"):
-        return Source(manifest, Backbone.from_program(load_program(Path(request.source))))
-    if ":" not in request.source:
-        raise ArchiveError(f"expected a .mar, a .pt2 or package.module:function, found {request.source!r}")
-    if request.weights is None or (request.input_shape is None and not request.inputs):
-        raise ArchiveError("a factory needs --weights FILE.safetensors|.pth, and --input-shape, such as 3,224,224, or "
-                           "an --input NAME:DTYPE:SHAPE for each input")
-    model = model_from_factory(request.source, request.weights)
-    if is_detector(model):
-        raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
-    return Source(manifest, _exported(model, request))
+    if not request.source.endswith(".pt2"):
+        if ":" not in request.source:
+            raise ArchiveError("expected a .mar, a .tar.gz, a folder with MAR-INF, a .pt2 or package.module:function, "
+                               f"found {request.source!r}")
+        if request.weights is None:
+            raise ArchiveError("a factory needs --weights FILE.safetensors|.pth")
+    return Source(_lay_out_handler(request, layout), is_ours=False, has_model=False)
 
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
-    extract(Path(request.source), layout.root)
-    manifest: dict[str, Any] = json.loads(layout.manifest.read_text())
+    unpack(Path(request.source), layout.root)
+    manifest = read_manifest(layout.manifest)
     if not layout.original_manifest.exists():
-        return Source(manifest, _backbone_of_mar(request, layout, manifest))
-    original: dict[str, Any] = json.loads(layout.original_manifest.read_text())
+        return Source(manifest, is_ours=False, has_model=True)
+    original = read_manifest(layout.original_manifest)
     original["model"] |= {key: manifest["model"][key] for key in ("modelVersion", "configFile")
                           if key in manifest["model"]}
-    return Source(original, load_backbone(layout.folder))
-
-
-def _backbone_of_mar(request: ArchiveRequest, layout: ArchiveLayout, manifest: dict[str, Any]) -> Backbone:
-    model = eager_model(layout.root, manifest)
-    if is_detector(model):
-        return backbone_of_detector(model, request.input_shape, request.strategy, request.pedestrian,
-                                    manifest["model"]["modelFile"])
-    if request.strategy is not None:
-        raise ArchiveError(f"{type(model).__name__} is no detector of torchvision, so it has no --strategy")
-    if request.input_shape is not None or request.inputs:
-        return _exported(model, request)
-    if request.request is not None:
-        return Backbone.from_module(model, *model_input(layout.root, manifest, request.request.read_bytes()))
-    return Backbone.from_module(model, *image_input(layout.root, manifest))
-
-
-def _exported(model: nn.Module, request: ArchiveRequest) -> Backbone:
-    if request.inputs:
-        return Backbone.from_inputs(model, request.inputs)
-    return Backbone.from_module(model, request.input_shape or ())
+    return Source(original, is_ours=True, has_model=True)
 
 
 def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
@@ -100,11 +71,15 @@ def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str
     if request.handler is None or request.model_name is None:
         raise ArchiveError("a factory or .pt2 needs --handler (a file, or a built-in such as image_classifier), which "
                            "does pre- and post-processing, and --model-name")
-    handler = [Path(request.handler)] if request.handler.endswith(".py") else []
+    name, colon, function = request.handler.partition(":")
+    handler = [Path(name)] if name.endswith(".py") else []
     for file in (*request.extra_files, *handler):
         if not file.is_file():
             raise ArchiveError(f"no such file: {file}")
         shutil.copyfile(file, layout.root / file.name)
     # 'modelFile' makes TorchServe's base handler ask for an eager model, which it is given.
-    return {"runtime": "python", "model": {"modelName": request.model_name, "handler": Path(request.handler).name,
-                                           "modelFile": "exported.py"}}
+    manifest = {"runtime": "python", "model": {
+        "modelName": request.model_name, "handler": Path(name).name + colon + function, "modelFile": "exported.py"}}
+    layout.manifest.parent.mkdir()
+    layout.manifest.write_text(json.dumps(manifest))
+    return manifest

@@ -1,0 +1,74 @@
+"""What is to be known of a source before an archive is made of it: its backbone, and how its handler uses it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.sample import sample_images, samples_of_files
+from early_exit.archiver.packaging.sources.source import Source
+from early_exit.archiver.packaging.tryout.trials import adopt, answer_in_full
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.sample_request import Part, SampleRequest, parse_samples, samples_text
+
+
+def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path,
+          log: Callable[[str], None]) -> None:
+    """Fill the archive's own folder with the backbone, the samples and their answers, and the handler's description.
+
+    Args:
+        request: what is wanted.
+        layout: the user's files.
+        source: what they are.
+        aside: an existing folder for files that do not go into the archive.
+        log: called with a line about what the user should know.
+
+    Raises:
+        EarlyExitError: the source does not load or does not answer, or its model cannot be exported.
+    """
+    if source.is_ours:
+        _take_over(request, layout, log)
+    else:
+        _adopt(request, layout, source, aside)
+    if not samples_of(layout):
+        layout.samples.unlink(missing_ok=True)
+        layout.answers.unlink(missing_ok=True)
+        log("no sample request is known, so the new archive's answers cannot be compared with the original's, and "
+            "ee-roll asks for --untried: --request FILE gives one")
+
+
+def samples_of(layout: ArchiveLayout) -> tuple[SampleRequest, ...]:
+    """Return the samples of an archive of ours, also of one that was made by the last release."""
+    if layout.samples.exists():
+        return parse_samples(layout.samples.read_text(), str(layout.samples))
+    if layout.sample_request.exists():
+        return (SampleRequest((Part(layout.sample_request.read_bytes()),)),)
+    return ()
+
+
+def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[str], None]) -> None:
+    """Keep what an archive of ours holds; other samples are answered by it once more."""
+    samples = samples_of(layout)
+    if request.requests:
+        samples = tuple(samples_of_files(request.requests, request.content_type))
+        layout.samples.write_text(samples_text(samples))
+        layout.answers.unlink(missing_ok=True)
+        answer_in_full(Path(request.source), samples, layout.answers)
+    elif samples and not layout.answers.exists():
+        layout.samples.write_text(samples_text(samples))
+        log("the archive was made by an older version, which kept no answers, so there is nothing to compare with")
+
+
+def _adopt(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path) -> None:
+    own = samples_of_files(request.requests, request.content_type)
+    samples = own or sample_images(request.input_shape[-1] if request.input_shape else None)
+    files, found = aside / "files", aside / "found"
+    shutil.copytree(layout.root, files)  # the handler may write into its folder
+    found.mkdir()
+    adopt(request, files, source.manifest, samples, len(request.requests), found)
+    shutil.rmtree(files)
+    ArchiveLayout(found).folder.rename(layout.folder)
+    for file in found.iterdir():
+        file.rename(layout.folder / file.name)

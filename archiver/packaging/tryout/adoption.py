@@ -1,0 +1,247 @@
+"""Which model a loaded handler calls, with what, and what stands in the way of exporting it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from early_exit.archiver.packaging.tryout.model_calls import ModelCall, n_parameters
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.errors import ArchiveError, GraphError, Unsupported
+from early_exit.handler.user_handler.description import Place, Root
+from early_exit.handler.user_handler.places import Roots, at, modules_reached, places_of
+
+_SMALL = 0.05
+"""Share of the largest model's parameters below which a module is a part of pre- or post-processing."""
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+"""Modules that answer otherwise in training mode."""
+
+
+@dataclass(frozen=True)
+class CalledModel:
+    """The model of a handler."""
+
+    module: nn.Module
+    """What is called."""
+    places: tuple[Place, ...]
+    """Where the handler keeps it."""
+
+    @property
+    def exported(self) -> nn.Module:
+        """The module without what compiles it or spreads it over devices."""
+        module = self.module
+        while (inner := getattr(module, "_orig_mod", None) or
+               (isinstance(module, nn.DataParallel) and module.module)):
+            module = inner
+        return module
+
+    def calls(self, calls: Sequence[ModelCall]) -> list[ModelCall]:
+        """Return its calls among others."""
+        return [call for call in calls if call.module is self.module]
+
+
+def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
+    """Return the model that answers a handler's requests.
+
+    Args:
+        calls: of modules, that a sample request led to.
+        roots: where the handler's names begin.
+
+    Raises:
+        ArchiveError: there is none, or there are several.
+    """
+    sizes = {call.module: n_parameters(call.module) for call in calls}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in sizes):
+        raise _torchscript()
+    largest = max(sizes.values(), default=0)
+    if not largest:
+        raise _no_module(roots)
+    models = [module for module, size in sizes.items() if size >= _SMALL * largest]
+    if len(models) > 1:
+        names = ", ".join(type(module).__name__ for module in models)
+        raise ArchiveError(f"the handler calls {len(models)} models for a request, {names}, and an exit can stand for "
+                           "the answer of one only: put them into one module that returns the scores",
+                           Unsupported.SEVERAL_SCORES)
+    return _with_places(models[0], roots)
+
+
+def held_model(roots: Roots) -> CalledModel:
+    """Return the model of a handler of which no request is known: in `self.model`, or the only one that it has.
+
+    Raises:
+        ArchiveError: it is not clear which one that is.
+    """
+    reached = {module: n_parameters(module) for _, module in modules_reached(roots)}
+    try:
+        usual = at(roots, Place(Root.HANDLER, (("attribute", "model"),)))
+    except LookupError:
+        usual = None
+    models = [usual] if usual in reached else [module for module, size in reached.items() if size]
+    if any(isinstance(module, torch.jit.ScriptModule) for module in models):
+        raise _torchscript()
+    if not models:
+        raise _no_module(roots)
+    if len(models) > 1:
+        raise ArchiveError(f"the handler has {len(models)} models, "
+                           f"{', '.join(type(module).__name__ for module in models)}: a sample request shows which of "
+                           "them it calls, so pass --request FILE")
+    return _with_places(models[0], roots)
+
+
+def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[InputSpec], dict[str, Any]]:
+    """Return what a model is called with: tensors with a row for each item, and values that are always the same.
+
+    Args:
+        model: the model.
+        calls: of it, for different requests.
+
+    Raises:
+        ArchiveError: it gets something else, or tensors of other sizes from request to request.
+    """
+    bound = [_arguments(model, call) for call in calls]
+    tensors = [[(name, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."))
+                for name, value in arguments.items() if isinstance(value, Tensor)] for arguments in bound]
+    constants = [{name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+                 for arguments in bound]
+    kind = type(model.exported).__name__
+    for name, value in constants[0].items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise ArchiveError(f"expected the handler to give {kind} tensors, found {type(value).__name__} for "
+                               f"{name!r}")
+    if any(other != constants[0] for other in constants):
+        raise ArchiveError(f"the handler calls {kind} with other settings from request to request, {constants}, so "
+                           "that it is another model each time", Unsupported.CHANGES)
+    if not tensors[0]:
+        raise ArchiveError(f"expected the handler to give {kind} tensors, found none")
+    if any(other != tensors[0] for other in tensors):
+        sizes = " and ".join(", ".join(f"{name} {shape}" for name, shape, _ in found) for found in tensors[:2])
+        raise ArchiveError(f"the handler gives {kind} inputs at their own size, {sizes}, so a sample does not tell the "
+                           "model's input shape: pass --input-shape C,H,W if all requests come at one size, or bring "
+                           "them to one in the handler")
+    return [InputSpec(*found) for found in tensors[0]], constants[0]
+
+
+def probed(backbone: Backbone, model: CalledModel, calls: Sequence[ModelCall]) -> Backbone:
+    """Return a backbone whose probe is the first row of a real call, where one has the backbone's inputs.
+
+    Args:
+        backbone: the exported model.
+        model: the model.
+        calls: of it.
+
+    Raises:
+        ArchiveError: no score of the probe is a number, so it could not tell damaged weights from sound ones.
+    """
+    for call in calls[:1]:
+        rows = tuple(value[:1].detach().cpu().clone() for value in _arguments(model, call).values()
+                     if isinstance(value, Tensor))
+        if [(row.shape[1:], str(row.dtype)) for row in rows] == [
+                (spec.shape, f"torch.{spec.dtype}") for spec in backbone.description.inputs]:
+            backbone = backbone.probed_by(rows)
+    scores = torch.tensor(backbone.description.probe)
+    if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
+        tried = "for the sample request" if calls else "on any input that was tried"
+        raise ArchiveError(f"the model's scores {tried} are not numbers, {scores.tolist()[:5]}, so damaged weights "
+                           "could not be told from sound ones: pass --request FILE with a typical request")
+    return backbone
+
+
+def require_fixed(model: CalledModel, calls: Sequence[ModelCall]) -> None:
+    """Check that a model answers alike from request to request.
+
+    Raises:
+        ArchiveError: it is in training mode, where it draws at random or goes on learning.
+    """
+    if any(call.is_training for call in calls):
+        random = [name for name, part in model.exported.named_modules() if part.training and isinstance(part, _RANDOM)]
+        if random:
+            raise ArchiveError(f"the handler calls its model in training mode, where {', '.join(random[:3])} answer "
+                               "otherwise each time: call self.model.eval() in initialize()", Unsupported.CHANGES)
+
+
+def state_of(model: CalledModel) -> dict[str, object]:
+    """Return by name what a model consists of, to be compared with the same after it has answered."""
+    state: dict[str, object] = {}
+    for name, part in model.exported.named_modules():
+        state[f"{name or 'the model'} is in training mode"] = part.training
+        state |= {f"{name}.{key}".strip("."): value for key, value in vars(part).items()
+                  if isinstance(value, (bool, int, float, str)) and key != "training"}
+    for name, tensor in [*model.exported.named_parameters(), *model.exported.named_buffers()]:
+        state[name] = (id(tensor), None if tensor.is_inference() else tensor._version)
+    return state
+
+
+def require_same(before: dict[str, object], after: dict[str, object]) -> None:
+    """Check that requests have not changed a model.
+
+    Raises:
+        ArchiveError: they have; the message says what.
+    """
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    if changed:
+        raise ArchiveError(f"the handler changes its model while it answers ({', '.join(sorted(changed)[:3])}), so "
+                           "there is no one model to export: let initialize() make it, once", Unsupported.CHANGES)
+
+
+def _arguments(model: CalledModel, call: ModelCall) -> dict[str, Any]:
+    """Return the arguments of a call by the names of the parameters; what is None is not given."""
+    try:
+        bound = inspect.signature(model.exported.forward).bind(*call.given, **call.named)
+    except TypeError as error:
+        raise ArchiveError(f"the handler calls {type(model.exported).__name__} with other arguments than it takes: "
+                           f"{error}") from error
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments |= {f"{name}{index}": one for index, one in enumerate(value)}
+        else:
+            arguments[name] = value
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _with_places(module: nn.Module, roots: Roots) -> CalledModel:
+    places = places_of(roots, module)
+    if not places:
+        raise ArchiveError(f"the handler calls a {type(module).__name__} that neither its attributes nor its module's "
+                           "names reach, so it cannot be replaced: keep it in self.model", Unsupported.NO_MODULE)
+    model = CalledModel(module, places)
+    for name, part in model.exported.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) or "quantized" in type(part).__module__:
+            raise GraphError(f"{name or 'the model'} is packed by TorchScript, as quantize_dynamic does, and "
+                             "torch.export needs the eager model: let ee-archive quantize it, with --engine "
+                             "openvino-int8", Unsupported.TORCHSCRIPT)
+    return model
+
+
+def _torchscript() -> ArchiveError:
+    return ArchiveError("the handler calls a TorchScript model, and torch.export needs the eager model: archive it "
+                        "with --model-file and its state dict, or give 'package.module:function' with --weights, or "
+                        "an exported .pt2", Unsupported.TORCHSCRIPT)
+
+
+def _no_module(roots: Roots) -> ArchiveError:
+    """Return why a handler's model is none of torch's, as far as that can be seen."""
+    try:
+        model = at(roots, Place(Root.HANDLER, (("attribute", "model"),)))
+    except LookupError:
+        model = None
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    if model is None or isinstance(model, nn.Module):
+        return ArchiveError("no torch.nn.Module with weights answers the handler's requests, and only such a one can "
+                            "be exported", Unsupported.NO_MODULE)
+    if "InferenceSession" in kind or "tensorrt" in kind.lower():
+        return ArchiveError(f"the handler's model is a session ({kind}), and torch.export needs the eager model that "
+                            "it was made from", Unsupported.SESSION)
+    if "aot" in kind.lower() or getattr(model, "__name__", "") == "optimized" or "_export" in kind:
+        return ArchiveError(f"the handler's model is a compiled library ({kind}), and torch.export needs the eager "
+                            "model that it was made from", Unsupported.AOT_LIBRARY)
+    return ArchiveError(f"the handler's model is a {kind}, expected a torch.nn.Module", Unsupported.NO_MODULE)

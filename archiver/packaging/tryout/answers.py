@@ -1,0 +1,97 @@
+"""What an archive answered when it was tried out."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.formats import ANSWERS
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client gets for one request."""
+
+    status: int
+    """HTTP status."""
+    content_type: str
+    """As the handler set it; empty where TorchServe chooses one."""
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Those of the response that the handler set, which are not kept."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"status": self.status, "content_type": self.content_type, "body": base64.b64encode(self.body).decode()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Answer:
+        return cls(data["status"], data["content_type"], base64.b64decode(data["body"]))
+
+    def __str__(self) -> str:
+        text = self.body.decode(errors="backslashreplace")
+        return f"{self.status} {self.content_type} {text if len(text) <= 500 else text[:500] + ' ...'}".strip()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are answered together, and how."""
+
+    samples: tuple[int, ...]
+    """Numbers of the samples, in order."""
+    explain: bool = False
+    """Whether explanations are asked for instead of predictions."""
+
+    def __str__(self) -> str:
+        numbers = ", ".join(str(number + 1) for number in self.samples)
+        return f"{'the explanation of ' if self.explain else ''}sample{'s' * (len(self.samples) > 1)} {numbers}"
+
+
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """The answers to a batch."""
+
+    batch: Batch
+    answers: tuple[Answer, ...]
+    """One for each sample of the batch, in order."""
+    unstable: tuple[tuple[str, ...], ...] = ()
+    """For each sample, what the original answered differently when it was asked twice, as paths into the body."""
+
+
+def batches_of(n_samples: int) -> list[Batch]:
+    """Return the batches in which samples are answered: alone, together, and together in the other order."""
+    together = [Batch((0, 1)), Batch((1, 0))] if n_samples > 1 else [Batch((0, 0))]
+    return [*(Batch((number,)) for number in range(min(2, n_samples))), *together]
+
+
+def save_answers(path: Path, answered: Iterable[AnsweredBatch]) -> None:
+    """Write the answers of an archive."""
+    path.write_text(json.dumps(ANSWERS.stamped({"batches": [
+        {"samples": one.batch.samples, "explain": one.batch.explain, "unstable": one.unstable,
+         "answers": [answer.to_json() for answer in one.answers]} for one in answered]}), indent=1))
+
+
+def load_answers(path: Path) -> list[AnsweredBatch]:
+    """Read what `save_answers` wrote.
+
+    Raises:
+        FormatError: its format is not one that this version reads.
+        ArchiveError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+        ANSWERS.require(content, path)
+        return [AnsweredBatch(Batch(tuple(one["samples"]), one["explain"]),
+                              tuple(Answer.from_json(answer) for answer in one["answers"]),
+                              tuple(tuple(paths) for paths in one["unstable"])) for one in content["batches"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArchiveError(f"cannot read the answers in {path}: {error!r}") from error
+
+
+def unanswered(answered: Sequence[AnsweredBatch]) -> list[str]:
+    """Return what went wrong in answers that are not successful."""
+    return [f"{one.batch}: {answer}" for one in answered for answer in one.answers if answer.status != 200]

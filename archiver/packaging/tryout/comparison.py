@@ -1,0 +1,175 @@
+"""Whether two answers are the same: numbers up to rounding, everything else exactly."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from early_exit.archiver.packaging.tryout.answers import Answer, AnsweredBatch
+
+TOLERANCE = 1e-4
+"""Largest difference of two numbers, relative to the largest number in their list."""
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMPY = b"\x93NUMPY"
+_LARGEST = 1e9
+"""Bytes that make larger float32 numbers are not taken for numbers."""
+
+
+def differences(expected: Answer, found: Answer) -> Iterator[tuple[str, str]]:
+    """Yield where two answers differ, as a path such as $.scores[2], and how."""
+    if expected.status != found.status:
+        yield "status", f"{expected.status} has become {found.status}"
+    if expected.content_type != found.content_type:
+        yield "content type", f"{expected.content_type!r} has become {found.content_type!r}"
+    if expected.body != found.body:
+        yield from _between(_value(expected.body), _value(found.body), "$", None)
+
+
+def unstable(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[tuple[str, ...], ...]:
+    """Return for each answer where it differs from the second to the same request."""
+    return tuple(tuple(dict.fromkeys(path for path, _ in differences(*pair))) for pair in zip(first, second))
+
+
+def contradictions(expected: AnsweredBatch, found: Sequence[Answer]) -> list[str]:
+    """Return how answers differ from those that were expected, as far as these are stable; empty if they do not."""
+    told = []
+    ignored = expected.unstable or ((),) * len(expected.answers)
+    for number, before, now, paths in zip(expected.batch.samples, expected.answers, found, ignored):
+        where = [f"{path}: {how}" for path, how in differences(before, now)
+                 if not any(path == known or path.startswith((f"{known}.", f"{known}[")) for known in paths)]
+        if where:
+            told.append(f"sample {number + 1} of {expected.batch}: {'; '.join(where[:3])}\n"
+                        f"  before: {before}\n  now:    {now}")
+    return told
+
+
+def _value(body: bytes) -> Any:
+    """Return what a body holds: parsed JSON, a text, an array of numbers, or the bytes."""
+    if body.startswith(_NUMPY):
+        return np.load(io.BytesIO(body), allow_pickle=False).tolist()
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return _floats(body)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _floats(body: bytes) -> Any:
+    if len(body) % 4 == 0:
+        with np.errstate(invalid="ignore"):
+            numbers = np.frombuffer(body, np.float32)
+            if np.isfinite(numbers).all() and np.abs(numbers).max(initial=0) < _LARGEST:
+                return numbers.tolist()
+    return body
+
+
+def _between(expected: Any, found: Any, path: str, scale: float | None) -> Iterator[tuple[str, str]]:
+    """Yield where two values differ.
+
+    Args:
+        expected: what was answered before.
+        found: what is answered now.
+        path: of the values.
+        scale: the largest number of the list that holds them; None where nothing holds them.
+    """
+    if _is_number(expected) and _is_number(found):
+        if not _near(expected, found, abs(expected) if scale is None else scale):
+            yield path, f"{expected} has become {found}"
+    elif type(expected) is not type(found):
+        yield path, f"{_short(expected)} has become {_short(found)}"
+    elif isinstance(expected, dict):
+        yield from _between_objects(expected, found, path)
+    elif isinstance(expected, list):
+        yield from _between_lists(expected, found, path)
+    elif isinstance(expected, str):
+        yield from _between_texts(expected, found, path)
+    elif expected != found:
+        yield path, f"{_short(expected)} has become {_short(found)}"
+
+
+def _between_objects(expected: dict[str, Any], found: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    if expected.keys() != found.keys():
+        yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}"
+        return
+    scale = _scale(expected.values())
+    for key, value in expected.items():
+        yield from _between(value, found[key], f"{path}.{key}", scale)
+    for before, now in zip(expected, found):
+        if before != now and not _tied(expected[before], expected[now], scale):
+            yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}, in another order"
+            return
+
+
+def _between_lists(expected: list[Any], found: list[Any], path: str) -> Iterator[tuple[str, str]]:
+    if len(expected) != len(found):
+        yield path, f"{len(expected)} values have become {len(found)}"
+        return
+    scale = _scale(expected)
+    left = {}
+    for index, (before, now) in enumerate(zip(expected, found)):
+        if told := list(_between(before, now, f"{path}[{index}]", scale)):
+            left[index] = told
+    # Items whose numbers are equal may have changed places.
+    free = set(left)
+    for index, told in left.items():
+        partner = next((other for other in free if not any(_between(expected[index], found[other], "", scale))
+                        and _tied(expected[index], expected[other], scale)), None)
+        if partner is None:
+            yield from told
+        else:
+            free.discard(partner)
+
+
+def _between_texts(expected: str, found: str, path: str) -> Iterator[tuple[str, str]]:
+    if expected == found:
+        return
+    if _NUMBER.split(expected) != _NUMBER.split(found):
+        yield path, f"{_short(expected)} has become {_short(found)}"
+        return
+    before, now = ([float(number) for number in _NUMBER.findall(text)] for text in (expected, found))
+    if not all(_near(one, other, _scale(before)) for one, other in zip(before, now)):
+        yield path, f"{_short(expected)} has become {_short(found)}"
+
+
+def _tied(one: Any, other: Any, scale: float) -> bool:
+    """Tell whether two items of a list have the same numbers, up to rounding, so that their order says nothing."""
+    if _is_number(one) and _is_number(other):
+        return _near(one, other, scale)
+    numbers, others = list(_numbers(one)), list(_numbers(other))
+    return bool(numbers) and len(numbers) == len(others) and all(
+        _near(first, second, max(abs(first), abs(second))) for first, second in zip(numbers, others))
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if _is_number(value):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _numbers(inner)
+
+
+def _scale(values: Any) -> float:
+    return max((abs(value) for value in values if _is_number(value) and math.isfinite(value)), default=0.0)
+
+
+def _near(one: float, other: float, scale: float) -> bool:
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return one == other or (math.isnan(one) and math.isnan(other))
+    return abs(one - other) <= TOLERANCE * scale
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,83 @@
+"""Which torch modules a handler calls, and with what."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a module that no other module made."""
+
+    module: nn.Module
+    given: tuple[Any, ...]
+    """Positional arguments; their tensors are copies."""
+    named: dict[str, Any]
+    is_training: bool
+    """Whether the module was in training mode."""
+
+
+@contextmanager
+def recorded_calls(reached: Sequence[nn.Module]) -> Iterator[list[ModelCall]]:
+    """Collect the calls of modules that are not made by other modules, in the order in which they end.
+
+    Args:
+        reached: modules whose `forward` may be called by its name, past `__call__`.
+    """
+    calls: list[ModelCall] = []
+    inside = threading.local()
+
+    def noted(module: nn.Module, call: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if getattr(inside, "module", None) is not None:
+            return call(*given, **named)
+        copied = ModelCall(module, _copy(given), _copy(named), module.training)
+        inside.module = module
+        try:
+            result = call(*given, **named)
+        finally:
+            inside.module = None
+        calls.append(copied)
+        return result
+
+    original = nn.Module.__call__
+    forwards = {}
+
+    def called(self: nn.Module, *given: Any, **named: Any) -> Any:
+        return noted(self, lambda *a, **k: original(self, *a, **k), given, named)
+
+    nn.Module.__call__ = called  # type: ignore[method-assign]
+    for module in reached:
+        if not isinstance(module, torch.jit.ScriptModule) and "forward" not in vars(module):
+            forwards[module] = module.forward
+            object.__setattr__(module, "forward", lambda *a, _m=module, **k: noted(_m, forwards[_m], a, k))
+    try:
+        yield calls
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+        for module in forwards:
+            object.__delattr__(module, "forward")
+
+
+def n_parameters(module: nn.Module) -> int:
+    """Return how many numbers a module has learned."""
+    try:
+        return sum(parameter.numel() for parameter in module.parameters())
+    except Exception:  # modules that keep their weights elsewhere, such as packed ones
+        return 0
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(inner) for inner in value) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,73 @@
+"""Removes what renewals read and made, once they are over, and records that are too old or too many."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from early_exit.archiver.audit import Event
+from early_exit.archiver.packaging.configuration import serving_config
+from early_exit.archiver.watch.triggers import ATTEMPT, KEPT, ROLLING
+from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.recording.retention import enforce_limits
+from early_exit.training.paths import RunPaths
+
+_RUN = re.compile(r"\d{8}-\d{6}")
+
+
+def run_name() -> str:
+    """Return the name of the folder of a run that begins now, by which it is known for one afterwards."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+
+
+def remove_left_over(runs: Path, events: Sequence[Event], unfinished: str | None) -> None:
+    """Remove what runs that are over need no more; other folders beside them stay.
+
+    Of a run that made a plan the copy of the records goes, which would outlive their own age and size limits there; a
+    run that came to none goes as a whole.
+
+    Args:
+        runs: folder of a watcher's runs.
+        events: all decisions of the watcher, oldest first.
+        unfinished: name of the run that goes on, if there is one.
+    """
+    with_plan = _runs_with_plan(events)
+    for folder in runs.iterdir() if runs.is_dir() else ():
+        if folder.name == unfinished or not _RUN.fullmatch(folder.name) or folder.is_symlink():
+            continue
+        if folder.name in with_plan:
+            run = RunPaths(folder)
+            shutil.rmtree(run.training_set.root, ignore_errors=True)
+            shutil.rmtree(run.remote, ignore_errors=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def limit_records(sources: Sequence[str], model: str, archive: Path) -> None:
+    """Delete what a worker of an archive would delete of its records, as there may be no worker.
+
+    Args:
+        sources: records folders and URLs; what lies behind a URL is left to the workers there.
+        model: name of the model.
+        archive: tells for how long, and how many, records are kept.
+
+    Raises:
+        EarlyExitError: the archive cannot be read.
+    """
+    config = serving_config(read_archive(archive).configuration)
+    for source in sources:
+        if "://" not in source:
+            enforce_limits(Path(source), model, config.records_max_age_s, config.records_max_bytes)
+
+
+def _runs_with_plan(events: Sequence[Event]) -> set[str]:
+    found, run = set(), None
+    for event in events:
+        if event["event"] == ATTEMPT:
+            run = event["run"]
+        elif run is not None and (event["event"] == ROLLING or (event["event"] == KEPT and "new" in event)):
+            found.add(run)
+    return found

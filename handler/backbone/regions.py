@@ -1,0 +1,223 @@
+"""Operations that torch.export leaves in a subgraph of their own, such as those under autocast, as part of the graph.
+
+Cuts and candidate layers are found between the operations of one graph. A model whose forward begins with
+`with torch.autocast(...)` is exported as a single operation that holds all others.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from early_exit.handler.errors import GraphError
+
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
+_FIRST_INPUT = {_AUTOCAST: 5, _GRADIENTS: 2}
+"""By the operation that holds a subgraph: where its inputs begin; the subgraph comes just before them."""
+_CAST = torch.ops.aten.to.dtype
+_ANY_CAST = torch.ops.aten._to_copy.default
+"""What casts consist of."""
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """The settings of one `torch.autocast` block."""
+
+    device: str
+    dtype: torch.dtype | None
+    enabled: bool
+
+    def entered(self) -> Any:
+        # A cache would keep a cast that was seen before from being seen again.
+        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
+
+    def knows(self, operation: Any) -> bool:
+        """Whether autocast casts what this operation is given, and leaves its inside alone."""
+        return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), f"Autocast{self.device.upper()}")
+
+
+def inline_regions(program: ExportedProgram) -> None:
+    """Put the operations of subgraphs into the program's graph, in place.
+
+    Blocks that switch gradients change nothing at inference. The casts that autocast makes become operations, so that
+    the program computes the same without it, on every device and however it is cut.
+
+    Raises:
+        GraphError: a subgraph reads a tensor that is not given to it.
+    """
+    module, graph = program.graph_module, program.graph_module.graph
+    calls = [node for node in graph.nodes if node.target in _FIRST_INPUT]
+    for call in calls:
+        with graph.inserting_before(call):
+            results = _inlined(module, graph, call, call.args, ())
+        for user in list(call.users):
+            result = results[user.args[1]]  # type: ignore[index]
+            program.graph_signature.replace_all_uses(user.name, result.name)
+            user.replace_all_uses_with(result)
+            graph.erase_node(user)
+        graph.erase_node(call)
+    if calls:
+        graph.eliminate_dead_code()
+        graph.lint()
+        module.delete_all_unused_submodules()
+        module.recompile()
+
+
+def _inlined(owner: fx.GraphModule, graph: fx.Graph, call: fx.Node, arguments: Sequence[Argument],
+             around: Sequence[_Autocast]) -> list[fx.Node]:
+    """Add the operations of a subgraph to a graph; return what it returns.
+
+    Args:
+        owner: the module that has the subgraph.
+        graph: where the operations are inserted.
+        call: the operation of the owner's graph that holds the subgraph.
+        arguments: its arguments, inputs as nodes of `graph`.
+        around: the autocast blocks that the call is in, outermost first.
+    """
+    first = _FIRST_INPUT[call.target]  # type: ignore[index]
+    inside = around if call.target is _GRADIENTS else (*around, _Autocast(*arguments[:3]))  # type: ignore[arg-type]
+    region = owner.get_submodule(str(call.args[first - 1].target))  # type: ignore[union-attr]
+    assert isinstance(region, fx.GraphModule)
+    copies: dict[fx.Node, Any] = {}
+    inputs = iter(arguments[first:])
+    for node in region.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(inputs)
+        elif node.op == "output":
+            return [copies[result] for result in node.args[0]]
+        elif node.op == "get_attr":
+            if not isinstance(region.get_submodule(node.target) if hasattr(region, node.target) else None,
+                              fx.GraphModule):
+                raise GraphError(f"a part of the model under autocast or no_grad reads {node.target}, which is not "
+                                 "among its inputs: move the block out of forward, or make it a buffer")
+            copies[node] = node
+        elif node.target in _FIRST_INPUT:
+            copies[node] = _inlined(region, graph, node, fx.map_arg(node.args, copies.__getitem__), inside)
+        elif node.target is operator.getitem and isinstance(copies[node.args[0]], list):
+            copies[node] = copies[node.args[0]][node.args[1]]
+        else:
+            copies[node] = _copied(graph, node, copies, inside)
+    raise GraphError(f"the subgraph of {call.name} returns nothing: export the program again")
+
+
+def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any], around: Sequence[_Autocast]) -> fx.Node:
+    """Add one operation to a graph so that it computes what it computes in its autocast blocks."""
+    operation = _Operation.of(node, copies)
+    if not around or not isinstance(node.target, torch._ops.OpOverload):
+        return graph.node_copy(node, copies.__getitem__)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # an operation may make scalars of its own
+        examples = [_example(value.meta["val"]) for value in operation.given]
+    within = operation.observed(examples, around)
+    casts = {}
+    if any(block.knows(node.target) for block in around):
+        lowered = [value.to(within.casts[place]) if place in within.casts else value
+                   for place, value in enumerate(examples)]
+        is_whole = operation.observed(lowered, ()).parts == within.parts
+        casts = {operation.given[place]: dtype for place, dtype in within.casts.items()}
+    else:
+        is_whole = not within.has_inner_casts
+    if not is_whole:
+        return _decomposed(graph, operation, around)
+    cast = {value: _cast(graph, value, dtype, node) for value, dtype in casts.items()}
+    return graph.node_copy(node, lambda value: cast.get(copies[value], copies[value]))
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """An operation of a subgraph."""
+
+    node: fx.Node
+    arguments: tuple[Any, Any]
+    """Positional ones and those by name, with nodes of the graph that it goes into."""
+    given: tuple[fx.Node, ...]
+    """Those nodes, each once."""
+
+    @classmethod
+    def of(cls, node: fx.Node, copies: dict[fx.Node, Any]) -> _Operation:
+        arguments = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        given: dict[fx.Node, None] = {}
+        fx.map_arg(arguments, given.setdefault)
+        return cls(node, arguments, tuple(given))
+
+    def run(self, values: Sequence[Any], around: Sequence[_Autocast]) -> Any:
+        """Return what it computes of values of what it is given."""
+        args, kwargs = fx.map_arg(self.arguments, dict(zip(self.given, values)).__getitem__)
+        with torch.no_grad(), ExitStack() as stack:
+            for block in around:
+                stack.enter_context(block.entered())
+            return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def observed(self, values: Sequence[Any], around: Sequence[_Autocast]) -> _Observer:
+        """Run it and tell what it consists of."""
+        with _Observer(values) as observer:
+            self.run(values, around)
+        return observer
+
+
+def _example(value: Any) -> Any:
+    """Return a tensor or a size for one of the program's, whose symbols must not be narrowed down by running things."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided([_example(size) for size in value.shape],
+                                   [_example(stride) for stride in value.stride()],
+                                   dtype=value.dtype, device=value.device)
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+class _Observer(TorchDispatchMode):
+    """Sees what an operation consists of once autocast has had its say."""
+
+    def __init__(self, tensors: Sequence[object]) -> None:
+        super().__init__()
+        self._tensors = tensors
+        self.casts: dict[int, torch.dtype] = {}
+        """By position of a tensor among those that were given: what it was cast to."""
+        self.parts: list[tuple[object, tuple[object, ...]]] = []
+        """Each other operation, and the dtypes of its results."""
+
+    @property
+    def has_inner_casts(self) -> bool:
+        """Whether there are casts among several parts; a single one is what the model itself asked for."""
+        return len(self.parts) + len(self.casts) > 1 and (
+            bool(self.casts) or any(part is _ANY_CAST for part, _ in self.parts))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        places = [place for place, tensor in enumerate(self._tensors) if args and tensor is args[0]]
+        if func is _ANY_CAST and places:
+            self.casts |= dict.fromkeys(places, result.dtype)
+        elif func.namespace != "prim":  # which only asks about tensors
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            self.parts.append((func, tuple(getattr(value, "dtype", None) for value in results)))
+        return result
+
+
+def _cast(graph: fx.Graph, value: fx.Node, dtype: torch.dtype, reader: fx.Node) -> fx.Node:
+    cast = graph.call_function(_CAST, (value, dtype))
+    cast.meta = {**reader.meta, "val": value.meta["val"].to(dtype)}
+    return cast
+
+
+def _decomposed(graph: fx.Graph, operation: _Operation, around: Sequence[_Autocast]) -> fx.Node:
+    """Add the parts of an operation inside which autocast casts, such as an einsum's products."""
+    values = [value.meta["val"] for value in operation.given]
+    traced = make_fx(lambda *values: operation.run(values, around), tracing_mode="symbolic")(*values)
+    copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), operation.given))
+    for part in traced.graph.nodes:
+        if part.op == "output":
+            return copies[part.args[0]]
+        if part.op != "placeholder":
+            copies[part] = graph.node_copy(part, copies.__getitem__)
+            copies[part].meta = {**operation.node.meta, **part.meta}
+    raise GraphError(f"{operation.node.name} returns nothing: export the program again")

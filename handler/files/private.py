@@ -1,0 +1,102 @@
+"""Files and folders that are this user's alone: made for nobody else, and refused where they are somebody else's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from early_exit.handler.errors import ForeignFileError
+
+SCRATCH_SUFFIX = ".writing"
+"""Names of files that are being written, and have not taken their place yet, end with this."""
+_ROOT = 0
+
+
+def open_private(path: Path, mode: str) -> IO[Any]:
+    """Open a file that belongs to this user or to root, in a mode of `open`; one that is created has mode 0600.
+
+    Owner and kind are those of the file that was opened, so nobody can exchange it in between, and nothing in it is
+    changed before they are known.
+
+    Raises:
+        ForeignFileError: it belongs to somebody else, is a symbolic link, or is no regular file.
+        OSError: it cannot be opened.
+    """
+    return open(path, mode, opener=_open_own)
+
+
+def read_private(path: Path) -> str:
+    """Return the text of a file that `open_private` opens."""
+    with open_private(path, "r") as file:
+        text: str = file.read()
+    return text
+
+
+def private_folder(path: Path) -> Path:
+    """Return a folder that belongs to this user or to root; what is missing of its path is made with mode 0700.
+
+    Raises:
+        ForeignFileError: it belongs to somebody else, who could exchange what is in it.
+        OSError: it cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)  # one by one: parents that mkdir makes itself are open to the umask
+    _require_own(path, path.stat())
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new file beside `path`, of mode 0600, that takes its place when the block ends without an error.
+
+    The block writes into the file and leaves it where it is. A link in the place of `path` is replaced, not followed.
+
+    Raises:
+        ForeignFileError: the folder belongs to somebody else.
+        OSError: the file cannot be made, or cannot take the place.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH_SUFFIX, dir=private_folder(path.parent))
+    os.close(descriptor)
+    scratch = Path(name)
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _open_own(path: str, flags: int) -> int:
+    try:
+        # Without blocking, as somebody may have put a pipe there; a regular file never blocks.
+        descriptor = os.open(path, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ForeignFileError(f"{path} is a symbolic link, expected a file of our own: links are not followed, "
+                                   "as somebody else may have put it there. Name the file itself, or remove the "
+                                   "link") from error
+        raise
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise ForeignFileError(f"{path} is no regular file, expected a file of our own: remove it")
+        _require_own(Path(path), about)
+        if flags & os.O_TRUNC:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_own(path: Path, about: os.stat_result) -> None:
+    own = os.geteuid()
+    if about.st_uid not in (own, _ROOT):
+        raise ForeignFileError(f"{path} belongs to user {about.st_uid}, expected user {own}, who runs this, or root: "
+                               "somebody else may have put it there. Run as its owner, or remove it")

@@ -1,0 +1,82 @@
+"""Deletes records that are too old or too many: a worker does, and `ee-watch` where no worker runs."""
+
+from __future__ import annotations
+
+import re
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from early_exit.handler.errors import RecordError
+from early_exit.handler.files.names import bare_name
+from early_exit.handler.files.private import SCRATCH_SUFFIX
+from early_exit.handler.recording.format import SUFFIX
+
+_ABANDONED_S = 3600.0
+"""What a worker has not finished writing after so many seconds, it never will."""
+_BACKBONE = re.compile(r"[0-9a-f]+")
+_SHARD = re.compile(r".+-\d+-\d+-\d+" + re.escape(SUFFIX))
+_SCRATCH = re.compile(rf"\.{_SHARD.pattern}\.\w+" + re.escape(SCRATCH_SUFFIX))
+
+
+def shard_name(version: str, process: int, time_ns: int, number: int) -> str:
+    """Return the file name of a shard, by which it is known for one when it is too old."""
+    return f"{version}-{process}-{time_ns}-{number}{SUFFIX}"
+
+
+def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> None:
+    """Delete the shards of a model that are too old, and the oldest beyond the size.
+
+    Only files in the folders of the model's backbones that have the names of shards, or of shards that a killed worker
+    did not finish, are counted and deleted. What cannot be deleted stays for the next time: workers share the folder,
+    and a watcher may see it read-only.
+
+    Args:
+        root: the records folder.
+        model: name of the model.
+        max_age_s: seconds since a shard was written.
+        max_bytes: size of all shards together.
+
+    Raises:
+        RecordError: the name of the model leads out of the records folder.
+    """
+    folder, now = root / bare_name(model, "the name of a model with records", RecordError), time.time()
+    shards = sorted(_files(folder, _SHARD), key=lambda shard: shard[1])
+    size = sum(n_bytes for _, _, n_bytes in shards)
+    for path, modified, n_bytes in shards:
+        if now - modified > max_age_s or size > max_bytes:
+            _delete(path)
+            size -= n_bytes
+    for path, modified, _ in _files(folder, _SCRATCH):
+        if now - modified > _ABANDONED_S:
+            _delete(path)
+
+
+def _files(folder: Path, name: re.Pattern[str]) -> Iterator[tuple[Path, float, int]]:
+    """Yield the path, the Unix time of the last change and the bytes of the files of some name."""
+    for backbone in _entries(folder):
+        if _BACKBONE.fullmatch(backbone.name):
+            for path in _entries(backbone):
+                if name.fullmatch(path.name):
+                    try:
+                        about = path.lstat()
+                    except OSError:  # another worker was faster
+                        continue
+                    if stat.S_ISREG(about.st_mode):
+                        yield path, about.st_mtime, about.st_size
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing where there is none, or a link to one."""
+    try:
+        return [] if folder.is_symlink() else list(folder.iterdir())
+    except OSError:  # nothing was recorded yet, it has gone, or it is no folder
+        return []
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return

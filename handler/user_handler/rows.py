@@ -1,0 +1,100 @@
+"""Whose are the rows that a user's handler gives its model? Two requests, together and alone, show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rows = tuple[Tensor, ...]
+"""Some rows of the model's input: (R, ...) tensors, one for each input of the model, in order."""
+
+_RELATIVE, _OF_LARGEST = 1e-4, 1e-5
+"""How far a value may be from itself: pre-processing of several requests at once rounds in another way than of one.
+The second is a fraction of the largest value, for differences that cancel out to nearly 0."""
+ANOTHER_ORDER = ("the rows that the handler makes of several requests at once are not those that it makes of each "
+                 "alone, in the order of the requests: it reorders, mixes or changes them")
+"""Why it may not be known whose rows are."""
+
+
+@dataclass(frozen=True)
+class RowsPerRequest:
+    """How the rows of the model's input belong to requests."""
+
+    count: int | None
+    """Each request becomes that many rows, side by side, in the order of the requests; None where it is not known."""
+    unknown_because: str = ""
+    """Why it is not known: what follows a 'because'."""
+
+
+def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], ba: Sequence[Rows]) -> RowsPerRequest:
+    """Return how rows belong to requests, by what a handler called its model with for two different requests.
+
+    The handler may call its model once for all requests, once for each, or for a few at a time, as long as all rows
+    together follow the order of the requests. A handler that orders requests by something in which the two are equal,
+    such as their length, is not found out.
+
+    Args:
+        a: the calls of the model for the first request alone, in order.
+        b: the same for the second request alone.
+        ab: the same for both at once.
+        ba: the same for both at once, the second one first.
+
+    >>> cat, dog = torch.zeros(1, 3), torch.ones(1, 3)
+    >>> rows_per_request([(cat,)], [(dog,)], [(cat,), (dog,)], [(torch.cat([dog, cat]),)]).count
+    1
+    """
+    for alone in (a, b):
+        if len(alone) != 1:
+            return RowsPerRequest(None, f"the handler calls its model {len(alone)} times for one request")
+    of_a, of_b = a[0], b[0]
+    n_rows = n_rows_of(of_a)
+    if not n_rows or n_rows_of(of_b) != n_rows:
+        return RowsPerRequest(None, f"the handler makes {n_rows} rows of one request and {n_rows_of(of_b)} of another")
+    if not (_has_a_row_of_its_own(of_a, of_b) and _has_a_row_of_its_own(of_b, of_a)):
+        return RowsPerRequest(None, "the handler makes the same rows of both sample requests, so they do not show "
+                                    "which row is whose: give two that differ")
+    for both, first, second in ((ab, of_a, of_b), (ba, of_b, of_a)):
+        n_of_both = sum(map(n_rows_of, both))
+        if n_of_both != 2 * n_rows:
+            return RowsPerRequest(None, f"the handler makes {n_rows} rows of one request and {n_of_both} of two")
+        if not is_equal(joined(both), joined([first, second])):
+            return RowsPerRequest(None, ANOTHER_ORDER)
+    return RowsPerRequest(n_rows)
+
+
+def n_rows_of(rows: Rows) -> int:
+    """Return the number of rows."""
+    return len(rows[0])
+
+
+def joined(calls: Sequence[Rows]) -> Rows | None:
+    """Return the rows of several calls of the model, or None where these are too different to follow each other."""
+    kinds = {tuple((x.dtype, x.shape[1:]) for x in rows) for rows in calls}
+    return tuple(map(torch.cat, zip(*calls))) if len(kinds) == 1 else None
+
+
+def is_equal(found: Rows | None, expected: Rows | None) -> bool:
+    """Tell whether rows are the same, in number, shape, dtype and, but for rounding, values; None is like nothing."""
+    if found is None or expected is None or len(found) != len(expected):
+        return False
+    return all(x.shape == y.shape and x.dtype == y.dtype and _is_close(x, y) for x, y in zip(found, expected))
+
+
+def _is_close(x: Tensor, y: Tensor) -> bool:
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    finite = y[y.isfinite()].abs().double()
+    scale = finite.max().item() if len(finite) else 0.0
+    return torch.allclose(x.double(), y.double(), rtol=_RELATIVE, atol=_OF_LARGEST * scale, equal_nan=True)
+
+
+def _has_a_row_of_its_own(rows: Rows, others: Rows) -> bool:
+    """Tell whether one of some rows is not among the others."""
+    def row(of: Rows, number: int) -> Rows:
+        return tuple(x[number:number + 1] for x in of)
+
+    return any(not any(is_equal(row(rows, here), row(others, there)) for there in range(n_rows_of(others)))
+               for here in range(n_rows_of(rows)))

@@ -1,0 +1,58 @@
+"""What the user's handler holds in place of its model."""
+
+from __future__ import annotations
+
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+
+class StandIn(nn.Module):
+    """Answers like the user's model, by another one, and gives what else a handler asks a model for.
+
+    Parameters, buffers, device and dtype are those of the model that answers. Everything else is the user's own
+    model's, where that is kept; its methods work on this object, so what they call is answered by the other model too.
+    """
+
+    def __init__(self, model: nn.Module, original: nn.Module | None = None) -> None:
+        """Stand in for a model.
+
+        Args:
+            model: answers.
+            original: the user's own; none where it is not kept.
+        """
+        super().__init__()
+        self.answering = model
+        # Not registered: its parameters would be listed, moved and converted with ours.
+        object.__setattr__(self, "_original", original)
+        self.train(model.training)
+
+    def forward(self, *given: object, **named: object) -> Any:
+        """Return what the user's model would.
+
+        A hook in the user's model sees an activation only if the model runs, so a model with hooks runs beside.
+        """
+        if self._original is not None and any(_has_hooks(part) for part in self._original.modules()):
+            self._original(*given, **named)
+        return self.answering(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_original":  # not set yet
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        if self._original is not None:
+            value = getattr(self._original, name)
+            method = getattr(type(self._original), name, None)
+            return MethodType(method, self) if isinstance(method, FunctionType) else value
+        if name in ("device", "dtype"):
+            return getattr(next(self.answering.parameters()), name)
+        raise AttributeError(f"the handler asks its model for .{name}, which the exported model does not have: make "
+                             "the archive again with a --request whose answer needs it, so that ee-archive sees it")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

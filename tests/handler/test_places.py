@@ -1,0 +1,100 @@
+"""A model is found wherever a handler's names reach it, and what stands in for it is put there."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from early_exit.handler.errors import ArchiveError
+from early_exit.handler.user_handler.description import Place, Root
+from early_exit.handler.user_handler.places import at, modules_reached, places_of, put
+from early_exit.handler.user_handler.stand_in import StandIn
+
+
+def module_with(**names: Any) -> ModuleType:
+    module = ModuleType("their_handler")
+    vars(module).update(names)
+    return module
+
+
+@pytest.mark.parametrize(("keep", "name"), [
+    (lambda model: {"_service": SimpleNamespace(model=model)}, "_service.model"),
+    (lambda model: {"MODEL": model}, "MODEL"),
+    (lambda model: {"models": {"cats": [None, model]}}, "models['cats'][1]"),
+    (lambda model: {"pipeline": SimpleNamespace(parts={"head": SimpleNamespace(net=model)})},
+     "pipeline.parts['head'].net"),
+    (lambda model: {"whole": nn.Sequential(nn.ReLU(), model)}, "whole.1"),
+])
+def test_a_model_is_found_and_replaced_wherever_it_is_kept(keep: Any, name: str) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    roots = {Root.MODULE: module_with(**keep(model))}
+    [place] = places_of(roots, model)
+    assert str(place) == name and at(roots, place) is model
+    put(roots, place, other)
+    assert at(roots, place) is other and not places_of(roots, model)
+
+
+def test_all_places_of_a_model_are_found() -> None:
+    model = nn.Linear(2, 2)
+    roots = {Root.HANDLER: SimpleNamespace(model=model, net=model), Root.MODULE: module_with(MODEL=model)}
+    assert [str(place) for place in places_of(roots, model)] == ["self.model", "self.net", "MODEL"]
+
+
+def test_names_that_go_round_in_circles_end() -> None:
+    loop: Any = SimpleNamespace(model=nn.Linear(2, 2))
+    loop.itself, loop.more = loop, [loop, {"again": loop}]
+    assert len(modules_reached({Root.HANDLER: loop})) == 1
+
+
+def test_a_place_that_cannot_be_changed_is_an_error_that_names_it() -> None:
+    roots = {Root.HANDLER: SimpleNamespace(models=(nn.Linear(2, 2),))}
+    with pytest.raises(ArchiveError, match=r"keeps its model in self\.models\[0\], where it cannot be replaced"):
+        put(roots, Place(Root.HANDLER, (("attribute", "models"), ("item", 0))), nn.Linear(2, 2))
+
+
+class Original(nn.Module):
+    """A user's model with more than a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.config = nn.Linear(2, 2), SimpleNamespace(id2label={0: "cat"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def predict(self, x: torch.Tensor) -> int:
+        return int(self(x).argmax())
+
+
+def test_a_stand_in_answers_by_the_other_model_also_in_the_users_own_methods() -> None:
+    other = nn.Linear(2, 2)
+    with torch.no_grad():
+        other.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        other.bias.copy_(torch.tensor([0.0, 5.0]))
+    original = Original()
+    nn.init.zeros_(original.body.weight)
+    nn.init.constant_(original.body.bias, 0.0)
+    stand_in = StandIn(other, original)
+    assert stand_in.predict(torch.ones(1, 2)) == 1, "the user's own would say 0"
+    assert stand_in.config.id2label == {0: "cat"} and stand_in.body is original.body
+    assert list(stand_in.parameters()) == list(other.parameters())
+
+
+def test_a_hook_in_the_users_model_sees_its_activations() -> None:
+    original, seen = Original(), []
+    stand_in = StandIn(nn.Linear(2, 2), original)
+    stand_in(torch.ones(1, 2))
+    original.body.register_forward_hook(lambda module, given, output: seen.append(output))
+    stand_in(torch.ones(3, 2))
+    assert [tuple(output.shape) for output in seen] == [(3, 2)]
+
+
+def test_without_the_users_model_device_and_dtype_are_known_and_anything_else_is_named() -> None:
+    stand_in = StandIn(nn.Linear(2, 2))
+    assert (stand_in.device, stand_in.dtype) == (torch.device("cpu"), torch.float32)
+    with pytest.raises(AttributeError, match=r"asks its model for \.config"):
+        _ = stand_in.config

@@ -1,0 +1,66 @@
+"""Retention deletes shards of its model and nothing else, whatever lies beside them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from early_exit.handler.errors import RecordError
+from early_exit.handler.recording.format import ShardHeader
+from early_exit.handler.recording.retention import enforce_limits, shard_name
+
+HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1",))
+SHARD = shard_name("2.0", 4711, 17_000_000_000, 0)
+SCRATCH = f".{SHARD}.k3j4h5.writing"
+
+
+def old_file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"0" * 100)
+    os.utime(path, (time.time() - 10_000, time.time() - 10_000))
+    return path
+
+
+def test_what_is_too_old_goes_and_what_a_killed_worker_left(tmp_path: Path) -> None:
+    for name in (SHARD, SCRATCH):
+        old_file(HEADER.folder(tmp_path) / name)
+    enforce_limits(tmp_path, "digits", 5000, 2**30)
+    assert list(HEADER.folder(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [
+    "digits/ab12/weights.safetensors", "digits/ab12/2.0-copy.safetensors", "digits/ab12/notes.writing",
+    "digits/ab12/monitor-2.0-ab.json", f"digits/{SHARD}", f"digits/mine/{SHARD}", f"digits/ab12/kept/{SHARD}",
+    f"other/ab12/{SHARD}", SHARD])
+def test_files_that_are_not_a_models_shards_by_name_and_folder_survive(name: str, tmp_path: Path) -> None:
+    foreign, ours = old_file(tmp_path / name), old_file(HEADER.folder(tmp_path) / SHARD)
+    enforce_limits(tmp_path, "digits", 1, 1)
+    assert foreign.exists() and not ours.exists()
+
+
+def test_foreign_files_do_not_count_towards_the_size_either(tmp_path: Path) -> None:
+    old_file(tmp_path / "digits" / "ab12" / "weights.safetensors")
+    ours = old_file(HEADER.folder(tmp_path) / SHARD)
+    enforce_limits(tmp_path, "digits", 1e9, 150)
+    assert ours.exists()
+
+
+@pytest.mark.parametrize("link", ["digits", "digits/ab12"])
+def test_a_link_to_a_folder_with_the_shards_of_others_is_not_followed(link: str, tmp_path: Path) -> None:
+    others = old_file(tmp_path / "elsewhere" / "ab12" / SHARD)
+    (tmp_path / "records" / link).parent.mkdir(parents=True)
+    (tmp_path / "records" / link).symlink_to(others.parent if link.endswith("ab12") else others.parent.parent)
+    enforce_limits(tmp_path / "records", "digits", 1, 1)
+    assert others.exists()
+
+
+@pytest.mark.parametrize("model", ["..", "../elsewhere", "/tmp", ""])
+def test_a_model_whose_name_leads_elsewhere_is_refused(model: str, tmp_path: Path) -> None:
+    others = old_file(tmp_path / "elsewhere" / "ab12" / SHARD)
+    (tmp_path / "records").mkdir()
+    with pytest.raises(RecordError, match="expected a bare name"):
+        enforce_limits(tmp_path / "records", model, 1, 1)
+    assert others.exists()

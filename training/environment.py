@@ -1,0 +1,27 @@
+"""The environment of processes that run an archive's code: what it takes to compute, and no secret of the user's."""
+
+from __future__ import annotations
+
+import os
+import re
+
+GATEWAY_TOKEN = "EE_GATEWAY_TOKEN"
+"""Holds the token of `ee-gateway`, for which no other process has a use."""
+MORE_VARIABLES = "EE_ARCHIVE_ENV"
+"""Names the further variables that an archive's code may see, separated by commas."""
+_NEEDED = re.compile(
+    "PATH|HOME|TMPDIR|TZ|LANG|LC_.*|LD_LIBRARY_PATH|"  # a process, its files, its texts and its libraries
+    "(OMP|MKL|OPENBLAS|NUMEXPR|KMP|GOMP)_.*|MALLOC_.*_|"  # threads and memory
+    "CUDA_.*|NVIDIA_.*|PYTORCH_.*ALLOC_CONF|"  # the GPU
+    "TORCH_HOME|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|HF_HOME|XDG_CACHE_HOME|"  # caches of models and kernels
+    "HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE")
+
+
+def minimal_environment() -> dict[str, str]:
+    """Return the variables of this process that are no secrets, and those that the user named in EE_ARCHIVE_ENV.
+
+    A list of what is passed, since nobody can list what is secret: keys of clouds, registries, proxies and databases
+    have names of their own.
+    """
+    named = {name.strip() for name in os.environ.get(MORE_VARIABLES, "").split(",")}
+    return {name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name) or name in named}
