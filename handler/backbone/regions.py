@@ -63,7 +63,7 @@ def inline_regions(program: ExportedProgram) -> None:
         with graph.inserting_before(call):
             results = _inlined(module, graph, call, call.args, ())
         for user in list(call.users):
-            result = results[user.args[1]]  # type: ignore[index]
+            result = results[user.args[1]]
             program.graph_signature.replace_all_uses(user.name, result.name)
             user.replace_all_uses_with(result)
             graph.erase_node(user)

@@ -59,8 +59,8 @@ def test_no_handler_leads_elsewhere(handler: object, tmp_path: Path) -> None:
         read_manifest(path)
 
 
-@pytest.mark.parametrize("handler", ["image_classifier", "early_exit.handler.service", "handler.py", "handler.py:handle",
-                                     "package/handler.py"])
+@pytest.mark.parametrize("handler", [
+    "image_classifier", "early_exit.handler.service", "handler.py", "handler.py:handle", "package/handler.py"])
 def test_handlers_that_torchserve_serves_are_accepted(handler: str, tmp_path: Path) -> None:
     path = tmp_path / "MANIFEST.json"
     path.write_text(json.dumps({"model": {"modelName": "digits", "modelVersion": "1.0", "handler": handler}}))
