@@ -16,6 +16,7 @@ from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.cli import main
 from early_exit.archiver.packaging.describe import describe
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import MANIFEST, extract
 from early_exit.handler.backbone.export import export_backbone
 from early_exit.handler.backbone.signature import InputSpec
@@ -66,6 +67,11 @@ def test_the_version_counts_up_and_can_be_given(recorder_mar: Path, tmp_path: Pa
 def test_with_a_plan_confident_rows_exit_early(recorder_mar: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "run", recorder_mar, threshold=0.3)
     exiting = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan))
+    archive = read_archive(exiting)
+    exits = {planned.layer for planned in archive.plan.exits} if archive.plan else set()
+    left_at = archive.sample_answers.keys()
+    assert left_at <= {*exits, "full"} and len(left_at) >= 2, "at the first exit that is sure, and without exits"
+    assert all(len(answer) == 3 for answer in archive.sample_answers.values()), "as the user's handler answers"
     served = served_model(exiting)
     served(next(iter(batches(traffic(16, seed=4), 16))))
     assert (served.log.take()[0].answers.stages >= 0).any()
