@@ -161,7 +161,8 @@ class _Operation:
 
     def observed(self, values: Sequence[Any], around: Sequence[_Autocast]) -> _Observer:
         """Run it and tell what it consists of."""
-        with _Observer(values) as observer:
+        observer = _Observer(values)
+        with observer:
             self.run(values, around)
         return observer
 
@@ -175,11 +176,11 @@ def _example(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
-class _Observer(TorchDispatchMode):
+class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees what an operation consists of once autocast has had its say."""
 
     def __init__(self, tensors: Sequence[object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tensors = tensors
         self.casts: dict[int, torch.dtype] = {}
         """By position of a tensor among those that were given: what it was cast to."""

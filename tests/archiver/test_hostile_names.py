@@ -13,7 +13,7 @@ import pytest
 
 from early_exit.archiver.audit import audit_of
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.validate import validate
+from early_exit.archiver.packaging.tryout.trials import check
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.api import Api
 from early_exit.archiver.watch.cli import main as watch
@@ -85,7 +85,7 @@ def test_an_archive_cannot_be_asked_for_outside_the_store(asked: dict[str, str],
 
 def test_neither_reading_nor_trying_out_an_archive_follows_its_names(recorder_mar: Path, tmp_path: Path) -> None:
     evil = rewritten(recorder_mar, tmp_path / "evil.mar", **{MANIFEST: with_value("configFile", "../../x.yaml")})
-    for read in (read_archive, validate):
+    for read in (read_archive, check):
         with pytest.raises(ArchiveError, match=f"configFile in .*{BARE}"):
             read(evil)
 

@@ -81,7 +81,7 @@ def test_a_tar_that_would_write_or_read_elsewhere_is_refused(attack: str, tmp_pa
 def test_a_tar_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacking, "_SMALL_BYTES", 2**16)
     bomb = tar(tmp_path / "bomb.tgz", MANIFEST_ENTRY, ("digits/zeros", bytes(2**22)))
-    with pytest.raises(ArchiveError, match="would unpack to more than 65536"):
+    with pytest.raises(ArchiveError, match="would unpack to more than [0-9]+ bytes"):
         unpack(bomb, tmp_path)
 
 

@@ -19,6 +19,10 @@ class Plain(nn.Module):
         self.body = nn.Sequential(*(layer for number in range(3) for layer in (
             convolution(3 if number == 0 else 8, 8, 3, padding=1), nn.ReLU())), nn.AdaptiveAvgPool2d(1))
         self.fc = nn.Linear(8, 5)
+        for part in self.modules():
+            if isinstance(part, (nn.Conv2d, nn.Linear)):  # as in a trained network scores follow from the input
+                nn.init.kaiming_normal_(part.weight)
+                nn.init.zeros_(part.bias)
         self.register_buffer("masked", torch.tensor([False, False, True, False, True]))
 
     def forward(self, x: Tensor) -> Tensor:

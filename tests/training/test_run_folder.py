@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.training.data.dataset import find_shards
@@ -17,9 +15,10 @@ from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from tests.support.foreign import open_to_others, open_umask
 from tests.support.recording import record
+from tests.support.residual import recorded_inputs
 
 OPTIONS = TrainingOptions(tolerance=0.2, thresholds="equal", measure="flops", layers=1, search=Search(trials=1),
-                          recipe=Distillation(epochs=1))
+                          recipe=Distillation(epochs=10))
 
 
 def test_whatever_the_umask_a_run_and_the_records_are_private_up_to_the_first_folder_that_was_made(
@@ -27,7 +26,7 @@ def test_whatever_the_umask_a_run_and_the_records_are_private_up_to_the_first_fo
     tmp_path.chmod(0o700)
     run = RunPaths(tmp_path / "runs" / "first")
     with open_umask():
-        record(backbone, torch.randn(400, 16), tmp_path / "records")
+        record(backbone, recorded_inputs()[:1500], tmp_path / "records")
         shards = find_shards(local_folders([f"file://{tmp_path / 'records'}"], run.remote), "model",
                              backbone.description)
         assert all(shard.is_relative_to(run.remote) for shard in shards), "copies"
