@@ -22,6 +22,7 @@ from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
 from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.environment import GATEWAY_TOKEN
 from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, metrics, send
@@ -166,7 +167,7 @@ def test_a_version_that_fails_its_smoke_test_is_removed_and_the_old_one_serves(
         server: TorchServe, management: Management, store: Path) -> None:
     before = management.versions("digits")
     with BackgroundLoad(server, "digits", BODIES) as load, pytest.raises(ServerError, match="goes on serving"):
-        roll(management, store / "digits-4.0.mar", request=b"not an image")
+        roll(management, store / "digits-4.0.mar", request=SampleRequest((Part(b"not an image"),)))
     assert failed(load.replies) == 0
     assert [one.version for one in management.versions("digits")] == [one.version for one in before]
 
