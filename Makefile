@@ -75,6 +75,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.drift --json drift.json
 	$(BIN)/python -m tests.benchmarks.roll --json roll.json
 	$(BIN)/python -m tests.benchmarks.fuzz --json fuzz.json
+	$(BIN)/python -m tests.benchmarks.habits --json habits.json
 
 clean:
 	rm -rf .venv .typing build *.egg-info
