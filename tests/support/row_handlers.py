@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from early_exit.handler.call import Call
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.call import Call, Reply
 from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.protocol import CONFIDENCE_HEADER, EXIT_HEADER
+from tests.support.host import worker_of
 
 N_NUMBERS = 8
+HEADERS = (EXIT_HEADER, CONFIDENCE_HEADER)
 
 
 class AtOnce:
@@ -111,3 +116,33 @@ def calls_of(requests: list[list[float]], **headers: str) -> list[Call]:
     """Return a call for each request, with a body of its own."""
     return [Call(f"id-{number}", {"rows": numbers, "body": f"body-{number}".encode()}, headers)
             for number, numbers in enumerate(requests)]
+
+
+def backbone_of_rows() -> Backbone:
+    """Return a classifier of rows."""
+    torch.manual_seed(0)
+    return Backbone.from_module(nn.Sequential(*(nn.Linear(8, 8), nn.ReLU()) * 3, nn.Linear(8, 3)), (N_NUMBERS,))
+
+
+def requests(count: int, *, seed: int = 0, lengths: Sequence[int] = (8,)) -> list[list[float]]:
+    """Return the numbers of some requests, of lengths that repeat."""
+    numbers = 3 * torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+    return [row.tolist()[:lengths[number % len(lengths)]] for number, row in enumerate(numbers)]
+
+
+def replied(worker: Any, calls: Sequence[Call]) -> list[Reply]:
+    """Return the replies of a worker to calls that it gets at once."""
+    replies = [reply for reply in worker.step(calls) if reply is not None]
+    assert [reply.status for reply in replies] == [200] * len(calls)
+    return replies
+
+
+def told(replies: Sequence[Reply]) -> list[tuple[str | None, ...]]:
+    """Return the headers that replies have."""
+    return [tuple(reply.headers.get(name) for name in HEADERS) for reply in replies]
+
+
+def alone(model: EarlyExitModel, handler: AtOnce, calls: Sequence[Call]) -> list[Reply]:
+    """Return what each call is answered when it is the only one."""
+    worker = worker_of(model, handler)
+    return [reply for call in calls for reply in replied(worker, [call])]
