@@ -40,7 +40,8 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
         ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
     name = original["model"]["modelName"]
-    traffic = load_traffic(readable_shards(find_shards(records, name, backbone.description), log))
+    shards = readable_shards(find_shards(records, name, backbone.description), log)
+    traffic = load_traffic(shards).of_known_requests()
     is_train = traffic.part == list(Part).index(Part.TRAIN)
     batches: list[Live] = []
     n_found = 0

@@ -60,6 +60,7 @@ class EarlyExitModel(nn.Module):
         self.log.is_computing = False
         description = self.assembly.description
         inputs = bind(description.inputs, given, named, description.constants)
+        self.log.show(inputs)
         self.log.is_computing = True
         if any(x.requires_grad for x in inputs):  # an explanation follows the gradient through the whole backbone
             scores = self.assembly.differentiable(inputs)
@@ -80,11 +81,10 @@ class EarlyExitModel(nn.Module):
             self.shadow.exits_are_off()
 
     def _anytime(self, inputs: Live) -> Tensor | None:
-        """Return which rows ask for every exit; rows are requests where the handler makes one of each."""
-        asks = [True] * len(self.log.anytime) if self._always_anytime else self.log.anytime
-        if not any(asks) or len(asks) != len(inputs[0]):
-            return None
-        return torch.tensor(asks)
+        """Return which rows ask for every exit, or None where none does."""
+        n_rows = len(inputs[0])
+        asks = [True] * n_rows if self._always_anytime else self.log.anytime_rows(n_rows)
+        return torch.tensor(asks) if any(asks) else None
 
     def _served(self, inputs: Live, execution: Execution, sampling_rate: float) -> ServedBatch:
         """Return what was served, with what the backbone in fp32 says of the shadow rows."""

@@ -24,6 +24,12 @@ from early_exit.handler.formats import RECORDS
 
 SUFFIX = ".safetensors"
 _ACTIVATION = "activation/"
+ANONYMOUS = -2**63
+"""Stands for the request of a record where it is not known which request the recorded row belongs to.
+
+Such records are no repeats of each other. They have no body, and no label belongs to them. Those that have the same
+time were served together, and some of them may be of one request, so they all go to one part of the records.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class RecordColumns:
     exit: Tensor
     """(N,) int16: position in the shard's layers of the exit that answered, or -1 for the backbone."""
     request: Tensor
-    """(N,) int64: a uniform hash of the request id."""
+    """(N,) int64: a uniform hash of the request id, or `ANONYMOUS`."""
     time: Tensor
-    """(N,) float64: Unix time in seconds."""
+    """(N,) float64: Unix time in seconds, the same for all that were served together."""
     sampling_rate: Tensor
     """(N,) float32: the probability with which the request was drawn."""
 
@@ -68,7 +74,7 @@ class Records(RecordColumns):
     activations: Mapping[str, Tensor]
     """By layer path: (N, ...) float16, pooled."""
     bodies: Sequence[bytes] | None = None
-    """N request bodies, where they are kept."""
+    """N request bodies, where they are kept; empty where the request is not known."""
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
@@ -103,8 +109,8 @@ class ShardHeader:
 
 
 def request_hash(request_id: str) -> int:
-    """Return a uniform signed 64-bit hash of a request id; records are split by it."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big", signed=True)
+    """Return a uniform signed 64-bit hash of a request id, never `ANONYMOUS`; records are split by it."""
+    return max(ANONYMOUS + 1, int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big", signed=True))
 
 
 def write_shard(path: Path, header: ShardHeader, records: Records) -> None:

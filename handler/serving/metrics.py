@@ -32,6 +32,7 @@ class ServingMetrics:
         self._shadow = host.metric(MetricKind.COUNTER, "shadow_samples_total", "count")
         self._anytime = host.metric(MetricKind.COUNTER, "anytime_answers_total", "count")
         self._refused = host.metric(MetricKind.COUNTER, "items_refused_total", "count")
+        self._rows_unknown = host.metric(MetricKind.GAUGE, "rows_unknown", "bool", ["Because"])
         self._side_errors = host.metric(MetricKind.COUNTER, "side_errors_total", "count", ["Kind"])
         self._level = host.metric(MetricKind.GAUGE, "monitor_step", "count")
         self._samples = host.metric(MetricKind.GAUGE, "monitor_samples", "count")
@@ -78,6 +79,10 @@ class ServingMetrics:
             if self._was_bypassed.get(size) != is_bypassed:
                 self._bypassed.update(int(is_bypassed), str(size))
         self._was_bypassed = bypassed
+
+    def rows_unknown(self, because: str) -> None:
+        """Report that it is not known, or not of all batches, whose the rows are."""
+        self._rows_unknown.update(1, because)
 
     def side_errors(self, kind: str, count: int) -> None:
         """Count failures of something that goes on beside the answers."""

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from early_exit.handler.call import Call
+from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor
-from early_exit.handler.recording.format import Records, request_hash
+from early_exit.handler.recording.format import ANONYMOUS, Records, request_hash
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.metrics import ServingMetrics
+from early_exit.handler.serving.ownership import RowOwnership, Unknown
+
+
+@dataclass
+class _Recorded:
+    """The shadow rows of one call of the model that are recorded."""
+
+    batch: ServedBatch
+    places: list[int]
+    """Which of the shadow rows they are."""
+    calls: list[Call] | None
+    """The request that each of them belongs to; None where that is not known."""
+    sampling_rate: list[float]
+    """The probability with which the request of each was drawn."""
 
 
 class Recording:
@@ -21,30 +42,61 @@ class Recording:
 
     def __init__(self, model: EarlyExitModel, writer: RecordWriter, *, keep_requests: bool) -> None:
         self._model, self._writer, self._keep_requests = model, writer, keep_requests
+        self._random = Random()
 
     def note(self, served: Served) -> None:
-        """Record the shadow rows of requests that became one row of the model's input each."""
-        if served.rows_are_requests and len(served.batches[0].answers.shadow):
-            self._writer.offer(self._records(served))
+        """Record one shadow row of each request; where it is not known whose rows are, all of them, without request."""
+        recorded = _all_of(served) if served.owners is None else self._one_of_each(served, served.owners)
+        for part in recorded:
+            if part.places:
+                self._writer.offer(self._records(part, served.batches[0].time))
 
-    def _records(self, served: Served) -> Records:
-        [batch] = served.batches
-        answers, rows = batch.answers, batch.answers.shadow
-        calls = [served.calls[row] for row in rows.tolist()]
+    def _one_of_each(self, served: Served, owners: Sequence[Sequence[int]]) -> list[_Recorded]:
+        # Not the first: training takes a record for a request, and each of its rows must be as likely to be the one.
+        shadow: dict[int, list[tuple[int, int]]] = {}
+        for number, (batch, of_batch) in enumerate(zip(served.batches, owners)):
+            for place, row in enumerate(batch.answers.shadow.tolist()):
+                shadow.setdefault(of_batch[row], []).append((number, place))
+        n_rows = Counter(owner for of_batch in owners for owner in of_batch)
+        recorded = [_Recorded(batch, [], [], []) for batch in served.batches]
+        for owner, rows in shadow.items():
+            number, place = self._random.choice(rows)
+            part = recorded[number]
+            part.places.append(place)
+            part.calls = [*(part.calls or ()), served.calls[owner]]
+            part.sampling_rate.append(1 - (1 - part.batch.sampling_rate) ** n_rows[owner])
+        return recorded
+
+    def _records(self, recorded: _Recorded, time: float) -> Records:
+        """Return the records of some rows; all that one call of the handler served have one time."""
+        batch, calls, places = recorded.batch, recorded.calls, recorded.places
+        answers, rows = batch.answers, _at(places, batch.answers.shadow)
         scores = self._model.assembly.description.scores
-        log_probabilities = scores.log_probabilities(answers.reference.float()).cpu()
+        log_probabilities = scores.log_probabilities(_at(places, answers.reference).float()).cpu()
+        bodies = [b""] * len(places) if calls is None else [request_body(call.inputs) for call in calls]
         return Records(
-            activations=batch.activations,
+            activations={path: _at(places, activation) for path, activation in batch.activations.items()},
             log_probabilities=log_probabilities.half(),
             backbone_class=log_probabilities.argmax(dim=1).int(),
-            full_class=batch.full_class.int().cpu(),
+            full_class=_at(places, batch.full_class).int().cpu(),
             answered_class=answers.outputs[rows].argmax(dim=1).int().cpu(),
             exit=answers.stages[rows].short().cpu(),
-            request=torch.tensor([request_hash(call.id) for call in calls]),
-            time=torch.full((len(rows),), batch.time, dtype=torch.float64),
-            sampling_rate=torch.full((len(rows),), batch.sampling_rate),
-            bodies=[request_body(call.inputs) for call in calls] if self._keep_requests else None,
+            request=torch.tensor([ANONYMOUS] * len(places) if calls is None else
+                                 [request_hash(call.id) for call in calls]),
+            time=torch.full((len(places),), time, dtype=torch.float64),
+            sampling_rate=torch.tensor(recorded.sampling_rate),
+            bodies=bodies if self._keep_requests else None,
         )
+
+
+def _all_of(served: Served) -> list[_Recorded]:
+    sizes = [len(batch.answers.shadow) for batch in served.batches]
+    return [_Recorded(batch, [*range(n)], None, [batch.sampling_rate] * n) for batch, n in zip(served.batches, sizes)]
+
+
+def _at(places: list[int], x: Tensor) -> Tensor:
+    """Return some rows of (S, ...), without a copy where these are all."""
+    return x if places == [*range(len(x))] else x[places]
 
 
 class Monitoring:
@@ -70,8 +122,9 @@ class Reporting:
     """Reports what was served, recorded and watched as metrics."""
 
     def __init__(self, model: EarlyExitModel, metrics: ServingMetrics, writer: RecordWriter | None,
-                 monitor: SharedMonitor | None) -> None:
+                 monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
         self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
+        self._ownership, self._unknown = ownership, set[Unknown]()
         self._state: MonitorState | None = None
 
     def note(self, served: Served) -> None:
@@ -80,6 +133,9 @@ class Reporting:
         self._metrics.bypassed(self._model.bypass.bypassed())
         if self._writer is not None:
             self._metrics.records(*self._writer.take_counts())
+        for how in self._ownership.unknown - self._unknown:
+            self._metrics.rows_unknown(how.value)
+            self._unknown.add(how)
         if self._monitor is not None and (state := self._monitor.state) is not self._state:
             self._metrics.monitor(state)
             self._state = state

@@ -20,11 +20,12 @@ from early_exit.handler.protocol import PROBE_HEADER
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.sample_request import parse_samples
+from early_exit.handler.serving.batch_answers import BatchAnswers
 from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
-from early_exit.handler.serving.isolation import answer_calls
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.operator_headers import OperatorHeaders
+from early_exit.handler.serving.ownership import RowOwnership
 from early_exit.handler.serving.probe import answer_probe
 from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
@@ -39,7 +40,7 @@ class Worker:
     """The user's handler around a model with early exits."""
 
     def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, config: ServingConfig,
-                 host: Host) -> None:
+                 host: Host, description: HandlerDescription) -> None:
         """Put the parts together, and begin the side work that the configuration asks for.
 
         Args:
@@ -48,13 +49,15 @@ class Worker:
             context: the handler's.
             config: how the version serves and records.
             host: hands calls over.
+            description: what is known of the handler.
         """
         self.model = model
-        self._handler, self._context = handler, context
-        self._telemetry, self._closing = _telemetry(model, config, host, getattr(handler, "mapping", None))
+        ownership = RowOwnership(description)
+        telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None))
+        self._is_early = config.answers == EARLY
+        self._answers = (EarlyAnswers(model, handler, context, telemetry) if self._is_early else
+                         BatchAnswers(model, handler, context, ownership, telemetry))
         self._headers = OperatorHeaders.of_environment(are_open=config.open_headers)
-        is_early = config.answers == EARLY
-        self._early = EarlyAnswers(model, handler, context, self._telemetry) if is_early else None
 
     @classmethod
     def load(cls, folder: Path, host: Host) -> Worker:
@@ -78,7 +81,7 @@ class Worker:
         description = HandlerDescription.load(layout.handler_description)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
         answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
-        return cls(model, handler, context, config, host)
+        return cls(model, handler, context, config, host, description)
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:
         """Return a reply for each call, in order.
@@ -92,7 +95,7 @@ class Worker:
         calls = [self._headers.admit(call) for call in calls]
         replies: list[Reply | None] = [self.probe() if call.has_header(PROBE_HEADER) else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
-        if others or self._early is not None:
+        if others or self._is_early:
             for position, reply in zip(others, self._answer([calls[position] for position in others])):
                 replies[position] = reply
         return replies
@@ -110,14 +113,7 @@ class Worker:
             part.close()
 
     def _answer(self, calls: Sequence[Call]) -> list[Reply | None]:
-        replies: list[Reply | None] = [None] * len(calls)
-        if self._early is not None:
-            replies = self._early.step(calls)
-        else:
-            for served in answer_calls(calls, self._handler, self._context, self.model):
-                self._telemetry.note(served)
-                for position, reply in zip(served.positions, served.replies):
-                    replies[position] = reply
+        replies = self._answers.step(calls)
         if self.model.assembly.description.detector is not None:
             for answered in replies:
                 if answered is not None:
@@ -133,7 +129,7 @@ def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: User
         handler.handle([sample.inputs()], context)
 
 
-def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host,
+def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownership: RowOwnership,
                labels: Any) -> tuple[Telemetry, list[RecordWriter | SharedMonitor]]:
     """Return the side work that a configuration asks for, and what is closed in the end."""
     assembly, root = model.assembly, config.records_folder()
@@ -147,5 +143,5 @@ def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host,
         work["records"] = Recording(model, writer, keep_requests=config.keep_requests).note
     if monitor is not None:
         work["monitor"] = Monitoring(model, monitor).note
-    work["metrics"] = Reporting(model, metrics, writer, monitor).note
+    work["metrics"] = Reporting(model, metrics, writer, monitor, ownership).note
     return Telemetry(metrics, work), [part for part in (writer, monitor) if part is not None]

@@ -150,12 +150,12 @@ class ToolContext:
 
     def __init__(self, model_name: str, model_dir: str, *, batch_size: int = 1, gpu_id: int | None = None) -> None:
         self.model_name = model_name
-        self.metrics: Any = _NoMetrics()
+        self.metrics: Any = NoMetrics()
         self.system_properties = {"model_dir": model_dir, "gpu_id": gpu_id, "batch_size": batch_size,
                                   "server_name": "MMS", "server_version": "0.12.0", "limit_max_image_pixels": True}
 
 
-class _NoMetrics:
+class NoMetrics:
     """Takes whatever a handler reports."""
 
     def __getattr__(self, name: str) -> Any:

@@ -57,7 +57,7 @@ class HandlerDescription:
     """How many rows of the model's input each request becomes, those of a request side by side in the order of the
     requests; None where it is not known which rows belong to which request."""
     rows_unknown_because: str = ""
-    """Why it is not known."""
+    """Why it is not known: what follows a 'because'."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(HANDLER.stamped(asdict(self)), indent=1))

@@ -14,6 +14,9 @@ Rows = tuple[Tensor, ...]
 _RELATIVE, _OF_LARGEST = 1e-4, 1e-5
 """How far a value may be from itself: pre-processing of several requests at once rounds in another way than of one.
 The second is a fraction of the largest value, for differences that cancel out to nearly 0."""
+ANOTHER_ORDER = ("the rows that the handler makes of several requests at once are not those that it makes of each "
+                 "alone, in the order of the requests: it reorders, mixes or changes them")
+"""Why it may not be known whose rows are."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class RowsPerRequest:
     count: int | None
     """Each request becomes that many rows, side by side, in the order of the requests; None where it is not known."""
     unknown_because: str = ""
-    """Why it is not known: a clause about the handler."""
+    """Why it is not known: what follows a 'because'."""
 
 
 def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], ba: Sequence[Rows]) -> RowsPerRequest:
@@ -45,21 +48,20 @@ def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], b
     """
     for alone in (a, b):
         if len(alone) != 1:
-            return RowsPerRequest(None, f"it calls its model {len(alone)} times for one request")
+            return RowsPerRequest(None, f"the handler calls its model {len(alone)} times for one request")
     of_a, of_b = a[0], b[0]
     n_rows = n_rows_of(of_a)
     if not n_rows or n_rows_of(of_b) != n_rows:
-        return RowsPerRequest(None, f"it makes {n_rows} rows of one request and {n_rows_of(of_b)} of another")
+        return RowsPerRequest(None, f"the handler makes {n_rows} rows of one request and {n_rows_of(of_b)} of another")
     if not (_has_a_row_of_its_own(of_a, of_b) and _has_a_row_of_its_own(of_b, of_a)):
-        return RowsPerRequest(None, "it makes the same rows of both sample requests, so they do not show which row is "
-                                    "whose: give two that differ")
+        return RowsPerRequest(None, "the handler makes the same rows of both sample requests, so they do not show "
+                                    "which row is whose: give two that differ")
     for both, first, second in ((ab, of_a, of_b), (ba, of_b, of_a)):
         n_of_both = sum(map(n_rows_of, both))
         if n_of_both != 2 * n_rows:
-            return RowsPerRequest(None, f"it makes {n_rows} rows of one request and {n_of_both} of two")
+            return RowsPerRequest(None, f"the handler makes {n_rows} rows of one request and {n_of_both} of two")
         if not is_equal(joined(both), joined([first, second])):
-            return RowsPerRequest(None, "the rows that it makes of two requests at once are not those that it makes of "
-                                        "each alone, in the order of the requests: it reorders, mixes or changes them")
+            return RowsPerRequest(None, ANOTHER_ORDER)
     return RowsPerRequest(n_rows)
 
 

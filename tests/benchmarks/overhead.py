@@ -32,6 +32,7 @@ from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving.worker import Worker
 from early_exit.handler.torchserve.host import TorchServeHost
 from early_exit.handler.user_handler.context import HandlerContext
+from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.costs.profiling import one_thread
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.timing import cpu_ratio
@@ -80,7 +81,8 @@ def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Te
     metrics.initialize_cache()
     manifest = {"model": {"modelName": "overhead", "handler": "none"}}
     context = Context("overhead", ".", manifest, size, None, ts.__version__, True, metrics, {})
-    worker = Worker(model, Batches(model), HandlerContext(context, manifest, {}), config, TorchServeHost(context))
+    worker = Worker(model, Batches(model), HandlerContext(context, manifest, {}), config, TorchServeHost(context),
+                    HandlerDescription())
 
     def serve(batch: Tensor) -> None:
         worker.step([Call(f"request-{number}", batch) for number in range(size)])

@@ -14,6 +14,7 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.host import MetricKind
 from early_exit.handler.serving.worker import Worker
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext
+from early_exit.handler.user_handler.description import HandlerDescription
 
 Labelled = tuple[str, ...]
 
@@ -67,11 +68,12 @@ class RowsHandler:
 
 
 def worker_of(model: EarlyExitModel, handler: Any = None, config: ServingConfig | None = None,
-              host: MemoryHost | None = None) -> Worker:
+              host: MemoryHost | None = None, description: HandlerDescription | None = None) -> Worker:
     """Return a worker around a model and a handler that are at hand, without an archive."""
     host = host or MemoryHost()
     context = HandlerContext(host.context, {"model": {"modelName": host.model}}, host.model_config)
-    return Worker(model, handler or RowsHandler(model), context, config or ServingConfig(), host)
+    return Worker(model, handler or RowsHandler(model), context, config or ServingConfig(), host,
+                  description or HandlerDescription())
 
 
 def calls_of_rows(inputs: Sequence[torch.Tensor], ids: Sequence[str], bodies: Sequence[bytes] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +16,16 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.engines.registry import are_alike
 from early_exit.handler.errors import RecordError
-from early_exit.handler.recording.format import RecordColumns, Records, list_shards, read_header, read_shard, read_times
+from early_exit.handler.recording.format import (
+    ANONYMOUS,
+    COLUMNS,
+    RecordColumns,
+    Records,
+    list_shards,
+    read_header,
+    read_shard,
+    read_times,
+)
 
 
 class Part(Enum):
@@ -42,7 +51,7 @@ class Part(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTraffic(RecordColumns):
-    """N records without their activations, which are read layer by layer; each request is in it once."""
+    """N records without their activations, which are read layer by layer; each known request is in it once."""
 
     shards: tuple[Path, ...]
     sizes: tuple[int, ...]
@@ -54,11 +63,28 @@ class RecordedTraffic(RecordColumns):
 
     @property
     def part(self) -> Tensor:
-        """(N,) int8: index of each record's part, which the hash of its request decides, and its time."""
-        position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
+        """(N,) int8: index of each record's part, which the hash of its request decides, and its time.
+
+        Where the request is not known the time alone decides, so that all that were served together are in one part.
+        """
+        deciding = torch.where(self.request == ANONYMOUS, _hashed(self.time), self.request)
+        position = deciding.double() / 2.0**64 + 0.5  # in [0, 1]
         starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
         part = (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
         return part.masked_fill(self.time <= self.fresh_after, list(Part).index(Part.TRAIN))
+
+    def of_known_requests(self) -> RecordedTraffic:
+        """Return the records of which it is known which request they belong to.
+
+        Raises:
+            RecordError: there are none.
+        """
+        known = self.request != ANONYMOUS
+        if not bool(known.any()):
+            raise RecordError("the records have no request bytes: the handler's rows could not be assigned to its "
+                              "requests while it served, and the log of its workers says why")
+        columns = {name: getattr(self, name)[known] for name in COLUMNS}
+        return replace(self, rows=self.rows[known], **columns)
 
     def size(self, part: Part) -> int:
         """Return the number of a part's records."""
@@ -198,9 +224,15 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> Re
 
 
 def _first_of_each(request: Tensor) -> Tensor:
-    """Return the positions of the first record of each request: TorchServe may run one twice."""
+    """Return the positions of the first record of each request, as TorchServe may run one twice, and all others of
+    unknown requests."""
     _, order = torch.sort(request, stable=True)
     ordered = request[order]
     is_first = torch.ones(len(order), dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
+    is_first[1:] = (ordered[1:] != ordered[:-1]) | (ordered[1:] == ANONYMOUS)
     return order[is_first].sort().values
+
+
+def _hashed(time: Tensor) -> Tensor:
+    """Return (N,) int64 numbers that are spread over all of int64, whatever the distances of (N,) float64 times."""
+    return time.view(torch.int64) * -7046029254386353131  # 2^64 by the golden ratio: Fibonacci hashing

@@ -19,6 +19,7 @@ from early_exit.handler.backbone.signature import InputSpec, bind
 from early_exit.handler.call import Call
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.inference.forward import Live
+from early_exit.handler.user_handler.alone import ModelReached
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.entry_point import UserHandler
@@ -29,16 +30,9 @@ _Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
 """What a model was called with, positional and by name -> its (B, ...) inputs."""
 
 
-class _ModelReached(BaseException):
-    """Carries the first batch out of a handler, past any 'except Exception' of its own."""
-
-    def __init__(self, given: tuple[object, ...], named: dict[str, object]) -> None:
-        self.given, self.named = given, named
-
-
 class _Messenger(nn.Module):
     def forward(self, *given: object, **named: object) -> Tensor:
-        raise _ModelReached(given, named)
+        raise ModelReached(given, named)
 
 
 class Preprocessing:
@@ -77,7 +71,7 @@ class Preprocessing:
         try:
             with _working_in(self._folder):
                 self._handler.handle([call.inputs for call in calls], self._context)
-        except _ModelReached as reached:
+        except ModelReached as reached:
             batch = tensors(reached.given, reached.named)
         except Exception as error:  # the user's own code may raise anything
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
@@ -86,8 +80,7 @@ class Preprocessing:
         if len(batch[0]) == len(bodies):
             return batch
         if len(bodies) == 1:
-            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, so requests could not be told "
-                               "apart in a batch: it must make one")
+            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, where one is expected")
         # It calls its model once per request.
         return tuple(torch.cat(rows) for rows in zip(*(self._reached([body], tensors) for body in bodies)))
 

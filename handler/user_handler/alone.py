@@ -1,0 +1,91 @@
+"""What a user's handler calls its model with for a request alone, found out without a trace in the handler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from early_exit.handler.call import Call
+from early_exit.handler.inference.forward import Live
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.user_handler.context import HandlerContext, NoMetrics
+from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.rows import Rows
+
+
+class ModelReached(BaseException):
+    """Ends a handler's work where it calls its model, past any 'except Exception' of its own."""
+
+    def __init__(self, given: tuple[object, ...], named: dict[str, object]) -> None:
+        """Take the arguments of the call, positional and by name."""
+        self.given, self.named = given, named
+
+
+def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model: EarlyExitModel) -> Rows | None:
+    """Return what a handler calls its model with first for one request, or None where it does not come so far.
+
+    The model computes nothing, unless the handler catches everything and calls it again. The handler's attributes, and
+    the lists and dictionaries among them, stay as they are; what it logs and counts as TorchServe's metrics is dropped.
+
+    Args:
+        call: the request; the handler may change its inputs.
+        handler: the user's, between two calls.
+        context: the handler's, which has no replies to give any more.
+        model: what the handler calls.
+    """
+    reached: list[Rows] = []
+
+    def stop(inputs: Live) -> None:
+        if not reached:  # a handler that catches everything may try again, and must come to an end
+            reached.append(copied(inputs))
+            raise ModelReached(inputs, {})
+
+    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop):
+        one_time, its_context = _copy(handler), _copy_for(call, context)
+        one_time.handle([call.inputs], its_context)
+    model.log.begin()
+    return reached[0] if reached else None
+
+
+def copied(inputs: Live) -> Rows:
+    """Return the inputs of a call as they are now: stages and handlers may write into their tensors."""
+    return tuple(x.detach().clone() for x in inputs)
+
+
+def _copy(handler: UserHandler) -> UserHandler:
+    handler = copy.copy(handler)
+    for name, value in vars(handler).items():
+        if isinstance(value, (dict, list, set, deque)):
+            setattr(handler, name, copy.copy(value))
+    return handler
+
+
+def _copy_for(call: Call, context: HandlerContext) -> HandlerContext:
+    context.begin([call])  # a handler may have kept it, and ask it instead of the one that it is given
+    view = context.view()
+    view.begin([call])
+    view.metrics = NoMetrics()
+    return view
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Let nothing come through that this thread logs, which is how TorchServe's metrics leave; other threads log on."""
+    here = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    loggers = [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]
+    outputs = {output for logger in loggers for output in getattr(logger, "handlers", ())}
+    for output in outputs:
+        output.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        for output in outputs:
+            output.removeFilter(is_of_others)
