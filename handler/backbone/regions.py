@@ -98,8 +98,7 @@ def _inlined(owner: fx.GraphModule, graph: fx.Graph, call: fx.Node, arguments: S
         elif node.op == "output":
             return [copies[result] for result in node.args[0]]
         elif node.op == "get_attr":
-            if not isinstance(region.get_submodule(node.target) if hasattr(region, node.target) else None,
-                              fx.GraphModule):
+            if not isinstance(getattr(region, node.target, None), fx.GraphModule):
                 raise GraphError(f"a part of the model under autocast or no_grad reads {node.target}, which is not "
                                  "among its inputs: move the block out of forward, or make it a buffer")
             copies[node] = node
