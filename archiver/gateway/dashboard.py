@@ -13,7 +13,7 @@ from early_exit.archiver.control import VersionStatus
 from early_exit.archiver.gateway.latency import Latencies
 from early_exit.archiver.gateway.upstream import Upstream
 from early_exit.archiver.version_metrics import NO_VERSION, VersionMetrics
-from early_exit.handler.errors import ServerError
+from early_exit.handler.errors import EarlyExitError
 from early_exit.training.credentials import without_credentials
 
 EVERY_S = 2.0
@@ -138,7 +138,7 @@ class Live:
 
 
 def _in_a_sentence(error: Exception) -> str:
-    return without_credentials(str(error) if isinstance(error, ServerError) else (
+    return without_credentials(str(error) if isinstance(error, EarlyExitError) else (
         f"The gateway cannot read what TorchServe tells: {type(error).__name__}: {error}"))
 
 

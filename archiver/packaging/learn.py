@@ -63,7 +63,7 @@ def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[st
 
 def _adopt(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path) -> None:
     own = samples_of_files(request.requests, request.content_type)
-    samples = own or sample_images(request.input_shape[-1] if request.input_shape else None)
+    samples = own or sample_images(request.input_shape)
     files, found = aside / "files", aside / "found"
     shutil.copytree(layout.root, files)  # the handler may write into its folder
     found.mkdir()

@@ -96,9 +96,10 @@ class Api:
                                     headers={PROBE_HEADER: "1"}, body=b"probe", needs_secret=True)
         said = _parsed(response)
         if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):
-            raise ServerError(f"{model} {version} answered its probe with {response.status_code}, as if it were any "
-                              f"request: {_message(response)}\nIts workers do not know the secret that was sent: is "
-                              f"the file with it that of this server, and its {SECRET_VARIABLE} the same?")
+            raise ServerError(f"{model} {version} answered its probe with {response.status_code}: {_message(response)}"
+                              "\nIf that is its answer to any request, its workers do not know the secret that was "
+                              f"sent: expected the one in the variable {SECRET_VARIABLE} of this server; pass the file "
+                              "with it as --secret")
         _require_ok(response)
         return said
 

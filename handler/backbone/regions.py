@@ -63,7 +63,7 @@ def inline_regions(program: ExportedProgram) -> None:
         with graph.inserting_before(call):
             results = _inlined(module, graph, call, call.args, ())
         for user in list(call.users):
-            result = results[user.args[1]]  # type: ignore[index]
+            result = results[user.args[1]]
             program.graph_signature.replace_all_uses(user.name, result.name)
             user.replace_all_uses_with(result)
             graph.erase_node(user)
@@ -98,8 +98,7 @@ def _inlined(owner: fx.GraphModule, graph: fx.Graph, call: fx.Node, arguments: S
         elif node.op == "output":
             return [copies[result] for result in node.args[0]]
         elif node.op == "get_attr":
-            if not isinstance(region.get_submodule(node.target) if hasattr(region, node.target) else None,
-                              fx.GraphModule):
+            if not isinstance(getattr(region, node.target, None), fx.GraphModule):
                 raise GraphError(f"a part of the model under autocast or no_grad reads {node.target}, which is not "
                                  "among its inputs: move the block out of forward, or make it a buffer")
             copies[node] = node
@@ -161,7 +160,8 @@ class _Operation:
 
     def observed(self, values: Sequence[Any], around: Sequence[_Autocast]) -> _Observer:
         """Run it and tell what it consists of."""
-        with _Observer(values) as observer:
+        observer = _Observer(values)
+        with observer:
             self.run(values, around)
         return observer
 
@@ -175,11 +175,11 @@ def _example(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
-class _Observer(TorchDispatchMode):
+class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees what an operation consists of once autocast has had its say."""
 
     def __init__(self, tensors: Sequence[object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tensors = tensors
         self.casts: dict[int, torch.dtype] = {}
         """By position of a tensor among those that were given: what it was cast to."""

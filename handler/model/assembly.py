@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.candidates import spread_over
-from early_exit.handler.backbone.graph import tensor_of
 from early_exit.handler.backbone.pooling import Side, pool_activation
-from early_exit.handler.backbone.signature import HALF_PRECISION
 from early_exit.handler.cuda.stages import graphed
 from early_exit.handler.engines.compiled_stage import read_and_pool
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
@@ -21,10 +19,8 @@ from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.inference.executor import Record
 from early_exit.handler.inference.fallbacks import fallback_levels
 from early_exit.handler.inference.forward import Exit, Live, Stage, take_rows
+from early_exit.handler.model.precision import rounding_error
 from early_exit.handler.protocol import FULL, FULL_NAME
-
-_OF_HALF_PRECISION = 0.05
-"""Relative to the largest score: what the order of additions makes of a model that computes in half precision."""
 
 
 class Assembly(nn.Module):
@@ -52,9 +48,7 @@ class Assembly(nn.Module):
         self.description, self.device, self.plan = backbone.description, backbone.device, plan
         self._probe = backbone.probe
         self.engine = engine_of(engine)
-        is_half = any(value is not None and value.dtype in HALF_PRECISION
-                      for value in map(tensor_of, backbone.graph.graph.nodes))
-        self.max_probe_error = max(self.engine.max_probe_error, _OF_HALF_PRECISION if is_half else 0.0)
+        self.max_probe_error = max(self.engine.max_probe_error, rounding_error(backbone))
         """The largest error of the probe's scores that other processors make."""
         self.engine_identity = self.engine.identity(backbone.folder)
         if self.description.detector is not None and not self.engine.runs_detectors:

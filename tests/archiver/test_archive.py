@@ -16,6 +16,9 @@ from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.cli import main
 from early_exit.archiver.packaging.describe import describe
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.sample import sample_images
+from early_exit.archiver.packaging.tryout.trials import check
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import MANIFEST, extract
 from early_exit.handler.backbone.export import export_backbone
 from early_exit.handler.backbone.signature import InputSpec
@@ -66,6 +69,11 @@ def test_the_version_counts_up_and_can_be_given(recorder_mar: Path, tmp_path: Pa
 def test_with_a_plan_confident_rows_exit_early(recorder_mar: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "run", recorder_mar, threshold=0.3)
     exiting = build_archive(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan))
+    archive = read_archive(exiting)
+    exits = {planned.layer for planned in archive.plan.exits} if archive.plan else set()
+    left_at = archive.sample_answers.keys()
+    assert left_at <= {*exits, "full"} and len(left_at) >= 2, "at the first exit that is sure, and without exits"
+    assert all(len(answer) == 3 for answer in archive.sample_answers.values()), "as the user's handler answers"
     served = served_model(exiting)
     served(next(iter(batches(traffic(16, seed=4), 16))))
     assert (served.log.take()[0].answers.stages >= 0).any()
@@ -126,7 +134,7 @@ def test_a_torchscript_archive_is_refused_with_what_to_do(digits_mar: Path, tmp_
     manifest["model"]["serializedFile"] = "model.pt"
     scripted = rewritten(digits_mar, tmp_path / "scripted.mar", drop="weights.pth", **{
         MANIFEST: json.dumps(manifest).encode(), "model.pt": (tmp_path / "model.pt").read_bytes()})
-    with pytest.raises(ArchiveError, match="TorchScript archive, and torch.export needs the eager model"):
+    with pytest.raises(ArchiveError, match="calls a TorchScript model, and torch.export needs the eager model"):
         build_archive(ArchiveRequest(str(scripted), tmp_path / "store", input_shape=SHAPE))
 
 
@@ -146,12 +154,13 @@ def test_a_wrong_configuration_is_refused_before_anything_appears(recorder_mar: 
     assert not list((tmp_path / "store").glob("*"))
 
 
-def test_an_archive_that_does_not_run_is_not_published(digits_mar: Path, tmp_path: Path) -> None:
+def test_an_archive_that_does_not_answer_is_not_published(digits_mar: Path, tmp_path: Path) -> None:
+    (tmp_path / "digit.png").write_bytes(sample_images(SHAPE)[0].body)
     broken = rewritten(digits_mar, tmp_path / "broken.mar", **{
         "digits_handler.py": (MODELS / "digits_handler.py").read_bytes().replace(
             b"topk = 3", b"topk = 3\n\n    def postprocess(self, data):\n        raise ValueError('no more')\n")})
-    with pytest.raises(ArchiveError, match="(?s)does not run, so it is not published.*EE_ARCHIVE_ENV.*no more"):
-        build_archive(ArchiveRequest(str(broken), tmp_path / "store", input_shape=SHAPE))
+    with pytest.raises(ArchiveError, match="(?s)does not answer the sample request.*EE_ARCHIVE_ENV.*no more"):
+        build_archive(ArchiveRequest(str(broken), tmp_path / "store", requests=[tmp_path / "digit.png"]))
     assert not list((tmp_path / "store").glob("*"))
 
 
@@ -213,6 +222,26 @@ def test_a_factory_with_safetensors_and_a_pt2_give_the_same_backbone(
     assert describe(made)["backbone"]["candidates"] == describe(exported)["backbone"]["candidates"] == expected
 
 
+@torch.no_grad()
+def test_a_mar_whose_handler_loads_an_exported_program_is_taken(digits_mar: Path, digits_backbone: DigitsResNet,
+                                                                recorder_mar: Path, tmp_path: Path) -> None:
+    torch.export.save(export_backbone(digits_backbone, [InputSpec("x", SHAPE)])[0], tmp_path / "model.pt2")
+
+    def of_a_program(text: str) -> str:
+        manifest = json.loads(text)
+        del manifest["model"]["modelFile"]
+        manifest["model"] |= {"serializedFile": "model.pt2", "handler": "program_handler.py"}
+        return json.dumps(manifest)
+
+    source = rewritten(digits_mar, tmp_path / "program.mar", drop="weights.pth", **{
+        MANIFEST: of_a_program, "model.pt2": (tmp_path / "model.pt2").read_bytes(),
+        "program_handler.py": (MODELS / "program_handler.py").read_bytes()})
+    made = build_archive(ArchiveRequest(str(source), tmp_path / "store", input_shape=SHAPE))
+    assert describe(made)["backbone"]["candidates"] == describe(recorder_mar)["backbone"]["candidates"]
+    batch = next(iter(batches(traffic(8, seed=5), 8)))
+    torch.testing.assert_close(served_model(made)(batch), digits_backbone(batch), atol=1e-5, rtol=1e-5)
+
+
 def test_the_archives_own_handler_code_is_used_not_the_installed_one(recorder_mar: Path, tmp_path: Path) -> None:
     extract(recorder_mar, tmp_path)
     service = tmp_path / "early_exit" / "handler" / "service.py"
@@ -220,9 +249,8 @@ def test_the_archives_own_handler_code_is_used_not_the_installed_one(recorder_ma
     with zipfile.ZipFile(tmp_path / "changed.mar", "w") as changed:
         for file in [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".mar"]:
             changed.write(file, str(file.relative_to(tmp_path)))
-    from early_exit.archiver.packaging.validate import validate
     with pytest.raises(ArchiveError, match="the copy in the archive|Unable to load|No module named"):
-        validate(tmp_path / "changed.mar")
+        check(tmp_path / "changed.mar")
 
 
 def test_show_prints_exits_and_reasons_and_json(recorder_mar: Path, capsys: pytest.CaptureFixture[str]) -> None:

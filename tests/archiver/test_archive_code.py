@@ -11,7 +11,7 @@ import pytest
 from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.packaging.cli import main as ee_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.validate import validate
+from early_exit.archiver.packaging.tryout.trials import check
 from early_exit.archiver.watch import cli as watching
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import RECORDS_VARIABLE
@@ -120,7 +120,7 @@ def test_code_that_is_tried_out_sees_no_secret_and_what_it_was_promised(
         store: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**SECRETS, "VOCABULARY": "/words", "EE_ARCHIVE_ENV": "VOCABULARY, OTHER"}.items():
         monkeypatch.setenv(name, value)
-    validate(store / "digits-3.0.mar")
+    check(store / "digits-3.0.mar")
     seen = told(made)
     assert seen.keys() == {"digits_handler", "early_exit.handler.service"}
     for variables in seen.values():

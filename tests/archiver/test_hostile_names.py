@@ -13,7 +13,7 @@ import pytest
 
 from early_exit.archiver.audit import audit_of
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.validate import validate
+from early_exit.archiver.packaging.tryout.trials import check
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.api import Api
 from early_exit.archiver.watch.cli import main as watch
@@ -59,8 +59,8 @@ def test_no_handler_leads_elsewhere(handler: object, tmp_path: Path) -> None:
         read_manifest(path)
 
 
-@pytest.mark.parametrize("handler", ["image_classifier", "early_exit.handler.service", "handler.py", "handler.py:handle",
-                                     "package/handler.py"])
+@pytest.mark.parametrize("handler", [
+    "image_classifier", "early_exit.handler.service", "handler.py", "handler.py:handle", "package/handler.py"])
 def test_handlers_that_torchserve_serves_are_accepted(handler: str, tmp_path: Path) -> None:
     path = tmp_path / "MANIFEST.json"
     path.write_text(json.dumps({"model": {"modelName": "digits", "modelVersion": "1.0", "handler": handler}}))
@@ -85,7 +85,7 @@ def test_an_archive_cannot_be_asked_for_outside_the_store(asked: dict[str, str],
 
 def test_neither_reading_nor_trying_out_an_archive_follows_its_names(recorder_mar: Path, tmp_path: Path) -> None:
     evil = rewritten(recorder_mar, tmp_path / "evil.mar", **{MANIFEST: with_value("configFile", "../../x.yaml")})
-    for read in (read_archive, validate):
+    for read in (read_archive, check):
         with pytest.raises(ArchiveError, match=f"configFile in .*{BARE}"):
             read(evil)
 

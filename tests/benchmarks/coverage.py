@@ -3,9 +3,9 @@
     python -m tests.benchmarks.coverage --json FILE [--families torchvision timm hf] [--models NAME ...]
 
 A model is ok when it exports, has at least two candidate layers, its stages in a chain give its own answers to 1e-4 at
-batches of 1, 3 and 8, as exported and as an archive has them served (written, read again, on the default engine), and a
-head on every candidate gives one row of logits per item. A run that was stopped goes on with the models that FILE does
-not have yet.
+batches of 1, 3 and 8, as exported and as an archive has them served (written, read again, on the default engine), a
+head on every candidate gives one row of logits per item, and its probe notices weights that were overwritten. A run
+that was stopped goes on with the models that FILE does not have yet.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from early_exit.handler.backbone.graph import split
 from early_exit.handler.errors import GraphError
 from early_exit.handler.exits.head import Head, HeadSpec
+from tests.support.damage import unnoticed_damage
 from tests.support.zoo import FAMILIES, Specimen
 
 BATCHES = (1, 3, 8)
@@ -59,8 +60,8 @@ def examine(specimen: Specimen) -> dict[str, Any]:
 
     Returns:
         ok, candidates, max_error (of the scores, relative where they exceed 1), served_error (the same of the model as
-        an archive has it served), the engine of that, seconds (of the export and the search for candidates), and the
-        reason where it is not ok.
+        an archive has it served), unnoticed_damage (names of overwritten weights that the probe takes for sound), the
+        engine, seconds (of the export and the search for candidates), and the reason where it is not ok.
     """
     torch.manual_seed(0)
     model = specimen.make().eval()
@@ -87,10 +88,13 @@ def examine(specimen: Specimen) -> dict[str, Any]:
                     raise AssertionError(f"a head at {layer.path} gives {tuple(logits.shape)} for {size} items")
         error = max(error, relative_error(live[0], expected))
         served_error = max(served_error, relative_error(specimen.scores(served, inputs), expected))
+    allowed = served.assembly.max_probe_error
+    probed = backbone.probed_by(tuple(specimen.batch(1).values()))
+    unnoticed = {*unnoticed_damage(backbone, allowed), *unnoticed_damage(probed, allowed)}
     reason = "" if len(layers) >= 2 else "; ".join(f"{one.path}: {one.reason}" for one in backbone.description.left_out)
-    ok = len(layers) >= 2 and max(error, served_error) <= TOLERANCE
+    ok = len(layers) >= 2 and max(error, served_error) <= TOLERANCE and not unnoticed
     return {"ok": ok, "candidates": len(layers), "max_error": error, "served_error": served_error,
-            "engine": served.assembly.engine.name, "seconds": round(seconds, 1),
+            "unnoticed_damage": sorted(unnoticed), "engine": served.assembly.engine.name, "seconds": round(seconds, 1),
             **({"reason": reason[:600]} if reason else {})}
 
 

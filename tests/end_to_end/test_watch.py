@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ from tests.support.client import Reply, failed, metrics, send
 from tests.support.corrupt import corrupted
 from tests.support.digits import traffic
 from tests.support.documents import DOCUMENTS, ROOT
+from tests.support.foreign import open_to_others, open_umask
+from tests.support.rewritten import renumbered
 from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
@@ -53,8 +56,10 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     config = folder / "config.yaml"
     config.write_text(CONFIG)
     build_untried(ArchiveRequest(str(recorder_mar), folder / "store", version="2.0", config=config))
-    with TorchServe(folder / "store", folder / "state", Addresses.free(), records=folder / "records",
-                    models=["digits-2.0.mar"]) as running:
+    (folder / "state").mkdir(mode=0o700)
+    (folder / "state" / "log4j2.component.properties").write_text("log4j2.debug=true\n")  # read from a class path
+    with open_umask(), TorchServe(folder / "store", folder / "state", Addresses.free(), records=folder / "records",
+                                  models=["digits-2.0.mar"]) as running:
         yield running
 
 
@@ -207,6 +212,34 @@ def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched
     assert events[-3]["alarms"][0]["mean_loss"] > TOLERANCE
     assert [one.version for one in watched.servers[0].versions("digits")] == ["3.0"]
     assert {reply.version for reply in serve(server, clean(20, seed=26))} == {"3.0"}
+
+
+def test_a_roll_that_the_server_refuses_to_the_last_leaves_no_version_and_no_archive(
+        server: TorchServe, watched: Watched, tmp_path: Path) -> None:
+    served = shutil.copy(watched.store / "digits-3.0.mar", tmp_path)
+    renumbered(served, tmp_path / "digits-90.0.mar", "3.0", "90.0")  # it is not in the store of the server
+    elsewhere = replace(watched, store=tmp_path, state=tmp_path / "watch")
+    elsewhere.audit.append("rolling", version="90.0", archive="digits-90.0.mar", replaces="3.0", tries=2, why="-",
+                           replaced_archive="digits-3.0.mar", new=None, current=None, current_cost_now=None)
+    Watcher(elsewhere).tick()
+    assert [event["event"] for event in elsewhere.audit.read()] == ["rolling", "rolling", "roll failed", "given up"]
+    assert [one.version for one in watched.servers[0].versions("digits")] == ["3.0"]
+    assert [mar.name for mar in tmp_path.glob("*.mar")] == ["digits-3.0.mar"]
+
+
+def test_whatever_the_umask_keys_records_and_runs_are_for_their_user_alone(
+        server: TorchServe, watched: Watched) -> None:
+    records = server.state.parent / "records"
+    assert server.key_file.stat().st_mode & 0o777 == 0o600
+    for folder in (server.state, server.state / "logs", server.state / "tmp", records, watched.state):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder
+    assert [path.name for path in open_to_others(records)] == ["half.safetensors"], "written by a test"
+    assert open_to_others(watched.state) == []
+    assert list(records.rglob("monitor-*.json")) and list(watched.state.rglob("plan.json"))
+
+
+def test_the_server_reads_no_code_and_no_settings_from_the_folder_it_is_started_in(server: TorchServe) -> None:
+    assert "StatusLogger" not in (server.state / "logs" / "server.out").read_text()
 
 
 def options(server: TorchServe, watched: Watched) -> list[str]:

@@ -20,7 +20,7 @@ MODELS = Path(__file__).with_name("models")
 
 
 def original_mar(folder: Path, name: str, model_file: str, handler: str, weights: Mapping[str, Tensor],
-                 config: str) -> Path:
+                 config: str, *, archive_format: str = "default") -> Path:
     """Archive an eager model of `tests/support/models` with its weights.
 
     Args:
@@ -30,6 +30,10 @@ def original_mar(folder: Path, name: str, model_file: str, handler: str, weights
         handler: file name of the handler, or the name of a built-in one.
         weights: its state dict.
         config: text of model-config.yaml.
+        archive_format: as torch-model-archiver takes it.
+
+    Returns:
+        The .mar; other formats lie beside where it would be.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict(weights), folder / "weights.pth")
@@ -40,7 +44,8 @@ def original_mar(folder: Path, name: str, model_file: str, handler: str, weights
             model_name=name, version="1.0", model_file=str(MODELS / model_file),
             serialized_file=str(folder / "weights.pth"),
             handler=str(MODELS / handler) if handler.endswith(".py") else handler,
-            config_file=str(folder / "model-config.yaml"), export_path=str(folder), force=True, runtime="python"))
+            config_file=str(folder / "model-config.yaml"), export_path=str(folder), force=True, runtime="python",
+            archive_format=archive_format))
     return folder / f"{name}.mar"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import BODY, OCTETS, Part, SampleRequest
 
-_SIDES = (256, 320)
+_SHAPES = ((3, 256, 256), (3, 320, 320))
 
 
 def samples_of_files(files: Sequence[Path], content_type: str | None) -> list[SampleRequest]:
@@ -39,10 +39,16 @@ def samples_of_files(files: Sequence[Path], content_type: str | None) -> list[Sa
     return samples
 
 
-def sample_images(side: int | None = None) -> list[SampleRequest]:
-    """Return two square images, for handlers that read images of any size, or of one."""
-    return [SampleRequest((Part(_image(side or size, inverted=number == 1), OCTETS, BODY),))
-            for number, size in enumerate(_SIDES)]
+def sample_images(shape: Sequence[int] | None = None) -> list[SampleRequest]:
+    """Return two images.
+
+    Args:
+        shape: whose last two sizes are their height and width, as long as there are so many; by default they are of two
+            sizes, for handlers that bring all to one.
+    """
+    shapes = _SHAPES if shape is None else (tuple(shape),) * 2
+    return [SampleRequest((Part(_image(*shapes[number][-2:], inverted=number == 1), OCTETS, BODY),))
+            for number in range(2)]
 
 
 def varied(sample: SampleRequest) -> list[SampleRequest]:
@@ -52,10 +58,10 @@ def varied(sample: SampleRequest) -> list[SampleRequest]:
     return [SampleRequest(tuple(parts))] if len(parts) == len(sample.parts) and parts else []
 
 
-def _image(side: int, *, inverted: bool) -> bytes:
+def _image(height: int, width: int | None = None, *, inverted: bool) -> bytes:
     from PIL import Image, ImageOps
 
-    image = Image.radial_gradient("L").convert("RGB").resize((side, side))
+    image = Image.radial_gradient("L").convert("RGB").resize((width or height, height))
     return _saved(ImageOps.invert(image) if inverted else image, "PNG")
 
 

@@ -71,15 +71,15 @@ def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str
     if request.handler is None or request.model_name is None:
         raise ArchiveError("a factory or .pt2 needs --handler (a file, or a built-in such as image_classifier), which "
                            "does pre- and post-processing, and --model-name")
-    name, colon, function = request.handler.partition(":")
-    handler = [Path(name)] if name.endswith(".py") else []
+    handler_file, colon, function = request.handler.partition(":")
+    handler = [Path(handler_file)] if handler_file.endswith(".py") else []
     for file in (*request.extra_files, *handler):
         if not file.is_file():
             raise ArchiveError(f"no such file: {file}")
         shutil.copyfile(file, layout.root / file.name)
     # 'modelFile' makes TorchServe's base handler ask for an eager model, which it is given.
-    manifest = {"runtime": "python", "model": {
-        "modelName": request.model_name, "handler": Path(name).name + colon + function, "modelFile": "exported.py"}}
+    manifest = {"runtime": "python", "model": {"modelName": request.model_name, "modelFile": "exported.py",
+                                               "handler": Path(handler_file).name + colon + function}}
     layout.manifest.parent.mkdir()
     layout.manifest.write_text(json.dumps(manifest))
     return manifest

@@ -7,23 +7,20 @@ Usage: original.py JOB.json
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
 from early_exit.archiver.packaging.sources.eager_model import model_from_factory
+from early_exit.archiver.packaging.sources.sample import sample_images
 from early_exit.archiver.packaging.tryout.adoption import (
     CalledModel,
     called_model,
     held_model,
-    input_specs,
     probed,
     require_fixed,
     require_same,
@@ -32,15 +29,13 @@ from early_exit.archiver.packaging.tryout.adoption import (
 from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, Batch, batches_of, save_answers
 from early_exit.archiver.packaging.tryout.child import LoadingError, answer_parent
 from early_exit.archiver.packaging.tryout.comparison import unstable
+from early_exit.archiver.packaging.tryout.exporting import exported, images_of
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.archiver.packaging.tryout.model_calls import ModelCall, recorded_calls
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.export import backbone_graph
-from early_exit.handler.backbone.image_class import Strategy
+from early_exit.handler.backbone.graph import inputs_of
 from early_exit.handler.backbone.program_file import load_program
-from early_exit.handler.backbone.signature import InputSpec
-from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import SampleRequest, parse_samples, samples_text
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
 from early_exit.handler.user_handler.places import modules_reached, put
@@ -88,7 +83,9 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
     if samples:
         alone = [_calls_of(model, original, [sample]) for sample in samples[:2]]
         require_fixed(model, [call for calls in alone for call in calls])
-    backbone, samples = _backbone(original, model, samples, alone)
+    backbone, fits = exported(job, model, [call for calls in alone for call in calls])
+    if not fits:
+        samples = []
     backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])
     if len(samples) > 1:
         together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
@@ -114,7 +111,10 @@ def _samples_that_reach(original: Original) -> list[SampleRequest]:
     Raises:
         ArchiveError: the user's own sample is not one of them.
     """
-    samples = list(parse_samples(original.job["samples"], "--request"))
+    samples = parse_samples(original.job["samples"], "--request")
+    if not original.job["own_samples"] and isinstance(original.given, fx.GraphModule):
+        first = inputs_of(original.given.graph)[0].meta["val"]
+        samples = tuple(sample_images([int(size) for size in first.shape[1:]]))
     reaching = []
     for number, sample in enumerate(samples):
         with recorded_calls(original.reached()) as calls:
@@ -132,67 +132,11 @@ def _calls_of(model: CalledModel, original: Original, samples: Sequence[SampleRe
     return model.calls(original.calls(samples))
 
 
-def _backbone(original: Original, model: CalledModel, samples: list[SampleRequest], alone: list[list[ModelCall]]
-              ) -> tuple[Backbone, list[SampleRequest]]:
-    """Return the exported model, and the samples that fit it."""
-    job = original.job
-    shape = job["input_shape"] and tuple(job["input_shape"])
-    program = job["program"] or _own_program(original, model)
-    if program is not None:
-        return Backbone.from_program(load_program(Path(program))), samples
-    strategy = job["strategy"] and Strategy(job["strategy"])
-    if is_detector(model.exported):
-        if job["factory"] is not None:
-            raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
-        return backbone_of_detector(model.exported, shape or _image_shape(alone), strategy, job["pedestrian"],
-                                    job["model_file"]), samples
-    if strategy is not None:
-        raise ArchiveError(f"{type(model.exported).__name__} is no detector of torchvision, so it has no --strategy")
-    given = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in job["inputs"]]
-    if not alone:
-        if given:
-            return Backbone.from_inputs(model.exported, given, output=job["output"]), []
-        if shape is None:
-            raise ArchiveError("the handler does not answer a sample image, so the model's input shape is not known: "
-                               "pass --request FILE with a typical request, or --input-shape C,H,W")
-        return Backbone.from_module(model.exported, shape, output=job["output"]), []
-    found, constants = input_specs(model, [calls[0] for calls in alone if calls])
-    wanted = [replace(spec, shape=shape) for spec in found] if shape is not None else given or found
-    if [(spec.name, spec.shape, spec.dtype) for spec in wanted] != [
-            (spec.name, spec.shape, spec.dtype) for spec in found]:
-        told = ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in found)
-        if job["own_samples"]:
-            raise ArchiveError(f"the handler gives its model {told} for the sample request, which is not the input "
-                               "that was asked for: leave out --input-shape and --input")
-        samples = []
-    return Backbone.from_inputs(model.exported, wanted, constants=constants, output=job["output"]), samples
-
-
-def _own_program(original: Original, model: CalledModel) -> Path | None:
-    """Return the exported program in the user's archive, where that is what the handler calls."""
-    manifest = json.loads(ArchiveLayout(original.folder).manifest.read_text())["model"]
-    file = str(manifest.get("serializedFile"))
-    is_called = isinstance(model.module, fx.GraphModule) and not manifest.get("modelFile")
-    return original.folder / file if file.endswith(".pt2") and is_called else None
-
-
-def _image_shape(alone: list[list[ModelCall]]) -> tuple[int, ...] | None:
-    """Return the shape of a detector's images, where all samples have one."""
-    images = [image for calls in alone for call in calls for image in _images(call)]
-    shapes = {tuple(image.shape) for image in images}
-    return shapes.pop() if len(shapes) == 1 else None
-
-
-def _images(call: ModelCall) -> list[Tensor]:
-    [value, *_] = [*call.given, *call.named.values()]
-    return list(value)
-
-
 def _rows(call: ModelCall) -> Rows:
     """Return the tensors of a call; of a detector's list of images those that can stand together."""
     values = [*call.given, *call.named.values()]
     tensors = tuple(value for value in values if isinstance(value, Tensor))
-    return tensors or tuple(image.flatten()[None] for image in _images(call))
+    return tensors or tuple(image.flatten()[None] for image in images_of(call))
 
 
 def _answers(original: Original, samples: list[SampleRequest]) -> list[AnsweredBatch]:

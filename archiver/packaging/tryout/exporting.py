@@ -1,0 +1,106 @@
+"""The model that a handler calls, exported for the inputs that it is called with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
+from early_exit.archiver.packaging.tryout.adoption import CalledModel, input_specs
+from early_exit.archiver.packaging.tryout.model_calls import ModelCall
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.image_class import Strategy
+from early_exit.handler.backbone.program_file import load_program
+from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.errors import ArchiveError
+
+_Inputs = Sequence[tuple[str, tuple[int, ...], str]]
+"""Name, shape of one item, and dtype of each input."""
+
+
+def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]) -> tuple[Backbone, bool]:
+    """Return a model as a backbone, and whether its calls fit it.
+
+    Args:
+        job: as `adopt` in `trials.py` makes it.
+        model: is exported.
+        calls: of it, by sample requests.
+
+    Raises:
+        EarlyExitError: it cannot be exported, or the user's own samples do not fit what the user asked for.
+    """
+    shape = job["input_shape"] and tuple(job["input_shape"])
+    program = job["program"] or _program_of_archive(Path(job["folder"]), model)
+    if program is not None:
+        backbone = Backbone.from_program(load_program(Path(program)))
+        return backbone, not calls or _fit(job, _described(input_specs(model, calls)[0], names=False),
+                                           _described(backbone.description.inputs, names=False))
+    if is_detector(model.exported):
+        return _exported_detector(job, model, calls, shape)
+    if job["strategy"] is not None:
+        raise ArchiveError(f"{type(model.exported).__name__} is no detector of torchvision, so it has no --strategy")
+    given = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in job["inputs"]]
+    if calls:
+        found, constants = input_specs(model, calls)
+        wanted = [replace(spec, shape=shape) for spec in found] if shape is not None else given or found
+        fits = _fit(job, _described(found), _described(wanted))
+        return Backbone.from_inputs(model.exported, wanted, constants=constants, output=job["output"]), fits
+    if given:
+        return Backbone.from_inputs(model.exported, given, output=job["output"]), False
+    if shape is None:
+        raise ArchiveError("the handler does not answer a sample image, so the model's input shape is not known: pass "
+                           "--request FILE with a typical request, or --input-shape C,H,W")
+    return Backbone.from_module(model.exported, shape, output=job["output"]), False
+
+
+def images_of(call: ModelCall) -> list[Tensor]:
+    """Return the (C, H, W) images that a detector is called with."""
+    [value, *_] = [*call.given, *call.named.values()]
+    return list(value)
+
+
+def _exported_detector(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall],
+                       shape: tuple[int, ...] | None) -> tuple[Backbone, bool]:
+    if job["factory"] is not None:
+        raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
+    shapes = {tuple(image.shape) for call in calls for image in images_of(call)}
+    shape = shape or (next(iter(shapes)) if len(shapes) == 1 else None)
+    backbone = backbone_of_detector(model.exported, shape, job["strategy"] and Strategy(job["strategy"]),
+                                    job["pedestrian"], job["model_file"])
+    inputs = backbone.description.inputs
+    return backbone, bool(shapes) and all(
+        _fit(job, [(inputs[0].name, found, inputs[0].dtype)], _described(inputs)) for found in shapes)
+
+
+def _fit(job: dict[str, Any], found: _Inputs, wanted: _Inputs) -> bool:
+    """Tell whether samples give a model the inputs that it is exported for.
+
+    Raises:
+        ArchiveError: the user's own samples do not.
+    """
+    if list(found) == list(wanted):
+        return True
+    if job["own_samples"]:
+        told, asked = (", ".join(f"{name} {dtype} {shape}".strip() for name, shape, dtype in inputs)
+                       for inputs in (found, wanted))
+        raise ArchiveError(f"the handler gives its model {told} for the sample request, and {asked} was asked for: "
+                           "leave out --input-shape and --input, or give a request that fits")
+    return False
+
+
+def _described(inputs: Sequence[InputSpec], *, names: bool = True) -> _Inputs:
+    return [(spec.name if names else "", spec.shape, spec.dtype) for spec in inputs]
+
+
+def _program_of_archive(folder: Path, model: CalledModel) -> Path | None:
+    """Return the exported program in the user's archive, where that is what the handler calls."""
+    manifest = json.loads(ArchiveLayout(folder).manifest.read_text())["model"]
+    file = str(manifest.get("serializedFile"))
+    is_called = isinstance(model.module, fx.GraphModule) and not manifest.get("modelFile")
+    return folder / file if file.endswith(".pt2") and is_called else None

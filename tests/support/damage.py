@@ -1,0 +1,42 @@
+"""Weights that are no longer what they were: bytes on a disk that went bad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.scores import score_error
+
+
+def weights_of(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the first matrix or kernel of a model, the one in the middle, and the last."""
+    weights = [(name, weight) for name, weight in graph.named_parameters() if weight.dim() > 1]
+    return dict(weights[place] for place in (0, len(weights) // 2, -1))
+
+
+@torch.no_grad()
+def overwrite(weights: Tensor, seed: int = 0) -> None:
+    """Fill weights with random bytes; where these make no number, with zeros, so that nothing gives them away."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 256, (weights.numel() * weights.element_size(),), generator=generator, dtype=torch.uint8)
+    weights.copy_(data.view(weights.dtype).view(weights.shape).nan_to_num(0, 0, 0))
+
+
+@torch.no_grad()
+def unnoticed_damage(backbone: Backbone, allowed: float) -> Iterator[str]:
+    """Yield the weights of `weights_of` whose damage a backbone's probe does not notice.
+
+    Args:
+        backbone: is the same afterwards.
+        allowed: error of the probe that counts as none.
+    """
+    expected = torch.tensor(backbone.description.probe)
+    for name, weights in weights_of(backbone.graph).items():
+        sound = weights.clone()
+        overwrite(weights)
+        if score_error(backbone.graph(*backbone.probe)[0], expected, backbone.description.scores) <= allowed:
+            yield name
+        weights.copy_(sound)
