@@ -3,22 +3,33 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Tests start many processes, each of which would otherwise compile anew whatever has no bytecode yet.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install system policy demo test lint types audit bench clean
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,models,lint]'
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,models,lint]'
+	$(call compiled,.venv/lib)
 	touch $@
+
+# pip compiles on one core, which takes more than half of an installation, and a third of that is code which nothing
+# here imports: the packages' own tests, and models of transformers. What cannot be compiled stays as it is, as with pip.
+compiled = $(BIN)/python -m compileall -qq --workers 0 -x '/tests?/|/transformers/models/' $(1) || true
 
 # What judges the manifests of Kubernetes wants other versions of packages than TorchServe, so it has a folder of its own.
 policy: .venv/checkov/installed
 
-.venv/checkov/installed: constraints-checkov.txt | .venv/installed
+.venv/checkov/installed: constraints-checkov.txt | .venv/bin/python
 	$(PYTHON) -m venv .venv/checkov
-	.venv/checkov/bin/python -m pip install --quiet --requirement constraints-checkov.txt
+	.venv/checkov/bin/python -m pip install --quiet --no-compile --requirement constraints-checkov.txt
+	$(call compiled,.venv/checkov/lib)
 	touch $@
 
 system:
@@ -31,7 +42,8 @@ installed = { test "$$(id -u)" = 0 && apt-get update && apt-get install --yes --
 demo: install
 	$(BIN)/python -m tests.demo
 
-test: install policy
+test:
+	$(MAKE) --jobs=2 install policy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: types audit
@@ -63,6 +75,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.drift --json drift.json
 	$(BIN)/python -m tests.benchmarks.roll --json roll.json
 	$(BIN)/python -m tests.benchmarks.fuzz --json fuzz.json
+	$(BIN)/python -m tests.benchmarks.habits --json habits.json
 
 clean:
 	rm -rf .venv .typing build *.egg-info

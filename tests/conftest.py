@@ -44,15 +44,22 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, the tests with servers: who runs files side by side then ends together."""
-    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+    """Begin with the files that take longest, those with servers and then those with slow tests: who runs files side by
+    side then ends together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path not in slow))
 
 
 @pytest.fixture(scope="session")
-def digits_backbone(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> DigitsResNet:
-    """Trained once for all processes that run tests."""
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of all processes that run tests."""
     own = tmp_path_factory.getbasetemp()
-    shared = own if worker_id == "master" else own.parent
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def digits_backbone(shared: Path) -> DigitsResNet:
+    """Trained once for all processes that run tests."""
     weights = shared / "digits.pth"
     with FileLock(shared / "digits.lock"):
         if not weights.exists():
@@ -70,7 +77,9 @@ def digits_mar(digits_backbone: DigitsResNet, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def recorder_mar(digits_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, repackaged to record and answer in full: digits 2.0."""
-    store = tmp_path_factory.mktemp("store")
-    return build_untried(ArchiveRequest(str(digits_mar), store, input_shape=(1, 32, 32)))
+def recorder_mar(digits_mar: Path, shared: Path) -> Path:
+    """The same, repackaged to record and answer in full: digits 2.0, once for all processes that run tests."""
+    with FileLock(shared / "recorder.lock"):
+        if not (mar := shared / "store" / "digits-2.0.mar").exists():
+            build_untried(ArchiveRequest(str(digits_mar), mar.parent, input_shape=(1, 32, 32)))
+    return mar

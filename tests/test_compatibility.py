@@ -138,7 +138,7 @@ def test_a_server_takes_an_old_archive_with_its_own_code_and_rolls_to_the_repack
         management = Management(server.addresses, server.key_file, server.secret_file)
         wait_for(lambda: look(management, "digits", store, [str(records)], tmp_path / "cache").n_watched > 0,
                  "the monitor's state")
-        assert roll(management, store / repackaged.name).replaced == "3.0"
+        assert roll(management, store / repackaged.name, longest_batch_s=1).replaced == "3.0"
         after = send(server, "digits", bodies)
     assert failed(after) == 0 and {reply.version for reply in after} == {"4.0"}
     assert [(reply.top(), reply.exit) for reply in after] == [(reply.top(), reply.exit) for reply in before]

@@ -108,6 +108,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         if options.replay is None:
             shards = _alike(of_engine(shards, options.engine), log)
         traffic = load_traffic(shards, options.fresh_after)
+        if options.replay is not None:
+            traffic = traffic.of_known_requests()
         _require_enough(traffic, options)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))

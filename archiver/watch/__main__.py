@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What is measured must hold for the server's workers. First, because all that is imported is imported anew.
     restart_with_allocator()
+    os.nice(10)  # the requests come first
     from early_exit.archiver.watch.cli import main as run
 
     return run(arguments)

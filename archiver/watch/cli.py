@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +42,6 @@ def _show(options: argparse.Namespace) -> int:
 
 def _watch(options: argparse.Namespace) -> int:
     watched = _watched(options)
-    os.nice(10)  # the requests come first
     try:
         with only_watcher(options.model_store / f".ee-watch-{options.model}.lock"):
             return _keep_looking(watched, options)

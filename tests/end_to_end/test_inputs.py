@@ -1,10 +1,11 @@
 """Other models than ResNets, through a real TorchServe: records of counts and categories, texts with a mask, a detector
-of objects, faces for a MobileFaceNet, photos for an EfficientNet and digits for a transformer."""
+of objects, faces for a MobileFaceNet, photos for an EfficientNet, digits for a transformer, and rows out of order."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
 from torchvision.transforms.functional import to_pil_image
@@ -29,20 +31,23 @@ from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan, save_plan
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL
-from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard
+from early_exit.handler.user_handler.description import HandlerDescription
 from tests.conftest import WORKERS
-from tests.support.client import failed, send
+from tests.support.client import failed, metrics, send
 from tests.support.detector import images, one_exit, sure_detector
 from tests.support.models.criteo import encode, from_json
 from tests.support.models.digits_handler import DigitsClassifier
 from tests.support.models.dlrm import DLRM
 from tests.support.models.face_handler import FaceClassifier
 from tests.support.models.mobilefacenet import MobileFaceNet
+from tests.support.models.rows_model import rows_model
 from tests.support.models.small_vit import SmallViT
 from tests.support.models.text_classifier import TextClassifier
 from tests.support.models.text_handler import TextHandler
-from tests.support.original import factory_request, original_mar
+from tests.support.original import MODELS, factory_request, original_mar
 from tests.support.plans import thirds, write_plan
+from tests.support.rewritten import rewritten
 from tests.support.untried import build_untried
 from tests.support.zoo import text
 
@@ -53,6 +58,8 @@ CLICKS: list[dict[str, Any]] = [
     for number in range(24)]
 TEXTS = [("early exits answer easy texts soon " * 2)[number:number + number % 15 + 2] for number in range(24)]
 
+ROWS = [json.dumps(row).encode()
+        for row in (3 * torch.randn(24, 6, generator=torch.Generator().manual_seed(0))).tolist()]
 SCENE = (3, 96, 96)
 Planned = tuple[Backbone, ExitPlan, dict[str, Head]]
 
@@ -104,14 +111,15 @@ def server(models: dict[str, nn.Module], plans: dict[str, Planned],
         build_untried(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder, threshold=0.6))),
         build_untried(ArchiveRequest(str(scenes), store, input_shape=SCENE, plan=folder / "scenes" / "plan.json")),
         build_archive(_made("clicks", models, plans, folder, store, config, "click_handler.py",
-                            extra_files=["criteo.py"], request=request))]
+                            extra_files=["criteo.py"], requests=[request]))]
     for name, handler in PICTURES.items():
         archives.append(build_untried(_made(name, models, plans, folder, store, config, handler)))
+    archives.append(_sorting(folder, store, config))
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[one.name for one in archives]) as running:
         management = Management(running.addresses, running.key_file, running.secret_file)
         deadline = time.monotonic() + 180
-        while not all(management.versions(name)[0].n_ready for name in models):
+        while not all(management.versions(name)[0].n_ready for name in (*models, "rows")):
             assert time.monotonic() < deadline, "the workers do not start"
             time.sleep(0.5)
         yield running
@@ -196,6 +204,42 @@ def test_scenes_that_leave_early_have_no_box_and_the_others_the_models_own(
         else:
             assert len(objects) <= 1 and all(box is None for one in objects for name, box in one.items()
                                              if name != "score")
+
+
+def test_a_handler_that_sorts_gives_no_request_the_header_or_record_of_another(server: TorchServe) -> None:
+    alone = send(server, "rows", ROWS, clients=1)
+    together = send(server, "rows", ROWS, clients=8)
+    assert failed(alone) == failed(together) == 0
+    assert len({reply.exit for reply in alone}) > 1 and all(reply.exit for reply in alone)
+    for single, reply in zip(alone, together):
+        assert reply.body == single.body and reply.exit in ("", single.exit)
+    n_unknown = [reply.exit for reply in together].count("")
+    assert n_unknown, "the test needs batches of several requests"
+    records, deadline = server.state.parent / "records" / "rows", time.monotonic() + 20
+    recorded: list[int] = []
+    while len(recorded) < 2 * len(ROWS):
+        assert time.monotonic() < deadline, "the records are not written"
+        time.sleep(0.5)
+        recorded = [hashed for shard in list_shards(records) for hashed in read_shard(shard, []).request.tolist()]
+    assert recorded.count(ANONYMOUS) == n_unknown
+    assert re.search(r'ee_rows_unknown\{[^}]*Because="archive"[^}]*\} 1\.0', metrics(server))
+
+
+def _sorting(folder: Path, store: Path, config: str) -> Path:
+    """Return an archive with exits whose handler sorts, as `ee-archive` describes it."""
+    folder = folder / "rows"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config)
+    torch.manual_seed(0)
+    save_file(rows_model().state_dict(), folder / "weights.safetensors")
+    asked = ArchiveRequest("tests.support.models.rows_model:rows_model", folder, model_name="rows", version="1.0",
+                           weights=folder / "weights.safetensors", input_shape=(6,), config=folder / "config.yaml",
+                           handler=str(MODELS / "sorting_handler.py"))
+    plan = write_plan(folder / "run", build_untried(asked))
+    description = HandlerDescription(rows_per_request=None, rows_unknown_because="it reorders them")
+    description.save(folder / "handler.json")
+    return rewritten(build_untried(replace(asked, version="2.0", plan=plan)), store / "rows-2.0.mar",
+                     **{"early_exit/handler.json": (folder / "handler.json").read_bytes()})
 
 
 def _sure(model: nn.Module, inputs: Tensor) -> nn.Module:

@@ -76,7 +76,10 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
                     models=["digits-5.0.mar"]) as server:
         replies = send(server, "digits", [one.body for one in fresh])
         assert failed(replies) == 0
-        time.sleep(3)
+        deadline = time.monotonic() + 20
+        while not list_shards(tmp_path / "served"):
+            assert time.monotonic() < deadline, "no records"
+            time.sleep(0.2)
     assert any(reply.exit != "full" for reply in replies)
     with preprocessing(recorder.root, original) as handler:
         expected = load_backbone(recorder.folder).graph(handler.model_input([one.body for one in fresh])).argmax(dim=1)

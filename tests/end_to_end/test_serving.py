@@ -22,11 +22,13 @@ from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
 from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.environment import GATEWAY_TOKEN
 from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
+from tests.support.rewritten import renumbered
 from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
@@ -42,8 +44,8 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text(WORKERS.format(n=2) + "  keep_requests: true\n")
     build_untried(ArchiveRequest(str(recorder_mar), folder, version="2.0", config=config))
     plan = write_plan(folder / "run", recorder_mar, threshold=0.3)
-    for version in ("3.0", "4.0"):
-        build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version=version))
+    exiting = build_untried(ArchiveRequest(str(recorder_mar), folder, plan=plan, version="3.0"))
+    renumbered(exiting, folder / "digits-4.0.mar", "3.0", "4.0")
     return folder
 
 
@@ -143,7 +145,7 @@ def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(
         server: TorchServe, management: Management, store: Path) -> None:
     with BackgroundLoad(server, "digits", BODIES) as load:
         time.sleep(1)
-        report = roll(management, store / "digits-3.0.mar")
+        report = roll(management, store / "digits-3.0.mar", longest_batch_s=1)
         time.sleep(1)
     assert (report.version, report.replaced) == ("3.0", "2.0")
     assert failed(load.replies) == 0
@@ -165,7 +167,7 @@ def test_a_version_that_fails_its_smoke_test_is_removed_and_the_old_one_serves(
         server: TorchServe, management: Management, store: Path) -> None:
     before = management.versions("digits")
     with BackgroundLoad(server, "digits", BODIES) as load, pytest.raises(ServerError, match="goes on serving"):
-        roll(management, store / "digits-4.0.mar", request=b"not an image")
+        roll(management, store / "digits-4.0.mar", request=SampleRequest((Part(b"not an image"),)))
     assert failed(load.replies) == 0
     assert [one.version for one in management.versions("digits")] == [one.version for one in before]
 

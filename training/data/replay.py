@@ -110,7 +110,6 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
             them as it did when it served.
         ArchiveError, InputError: the handler does not make the model's inputs of them.
     """
-    traffic = traffic.of_known_requests()
     transform = augmentation(replay, backbone.description.inputs)
     train = traffic.part == list(Part).index(Part.TRAIN)
     n_train = int(train.sum())

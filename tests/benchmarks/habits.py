@@ -1,0 +1,55 @@
+"""Habits of those who write handlers, before and after: would a client notice that the archive was repackaged?
+
+    python -m tests.benchmarks.habits --json FILE [--only NAME ...]
+
+Each habit is an archive of the stock archiver. A stock TorchServe serves it, and what `ee-archive` makes of it: without
+exits, and with exits whose heads are copies of what follows, so that early answers must be equal too, as plain and as
+early answers. Clients ask all of them the same, one request after the other and in batches. Another status, content
+type or body, or no answer, is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from early_exit.training.command import raise_on_terminate
+from tests.benchmarks.report import report
+from tests.support.habits.examples import EXAMPLES
+from tests.support.habits.refused import REFUSED
+from tests.support.habits.rows import ANSWERED, BATCHED, CALLED, COMPUTED, LOADED, WRAPPED
+from tests.support.habits.trial import Trial, try_habits
+
+HABITS = (*LOADED, *WRAPPED, *CALLED, *BATCHED, *ANSWERED, *COMPUTED, *EXAMPLES, *REFUSED)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Handlers before and after.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--only", nargs="*", choices=[habit.name for habit in HABITS], metavar="NAME")
+    options = parser.parse_args()
+    raise_on_terminate()
+    habits = [habit for habit in HABITS if not options.only or habit.name in options.only]
+    return report(options.json, lambda scratch: summary(try_habits(
+        habits, scratch, log=lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))))
+
+
+def summary(trials: list[Trial]) -> dict[str, Any]:
+    """Return the figures that the project is held to, and in what the wrong answers differ."""
+    refused = [(trial.habit.name, trial.refused) for trial in trials if trial.refused]
+    return {
+        "habits": len(trials),
+        "same": sum(trial.same for trial in trials),
+        "wrong": [trial.habit.name for trial in trials if trial.wrong],
+        "refused": [{"name": name, "reason": said.reason and said.reason.value, "message": said.message}
+                    for name, said in refused],
+        "refused_unlisted": sum(said.reason is None for _, said in refused),
+        "differences": {trial.habit.name: trial.wrong for trial in trials if trial.wrong},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Handlers as people write them: a client gets what it got before, whoever answers, through TorchServe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from early_exit.handler.errors import Unsupported
+from tests.benchmarks.habits import HABITS
+from tests.support.habits.trial import EARLY_ANSWERS, WITH_EXITS, Trial, try_habits
+from tests.support.untried import build_untried
+
+pytestmark = pytest.mark.slow
+
+SAME = ("softmax_wrapper", "global_model", "net_attribute", "reversed_batch", "augmented_rows", "own_statuses")
+"""The others are tried by `python -m tests.benchmarks.habits`."""
+REFUSED = {"ensemble": Unsupported.SEVERAL_SCORES}
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Trial]:
+    habits = [habit for habit in HABITS if habit.name in (*SAME, *REFUSED)]
+    found = try_habits(habits, tmp_path_factory.mktemp("habits") / "tried", ways=(WITH_EXITS, EARLY_ANSWERS),
+                       build=build_untried)
+    return {trial.habit.name: trial for trial in found}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_answers_are_those_of_the_original_wherever_they_leave_and_whatever_batch_they_are_in(
+        name: str, trials: Mapping[str, Trial]) -> None:
+    assert trials[name].same, trials[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_have_exits_is_refused_for_a_reason_that_is_listed(
+        name: str, trials: Mapping[str, Trial]) -> None:
+    refused = trials[name].refused
+    assert refused is not None and refused.reason is REFUSED[name] and trials[name].habit.refusal is REFUSED[name]

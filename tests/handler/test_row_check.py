@@ -1,0 +1,216 @@
+"""A worker finds out by itself when its handler's rows are not those of the requests in order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.call import Call
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
+from early_exit.handler.protocol import EXIT_HEADER
+from early_exit.handler.recording.format import ANONYMOUS, Records, list_shards, read_shard
+from early_exit.handler.serving import ownership
+from early_exit.handler.serving.ownership import DrawnRequest
+from early_exit.handler.user_handler.alone import rows_alone
+from early_exit.handler.user_handler.rows import RowsPerRequest, rows_per_request
+from tests.support.host import MemoryHost, worker_of
+from tests.support.plans import random_exits
+from tests.support.row_handlers import (
+    AtOnce,
+    FilteringDuplicates,
+    SortingByLength,
+    alone,
+    backbone_of_rows,
+    calls_of,
+    replied,
+    requests,
+    told,
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return backbone_of_rows()
+
+
+@pytest.fixture
+def model(backbone: Backbone) -> EarlyExitModel:
+    """Some rows leave at each exit, and some nowhere; every row is recorded."""
+    return build_model(backbone, *random_exits(backbone), sampling_rate=1.0, record_layers=8)
+
+
+@pytest.fixture
+def checking_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_ONE_IN", 1)
+
+
+def recorded(folder: Path) -> list[Records]:
+    return [read_shard(path, [], bodies=True) for path in list_shards(folder)]
+
+
+def found_by_samples(model: EarlyExitModel, handler: AtOnce, a: list[float], b: list[float]) -> RowsPerRequest:
+    """Return what two samples show of a handler, as `ee-archive` asks it."""
+    def given(*samples: list[float]) -> list[tuple[Tensor, ...]]:
+        calls: list[tuple[Tensor, ...]] = []
+        with model.log.watched(calls.append):
+            handler.handle([call.inputs for call in calls_of(list(samples))], None)
+        return calls
+
+    return rows_per_request(given(a), given(b), given(a, b), given(b, a))
+
+
+def test_what_two_samples_miss_the_worker_finds_in_the_batch_that_shows_it(
+        model: EarlyExitModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that sorts by length, and two samples of one length."""
+    handler, host = SortingByLength(model), MemoryHost()
+    assert found_by_samples(model, handler, *requests(2)) == RowsPerRequest(1)
+    worker = worker_of(model, handler, ServingConfig(records=str(tmp_path), keep_requests=True), host)
+    calls = calls_of(requests(4, lengths=(8, 7, 6, 5)))  # none stays in its place
+    for _ in range(3):
+        batch = replied(worker, calls)
+        assert told(batch) == [(None, None)] * 4
+        assert [reply.body for reply in batch] == [reply.body for reply in alone(model, handler, calls)]
+    worker.close()
+    assert {hashed for records in recorded(tmp_path) for hashed in records.request.tolist()} == {ANONYMOUS}
+    assert caplog.text.count("In batches, from now on, of several requests") == 1
+    assert host.metrics["rows_unknown"].values == {("check",): 1}
+
+
+def test_a_handler_that_empties_its_requests_is_checked_like_others(model: EarlyExitModel) -> None:
+    class Emptying(SortingByLength):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            return super().handle([{"rows": item.pop("rows")} for item in data], context)
+
+    host = MemoryHost()
+    replied(worker_of(model, Emptying(model), host=host), calls_of(requests(4, lengths=(8, 7, 6, 5))))
+    assert host.metrics["rows_unknown"].values == {("check",): 1}
+
+
+def test_before_a_batch_that_shows_it_is_drawn_rows_are_claimed_in_the_order_of_the_requests(
+        model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong in this time is the price of checking one batch in 1,000; it ends with the first contradiction."""
+    drawn = iter([0.0, 0.9, 0.9, 0.1])
+    monkeypatch.setattr(Random, "random", lambda self: next(drawn))
+    worker = worker_of(model, SortingByLength(model))
+    in_order, reversed_ = (calls_of(requests(4, lengths=lengths)) for lengths in ((5, 6, 7, 8), (8, 7, 6, 5)))
+    expected = told(alone(model, AtOnce(model), in_order))
+    assert told(replied(worker, in_order)) == expected, "drawn, and there is nothing wrong with it"
+    wrong = told(alone(model, AtOnce(model), reversed_))[::-1]
+    assert [told(replied(worker, reversed_)) for _ in range(2)] == [wrong, wrong], "not drawn"
+    assert told(replied(worker, reversed_)) == [(None, None)] * 4, "drawn"
+    assert told(replied(worker, in_order)) == [(None, None)] * 4, "for good"
+
+
+def test_the_first_batch_of_several_is_checked_and_then_fewer_down_to_one_in_a_thousand(
+        model: EarlyExitModel) -> None:
+    check = worker_of(model, AtOnce(model))._answers._check  # type: ignore[union-attr]
+    calls = calls_of(requests(2))
+    assert not any(check.draw(calls[:1]) for _ in range(3)), "who is alone has only rows of its own"
+    assert check.draw(calls) is not None
+    n_drawn = sum(check.draw(calls) is not None for _ in range(5000))
+    assert n_drawn < 60, "about 11 are expected"
+
+
+def test_where_a_batch_has_another_number_of_rows_only_that_batch_is_unknown(
+        model: EarlyExitModel, checking_every_batch: None) -> None:
+    handler, host = FilteringDuplicates(model), MemoryHost()
+    worker = worker_of(model, handler, host=host)
+    distinct, [twice, other] = calls_of(requests(3)), requests(2, seed=1)
+    expected = told(alone(model, handler, distinct))
+    assert told(replied(worker, distinct)) == expected
+    assert told(replied(worker, calls_of([twice, other, twice]))) == [(None, None)] * 3
+    assert told(replied(worker, distinct)) == expected
+    assert host.metrics["rows_unknown"].values == {("count",): 1}
+
+
+class Noting(AtOnce):
+    """Notes in itself, in its context, in the log and in a metric what it does."""
+
+    context: Any
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.n_calls, self.sizes, self.by_size = 0, list[int](), dict[int, int]()
+
+    def initialize(self, context: Any) -> None:
+        self.context = context
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.n_calls += 1
+        self.sizes.append(len(data))
+        self.by_size[len(data)] = self.by_size.get(len(data), 0) + 1
+        context.metrics.add_counter("Requests", len(data))
+        self.context.set_response_header(0, "X-Size", str(len(data)))
+        logging.getLogger("noting").warning("%d requests", len(data))
+        return super().handle([{"rows": item.pop("rows")} for item in data], context)
+
+
+def test_a_check_leaves_no_trace(
+        model: EarlyExitModel, checking_every_batch: None, caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, checked = list[int](), list[Call]()
+    host, handler = MemoryHost(), Noting(model)
+    host.context.metrics = type("Metrics", (), {"add_counter": lambda self, name, count: counted.append(count)})()
+    def counting(call: Call, *others: Any) -> Any:
+        checked.append(call)
+        return rows_alone(call, *others)
+
+    monkeypatch.setattr("early_exit.handler.serving.ownership.rows_alone", counting)
+    worker = worker_of(model, handler, host=host)
+    handler.initialize(worker._answers._context)
+    for _ in range(3):
+        replies = replied(worker, calls_of(requests(4)))
+        assert [reply.headers.get("X-Size") for reply in replies] == ["4", None, None, None]
+        assert EXIT_HEADER in replies[0].headers
+    assert len(checked) == 3
+    assert (handler.n_calls, handler.sizes, handler.by_size, counted) == (3, [4, 4, 4], {4: 3}, [4, 4, 4])
+    assert caplog.messages == ["4 requests"] * 3
+    assert host.value("shadow_samples_total") == 12
+    assert not [one for one in gc.get_objects() if type(one) is DrawnRequest], "what a check keeps is let go"
+
+
+class CatchingAll(AtOnce):
+    """Tries again whatever happens."""
+
+    def classes(self, rows: Tensor) -> Tensor:
+        while True:
+            try:
+                return super().classes(rows)
+            except:  # noqa: E722 - as some do
+                continue
+
+
+class FailingAlone(AtOnce):
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        if len(data) == 1:
+            raise RuntimeError("needs two")
+        return super().handle(data, context)
+
+
+@pytest.mark.parametrize("kind", [CatchingAll, FailingAlone])
+def test_a_check_fails_no_answer(kind: type[AtOnce], model: EarlyExitModel, checking_every_batch: None) -> None:
+    host = MemoryHost()
+    worker, calls = worker_of(model, kind(model), host=host), calls_of(requests(3))
+    expected = alone(model, AtOnce(model), calls)
+    for _ in range(2):
+        batch = replied(worker, calls)
+        assert [reply.body for reply in batch] == [reply.body for reply in expected]
+        assert told(batch) == told(expected)
+    assert host.value("shadow_samples_total") == 6 and not host.metrics["rows_unknown"].values
+
+
+def test_a_request_that_cannot_be_copied_is_answered(model: EarlyExitModel, checking_every_batch: None) -> None:
+    deep: list[Any] = []
+    for _ in range(600):
+        deep = [deep]
+    calls = [Call(call.id, {**call.inputs, "deep": deep}) for call in calls_of(requests(3))]
+    assert all(EXIT_HEADER in reply.headers for reply in replied(worker_of(model, AtOnce(model)), calls))

@@ -1,0 +1,6 @@
+from rows_handler import RowsHandler
+
+
+class FirstHead(RowsHandler):
+    def postprocess(self, data):
+        return super().postprocess(data["colour"])

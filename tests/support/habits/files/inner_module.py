@@ -1,0 +1,15 @@
+import torch
+from rows_handler import RowsHandler
+
+
+class InnerModule(RowsHandler):
+    """Answers with the embedding of the first layer too."""
+
+    def inference(self, data):
+        with torch.inference_mode():
+            return self.model(data), self.model.first(data)
+
+    def postprocess(self, data):
+        scores, embeddings = data
+        return [{**answer, "embedding": embedding.tolist()}
+                for answer, embedding in zip(super().postprocess(scores), embeddings)]

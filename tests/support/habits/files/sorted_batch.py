@@ -1,0 +1,11 @@
+import torch
+from rows_handler import RowsHandler
+
+
+class SortedBatch(RowsHandler):
+    """Sorts by size, as texts are sorted by length, and puts the answers back in order."""
+
+    def inference(self, data):
+        order = data.abs().sum(dim=1).argsort(descending=True)
+        scores = super().inference(data[order])
+        return scores[torch.argsort(order)]

@@ -1,0 +1,9 @@
+"""A sequence of length one is squeezed away, and with it the batch dimension of a batch of one."""
+
+from rows_net import RowsNet
+from torch import Tensor
+
+
+class SqueezedNet(RowsNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unsqueeze(1).squeeze())

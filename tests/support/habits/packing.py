@@ -1,0 +1,85 @@
+"""A habit's archives: the original by the stock archiver, and ours by `ee-archive`."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import generate_model_archive
+
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.handler.errors import EarlyExitError, Unsupported
+from tests.support.habits.habit import FILES, Habit
+
+SUFFIXES = {"default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What `ee-archive` said instead of making an archive."""
+
+    reason: Unsupported | None
+    """None where none is listed."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.reason.value if self.reason else 'for a reason that is not listed'}: {self.message}"
+
+
+def original(habit: Habit, folder: Path, store: Path) -> Path:
+    """Archive a habit with torch-model-archiver; return the archive's path in the model store.
+
+    Args:
+        habit: is archived.
+        folder: where the user's files are written; created.
+        store: folder for the archive.
+    """
+    folder.mkdir(parents=True)
+    files = habit.write(habit.model(), folder)
+    (folder / "model-config.yaml").write_text(habit.config)
+    handler = habit.handler if "." not in habit.handler else str(FILES / habit.handler)
+    extra = [*(FILES / name for name in habit.imports), *files.extra]
+    # It works in a folder of the model's name, which another process may use for another model of that name.
+    with FileLock(Path(tempfile.gettempdir()) / "torch-model-archiver.lock"):
+        generate_model_archive(ModelArchiverConfig(
+            model_name=habit.name, version=habit.version, handler=handler.replace(".py:", ":"),
+            model_file=str(FILES / habit.model_file) if habit.model_file else None,
+            serialized_file=str(files.serialized) if files.serialized else None,
+            extra_files=",".join(map(str, extra)) or None, config_file=str(folder / "model-config.yaml"),
+            export_path=str(store), archive_format=habit.archive_format, force=True, runtime="python"))
+    return store / f"{habit.name}{SUFFIXES[habit.archive_format]}"
+
+
+def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveRequest:
+    """Return what a user asks of `ee-archive` for an original archive.
+
+    Args:
+        habit: whose archive it is.
+        source: the archive.
+        folder: an existing folder for two sample requests.
+        store: folder for the new archive.
+    """
+    samples = [folder / "first", folder / "second"]
+    for sample, ask in zip(samples, habit.asks):
+        sample.write_bytes(ask.body)
+    return ArchiveRequest(str(source), store, requests=samples, **habit.options)
+
+
+def build_all(requests: Sequence[ArchiveRequest], build: Callable[[ArchiveRequest], Path]) -> list[Path | Refused]:
+    """Build archives, two at a time: what runs a user's code is a process of its own anyway."""
+    def built(request: ArchiveRequest) -> Path | Refused:
+        try:
+            return build(request)
+        except EarlyExitError as error:
+            return Refused(error.unsupported, str(error))
+        except Exception:  # a user would see a traceback, and so does who reads the outcome
+            return Refused(None, traceback.format_exc()[-3000:])
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(built, requests))

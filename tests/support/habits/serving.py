@@ -1,0 +1,131 @@
+"""Habits behind a TorchServe: their workers, and what clients get."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import requests
+
+from early_exit.archiver.torchserve.management import Management
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
+from early_exit.handler.errors import ServerError
+from early_exit.handler.protocol import FULL_NAME
+from tests.support.client import metrics
+from tests.support.habits.agreement import Answer
+from tests.support.habits.habit import Ask
+
+START_S = 240.0
+CLIENTS = 8
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version of a model in the model store."""
+
+    model: str
+    version: str
+    file_name: str
+
+
+@contextmanager
+def serving(server: TorchServe, versions: Sequence[Served]) -> Iterator[dict[Served, str]]:
+    """Serve versions with one worker each inside the block; yield why those are not ready that are not."""
+    management = Management(server.addresses, server.key_file)
+    troubles: dict[Served, str] = {}
+    for served in versions:
+        try:
+            management.register(served.file_name, workers=1)
+        except ServerError as error:
+            troubles[served] = str(error)
+    registered = [served for served in versions if served not in troubles]
+    deadline = time.monotonic() + START_S
+    waiting = list(registered)
+    while waiting and time.monotonic() < deadline:
+        time.sleep(0.3)
+        waiting = [served for served in waiting if not _is_ready(management, served)]
+    troubles |= dict.fromkeys(waiting, "its worker does not start: " + _last_error(server))
+    try:
+        yield troubles
+    finally:
+        for served in registered:
+            management.unregister(served.model, served.version)
+
+
+def _is_ready(management: Management, served: Served) -> bool:
+    return any(status.version == served.version and status.n_ready for status in management.versions(served.model))
+
+
+def _last_error(server: TorchServe) -> str:
+    lines = (server.state / "logs" / "model.log").read_text(errors="replace").splitlines()
+    return " | ".join([line.partition("MODEL_LOG - ")[2] for line in lines if "Error" in line][-4:])
+
+
+def alone(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[Answer]:
+    """Return the answers to requests that are sent one after the other."""
+    session = _session(server)
+    return [_ask(session, server, served, ask) for ask in asks]
+
+
+def together(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[Answer]:
+    """Return the answers to requests of several clients, which TorchServe puts into batches."""
+    sessions = threading.local()
+
+    def one(ask: Ask) -> Answer:
+        if not hasattr(sessions, "own"):
+            sessions.own = _session(server)
+        return _ask(sessions.own, server, served, ask)
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return list(pool.map(one, asks))
+
+
+def left_and_stayed(server: TorchServe, served: Served, limit_s: float = 5.0) -> tuple[int, int]:
+    """Return how many rows left at an exit, and how many at the end, as the server's metrics count them.
+
+    A metric is a line of output of the worker, so it may come later than the answer: the figures are taken once both
+    are there, at the latest after the limit.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        by_exit = _answers_by_exit(metrics(server), served)
+        stayed = by_exit.get(FULL_NAME, 0)
+        left = sum(by_exit.values()) - stayed
+        if (left and stayed) or time.monotonic() > deadline:
+            return left, stayed
+        time.sleep(0.2)
+
+
+def _answers_by_exit(text: str, served: Served) -> Mapping[str, int]:
+    found: dict[str, int] = {}
+    for labels, value in re.findall(r"^ee_answers_total\{(.*?)\} ([\d.e+]+)", text, re.MULTILINE):
+        named = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        if (named["ModelName"], named["ModelVersion"]) == (served.model, served.version):
+            found[named["Exit"]] = found.get(named["Exit"], 0) + round(float(value))
+    return found
+
+
+def _session(server: TorchServe) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False
+    session.headers["Authorization"] = f"Bearer {read_token(server.key_file, 'inference')}"
+    return session
+
+
+def _ask(session: requests.Session, server: TorchServe, served: Served, ask: Ask) -> Answer:
+    kind = "explanations" if ask.explain else "predictions"
+    url = f"{server.addresses.inference}/{kind}/{served.model}/{quote(served.version, safe='')}"
+    headers = {"Content-Type": ask.content_type} if ask.content_type else {}
+    try:
+        response = session.post(url, data=ask.body, headers=headers, timeout=120)
+    except requests.RequestException as error:
+        return Answer(0, {}, repr(error).encode())
+    return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()},
+                  response.content)

@@ -1,0 +1,167 @@
+"""Tries habits: clients ask the original archive and those that `ee-archive` made of it the same."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from early_exit.archiver.packaging.archive import build_archive
+from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.handler.archive_layout import MANIFEST
+from tests.support.habits.agreement import Answer, difference
+from tests.support.habits.exits import copied_exits
+from tests.support.habits.habit import Ask, Habit
+from tests.support.habits.packing import SUFFIXES, Refused, asked, build_all, original
+from tests.support.habits.serving import Served, alone, left_and_stayed, serving, together
+from tests.support.rewritten import rewritten
+from tests.support.untried import build_untried
+
+EXITS = "early_exit:\n  control_rate: 0\n"
+"""Exits are not bypassed, whatever time they save."""
+EARLY = EXITS + "  answers: early\ncontinuousBatching: true\n"
+WITHOUT_EXITS, WITH_EXITS, EARLY_ANSWERS = "without exits", "with exits", "with early answers"
+WAYS = (WITHOUT_EXITS, WITH_EXITS, EARLY_ANSWERS)
+"""How an archive of ours may answer."""
+
+
+@dataclass
+class Trial:
+    """A habit while it is tried."""
+
+    habit: Habit
+    folder: Path
+    """For what is written of it."""
+    ours: dict[str, Served] = field(default_factory=dict)
+    """By way of answering: the version that does."""
+    refused: Refused | None = None
+    """What `ee-archive` said of the original archive."""
+    wrong: list[str] = field(default_factory=list)
+    """How a client would notice; empty where none would."""
+    first: list[Answer] = field(default_factory=list)
+    """What the original answers, asked alone."""
+    again: list[Answer] = field(default_factory=list)
+    """The same once more."""
+    in_batches: list[Answer] = field(default_factory=list)
+    """What the original answers where requests become batches."""
+
+    @property
+    def same(self) -> bool:
+        return not self.wrong and self.refused is None
+
+    @property
+    def original(self) -> Served:
+        suffix = SUFFIXES[self.habit.archive_format]
+        return Served(self.habit.name, self.habit.version, self.habit.name + suffix)
+
+    @property
+    def batchable(self) -> list[Ask]:
+        """The requests that may be in a batch with others."""
+        return [ask for ask in self.habit.asks if not ask.explain and not ask.fails]
+
+    def __str__(self) -> str:
+        verdict = "same" if self.same else "WRONG" if self.wrong else "refused"
+        return f"{self.habit.name:28}{verdict:9}{'; '.join(self.wrong) or self.refused or ''}".rstrip()
+
+
+def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = WAYS, at_once: int = 8,
+               build: Callable[[ArchiveRequest], Path] = build_archive,
+               log: Callable[[str], None] = lambda line: None) -> list[Trial]:
+    """Return what became of each habit.
+
+    Args:
+        habits: are tried.
+        folder: for everything that is written.
+        ways: of answering that are tried.
+        at_once: how many habits are served side by side; each takes a worker.
+        build: makes an archive of an original.
+        log: called with a line about each habit.
+    """
+    store = folder / "store"
+    store.mkdir(parents=True)
+    trials = [Trial(habit, folder / "users" / habit.name) for habit in habits]
+    with TorchServe(store, folder / "state", Addresses.free()) as server:
+        for start in range(0, len(habits), at_once):
+            group = trials[start:start + at_once]
+            _adopt(group, store, build)
+            _add_exits([trial for trial in group if trial.ours and trial.habit.followers], store)
+            _ask_originals(group, server)
+            for way in ways:
+                _ask_ours([trial for trial in group if way in trial.ours], way, server)
+            for trial in group:
+                log(str(trial))
+    return trials
+
+
+def _adopt(trials: Sequence[Trial], store: Path, build: Callable[[ArchiveRequest], Path]) -> None:
+    """Make the original archives, and of each one without exits."""
+    sources = [original(trial.habit, trial.folder, store) for trial in trials]
+    requests = [asked(trial.habit, source, trial.folder, store) for trial, source in zip(trials, sources)]
+    for trial, outcome in zip(trials, build_all(requests, build)):
+        if isinstance(outcome, Refused):
+            trial.refused = outcome
+        else:
+            trial.ours[WITHOUT_EXITS] = _served(outcome, trial.habit)
+
+
+def _add_exits(trials: Sequence[Trial], store: Path) -> None:
+    """Make of each archive one with exits, and of that one with early answers."""
+    for trial in trials:
+        habit, recorder = trial.habit, store / trial.ours[WITHOUT_EXITS].file_name
+        config = trial.folder / "exits.yaml"
+        config.write_text(habit.config + EXITS)
+        try:
+            plan = copied_exits(trial.folder / "plan", recorder, habit.followers(habit.model()), habit.thresholds)
+            exits = build_untried(ArchiveRequest(str(recorder), store, plan=plan, config=config))
+        except Exception as error:  # one habit that cannot have exits is told, and the others go on
+            trial.wrong.append(f"{WITH_EXITS}: {type(error).__name__}: {error}")
+            continue
+        served = trial.ours[WITH_EXITS] = _served(exits, habit)
+        early = rewritten(exits, store / f"{habit.name}-early.mar", **{
+            MANIFEST: lambda text, version=served.version: text.replace(f'"{version}"', f'"{version}.early"'),
+            "model-config.yaml": (habit.config + EARLY).encode()})
+        trial.ours[EARLY_ANSWERS] = _served(early, habit)
+
+
+def _served(mar: Path, habit: Habit) -> Served:
+    with zipfile.ZipFile(mar) as archive:
+        return Served(habit.name, json.loads(archive.read(MANIFEST))["model"]["modelVersion"], mar.name)
+
+
+def _ask_originals(trials: Sequence[Trial], server: TorchServe) -> None:
+    with serving(server, [trial.original for trial in trials]) as troubles:
+        for trial in trials:
+            if trial.original in troubles:
+                trial.wrong.append(f"stock TorchServe does not serve it: {troubles[trial.original]}")
+                continue
+            trial.first, trial.again = (alone(server, trial.original, trial.habit.asks) for _ in range(2))
+            trial.in_batches = together(server, trial.original, trial.batchable)
+
+
+def _ask_ours(trials: Sequence[Trial], way: str, server: TorchServe) -> None:
+    with serving(server, [trial.ours[way] for trial in trials]) as troubles:
+        for trial in trials:
+            served = trial.ours[way]
+            told = troubles.get(served) or _noticed(trial, served, server)
+            if not told and way != WITHOUT_EXITS:
+                left, stayed = left_and_stayed(server, served)
+                told = "" if left and stayed else f"{left} rows left and {stayed} stayed, where both are to be tried"
+            trial.wrong += [f"{way}: {told}"] if told else []
+
+
+def _noticed(trial: Trial, served: Served, server: TorchServe) -> str:
+    """Return how a client would notice that a version answers instead of the original; empty where none would."""
+    habit = trial.habit
+    batchable = [number for number, ask in enumerate(habit.asks) if ask in trial.batchable]
+    for asks, found, expected, again in (
+            (habit.asks, alone(server, served, habit.asks), trial.first, trial.again),
+            (trial.batchable, together(server, served, trial.batchable), trial.in_batches,
+             [trial.first[number] for number in batchable])):
+        for ask, *answers in zip(asks, found, expected, again):
+            if told := difference(*answers):
+                return f"{'explanation of ' if ask.explain else ''}{ask.body[:60]!r}: {told}"
+    return ""
