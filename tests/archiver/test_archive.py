@@ -138,6 +138,22 @@ def test_a_torchscript_archive_is_refused_with_what_to_do(digits_mar: Path, tmp_
         build_archive(ArchiveRequest(str(scripted), tmp_path / "store", input_shape=SHAPE))
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8-sig"])
+def test_labels_that_torchserve_cannot_read_are_named(digits_mar: Path, tmp_path: Path, encoding: str) -> None:
+    names = '{"0": "zéro"}'.encode(encoding)
+    source = rewritten(digits_mar, tmp_path / "named.mar", **{"index_to_name.json": names})
+    with pytest.raises(ArchiveError, match=r"digits_handler\.py cannot read index_to_name\.json .*UTF-8") as refusal:
+        build_archive(ArchiveRequest(str(source), tmp_path / "store", input_shape=SHAPE))
+    assert "Traceback" not in str(refusal.value)
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_place_to_name_it(digits_mar: Path, tmp_path: Path) -> None:
+    source = rewritten(digits_mar, tmp_path / "needing.mar", **{
+        "digits_handler.py": lambda text: "import a_package_of_nobody\n" + text})
+    with pytest.raises(ArchiveError, match="needs 'a_package_of_nobody', which is not installed.*requirements file"):
+        build_archive(ArchiveRequest(str(source), tmp_path / "store", input_shape=SHAPE))
+
+
 def test_a_damaged_archive_is_refused(recorder_mar: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.mar"
     content = bytearray(recorder_mar.read_bytes())

@@ -57,7 +57,7 @@ def test_everything_is_found_though_the_weights_are_damaged(entries: dict[str, b
     assert contents.plan == random_exits(backbone)[0]
     assert contents.original_manifest["model"]["handler"] == "digits_handler.py"
     assert contents.configuration == "batchSize: 4\n"
-    assert contents.sample_request == b"\x89PNG"
+    assert [sample.body for sample in contents.samples] == [b"\x89PNG"] and not contents.is_compared
 
 
 def test_what_an_archive_may_lack_is_none(entries: dict[str, bytes], tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_an_archive_may_lack_is_none(entries: dict[str, bytes], tmp_path: P
     least = {MANIFEST: json.dumps({"model": model}).encode(),
              **{name: entries[name] for name in (ORIGINAL, DESCRIPTION)}}
     contents = read_archive(written(tmp_path / "digits.mar", least))
-    assert contents.plan is None and contents.sample_request is None and contents.configuration == ""
+    assert contents.plan is None and contents.samples == () and contents.configuration == ""
 
 
 @pytest.mark.parametrize("missing", [MANIFEST, ORIGINAL, DESCRIPTION])

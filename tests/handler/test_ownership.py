@@ -11,7 +11,14 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.protocol import ANYTIME_HEADER, CONFIDENCE_HEADER, EXIT_HEADER, OPINIONS_HEADER
+from early_exit.handler.protocol import (
+    ANYTIME_HEADER,
+    CONFIDENCE_HEADER,
+    EXIT_HEADER,
+    OPINIONS_HEADER,
+    SECRET_HEADER,
+    SECRET_VARIABLE,
+)
 from early_exit.handler.recording.format import ANONYMOUS, Records, list_shards, read_shard, request_hash
 from early_exit.handler.serving import ownership
 from early_exit.handler.user_handler.description import HandlerDescription
@@ -87,11 +94,13 @@ def test_a_request_of_several_rows_left_with_the_last_of_them_and_is_as_sure_as_
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_who_asks_for_every_exit_hears_of_its_own_rows(kind: type[AtOnce], model: EarlyExitModel) -> None:
+def test_who_asks_for_every_exit_hears_of_its_own_rows(kind: type[AtOnce], model: EarlyExitModel,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "the operator's")
     model.shadow.rate = 0.0
     handler = kind(model)
     calls = calls_of(requests(6))
-    calls[1::2] = calls_of(requests(6), **{ANYTIME_HEADER: "1"})[1::2]
+    calls[1::2] = calls_of(requests(6), **{ANYTIME_HEADER: "1", SECRET_HEADER: "the operator's"})[1::2]
     worker = worker_of(model, handler, description=HandlerDescription(rows_per_request=kind.rows_per_request))
     heard = [reply.headers.get(OPINIONS_HEADER) for reply in replied(worker, calls)]
     assert heard == [reply.headers.get(OPINIONS_HEADER) for reply in alone(model, handler, calls)]

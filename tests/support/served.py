@@ -13,9 +13,9 @@ from early_exit.training.data.preprocessing import archived_config
 
 
 def served_model(mar: Path) -> EarlyExitModel:
-    """Load the model of an early-exit archive, recording nothing."""
+    """Load the model of an early-exit archive, recording nothing and without control batches, which take no exits."""
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
         engine = ServingConfig.from_model_config(archived_config(layout)).engine
-        return load_model(layout, ServingConfig(engine=engine))
+        return load_model(layout, ServingConfig(engine=engine, control_rate=0))

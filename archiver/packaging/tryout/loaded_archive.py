@@ -91,6 +91,11 @@ class LoadedArchive:
 
 def _why(handler: str, error: Exception) -> str:
     """Return what stands in the way of loading a handler, and print where."""
+    if isinstance(error, ModuleNotFoundError) and isinstance(error.__context__, ImportError) and str(
+            error.name).startswith("ts.torch_handler."):
+        error = error.__context__  # where a file does not import, TorchServe looks for a handler of its own
+    if isinstance(error, ModuleNotFoundError) and error.name == Path(handler.partition(":")[0]).stem:
+        return f"there is no handler {handler}: neither is the file in the archive, nor has TorchServe one of that name"
     if isinstance(error, ModuleNotFoundError):
         return (f"{handler} needs {error.name!r}, which is not installed here: install it, and name it in the "
                 "archive's requirements file")
