@@ -177,6 +177,7 @@ COMPUTED = (
          thresholds=(0.9, 0.69)),
     rows("masked_with_a_large_number", model_file="masked_large_net.py", followers=partial(masked_followers, -1e9),
          thresholds=(0.9, 0.69)),
+    rows("named_head", "first_head.py", model_file="two_heads_net.py", options={"output": "colour"}),
     rows("logarithms", model_file="logarithm_net.py", model=partial(rows_net, "logarithm_net.py", SPREAD),
          asks=asks(POSITIVE), thresholds=(0.9, 0.75)),
 )
