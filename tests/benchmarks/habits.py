@@ -5,7 +5,7 @@
 Each habit is an archive of the stock archiver. A stock TorchServe serves it, and what `ee-archive` makes of it: without
 exits, and with exits whose heads are copies of what follows, so that early answers must be equal too, as plain and as
 early answers. Clients ask all of them the same, one request after the other and in batches. Another status, content
-type or body, or no answer, is wrong.
+type or body, or no answer, is wrong. One habit is a compiled library, for which a C++ compiler is needed.
 """
 
 from __future__ import annotations
