@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +25,7 @@ from early_exit.handler.backbone.graph import (
 )
 from early_exit.handler.backbone.regions import inline_regions
 from early_exit.handler.backbone.signature import HALF_PRECISION, InputSpec, OutputSpec
-from early_exit.handler.errors import GraphError
+from early_exit.handler.errors import GraphError, Unsupported
 
 _BY_NUMBER = "use_mm_for_euclid_dist_if_necessary"
 """How `torch.cdist` computes distances by default: of more than `_MANY_POINTS` points by a matrix product."""
@@ -100,8 +101,10 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec],
         raise
     except Exception as error:  # torch.export raises many kinds, and each is about the user's model
         sizes = "; ".join(f"{spec.name}: (batch, {', '.join(map(str, spec.shape))})" for spec in inputs)
+        branches = isinstance(error, GuardOnDataDependentSymNode)
         raise GraphError(f"{type(model).__name__} cannot be exported for input {sizes}: {_line_of(error)}"
-                         f"{type(error).__name__}: {error}") from error
+                         f"{type(error).__name__}: {error}",
+                         Unsupported.CONTROL_FLOW if branches else None) from error
     return program, outputs[-1]
 
 

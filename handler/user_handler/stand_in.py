@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class StandIn(nn.Module):
@@ -25,16 +26,20 @@ class StandIn(nn.Module):
         super().__init__()
         self.answering = model
         # Not registered: its parameters would be listed, moved and converted with ours.
-        object.__setattr__(self, "_original", original)
+        object.__setattr__(self, "_original", original and original.requires_grad_(False))
         self.train(model.training)
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would.
 
-        A hook in the user's model sees an activation only if the model runs, so a model with hooks runs beside.
+        A hook in the user's model sees an activation only if the model runs, so a model with hooks runs beside. Where a
+        hook puts in values that it wants gradients for, as explanations by the activations of a layer do, the answer
+        is that model's: nothing else in it asks for gradients.
         """
         if self._original is not None and any(_has_hooks(part) for part in self._original.modules()):
-            self._original(*given, **named)
+            output = self._original(*given, **named)
+            if _has_gradients(output):
+                return output
         return self.answering(*given, **named)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,3 +61,10 @@ class StandIn(nn.Module):
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _has_gradients(output: object) -> bool:
+    if isinstance(output, Tensor):
+        return output.requires_grad
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return any(_has_gradients(value) for value in values)

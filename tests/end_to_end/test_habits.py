@@ -13,7 +13,7 @@ from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
-SAME = ("softmax_wrapper", "global_model", "net_attribute", "reversed_batch", "augmented_rows", "own_statuses")
+SAME = ("softmax_wrapper", "global_model", "reversed_batch", "augmented_rows", "own_statuses")
 """The others are tried by `python -m tests.benchmarks.habits`."""
 REFUSED = {"ensemble": Unsupported.SEVERAL_SCORES}
 

@@ -61,8 +61,12 @@ def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
         raise _torchscript()
     largest = max(sizes.values(), default=0)
     if not largest:
+        for module in sizes:
+            _require_unpacked(module)
         raise _no_module(roots)
-    models = [module for module, size in sizes.items() if size >= _SMALL * largest]
+    # A part of a model that is called by itself too, for an embedding say, is no other model.
+    parts = {part for module in sizes for part in module.modules() if part is not module}
+    models = [module for module, size in sizes.items() if size >= _SMALL * largest and module not in parts]
     if len(models) > 1:
         names = ", ".join(type(module).__name__ for module in models)
         raise ArchiveError(f"the handler calls {len(models)} models for a request, {names}, and an exit can stand for "
@@ -214,12 +218,21 @@ def _with_places(module: nn.Module, roots: Roots) -> CalledModel:
         raise ArchiveError(f"the handler calls a {type(module).__name__} that neither its attributes nor its module's "
                            "names reach, so it cannot be replaced: keep it in self.model", Unsupported.NO_MODULE)
     model = CalledModel(module, places)
-    for name, part in model.exported.named_modules():
+    _require_unpacked(model.exported)
+    return model
+
+
+def _require_unpacked(module: nn.Module) -> None:
+    """Check that no part of a module keeps its weights where torch.export does not see them.
+
+    Raises:
+        GraphError: one does.
+    """
+    for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule) or "quantized" in type(part).__module__:
             raise GraphError(f"{name or 'the model'} is packed by TorchScript, as quantize_dynamic does, and "
                              "torch.export needs the eager model: let ee-archive quantize it, with --engine "
                              "openvino-int8", Unsupported.TORCHSCRIPT)
-    return model
 
 
 def _torchscript() -> ArchiveError:

@@ -83,7 +83,11 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
     if samples:
         alone = [_calls_of(model, original, [sample]) for sample in samples[:2]]
         require_fixed(model, [call for calls in alone for call in calls])
+        require_same(before, state_of(model))  # after the second sample: the last batch may end as this began
+    modes = {part: part.training for part in model.exported.modules()}
     backbone, fits = exported(job, model, [call for calls in alone for call in calls])
+    for part, is_training in modes.items():
+        part.training = is_training  # what goes on answering is the handler's model, which an export puts into eval()
     if not fits:
         samples = []
     backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])

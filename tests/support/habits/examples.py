@@ -77,8 +77,9 @@ def bert() -> nn.Module:
         part.weight.zero_()  # what is left is a normalisation of what is normalised
         part.bias.zero_()
     model.bert.embeddings.word_embeddings.weight *= 50
+    model.bert.encoder.layer[0].attention.output.dense.weight *= 100  # the first token hears of the others
     model.bert.pooler.dense.weight.normal_(std=SMALL / 6)
-    model.classifier.weight.normal_(std=2 / SMALL)
+    model.classifier.weight.normal_(std=0.5 / SMALL)
     return model
 
 

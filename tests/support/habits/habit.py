@@ -93,7 +93,8 @@ def instance(model_file: str, seed: int = 0) -> nn.Module:
 def made(model_file: str, example: Tensor) -> nn.Module:
     """Return an instance of the class in a model file whose scores for an example differ clearly."""
     model = instance(model_file)
-    *_, classifier = layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    classifier = getattr(model, "last", layers[-1])
     for layer in layers:
         layer.bias *= 0.1  # so that small inputs give unsure answers
     scores = model(example)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -72,14 +74,15 @@ def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveReque
 
 
 def build_all(requests: Sequence[ArchiveRequest], build: Callable[[ArchiveRequest], Path]) -> list[Path | Refused]:
-    """Build archives, two at a time: what runs a user's code is a process of its own anyway."""
-    def built(request: ArchiveRequest) -> Path | Refused:
-        try:
-            return build(request)
-        except EarlyExitError as error:
-            return Refused(error.unsupported, str(error))
-        except Exception:  # a user would see a traceback, and so does who reads the outcome
-            return Refused(None, traceback.format_exc()[-3000:])
+    """Build archives, two at a time, in processes of their own: torch reads one exported program at a time in each."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(partial(_built, build), requests))
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(built, requests))
+
+def _built(build: Callable[[ArchiveRequest], Path], request: ArchiveRequest) -> Path | Refused:
+    try:
+        return build(request)
+    except EarlyExitError as error:
+        return Refused(error.unsupported, str(error))
+    except Exception:  # a user would see a traceback, and so does who reads the outcome
+        return Refused(None, traceback.format_exc()[-3000:])

@@ -117,8 +117,8 @@ LOADED = (
     rows("tar_gz", archive_format="tgz"),
     rows("folder", archive_format="no-archive"),
     rows("marked_configuration", config="\ufeff# Prüfung\n" + CONFIG),
-    rows("dated_version", version="2024-05-01"),
-    rows("infinite_version", version="inf"),
+    rows("dated_version", version="2024-05-01", options={"version": "2024-05-02"}),
+    rows("infinite_version", version="inf", options={"version": "inf-2"}),
     rows("lazy", "lazy.py"),
 )
 WRAPPED = (
@@ -170,13 +170,14 @@ ANSWERED = (
 )
 COMPUTED = (
     rows("autocast", model_file="autocast_net.py"),
-    rows("standardised_weights", model_file="standardised_net.py"),
+    rows("standardised_weights", model_file="standardised_net.py", followers=lambda model: [[model.last]]),
     rows("distances", model_file="centres_net.py", thresholds=(0.999, 0.97)),
     rows("squeezed", "squeezed.py", model_file="squeezed_net.py"),
     rows("masked_with_infinity", model_file="masked_inf_net.py", followers=partial(masked_followers, float("-inf")),
          thresholds=(0.9, 0.69)),
     rows("masked_with_a_large_number", model_file="masked_large_net.py", followers=partial(masked_followers, -1e9),
          thresholds=(0.9, 0.69)),
+    rows("named_head", "first_head.py", model_file="two_heads_net.py", options={"output": "colour"}),
     rows("logarithms", model_file="logarithm_net.py", model=partial(rows_net, "logarithm_net.py", SPREAD),
          asks=asks(POSITIVE), thresholds=(0.9, 0.75)),
 )

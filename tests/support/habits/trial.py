@@ -116,7 +116,8 @@ def _add_exits(trials: Sequence[Trial], store: Path) -> None:
         config.write_text(habit.config + EXITS)
         try:
             plan = copied_exits(trial.folder / "plan", recorder, habit.followers(habit.model()), habit.thresholds)
-            exits = build_untried(ArchiveRequest(str(recorder), store, plan=plan, config=config))
+            exits = build_untried(ArchiveRequest(str(recorder), store, plan=plan, config=config,
+                                                 version=f"{trial.ours[WITHOUT_EXITS].version}.exits"))
         except Exception as error:  # one habit that cannot have exits is told, and the others go on
             trial.wrong.append(f"{WITH_EXITS}: {type(error).__name__}: {error}")
             continue
