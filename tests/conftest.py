@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.tryout.child import launcher
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
@@ -48,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     side then ends together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path not in slow))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_launcher() -> Generator[None]:
+    """Let all archives that the tests make be tried out from one process."""
+    with launcher():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from early_exit.archiver.packaging.publish import publish, zip_folder
 from early_exit.archiver.packaging.quantize import quantize, recorded_inputs
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
+from early_exit.archiver.packaging.tryout.child import launcher
 from early_exit.archiver.packaging.tryout.trials import check
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone
@@ -42,7 +43,8 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         EarlyExitError: the source, the plan or the configuration cannot be used, the archive does not answer as its
             source does, or another archive has the name; nothing is published.
     """
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=3, desc="export", unit="step", disable=None) as progress:
+    with tempfile.TemporaryDirectory() as scratch, launcher(), \
+            tqdm(total=3, desc="export", unit="step", disable=None) as progress:
         layout, aside = ArchiveLayout(Path(scratch) / "archive"), Path(scratch) / "aside"
         layout.root.mkdir()
         aside.mkdir()

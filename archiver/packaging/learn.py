@@ -53,11 +53,11 @@ def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[st
     samples = samples_of(layout)
     if request.requests:
         samples = tuple(samples_of_files(request.requests, request.content_type))
+    if samples:
         layout.samples.write_text(samples_text(samples))
-        layout.answers.unlink(missing_ok=True)
+    if request.requests and layout.handler_description.exists():
         answer_in_full(Path(request.source), samples, layout.answers)
     elif samples and not layout.answers.exists():
-        layout.samples.write_text(samples_text(samples))
         log("the archive was made by an older version, which kept no answers, so there is nothing to compare with")
 
 

@@ -95,3 +95,15 @@ def test_what_the_original_does_not_repeat_is_not_compared_and_all_else_is() -> 
     assert contradictions(before, [answer({"time": 3, "id": "x", "scores": [0.1, 0.9]})]) == []
     [told] = contradictions(before, [answer({"time": 3, "id": "x", "scores": [0.9, 0.1]})])
     assert '"scores": [0.1, 0.9]' in told and '"scores": [0.9, 0.1]' in told, "a refusal shows both answers"
+
+
+def test_a_clock_is_found_though_it_hardly_moves_and_hides_no_score_beside_it() -> None:
+    first, second = ({"cat": 0.9, "dog": 0.1, "time": 1.7e9 + passed} for passed in (0.0, 0.01))
+    before = AnsweredBatch(Batch((0,)), (answer(first),), unstable([answer(first)], [answer(second)]))
+    assert before.unstable == (("$.time",),)
+    assert contradictions(before, [answer({"cat": 0.9, "dog": 0.1, "time": 2e9})]) == []
+    assert contradictions(before, [answer({"cat": 0.8, "dog": 0.2, "time": 2e9})]) != []
+
+
+def test_rounding_that_varies_in_a_list_of_numbers_is_compared_all_the_same() -> None:
+    assert unstable([answer([0.1, 0.9])], [answer([0.1000001, 0.9])]) == ((),)

@@ -14,6 +14,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import RollReport, roll
 from early_exit.handler.errors import ServerError
+from early_exit.handler.sample_request import Part, SampleRequest
 from tests.support.rewritten import renumbered, rewritten
 from tests.support.server_in_memory import ServerInMemory
 from tests.support.untried import build_untried
@@ -133,3 +134,17 @@ def test_an_archive_that_has_no_answer_of_its_own_is_rolled_and_what_is_not_know
     server, said = serving("a", store, has_secret=False), list[str]()
     roll(server, store / "digits-3.0.mar", **LIMITS, log=said.append)
     assert ("predict", "3.0", "") in server.calls and "is not known" in "".join(said)
+
+
+def test_a_backbone_of_which_no_request_is_known_serves_only_if_it_serves_already_or_is_told_to(
+        store: Path, tmp_path: Path) -> None:
+    for version in ("2.0", "3.0"):
+        rewritten(store / f"digits-{version}.mar", tmp_path / f"digits-{version}.mar", drop="early_exit/samples.json")
+    empty = ServerInMemory("a", tmp_path)
+    with pytest.raises(ServerError, match=r"digits-3\.0\.mar has no sample request.*--request.*--untried"):
+        rolled(empty, tmp_path / "digits-3.0.mar")
+    assert empty.calls == []
+    request = SampleRequest((Part(b"{}", "application/json"),))
+    assert roll(ServerInMemory("b", tmp_path), tmp_path / "digits-3.0.mar", request=request, **LIMITS).version == "3.0"
+    assert roll(empty, tmp_path / "digits-3.0.mar", untried=True, **LIMITS).version == "3.0"
+    assert rolled(serving("c", tmp_path), tmp_path / "digits-3.0.mar").version == "3.0", "only its heads are new"

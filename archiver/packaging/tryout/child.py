@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,69 @@ LIMIT_S = 600.0
 """How long a model may take to be loaded, exported and tried out."""
 _SHOWN = 2000
 """Characters of what a program printed that a message ends with."""
+_LAUNCHER = Path(__file__).with_name("launcher.py")
+_running: list[Launcher] = []
+"""The launcher of this process, while there is one."""
+
+
+class Launcher:
+    """The process from which try-outs are forked, started for the first of them.
+
+    It has a minimal environment and finds installed packages only.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        """End it, with what it has forked."""
+        if self._process is not None:
+            self._process.communicate()
+
+    def run(self, program: Path, argument: Path, scratch: Path, limit_s: float) -> int | None:
+        """Run a program and return its status, None after the limit.
+
+        Args:
+            program: a file.
+            argument: of the program.
+            scratch: a folder, into whose files `output` and `errors` the program prints.
+            limit_s: how long it may take.
+
+        Raises:
+            ArchiveError: the launcher does not start.
+        """
+        if self._process is None:
+            self._process = subprocess.Popen([sys.executable, "-I", str(_LAUNCHER)], env=minimal_environment(),
+                                             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        request = {"program": str(program), "arguments": [str(argument)], "environment": minimal_environment(),
+                   "output": str(scratch / "output"), "errors": str(scratch / "errors")}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            process = json.loads(self._process.stdout.readline())["process"]
+        except (OSError, ValueError) as error:
+            raise ArchiveError("torch and TorchServe cannot be imported in a process of their own, whose errors are "
+                               "above") from error
+        in_time = bool(select.select([self._process.stdout], [], [], limit_s)[0])
+        if not in_time:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        status: int = json.loads(self._process.stdout.readline())["status"]
+        return status if in_time else None
+
+
+@contextlib.contextmanager
+def launcher() -> Iterator[Launcher]:
+    """Keep one launcher until the block ends; a block inside another has that one's."""
+    if _running:
+        yield _running[0]
+        return
+    _running.append(Launcher())
+    try:
+        yield _running[0]
+    finally:
+        _running.pop().close()
 
 
 def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float = LIMIT_S) -> Any:
@@ -36,23 +102,21 @@ def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float =
         EarlyExitError: as the work raised it.
         ArchiveError: it crashed or took too long; the message ends with what the program printed.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, told = Path(scratch) / "job.json", Path(scratch) / "result.json"
+    with tempfile.TemporaryDirectory() as folder, launcher() as started:
+        scratch = Path(folder)
+        asked, told = scratch / "job.json", scratch / "result.json"
         asked.write_text(json.dumps({**job, "result": str(told)}))
-        try:
-            run = subprocess.run([sys.executable, "-I", str(program), str(asked)], env=minimal_environment(),
-                                 capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise ArchiveError(f"{what} did not load and answer within {limit_s:.0f} s"
-                               f"{_printed(error.stdout, error.stderr)}") from None
+        status = started.run(program, asked, scratch, limit_s)
+        printed = _printed(scratch)
+        if status is None:
+            raise ArchiveError(f"{what} did not load and answer within {limit_s:.0f} s{printed}")
         if not told.exists():
-            raise ArchiveError(f"{what} does not run: its process ended with status {run.returncode}"
-                               f"{_failed(run.stdout, run.stderr)}")
+            raise ArchiveError(f"{what} does not run: its process ended with status {status}{printed}")
         result = json.loads(told.read_text())
     if "error" in result:
         kind = getattr(errors, result["kind"], ArchiveError)
         unsupported = result["unsupported"] and Unsupported(result["unsupported"])
-        raise kind(result["error"] + (_failed(run.stdout, run.stderr) if result["shows_output"] else ""), unsupported)
+        raise kind(result["error"] + (printed if result["shows_output"] else ""), unsupported)
     return result["value"]
 
 
@@ -80,11 +144,8 @@ class LoadingError(ArchiveError):
     """The user's code failed; what it printed says more."""
 
 
-def _failed(*streams: str | bytes | None) -> str:
-    return f" (where its code misses a variable of yours, name that in {MORE_VARIABLES}){_printed(*streams)}"
-
-
-def _printed(*streams: str | bytes | None) -> str:
-    text = "\n".join(stream.decode(errors="replace") if isinstance(stream, bytes) else stream
-                     for stream in streams if stream).strip()
-    return f":\n{text[-_SHOWN:]}" if text else ""
+def _printed(folder: Path) -> str:
+    files = [folder / "output", folder / "errors"]
+    text = "\n".join(file.read_text(errors="replace") for file in files if file.exists()).strip()
+    return (f" (where its code misses a variable of yours, name that in {MORE_VARIABLES})"
+            + (f":\n{text[-_SHOWN:]}" if text else ""))

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,24 @@ _LARGEST = 1e9
 """Bytes that make larger float32 numbers are not taken for numbers."""
 
 
-def differences(expected: Answer, found: Answer) -> Iterator[tuple[str, str]]:
-    """Yield where two answers differ, as a path such as $.scores[2], and how."""
-    if expected.status != found.status:
-        yield "status", f"{expected.status} has become {found.status}"
-    if expected.content_type != found.content_type:
-        yield "content type", f"{expected.content_type!r} has become {found.content_type!r}"
-    if expected.body != found.body:
-        yield from _between(_value(expected.body), _value(found.body), "$", None)
+def differences(expected: Answer, found: Answer, ignored: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield where two answers differ, as a path such as $.scores[2], and how.
+
+    Args:
+        expected: what was answered before.
+        found: what is answered now.
+        ignored: paths of what is not compared.
+    """
+    yield from _Comparison(frozenset(ignored)).of_answers(expected, found)
 
 
 def unstable(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[tuple[str, ...], ...]:
-    """Return for each answer where it differs from the second to the same request."""
-    return tuple(tuple(dict.fromkeys(path for path, _ in differences(*pair))) for pair in zip(first, second))
+    """Return for each answer where it differs from the second to the same request.
+
+    Single numbers are compared exactly: a clock moves by less than the rounding of so large a number.
+    """
+    comparison = _Comparison(frozenset(), is_exact=True)
+    return tuple(tuple(dict.fromkeys(path for path, _ in comparison.of_answers(*pair))) for pair in zip(first, second))
 
 
 def contradictions(expected: AnsweredBatch, found: Sequence[Answer]) -> list[str]:
@@ -41,8 +47,7 @@ def contradictions(expected: AnsweredBatch, found: Sequence[Answer]) -> list[str
     told = []
     ignored = expected.unstable or ((),) * len(expected.answers)
     for number, before, now, paths in zip(expected.batch.samples, expected.answers, found, ignored):
-        where = [f"{path}: {how}" for path, how in differences(before, now)
-                 if not any(path == known or path.startswith((f"{known}.", f"{known}[")) for known in paths)]
+        where = [f"{path}: {how}" for path, how in differences(before, now, paths)]
         if where:
             told.append(f"sample {number + 1} of {expected.batch}: {'; '.join(where[:3])}\n"
                         f"  before: {before}\n  now:    {now}")
@@ -72,71 +77,88 @@ def _floats(body: bytes) -> Any:
     return body
 
 
-def _between(expected: Any, found: Any, path: str, scale: float | None) -> Iterator[tuple[str, str]]:
-    """Yield where two values differ.
+@dataclass(frozen=True)
+class _Comparison:
+    """How answers are compared."""
 
-    Args:
-        expected: what was answered before.
-        found: what is answered now.
-        path: of the values.
-        scale: the largest number of the list that holds them; None where nothing holds them.
-    """
-    if _is_number(expected) and _is_number(found):
-        if not _near(expected, found, abs(expected) if scale is None else scale):
-            yield path, f"{expected} has become {found}"
-    elif type(expected) is not type(found):
-        yield path, f"{_short(expected)} has become {_short(found)}"
-    elif isinstance(expected, dict):
-        yield from _between_objects(expected, found, path)
-    elif isinstance(expected, list):
-        yield from _between_lists(expected, found, path)
-    elif isinstance(expected, str):
-        yield from _between_texts(expected, found, path)
-    elif expected != found:
-        yield path, f"{_short(expected)} has become {_short(found)}"
+    ignored: frozenset[str]
+    """Paths of what is not compared, nor taken for the largest number of its object."""
+    is_exact: bool = False
+    """Whether numbers outside of lists must be the same to the last digit."""
 
+    def of_answers(self, expected: Answer, found: Answer) -> Iterator[tuple[str, str]]:
+        if expected.status != found.status:
+            yield "status", f"{expected.status} has become {found.status}"
+        if expected.content_type != found.content_type:
+            yield "content type", f"{expected.content_type!r} has become {found.content_type!r}"
+        if expected.body != found.body:
+            yield from self.between(_value(expected.body), _value(found.body), "$", None)
 
-def _between_objects(expected: dict[str, Any], found: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
-    if expected.keys() != found.keys():
-        yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}"
-        return
-    scale = _scale(expected.values())
-    for key, value in expected.items():
-        yield from _between(value, found[key], f"{path}.{key}", scale)
-    for before, now in zip(expected, found):
-        if before != now and not _tied(expected[before], expected[now], scale):
-            yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}, in another order"
+    def between(self, expected: Any, found: Any, path: str, scale: float | None) -> Iterator[tuple[str, str]]:
+        """Yield where two values differ.
+
+        Args:
+            expected: what was answered before.
+            found: what is answered now.
+            path: of the values.
+            scale: the largest number of the list or object that holds them; None where nothing holds them.
+        """
+        if path in self.ignored:
             return
+        if _is_number(expected) and _is_number(found):
+            alone = 0.0 if self.is_exact else abs(expected)
+            if not _near(expected, found, alone if scale is None else scale):
+                yield path, f"{expected} has become {found}"
+        elif type(expected) is not type(found):
+            yield path, f"{_short(expected)} has become {_short(found)}"
+        elif isinstance(expected, dict):
+            yield from self._between_objects(expected, found, path)
+        elif isinstance(expected, list):
+            yield from self._between_lists(expected, found, path)
+        elif isinstance(expected, str):
+            yield from self._between_texts(expected, found, path)
+        elif expected != found:
+            yield path, f"{_short(expected)} has become {_short(found)}"
 
+    def _between_objects(self, expected: dict[str, Any], found: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+        if expected.keys() != found.keys():
+            yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}"
+            return
+        scale = _scale(value for key, value in expected.items() if f"{path}.{key}" not in self.ignored)
+        scale = 0.0 if self.is_exact else scale
+        for key, value in expected.items():
+            yield from self.between(value, found[key], f"{path}.{key}", scale)
+        for before, now in zip(expected, found):
+            if before != now and not _tied(expected[before], expected[now], scale):
+                yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}, in another order"
+                return
 
-def _between_lists(expected: list[Any], found: list[Any], path: str) -> Iterator[tuple[str, str]]:
-    if len(expected) != len(found):
-        yield path, f"{len(expected)} values have become {len(found)}"
-        return
-    scale = _scale(expected)
-    left = {}
-    for index, (before, now) in enumerate(zip(expected, found)):
-        if told := list(_between(before, now, f"{path}[{index}]", scale)):
-            left[index] = told
-    # Items whose numbers are equal may have changed places.
-    free = set(left)
-    for index, told in left.items():
-        partner = next((other for other in free if not any(_between(expected[index], found[other], "", scale))
-                        and _tied(expected[index], expected[other], scale)), None)
-        if partner is None:
-            yield from told
-        else:
-            free.discard(partner)
+    def _between_lists(self, expected: list[Any], found: list[Any], path: str) -> Iterator[tuple[str, str]]:
+        if len(expected) != len(found):
+            yield path, f"{len(expected)} values have become {len(found)}"
+            return
+        scale = _scale(expected)
+        left = {}
+        for index, (before, now) in enumerate(zip(expected, found)):
+            if told := list(self.between(before, now, f"{path}[{index}]", scale)):
+                left[index] = told
+        # Items whose numbers are equal may have changed places.
+        free = set(left)
+        for index, told in left.items():
+            partner = next((other for other in free if not any(self.between(expected[index], found[other], "", scale))
+                            and _tied(expected[index], expected[other], scale)), None)
+            if partner is None:
+                yield from told
+            else:
+                free.discard(partner)
 
-
-def _between_texts(expected: str, found: str, path: str) -> Iterator[tuple[str, str]]:
-    if expected == found:
-        return
-    if _NUMBER.split(expected) != _NUMBER.split(found):
-        yield path, f"{_short(expected)} has become {_short(found)}"
-        return
-    before, now = ([float(number) for number in _NUMBER.findall(text)] for text in (expected, found))
-    if not all(_near(one, other, _scale(before)) for one, other in zip(before, now)):
+    def _between_texts(self, expected: str, found: str, path: str) -> Iterator[tuple[str, str]]:
+        if expected == found:
+            return
+        if not self.is_exact and _NUMBER.split(expected) == _NUMBER.split(found):
+            before, now = ([float(number) for number in _NUMBER.findall(text)] for text in (expected, found))
+            if all(_near(one, other, _scale(before)) for one, other in zip(before, now)):
+                return
         yield path, f"{_short(expected)} has become {_short(found)}"
 
 

@@ -39,8 +39,9 @@ class LoadedArchive:
             LoadingError: its code fails.
         """
         os.chdir(folder)
-        sys.path.insert(0, str(folder))
-        logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        logging.getLogger("ts.torch_handler").setLevel(logging.ERROR)  # warns of each backend that is not installed
         manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
         self._metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
         self._metrics.initialize_cache()

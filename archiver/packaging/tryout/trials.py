@@ -12,6 +12,7 @@ from typing import Any
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.unpacking import unpack
 from early_exit.archiver.packaging.tryout.child import run_child
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import SampleRequest, samples_text
 
@@ -85,4 +86,5 @@ def _run(mar: Path, job: dict[str, Any], what: str) -> Any:
         folder = Path(scratch) / "model"
         folder.mkdir()
         unpack(mar, folder)
+        read_manifest(ArchiveLayout(folder).manifest)  # whose names are followed there
         return run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)

@@ -1,0 +1,158 @@
+"""A new archive in this process, loaded as TorchServe does: whether it answers its samples as it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, batches_of, load_answers, save_answers
+from early_exit.archiver.packaging.tryout.child import LoadingError
+from early_exit.archiver.packaging.tryout.comparison import contradictions
+from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.protocol import EXIT_HEADER, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
+from early_exit.handler.sample_request import Part, SampleRequest, parse_samples
+from early_exit.handler.user_handler.description import Root
+
+_IN_FULL = {"exits": False, "engine": "eager", "answers": "plain", "sampling_rate": 0, "control_rate": 0}
+"""The settings with which an archive answers exactly as its original."""
+_AS_SERVED = {"sampling_rate": 0, "control_rate": 0}
+_CONFIGURATION, _USERS = "tried-out.yaml", "tried-out-users.yaml"
+
+
+def check(job: dict[str, Any]) -> dict[str, Any]:
+    """Compare what an archive answers in full to what is known, then try it out as it will serve.
+
+    Args:
+        job: "folder", of an extracted archive; "samples", a text of others than its own; "expected", a file of answers
+            to them; "out", where the archive's answers are written. All but the first may be None.
+
+    Returns:
+        How it answers its first sample, by the exit that answers.
+
+    Raises:
+        LoadingError: it does not load, does not answer, or answers otherwise.
+    """
+    folder = Path(job["folder"])
+    if job["samples"]:
+        ArchiveLayout(folder).samples.write_text(job["samples"])
+    if job["expected"] or job["out"]:
+        _in_a_fork(lambda: _answer_in_full(folder, job))
+    _configure(folder, _AS_SERVED)
+    secret = os.environ[SECRET_VARIABLE] = secrets.token_hex(24)  # of this run, before the worker loads
+    archive = LoadedArchive(folder)
+    [probe] = archive.answer([SampleRequest((Part(b""),))], {PROBE_HEADER: "1", SECRET_HEADER: secret})
+    if probe.status != 200:
+        raise LoadingError(f"the probe was answered with {probe}")
+    return _answers_by_exit(archive, _samples(folder)[:1])
+
+
+def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:
+    """Return how a sample is answered at every fallback level, the last of which answers in full."""
+    if not samples:
+        return {}
+    [first], [second] = archive.answer(samples), archive.answer(samples)
+    if first.status != 200:
+        raise LoadingError(f"a request was answered with {first}")
+    if first != second or _as_read(first.body) is None:
+        return {}  # what differs from call to call is nothing to compare a server's answer with
+    service: Any = archive.roots[Root.HANDLER]
+    model = service.worker.model
+    answers: dict[str, Any] = {}
+    for level in range(model.assembly.last_level + 1):
+        model.fall_back(level)
+        [answer] = archive.answer(samples)
+        answers.setdefault(answer.headers.get(EXIT_HEADER, ""), _as_read(answer.body))
+    return answers
+
+
+def _as_read(body: bytes) -> Any:
+    """Return what a body says: parsed JSON, else text; None for bytes."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
+    _configure(folder, _IN_FULL)
+    archive, samples = LoadedArchive(folder), _samples(folder)
+    reached: list[object] = []
+    service: Any = archive.roots[Root.HANDLER]
+    service.worker.model.register_forward_hook(lambda *_: reached.append(_))
+    expected = load_answers(Path(job["expected"])) if job["expected"] else None
+    batches = [one.batch for one in expected] if expected is not None else batches_of(len(samples))
+    found, told = [], []
+    for number, batch in enumerate(batches):
+        answers = archive.answer([samples[sample] for sample in batch.samples], EXPLAIN if batch.explain else {})
+        found.append(AnsweredBatch(batch, tuple(answers)))
+        told += contradictions(expected[number], answers) if expected is not None else []
+    if told:
+        raise LoadingError("without exits the new archive answers otherwise than the original:\n" + "\n".join(told[:3]))
+    if batches and not reached:
+        raise LoadingError("the new archive answers without calling the exported model: the handler calls another one")
+    if expected is None:
+        save_answers(Path(job["out"]), found)
+
+
+def _samples(folder: Path) -> Sequence[SampleRequest]:
+    file = ArchiveLayout(folder).samples
+    return parse_samples(file.read_text(), str(file)) if file.exists() else ()
+
+
+def _configure(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Let an archive be served with other settings than its own."""
+    layout = ArchiveLayout(folder)
+    manifest = json.loads(layout.manifest.read_text())
+    kept = folder / _USERS
+    if not kept.exists():
+        name = manifest["model"].get("configFile")
+        kept.write_text((folder / name).read_text() if name else "")
+    user = yaml.safe_load(kept.read_text()) or {}
+    user["early_exit"] = {**(user.get("early_exit") or {}), **settings}
+    (folder / _CONFIGURATION).write_text(yaml.safe_dump(user))
+    manifest["model"]["configFile"] = _CONFIGURATION
+    layout.manifest.write_text(json.dumps(manifest))
+
+
+def _in_a_fork(work: Callable[[], None]) -> None:
+    """Do something in a copy of this process, which has imported everything and run nothing.
+
+    Raises:
+        LoadingError: as the work raised it, or the copy crashed.
+    """
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        told = "its process crashed"
+        try:
+            work()
+            told = ""
+        except EarlyExitError as error:
+            told = str(error)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.write(writing, told.encode())
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read().decode()
+    _, status = os.waitpid(process, 0)
+    if told or status:
+        raise LoadingError(told or f"it crashed with status {status}")

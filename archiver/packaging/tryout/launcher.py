@@ -1,0 +1,71 @@
+"""Forks a process for each try-out, so that what all of them import is imported once.
+
+Usage: launcher.py, with a JSON object on a line of standard input for each process: program, arguments, environment,
+output and errors (files). It answers with a line when the process has begun, and one with its status when it has ended,
+and ends with whoever started it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+from typing import Any
+
+_IMPORTED = ("torch", "torch.export", "torch._dynamo", "torchvision", "ts.model_loader", "ts.service")
+"""Packages of others only: an archive's own code is to be found where the archive is."""
+_TICK_S = 0.02
+
+
+def main() -> None:
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        process = os.fork()
+        if not process:
+            _run(request)
+        print(json.dumps({"process": process}), flush=True)
+        print(json.dumps({"status": _status_of(process)}), flush=True)
+
+
+def _status_of(process: int) -> int:
+    """Wait for a process and return its exit status; where nobody waits for that any more, end it and this one."""
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if select.select([sys.stdin], [], [], _TICK_S)[0]:  # nothing is asked for meanwhile, so it was closed
+            os.killpg(process, signal.SIGKILL)
+            sys.exit()
+
+
+def _run(request: dict[str, Any]) -> None:
+    """Be the program, and end."""
+    os.setsid()  # what it starts ends with it
+    for number, (name, mode) in enumerate(((os.devnull, os.O_RDONLY), (request["output"], os.O_WRONLY | os.O_CREAT),
+                                           (request["errors"], os.O_WRONLY | os.O_CREAT))):
+        os.dup2(os.open(name, mode, 0o600), number)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv = [request["program"], *request["arguments"]]
+    status = 1
+    try:
+        runpy.run_path(request["program"], run_name="__main__")
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
