@@ -153,6 +153,10 @@ def test_when_a_worker_alarms_the_others_step_back_by_themselves(server: TorchSe
     assert any(float(line.rsplit(" ", 1)[1]) >= 1 for line in steps), steps
 
 
+ONLY_IN_TROUBLE = {"ee_rows_unknown"}
+"""A worker that has no trouble must not say so in the place of another that has; `test_inputs` has a server with it."""
+
+
 def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_no_token(server: TorchServe) -> None:
     asked = set(dashboard_labels())
     told = {name for document in DOCUMENTS for name in re.findall(r"\bee_\w+", document.read_text())}
@@ -160,7 +164,7 @@ def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_
     text = requests.get(f"{server.addresses.metrics}/metrics", timeout=10).text
     found = {line.partition("{")[0].partition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
     found |= {name.removesuffix("_bucket") for name in found}  # a histogram's own name
-    assert asked | told <= found, sorted((asked | told) - found)
+    assert asked | told <= found | ONLY_IN_TROUBLE, sorted((asked | told) - found)
     labels: dict[str, set[str]] = defaultdict(set)
     for name, inside in re.findall(r"^(\w+){(.*)}", text, flags=re.MULTILINE):
         labels[name] |= set(re.findall(r'(\w+)="', inside))
