@@ -21,8 +21,8 @@ from early_exit.archiver.gateway.upstream import PREDICTION_S
 _PING_S = 20.0
 _GRACE_S = 10
 HEADERS_S, BODY_S = 10.0, 60.0
-"""How long the headers of a request may take to arrive, counted from the connection or their first byte, and then its
-body."""
+"""How long the headers of a request may take to arrive, counted from the connection or their first byte, then its body,
+and then a client to read what waits for it."""
 _BESIDE = 64
 """Connections without a WebSocket that may be open: of the page, of `/ask`, and those that have sent nothing yet."""
 _FRAME_BYTES = 64
@@ -44,16 +44,19 @@ class GatewayServer(uvicorn.Server):
 
 
 class _Requests(H11Protocol):
-    """HTTP for so many connections, each with a limit on how long a request may take to arrive."""
+    """HTTP for so many connections, each with a limit on how long a request may take to arrive and its answer to be
+    read."""
 
     def __init__(self, *arguments: Any, most: int, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._most = most
         self._limited: object = None
         self._limit: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing is paused while anything waits to be read, closed or not
         if len(self.connections) > self._most:
             transport.abort()
         else:
@@ -66,6 +69,23 @@ class _Requests(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._end_limit()
+        self._end_unread()
+
+    def pause_writing(self) -> None:
+        """Give the client so long to read what waits for it."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(BODY_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on, as the client has read everything."""
+        super().resume_writing()
+        self._end_unread()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over, with the buffer and the limits of a WebSocket."""
+        self._end_unread()
+        self.transport.set_write_buffer_limits()
+        super().handle_websocket_upgrade(event)
 
     def _limit_what_arrives(self) -> None:
         state = self.conn.their_state
@@ -80,6 +100,10 @@ class _Requests(H11Protocol):
     def _end_limit(self) -> None:
         if self._limit is not None:
             self._limit.cancel()
+
+    def _end_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
 
 class _Messages(WebSocketsSansIOProtocol):

@@ -141,6 +141,20 @@ def test_who_sends_nothing_or_too_slowly_is_cut_off(sent: bytes, monkeypatch: py
         assert status(address, "state", ALLOWED) == 200
 
 
+def test_who_asks_and_reads_no_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi_server, "BODY_S", 0.5)
+    many = b"GET /page/live.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5_000  # more than the system buffers
+    with gateway(SMALL) as (address, _):
+        with sockets.socket() as deaf:
+            deaf.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+            deaf.settimeout(30)
+            deaf.connect(("127.0.0.1", int(address.split(":")[1])))
+            with pytest.raises(ConnectionError):
+                for _ in range(1_000):
+                    deaf.sendall(many)
+        assert status(address, "state", ALLOWED) == 200
+
+
 def test_no_more_connections_are_open_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asgi_server, "_BESIDE", 2)
     with gateway(Limits(connections=1)) as (address, _), contextlib.ExitStack() as open_ones:
