@@ -43,7 +43,36 @@ class GatewayServer(uvicorn.Server):
             self._when_started()
 
 
-class _Requests(H11Protocol):
+class _ReadInTime(asyncio.Protocol):
+    """A connection that ends where its client does not read what waits for it, be it closed already or not."""
+
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+    _unread: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """Give the client so long to read what waits for it."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._read_within_s(), self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on, as the client has read everything."""
+        super().resume_writing()
+        self._end_unread()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._end_unread()
+
+    def _read_within_s(self) -> float:
+        raise NotImplementedError
+
+    def _end_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+
+
+class _Requests(_ReadInTime, H11Protocol):
     """HTTP for so many connections, each with a limit on how long a request may take to arrive and its answer to be
     read."""
 
@@ -52,7 +81,6 @@ class _Requests(H11Protocol):
         self._most = most
         self._limited: object = None
         self._limit: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -69,23 +97,14 @@ class _Requests(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._end_limit()
-        self._end_unread()
-
-    def pause_writing(self) -> None:
-        """Give the client so long to read what waits for it."""
-        super().pause_writing()
-        self._unread = self.loop.call_later(BODY_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Go on, as the client has read everything."""
-        super().resume_writing()
-        self._end_unread()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hand the connection over, with the buffer and the limits of a WebSocket."""
+        """Hand the connection over, with the limits of a WebSocket."""
         self._end_unread()
-        self.transport.set_write_buffer_limits()
         super().handle_websocket_upgrade(event)
+
+    def _read_within_s(self) -> float:
+        return BODY_S
 
     def _limit_what_arrives(self) -> None:
         state = self.conn.their_state
@@ -101,16 +120,13 @@ class _Requests(H11Protocol):
         if self._limit is not None:
             self._limit.cancel()
 
-    def _end_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
 
-
-class _Messages(WebSocketsSansIOProtocol):
+class _Messages(_ReadInTime, WebSocketsSansIOProtocol):
     """WebSockets whose messages count among the bytes in flight from their first byte on."""
 
-    def __init__(self, *arguments: Any, held: BytesInFlight, **more: Any) -> None:
+    def __init__(self, *arguments: Any, held: BytesInFlight, silent_s: float, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self._silent_s = silent_s
         self._share = Share(held)
 
     def data_received(self, data: bytes) -> None:
@@ -131,6 +147,9 @@ class _Messages(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._share.give_back()
+
+    def _read_within_s(self) -> float:
+        return self._silent_s
 
     def _hold(self, n_bytes: int) -> None:
         if self.close_sent:
@@ -167,6 +186,6 @@ def make_server(app: Starlette, host: str, port: int, limits: Limits, in_flight:
     return GatewayServer(uvicorn.Config(
         app, host, port, log_level="warning", ws_ping_interval=_PING_S, ws_ping_timeout=longest_s,
         http=cast(type[asyncio.Protocol], partial(_Requests, most=limits.connections + _BESIDE)),
-        ws=cast(type[asyncio.Protocol], partial(_Messages, held=in_flight)),
+        ws=cast(type[asyncio.Protocol], partial(_Messages, held=in_flight, silent_s=longest_s)),
         ws_max_size=limits.bytes_per_message, ws_per_message_deflate=False,  # images are compressed already
         timeout_graceful_shutdown=_GRACE_S), when_started)
