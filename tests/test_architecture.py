@@ -49,7 +49,7 @@ MAY_USE = {
     "training/command.py": {"shtab"},
     "training/data/replay.py": {"torchvision"},
     "training/data/sources.py": {"fsspec"},
-    "training/heads": {"nni", "requests"},
+    "training/heads": {"nni", "psutil", "requests"},
     "archiver/gateway": {"h11", "starlette", "uvicorn", "websockets"},
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},

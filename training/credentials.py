@@ -7,8 +7,12 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _HIDDEN = "***"
-_USER_INFO = re.compile(r"(?<=://)[^\s/?#\"<>]*@")
-"""What stands before the host, also where a password holds an '@'."""
+_USER_INFO = re.compile(
+    r"(?<=://)(?:[^\s/?#\"<>]*@"
+    r"|[^\s/?#\"<>:@]+:(?!\d+(?:[/?#]|$))[^\s\"<>]*@)"
+    r"|(?<![\w/.:@-])[\w.+-]+:[^\s/\"<>:]+@(?=[\w.-]+:\d)")
+"""What stands before the host: also where a password holds an '@', or what should be quoted in it, or the scheme is
+forgotten before a host with a port."""
 _SECRET_PARAMETER = re.compile(r"([?&][\w.-]*(?:token|secret|sig|password|credential|key)[\w.-]*=)[^\s&#'\"<>]+", re.I)
 
 

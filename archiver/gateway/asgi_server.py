@@ -21,8 +21,8 @@ from early_exit.archiver.gateway.upstream import PREDICTION_S
 _PING_S = 20.0
 _GRACE_S = 10
 HEADERS_S, BODY_S = 10.0, 60.0
-"""How long the headers of a request may take to arrive, counted from the connection or their first byte, and then its
-body."""
+"""How long the headers of a request may take to arrive, counted from the connection or their first byte, then its body,
+and then a client to read what waits for it."""
 _BESIDE = 64
 """Connections without a WebSocket that may be open: of the page, of `/ask`, and those that have sent nothing yet."""
 _FRAME_BYTES = 64
@@ -43,8 +43,38 @@ class GatewayServer(uvicorn.Server):
             self._when_started()
 
 
-class _Requests(H11Protocol):
-    """HTTP for so many connections, each with a limit on how long a request may take to arrive."""
+class _ReadInTime(asyncio.Protocol):
+    """A connection that ends where its client does not read what waits for it, be it closed already or not."""
+
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+    _unread: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """Give the client so long to read what waits for it."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._read_within_s(), self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on, as the client has read everything."""
+        super().resume_writing()
+        self._end_unread()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._end_unread()
+
+    def _read_within_s(self) -> float:
+        raise NotImplementedError
+
+    def _end_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+
+
+class _Requests(_ReadInTime, H11Protocol):
+    """HTTP for so many connections, each with a limit on how long a request may take to arrive and its answer to be
+    read."""
 
     def __init__(self, *arguments: Any, most: int, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -54,6 +84,7 @@ class _Requests(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing is paused while anything waits to be read, closed or not
         if len(self.connections) > self._most:
             transport.abort()
         else:
@@ -66,6 +97,14 @@ class _Requests(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._end_limit()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over, with the limits of a WebSocket."""
+        self._end_unread()
+        super().handle_websocket_upgrade(event)
+
+    def _read_within_s(self) -> float:
+        return BODY_S
 
     def _limit_what_arrives(self) -> None:
         state = self.conn.their_state
@@ -82,11 +121,12 @@ class _Requests(H11Protocol):
             self._limit.cancel()
 
 
-class _Messages(WebSocketsSansIOProtocol):
+class _Messages(_ReadInTime, WebSocketsSansIOProtocol):
     """WebSockets whose messages count among the bytes in flight from their first byte on."""
 
-    def __init__(self, *arguments: Any, held: BytesInFlight, **more: Any) -> None:
+    def __init__(self, *arguments: Any, held: BytesInFlight, silent_s: float, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self._silent_s = silent_s
         self._share = Share(held)
 
     def data_received(self, data: bytes) -> None:
@@ -107,6 +147,9 @@ class _Messages(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._share.give_back()
+
+    def _read_within_s(self) -> float:
+        return self._silent_s
 
     def _hold(self, n_bytes: int) -> None:
         if self.close_sent:
@@ -143,6 +186,6 @@ def make_server(app: Starlette, host: str, port: int, limits: Limits, in_flight:
     return GatewayServer(uvicorn.Config(
         app, host, port, log_level="warning", ws_ping_interval=_PING_S, ws_ping_timeout=longest_s,
         http=cast(type[asyncio.Protocol], partial(_Requests, most=limits.connections + _BESIDE)),
-        ws=cast(type[asyncio.Protocol], partial(_Messages, held=in_flight)),
+        ws=cast(type[asyncio.Protocol], partial(_Messages, held=in_flight, silent_s=longest_s)),
         ws_max_size=limits.bytes_per_message, ws_per_message_deflate=False,  # images are compressed already
         timeout_graceful_shutdown=_GRACE_S), when_started)

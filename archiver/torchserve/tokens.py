@@ -44,18 +44,21 @@ def read_secret(secret_file: Path | None) -> str | None:
     """Return the secret of a server's workers, or None where there is no such file.
 
     Raises:
-        ServerError: the file cannot be read, or does not hold what a header can carry.
+        ServerError: the file cannot be read, does not hold what a header can carry, is a link, or is somebody else's:
+            a server that was taken over would be told the secret of another, or its keys.
     """
     if secret_file is None:
         return None
     try:
-        secret = secret_file.read_text(encoding="ascii").strip()
+        secret = read_private(secret_file).strip()
     except FileNotFoundError:
         return None
+    except ForeignFileError as error:
+        raise ServerError(f"cannot take the secret of a server's workers: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ServerError(f"cannot read the secret of a server's workers from {secret_file}: {type(error).__name__}. "
                           "Expected one line of ASCII") from error
-    if not secret.isprintable() or not secret:
+    if not (secret and secret.isascii() and secret.isprintable()):
         raise ServerError(f"expected one line of ASCII in {secret_file}, the secret of a server's workers, found "
                           f"{len(secret.splitlines())} lines")
     return secret

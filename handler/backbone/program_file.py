@@ -1,13 +1,14 @@
 """The `.pt2` file of an exported program, read only if it holds tensors and a graph of torch's operations alone.
 
 `torch.export.load` trusts its file: it unpickles entries that the file names, loads compiled libraries, evaluates sizes
-as Python, and resolves an operation by any dotted name below `torch`. So a file is examined first, by what it says once
-it is parsed, not by how it is spelled.
+as Python, imports modules for the structure of inputs, and resolves an operation by any dotted name below `torch`. So a
+file is examined first, by what it says once it is parsed, not by how it is spelled.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import pickle
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.pt2_archive import PT2ArchiveReader
 
 from early_exit.handler.errors import ArchiveError, Unsupported
 
@@ -67,9 +69,16 @@ def _examine(path: Path) -> None:
                 raise ArchiveError(f"{path.name} holds {twice[0]} twice: export the program again")
             if len({name.partition("/")[0] for name in names}) != 1:
                 raise ArchiveError(f"{path.name} is not an exported program: expected one folder in it")
-            for name in names:
-                _examine_entry(path, name.partition("/")[2], archive.read(name))
-    except (OSError, zipfile.BadZipFile) as error:
+            with PT2ArchiveReader(str(path)) as torchs:
+                for name in names:
+                    inner, content = name.partition("/")[2], archive.read(name)
+                    # Torch's reader finds the list of entries in another way than Python's; each may be shown its own.
+                    if torchs.read_bytes(inner) != content:
+                        raise ArchiveError(f"{path.name} holds two versions of {name}: export the program again")
+                    _examine_entry(path, inner, content)
+                if len(torchs.get_file_names()) != len(names):
+                    raise ArchiveError(f"{path.name} holds entries that are not in its list: export the program again")
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # torch's reader raises a RuntimeError
         raise ArchiveError(f"cannot read {path} as an exported program: {error}") from error
 
 
@@ -105,6 +114,29 @@ def _examine_graph(path: Path, graph: object) -> None:
             raise ArchiveError(f"{path.name} calls {target!r}, which is no operation of torch: refused")
         if expression is not None and not _is_size(str(expression)):
             raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is no arithmetic of sizes: refused")
+        for spec in (part.get("in_spec"), part.get("out_spec")):
+            if spec is not None and (module := _imported(spec)) is not None:
+                raise ArchiveError(f"{path.name} has inputs or outputs in a structure for which torch would import "
+                                   f"{module!r:.80}: refused; export the program with lists, tuples and dicts")
+
+
+def _imported(structure: object) -> str | None:
+    """Return what torch imports for the structure of a program's inputs or outputs, which is JSON with JSON in it."""
+    waiting = [structure]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            with contextlib.suppress(ValueError):  # most are names
+                waiting.append(json.loads(part))
+        elif isinstance(part, dict):
+            if "__enum__" in part:
+                return str(part.get("fqn"))
+            if part.get("default_factory_module", "builtins") != "builtins":
+                return str(part["default_factory_module"])
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return None
 
 
 def _is_size(expression: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -141,9 +142,11 @@ def list_shards(folder: Path) -> list[Path]:
     dated = []
     for path in folder.rglob("*" + SUFFIX):
         try:
-            dated.append((path.stat().st_mtime, path))
+            about = path.stat()
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
             continue
+        if stat.S_ISREG(about.st_mode):  # whoever opened a pipe would wait for ever
+            dated.append((about.st_mtime, path))
     return [path for _, path in sorted(dated)]
 
 

@@ -45,6 +45,22 @@ def test_whatever_a_password_holds_a_host_is_all_that_is_left(
         f"{without_credentials(around)} https://***@host/x")
 
 
+@pytest.mark.parametrize("text", [
+    "https://me:sec/ret@host:8080/x", "https://me:sec#ret@host", "https://me:sec?ret@host", "me:sec@ret@host:8080",
+    "me:secret@host:8080"])
+def test_a_password_that_should_have_been_quoted_and_an_address_without_its_scheme_are_told_without_it(
+        text: str) -> None:
+    assert re.fullmatch(r"(https://)?\*\*\*@host(:8080)?(/x)?", without_credentials(text))
+    with pytest.raises(ServerError, match=r"expected an inference address .*\*\*\*@host"):
+        Addresses.of_server(text)
+
+
+@pytest.mark.parametrize("text", [
+    "https://host:8081/models/digits@1", "https://host/a@b", "https://host:80?x=a@b", "10:30 me@host:22", "me@host"])
+def test_what_is_no_password_is_left(text: str) -> None:
+    assert without_credentials(text) == text
+
+
 def test_an_audit_holds_no_credentials_and_tells_none_of_an_older_one(tmp_path: Path, nowhere: str) -> None:
     audit = Audit(tmp_path / "state" / AUDIT_FILE)
     audit.append("trouble", error=f"no answer from {nowhere}", evidence={"sources": [nowhere]}, version="2.0")

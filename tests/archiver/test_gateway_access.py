@@ -33,13 +33,14 @@ class Server:
     def __init__(self) -> None:
         self.n_working = 0
         self.answers = True
+        self.answer = b"3"
 
     async def predict(self, model: str, body: bytes, *, anytime: bool) -> Prediction:
         self.n_working += 1
         while not self.answers:
             await asyncio.sleep(0.01)
         self.n_working -= 1
-        return Prediction(200, {}, b"3", None)
+        return Prediction(200, {}, self.answer, None)
 
     async def models(self) -> list[str]:
         return []
@@ -139,6 +140,47 @@ def test_who_sends_nothing_or_too_slowly_is_cut_off(sent: bytes, monkeypatch: py
                         if not slow.recv(1):
                             raise ConnectionResetError
         assert status(address, "state", ALLOWED) == 200
+
+
+def test_who_asks_and_reads_no_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi_server, "BODY_S", 0.5)
+    many = b"GET /page/live.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5_000  # more than the system buffers
+    with gateway(SMALL) as (address, _):
+        with sockets.socket() as deaf:
+            deaf.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+            deaf.settimeout(30)
+            deaf.connect(("127.0.0.1", int(address.split(":")[1])))
+            with pytest.raises(ConnectionError):
+                for _ in range(1_000):
+                    deaf.sendall(many)
+        assert status(address, "state", ALLOWED) == 200
+
+
+@pytest.mark.parametrize("then", [b"", b"\x81\x80\0\0\0\0"], ids=["nothing", "a message that is none"])
+def test_who_asks_by_websocket_and_reads_no_answer_is_cut_off(then: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also once the connection is closed, when nobody counts what waits in it any more."""
+    monkeypatch.setattr(asgi_server, "PREDICTION_S", 0.3)
+    monkeypatch.setattr(asgi_server, "_BESIDE", 0)
+    server = Server()
+    server.answer = b'"' + bytes(8_000_000).replace(b"\0", b"x") + b'"'
+    question = b'{"items":[{"id":"a","data":"YQ=="},{"id":"b","data":"YQ=="}]}'
+    with gateway(Limits(connections=1), server) as (address, _), sockets.socket() as deaf:
+        deaf.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", int(address.split(":")[1])))
+        deaf.sendall(f"GET /ws/digits HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+                     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                     "Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r\n\r\n".encode())
+        wait_until(lambda: deaf.recv(4096, sockets.MSG_PEEK).endswith(b"\r\n\r\n"))
+        deaf.sendall(bytes([0x81, 0x80 | len(question)]) + bytes(4) + question + then)
+        wait_until(lambda: answers(address))
+
+
+def answers(address: str) -> bool:
+    """Tell whether there is room for another connection."""
+    try:
+        return status(address, "state", ALLOWED) == 200
+    except requests.ConnectionError:
+        return False
 
 
 def test_no_more_connections_are_open_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from early_exit.archiver.audit import Audit, audit_of
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.archiver.torchserve.tokens import read_token
+from early_exit.archiver.torchserve.tokens import read_secret, read_token
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.handler.errors import EarlyExitError, ForeignFileError
 from early_exit.handler.exits.risk import Risk
@@ -37,6 +37,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "the audit, read": lambda path: Audit(path).read(),
     "the monitor's state": read_state,
     "TorchServe's keys": lambda path: read_token(path, "inference"),
+    "the secret of TorchServe's workers": read_secret,
     "any file of ours": lambda path: open_private(path, "w"),
 }
 
@@ -64,7 +65,8 @@ def test_a_file_of_somebody_else_is_refused_as_it_is(
     assert place.read_bytes() == before
 
 
-@pytest.mark.parametrize("use", [USES["the audit, read"], USES["the monitor's state"], USES["TorchServe's keys"]])
+@pytest.mark.parametrize("use", [USES["the audit, read"], USES["the monitor's state"], USES["TorchServe's keys"],
+                                 USES["the secret of TorchServe's workers"]])
 def test_a_pipe_in_the_place_of_a_file_is_refused_instead_of_waited_for(
         use: Callable[[Path], object], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "place")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
@@ -126,6 +128,61 @@ def test_where_torch_reads_them_the_code_of_these_programs_runs(program: Path, t
     subprocess.run([sys.executable, "-c", code, *(str(path) for path, _ in made)], capture_output=True, timeout=120,
                    check=True)
     assert [attack for attack, (_, trace) in zip(ATTACKS, made) if not trace.exists()] == []
+
+
+def with_two_lists(shown: bytes, hidden: bytes) -> bytes:
+    """Return a zip whose list of entries is one for Python, which expects it at the end, and another one for torch,
+    which goes where the end points. Both lists have one length, and what is hidden is the longer file."""
+    mark, end = b"PK\5\6", "<4s4H2LH"
+    shown_end, hidden_end = (struct.unpack(end, file[file.rindex(mark):]) for file in (shown, hidden))
+    assert shown_end[3:6] == hidden_end[3:6]
+    start, moved = hidden.rindex(mark), shown_end[6] - hidden_end[6]
+    file = bytearray(hidden[:start] + shown[:shown.rindex(mark)])
+    entry = start + shown_end[6]
+    for _ in range(shown_end[4]):
+        [offset] = struct.unpack_from("<L", file, entry + 42)
+        struct.pack_into("<L", file, entry + 42, offset - moved)  # Python adds by how much the list lies elsewhere
+        entry += 46 + sum(struct.unpack_from("<3H", file, entry + 28))
+    return bytes(file) + struct.pack(end, *hidden_end)
+
+
+def test_a_program_that_shows_torch_other_entries_than_python_is_refused(program: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    shown = rewritten(program, tmp_path / "shown.pt2", lambda name, content: content)
+    hidden = rewritten(program, tmp_path / "hidden.pt2", pickled_weight(trace, lambda text: text))
+    (path := tmp_path / "model.pt2").write_bytes(with_two_lists(shown.read_bytes(), hidden.read_bytes()))
+    with pytest.raises(ArchiveError, match="two versions"):
+        load_program(path)
+    assert not trace.exists(), "the code ran although the file was refused"
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    assert trace.exists(), "torch alone does not run it, so that it is refused proves nothing"
+
+
+@pytest.mark.parametrize("structure", [
+    {"type": "builtins.list", "context": json.dumps({"__enum__": True, "fqn": "this:s", "name": "s"})},
+    {"type": "collections.defaultdict", "context": {
+        "default_factory_module": "this", "default_factory_name": "s", "dict_context": []}}])
+def test_a_program_whose_inputs_make_torch_import_a_module_is_refused(
+        structure: dict[str, Any], program: Path, tmp_path: Path) -> None:
+    def change(name: str, content: bytes) -> bytes:
+        if name != "models/model.json":
+            return content
+        model = json.loads(content)
+        signature = model["graph_module"]["module_call_graph"][0]["signature"]
+        version, spec = json.loads(signature["in_spec"])
+        spec["children_spec"].append(structure | {"children_spec": []})
+        return json.dumps(model).replace(json.dumps(signature["in_spec"]), json.dumps(json.dumps([version, spec]))
+                                         ).encode()
+
+    path = rewritten(program, tmp_path / "model.pt2", change)
+    sys.modules.pop("this", None)
+    with pytest.raises(ArchiveError, match="torch would import 'this"):
+        load_program(path)
+    assert "this" not in sys.modules
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    assert "this" in sys.modules, "torch alone does not import it, so that it is refused proves nothing"
 
 
 @pytest.mark.parametrize("target", ["torch.serialization.os.system", "torch.ops.load_library", "os.system",

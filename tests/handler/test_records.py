@@ -65,6 +65,12 @@ def test_only_the_asked_layers_are_read(tmp_path: Path) -> None:
     assert list(read_shard(tmp_path / "a.safetensors", ["layer2"]).activations) == ["layer2"]
 
 
+def test_a_pipe_that_is_called_a_shard_is_none(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
+    os.mkfifo(tmp_path / "b.safetensors")
+    assert [path.name for path in list_shards(tmp_path)] == ["a.safetensors"], "who opens a pipe waits for ever"
+
+
 def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"half a sha")
     with pytest.raises(RecordError, match=r"a\.safetensors"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import ipaddress
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from early_exit.training.heads.nni_service import Service, search_in_service
+from early_exit.training.heads.nni_service import Service, _stop_left_over, search_in_service
 from early_exit.training.heads.search import Search
 from early_exit.training.paths import RunPaths
 from tests.support.skips import MAY_NOT_ACT_AS_ANOTHER
@@ -172,3 +173,17 @@ def test_what_nni_writes_is_for_this_user_alone_whatever_the_umask(attacked: Att
 @pytest.mark.slow
 def test_the_user_is_told_first_who_reaches_nni(attacked: Attacked) -> None:
     assert "only your own processes on this machine" in attacked.told[0]
+
+
+def test_who_listens_where_a_killed_search_did_is_not_asked_which_process_to_end(tmp_path: Path) -> None:
+    run, asked = RunPaths(tmp_path), []
+    run.running.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as impostor, subprocess.Popen(["sleep", "0"]) as gone:
+        gone.wait()
+        port = impostor.getsockname()[1]
+        run.running.write_text(json.dumps({"id": "abc", "port": port, "process": gone.pid, "started": 1.0}))
+        _stop_left_over(run)
+        impostor.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            asked.append(impostor.accept())
+    assert not asked

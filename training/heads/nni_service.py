@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nni
+import psutil
 import requests
 from nni.experiment import Experiment
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig
@@ -185,7 +186,9 @@ def _start(config: ExperimentConfig, service: Service, run: RunPaths) -> Experim
         raise ServerError(f"NNI does not start on port {port}: {error}; set another 'port' in the service file if it "
                           f"is taken, and see the logs in {run.experiments / experiment.id}") from error
     with replacing(run.running) as scratch:
-        scratch.write_text(json.dumps({"id": experiment.id, "port": port}))
+        process = psutil.Process(experiment._proc.pid)
+        scratch.write_text(json.dumps({"id": experiment.id, "port": port, "process": process.pid,
+                                       "started": process.create_time()}))
     return experiment
 
 
@@ -225,8 +228,11 @@ def _stop_left_over(run: RunPaths) -> None:
         return
     left = json.loads(run.running.read_text())
     try:
+        # Asked first: whoever else listens on its port by now would say which process is to be ended.
+        if psutil.Process(left["process"]).create_time() != left["started"]:
+            return
         experiment = Experiment.connect(left["port"])
-    except (requests.RequestException, RuntimeError, KeyError):
+    except (requests.RequestException, RuntimeError, KeyError, psutil.Error):
         return  # it is gone
     if experiment.id == left["id"]:
         experiment.stop()
