@@ -16,18 +16,21 @@ class StandIn(nn.Module):
     model's, where that is kept; its methods work on this object, so what they call is answered by the other model too.
     """
 
-    def __init__(self, model: nn.Module, original: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False) -> None:
         """Stand in for a model.
 
         Args:
             model: answers.
             original: the user's own; none where it is not kept.
+            is_fixed: whether to refuse what is set on it that the user's own model may compute with, such as a
+                temperature: `model` would answer as if it had not been set.
         """
         super().__init__()
         self.answering = model
         # Not registered: its parameters would be listed, moved and converted with ours.
         object.__setattr__(self, "_original", original and original.requires_grad_(False))
         self.train(model.training)
+        object.__setattr__(self, "_is_fixed", is_fixed)
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would.
@@ -41,6 +44,20 @@ class StandIn(nn.Module):
             if _has_gradients(output):
                 return output
         return self.answering(*given, **named)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):
+            raise AttributeError(f"the handler sets .{name} of its model while it answers, and the exported model "
+                                 "computes as it did when the archive was made: let initialize() set it, once, or make "
+                                 "it an input of the model")
+        super().__setattr__(name, value)
+
+    def _is_as_it_was(self, name: str, value: object) -> bool:
+        """Tell whether the user's own model, where it is known, has that value, or nothing of that name."""
+        if self._original is None:
+            return False
+        before = getattr(self._original, name, value)
+        return before is value or (isinstance(value, (bool, int, float, str)) and before == value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_original":  # not set yet
