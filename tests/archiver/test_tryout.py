@@ -142,6 +142,8 @@ def handle(data, context):
      "calls a TorchScript model"),
     ("        self.other = Net().eval()", "        return self.other(torch.zeros(len(scores), 4)).tolist()",
      Unsupported.SEVERAL_SCORES, "calls 2 models for a request"),
+    ("        self.model.head = torch.nn.Linear(8, 200); self.top = torch.nn.Linear(200, 1)",
+     "        return self.top(scores).tolist()", Unsupported.SEVERAL_SCORES, "gives what its Net returns to a Linear"),
 ])
 def test_what_cannot_be_exported_is_refused_with_the_reason(
         tmp_path: Path, samples: list[Path], initialize: str, postprocess: str, why: Unsupported, message: str) -> None:
