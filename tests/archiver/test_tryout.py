@@ -142,7 +142,8 @@ def handle(data, context):
      "calls a TorchScript model"),
     ("        self.other = Net().eval()", "        return self.other(torch.zeros(len(scores), 4)).tolist()",
      Unsupported.SEVERAL_SCORES, "calls 2 models for a request"),
-    ("        self.model.head = torch.nn.Linear(8, 200); self.top = torch.nn.Linear(200, 1)",
+    ("        self.model.head = torch.nn.Sequential(torch.nn.Linear(8, 500), torch.nn.Linear(500, 20)).eval()\n"
+     "        self.top = torch.nn.Linear(20, 3)",
      "        return self.top(scores).tolist()", Unsupported.SEVERAL_SCORES, "gives what its Net returns to a Linear"),
 ])
 def test_what_cannot_be_exported_is_refused_with_the_reason(
