@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class StandIn(nn.Module):
     """Answers like the user's model, by another one, and gives what else a handler asks a model for.
 
-    Parameters, buffers, device and dtype are those of the model that answers. Everything else is the user's own
-    model's, where that is kept; its methods work on this object, so what they call is answered by the other model too.
+    Where the user's own model is kept, everything else is that model's, its parameters and their names too; its methods
+    work on this object, so what they call is answered by the other model. Where it is not, parameters, buffers, device
+    and dtype are those of the model that answers.
     """
 
     def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False) -> None:
@@ -44,6 +45,16 @@ class StandIn(nn.Module):
             if _has_gradients(output):
                 return output
         return self.answering(*given, **named)
+
+    def named_modules(self, *given: Any, **named: Any) -> Any:
+        """Yield the parts of the user's own model by name, where it is kept; parameters and buffers follow from it."""
+        known: Any = super() if self._original is None else self._original
+        return known.named_modules(*given, **named)
+
+    def state_dict(self, *given: Any, **named: Any) -> Any:
+        """Return the weights of the user's own model by name, where it is kept."""
+        known: Any = super() if self._original is None else self._original
+        return known.state_dict(*given, **named)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):

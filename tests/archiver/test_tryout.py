@@ -108,6 +108,14 @@ def test_weights_that_initialize_reads_from_elsewhere_are_exported_though_the_ar
     assert first[0] > 8
 
 
+def test_the_model_of_a_handler_that_remembers_answers_is_found(tmp_path: Path, samples: list[Path]) -> None:
+    made = archived(tmp_path, HANDLER.format(initialize="        self.known = {}", postprocess=PLAIN).replace(
+        "return self.model(x)", """return torch.cat([self.known[str(row)] if str(row) in self.known
+                              else self.known.setdefault(str(row), self.model(row[None])) for row in x])"""), samples)
+    assert made["handler"]["model"] == [{"root": "handler", "steps": [["attribute", "model"]]}]
+    assert made["handler"]["rows_per_request"] is None, "of a batch only the new rows reach the model"
+
+
 def test_a_module_level_handler_keeps_its_model_where_its_names_reach_it(tmp_path: Path, samples: list[Path]) -> None:
     told: list[str] = []
     made = archived(tmp_path, """

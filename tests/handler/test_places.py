@@ -95,7 +95,10 @@ def test_a_stand_in_answers_by_the_other_model_also_in_the_users_own_methods() -
     stand_in = StandIn(other, original)
     assert stand_in.predict(torch.ones(1, 2)) == 1, "the user's own would say 0"
     assert stand_in.config.id2label == {0: "cat"} and stand_in.body is original.body
-    assert list(stand_in.parameters()) == list(other.parameters())
+    assert list(stand_in.state_dict()) == [name for name, _ in stand_in.named_parameters()] == [
+        "body.weight", "body.bias"], "a handler may ask for its weights by name"
+    assert stand_in.get_submodule("body") is original.body and "body" in dict(stand_in.named_modules())
+    assert list(StandIn(other).parameters()) == list(other.parameters())
 
 
 def test_a_hook_in_the_users_model_sees_its_activations() -> None:
