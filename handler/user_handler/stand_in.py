@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -55,6 +55,25 @@ class StandIn(nn.Module):
         """Return the weights of the user's own model by name, where it is kept."""
         known: Any = super() if self._original is None else self._original
         return known.state_dict(*given, **named)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._with_parts()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._with_parts())
+
+    def __len__(self) -> int:
+        return len(self._with_parts())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _with_parts(self) -> Any:
+        if self._original is None:
+            raise TypeError("the handler asks its model for its parts by number, which the exported model does not "
+                            "have: make the archive again with a --request whose answer needs them, so that "
+                            "ee-archive sees it")
+        return self._original
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):

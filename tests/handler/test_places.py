@@ -117,6 +117,16 @@ def test_without_the_users_model_device_and_dtype_are_known_and_anything_else_is
         _ = stand_in.config
 
 
+def test_parts_of_a_sequence_are_those_of_the_users_model_where_it_is_kept() -> None:
+    original = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    stand_in = StandIn(nn.Linear(2, 2), original)
+    assert stand_in[0] is original[0] and list(stand_in) == list(original) and len(stand_in) == 2
+    alone = StandIn(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="asks its model for its parts by number"):
+        _ = alone[0]
+    assert alone, "'if self.model:' is asked of any model"
+
+
 def test_what_a_handler_sets_on_its_model_later_is_refused_where_the_answer_may_depend_on_it() -> None:
     """An exported model would go on answering with the value that it was exported with."""
     original = Original()

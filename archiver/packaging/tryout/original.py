@@ -39,7 +39,7 @@ from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.sample_request import SampleRequest, parse_samples, samples_text
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
 from early_exit.handler.user_handler.places import modules_reached, put
-from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, n_rows_of, rows_per_request
+from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, called_often, n_rows_of, rows_per_request
 from early_exit.handler.user_handler.wrapper import given_to_loaders
 
 
@@ -87,17 +87,19 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
         require_fixed(model, [call for calls in alone for call in calls])
         require_same(before, state_of(model))  # after the second sample: the last batch may end as this began
     modes = {part: part.training for part in model.exported.modules()}
-    backbone, fits = exported(job, model, [call for calls in alone for call in calls])
+    together: list[list[ModelCall]] = []
+    if len(samples) > 1:
+        together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
+    backbone, fits = exported(job, model, [call for calls in (*alone, *together) for call in calls])
     for part, is_training in modes.items():
         part.training = is_training  # what goes on answering is the handler's model, which an export puts into eval()
     if not fits:
         samples = []
     backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])
-    if len(samples) > 1:
-        together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
+    if together and fits:
         rows = rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together)))
-    elif samples and len(alone[0]) == 1:
-        rows = RowsPerRequest(n_rows_of(_rows(alone[0][0])))
+    elif samples:
+        rows = RowsPerRequest(n_rows_of(_rows(alone[0][0]))) if len(alone[0]) == 1 else called_often(len(alone[0]))
     answered = _answers(original, samples)
     require_same(before, state_of(model))
     folder = Path(job["out"])
