@@ -8,6 +8,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+_SMALLEST = 1e-30
+"""Probabilities below this count as this; masked classes have 0."""
 _FAR_BELOW = 1000.0
 """Scores so far, and by a hundred times the others' size, below the largest are fillers that stand for no answer."""
 
@@ -22,7 +24,7 @@ class ScoreKind(str, Enum):
     def log_probabilities(self, scores: Tensor) -> Tensor:
         """Return (B, K) log-probabilities for scores of this kind."""
         if self is ScoreKind.PROBABILITIES:
-            return scores.clamp_min(1e-30).log()
+            return scores.clamp_min(_SMALLEST).log()
         return scores.log_softmax(dim=1)  # log-probabilities are logits too
 
     def from_logits(self, logits: Tensor) -> Tensor:
@@ -60,9 +62,12 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
     if not bool(is_number.any()) or not is_comparable:
         return math.inf
     differences, sizes = (found - expected)[is_number].abs(), expected[is_number].abs()
-    is_filler = _are_fillers(expected[is_number])
-    answers = sizes[~is_filler].amax()
-    scale = torch.where(is_filler, sizes, answers if answers > 0 else 1.0)
+    numbers = expected[is_number]
+    is_filler = numbers <= math.log(_SMALLEST) if kind is ScoreKind.PROBABILITIES else _are_fillers(numbers)
+    answers = float(sizes[~is_filler].amax()) or 1.0
+    if kind is ScoreKind.PROBABILITIES:
+        answers = max(answers, 1.0)  # the logarithm of a sure answer's is no more than rounding
+    scale = torch.where(is_filler, sizes, answers)
     return float((differences / scale).amax())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -78,6 +80,7 @@ def put(roots: Roots, place: Place, value: object) -> None:
 
 
 def _walk(roots: Roots) -> Iterator[tuple[Place, object]]:
+    folder = _folder_of(roots.get(Root.MODULE))
     waiting = deque((Place(root, ()), value) for root, value in roots.items())
     expanded: set[int] = set()
     while waiting and len(expanded) < _MOST_OBJECTS:
@@ -87,21 +90,33 @@ def _walk(roots: Roots) -> Iterator[tuple[Place, object]]:
         if id(value) in expanded or len(place.steps) >= _DEEPEST or isinstance(value, nn.Module):
             continue
         expanded.add(id(value))
-        for step, inner in _inside(value, is_root=not place.steps):
-            if not isinstance(inner, _OPAQUE):
+        for step, inner in _inside(value):
+            if not isinstance(inner, _OPAQUE) or _is_of(folder, inner):
                 waiting.append((Place(place.root, (*place.steps, step)), inner))
 
 
-def _inside(value: object, *, is_root: bool) -> Iterator[tuple[tuple[str, str | int], object]]:
+def _inside(value: object) -> Iterator[tuple[tuple[str, str | int], object]]:
     if isinstance(value, Mapping):
         yield from ((("item", key), inner) for key, inner in list(value.items()) if isinstance(key, (str, int)))
     elif isinstance(value, (list, tuple)):
         yield from ((("item", index), inner) for index, inner in enumerate(value))
-    elif is_root or not isinstance(value, _OPAQUE):
+    else:
         attributes: object = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
+        if isinstance(attributes, Mapping):  # of a class it is a view
             yield from ((("attribute", name), inner) for name, inner in list(attributes.items())
                         if not name.startswith("__"))
+
+
+def _folder_of(module: object) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).parent if file else None
+
+
+def _is_of(folder: Path | None, value: object) -> bool:
+    """Tell whether something is a module in a folder, or a class of one: there a user's code may keep a model too."""
+    if isinstance(value, type):
+        value = sys.modules.get(value.__module__)
+    return folder is not None and isinstance(value, ModuleType) and _folder_of(value) == folder
 
 
 def names_of(places: Sequence[Place]) -> str:

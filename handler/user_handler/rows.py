@@ -48,7 +48,7 @@ def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], b
     """
     for alone in (a, b):
         if len(alone) != 1:
-            return RowsPerRequest(None, f"the handler calls its model {len(alone)} times for one request")
+            return called_often(len(alone))
     of_a, of_b = a[0], b[0]
     n_rows = n_rows_of(of_a)
     if not n_rows or n_rows_of(of_b) != n_rows:
@@ -63,6 +63,11 @@ def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], b
         if not is_equal(joined(both), joined([first, second])):
             return RowsPerRequest(None, ANOTHER_ORDER)
     return RowsPerRequest(n_rows)
+
+
+def called_often(n_calls: int) -> RowsPerRequest:
+    """Return what is known where a handler calls its model several times for one request, or never."""
+    return RowsPerRequest(None, f"the handler calls its model {n_calls} times for one request")
 
 
 def n_rows_of(rows: Rows) -> int:

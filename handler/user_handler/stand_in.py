@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -12,22 +12,26 @@ from torch import Tensor, nn
 class StandIn(nn.Module):
     """Answers like the user's model, by another one, and gives what else a handler asks a model for.
 
-    Parameters, buffers, device and dtype are those of the model that answers. Everything else is the user's own
-    model's, where that is kept; its methods work on this object, so what they call is answered by the other model too.
+    Where the user's own model is kept, everything else is that model's, its parameters and their names too; its methods
+    work on this object, so what they call is answered by the other model. Where it is not, parameters, buffers, device
+    and dtype are those of the model that answers.
     """
 
-    def __init__(self, model: nn.Module, original: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False) -> None:
         """Stand in for a model.
 
         Args:
             model: answers.
             original: the user's own; none where it is not kept.
+            is_fixed: whether to refuse what is set on it that the user's own model may compute with, such as a
+                temperature: `model` would answer as if it had not been set.
         """
         super().__init__()
         self.answering = model
         # Not registered: its parameters would be listed, moved and converted with ours.
         object.__setattr__(self, "_original", original and original.requires_grad_(False))
         self.train(model.training)
+        object.__setattr__(self, "_is_fixed", is_fixed)
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would.
@@ -41,6 +45,49 @@ class StandIn(nn.Module):
             if _has_gradients(output):
                 return output
         return self.answering(*given, **named)
+
+    def named_modules(self, *given: Any, **named: Any) -> Any:
+        """Yield the parts of the user's own model by name, where it is kept; parameters and buffers follow from it."""
+        known: Any = super() if self._original is None else self._original
+        return known.named_modules(*given, **named)
+
+    def state_dict(self, *given: Any, **named: Any) -> Any:
+        """Return the weights of the user's own model by name, where it is kept."""
+        known: Any = super() if self._original is None else self._original
+        return known.state_dict(*given, **named)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._with_parts()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._with_parts())
+
+    def __len__(self) -> int:
+        return len(self._with_parts())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _with_parts(self) -> Any:
+        if self._original is None:
+            raise TypeError("the handler asks its model for its parts by number, which the exported model does not "
+                            "have: make the archive again with a --request whose answer needs them, so that "
+                            "ee-archive sees it")
+        return self._original
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):
+            raise AttributeError(f"the handler sets .{name} of its model while it answers, and the exported model "
+                                 "computes as it did when the archive was made: let initialize() set it, once, or make "
+                                 "it an input of the model")
+        super().__setattr__(name, value)
+
+    def _is_as_it_was(self, name: str, value: object) -> bool:
+        """Tell whether the user's own model, where it is known, has that value, or nothing of that name."""
+        if self._original is None:
+            return False
+        before = getattr(self._original, name, value)
+        return before is value or (isinstance(value, (bool, int, float, str)) and before == value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_original":  # not set yet

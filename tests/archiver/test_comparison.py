@@ -65,6 +65,9 @@ def test_rounding_and_the_order_of_equals_do_not_count(before: Any, after: Any) 
     ([{"label": "cat", "score": 0.6}, {"label": "dog", "score": 0.4}],
      [{"label": "dog", "score": 0.6}, {"label": "cat", "score": 0.4}]),
     ("cat 0.5", "dog 0.5"), ("cat 0.5", "cat 0.6"), ([1, 2], [1, 2, 3]), ({"a": 1}, {"b": 1}), (True, 1), ("1", 1),
+    ({"width": 1920, "score": 0.4}, {"width": 1920, "score": 0.41}),
+    ({"id": 281, "score": 0.4}, {"id": 282, "score": 0.4}),
+    ("width 1920, score 0.4", "width 1920, score 0.41"), ("class 281 of 21000", "class 282 of 21000"),
     (None, []), ([True, False], [False, True]), (b"\x89PNG\xff\x00", b"\x89PNG\xff\x01"),
 ])
 def test_anything_else_counts(before: Any, after: Any) -> None:

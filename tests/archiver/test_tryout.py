@@ -108,6 +108,14 @@ def test_weights_that_initialize_reads_from_elsewhere_are_exported_though_the_ar
     assert first[0] > 8
 
 
+def test_the_model_of_a_handler_that_remembers_answers_is_found(tmp_path: Path, samples: list[Path]) -> None:
+    made = archived(tmp_path, HANDLER.format(initialize="        self.known = {}", postprocess=PLAIN).replace(
+        "return self.model(x)", """return torch.cat([self.known[str(row)] if str(row) in self.known
+                              else self.known.setdefault(str(row), self.model(row[None])) for row in x])"""), samples)
+    assert made["handler"]["model"] == [{"root": "handler", "steps": [["attribute", "model"]]}]
+    assert made["handler"]["rows_per_request"] is None, "of a batch only the new rows reach the model"
+
+
 def test_a_module_level_handler_keeps_its_model_where_its_names_reach_it(tmp_path: Path, samples: list[Path]) -> None:
     told: list[str] = []
     made = archived(tmp_path, """
@@ -142,6 +150,9 @@ def handle(data, context):
      "calls a TorchScript model"),
     ("        self.other = Net().eval()", "        return self.other(torch.zeros(len(scores), 4)).tolist()",
      Unsupported.SEVERAL_SCORES, "calls 2 models for a request"),
+    ("        self.model.head = torch.nn.Sequential(torch.nn.Linear(8, 500), torch.nn.Linear(500, 20)).eval()\n"
+     "        self.top = torch.nn.Linear(20, 3)",
+     "        return self.top(scores).tolist()", Unsupported.SEVERAL_SCORES, "gives what its Net returns to a Linear"),
 ])
 def test_what_cannot_be_exported_is_refused_with_the_reason(
         tmp_path: Path, samples: list[Path], initialize: str, postprocess: str, why: Unsupported, message: str) -> None:

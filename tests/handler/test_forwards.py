@@ -118,6 +118,13 @@ def test_scores_are_compared_on_the_scale_of_those_that_can_answer() -> None:
     assert error([0.0, 0.1], [0.0, 0.0]) == pytest.approx(0.1), "scores of zero have no scale"
 
 
+def test_a_masked_probability_of_nothing_hides_no_damage() -> None:
+    found, expected = (torch.tensor([*scores, -math.inf]).softmax(0).tolist() for scores in ((1.0, 1.004), (1.0, 1.0)))
+    assert error(found, expected, ScoreKind.PROBABILITIES) > 1e-3
+    assert error(expected, expected, ScoreKind.PROBABILITIES) == 0
+    assert error([1.0, 0.0], [1 - 1e-7, 0.0], ScoreKind.PROBABILITIES) < 1e-6, "a sure answer's rounding is no damage"
+
+
 def test_scores_that_are_no_numbers_must_be_where_they_are_expected() -> None:
     assert error([1.0, -math.inf], [-math.inf, 1.0]) == math.inf
     assert error([1.0, math.nan], [1.0, 2.0]) == math.inf

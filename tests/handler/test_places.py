@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,18 @@ def test_a_model_is_found_and_replaced_wherever_it_is_kept(keep: Any, name: str)
     assert str(place) == name and at(roots, place) is model
     put(roots, place, other)
     assert at(roots, place) is other and not places_of(roots, model)
+
+
+def test_a_model_is_found_in_a_class_and_in_another_file_of_the_archive(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "service_of_theirs.py").write_text("class Service:\n    model = None\n")
+    (tmp_path / "handler_of_theirs.py").write_text("import os\nimport service_of_theirs as service\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module, model, other = importlib.import_module("handler_of_theirs"), nn.Linear(2, 2), nn.Linear(2, 2)
+    module.service.Service.model = model
+    [place] = places_of({Root.MODULE: module}, model)
+    put({Root.MODULE: module}, place, other)
+    assert str(place) == "service.Service.model" and module.service.Service.model is other
 
 
 def test_all_places_of_a_model_are_found() -> None:
@@ -81,7 +95,10 @@ def test_a_stand_in_answers_by_the_other_model_also_in_the_users_own_methods() -
     stand_in = StandIn(other, original)
     assert stand_in.predict(torch.ones(1, 2)) == 1, "the user's own would say 0"
     assert stand_in.config.id2label == {0: "cat"} and stand_in.body is original.body
-    assert list(stand_in.parameters()) == list(other.parameters())
+    assert list(stand_in.state_dict()) == [name for name, _ in stand_in.named_parameters()] == [
+        "body.weight", "body.bias"], "a handler may ask for its weights by name"
+    assert stand_in.get_submodule("body") is original.body and "body" in dict(stand_in.named_modules())
+    assert list(StandIn(other).parameters()) == list(other.parameters())
 
 
 def test_a_hook_in_the_users_model_sees_its_activations() -> None:
@@ -98,3 +115,24 @@ def test_without_the_users_model_device_and_dtype_are_known_and_anything_else_is
     assert (stand_in.device, stand_in.dtype) == (torch.device("cpu"), torch.float32)
     with pytest.raises(AttributeError, match=r"asks its model for \.config"):
         _ = stand_in.config
+
+
+def test_parts_of_a_sequence_are_those_of_the_users_model_where_it_is_kept() -> None:
+    original = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    stand_in = StandIn(nn.Linear(2, 2), original)
+    assert stand_in[0] is original[0] and list(stand_in) == list(original) and len(stand_in) == 2
+    alone = StandIn(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="asks its model for its parts by number"):
+        _ = alone[0]
+    assert alone, "'if self.model:' is asked of any model"
+
+
+def test_what_a_handler_sets_on_its_model_later_is_refused_where_the_answer_may_depend_on_it() -> None:
+    """An exported model would go on answering with the value that it was exported with."""
+    original = Original()
+    original.temperature = 1.0
+    kept, let_go = (StandIn(nn.Linear(2, 2), own, is_fixed=True) for own in (original, None))
+    kept.temperature, kept.last_seen = 1.0, "today"
+    for stand_in in (kept.eval(), let_go.eval()):
+        with pytest.raises(AttributeError, match=r"sets \.temperature of its model while it answers"):
+            stand_in.temperature = 2.0

@@ -72,7 +72,25 @@ def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
         raise ArchiveError(f"the handler calls {len(models)} models for a request, {names}, and an exit can stand for "
                            "the answer of one only: put them into one module that returns the scores",
                            Unsupported.SEVERAL_SCORES)
+    last = _last_layer(calls, models[0])
+    if last is not None:
+        raise ArchiveError(f"the handler gives what its {type(models[0]).__name__} returns to a {type(last).__name__}, "
+                           "which makes the scores of it, and an exit can stand for scores only: put both into one "
+                           "module that returns the scores", Unsupported.SEVERAL_SCORES)
     return _with_places(models[0], roots)
+
+
+def _last_layer(calls: Sequence[ModelCall], model: nn.Module) -> nn.Module | None:
+    """Return a module with a matrix of weights that is called with what the model returned, where there is one."""
+    widths: frozenset[int] = frozenset()
+    for call in calls:
+        given = [value for value in (*call.given, *call.named.values()) if isinstance(value, Tensor) and value.dim()]
+        if call.module is model:
+            widths = call.widths
+        elif any(value.shape[-1] in widths for value in given) and any(
+                parameter.dim() > 1 for parameter in call.module.parameters()):
+            return call.module
+    return None
 
 
 def held_model(roots: Roots) -> CalledModel:

@@ -124,10 +124,13 @@ class _Comparison:
         if expected.keys() != found.keys():
             yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}"
             return
-        scale = _scale(value for key, value in expected.items() if f"{path}.{key}" not in self.ignored)
+        # What is counted has nothing to do with the scores beside it: an id, a width, a number of words.
+        scale = _scale(value for key, value in expected.items()
+                       if isinstance(value, float) and f"{path}.{key}" not in self.ignored)
         scale = 0.0 if self.is_exact else scale
         for key, value in expected.items():
-            yield from self.between(value, found[key], f"{path}.{key}", scale)
+            are_counts = isinstance(value, int) and isinstance(found[key], int)
+            yield from self.between(value, found[key], f"{path}.{key}", None if are_counts else scale)
         for before, now in zip(expected, found):
             if before != now and not _tied(expected[before], expected[now], scale):
                 yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}, in another order"
@@ -156,8 +159,9 @@ class _Comparison:
         if expected == found:
             return
         if not self.is_exact and _NUMBER.split(expected) == _NUMBER.split(found):
-            before, now = ([float(number) for number in _NUMBER.findall(text)] for text in (expected, found))
-            if all(_near(one, other, _scale(before)) for one, other in zip(before, now)):
+            before, now = (_NUMBER.findall(text) for text in (expected, found))
+            scale = _scale(float(number) for number in before if not number.lstrip("+-").isdigit())
+            if all(one == other or _near(float(one), float(other), scale) for one, other in zip(before, now)):
                 return
         yield path, f"{_short(expected)} has become {_short(found)}"
 

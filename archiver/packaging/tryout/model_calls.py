@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ class ModelCall:
     named: dict[str, Any]
     is_training: bool
     """Whether the module was in training mode."""
+    widths: frozenset[int] = frozenset()
+    """Last sizes of the tensors that it returned."""
 
 
 @contextmanager
@@ -37,13 +39,13 @@ def recorded_calls(reached: Sequence[nn.Module]) -> Iterator[list[ModelCall]]:
     def noted(module: nn.Module, call: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if getattr(inside, "module", None) is not None:
             return call(*given, **named)
-        copied = ModelCall(module, _copy(given), _copy(named), module.training)
+        copied, is_training = (_copy(given), _copy(named)), module.training
         inside.module = module
         try:
             result = call(*given, **named)
         finally:
             inside.module = None
-        calls.append(copied)
+        calls.append(ModelCall(module, *copied, is_training, _widths(result)))
         return result
 
     original = nn.Module.__call__
@@ -71,6 +73,12 @@ def n_parameters(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
     except Exception:  # modules that keep their weights elsewhere, such as packed ones
         return 0
+
+
+def _widths(output: Any) -> frozenset[int]:
+    values = output if isinstance(output, (list, tuple)) else [output]
+    values = output.values() if isinstance(output, Mapping) else values
+    return frozenset(value.shape[-1] for value in values if isinstance(value, Tensor) and value.dim())
 
 
 def _copy(value: Any) -> Any:

@@ -39,7 +39,7 @@ from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.sample_request import SampleRequest, parse_samples, samples_text
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
 from early_exit.handler.user_handler.places import modules_reached, put
-from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, n_rows_of, rows_per_request
+from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, called_often, n_rows_of, rows_per_request
 from early_exit.handler.user_handler.wrapper import given_to_loaders
 
 
@@ -74,28 +74,32 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
         job: as `adopt` in `trials.py` makes it.
     """
     original = Original(job)
-    samples = _samples_that_reach(original)
-    calls = original.calls(samples[:1]) if samples else []
+    samples, first_calls = _samples_that_reach(original)
+    # A handler that remembers answers calls its model for the first of equal requests only.
+    calls = original.calls(samples[:1]) or first_calls[0] if samples else []
     model = called_model(calls, original.roots) if samples else held_model(original.roots)
     before = state_of(model)
     rows = RowsPerRequest(HandlerDescription().rows_per_request)  # until two samples, or a worker's own check, say more
     alone: list[list[ModelCall]] = []
     if samples:
-        alone = [_calls_of(model, original, [sample]) for sample in samples[:2]]
+        alone = [_calls_of(model, original, [sample]) or model.calls(first)
+                 for sample, first in zip(samples[:2], first_calls)]
         require_fixed(model, [call for calls in alone for call in calls])
         require_same(before, state_of(model))  # after the second sample: the last batch may end as this began
     modes = {part: part.training for part in model.exported.modules()}
-    backbone, fits = exported(job, model, [call for calls in alone for call in calls])
+    together: list[list[ModelCall]] = []
+    if len(samples) > 1:
+        together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
+    backbone, fits = exported(job, model, [call for calls in (*alone, *together) for call in calls])
     for part, is_training in modes.items():
         part.training = is_training  # what goes on answering is the handler's model, which an export puts into eval()
     if not fits:
         samples = []
     backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])
-    if len(samples) > 1:
-        together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
+    if together and fits:
         rows = rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together)))
-    elif samples and len(alone[0]) == 1:
-        rows = RowsPerRequest(n_rows_of(_rows(alone[0][0])))
+    elif samples:
+        rows = RowsPerRequest(n_rows_of(_rows(alone[0][0]))) if len(alone[0]) == 1 else called_often(len(alone[0]))
     answered = _answers(original, samples)
     require_same(before, state_of(model))
     folder = Path(job["out"])
@@ -109,8 +113,8 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
     return {"n_samples": len(samples)}
 
 
-def _samples_that_reach(original: Original) -> list[SampleRequest]:
-    """Return the samples that the archive answers and whose answers need a model.
+def _samples_that_reach(original: Original) -> tuple[list[SampleRequest], list[list[ModelCall]]]:
+    """Return the samples that the archive answers and whose answers need a model, and the calls that each led to.
 
     Raises:
         ArchiveError: the user's own sample is not one of them.
@@ -119,17 +123,18 @@ def _samples_that_reach(original: Original) -> list[SampleRequest]:
     if not original.job["own_samples"] and isinstance(original.given, fx.GraphModule):
         first = inputs_of(original.given.graph)[0].meta["val"]
         samples = tuple(sample_images([int(size) for size in first.shape[1:]]))
-    reaching = []
+    reaching, reached = [], []
     for number, sample in enumerate(samples):
         with recorded_calls(original.reached()) as calls:
             [answer] = original.archive.answer([sample])
         if answer.status == 200 and (calls or original.job["own_samples"]):
             reaching.append(sample)
+            reached.append(calls)
         elif number < original.job["own_samples"]:
             raise LoadingError(f"the archive does not answer the sample request, so it cannot be tried out: {answer}")
         elif not number:
-            return []
-    return reaching
+            return [], []
+    return reaching, reached
 
 
 def _calls_of(model: CalledModel, original: Original, samples: Sequence[SampleRequest]) -> list[ModelCall]:
