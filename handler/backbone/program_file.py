@@ -67,6 +67,9 @@ def _examine(path: Path) -> None:
             # Whoever reads the first of two entries of a name would see another file than whoever reads the last.
             if twice := [name for name, count in Counter(name.lower() for name in names).items() if count > 1]:
                 raise ArchiveError(f"{path.name} holds {twice[0]} twice: export the program again")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ArchiveError(f"{path.name} is compressed, as no program of torch is, and may unpack to any size: "
+                                   "export the program again")
             if len({name.partition("/")[0] for name in names}) != 1:
                 raise ArchiveError(f"{path.name} is not an exported program: expected one folder in it")
             with PT2ArchiveReader(str(path)) as torchs:

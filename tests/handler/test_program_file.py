@@ -214,6 +214,16 @@ def test_an_entry_that_is_there_twice_is_refused(program: Path, tmp_path: Path) 
         load_program(rewritten(program, tmp_path / "model.pt2", lambda name, content: content, more))
 
 
+def test_a_program_that_would_fill_the_memory_is_refused_before_it_is_read(program: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(program.read_bytes())
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{folder}/extra/zeros", bytes(1_000_000), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ArchiveError, match="is compressed"):
+        load_program(path)
+
+
 def test_a_program_of_torch_is_read(program: Path) -> None:
     assert load_program(program).module()(torch.zeros(5, 3, 8, 8)).shape == (5, 2)
 
