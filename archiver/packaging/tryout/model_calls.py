@@ -76,8 +76,9 @@ def n_parameters(module: nn.Module) -> int:
 
 
 def _widths(output: Any) -> frozenset[int]:
+    if isinstance(output, Mapping):
+        output = list(output.values())
     values = output if isinstance(output, (list, tuple)) else [output]
-    values = output.values() if isinstance(output, Mapping) else values
     return frozenset(value.shape[-1] for value in values if isinstance(value, Tensor) and value.dim())
 
 
