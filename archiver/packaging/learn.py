@@ -31,7 +31,7 @@ def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside:
     if source.is_ours:
         _take_over(request, layout, log)
     else:
-        _adopt(request, layout, source, aside)
+        _adopt(request, layout, source, aside, log)
     if not samples_of(layout):
         layout.samples.unlink(missing_ok=True)
         layout.answers.unlink(missing_ok=True)
@@ -61,13 +61,15 @@ def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[st
         log("the archive was made by an older version, which kept no answers, so there is nothing to compare with")
 
 
-def _adopt(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path) -> None:
+def _adopt(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path,
+           log: Callable[[str], None]) -> None:
     own = samples_of_files(request.requests, request.content_type)
     samples = own or sample_images(request.input_shape)
     files, found = aside / "files", aside / "found"
     shutil.copytree(layout.root, files)  # the handler may write into its folder
     found.mkdir()
-    adopt(request, files, source.manifest, samples, len(request.requests), found)
+    for batch in adopt(request, files, source.manifest, samples, len(request.requests), found):
+        log(f"your archive answers {batch} otherwise each time, so nothing of that answer can be compared")
     shutil.rmtree(files)
     ArchiveLayout(found).folder.rename(layout.folder)
     for file in found.iterdir():

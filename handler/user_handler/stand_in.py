@@ -9,6 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class NotExported(AttributeError, TypeError):
+    """A handler wants something of its model that the exported one cannot give: no client's fault."""
+
+    error_code = 500
+
+
 class StandIn(nn.Module):
     """Answers like the user's model, by another one, and gives what else a handler asks a model for.
 
@@ -70,16 +76,16 @@ class StandIn(nn.Module):
 
     def _with_parts(self) -> Any:
         if self._original is None:
-            raise TypeError("the handler asks its model for its parts by number, which the exported model does not "
-                            "have: make the archive again with a --request whose answer needs them, so that "
-                            "ee-archive sees it")
+            raise NotExported("the handler asks its model for its parts by number, which the exported model does not "
+                              "have: make the archive again with a --request whose answer needs them, so that "
+                              "ee-archive sees it")
         return self._original
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):
-            raise AttributeError(f"the handler sets .{name} of its model while it answers, and the exported model "
-                                 "computes as it did when the archive was made: let initialize() set it, once, or make "
-                                 "it an input of the model")
+            raise NotExported(f"the handler sets .{name} of its model while it answers, and the exported model "
+                              "computes as it did when the archive was made: let initialize() set it, once, or make "
+                              "it an input of the model")
         super().__setattr__(name, value)
 
     def _is_as_it_was(self, name: str, value: object) -> bool:
@@ -102,8 +108,8 @@ class StandIn(nn.Module):
             return MethodType(method, self) if isinstance(method, FunctionType) else value
         if name in ("device", "dtype"):
             return getattr(next(self.answering.parameters()), name)
-        raise AttributeError(f"the handler asks its model for .{name}, which the exported model does not have: make "
-                             "the archive again with a --request whose answer needs it, so that ee-archive sees it")
+        raise NotExported(f"the handler asks its model for .{name}, which the exported model does not have: make "
+                          "the archive again with a --request whose answer needs it, so that ee-archive sees it")
 
 
 def _has_hooks(module: nn.Module) -> bool:

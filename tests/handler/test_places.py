@@ -136,3 +136,10 @@ def test_what_a_handler_sets_on_its_model_later_is_refused_where_the_answer_may_
     for stand_in in (kept.eval(), let_go.eval()):
         with pytest.raises(AttributeError, match=r"sets \.temperature of its model while it answers"):
             stand_in.temperature = 2.0
+
+
+def test_what_the_exported_model_cannot_give_is_no_clients_fault() -> None:
+    with pytest.raises(AttributeError) as refused:
+        _ = StandIn(nn.Linear(2, 2)).config
+    assert refused.value.error_code == 500  # type: ignore[attr-defined]
+    assert not hasattr(StandIn(nn.Linear(2, 2)), "config")

@@ -91,6 +91,8 @@ def _varied_json(value: Any) -> Any:
         return changed if changed != value else value[::-1]
     if isinstance(value, float):
         return value / 2 - 0.1
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value - 1 if value > 1 else value  # a number of something, or of a row of a table
     if isinstance(value, str):
         return _varied_base64(value) or _varied_text(value)
     return value

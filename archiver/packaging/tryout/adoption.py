@@ -69,6 +69,11 @@ def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
     models = [module for module, size in sizes.items() if size >= _SMALL * largest and module not in parts]
     if len(models) > 1:
         names = ", ".join(type(module).__name__ for module in models)
+        whole = next((module for _, module in modules_reached(roots) if set(models) <= set(module.modules())), None)
+        if whole is not None:
+            raise ArchiveError(f"the handler calls parts of its {type(whole).__name__} by themselves, {names}, so no "
+                               "one call returns the scores: let it call the whole, with self.model(x)",
+                               Unsupported.SEVERAL_SCORES)
         raise ArchiveError(f"the handler calls {len(models)} models for a request, {names}, and an exit can stand for "
                            "the answer of one only: put them into one module that returns the scores",
                            Unsupported.SEVERAL_SCORES)

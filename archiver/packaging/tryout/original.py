@@ -67,11 +67,14 @@ class Original:
         return calls if all(answer.status == 200 for answer in answers) else []
 
 
-def adopt(job: dict[str, Any]) -> dict[str, Any]:
+def adopt(job: dict[str, Any]) -> list[str]:
     """Export the model of a user's archive and write down what is to be known of its handler.
 
     Args:
         job: as `adopt` in `trials.py` makes it.
+
+    Returns:
+        Batches whose answers are other ones each time, so that they cannot be compared.
     """
     original = Original(job)
     samples, first_calls = _samples_that_reach(original)
@@ -110,7 +113,7 @@ def adopt(job: dict[str, Any]) -> dict[str, Any]:
     save_answers(layout.answers, answered)
     HandlerDescription(model.places, Loading.GIVEN if original.loaders_called else Loading.OWN, rows.count,
                        rows.unknown_because).save(layout.handler_description)
-    return {"n_samples": len(samples)}
+    return [str(one.batch) for one in answered if all("$" in paths for paths in one.unstable)]
 
 
 def _samples_that_reach(original: Original) -> tuple[list[SampleRequest], list[list[ModelCall]]]:

@@ -20,7 +20,7 @@ _ORIGINAL, _REPACKAGED = (Path(__file__).with_name(name) for name in ("original.
 
 
 def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], samples: Sequence[SampleRequest],
-          n_own: int, out: Path) -> None:
+          n_own: int, out: Path) -> list[str]:
     """Let the user's handler load its model, export that, and note what it answers.
 
     Args:
@@ -32,12 +32,15 @@ def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], sampl
         out: an existing folder; the backbone is written into it, and into an archive's folder in there the samples that
             were answered, the answers, and the description of the handler.
 
+    Returns:
+        Batches of samples whose answers are other ones each time, so that they cannot be compared.
+
     Raises:
         EarlyExitError: the archive does not load, or its model cannot be exported.
     """
     is_program = request.source.endswith(".pt2")
     is_factory = not is_program and ":" in request.source
-    run_child(_ORIGINAL, {
+    volatile: list[str] = run_child(_ORIGINAL, {
         "folder": str(folder), "out": str(out), "samples": samples_text(samples), "own_samples": n_own,
         "input_shape": request.input_shape, "inputs": [asdict(spec) for spec in request.inputs],
         "output": request.output, "strategy": request.strategy and request.strategy.value,
@@ -47,6 +50,7 @@ def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], sampl
         "factory_paths": [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)],
         "weights": request.weights and str(request.weights.absolute()),
     }, "the original archive")
+    return volatile
 
 
 def check(mar: Path, expected: Path | None = None) -> dict[str, Any]:
