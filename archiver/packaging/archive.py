@@ -22,12 +22,12 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.tryout.child import launcher
 from early_exit.archiver.packaging.tryout.trials import check
-from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
-from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, read_manifest
+from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
 from early_exit.handler.engines.registry import ENGINES, require_engine
-from early_exit.handler.errors import ArchiveError
+from early_exit.handler.errors import ArchiveError, Unsupported
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
 
@@ -153,9 +153,9 @@ def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
         zip_folder(layout.root, draft, without=weights if way is Loading.GIVEN else None)
         try:
             answers = check(draft, expected)
-        except ArchiveError:
+        except ArchiveError as error:
             if way is ways[-1]:
-                raise
+                raise _for_want_of_outputs(error, layout) from error
             continue
         if way is Loading.GIVEN:
             if weights is not None:
@@ -166,3 +166,12 @@ def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
             log("the handler asks its model for more than its answers, so each worker keeps the original model too")
         return answers
     raise AssertionError("the last way is returned or raised")
+
+
+def _for_want_of_outputs(error: ArchiveError, layout: ArchiveLayout) -> ArchiveError:
+    """Return why an archive does not answer as its source does, with what its model returned besides scores."""
+    beside = BackboneDescription.load(layout.folder / DESCRIPTION_FILE).output.beside
+    if not beside:
+        return error
+    return ArchiveError(f"{error}\nThe model returns more than its scores ({', '.join(beside)}), which an exit cannot: "
+                        "a handler whose answers need that cannot have exits", Unsupported.SEVERAL_SCORES)

@@ -55,6 +55,11 @@ class OutputSpec:
     """Length of the output, where it is a tuple."""
     dtype: str = "float32"
     """Name of the torch dtype of the scores; exits compute with float32."""
+    beside: tuple[str, ...] = ()
+    """Names or indices of what the model returns besides; an exported one does not."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beside", tuple(self.beside))  # JSON knows lists only
 
     @classmethod
     def of(cls, output: object, wanted: str | None = None) -> OutputSpec:
@@ -85,7 +90,9 @@ class OutputSpec:
                              "exit can stand for one: if the answer to a client needs only one of them, name it with "
                              "--output", Unsupported.SEVERAL_SCORES)
         if chosen:
-            return cls(kind, places[chosen[0]], length)
+            key = places[chosen[0]]
+            return cls(kind, key, length, beside=tuple(
+                str(place) for place, value in fields.items() if place != key and value is not None))
         raise GraphError(f"expected scores of shape (batch, classes), found {type(output).__name__}"
                          f"{_shapes(output)}: is this a classifier?")
 

@@ -170,6 +170,28 @@ def test_an_archive_that_answers_otherwise_than_its_original_is_refused_with_bot
             initialize="", postprocess="        return [type(self.model).__name__] * len(scores)"), samples)
 
 
+def test_a_handler_that_needs_more_of_the_output_than_scores_is_refused_with_what_it_is(
+        tmp_path: Path, samples: list[Path]) -> None:
+    with pytest.raises(ArchiveError, match=r"returns more than its scores \(embedding\)") as refused:
+        archived(tmp_path, HANDLER.format(
+            initialize="        self.model = Both(self.model).eval()",
+            postprocess="        return scores['embedding'].flatten(1).tolist()") + """
+
+def Both(net):
+    class Both_(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            embedding = self.net.body(x)
+            return {"scores": self.net.head(embedding), "embedding": embedding[:, :, None]}
+
+    return Both_()
+""", samples)
+    assert refused.value.unsupported is Unsupported.SEVERAL_SCORES
+
+
 def test_without_a_sample_nothing_is_compared_and_it_is_said(tmp_path: Path) -> None:
     told: list[str] = []
     made = archived(tmp_path, HANDLER.format(initialize="", postprocess=PLAIN), [], told, input_shape=(4,))
