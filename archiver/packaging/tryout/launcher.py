@@ -7,6 +7,7 @@ and ends with whoever started it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -16,14 +17,18 @@ import signal
 import sys
 from typing import Any
 
-_IMPORTED = ("torch", "torch.export", "torch._dynamo", "torchvision", "ts.model_loader", "ts.service")
+_IMPORTED = ("torch", "torch.export.pt2_archive", "torch._dynamo", "torchvision", "ts.model_loader", "ts.service",
+             "ts.torch_handler.base_handler", "captum.attr")
 """Packages of others only: an archive's own code is to be found where the archive is."""
 _TICK_S = 0.02
 
 
 def main() -> None:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process with CUDA's state in it could not be forked
+    sys.modules["openvino.torch"] = None  # type: ignore[assignment]  # a compiler that TorchServe imports if it can
     for name in _IMPORTED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # some are extras; the others are missed where they are needed
+            importlib.import_module(name)
     while line := sys.stdin.readline():
         request = json.loads(line)
         process = os.fork()
