@@ -8,20 +8,20 @@ import pytest
 
 from early_exit.handler.errors import Unsupported
 from tests.benchmarks.habits import HABITS
-from tests.support.habits.trial import EARLY_ANSWERS, WITH_EXITS, Trial, try_habits
+from tests.support.habits.trial import WITH_EXITS, Trial, try_habits
 from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
 SAME = ("softmax_wrapper", "global_model", "reversed_batch", "augmented_rows", "own_statuses")
-"""The others are tried by `python -m tests.benchmarks.habits`."""
+"""The others, and early answers, are tried by `python -m tests.benchmarks.habits`."""
 REFUSED = {"ensemble": Unsupported.SEVERAL_SCORES}
 
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Trial]:
     habits = [habit for habit in HABITS if habit.name in (*SAME, *REFUSED)]
-    found = try_habits(habits, tmp_path_factory.mktemp("habits") / "tried", ways=(WITH_EXITS, EARLY_ANSWERS),
+    found = try_habits(habits, tmp_path_factory.mktemp("habits") / "tried", ways=(WITH_EXITS,),
                        build=build_untried)
     return {trial.habit.name: trial for trial in found}
 
