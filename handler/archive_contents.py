@@ -14,7 +14,7 @@ from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, c
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.handler.sample_request import Part, SampleRequest, parse_samples
+from early_exit.handler.sample_request import SampleRequest, known_samples
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,9 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
-        samples=_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
+        samples=known_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
         is_compared=layout.answers.as_posix() in names,
         sample_answers={} if answers is None else _parsed(answers, f"{mar}: {layout.sample_answers}"))
-
-
-def _samples(content: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:
-    if content is not None:
-        return parse_samples(content, source)
-    return () if body is None else (SampleRequest((Part(body),)),)
 
 
 def _parsed(content: bytes | None, source: str) -> dict[str, Any]:

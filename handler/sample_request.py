@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.formats import SAMPLES
 
@@ -55,6 +56,30 @@ def samples_text(samples: Sequence[SampleRequest]) -> str:
     return json.dumps(SAMPLES.stamped({"requests": [
         [{"name": part.name, "content_type": part.content_type, "value": base64.b64encode(part.value).decode()}
          for part in sample.parts] for sample in samples]}), indent=1)
+
+
+def samples_in(layout: ArchiveLayout) -> tuple[SampleRequest, ...]:
+    """Return the samples of an extracted archive, also of one that was made by the last release.
+
+    Raises:
+        FormatError: the format of the samples is not one that this version reads.
+        ArchiveError: they cannot be read.
+    """
+    samples, body = (file.read_bytes() if file.exists() else None for file in (layout.samples, layout.sample_request))
+    return known_samples(samples, body, str(layout.samples))
+
+
+def known_samples(samples: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:
+    """Return the samples of an archive by what is in it.
+
+    Args:
+        samples: what `samples_text` wrote.
+        body: what the last release wrote instead: the body of one request.
+        source: names the archive's samples in errors.
+    """
+    if samples is not None:
+        return parse_samples(samples, source)
+    return () if body is None else (SampleRequest((Part(body),)),)
 
 
 def parse_samples(text: str | bytes, source: str) -> tuple[SampleRequest, ...]:

@@ -11,7 +11,7 @@ from early_exit.archiver.packaging.sources.sample import sample_images, samples_
 from early_exit.archiver.packaging.sources.source import Source
 from early_exit.archiver.packaging.tryout.trials import adopt, answer_in_full
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.sample_request import Part, SampleRequest, parse_samples, samples_text
+from early_exit.handler.sample_request import samples_in, samples_text
 
 
 def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path,
@@ -32,25 +32,16 @@ def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside:
         _take_over(request, layout, log)
     else:
         _adopt(request, layout, source, aside, log)
-    if not samples_of(layout):
+    if not samples_in(layout):
         layout.samples.unlink(missing_ok=True)
         layout.answers.unlink(missing_ok=True)
         log("no sample request is known, so the new archive's answers cannot be compared with the original's, and "
             "ee-roll asks for --untried: --request FILE gives one")
 
 
-def samples_of(layout: ArchiveLayout) -> tuple[SampleRequest, ...]:
-    """Return the samples of an archive of ours, also of one that was made by the last release."""
-    if layout.samples.exists():
-        return parse_samples(layout.samples.read_text(), str(layout.samples))
-    if layout.sample_request.exists():
-        return (SampleRequest((Part(layout.sample_request.read_bytes()),)),)
-    return ()
-
-
 def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[str], None]) -> None:
     """Keep what an archive of ours holds; other samples are answered by it once more."""
-    samples = samples_of(layout)
+    samples = samples_in(layout)
     if request.requests:
         samples = tuple(samples_of_files(request.requests, request.content_type))
     if samples:

@@ -7,11 +7,11 @@ request shows: a probe goes through every stage and head, a sample leaves at one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from early_exit.archiver.control import Prediction
+from early_exit.archiver.packaging.tryout.answers import as_read
 from early_exit.handler.archive_contents import ArchiveContents
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ServerError
@@ -34,7 +34,7 @@ def require_same_answer(contents: ArchiveContents, engine: str, prediction: Pred
         raise ServerError(f"the sample request left at {left_at or 'no exit that is told'}, and at "
                           f"{' or '.join(contents.sample_answers)} where the archive was made: is this archive in the "
                           "server's model store?")
-    difference = first_difference(contents.sample_answers[left_at], _as_read(prediction.body),
+    difference = first_difference(contents.sample_answers[left_at], as_read(prediction.body),
                                   ENGINES[engine].max_probe_error)
     if difference is not None:
         raise ServerError(f"the sample request is answered otherwise than where the archive was made: {difference}. Is "
@@ -65,11 +65,3 @@ def first_difference(expected: Any, found: Any, tolerance: float, place: str = "
         return f"{place} is {found!r:.80}, expected {expected!r:.80}"
     differences = (first_difference(*part[:2], tolerance, part[2]) for part in parts)
     return next((difference for difference in differences if difference is not None), None)
-
-
-def _as_read(body: bytes) -> Any:
-    text = body.decode(errors="replace")
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -19,7 +19,7 @@ from early_exit.handler.monitor.shared_state import SharedMonitor, watch
 from early_exit.handler.protocol import PROBE_HEADER
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
-from early_exit.handler.sample_request import parse_samples
+from early_exit.handler.sample_request import samples_in
 from early_exit.handler.serving.batch_answers import BatchAnswers
 from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
@@ -123,8 +123,7 @@ class Worker:
 
 def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: UserHandler) -> None:
     """Let a handler answer a request that the archive carries along."""
-    if layout.samples.exists():
-        [sample, *_] = parse_samples(layout.samples.read_text(), str(layout.samples))
+    for sample in samples_in(layout)[:1]:
         context.begin([Call("sample", sample.inputs())])
         handler.handle([sample.inputs()], context)
 

@@ -50,8 +50,9 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
     original = json.loads(recorder.original_manifest.read_text())
     bodies = [one.body for one in traffic(1200, seed=50)]
     with preprocessing(recorder.root, original) as handler:
-        record(load_backbone(recorder.folder), handler.model_input(bodies), tmp_path / "records", name="digits",
-               bodies=bodies)
+        backbone = load_backbone(recorder.folder)
+        [inputs] = handler.model_inputs(bodies, backbone.description.inputs)
+        record(backbone, inputs, tmp_path / "records", name="digits", bodies=bodies)
     reader = Reader(README, tmp_path, instead={"cifar": "digits"},
                     more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
                     elsewhere=dict.fromkeys(("ee-serve", "curl", "ee-archive cifar.mar", "runs/first", "--tolerance",
@@ -82,7 +83,8 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
             time.sleep(0.2)
     assert any(reply.exit != "full" for reply in replies)
     with preprocessing(recorder.root, original) as handler:
-        expected = load_backbone(recorder.folder).graph(handler.model_input([one.body for one in fresh])).argmax(dim=1)
+        [inputs] = handler.model_inputs([one.body for one in fresh], backbone.description.inputs)
+        expected = backbone.graph(inputs).argmax(dim=1)
     differs = sum(reply.top() != str(label) for reply, label in zip(replies, expected.tolist()))
     assert differs / len(fresh) < 2 * TOLERANCE
     [served] = list_shards(tmp_path / "served")[:1]

@@ -52,7 +52,7 @@ def send(server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: in
     lock = threading.Lock()
 
     def run() -> None:
-        session = _session(server)
+        session = session_of(server)
         while True:
             with lock:
                 number = next(numbers, None)
@@ -87,7 +87,7 @@ def send_openly(server: TorchServe, model: str, bodies: Sequence[bytes], rate: f
 
     def one(number: int) -> Reply:
         if not hasattr(sessions, "own"):
-            sessions.own = _session(server)
+            sessions.own = session_of(server)
         reply = _post(sessions.own, server, model, bodies[number])
         return replace(reply, latency_s=time.perf_counter() - started - due[number])
 
@@ -120,7 +120,7 @@ class BackgroundLoad:
             thread.join()
 
     def _run(self, start: int) -> None:
-        session = _session(self._server)
+        session = session_of(self._server)
         number = start
         while not self._stop.is_set():
             reply = _post(session, self._server, self._model, self._bodies[number % len(self._bodies)])
@@ -130,7 +130,7 @@ class BackgroundLoad:
 
 def metrics(server: TorchServe) -> str:
     """Return the server's metrics as Prometheus reads them."""
-    return _session(server).get(f"{server.addresses.metrics}/metrics", timeout=10).text
+    return session_of(server).get(f"{server.addresses.metrics}/metrics", timeout=10).text
 
 
 def failed(replies: Sequence[Reply]) -> int:
@@ -143,7 +143,8 @@ def latency_ms(replies: Sequence[Reply], quantile: float) -> float:
     return 1000 * ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
-def _session(server: TorchServe) -> requests.Session:
+def session_of(server: TorchServe) -> requests.Session:
+    """Return a session that has the inference token, and takes no proxy from the environment."""
     session = requests.Session()
     session.trust_env = False
     session.headers["Authorization"] = f"Bearer {read_token(server.key_file, 'inference')}"

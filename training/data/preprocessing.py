@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,6 @@ from early_exit.handler.user_handler.entry_point import UserHandler
 from early_exit.handler.user_handler.wrapper import load_user_handler
 from early_exit.training.text_files import read_yaml
 
-_Tensors = Callable[[tuple[object, ...], dict[str, object]], Live]
-"""What a model was called with, positional and by name -> its (B, ...) inputs."""
-
 
 class _Messenger(nn.Module):
     def forward(self, *given: object, **named: object) -> Tensor:
@@ -41,21 +38,6 @@ class Preprocessing:
     def __init__(self, handler: UserHandler, name: str, context: HandlerContext, folder: Path) -> None:
         self._handler, self._name, self._context, self._folder = handler, name, context, folder
 
-    def model_input(self, bodies: Sequence[bytes]) -> Tensor:
-        """Return the (B, ...) tensor that the handler gives its model for B requests, of whose inputs nothing is known.
-
-        Raises:
-            ArchiveError: the handler fails, gives its model something else, or does not make one row of each request.
-        """
-        def one_tensor(given: tuple[object, ...], named: dict[str, object]) -> Live:
-            values = [*given, *named.values()]
-            if len(values) != 1 or not isinstance(values[0], Tensor):
-                raise ArchiveError(f"expected {self._name} to give its model one tensor, found "
-                                   f"{', '.join(type(value).__name__ for value in values)}")
-            return (values[0],)
-
-        return self._reached(bodies, one_tensor)[0]
-
     def model_inputs(self, bodies: Sequence[bytes], inputs: Sequence[InputSpec]) -> Live:
         """Return the (B, ...) tensors that the handler gives its model for B requests, in the order of the inputs.
 
@@ -63,16 +45,13 @@ class Preprocessing:
             ArchiveError: the handler fails, or does not make one row of each request.
             InputError: it gives its model something else.
         """
-        return self._reached(bodies, lambda given, named: bind(inputs, given, named))
-
-    def _reached(self, bodies: Sequence[bytes], tensors: _Tensors) -> Live:
         calls = [Call(f"request-{number}", {"body": body}) for number, body in enumerate(bodies)]
         self._context.begin(calls)
         try:
             with _working_in(self._folder):
                 self._handler.handle([call.inputs for call in calls], self._context)
         except ModelReached as reached:
-            batch = tensors(reached.given, reached.named)
+            batch = bind(inputs, reached.given, reached.named)
         except Exception as error:  # the user's own code may raise anything
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
         else:
@@ -82,7 +61,7 @@ class Preprocessing:
         if len(bodies) == 1:
             raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, where one is expected")
         # It calls its model once per request.
-        return tuple(torch.cat(rows) for rows in zip(*(self._reached([body], tensors) for body in bodies)))
+        return tuple(torch.cat(rows) for rows in zip(*(self.model_inputs([body], inputs) for body in bodies)))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,13 @@ def load_answers(path: Path) -> list[AnsweredBatch]:
         raise ArchiveError(f"cannot read the answers in {path}: {error!r}") from error
 
 
-def unanswered(answered: Sequence[AnsweredBatch]) -> list[str]:
-    """Return what went wrong in answers that are not successful."""
-    return [f"{one.batch}: {answer}" for one in answered for answer in one.answers if answer.status != 200]
+def as_read(body: bytes) -> Any:
+    """Return what the body of an answer says: parsed JSON, else text; None for bytes."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, batches_of, load_answers, save_answers
+from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, as_read, batches_of, load_answers, save_answers
 from early_exit.archiver.packaging.tryout.child import LoadingError
 from early_exit.archiver.packaging.tryout.comparison import contradictions
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.protocol import EXIT_HEADER, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
-from early_exit.handler.sample_request import Part, SampleRequest, parse_samples
+from early_exit.handler.sample_request import Part, SampleRequest, samples_in
 from early_exit.handler.user_handler.description import Root
 
 _IN_FULL = {"exits": False, "engine": "eager", "answers": "plain", "sampling_rate": 0, "control_rate": 0}
@@ -53,7 +53,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     [probe] = archive.answer([SampleRequest((Part(b""),))], {PROBE_HEADER: "1", SECRET_HEADER: secret})
     if probe.status != 200:
         raise LoadingError(f"the probe was answered with {probe}")
-    return _answers_by_exit(archive, _samples(folder)[:1])
+    return _answers_by_exit(archive, samples_in(ArchiveLayout(folder))[:1])
 
 
 def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -
     [first], [second] = archive.answer(samples), archive.answer(samples)
     if first.status != 200:
         raise LoadingError(f"a request was answered with {first}")
-    if first != second or _as_read(first.body) is None:
+    if first != second or as_read(first.body) is None:
         return {}  # what differs from call to call is nothing to compare a server's answer with
     service: Any = archive.roots[Root.HANDLER]
     model = service.worker.model
@@ -71,25 +71,13 @@ def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -
     for level in range(model.assembly.last_level + 1):
         model.fall_back(level)
         [answer] = archive.answer(samples)
-        answers.setdefault(answer.headers.get(EXIT_HEADER, ""), _as_read(answer.body))
+        answers.setdefault(answer.headers.get(EXIT_HEADER, ""), as_read(answer.body))
     return answers
-
-
-def _as_read(body: bytes) -> Any:
-    """Return what a body says: parsed JSON, else text; None for bytes."""
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
     _configure(folder, _IN_FULL)
-    archive, samples = LoadedArchive(folder), _samples(folder)
+    archive, samples = LoadedArchive(folder), samples_in(ArchiveLayout(folder))
     reached: list[object] = []
     service: Any = archive.roots[Root.HANDLER]
     service.worker.model.register_forward_hook(lambda *_: reached.append(_))
@@ -106,11 +94,6 @@ def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
         raise LoadingError("the new archive answers without calling the exported model: the handler calls another one")
     if expected is None:
         save_answers(Path(job["out"]), found)
-
-
-def _samples(folder: Path) -> Sequence[SampleRequest]:
-    file = ArchiveLayout(folder).samples
-    return parse_samples(file.read_text(), str(file)) if file.exists() else ()
 
 
 def _configure(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -85,8 +85,8 @@ def adopt(job: dict[str, Any]) -> list[str]:
     rows = RowsPerRequest(HandlerDescription().rows_per_request)  # until two samples, or a worker's own check, say more
     alone: list[list[ModelCall]] = []
     if samples:
-        alone = [_calls_of(model, original, [sample]) or model.calls(first)
-                 for sample, first in zip(samples[:2], first_calls)]
+        alone = [model.calls(calls), *(_calls_of(model, original, [sample]) or model.calls(first)
+                                       for sample, first in zip(samples[1:2], first_calls[1:]))]
         require_fixed(model, [call for calls in alone for call in calls])
         require_same(before, state_of(model))  # after the second sample: the last batch may end as this began
     modes = {part: part.training for part in model.exported.modules()}

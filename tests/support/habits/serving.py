@@ -15,10 +15,9 @@ import requests
 
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import FULL_NAME
-from tests.support.client import metrics
+from tests.support.client import metrics, session_of
 from tests.support.habits.agreement import Answer
 from tests.support.habits.habit import Ask
 
@@ -70,7 +69,7 @@ def _last_error(server: TorchServe) -> str:
 
 def alone(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[Answer]:
     """Return the answers to requests that are sent one after the other."""
-    session = _session(server)
+    session = session_of(server)
     return [_ask(session, server, served, ask) for ask in asks]
 
 
@@ -80,7 +79,7 @@ def together(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[An
 
     def one(ask: Ask) -> Answer:
         if not hasattr(sessions, "own"):
-            sessions.own = _session(server)
+            sessions.own = session_of(server)
         return _ask(sessions.own, server, served, ask)
 
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -110,13 +109,6 @@ def _answers_by_exit(text: str, served: Served) -> Mapping[str, int]:
         if (named["ModelName"], named["ModelVersion"]) == (served.model, served.version):
             found[named["Exit"]] = found.get(named["Exit"], 0) + round(float(value))
     return found
-
-
-def _session(server: TorchServe) -> requests.Session:
-    session = requests.Session()
-    session.trust_env = False
-    session.headers["Authorization"] = f"Bearer {read_token(server.key_file, 'inference')}"
-    return session
 
 
 def _ask(session: requests.Session, server: TorchServe, served: Served, ask: Ask) -> Answer:
