@@ -50,7 +50,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
             chosen = [body for row, body in enumerate(bodies, start) if is_train[row]][:N_SAMPLES - n_found]
             n_found += len(chosen)
             if chosen:
-                batches.append(handler.model_inputs(chosen, backbone.description.inputs))
+                batches.append(handler.model_inputs(chosen, backbone.description))
             if n_found >= N_SAMPLES:
                 break
     if not batches:

@@ -102,7 +102,7 @@ def scripted_plan(folder: Path, archive: Path, bodies: Sequence[bytes]) -> Path:
     with preprocessing(layout.root, json.loads(layout.original_manifest.read_text())) as handler, torch.no_grad():
         confidences = []
         for start in range(0, len(bodies), BATCH):
-            [x], row = handler.model_inputs(bodies[start:start + BATCH], backbone.description.inputs), []
+            [x], row = handler.model_inputs(bodies[start:start + BATCH], backbone.description), []
             for layer, part in zip(layers, parts):
                 (x,) = part(x)
                 row.append(heads[layer.path](x).softmax(dim=1).amax(dim=1))

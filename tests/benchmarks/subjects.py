@@ -135,7 +135,7 @@ def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: 
     backbone = load_backbone(archive.folder)
     original = json.loads(archive.original_manifest.read_text())
     with preprocessing(archive.root, original) as handler:
-        inputs = torch.cat([handler.model_inputs(bodies[start:start + 64], backbone.description.inputs)[0]
+        inputs = torch.cat([handler.model_inputs(bodies[start:start + 64], backbone.description)[0]
                             for start in range(0, len(bodies), 64)])
     names = ids or [f"request-{number}" for number in range(n_recorded)]
     for start in range(0, n_recorded, _SHARD):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
-from early_exit.handler.errors import RecordError
+from early_exit.handler.errors import InputError, RecordError
 from early_exit.handler.recording.format import list_shards
 from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.data.preprocessing import Preprocessing, preprocessing
@@ -114,3 +115,16 @@ def test_mixup_averages_about_half_of_the_images_with_another_one(dtype: torch.d
     torch.testing.assert_close(mixed.float().sum(dim=1), torch.full((400,), 200.0), atol=1.0, rtol=0)
     assert (mixed.float().sort(dim=1, descending=True).values[:, 2:] == 0).all()
     assert 0.4 < (mixed.diagonal() < 199).double().mean() < 0.6
+
+
+def test_what_a_handler_gives_its_model_besides_tensors_is_asked_for_and_not_replayed(backbone: Backbone,
+                                                                                       tmp_path: Path) -> None:
+    write_handler(tmp_path)
+    file = tmp_path / "raw_images.py"
+    file.write_text(file.read_text().replace("(torch.stack(images))", "(torch.stack(images), scale=2.0)"))
+    body = torch.zeros(SHAPE).numpy().tobytes()
+    with preprocessing(tmp_path, MANIFEST) as handler:
+        [inputs] = handler.model_inputs([body], replace(backbone.description, constants={"scale": 2.0}))
+        assert inputs.shape == (1, *SHAPE)
+        with pytest.raises(InputError, match="expected {'scale': 3.0} beside the tensors"):
+            handler.model_inputs([body], replace(backbone.description, constants={"scale": 3.0}))

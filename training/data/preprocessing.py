@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
-from early_exit.handler.backbone.signature import InputSpec, bind
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.backbone.signature import bind
 from early_exit.handler.call import Call
 from early_exit.handler.errors import ArchiveError, ConfigError
 from early_exit.handler.inference.forward import Live
@@ -38,7 +39,7 @@ class Preprocessing:
     def __init__(self, handler: UserHandler, name: str, context: HandlerContext, folder: Path) -> None:
         self._handler, self._name, self._context, self._folder = handler, name, context, folder
 
-    def model_inputs(self, bodies: Sequence[bytes], inputs: Sequence[InputSpec]) -> Live:
+    def model_inputs(self, bodies: Sequence[bytes], model: BackboneDescription) -> Live:
         """Return the (B, ...) tensors that the handler gives its model for B requests, in the order of the inputs.
 
         Raises:
@@ -51,7 +52,7 @@ class Preprocessing:
             with _working_in(self._folder):
                 self._handler.handle([call.inputs for call in calls], self._context)
         except ModelReached as reached:
-            batch = bind(inputs, reached.given, reached.named)
+            batch = bind(model.inputs, reached.given, reached.named, model.constants)
         except Exception as error:  # the user's own code may raise anything
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
         else:
@@ -61,7 +62,7 @@ class Preprocessing:
         if len(bodies) == 1:
             raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, where one is expected")
         # It calls its model once per request.
-        return tuple(torch.cat(rows) for rows in zip(*(self.model_inputs([body], inputs) for body in bodies)))
+        return tuple(torch.cat(rows) for rows in zip(*(self.model_inputs([body], model) for body in bodies)))
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(replay.seed * 1_000_003 + number)
             for bodies in _batches(traffic, train if number else torch.ones_like(train)):
-                first, *others = handler.model_inputs(bodies, backbone.description.inputs)
+                first, *others = handler.model_inputs(bodies, backbone.description)
                 with torch.no_grad():
                     model(transform(first) if number else first, *others)
                 served = model.log.take()[0]
