@@ -200,8 +200,8 @@ def test_bytes_that_are_held_have_a_limit_over_all_connections_and_are_given_bac
             first.send(as_bytes({name: bytes(99_000) for name in "abc"}))
             second.send(as_bytes({name: bytes(90_000) for name in "de"}))
             wait_until(lambda: server.n_working == 5)
-            third.send(iter([bytes(100_000), bytes(100_000)]))  # a message that is not finished counts as well
-            with pytest.raises(ConnectionClosed) as refused:
+            with pytest.raises(ConnectionClosed) as refused:  # at the second piece, or after it
+                third.send(iter([bytes(100_000), bytes(100_000)]))  # a message that is not finished counts as well
                 third.recv(timeout=30)
             assert refused.value.rcvd is not None and refused.value.rcvd.code == TRY_LATER
             assert requests.post(f"http://{address}/ask/digits", bytes(100_000), headers=ALLOWED,
