@@ -36,6 +36,8 @@ _SQUEEZE = {torch.ops.aten.squeeze.default: torch.ops.aten.squeeze.dims,
             torch.ops.aten.squeeze_.default: torch.ops.aten.squeeze_.dims}
 """By an operation that drops every dimension of size 1, that of a batch of one as well: the one that drops some."""
 
+_SORTING = (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable)
+
 
 class ScoresOnly(nn.Module):
     """A classifier that takes its inputs in order and returns its scores, whatever else it returns."""
@@ -173,6 +175,10 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
         raise GraphError(f"the backbone ends in a sigmoid over {shape[1]} scores: a multi-label model has no one class "
                          "for an exit to answer with, and a binary one must return two scores, such as "
                          "torch.cat([-z, z], dim=1) / 2 of its logit z")
+    if sorting := _sorting(scores[0]):
+        raise GraphError(f"the backbone returns its scores in the order of their size ({sorting.name}), so their "
+                         "places are no classes, and an exit head learns a score for each class: let the model return all "
+                         "scores, and the handler take the top ones", Unsupported.SEVERAL_SCORES)
     # Tensors in, one tensor out, whatever structures the program was exported with.
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)
@@ -190,6 +196,16 @@ def scores_dtype(program: ExportedProgram) -> str:
 def _before_casts(node: fx.Node) -> fx.Node:
     while node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
         node = node.all_input_nodes[0]
+    return node
+
+
+def _sorting(scores: fx.Node) -> fx.Node | None:
+    """Return what puts a backbone's scores into the order of their size, where something does."""
+    node = scores
+    while node.target not in _SORTING:
+        if len(node.all_input_nodes) != 1:
+            return None
+        [node] = node.all_input_nodes
     return node
 
 

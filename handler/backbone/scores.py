@@ -10,8 +10,10 @@ from torch import Tensor
 
 _SMALLEST = 1e-30
 """Probabilities below this count as this; masked classes have 0."""
-_FAR_BELOW = 1000.0
-"""Scores so far, and by a hundred times the others' size, below the largest are fillers that stand for no answer."""
+_FAR_BELOW, _TIMES_THE_OTHERS = 1000.0, 100.0
+"""Scores so far, and by so many times the others' size, below the largest are fillers that stand for no answer."""
+_CONSTANT_BELOW, _CONSTANT_TIMES = 20.0, 5.0
+"""The same for scores that are what they should be to the last bit, as a constant such as -50 is."""
 
 
 class ScoreKind(str, Enum):
@@ -50,8 +52,8 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
     """Return the largest difference between two (K,) rows of scores, relative to the largest score.
 
     Probabilities are compared as logarithms, as those of a sure answer hardly change with the weights. Classes that are
-    masked by a constant such as -1e9 have a scale of their own; scores that are no numbers must be where they are
-    expected, or the error is infinite, as it is where no score is a number.
+    masked by a constant such as -1e9 or -50 have a scale of their own; scores that are no numbers must be where they
+    are expected, or the error is infinite, as it is where no score is a number.
     """
     found, expected = found.double(), expected.double()
     if kind is ScoreKind.PROBABILITIES:
@@ -63,7 +65,9 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
         return math.inf
     differences, sizes = (found - expected)[is_number].abs(), expected[is_number].abs()
     numbers = expected[is_number]
-    is_filler = numbers <= math.log(_SMALLEST) if kind is ScoreKind.PROBABILITIES else _are_fillers(numbers)
+    is_filler = numbers <= math.log(_SMALLEST) if kind is ScoreKind.PROBABILITIES else (
+        _are_below(numbers, _FAR_BELOW, _TIMES_THE_OTHERS)
+        | (_are_below(numbers, _CONSTANT_BELOW, _CONSTANT_TIMES) & is_same[is_number]))
     answers = float(sizes[~is_filler].amax()) or 1.0
     if kind is ScoreKind.PROBABILITIES:
         answers = max(answers, 1.0)  # the logarithm of a sure answer's is no more than rounding
@@ -71,10 +75,10 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
     return float((differences / scale).amax())
 
 
-def _are_fillers(scores: Tensor) -> Tensor:
-    """Tell which of (N,) finite scores lie so far below the others that they can only mask a class."""
+def _are_below(scores: Tensor, distance: float, times: float) -> Tensor:
+    """Tell which of (N,) finite scores lie below the others by a distance, and by so many times the others' size."""
     ordered = scores.sort(descending=True).values
     gaps = ordered[:-1] - ordered[1:]
     largest = torch.maximum(ordered[0].abs(), ordered[:-1].abs())
-    ends = ((gaps > _FAR_BELOW) & (gaps > 100 * largest)).nonzero().flatten()
+    ends = ((gaps > distance) & (gaps > times * largest)).nonzero().flatten()
     return scores < ordered[ends[0]] if len(ends) else torch.zeros_like(scores, dtype=torch.bool)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from early_exit.handler.user_handler.model_state import ModelState
+
 
 class NotExported(AttributeError, TypeError):
     """A handler wants something of its model that the exported one cannot give: no client's fault."""
@@ -23,7 +25,8 @@ class StandIn(nn.Module):
     and dtype are those of the model that answers.
     """
 
-    def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False,
+                 replaced: nn.Module | None = None) -> None:
         """Stand in for a model.
 
         Args:
@@ -31,6 +34,8 @@ class StandIn(nn.Module):
             original: the user's own; none where it is not kept.
             is_fixed: whether to refuse what is set on it that the user's own model may compute with, such as a
                 temperature: `model` would answer as if it had not been set.
+            replaced: the user's own, kept or not, whose parts the handler may still have: once one of them is changed,
+                no call is answered.
         """
         super().__init__()
         self.answering = model
@@ -38,6 +43,7 @@ class StandIn(nn.Module):
         object.__setattr__(self, "_original", original and original.requires_grad_(False))
         self.train(model.training)
         object.__setattr__(self, "_is_fixed", is_fixed)
+        object.__setattr__(self, "_state", replaced and ModelState(replaced, tensors=True))
 
     def forward(self, *given: object, **named: object) -> Any:
         """Return what the user's model would.
@@ -45,9 +51,17 @@ class StandIn(nn.Module):
         A hook in the user's model sees an activation only if the model runs, so a model with hooks runs beside. Where a
         hook puts in values that it wants gradients for, as explanations by the activations of a layer do, the answer
         is that model's: nothing else in it asks for gradients.
+
+        Raises:
+            NotExported: the handler has changed a part of the user's model.
         """
+        state: ModelState | None = vars(self)["_state"]
+        if state is not None and (changed := state.changes()):
+            raise _changed(", ".join(f".{name}" for name in changed[:3]))
         if self._original is not None and any(_has_hooks(part) for part in self._original.modules()):
             output = self._original(*given, **named)
+            if state is not None:  # a model may keep values of a request in its attributes
+                object.__setattr__(self, "_state", ModelState(self._original, tensors=True))
             if _has_gradients(output):
                 return output
         return self.answering(*given, **named)
@@ -83,9 +97,7 @@ class StandIn(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):
-            raise NotExported(f"the handler sets .{name} of its model while it answers, and the exported model "
-                              "computes as it did when the archive was made: let initialize() set it, once, or make "
-                              "it an input of the model")
+            raise _changed(f".{name}")
         super().__setattr__(name, value)
 
     def _is_as_it_was(self, name: str, value: object) -> bool:
@@ -110,6 +122,12 @@ class StandIn(nn.Module):
             return getattr(next(self.answering.parameters()), name)
         raise NotExported(f"the handler asks its model for .{name}, which the exported model does not have: make "
                           "the archive again with a --request whose answer needs it, so that ee-archive sees it")
+
+
+def _changed(names: str) -> NotExported:
+    return NotExported(f"the handler changes {names} of its model while it answers, and the exported model computes as "
+                       "it did when the archive was made: let initialize() set it, once, or make it an input of the "
+                       "model")
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -87,6 +87,8 @@ def _replace(roots: Roots, description: HandlerDescription, model: nn.Module) ->
         raise ArchiveError(f"the handler does not keep its model in {names_of(description.model)} after initialize(), "
                            f"so it cannot be given one with early exits: {error}") from error
     original = found[0] if description.loading is Loading.KEPT else None
-    stand_in = StandIn(model, original, is_fixed=True)
+    # A handler that was given its model has no other one.
+    replaced = None if description.loading is Loading.GIVEN else found[0]
+    stand_in = StandIn(model, original, is_fixed=True, replaced=replaced)
     for place in description.model:
         put(roots, place, stand_in)

@@ -115,6 +115,9 @@ def test_scores_are_compared_on_the_scale_of_those_that_can_answer() -> None:
     for filler in (-1e9, -1e4, -math.inf, torch.finfo(torch.float32).min):
         assert error([1.0, filler, 3.3], [1.0, filler, 3.0]) == pytest.approx(0.1), filler
         assert error([1.0, filler, 3.0], [1.0, filler, 3.0]) == 0
+    for mask in (-50.0, -100.0):
+        assert error([1.0, mask, 3.3], [1.0, mask, 3.0]) == pytest.approx(0.1), "it is the same to the last bit"
+        assert error([1.0, mask * 1.1, 3.0], [1.0, mask, 3.0]) == pytest.approx(0.1), "it may be an answer"
     assert error([0.0, 0.1], [0.0, 0.0]) == pytest.approx(0.1), "scores of zero have no scale"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -134,8 +136,53 @@ def test_what_a_handler_sets_on_its_model_later_is_refused_where_the_answer_may_
     kept, let_go = (StandIn(nn.Linear(2, 2), own, is_fixed=True) for own in (original, None))
     kept.temperature, kept.last_seen = 1.0, "today"
     for stand_in in (kept.eval(), let_go.eval()):
-        with pytest.raises(AttributeError, match=r"sets \.temperature of its model while it answers"):
+        with pytest.raises(AttributeError, match=r"changes \.temperature of its model while it answers"):
             stand_in.temperature = 2.0
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_call_is_refused_once_a_part_of_the_users_model_is_changed(is_kept: bool) -> None:
+    """The handler may have the part from initialize(), and no request need have shown what it does with it."""
+    def scale(part: nn.Linear) -> None:
+        part.scale = 2.0
+
+    def write(part: nn.Linear) -> None:
+        with torch.no_grad():
+            part.weight.mul_(2)
+
+    def learn(part: nn.Linear) -> None:
+        part.train()
+
+    for change, name in ((scale, ".body.scale"), (write, ".body.weight"), (learn, ".body is in training mode")):
+        original = Original().eval()
+        body = original.body
+        stand_in = StandIn(nn.Linear(2, 2), original if is_kept else None, is_fixed=True, replaced=original).eval()
+        del original
+        gc.collect()
+        body.eval()
+        stand_in(torch.ones(1, 2))
+        change(body)
+        with pytest.raises(AttributeError, match=f"changes {name}"):
+            stand_in(torch.ones(1, 2))
+
+
+def test_a_model_that_is_not_kept_is_let_go() -> None:
+    original = Original()
+    body, weight = weakref.ref(original.body), weakref.ref(original.body.weight)
+    stand_in = StandIn(nn.Linear(2, 2), is_fixed=True, replaced=original)
+    del original
+    gc.collect()
+    assert body() is None and weight() is None
+    stand_in(torch.ones(1, 2))
+
+
+def test_values_that_a_kept_model_keeps_of_a_request_are_no_change() -> None:
+    original = Original()
+    original.body.seen = torch.zeros(1)
+    stand_in = StandIn(nn.Linear(2, 2), original, is_fixed=True, replaced=original)
+    original.body.register_forward_hook(lambda module, given, output: setattr(module, "seen", output))
+    for _ in range(2):
+        stand_in(torch.ones(1, 2))
 
 
 def test_what_the_exported_model_cannot_give_is_no_clients_fault() -> None:

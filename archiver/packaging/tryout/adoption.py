@@ -15,6 +15,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import ArchiveError, GraphError, Unsupported
 from early_exit.handler.user_handler.description import Place, Root
+from early_exit.handler.user_handler.model_state import ModelState
 from early_exit.handler.user_handler.places import Roots, at, modules_reached, places_of
 
 _SMALL = 0.05
@@ -91,7 +92,7 @@ def _last_layer(calls: Sequence[ModelCall], model: nn.Module) -> nn.Module | Non
     for call in calls:
         given = [value for value in (*call.given, *call.named.values()) if isinstance(value, Tensor) and value.dim()]
         if call.module is model:
-            widths = call.widths
+            widths = frozenset(shape[-1] for shape in call.returned)
         elif any(value.shape[-1] in widths for value in given) and any(
                 parameter.dim() > 1 for parameter in call.module.parameters()):
             return call.module
@@ -137,6 +138,13 @@ def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[In
     constants = [{name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
                  for arguments in bound]
     kind = type(model.exported).__name__
+    for arguments, call in zip(bound, calls):
+        given = {name: tuple(value.shape) for name, value in arguments.items() if isinstance(value, Tensor)}
+        n_rows = next((shape[0] for shape in given.values() if shape), 0)
+        if call.returned and all(len(shape) == 1 and shape[0] != n_rows for shape in call.returned):
+            raise ArchiveError(f"the handler calls {kind} without a batch dimension: {given} gives {call.returned[0]}, "
+                               "and an exit takes (batch, ...) tensors: let the handler call self.model(x[None]) and "
+                               "take the first row of what it returns")
     for name, value in constants[0].items():
         if not isinstance(value, (bool, int, float, str)):
             raise ArchiveError(f"expected the handler to give {kind} tensors, found {type(value).__name__} for "
@@ -192,27 +200,19 @@ def require_fixed(model: CalledModel, calls: Sequence[ModelCall]) -> None:
                                "otherwise each time: call self.model.eval() in initialize()", Unsupported.CHANGES)
 
 
-def state_of(model: CalledModel) -> dict[str, object]:
-    """Return by name what a model consists of, to be compared with the same after it has answered."""
-    state: dict[str, object] = {}
-    for name, part in model.exported.named_modules():
-        state[f"{name or 'the model'} is in training mode"] = part.training
-        state |= {f"{name}.{key}".strip("."): value for key, value in vars(part).items()
-                  if isinstance(value, (bool, int, float, str)) and key != "training"}
-    for name, tensor in [*model.exported.named_parameters(), *model.exported.named_buffers()]:
-        state[name] = (id(tensor), None if tensor.is_inference() else tensor._version)
-    return state
-
-
-def require_same(before: dict[str, object], after: dict[str, object]) -> None:
+def require_same(before: ModelState, calls: Sequence[ModelCall]) -> None:
     """Check that requests have not changed a model.
 
+    Args:
+        before: the model after its first answer.
+        calls: of it.
+
     Raises:
-        ArchiveError: they have; the message says what.
+        ArchiveError: they have, if only for the time of a call; the message says what.
     """
-    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    changed = sorted({name for call in calls for name in call.changed} | set(before.changes()))
     if changed:
-        raise ArchiveError(f"the handler changes its model while it answers ({', '.join(sorted(changed)[:3])}), so "
+        raise ArchiveError(f"the handler changes its model while it answers ({', '.join(changed[:3])}), so "
                            "there is no one model to export: let initialize() make it, once", Unsupported.CHANGES)
 
 
@@ -273,7 +273,8 @@ def _no_module(roots: Roots) -> ArchiveError:
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if model is None or isinstance(model, nn.Module):
         return ArchiveError("no torch.nn.Module with weights answers the handler's requests, and only such a one can "
-                            "be exported", Unsupported.NO_MODULE)
+                            "be exported; a method that the handler keeps, as in self.predict = self.model.forward, "
+                            "hides its model: let the handler call self.model", Unsupported.NO_MODULE)
     if "InferenceSession" in kind or "tensorrt" in kind.lower():
         return ArchiveError(f"the handler's model is a session ({kind}), and torch.export needs the eager model that "
                             "it was made from", Unsupported.SESSION)

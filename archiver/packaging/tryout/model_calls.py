@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from early_exit.handler.user_handler.model_state import ModelState
+
 
 @dataclass(frozen=True)
 class ModelCall:
@@ -22,8 +24,10 @@ class ModelCall:
     named: dict[str, Any]
     is_training: bool
     """Whether the module was in training mode."""
-    widths: frozenset[int] = frozenset()
-    """Last sizes of the tensors that it returned."""
+    returned: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the tensors that it returned, of one dimension at least."""
+    changed: tuple[str, ...] = ()
+    """What of the module was no longer as it was before the first of the calls that were recorded with this one."""
 
 
 @contextmanager
@@ -35,17 +39,19 @@ def recorded_calls(reached: Sequence[nn.Module]) -> Iterator[list[ModelCall]]:
     """
     calls: list[ModelCall] = []
     inside = threading.local()
+    states = {module: ModelState(module) for module in reached}
 
     def noted(module: nn.Module, call: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if getattr(inside, "module", None) is not None:
             return call(*given, **named)
         copied, is_training = (_copy(given), _copy(named)), module.training
+        changed = states.setdefault(module, ModelState(module)).changes()
         inside.module = module
         try:
             result = call(*given, **named)
         finally:
             inside.module = None
-        calls.append(ModelCall(module, *copied, is_training, _widths(result)))
+        calls.append(ModelCall(module, *copied, is_training, _shapes(result), tuple(changed)))
         return result
 
     original = nn.Module.__call__
@@ -75,11 +81,11 @@ def n_parameters(module: nn.Module) -> int:
         return 0
 
 
-def _widths(output: Any) -> frozenset[int]:
+def _shapes(output: Any) -> tuple[tuple[int, ...], ...]:
     if isinstance(output, Mapping):
         output = list(output.values())
     values = output if isinstance(output, (list, tuple)) else [output]
-    return frozenset(value.shape[-1] for value in values if isinstance(value, Tensor) and value.dim())
+    return tuple(tuple(value.shape) for value in values if isinstance(value, Tensor) and value.dim())
 
 
 def _copy(value: Any) -> Any:

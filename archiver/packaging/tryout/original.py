@@ -24,7 +24,6 @@ from early_exit.archiver.packaging.tryout.adoption import (
     probed,
     require_fixed,
     require_same,
-    state_of,
 )
 from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, Batch, batches_of, save_answers
 from early_exit.archiver.packaging.tryout.child import LoadingError, answer_parent
@@ -38,6 +37,7 @@ from early_exit.handler.backbone.graph import inputs_of
 from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.sample_request import SampleRequest, parse_samples, samples_text
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
+from early_exit.handler.user_handler.model_state import ModelState
 from early_exit.handler.user_handler.places import modules_reached, put
 from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, called_often, n_rows_of, rows_per_request
 from early_exit.handler.user_handler.wrapper import given_to_loaders
@@ -81,14 +81,15 @@ def adopt(job: dict[str, Any]) -> list[str]:
     # A handler that remembers answers calls its model for the first of equal requests only.
     calls = original.calls(samples[:1]) or first_calls[0] if samples else []
     model = called_model(calls, original.roots) if samples else held_model(original.roots)
-    before = state_of(model)
+    before = ModelState(model.exported)
     rows = RowsPerRequest(HandlerDescription().rows_per_request)  # until two samples, or a worker's own check, say more
     alone: list[list[ModelCall]] = []
     if samples:
         alone = [model.calls(calls), *(_calls_of(model, original, [sample]) or model.calls(first)
                                        for sample, first in zip(samples[1:2], first_calls[1:]))]
         require_fixed(model, [call for calls in alone for call in calls])
-        require_same(before, state_of(model))  # after the second sample: the last batch may end as this began
+        # After the second sample: the last batch may end as this began.
+        require_same(before, [call for calls in (*first_calls, *alone) for call in model.calls(calls)])
     modes = {part: part.training for part in model.exported.modules()}
     together: list[list[ModelCall]] = []
     if len(samples) > 1:
@@ -104,7 +105,7 @@ def adopt(job: dict[str, Any]) -> list[str]:
     elif samples:
         rows = RowsPerRequest(n_rows_of(_rows(alone[0][0]))) if len(alone[0]) == 1 else called_often(len(alone[0]))
     answered = _answers(original, samples)
-    require_same(before, state_of(model))
+    require_same(before, [call for calls in together for call in calls])
     folder = Path(job["out"])
     backbone.save(folder)
     layout = ArchiveLayout(folder)
