@@ -177,8 +177,8 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
                          "torch.cat([-z, z], dim=1) / 2 of its logit z")
     if sorting := _sorting(scores[0]):
         raise GraphError(f"the backbone returns its scores in the order of their size ({sorting.name}), so their "
-                         "places are no classes, and an exit head learns a score for each class: let the model return all "
-                         "scores, and the handler take the top ones", Unsupported.SEVERAL_SCORES)
+                         "places are no classes, and an exit head learns a score for each class: let the model return "
+                         "all scores, and the handler take the top ones", Unsupported.SEVERAL_SCORES)
     # Tensors in, one tensor out, whatever structures the program was exported with.
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)
