@@ -1,4 +1,4 @@
-"""Records of a backbone without a server: a worker in memory over batches of input, and what a handler makes of such."""
+"""Records of a backbone without a server: a worker in memory over batches of input; what a handler makes of bodies."""
 
 from __future__ import annotations
 
