@@ -85,6 +85,24 @@ def test_two_workers_answer_and_record_every_request(server: TorchServe, managem
     assert len(writers) == 2, "both workers record"
 
 
+def test_a_form_reaches_the_handler_with_the_types_of_its_parts_and_is_recorded_as_that(
+        server: TorchServe, management: Management) -> None:
+    """The handler reads the part that is called data."""
+    options, note = {"k": [1, None, 2.5]}, "a note — of ours"
+    parts = (Part(BODIES[0], "image/png", "data"), Part(json.dumps(options).encode(), "application/json", "options"),
+             Part(note.encode(), "text/plain", "a note"))
+    form = management.predict("digits", "2.0", SampleRequest(parts))
+    [plain] = send(server, "digits", BODIES[:1])
+    assert form.body == plain.body
+    expected = KeptRequest({"data": bytearray(BODIES[0]), "options": options, "a note": note},
+                           {part.name: part.content_type for part in parts})
+    records, deadline = server.state.parent / "records", time.monotonic() + 20
+    while expected not in (kept := [KeptRequest.from_bytes(request) for shard in list_shards(records)
+                                    for request in read_shard(shard, [], kept=True).kept or ()]):
+        assert time.monotonic() < deadline, kept[-1]
+        time.sleep(0.5)
+
+
 def test_one_bad_item_gets_its_own_400_and_the_others_are_answered(server: TorchServe) -> None:
     bodies = [b"not an image" if number % 5 == 2 else body for number, body in enumerate(BODIES)]
     replies = send(server, "digits", bodies)
