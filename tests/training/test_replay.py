@@ -172,7 +172,7 @@ def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_r
     torch.testing.assert_close(replayed.log_probabilities[:75].float(), expected, atol=0.01, rtol=0.01)
     assert list(replayed.skipped.values()) == [12, 3] and len(said) == 2
     assert said[0].startswith("12 of 90 recorded requests are passed over: raw_images.py fails on a request with")
-    assert said[1].startswith("3 of 90 recorded requests are passed over: what the handler got was no JSON")
+    assert said[1].startswith("3 of 90 recorded requests are passed over: what the handler got was not kept")
 
 
 def _chosen(records: Iterable[int]) -> Tensor:
@@ -220,3 +220,19 @@ def test_rows_of_several_requests_that_cannot_be_told_apart_are_asked_for_one_by
         _, [inputs] = handler.model_inputs([KeptRequest({"body": image.numpy().tobytes()}) for image in images],
                                            backbone.description, Skipped())
     assert torch.equal(inputs, images)
+
+
+def test_records_without_requests_are_passed_over_and_where_there_are_no_others_the_remedy_is_named(
+        backbone: Backbone, tmp_path: Path, handler: Preprocessing) -> None:
+    images = torch.randn(40, *SHAPE)
+    record(backbone, images[:20], tmp_path / "without")
+    record(backbone, images[20:], tmp_path / "with", first_request=20,
+           bodies=[image.numpy().tobytes() for image in images[20:]])
+    shards = [shard for folder in ("without", "with") for shard in list_shards(tmp_path / folder)]
+    layers = backbone.description.candidates
+    replayed = replay_records(TrainingSetPaths(tmp_path / "set"), load_traffic(shards), layers, backbone, handler,
+                              Replay(0))
+    assert torch.equal(replayed.request, load_traffic(shards[1:]).request) and [*replayed.skipped.values()] == [20]
+    with pytest.raises(RecordError, match="of 20: what the handler got was not kept: record .*keep_requests: true"):
+        replay_records(TrainingSetPaths(tmp_path / "none"), load_traffic(shards[:1]), layers, backbone, handler,
+                       Replay(0))

@@ -117,18 +117,16 @@ class RecordedTraffic(RecordColumns):
             yield start, read_shard(shard, [layer]).activations[layer][inside]
 
     def kept(self) -> Iterator[tuple[int, list[KeptRequest | None]]]:
-        """Yield what the handler got, shard by shard, and where in N it begins; None where that could not be kept.
+        """Yield what the handler got, shard by shard, and where in N it begins; None where that was not kept.
 
         Raises:
-            RecordError: a shard is damaged or has gone, or holds no requests.
+            RecordError: a shard is damaged or has gone.
         """
         for start, inside, shard in self._by_shard():
             kept = read_shard(shard, [], kept=True).kept
-            if kept is None:
-                raise RecordError(f"{shard} holds no requests, which a replay needs: record with "
-                                  "'early_exit: {keep_requests: true}' in model-config.yaml")
             try:
-                yield start, [KeptRequest.from_bytes(kept[row]) if kept[row] else None for row in inside.tolist()]
+                yield start, [KeptRequest.from_bytes(kept[row]) if kept and kept[row] else None
+                              for row in inside.tolist()]
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise RecordError(f"cannot read the requests in {shard}: {type(error).__name__}: {error}") from error
 

@@ -133,7 +133,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         log: receives a line for each reason why requests are passed over.
 
     Raises:
-        RecordError: no requests were recorded, they are to be augmented and no images, the handler fails on all of
+        RecordError: no requests were kept, they are to be augmented and no images, the handler fails on all of
             them, or the backbone does not answer them as it did when it served.
     """
     transform = augmentation(replay, backbone.description.inputs)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from early_exit.handler.errors import RecordError
 
-NOT_KEPT = "what the handler got was no JSON with bytes, so it could not be kept"
+NOT_KEPT = ("what the handler got was not kept: record with 'early_exit: {keep_requests: true}' in model-config.yaml, "
+            "or, if that was so, it was something else than JSON and bytes, as the log of the workers says")
 _Kind = tuple[type, str, int]
 """Type of an error, and the file and line that raised it."""
 
