@@ -6,6 +6,8 @@ returns what was learnt. It sends nothing itself, so it serves the synchronous c
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,6 +29,9 @@ from early_exit.training.credentials import without_credentials
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
 """TorchServe names no more models than this in one answer."""
+_PROBE = json.dumps({"instances": [{}], "inputs": [
+    {"name": "probe", "shape": [1], "datatype": "BYTES", "data": ["probe"]}]}).encode()
+"""A body that every envelope of TorchServe takes; without one nobody reads it."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,9 @@ class Api:
     def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
         """Let a version check itself, and learn what it says."""
         response = yield ApiRequest("POST", self._prediction(model, version), "inference",
-                                    headers={PROBE_HEADER: "1"}, body=b"probe", needs_secret=True)
-        said = _parsed(response)
+                                    headers={PROBE_HEADER: "1", "content-type": "application/json"}, body=_PROBE,
+                                    needs_secret=True)
+        said = _out_of_envelope(_parsed(response))
         if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):
             raise ServerError(f"{model} {version} answered its probe with {response.status_code}: {_message(response)}"
                               "\nIf that is its answer to any request, its workers do not know the secret that was "
@@ -155,6 +161,15 @@ def _parsed(response: httpx.Response) -> Any:
         return response.json()
     except ValueError:
         return None
+
+
+def _out_of_envelope(said: Any) -> Any:
+    """Return the answer to a request of one instance, whatever envelope of TorchServe it comes in."""
+    with contextlib.suppress(LookupError, TypeError):
+        return said["predictions"][0]
+    with contextlib.suppress(LookupError, TypeError):
+        return said["outputs"][0]["data"][0]
+    return said
 
 
 def _require_ok(response: httpx.Response) -> None:

@@ -57,14 +57,14 @@ class EarlyExitModel(nn.Module):
         Raises:
             InputError: the inputs are not the backbone's in number, shape or dtype.
         """
-        self.log.is_computing = False
+        self.log.ends()
         description = self.assembly.description
         inputs = bind(description.inputs, given, named, description.constants)
         self.log.show(inputs)
-        self.log.is_computing = True
+        self.log.computes()
         if any(x.requires_grad for x in inputs):  # an explanation follows the gradient through the whole backbone
             scores = self.assembly.differentiable(inputs)
-            self.log.is_computing = False
+            self.log.ends()
             return description.output.output(scores)
         with torch.no_grad():
             rate = self.shadow.rate  # the monitor may change it while the call is in flight

@@ -267,3 +267,52 @@ def test_a_second_worker_is_refused_while_the_first_lives(tmp_path: Path) -> Non
         claim_only_worker(layout)
     claim.close()
     claim_only_worker(layout).close()
+
+
+class KnownElsewhere(Numbers):
+    """A handler of which others know a method, and that keeps its context and puts things on it."""
+
+    def initialize(self, context: Any) -> None:
+        self.context = context
+        self.before_the_model = self.remember
+
+    def remember(self, body: Any) -> None:
+        self.remembered = body
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.context.number = getattr(self.context, "number", 0) + 1
+        mine = self.context.number
+        self.before_the_model(data[0]["body"])
+        super().handle(data, context)
+        return [{"remembered": self.remembered, "id": self.context.get_request_id(0), "same": context is self.context,
+                 "number": self.context.number == mine}]
+
+
+def test_what_a_call_sets_through_a_method_that_others_know_or_on_a_kept_context_is_its_own(
+        model: EarlyExitModel) -> None:
+    frontend = Frontend(model, handler := KnownElsewhere(model))
+    handler.initialize(frontend.worker._answers._context)  # type: ignore[attr-defined]
+    bodies = requests(20)
+    for number, body in enumerate(bodies):
+        frontend.waiting[f"id-{number}"] = body
+        frontend.step()
+    frontend.finish()
+    for number, body in enumerate(bodies):
+        _, answer, _ = frontend.answers[f"id-{number}"]
+        assert answer == {"remembered": body, "id": f"id-{number}", "same": True, "number": True}
+    assert handler.context.number > 1, "what a call has put there is there for those that begin after it"
+
+
+def test_what_one_call_deletes_is_gone_for_it_alone_until_it_has_ended(model: EarlyExitModel) -> None:
+    class Deleting(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            context.mine = data[0]["body"]
+            answers = super().handle(data, context)
+            assert context.mine == data[0]["body"]
+            del context.mine
+            return answers
+
+    frontend = Frontend(model, Deleting(model))
+    frontend.waiting = {f"id-{number}": body for number, body in enumerate(requests(8))}
+    frontend.finish()
+    assert {status for status, *_ in frontend.answers.values()} == {200}

@@ -25,6 +25,8 @@ from early_exit.handler.user_handler.places import Roots
 
 EXPLAIN = {"explain": "True"}
 """The header with which TorchServe tells a handler that explanations are asked for."""
+_OF_HTTP = {"host": "localhost"}
+"""A header that every request over HTTP has, and none over gRPC."""
 _NEVER_ANSWERED = 10_000
 """After so many calls a request of an archive with early answers is taken for one that has no answer."""
 
@@ -73,7 +75,8 @@ class LoadedArchive:
         batch = [{"requestId": id_.encode(),
                   "parameters": [{"name": part.name, "contentType": part.content_type, "value": part.handed_over()}
                                  for part in sample.parts],
-                  "headers": [{"name": name.encode(), "value": value.encode()} for name, value in headers.items()]}
+                  "headers": [{"name": name.encode(), "value": value.encode()}
+                              for name, value in (_OF_HTTP | headers).items()]}
                  for id_, sample in waiting.items()]
         told: list[dict[str, Answer]] = []
 
