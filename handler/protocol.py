@@ -23,6 +23,9 @@ that answered."""
 PROBE_HEADER = "X-Early-Exit-Probe"
 """A prediction request with this header is answered by the version's probe instead of the user's handler. It counts as
 `ANYTIME_HEADER` does."""
+PROBE_BODY = (b'{"instances": [{}], '
+              b'"inputs": [{"name": "probe", "shape": [1], "datatype": "BYTES", "data": ["probe"]}]}')
+"""The body of a probe, as JSON: every envelope of TorchServe takes it, and without one nobody reads it."""
 SECRET_HEADER = "X-Early-Exit-Secret"
 """A prediction request with the server's secret in this header comes from its operator."""
 SECRET_VARIABLE = "EARLY_EXIT_SECRET"

@@ -14,7 +14,7 @@ import torch
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.describe import describe, in_words
 from early_exit.archiver.packaging.quantize import N_SAMPLES
-from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.request import ENVELOPES, ArchiveRequest
 from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
@@ -97,6 +97,9 @@ def parser() -> argparse.ArgumentParser:
                              "so that it is seen how the handler orders several")
     parser.add_argument("--content-type", metavar="TYPE",
                         help="of the requests; by default what the names of their files say")
+    parser.add_argument("--service-envelope", choices=ENVELOPES, metavar="NAME",
+                        help="of your server's config.properties, where it has one, in which the requests come: "
+                             f"{', '.join(ENVELOPES)}")
     parser.add_argument("--output", metavar="NAME",
                         help="name or index of the scores in what the model returns, where several could be them")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",

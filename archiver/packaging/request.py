@@ -11,6 +11,9 @@ from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.files.names import bare_name
 
+ENVELOPES = ("json", "kserve", "kservev2")
+"""TorchServe's, by what `service_envelope` calls them."""
+
 
 @dataclass(frozen=True)
 class ArchiveRequest:
@@ -50,6 +53,8 @@ class ArchiveRequest:
     """Files with the bodies of typical requests, best two that differ."""
     content_type: str | None = None
     """Of the requests; by default what the names of their files say."""
+    service_envelope: str | None = None
+    """TorchServe's envelope around the handler where it serves, which takes the requests."""
     output: str | None = None
     """Name or index of the scores in what the model returns, where several of its outputs could be them."""
     strategy: Strategy | None = None

@@ -7,7 +7,6 @@ returns what was learnt. It sends nothing itself, so it serves the synchronous c
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,16 +21,13 @@ from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.files.names import bare_name
-from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER, SECRET_VARIABLE
+from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import OCTETS
 from early_exit.training.credentials import without_credentials
 
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
 """TorchServe names no more models than this in one answer."""
-_PROBE = json.dumps({"instances": [{}], "inputs": [
-    {"name": "probe", "shape": [1], "datatype": "BYTES", "data": ["probe"]}]}).encode()
-"""A body that every envelope of TorchServe takes; without one nobody reads it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Api:
     def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
         """Let a version check itself, and learn what it says."""
         response = yield ApiRequest("POST", self._prediction(model, version), "inference",
-                                    headers={PROBE_HEADER: "1", "content-type": "application/json"}, body=_PROBE,
+                                    headers={PROBE_HEADER: "1", "content-type": "application/json"}, body=PROBE_BODY,
                                     needs_secret=True)
         said = _out_of_envelope(_parsed(response))
         if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):

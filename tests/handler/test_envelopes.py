@@ -15,7 +15,7 @@ from early_exit.archiver.torchserve import api
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.protocol import EXIT_HEADER, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
+from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard, request_hash
 from early_exit.handler.user_handler.description import HandlerDescription
 from tests.support.host import MemoryHost, worker_of
@@ -97,7 +97,7 @@ def test_a_probe_is_answered_in_every_envelope(
     monkeypatch.setenv(SECRET_VARIABLE, "the operator's")
     headers = {**OVER_HTTP, PROBE_HEADER: "1", SECRET_HEADER: "the operator's"}
     [answer], context = predict(ENVELOPES[kind](service_of(worker_of(model, AtOnce(model))).handle).handle,
-                                [{"body": json.loads(api._PROBE)}], headers=[headers])
+                                [{"body": json.loads(PROBE_BODY)}], headers=[headers])
     said = json.loads(answer) if isinstance(answer, str) else answer
     assert api._out_of_envelope(json.loads(json.dumps(said)))["probe"] == "ok"
     assert context.get_response_status(0)[0] == 200
