@@ -25,7 +25,7 @@ LEVELS: dict[str, list[set[str]]] = {
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
         {"costs"}, {"paths", "command", "text_files"}, {"credentials", "environment"}],
-    "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
+    "archiver": [{"watch", "gateway", "switch"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }
 """The rooms of each folder, packages and modules, from high to low. A room imports from lower levels only, so two rooms

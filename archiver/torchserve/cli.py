@@ -28,7 +28,8 @@ def _serve(options: argparse.Namespace) -> int:
         with server:
             places = {"inference": server.addresses.inference, "management": server.addresses.management,
                       "metrics": f"{server.addresses.metrics}/metrics", "tokens": str(server.key_file),
-                      "secret": str(server.secret_file), "records": str(options.records.resolve())}
+                      "secret": str(server.secret_file), "records": str(options.records.resolve()),
+                      "switches": str(server.switches)}
             if options.json:
                 print(json.dumps(places), flush=True)
             else:
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-store", type=Path, default=Path("model-store"), help="(%(default)s)")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder for the records (%(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".ee-serve"),
-                        help="tokens, logs, temporary files (%(default)s)")
+                        help="tokens, switches of the exits, logs, temporary files (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1",
                         help="to listen on for predictions; others see tokens and requests unless TLS is put in front "
                         "(%(default)s)")

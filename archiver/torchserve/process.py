@@ -25,6 +25,7 @@ from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE, read_to
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
+from early_exit.handler.exits.switch import SWITCHES_FOLDER, SWITCHES_VARIABLE
 from early_exit.handler.files.private import open_private, private_folder, replacing
 from early_exit.handler.protocol import SECRET_VARIABLE
 from early_exit.training.environment import GATEWAY_TOKEN
@@ -45,8 +46,8 @@ _STOP_S = 30.0
 class TorchServe:
     """One server and everything it needs in one state folder.
 
-    The folder holds config.properties, the token file (key_file.json), the secret of the workers, logs and the server's
-    temporary files.
+    The folder holds config.properties, the token file (key_file.json), the secret of the workers, the switches of the
+    exits, logs and the server's temporary files.
     """
 
     def __init__(self, model_store: Path, state: Path, addresses: Addresses, *, records: Path | None = None,
@@ -66,6 +67,7 @@ class TorchServe:
         self.addresses = addresses
         self.key_file = self.state / KEY_FILE
         self.secret_file = self.state / SECRET_FILE
+        self.switches = Path(os.environ.get(SWITCHES_VARIABLE, "").strip() or self.state / SWITCHES_FOLDER).resolve()
         self._records = records.resolve() if records else None
         self._models = list(models)
         self._token_minutes = token_minutes
@@ -117,7 +119,7 @@ class TorchServe:
     def _start(self) -> None:
         if not self.model_store.is_dir():
             raise ServerError(f"no model store at {self.model_store}: create the folder or pass --model-store")
-        for folder in (self.state, self.state / "logs", self.state / "tmp"):
+        for folder in (self.state, self.state / "logs", self.state / "tmp", self.switches):
             private_folder(folder)
         self._require_free_ports()
         self.key_file.unlink(missing_ok=True)  # TorchServe would write through a link
@@ -127,7 +129,7 @@ class TorchServe:
                 scratch.write_text(text)
         environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
                        "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs"),
-                       SECRET_VARIABLE: self._make_secret()}
+                       SECRET_VARIABLE: self._make_secret(), SWITCHES_VARIABLE: str(self.switches)}
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
         environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
