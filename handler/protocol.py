@@ -13,6 +13,9 @@ VERSION_HEADER = "X-Early-Exit-Version"
 """Response header: the version that answered."""
 STEP_HEADER = "X-Early-Exit-Step"
 """Response header, set once the monitor has stepped back: the fallback level, of how many."""
+SWITCH_HEADER = "X-Early-Exit-Switch"
+"""Response header, set while the operator's switch is not on: "off", or "level N", the fallback level that answers at
+least."""
 ANYTIME_HEADER = "X-Early-Exit-Anytime"
 """A prediction request with this header asks for every exit's prediction, whatever the header's value. It costs a full
 pass, so it counts only where the sender is known by `SECRET_HEADER`, or where the configuration opens it to clients."""

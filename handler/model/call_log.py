@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from early_exit.handler.exits.switch import Position
 from early_exit.handler.inference.forward import Answers, Live
 
 
@@ -28,6 +29,8 @@ class ServedBatch:
     """The probability with which each shadow row was drawn."""
     full_class: Tensor
     """(S,) int64: the class that the shadow rows would have on the engine that serves, had they run to the end."""
+    switch: Position
+    """What the operator's switch was set to when the call began."""
 
 
 class CallLog:

@@ -54,7 +54,7 @@ class EarlyAnswers:
                 self._in_flight[call.id] = self._executor.start(partial(self._handle, call))
         self._executor.run_stage()
         replies = [self._leave(call.id) for call in calls]
-        if self._model.level != self._model.assembly.last_level:
+        if self._model.takes_exits:
             n_answered = sum(reply is not None for reply in replies)
             self._bypass.ran(n_answered, time.perf_counter() - started)
         return replies

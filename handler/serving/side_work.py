@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.call import Call
+from early_exit.handler.exits.switch import ON, Position
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
@@ -22,6 +24,8 @@ from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.ownership import RowOwnership, Unknown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -126,11 +130,16 @@ class Reporting:
         self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
         self._ownership, self._unknown = ownership, set[Unknown]()
         self._state: MonitorState | None = None
+        self._position = ON
+        metrics.switched(ON)
+        self._turned(model.switch.read())
 
     def note(self, served: Served) -> None:
         """Report what has changed with a call of the user's handler."""
         self._metrics.served(served)
         self._metrics.bypassed(self._model.bypass.bypassed())
+        for batch in served.batches:
+            self._turned(batch.switch)
         if self._writer is not None:
             self._metrics.records(*self._writer.take_counts())
         for how in self._ownership.unknown - self._unknown:
@@ -139,6 +148,13 @@ class Reporting:
         if self._monitor is not None and (state := self._monitor.state) is not self._state:
             self._metrics.monitor(state)
             self._state = state
+
+    def _turned(self, position: Position) -> None:
+        if position != self._position:
+            self._position = position
+            self._metrics.switched(position)
+            logger.warning("the operator's switch of the exits is at %s from now on%s", position,
+                           f", as it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")
 
 
 def request_body(inputs: dict[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from early_exit.handler.call import Call, Reply
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.exits.switch import ExitSwitch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import load_model
 from early_exit.handler.monitor.shared_state import SharedMonitor, watch
@@ -52,6 +53,7 @@ class Worker:
             description: what is known of the handler.
         """
         self.model = model
+        model.switch = ExitSwitch.of_environment(host.model)
         ownership = RowOwnership(description)
         telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None))
         self._is_early = config.answers == EARLY

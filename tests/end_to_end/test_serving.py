@@ -17,6 +17,7 @@ import requests
 
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
+from early_exit.archiver.switch.cli import main as switch_exits
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
@@ -183,6 +184,21 @@ def test_a_version_that_never_gets_ready_is_removed_and_the_old_one_serves(
 def test_a_version_that_is_registered_already_is_refused(management: Management, store: Path) -> None:
     with pytest.raises(ServerError, match="registered already"):
         roll(management, store / "digits-3.0.mar")
+
+
+def test_exits_that_are_switched_off_stay_off_through_a_roll(
+        server: TorchServe, management: Management, store: Path) -> None:
+    place = ["--switches", str(server.switches)]
+    assert any(reply.exit != "full" for reply in send(server, "digits", BODIES))
+    assert switch_exits(["digits", "off", *place]) == 0
+    assert {(reply.exit, reply.version) for reply in send(server, "digits", BODIES)} == {("full", "3.0")}
+    roll(management, store / "digits-4.0.mar", longest_batch_s=1)
+    assert {(reply.exit, reply.version) for reply in send(server, "digits", BODIES)} == {("full", "4.0")}
+    told = metrics(server)
+    for version in ("3.0", "4.0"):
+        assert re.search(rf'ee_exits_switched{{ModelName="digits",ModelVersion="{version}".*}} -1.0', told)
+    assert switch_exits(["digits", "on", *place]) == 0
+    assert any(reply.exit != "full" for reply in send(server, "digits", BODIES))
 
 
 def test_a_records_folder_that_cannot_be_written_costs_no_answer(store: Path, tmp_path: Path) -> None:
