@@ -1,10 +1,10 @@
-"""Requests that an archive carries along, to be answered wherever it is tried out."""
+"""Requests that an archive carries along, to be answered wherever it is tried out, and how a host hands parts over."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,22 @@ from early_exit.handler.formats import SAMPLES
 BODY = "body"
 """TorchServe's name of the only part of a request that is not a form."""
 OCTETS = "application/octet-stream"
+_CONTENT_TYPE = "content-type"
+
+
+def content_types_in(headers: Mapping[str, Any]) -> dict[str, str]:
+    """Return the content types of a request's parts by their names: TorchServe has them among the request's headers.
+
+    >>> content_types_in({"accept": "*/*", "body": {"content-type": "image/png"}})
+    {'body': 'image/png'}
+    """
+    return {name: str(value[_CONTENT_TYPE]) for name, value in headers.items()
+            if isinstance(value, Mapping) and _CONTENT_TYPE in value}
+
+
+def headers_with(content_types: Mapping[str, str]) -> dict[str, Any]:
+    """Return the headers of a request of which nothing but the content types of its parts is known."""
+    return {name: {_CONTENT_TYPE: content_type} for name, content_type in content_types.items()}
 
 
 @dataclass(frozen=True)
@@ -26,13 +42,16 @@ class Part:
     name: str = BODY
 
     def handed_over(self) -> Any:
-        """Return what a handler gets for the part: TorchServe parses JSON and decodes texts."""
+        """Return what a handler gets for the part: TorchServe parses JSON and decodes texts.
+
+        Whatever else it is, or cannot be read as that, is a bytearray of the handler's own.
+        """
         try:
             if self.content_type == "application/json":
                 return json.loads(self.value.decode())
-            return self.value.decode() if self.content_type.startswith("text") else self.value
-        except ValueError:
-            return self.value
+            return self.value.decode() if self.content_type.startswith("text") else bytearray(self.value)
+        except (ValueError, RecursionError):
+            return bytearray(self.value)
 
 
 @dataclass(frozen=True)
@@ -42,9 +61,9 @@ class SampleRequest:
     parts: tuple[Part, ...]
 
     @property
-    def body(self) -> bytes:
-        """The first part, which is all of a request that is not a form."""
-        return self.parts[0].value
+    def body(self) -> Part | None:
+        """The only part of a request that is not a form; None where it is one."""
+        return self.parts[0] if len(self.parts) == 1 and self.parts[0].name == BODY else None
 
     def inputs(self) -> dict[str, Any]:
         """Return what a handler gets for the request."""

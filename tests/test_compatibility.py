@@ -96,7 +96,7 @@ def test_old_records_of_an_old_archive_make_a_plan(old: LastRelease, tmp_path: P
     extract(old.recorder, archive.root)
     description = read_archive(old.recorder).description
     shards = find_shards(old.records, "digits", description)
-    assert sum(len(read_shard(shard, [], bodies=True).bodies or ()) for shard in shards) == 320
+    assert sum(len(read_shard(shard, [], kept=True).kept or ()) for shard in shards) == 320
     run = RunPaths(tmp_path / "run")
     report = train("digits", archive, shards, replace(OPTIONS, replay=how), run)
     assert len(report.heads) == 2

@@ -87,7 +87,7 @@ def records(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_newer_shard_is_refused_by_name_however_it_is_read(records: Path) -> None:
     [shard] = list_shards(records)
     for read in (read_header, read_times, lambda path: read_shard(path, []),
-                 lambda path: read_shard(path, [], bodies=True)):
+                 lambda path: read_shard(path, [], kept=True)):
         with pytest.raises(FormatError, match=f"{shard.name} is a record shard of format {NEWER}, this version reads"):
             read(shard)
 

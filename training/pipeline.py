@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
 from early_exit.training.data.dataset import (
     Part,
-    RecordedTraffic,
     load_traffic,
     of_engine,
     of_newest_setting,
@@ -68,7 +67,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     backbone = load_backbone(archive.folder)
     description = backbone.description
     training_set, left_out = _training_set(archive, mar, backbone, shards, options, run, log)
-    truth = load_labels(labels, training_set.request, training_set.n_classes, log) if labels else None
+    truth = load_labels(labels, training_set.request, training_set.row, training_set.n_classes, log) if labels else None
     if options.risk is Risk.ACCURACY:
         _require_labels(truth, training_set, options)
     profile = _profile(run, archive, backbone, training_set.layers, options)
@@ -90,7 +89,8 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
     records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
     report = make_report(model, records, plan, point, predictions,
-                         head_reports(heads, predictions, point, description), (*left_out, *dropped), description)
+                         head_reports(heads, predictions, point, description), (*left_out, *dropped),
+                         training_set.skipped, description)
     for path, text in ((run.report_json, json.dumps(report.to_json(), indent=1)), (run.report_text, report.to_text())):
         with replacing(path) as scratch:
             scratch.write_text(text)
@@ -108,9 +108,11 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         if options.replay is None:
             shards = _alike(of_engine(shards, options.engine), log)
         traffic = load_traffic(shards, options.fresh_after)
+        others = (f". Of {traffic.n_anonymous} more records it is not known which request they belong to, so they "
+                  "train heads and prove nothing; the log of the workers says why") if traffic.n_anonymous else ""
         if options.replay is not None:
             traffic = traffic.of_known_requests()
-        _require_enough(traffic, options)
+        _require_enough({part: traffic.size(part) for part in Part}, options, others)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
         if options.replay is None:
@@ -124,7 +126,10 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
                     tqdm(desc="replay", unit="request", disable=None,
                          total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
                 training_set = replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
-                                          engine=options.engine, on_batch=progress.update)
+                                              engine=options.engine, on_batch=progress.update, log=log)
+    if n_skipped := sum(training_set.skipped.values()):
+        _require_enough({part: len(training_set.rows(part)) for part in Part}, options,
+                        f". {n_skipped} recorded requests could not be run again")
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
                           "that cover the cost evenly"
@@ -142,11 +147,13 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     return alike
 
 
-def _require_enough(traffic: RecordedTraffic, options: TrainingOptions) -> None:
+def _require_enough(sizes: Mapping[Part, int], options: TrainingOptions, others: str) -> None:
+    """Check that each part has records enough; the error ends with a sentence about records that count in none."""
     if options.thresholds == "certified":
-        require_enough(traffic.size(Part.CERTIFY), Part.CERTIFY.share, options.tolerance, options.delta)
-    if not all(traffic.size(part) for part in Part):
-        raise RecordError(f"{len(traffic)} records are too few to split into {', '.join(p.name.lower() for p in Part)}")
+        require_enough(sizes[Part.CERTIFY], Part.CERTIFY.share, options.tolerance, options.delta, others)
+    if not all(sizes.values()):
+        raise RecordError(f"{sum(sizes.values())} records are too few to split into "
+                          f"{', '.join(part.name.lower() for part in Part)}{others}")
 
 
 def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: TrainingOptions) -> None:

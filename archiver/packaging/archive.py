@@ -30,14 +30,17 @@ from early_exit.handler.engines.registry import ENGINES, require_engine
 from early_exit.handler.errors import ArchiveError, Unsupported
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
+from early_exit.training.data.skipped import Skipped
 
 
-def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda line: None) -> Path:
+def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda line: None,
+                  skipped: Skipped | None = None) -> Path:
     """Build, compare and publish an archive; return its path.
 
     Args:
         request: what is wanted.
         log: called with a line about what the user should know of the archive.
+        skipped: counts recorded requests that could not calibrate it.
 
     Raises:
         EarlyExitError: the source, the plan or the configuration cannot be used, the archive does not answer as its
@@ -52,7 +55,7 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         configuration = read_configuration(request.config or source.configuration(layout), request.engine, log)
         learn(request, layout, source, aside, log)
         _advance(progress, "fill")
-        _write_own_folder(request, layout, source, configuration.engine, aside, log)
+        _write_own_folder(request, layout, source, configuration.engine, aside, log, skipped or Skipped())
         _write_root(request, layout, source, configuration)
         _advance(progress, "try out")
         request.to.mkdir(parents=True, exist_ok=True)
@@ -71,11 +74,11 @@ def _advance(progress: Any, to: str) -> None:
 
 
 def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: Source, engine: str, aside: Path,
-                      log: Callable[[str], None]) -> None:
+                      log: Callable[[str], None], skipped: Skipped) -> None:
     """Replace what lies in the archive's own folder: handler code, engine's pieces, plan."""
     backbone = load_backbone(layout.folder)
     if ENGINES[engine].needs_calibration:
-        _keep_or_quantize(request, engine, layout, source, backbone, aside, log)
+        _keep_or_quantize(request, engine, layout, source, backbone, aside, log, skipped)
     kept = aside / "kept"
     layout.folder.rename(kept)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
@@ -93,10 +96,11 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
 
 
 def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayout, source: Source, backbone: Backbone,
-                      aside: Path, log: Callable[[str], None]) -> None:
+                      aside: Path, log: Callable[[str], None], skipped: Skipped) -> None:
     """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
     if request.calibrate is not None:
-        quantize(backbone, recorded_inputs(request.calibrate, layout, source.manifest, backbone, log), aside, log)
+        inputs = recorded_inputs(request.calibrate, layout, source.manifest, backbone, skipped, log)
+        quantize(backbone, inputs, aside, log)
     elif (layout.folder / PIECES).exists():
         shutil.move(layout.folder / PIECES, aside / PIECES)
     else:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +17,12 @@ from early_exit.archiver.packaging.describe import describe, in_words
 from early_exit.archiver.packaging.quantize import N_SAMPLES
 from early_exit.archiver.packaging.request import ENVELOPES, ArchiveRequest
 from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
+from early_exit.archiver.packaging.sources.form import add_form_option
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
+from early_exit.training.data.skipped import Skipped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,22 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    _print_contents(options.archive, as_json=options.json)
+    _print_contents(options.archive, as_json=options.json, more={})
     return 0
 
 
 def _build(options: argparse.Namespace) -> int:
     values = {field.name: getattr(options, field.name) for field in fields(ArchiveRequest)}
+    skipped = Skipped()
     mar = build_archive(ArchiveRequest(**{**values, "inputs": tuple(options.inputs)}),
-                        lambda line: log_to_stderr(f"ee-archive: {line}"))
-    _print_contents(mar, as_json=options.json)
+                        lambda line: log_to_stderr(f"ee-archive: {line}"), skipped)
+    _print_contents(mar, as_json=options.json, more={"skipped": skipped.counts} if options.calibrate else {})
     print_next(f"ee-roll {mar}" if options.plan else
                f"ee-serve {mar.name} --model-store {mar.parent}, or ee-roll {mar} where a server runs")
     return 0
 
 
-def _print_contents(mar: Path, *, as_json: bool) -> None:
-    print(json.dumps(describe(mar), indent=1) if as_json else in_words(mar))
+def _print_contents(mar: Path, *, as_json: bool, more: Mapping[str, Any]) -> None:
+    """Print what is in an archive; as JSON with more that is known of how it was made."""
+    print(json.dumps({**describe(mar), **more}, indent=1) if as_json else in_words(mar))
 
 
 def show_parser() -> argparse.ArgumentParser:
@@ -71,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
           ee-archive torchvision.models:resnet50 --weights resnet50.safetensors --input-shape 3,224,224
                      --handler image_classifier --model-name photos
         a text model of two inputs:
-          ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128""")
+          ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128
+        one whose requests have several parts:
+          ee-archive ranker.mar --form "image=cat.jpg;type=image/jpeg" --form options=options.json""")
     parser.add_argument("source", help="an existing .mar, .tar.gz or folder of torch-model-archiver, "
                         "package.module:function, or a .pt2")
     parser.add_argument("--plan", type=Path, help="plan.json of an ee-train run")
@@ -90,13 +97,13 @@ def parser() -> argparse.ArgumentParser:
                         help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
     calibrated = ", ".join(engine.name for engine in ENGINES.values() if engine.needs_calibration)
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
-                        help=f"for {calibrated}: records folder with request bytes, of which at most {N_SAMPLES} are "
-                             "used")
+                        help=f"for {calibrated}: records folder with requests, of which at most {N_SAMPLES} are used")
     parser.add_argument("--request", type=Path, action="append", default=[], dest="requests", metavar="FILE",
                         help="body of a typical request, which the archive keeps as its sample; give two that differ, "
                              "so that it is seen how the handler orders several")
+    add_form_option(parser)
     parser.add_argument("--content-type", metavar="TYPE",
-                        help="of the requests; by default what the names of their files say")
+                        help="of the bodies; by default what the names of their files say")
     parser.add_argument("--service-envelope", choices=ENVELOPES, metavar="NAME",
                         help="of your server's config.properties, where it has one, in which the requests come: "
                              f"{', '.join(ENVELOPES)}")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.packaging.sources.sample import sample_images, samples_of_files
+from early_exit.archiver.packaging.sources.sample import sample_images, samples_of, varied
 from early_exit.archiver.packaging.sources.source import Source
 from early_exit.archiver.packaging.tryout.trials import adopt, answer_in_full
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.sample_request import samples_in, samples_text
+from early_exit.handler.sample_request import SampleRequest, samples_in, samples_text
 
 
 def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path,
@@ -39,14 +39,22 @@ def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside:
             "ee-roll asks for --untried: --request FILE gives one")
 
 
+def _own_samples(request: ArchiveRequest) -> list[SampleRequest]:
+    return samples_of(request.requests, request.content_type, request.form)
+
+
+def _varied(own: list[SampleRequest]) -> list[SampleRequest]:
+    """Return a second request where there is only one."""
+    return varied(own[0]) if len(own) == 1 else []
+
+
 def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[str], None]) -> None:
     """Keep what an archive of ours holds; other samples are answered by it once more."""
-    samples = samples_in(layout)
-    if request.requests:
-        samples = tuple(samples_of_files(request.requests, request.content_type))
+    own = _own_samples(request)
+    samples = own + _varied(own) or list(samples_in(layout))
     if samples:
         layout.samples.write_text(samples_text(samples))
-    if request.requests and layout.handler_description.exists():
+    if own and layout.handler_description.exists():
         answer_in_full(Path(request.source), samples, layout.answers)
     elif samples and not layout.answers.exists():
         log("the archive was made by an older version, which kept no answers, so there is nothing to compare with")
@@ -54,12 +62,12 @@ def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[st
 
 def _adopt(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside: Path,
            log: Callable[[str], None]) -> None:
-    own = samples_of_files(request.requests, request.content_type)
-    samples = own or sample_images(request.input_shape)
+    own = _own_samples(request)
+    samples = own + _varied(own) or sample_images(request.input_shape)
     files, found = aside / "files", aside / "found"
     shutil.copytree(layout.root, files)  # the handler may write into its folder
     found.mkdir()
-    for batch in adopt(request, files, source.manifest, samples, len(request.requests), found):
+    for batch in adopt(request, files, source.manifest, samples, len(own), found):
         log(f"your archive answers {batch} otherwise each time, so nothing of that answer can be compared")
     shutil.rmtree(files)
     ArchiveLayout(found).folder.rename(layout.folder)

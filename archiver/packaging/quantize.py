@@ -17,14 +17,15 @@ from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.inference.forward import Live
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, readable_shards
 from early_exit.training.data.preprocessing import preprocessing
+from early_exit.training.data.skipped import Skipped
 
 N_SAMPLES = 300
 _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int)
 
 
 def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
-                    log: Callable[[str], None] = lambda line: None) -> Live:
-    """Return the (N, ...) inputs that the user's handler makes of recorded request bytes, N at most 300.
+                    skipped: Skipped, log: Callable[[str], None] = lambda line: None) -> Live:
+    """Return the (N, ...) inputs that the user's handler makes of recorded requests, N at most 300.
 
     They are requests of the train part: those that certify what is made here are used for nothing else.
 
@@ -33,26 +34,29 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
         layout: the archive with the user's files.
         original: the manifest that the user's handler expects.
         backbone: the backbone that was recorded.
-        log: called with a line about each shard that cannot be read.
+        skipped: counts the requests on which the handler fails; others are taken in their place.
+        log: called with a line about each shard that cannot be read, and about each reason to pass over requests.
 
     Raises:
-        RecordError: no request bytes of this backbone were recorded.
-        ArchiveError, InputError: the handler does not make the model's inputs of them.
+        RecordError: no requests of this backbone were recorded, or the handler fails on all of them.
     """
     name = original["model"]["modelName"]
     shards = readable_shards(find_shards(records, name, backbone.description), log)
     traffic = load_traffic(shards).of_known_requests()
     is_train = traffic.part == list(Part).index(Part.TRAIN)
     batches: list[Live] = []
-    n_found = 0
+    n_tried = n_found = 0
     with preprocessing(layout.root, original) as handler:
-        for start, bodies in traffic.bodies():
-            chosen = [body for row, body in enumerate(bodies, start) if is_train[row]][:N_SAMPLES - n_found]
-            n_found += len(chosen)
-            if chosen:
-                batches.append(handler.model_inputs(chosen, backbone.description))
+        for start, requests in traffic.kept():
+            chosen = [request for row, request in enumerate(requests, start) if is_train[row]]
+            while chosen and n_found < N_SAMPLES:
+                tried, chosen = chosen[:N_SAMPLES - n_found], chosen[N_SAMPLES - n_found:]
+                positions, inputs = handler.model_inputs(tried, backbone.description, skipped)
+                n_tried, n_found = n_tried + len(tried), n_found + len(positions)
+                batches += [inputs] if positions else []
             if n_found >= N_SAMPLES:
                 break
+    skipped.report(n_tried, log)
     if not batches:
         raise RecordError(f"{records} has no records of {name} in its train part to calibrate with: record more")
     return tuple(torch.cat(parts) for parts in zip(*batches))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
+from early_exit.archiver.packaging.sources.form import FormFile
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.files.names import bare_name
@@ -48,13 +49,15 @@ class ArchiveRequest:
     engine: str | None = None
     """Engine to write into model-config.yaml, its only owner: an archive without a plan is executed by one too."""
     calibrate: Path | None = None
-    """Folder with recorded request bytes, for an engine that is made from them."""
+    """Folder with recorded requests, for an engine that is made from them."""
     requests: Sequence[Path] = field(default_factory=tuple)
     """Files with the bodies of typical requests, best two that differ."""
     content_type: str | None = None
     """Of the requests; by default what the names of their files say."""
     service_envelope: str | None = None
     """TorchServe's envelope around the handler where it serves, which takes the requests."""
+    form: Sequence[FormFile] = field(default_factory=tuple)
+    """Files with the parts of one more request."""
     output: str | None = None
     """Name or index of the scores in what the model returns, where several of its outputs could be them."""
     strategy: Strategy | None = None

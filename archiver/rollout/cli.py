@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from early_exit.archiver.packaging.sources.sample import samples_of_files
+from early_exit.archiver.packaging.sources.form import add_form_option
+from early_exit.archiver.packaging.sources.sample import samples_of
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _roll(options: argparse.Namespace) -> int:
-    requests = samples_of_files([options.request] if options.request else [], options.content_type)
+    requests = samples_of([options.request] if options.request else [], options.content_type, options.form)
     reports = roll_all(servers_of(options), options.archive, put_back=options.put_back,
                        request=requests[0] if requests else None, untried=options.untried,
                        longest_batch_s=options.longest_batch_s, log=log_to_stderr)
@@ -47,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
                         help="when a server fails, roll the version before into those that are done")
     parser.add_argument("--request", type=Path,
                         help="body of a request that the new version must answer first; by default its own sample")
+    add_form_option(parser)
     parser.add_argument("--content-type", metavar="TYPE",
-                        help="of the request; by default what the name of its file says")
+                        help="of the body; by default what the name of its file says")
     parser.add_argument("--untried", action="store_true",
                         help="let a version serve though no request is known that tries it out")
     parser.add_argument("--longest-batch-s", type=float, metavar="S",

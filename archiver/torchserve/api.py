@@ -22,7 +22,7 @@ from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.files.names import bare_name
 from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_VARIABLE
-from early_exit.handler.sample_request import OCTETS
+from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.credentials import without_credentials
 
 T = TypeVar("T")
@@ -41,6 +41,8 @@ class ApiRequest:
     params: dict[str, str | int] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    form: tuple[Part, ...] = ()
+    """The parts of a form, which is sent instead of a body."""
     needs_secret: bool = False
     """Whether it asks for a full pass, which workers do for those alone who send their secret."""
 
@@ -105,21 +107,25 @@ class Api:
         _require_ok(response)
         return said
 
-    def predict(self, model: str, body: bytes, *, version: str | None = None, anytime: bool = False,
-                content_type: str = OCTETS) -> Conversation[Prediction]:
+    def predict(self, model: str, request: SampleRequest, *, version: str | None = None,
+                anytime: bool = False) -> Conversation[Prediction]:
         """Get the answer to a request, whatever its status: this one does not raise for a refusal.
 
         Args:
             model: name of a served model.
-            body: body of the request.
+            request: a body, or the parts of a form.
             version: a registered version, by default the model's default.
             anytime: whether the request runs to the end and hears what every exit would have said; without the secret
                 of the workers it does so only where their configuration opens that to clients.
-            content_type: of the body.
         """
-        headers = {"content-type": content_type, **({ANYTIME_HEADER: "1"} if anytime else {})}
-        response = yield ApiRequest("POST", self._prediction(model, version), "inference", headers=headers, body=body,
-                                    needs_secret=anytime)
+        headers = {ANYTIME_HEADER: "1"} if anytime else {}
+        url, whole = self._prediction(model, version), request.body
+        if whole is None:
+            response = yield ApiRequest("POST", url, "inference", headers=headers, form=request.parts,
+                                        needs_secret=anytime)
+        else:
+            response = yield ApiRequest("POST", url, "inference", body=whole.value, needs_secret=anytime,
+                                        headers={"content-type": whole.content_type, **headers})
         return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
                           response.content, None if response.status_code == 200 else _message(response))
 

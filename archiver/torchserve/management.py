@@ -14,7 +14,7 @@ from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind, read_sec
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import SECRET_HEADER
-from early_exit.handler.sample_request import SampleRequest
+from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.credentials import without_credentials
 
 _ROLL_S = 30.0
@@ -78,8 +78,7 @@ class Management:
         Raises:
             ServerError: it is not answered with 200.
         """
-        prediction = self._hold(self._api.predict(model, request.body, version=version, anytime=to_the_end,
-                                                  content_type=request.parts[0].content_type))
+        prediction = self._hold(self._api.predict(model, request, version=version, anytime=to_the_end))
         if prediction.error is not None:
             raise ServerError(f"{model} {version} answered a request with {prediction.status}: {prediction.error}")
         return prediction
@@ -124,7 +123,8 @@ class AsyncManagement:
 
     async def predict(self, model: str, body: bytes, *, anytime: bool) -> Prediction:
         """Return the answer of a model's default version, whatever its status."""
-        return await self._hold(self._api.predict(model, body, anytime=anytime), self._prediction_s)
+        return await self._hold(self._api.predict(model, SampleRequest((Part(body),)), anytime=anytime),
+                                self._prediction_s)
 
     async def models(self) -> list[str]:
         """Return the names of the models that are registered."""
@@ -162,8 +162,11 @@ def _auth(addresses: Addresses, key_file: Path | None) -> dict[TokenKind, TokenA
 
 def _as_httpx(request: ApiRequest, secret_file: Path | None) -> dict[str, Any]:
     secret = read_secret(secret_file) if request.needs_secret else None
+    # With a file name each, as TorchServe passes on the content types of files only.
+    sent = {"files": [(part.name, (part.name, part.value, part.content_type)) for part in request.form]} if (
+        request.form) else {"content": request.body}
     return {"method": request.method, "url": request.url, "params": request.params or None,
-            "headers": request.headers | ({SECRET_HEADER: secret} if secret else {}), "content": request.body}
+            "headers": request.headers | ({SECRET_HEADER: secret} if secret else {}), **sent}
 
 
 def _no_answer(request: ApiRequest, error: httpx.HTTPError) -> ServerError:

@@ -22,20 +22,25 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.files.names import bare_name
 from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import RECORDS
+from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.handler.sample_request import BODY
 
 SUFFIX = ".safetensors"
 _ACTIVATION = "activation/"
+_KEPT, _BODY = "kept", "body"
+"""What the tensors with requests are called, and with the bodies that the last release kept instead."""
+_SIZES, _BYTES = "_sizes", "_bytes"
 ANONYMOUS = -2**63
 """Stands for the request of a record where it is not known which request the recorded row belongs to.
 
-Such records are no repeats of each other. They have no body, and no label belongs to them. Those that have the same
-time were served together, and some of them may be of one request, so they all go to one part of the records.
+Such records are no repeats of each other. Nothing is kept of their requests, and no label belongs to them. Some of them
+may be of one request, so they are no independent evidence of anything: heads may learn from them, and that is all.
 """
 
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """What is known of N records besides activations and bodies, a row for each; shards hold every column by its name.
+    """What is known of N records besides activations and kept requests; shards hold every column by its name.
 
     Class numbers are int32 and exits int16 in a shard, and int64 where training reads them.
     """
@@ -52,6 +57,8 @@ class RecordColumns:
     """(N,) int16: position in the shard's layers of the exit that answered, or -1 for the backbone."""
     request: Tensor
     """(N,) int64: a uniform hash of the request id, or `ANONYMOUS`."""
+    row: Tensor
+    """(N,) int32: which instance of the request it is; 0 unless the request had several in an envelope."""
     time: Tensor
     """(N,) float64: Unix time in seconds, the same for all that were served together."""
     sampling_rate: Tensor
@@ -74,17 +81,18 @@ class Records(RecordColumns):
 
     activations: Mapping[str, Tensor]
     """By layer path: (N, ...) float16, pooled."""
-    bodies: Sequence[bytes] | None = None
-    """N request bodies, where they are kept; empty where the request is not known."""
+    kept: Sequence[bytes] | None = None
+    """N times what the handler got, as `KeptRequest.to_bytes` writes it, where requests are kept; empty where it is not
+    known which request it is."""
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
         """Join records that have the same layers."""
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
         activations = {path: torch.cat([part.activations[path] for part in parts]) for path in parts[0].activations}
-        kept = [part.bodies for part in parts if part.bodies is not None]
-        bodies = [body for bodies in kept for body in bodies] if len(kept) == len(parts) else None
-        return Records(activations=activations, bodies=bodies, **columns)
+        keeping = [part.kept for part in parts if part.kept is not None]
+        kept = [request for part in keeping for request in part] if len(keeping) == len(parts) else None
+        return Records(activations=activations, kept=kept, **columns)
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,9 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
         OSError: it cannot be written; nothing is left behind.
     """
     tensors = records.columns() | {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
-    if records.bodies is not None:
-        sizes = torch.tensor([len(body) for body in records.bodies])
-        tensors["body_sizes"] = sizes
-        tensors["body_bytes"] = torch.frombuffer(bytearray(b"".join(records.bodies) or b"\0"), dtype=torch.uint8)
+    if records.kept is not None:
+        tensors[_KEPT + _SIZES] = torch.tensor([len(request) for request in records.kept])
+        tensors[_KEPT + _BYTES] = torch.frombuffer(bytearray(b"".join(records.kept) or b"\0"), dtype=torch.uint8)
     stamped = RECORDS.stamped({"header": json.dumps(header.__dict__)})
     metadata = {name: str(value) for name, value in stamped.items()}  # safetensors keeps strings only
     with replacing(path) as scratch:
@@ -162,21 +169,24 @@ def read_header(path: Path) -> ShardHeader:
         return ShardHeader(**{**header, "layers": tuple(header["layers"])})
 
 
-def read_shard(path: Path, layers: Sequence[str], *, bodies: bool = False) -> Records:
-    """Return the records of a shard with the activations of some layers only, and the request bodies if asked.
+def read_shard(path: Path, layers: Sequence[str], *, kept: bool = False) -> Records:
+    """Return the records of a shard with the activations of some layers only, and the kept requests if asked.
 
     Raises:
         RecordError: the file is damaged or lacks a layer.
         FormatError: its format is not one that this version reads.
     """
     with _opened(path) as shard:
-        columns = {name: shard.get_tensor(name) for name in COLUMNS}
+        present = set(shard.keys())
+        columns = {name: shard.get_tensor(name) for name in COLUMNS if name in present or name != "row"}
+        columns.setdefault("row", torch.zeros(len(columns["request"]), dtype=torch.int32))  # the last release had none
         activations = {layer: shard.get_tensor(_ACTIVATION + layer) for layer in layers}
-        kept = None
-        if bodies and "body_sizes" in shard.keys():  # noqa: SIM118 - a safetensors file is not a mapping
-            sizes = shard.get_tensor("body_sizes").tolist()
-            kept = list(_cut(shard.get_tensor("body_bytes").numpy().tobytes(), sizes))
-    return Records(activations=activations, bodies=kept, **columns)
+        requests = None
+        if kept and _KEPT + _SIZES in present:
+            requests = list(_cut(shard, _KEPT))
+        elif kept and _BODY + _SIZES in present:
+            requests = [KeptRequest({BODY: body}).to_bytes() for body in _cut(shard, _BODY)]
+    return Records(activations=activations, kept=requests, **columns)
 
 
 def read_times(path: Path) -> Tensor:
@@ -202,8 +212,9 @@ def _opened(path: Path) -> Iterator[Any]:
         raise RecordError(f"cannot read the record shard {path}: {type(error).__name__}: {error}") from error
 
 
-def _cut(joined: bytes, sizes: Sequence[int]) -> Iterator[bytes]:
-    start = 0
-    for size in sizes:
+def _cut(shard: Any, name: str) -> Iterator[bytes]:
+    """Yield the pieces of one tensor of bytes, of which another holds the sizes."""
+    joined, start = shard.get_tensor(name + _BYTES).numpy().tobytes(), 0
+    for size in shard.get_tensor(name + _SIZES).tolist():
         yield joined[start:start + size]
         start += size

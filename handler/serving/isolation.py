@@ -44,6 +44,8 @@ class Served:
     owners: Sequence[Sequence[int]] | None = None
     """For each call of the model, and for each row of its input: the position in `calls` of the request that the row
     belongs to. None where there are no rows, or where it is not known whose they are."""
+    rows_per_item: int | None = None
+    """How many rows each item of the requests became, side by side in their order; None where that is not known."""
     error: Exception | None = None
     """What the handler raised, where the reply is an error of ours."""
 
@@ -114,7 +116,9 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     if not elsewhere or (alone and 1 in (len(batches), len(calls))):
         n_rows = [len(batch.answers.outputs) for batch in batches]
         owners = _owners(n_rows, calls, rows_per_request, are_its_own=not elsewhere)
-    return Served(positions, calls, replies, batches, owners)
+    n_items = len(items) * (rows_per_request or 0)
+    is_known = owners is not None and sum(len(batch.answers.outputs) for batch in batches) == n_items
+    return Served(positions, calls, replies, batches, owners, rows_per_request if is_known else None)
 
 
 def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int | None, *, are_its_own: bool

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,17 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor
 from early_exit.handler.recording.format import ANONYMOUS, Records, request_hash
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.recording.writer import RecordWriter
+from early_exit.handler.sample_request import content_types_in
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.ownership import RowOwnership, Unknown
 
 logger = logging.getLogger(__name__)
+
+_Item = tuple[int, int]
+"""Position of a request in its batch, and which of its instances is meant; 0 unless it has several."""
 
 
 @dataclass
@@ -35,8 +39,8 @@ class _Recorded:
     batch: ServedBatch
     places: list[int]
     """Which of the shadow rows they are."""
-    calls: list[Call] | None
-    """The request that each of them belongs to; None where that is not known."""
+    items: list[_Item] | None
+    """The request that each of them belongs to, and which of its instances; None where that is not known."""
     sampling_rate: list[float]
     """The probability with which the request of each was drawn."""
 
@@ -47,37 +51,42 @@ class Recording:
     def __init__(self, model: EarlyExitModel, writer: RecordWriter, *, keep_requests: bool) -> None:
         self._model, self._writer, self._keep_requests = model, writer, keep_requests
         self._random = Random()
+        self._refused_to_keep = False
 
     def note(self, served: Served) -> None:
-        """Record one shadow row of each request; where it is not known whose rows are, all of them, without request."""
-        recorded = _all_of(served) if served.owners is None else self._one_of_each(served, served.owners)
+        """Record one shadow row of each item; where it is not known whose rows are, all of them, without request."""
+        items = _items_of(served)
+        recorded = _all_of(served) if items is None else self._one_of_each(served, items)
         for part in recorded:
             if part.places:
-                self._writer.offer(self._records(part, served.batches[0].time))
+                self._writer.offer(self._records(part, served))
 
-    def _one_of_each(self, served: Served, owners: Sequence[Sequence[int]]) -> list[_Recorded]:
-        # Not the first: training takes a record for a request, and each of its rows must be as likely to be the one.
-        shadow: dict[int, list[tuple[int, int]]] = {}
-        for number, (batch, of_batch) in enumerate(zip(served.batches, owners)):
+    def _one_of_each(self, served: Served, items: Sequence[Sequence[_Item]]) -> list[_Recorded]:
+        # Not the first: training takes a record for an item, and each of its rows must be as likely to be the one.
+        shadow: dict[_Item, list[tuple[int, int]]] = {}
+        for number, (batch, of_batch) in enumerate(zip(served.batches, items)):
             for place, row in enumerate(batch.answers.shadow.tolist()):
                 shadow.setdefault(of_batch[row], []).append((number, place))
-        n_rows = Counter(owner for of_batch in owners for owner in of_batch)
+        n_rows = Counter(item for of_batch in items for item in of_batch)
         recorded = [_Recorded(batch, [], [], []) for batch in served.batches]
-        for owner, rows in shadow.items():
+        for item, rows in shadow.items():
             number, place = self._random.choice(rows)
             part = recorded[number]
             part.places.append(place)
-            part.calls = [*(part.calls or ()), served.calls[owner]]
-            part.sampling_rate.append(1 - (1 - part.batch.sampling_rate) ** n_rows[owner])
+            part.items = [*(part.items or ()), item]
+            part.sampling_rate.append(1 - (1 - part.batch.sampling_rate) ** n_rows[item])
         return recorded
 
-    def _records(self, recorded: _Recorded, time: float) -> Records:
+    def _records(self, recorded: _Recorded, served: Served) -> Records:
         """Return the records of some rows; all that one call of the handler served have one time."""
-        batch, calls, places = recorded.batch, recorded.calls, recorded.places
+        batch, items, places = recorded.batch, recorded.items, recorded.places
         answers, rows = batch.answers, _at(places, batch.answers.shadow)
         scores = self._model.assembly.description.scores
         log_probabilities = scores.log_probabilities(_at(places, answers.reference).float()).cpu()
-        bodies = [b""] * len(places) if calls is None else [request_body(call.inputs) for call in calls]
+        known = [] if items is None else [(served.calls[position], number) for position, number in items]
+        n_unknown = len(places) - len(known)
+        kept = [self._kept(call, number) if served.rows_per_item or call.instances is None else b""
+                for call, number in known] if self._keep_requests else []
         return Records(
             activations={path: _at(places, activation) for path, activation in batch.activations.items()},
             log_probabilities=log_probabilities.half(),
@@ -85,12 +94,35 @@ class Recording:
             full_class=_at(places, batch.full_class).int().cpu(),
             answered_class=answers.outputs[rows].argmax(dim=1).int().cpu(),
             exit=answers.stages[rows].short().cpu(),
-            request=torch.tensor([ANONYMOUS] * len(places) if calls is None else
-                                 [request_hash(call.id) for call in calls]),
-            time=torch.full((len(places),), time, dtype=torch.float64),
+            request=torch.tensor([request_hash(call.id) for call, _ in known] + [ANONYMOUS] * n_unknown),
+            row=torch.tensor([number for _, number in known] + [0] * n_unknown, dtype=torch.int32),
+            time=torch.full((len(places),), served.batches[0].time, dtype=torch.float64),
             sampling_rate=torch.tensor(recorded.sampling_rate),
-            bodies=bodies if self._keep_requests else None,
+            kept=kept + [b""] * n_unknown if self._keep_requests else None,
         )
+
+    def _kept(self, call: Call, number: int) -> bytes:
+        """Return an item of a request as shards hold it; nothing where it is no JSON with bytes."""
+        try:
+            return KeptRequest(call.items[number], content_types_in(call.headers)).to_bytes()
+        except (TypeError, ValueError, RecursionError) as error:
+            if not self._refused_to_keep:
+                logger.warning("%s. Such requests are recorded without what the handler got, so they cannot be run "
+                               "again", error)
+            self._refused_to_keep = True
+            return b""
+
+
+def _items_of(served: Served) -> Sequence[Sequence[_Item]] | None:
+    """Return whose each row of each call of the model is; None where that is not known."""
+    if served.owners is None:
+        return None
+    if all(call.instances is None for call in served.calls):
+        return [[(owner, 0) for owner in of_batch] for of_batch in served.owners]
+    # All are of one request: of several with instances the owners are not known.
+    n_rows = [len(of_batch) for of_batch in served.owners]
+    per_item = served.rows_per_item or 1
+    return [[(0, row // per_item) for row in range(end - n, end)] for n, end in zip(n_rows, accumulate(n_rows))]
 
 
 def _all_of(served: Served) -> list[_Recorded]:
@@ -155,11 +187,3 @@ class Reporting:
             self._metrics.switched(position)
             logger.warning("the operator's switch of the exits is at %s from now on%s", position,
                            f", as it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")
-
-
-def request_body(inputs: dict[str, Any]) -> bytes:
-    """Return the bytes of a request as the handler gets it; what the host has parsed is written as JSON."""
-    value = inputs.get("data", inputs.get("body", inputs))
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
-    return value.encode() if isinstance(value, str) else json.dumps(value, default=repr).encode()

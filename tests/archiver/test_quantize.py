@@ -15,6 +15,7 @@ from early_exit.handler.engines.registry import INT8
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.recording.format import list_shards
 from early_exit.training.data.dataset import Part, load_traffic
+from early_exit.training.data.skipped import Skipped
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.models.text_classifier import LENGTH, TextClassifier
 from tests.support.models.text_handler import TextHandler
@@ -29,7 +30,7 @@ def test_only_requests_of_the_train_part_calibrate(tmp_path: Path) -> None:
     write_handler(layout.root)
     images = record_images(backbone, 700, tmp_path / "records")
     is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
-    [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone)
+    [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone, Skipped())
     assert len(inputs) == 300
     assert torch.equal(inputs, images[is_train][:300])
 
@@ -48,7 +49,7 @@ def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Pa
     shutil.copy(MODELS / "text_handler.py", layout.root)
     backbone.save(layout.folder)
     manifest = {"model": {"modelName": "model", "handler": "text_handler.py", "modelFile": "text_classifier.py"}}
-    found = recorded_inputs(tmp_path / "records", layout, manifest, backbone)
+    found = recorded_inputs(tmp_path / "records", layout, manifest, backbone, Skipped())
     is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
     assert [torch.equal(one, expected[is_train]) for one, expected in zip(found, (tokens, mask))] == [True, True]
     quantize(backbone, found, layout.folder)

@@ -219,7 +219,8 @@ class Bench:
             return ExitPlan(self.subject.backbone.description.sha256, options.thresholds, (), None), {}
         labels = None
         if options.risk is Risk.ACCURACY:
-            labels = load_labels(self.subject.labels, training_set.request, training_set.n_classes)
+            labels = load_labels(self.subject.labels, training_set.request, training_set.row,
+                                 training_set.n_classes)
         description, profile = self.subject.backbone.description, None if options.measure == "flops" else self.profile
         costs = exit_costs(profile, heads, [options.policy] * len(heads), description, options.batch_size)
         predictions = predict(training_set, heads, costs, options.risk, options.policy, labels)
@@ -234,7 +235,8 @@ class Bench:
     def labelled(self) -> LabelledRecords:
         """What the baselines get; a replay has the label of the request that it replays."""
         training_set = self.of_one_class
-        labels = load_labels(self.subject.labels, training_set.request, training_set.n_classes)
+        labels = load_labels(self.subject.labels, training_set.request, training_set.row,
+                                 training_set.n_classes)
         n_train = int((training_set.part == list(Part).index(Part.TRAIN)).sum())
         originals = training_set.rows(Part.TRAIN)[:n_train]
         n_rounds = (len(training_set.backbone_class) - training_set.n_records) // max(1, n_train)

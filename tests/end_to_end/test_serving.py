@@ -23,6 +23,7 @@ from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
 from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.environment import GATEWAY_TOKEN
 from tests.conftest import WORKERS
@@ -78,8 +79,9 @@ def test_two_workers_answer_and_record_every_request(server: TorchServe, managem
     while (found := sum(len(read_shard(shard, [])) for shard in list_shards(records))) < len(BODIES):
         assert time.monotonic() < deadline, f"{found} of {len(BODIES)} records"
         time.sleep(0.5)
-    shards = [read_shard(shard, [], bodies=True) for shard in list_shards(records)]
-    assert sorted(body for shard in shards for body in shard.bodies or ()) == sorted(BODIES)
+    shards = [read_shard(shard, [], kept=True) for shard in list_shards(records)]
+    assert sorted(KeptRequest.from_bytes(request).item["body"] for shard in shards
+                  for request in shard.kept or ()) == sorted(BODIES)
     writers = {shard.name.split("-")[1] for shard in list_shards(records)}
     assert len(writers) == 2, "both workers record"
 

@@ -20,6 +20,7 @@ from early_exit.handler.protocol import (
     SECRET_VARIABLE,
 )
 from early_exit.handler.recording.format import ANONYMOUS, Records, list_shards, read_shard, request_hash
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.serving import ownership
 from early_exit.handler.user_handler.description import HandlerDescription
 from tests.support.host import MemoryHost, worker_of
@@ -62,7 +63,7 @@ def checking_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(folder: Path) -> list[Records]:
-    return [read_shard(path, [], bodies=True) for path in list_shards(folder)]
+    return [read_shard(path, [], kept=True) for path in list_shards(folder)]
 
 
 @pytest.mark.parametrize("kind", KNOWN)
@@ -124,7 +125,8 @@ def test_a_request_is_recorded_once_with_what_belongs_to_it(
     number_of = {request_hash(f"id-{number}"): number for number in range(64)}
     numbers = [number_of[hashed] for hashed in records.request.tolist()]
     assert len(set(numbers)) == len(numbers) and len(numbers) > 10
-    assert records.bodies == [f"body-{number}".encode() for number in numbers]
+    assert [KeptRequest.from_bytes(kept).item for kept in records.kept or ()] == [
+        {"rows": asked[number], "body": f"body-{number}".encode()} for number in numbers]
     k = kind.rows_per_request or 1
     assert records.sampling_rate.tolist() == pytest.approx([1 - (1 - rate) ** k] * len(numbers))
     seen = set()
@@ -154,7 +156,8 @@ def test_where_it_is_unknown_answers_stay_and_nothing_is_claimed(
     [records] = recorded(tmp_path)
     n_calls = 2 if kind is CallingTwice else 1
     assert records.request.tolist() == [ANONYMOUS] * 12 * n_calls + [request_hash("id-0")]
-    assert records.bodies == [b""] * 12 * n_calls + [b"body-0"]
+    assert records.kept is not None and records.kept[:-1] == [b""] * 12 * n_calls
+    assert KeptRequest.from_bytes(records.kept[-1]).item["body"] == b"body-0"
     assert len(set(records.time.tolist())) == 3, "one time for all that was served together"
     assert caplog.text.count("because the handler makes 2 rows of one request") == 1
     assert host.metrics["rows_unknown"].values == {("archive",): 1}

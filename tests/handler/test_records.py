@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.format import (
+    COLUMNS,
     Records,
     ShardHeader,
     list_shards,
@@ -30,34 +31,34 @@ from early_exit.handler.recording.writer import RecordWriter
 HEADER = ShardHeader("digits", "2.0", "ab12", 4, ("layer1", "layer2"))
 
 
-def some_records(count: int, *, bodies: list[bytes] | None = None) -> Records:
+def some_records(count: int, *, kept: list[bytes] | None = None) -> Records:
     return Records(
         activations={"layer1": torch.randn(count, 3, 4, 4).half(), "layer2": torch.randn(count, 5).half()},
         log_probabilities=torch.randn(count, 10).log_softmax(1).half(),
         backbone_class=torch.randint(10, (count,)).int(), full_class=torch.randint(10, (count,)).int(),
         answered_class=torch.randint(10, (count,)).int(),
         exit=torch.full((count,), -1, dtype=torch.int16), request=torch.randint(2**62, (count,)),
-        time=torch.full((count,), 1e9, dtype=torch.float64), sampling_rate=torch.ones(count), bodies=bodies)
+        row=torch.randint(9, (count,)).int(),
+        time=torch.full((count,), 1e9, dtype=torch.float64), sampling_rate=torch.ones(count), kept=kept)
 
 
 def assert_same(found: Records, expected: Records) -> None:
-    assert found.bodies == expected.bodies
-    for name in ("log_probabilities", "backbone_class", "full_class", "answered_class", "exit", "request", "time",
-                 "sampling_rate"):
+    assert found.kept == expected.kept
+    for name in COLUMNS:
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     for layer, activation in expected.activations.items():
         assert torch.equal(found.activations[layer], activation)
 
 
 @settings(deadline=None, max_examples=25)
-@given(bodies=st.lists(st.binary(max_size=40), min_size=1, max_size=6))
-def test_a_shard_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, bodies: list[bytes]) -> None:
+@given(kept=st.lists(st.binary(max_size=40), min_size=1, max_size=6))
+def test_a_shard_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, kept: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("shards") / "a.safetensors"
-    records = some_records(len(bodies), bodies=bodies)
+    records = some_records(len(kept), kept=kept)
     write_shard(path, HEADER, records)
     assert read_header(path) == HEADER
     assert torch.equal(read_times(path), records.time)
-    assert_same(read_shard(path, HEADER.layers, bodies=True), records)
+    assert_same(read_shard(path, HEADER.layers, kept=True), records)
 
 
 def test_only_the_asked_layers_are_read(tmp_path: Path) -> None:
@@ -192,5 +193,5 @@ def test_records_are_private_to_the_user(tmp_path: Path) -> None:
 
 
 def test_joining_shards_of_which_one_kept_no_bodies_gives_none() -> None:
-    kept, not_kept = some_records(1, bodies=[b"a"]), replace(some_records(1), bodies=None)
-    assert Records.concatenate([kept, not_kept]).bodies is None
+    kept, not_kept = some_records(1, kept=[b"a"]), replace(some_records(1), kept=None)
+    assert Records.concatenate([kept, not_kept]).kept is None

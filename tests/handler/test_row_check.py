@@ -54,7 +54,7 @@ def checking_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(folder: Path) -> list[Records]:
-    return [read_shard(path, [], bodies=True) for path in list_shards(folder)]
+    return [read_shard(path, [], kept=True) for path in list_shards(folder)]
 
 
 def found_by_samples(model: EarlyExitModel, handler: AtOnce, a: list[float], b: list[float]) -> RowsPerRequest:

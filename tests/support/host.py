@@ -53,7 +53,7 @@ class MemoryHost:
 
 
 class RowsHandler:
-    """A handler whose requests are rows of the model's inputs: one tensor each, or several."""
+    """A handler whose requests are rows of the model's inputs: one tensor each, or several, in a header."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
@@ -61,7 +61,8 @@ class RowsHandler:
     def initialize(self, context: Any) -> None: ...
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
-        inputs = [torch.stack(rows) for rows in zip(*(item["rows"] for item in data))]
+        inputs = [torch.stack(rows) for rows in zip(*(context.get_request_header(number, "rows")
+                                                      for number in range(len(data))))]
         with torch.no_grad():
             self.model(*inputs)
         return ["done"] * len(data)
@@ -79,5 +80,5 @@ def worker_of(model: EarlyExitModel, handler: Any = None, config: ServingConfig 
 def calls_of_rows(inputs: Sequence[torch.Tensor], ids: Sequence[str], bodies: Sequence[bytes] | None = None
                   ) -> list[Call]:
     """Return a call for each row of (B, ...) inputs, for `RowsHandler`, with its body where bodies are given."""
-    return [Call(id_, {"rows": tuple(x[row] for x in inputs), **({"body": bodies[row]} if bodies else {})})
+    return [Call(id_, {"body": bodies[row]} if bodies else {}, {"rows": tuple(x[row] for x in inputs)})
             for row, id_ in enumerate(ids)]

@@ -9,21 +9,22 @@ import torch
 
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.format import ANONYMOUS, Records, ShardHeader, request_hash, write_shard
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
 
 HEADER = ShardHeader("model", "1.0", "ab12", 4, ("layer",))
 
 
-def traffic(folder: Path, requests: list[int], times: list[float]) -> RecordedTraffic:
+def traffic(folder: Path, requests: list[int], times: list[float], rows: list[int] | None = None) -> RecordedTraffic:
     """Write one shard, in which every record has another activation, and read it."""
     n = len(requests)
     zeros = torch.zeros(n, dtype=torch.int32)
     write_shard(folder / "a.safetensors", HEADER, Records(
         activations={"layer": torch.arange(n)[:, None].half()}, log_probabilities=torch.zeros(n, 3).half(),
         backbone_class=zeros, full_class=zeros.clone(), answered_class=zeros.clone(), exit=zeros.short(),
-        request=torch.tensor(requests), time=torch.tensor(times, dtype=torch.float64), sampling_rate=torch.ones(n),
-        bodies=[b"" if request == ANONYMOUS else str(request).encode() for request in requests]))
+        request=torch.tensor(requests), row=zeros.clone() if rows is None else torch.tensor(rows).int(), time=torch.tensor(times, dtype=torch.float64), sampling_rate=torch.ones(n),
+        kept=[b"" if request == ANONYMOUS else KeptRequest(str(request)).to_bytes() for request in requests]))
     return load_traffic([folder / "a.safetensors"])
 
 
@@ -38,23 +39,43 @@ def test_a_request_that_ran_twice_counts_once_and_unknown_ones_count_each(tmp_pa
     assert activations(read) == [0, 1, 2, 3, 5]
 
 
-def test_unknown_requests_are_split_by_time_so_that_what_was_served_together_stays_together(tmp_path: Path) -> None:
-    """Rows of one request must not be in the part for training and in that for the certificate."""
-    times = [1.7e9 + 0.01 * (number // 4) for number in range(16_000)]
-    read = traffic(tmp_path, [ANONYMOUS] * 16_000, times)
-    together = read.part.reshape(-1, 4)
-    assert bool((together == together[:, :1]).all())
-    for part in Part:
-        assert read.size(part) / len(read) == pytest.approx(part.share, abs=0.02)
+def test_unknown_requests_train_and_prove_nothing(tmp_path: Path) -> None:
+    """Some of them may be rows of one request, and a certificate counts independent records."""
+    known = [request_hash(str(number)) for number in range(200)]
+    read = traffic(tmp_path, known + [ANONYMOUS] * 100, [1.0] * 300)
+    assert read.part[read.request == ANONYMOUS].tolist() == [list(Part).index(Part.TRAIN)] * 100
+    assert read.n_anonymous == 100 and all(0 < read.size(part) < 200 for part in (Part.TUNE, Part.CERTIFY))
+
+
+def test_each_instance_of_a_request_trains_and_one_of_them_drawn_by_a_hash_is_evidence(tmp_path: Path) -> None:
+    n_requests, n_rows = 3000, 3
+    ids = [request_hash(str(number)) for number in range(n_requests)]
+    repeated = [request for request in ids for _ in range(n_rows)]
+    read = traffic(tmp_path, repeated + ids, [1.0] * (n_rows + 1) * n_requests,
+                   [*range(n_rows)] * n_requests + [0] * n_requests)
+    trains = read.part == list(Part).index(Part.TRAIN)
+    in_training = set(read.request[trains].tolist())
+    assert int(trains.sum()) == n_rows * len(in_training), "each of its instances once, though some were served twice"
+    proves = read.request[~trains].tolist()
+    assert len(proves) == len(set(proves)) == n_requests - len(in_training) and not in_training & set(proves)
+    shares = read.row[~trains].bincount(minlength=n_rows) / len(proves)
+    assert shares.tolist() == pytest.approx([1 / n_rows] * n_rows, abs=0.04), "each is as likely to be the one"
+
+
+def test_a_label_names_the_instance_that_it_belongs_to(tmp_path: Path) -> None:
+    a, b = request_hash("a"), request_hash("b")
+    (tmp_path / "labels.csv").write_text("a,1\na,2,0\nb,1,2\n")
+    request, row = torch.tensor([a, a, a, b, b]), torch.tensor([0, 1, 2, 0, 1])
+    assert load_labels(tmp_path / "labels.csv", request, row, 3).tolist() == [1, -1, 0, -1, 2]
 
 
 def test_nothing_that_belongs_to_a_request_is_taken_for_an_unknown_one(tmp_path: Path) -> None:
     a = request_hash("a")
     read = traffic(tmp_path, [ANONYMOUS, a, ANONYMOUS], [1.0, 2.0, 3.0])
     (tmp_path / "labels.csv").write_text("a,2\nb,1\n")
-    assert load_labels(tmp_path / "labels.csv", read.request, 3).tolist() == [-1, 2, -1]
+    assert load_labels(tmp_path / "labels.csv", read.request, read.row, 3).tolist() == [-1, 2, -1]
     known = read.of_known_requests()
-    assert [bodies for _, bodies in known.bodies()] == [[str(a).encode()]]
+    assert [requests for _, requests in known.kept()] == [[KeptRequest(str(a))]]
     assert activations(known) == [1] and known.time.tolist() == [2.0]
 
 

@@ -92,11 +92,12 @@ def test_the_report_says_what_the_run_said(finished: tuple[RunPaths, RunReport],
 def test_programs_find_what_they_found_before_in_both_files(evaluation: Evaluation) -> None:
     report, whole = evaluation.summary.to_json(), evaluation.to_json()
     assert set(report) == {"model", "records", "plan", "exits", "heads", "cost_ratio", "flops_ratio", "disagreement",
-                           "left_out"}
+                           "left_out", "skipped"}
     assert set(report["exits"][0]) == {"layer", "cost", "threshold", "temperature", "head", "hit_rate", "agreement",
                                        "hit_rate_alone"}
     assert set(whole) == {"model", "backbone", "guarantee", "measure", "batch_size", "records", "deployed", "exits",
-                          "frontier", "curves", "plain", "with_exits", "latencies", "heads", "left_out", "asked"}
+                          "frontier", "curves", "plain", "with_exits", "latencies", "heads", "left_out", "skipped",
+                          "asked"}
     assert set(whole["exits"][0]) == {"layer", "cost", "head", "threshold", "temperature", "alone", "together"}
     assert set(whole["exits"][0]["together"]) == {"hit_rate", "agreement", "accuracy", "effect", "bound", "categories"}
     assert set(whole["deployed"]) == {"thresholds", "cost", "flops", "disagreement", "loss", "accuracy"}

@@ -234,6 +234,7 @@ def written_shard(folder: Path, time: float, layers: tuple[str, ...]) -> Path:
     path = folder / f"{time}.safetensors"
     write_shard(path, ShardHeader("model", "1.0", "ab", 4, layers), Records(
         torch.zeros(2, 3).half(), *(torch.zeros(2).int() for _ in range(3)), torch.zeros(2).short(), torch.arange(2),
+        torch.zeros(2).int(),
         torch.full((2,), time, dtype=torch.float64), torch.ones(2),
         activations={layer: torch.zeros(2, 3).half() for layer in layers}))
     return path

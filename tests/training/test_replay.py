@@ -12,11 +12,13 @@ from torch import nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
-from early_exit.handler.errors import InputError, RecordError
+from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.format import list_shards
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.data.preprocessing import Preprocessing, preprocessing
 from early_exit.training.data.replay import Replay, augmentation, replay_records
+from early_exit.training.data.skipped import Skipped
 from early_exit.training.paths import TrainingSetPaths
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 
@@ -124,7 +126,10 @@ def test_what_a_handler_gives_its_model_besides_tensors_is_asked_for_and_not_rep
     file.write_text(file.read_text().replace("(torch.stack(images))", "(torch.stack(images), scale=2.0)"))
     body = torch.zeros(SHAPE).numpy().tobytes()
     with preprocessing(tmp_path, MANIFEST) as handler:
-        [inputs] = handler.model_inputs([body], replace(backbone.description, constants={"scale": 2.0}))
-        assert inputs.shape == (1, *SHAPE)
-        with pytest.raises(InputError, match="expected {'scale': 3.0} beside the tensors"):
-            handler.model_inputs([body], replace(backbone.description, constants={"scale": 3.0}))
+        skipped, request = Skipped(), KeptRequest({"body": body})
+        positions, [inputs] = handler.model_inputs([request], replace(backbone.description, constants={"scale": 2.0}),
+                                                   skipped)
+        assert inputs.shape == (1, *SHAPE) and positions == [0] and not skipped.counts
+        assert handler.model_inputs([request], replace(backbone.description, constants={"scale": 3.0}),
+                                    skipped) == ([], ())
+        assert ["expected {'scale': 3.0} beside the tensors" in reason for reason in skipped.counts] == [True]

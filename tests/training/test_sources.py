@@ -23,7 +23,7 @@ def write_records(root: Path, name: str, count: int) -> Path:
         activations={"layer1": torch.randn(count, 3).half()}, log_probabilities=torch.randn(count, 4).half(),
         backbone_class=torch.zeros(count).int(), full_class=torch.zeros(count).int(),
         answered_class=torch.zeros(count).int(),
-        exit=torch.zeros(count).short(), request=torch.randint(2**62, (count,)),
+        exit=torch.zeros(count).short(), request=torch.randint(2**62, (count,)), row=torch.zeros(count).int(),
         time=torch.zeros(count, dtype=torch.float64), sampling_rate=torch.ones(count)))
     return path
 

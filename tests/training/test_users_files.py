@@ -22,6 +22,7 @@ from tests.training.test_sources import write_records
 
 IDS = [f"request-{number}" for number in range(8)]
 REQUESTS = torch.tensor([request_hash(name) for name in IDS])
+ROWS = torch.zeros(len(IDS), dtype=torch.int64)
 
 
 def labels(path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -31,7 +32,7 @@ def labels(path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 def test_labels_of_an_editor_that_marks_the_byte_order_are_those_of_others(tmp_path: Path) -> None:
     lines = "\n".join(f"{name},{number % 3}" for number, name in enumerate(IDS))
-    plain, marked = (load_labels(labels(tmp_path / f"{encoding}.csv", lines, encoding), REQUESTS, 3)
+    plain, marked = (load_labels(labels(tmp_path / f"{encoding}.csv", lines, encoding), REQUESTS, ROWS, 3)
                      for encoding in ("utf-8", "utf-8-sig"))
     assert torch.equal(plain, marked) and bool((marked >= 0).all()), "the first label counts as the others do"
 
@@ -47,20 +48,20 @@ def test_labels_of_an_editor_that_marks_the_byte_order_are_those_of_others(tmp_p
 def test_labels_that_cannot_be_meant_so_are_refused_with_their_line(
         text: str, encoding: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=message):
-        load_labels(labels(tmp_path / "labels.csv", text, encoding), REQUESTS, 3)
+        load_labels(labels(tmp_path / "labels.csv", text, encoding), REQUESTS, ROWS, 3)
 
 
 def test_the_same_label_twice_contradicts_nothing(tmp_path: Path) -> None:
-    found = load_labels(labels(tmp_path / "labels.csv", "id,label\nrequest-0,1\nrequest-0,1\n"), REQUESTS, 3)
+    found = load_labels(labels(tmp_path / "labels.csv", "id,label\nrequest-0,1\nrequest-0,1\n"), REQUESTS, ROWS, 3)
     assert found.tolist() == [1] + [-1] * 7
 
 
 def test_it_is_told_when_most_labels_belong_to_no_record(tmp_path: Path) -> None:
     told: list[str] = []
     strangers = "".join(f"stranger-{number},0\n" for number in range(9))
-    load_labels(labels(tmp_path / "labels.csv", "request-0,1\n" + strangers), REQUESTS, 3, told.append)
+    load_labels(labels(tmp_path / "labels.csv", "request-0,1\n" + strangers), REQUESTS, ROWS, 3, told.append)
     assert len(told) == 1 and told[0].startswith("1 of the 10 requests in")
-    load_labels(labels(tmp_path / "labels.csv", "request-0,1\n"), REQUESTS, 3, told.append)
+    load_labels(labels(tmp_path / "labels.csv", "request-0,1\n"), REQUESTS, ROWS, 3, told.append)
     assert len(told) == 1
 
 

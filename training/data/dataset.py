@@ -26,6 +26,10 @@ from early_exit.handler.recording.format import (
     read_shard,
     read_times,
 )
+from early_exit.handler.recording.kept_request import KeptRequest
+
+_SPREAD = -7046029254386353131
+"""2^64 by the golden ratio, for Fibonacci hashing."""
 
 
 class Part(Enum):
@@ -51,7 +55,11 @@ class Part(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTraffic(RecordColumns):
-    """N records without their activations, which are read layer by layer; each known request is in it once."""
+    """N records without their activations, which are read layer by layer.
+
+    Each instance of a known request is in it once, and outside of the train part there is one record of a request:
+    records of one request are alike, and a certificate counts independent ones. Which one is drawn by a hash.
+    """
 
     shards: tuple[Path, ...]
     sizes: tuple[int, ...]
@@ -65,13 +73,23 @@ class RecordedTraffic(RecordColumns):
     def part(self) -> Tensor:
         """(N,) int8: index of each record's part, which the hash of its request decides, and its time.
 
-        Where the request is not known the time alone decides, so that all that were served together are in one part.
+        Where the request is not known it is the train part: what is chosen and certified rests on independent records.
         """
-        deciding = torch.where(self.request == ANONYMOUS, _hashed(self.time), self.request)
-        position = deciding.double() / 2.0**64 + 0.5  # in [0, 1]
+        position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
         starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
         part = (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
-        return part.masked_fill(self.time <= self.fresh_after, list(Part).index(Part.TRAIN))
+        trains = (self.request == ANONYMOUS) | (self.time <= self.fresh_after)
+        return part.masked_fill(trains, list(Part).index(Part.TRAIN))
+
+    @property
+    def n_anonymous(self) -> int:
+        """The number of records of which the request is not known."""
+        return int((self.request == ANONYMOUS).sum())
+
+    def where(self, chosen: Tensor) -> RecordedTraffic:
+        """Return the records that a (N,) bool mask chooses."""
+        columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
+        return replace(self, rows=self.rows[chosen], **columns)
 
     def of_known_requests(self) -> RecordedTraffic:
         """Return the records of which it is known which request they belong to.
@@ -81,10 +99,9 @@ class RecordedTraffic(RecordColumns):
         """
         known = self.request != ANONYMOUS
         if not bool(known.any()):
-            raise RecordError("the records have no request bytes: the handler's rows could not be assigned to its "
+            raise RecordError("the records hold no requests: the handler's rows could not be assigned to its "
                               "requests while it served, and the log of its workers says why")
-        columns = {name: getattr(self, name)[known] for name in COLUMNS}
-        return replace(self, rows=self.rows[known], **columns)
+        return self.where(known)
 
     def size(self, part: Part) -> int:
         """Return the number of a part's records."""
@@ -99,18 +116,21 @@ class RecordedTraffic(RecordColumns):
         for start, inside, shard in self._by_shard():
             yield start, read_shard(shard, [layer]).activations[layer][inside]
 
-    def bodies(self) -> Iterator[tuple[int, list[bytes]]]:
-        """Yield the request bodies, shard by shard, and where in N they begin.
+    def kept(self) -> Iterator[tuple[int, list[KeptRequest | None]]]:
+        """Yield what the handler got, shard by shard, and where in N it begins; None where that could not be kept.
 
         Raises:
-            RecordError: a shard is damaged or has gone, or holds no bodies.
+            RecordError: a shard is damaged or has gone, or holds no requests.
         """
         for start, inside, shard in self._by_shard():
-            bodies = read_shard(shard, [], bodies=True).bodies
-            if bodies is None:
-                raise RecordError(f"{shard} holds no request bodies, which a replay needs: record with "
+            kept = read_shard(shard, [], kept=True).kept
+            if kept is None:
+                raise RecordError(f"{shard} holds no requests, which a replay needs: record with "
                                   "'early_exit: {keep_requests: true}' in model-config.yaml")
-            yield start, [bodies[row] for row in inside.tolist()]
+            try:
+                yield start, [KeptRequest.from_bytes(kept[row]) if kept[row] else None for row in inside.tolist()]
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise RecordError(f"cannot read the requests in {shard}: {type(error).__name__}: {error}") from error
 
     def _by_shard(self) -> Iterator[tuple[int, Tensor, Path]]:
         start = 0
@@ -216,23 +236,34 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> Re
     """
     parts = [read_shard(shard, []) for shard in shards]
     records = Records.concatenate(parts)
-    rows = _first_of_each(records.request)
+    rows = _first_of_each(records.request, records.row)
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    return RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, **columns,
-                           fresh_after=-math.inf if fresh_after is None else fresh_after)
+    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, **columns,
+                              fresh_after=-math.inf if fresh_after is None else fresh_after)
+    trains = traffic.part == list(Part).index(Part.TRAIN)
+    return traffic.where(trains | _drawn_of_each(traffic.request, traffic.row))
 
 
-def _first_of_each(request: Tensor) -> Tensor:
-    """Return the positions of the first record of each request, as TorchServe may run one twice, and all others of
-    unknown requests."""
-    _, order = torch.sort(request, stable=True)
-    ordered = request[order]
-    is_first = torch.ones(len(order), dtype=torch.bool)
-    is_first[1:] = (ordered[1:] != ordered[:-1]) | (ordered[1:] == ANONYMOUS)
-    return order[is_first].sort().values
+def _first_of_each(request: Tensor, row: Tensor) -> Tensor:
+    """Return the positions of the first record of each row of a request, as TorchServe may run one twice, and all
+    others of unknown requests."""
+    order = torch.argsort(row, stable=True)
+    order = order[torch.argsort(request[order], stable=True)]
+    same = _as_before(request[order]) & _as_before(row[order]) & (request[order] != ANONYMOUS)
+    return order[~same].sort().values
 
 
-def _hashed(time: Tensor) -> Tensor:
-    """Return (N,) int64 numbers that are spread over all of int64, whatever the distances of (N,) float64 times."""
-    return time.view(torch.int64) * -7046029254386353131  # 2^64 by the golden ratio: Fibonacci hashing
+def _drawn_of_each(request: Tensor, row: Tensor) -> Tensor:
+    """Return a (N,) bool mask of one record of each request; each of its rows is as likely to be the one."""
+    drawn = (request ^ (row + 1) * _SPREAD) * _SPREAD  # request is a hash: this is another for each row
+    order = torch.argsort(drawn)
+    order = order[torch.argsort(request[order], stable=True)]
+    return torch.zeros(len(request), dtype=torch.bool).scatter(0, order, ~_as_before(request[order]))
+
+
+def _as_before(ordered: Tensor) -> Tensor:
+    """Return a (N,) bool mask of the values that are those before them."""
+    same = torch.zeros(len(ordered), dtype=torch.bool)
+    same[1:] = ordered[1:] == ordered[:-1]
+    return same

@@ -14,33 +14,36 @@ from early_exit.handler.recording.format import request_hash
 from early_exit.training.text_files import read_text
 
 
-def load_labels(path: Path, request: Tensor, n_classes: int,
+def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
                 log: Callable[[str], None] = lambda line: None) -> Tensor:
     """Return the (N,) int64 class of each record, -1 where the file has none.
 
     Args:
-        path: CSV lines 'request id,class index' in UTF-8; the id is what TorchServe returned as x-request-id.
+        path: CSV lines 'request id,class index' in UTF-8; the id is what TorchServe returned as x-request-id. Of a
+            request with several instances 'request id,instance,class index', where the first instance is 0.
         request: (N,) hashes of the records' request ids.
+        row: (N,) which instance of its request each record is.
         n_classes: K.
         log: called with a line where most ids belong to no record.
 
     Raises:
         RecordError: the file cannot be read, a line is wrong or contradicts another, or no line belongs to a record.
     """
-    labels: dict[int, int] = {}
-    line_of: dict[int, int] = {}
-    for number, row in _rows(path):
-        label = row[1].strip() if len(row) == 2 else ""
-        if not label.isdecimal() or not int(label) < n_classes:
-            raise RecordError(f"{path}, line {number}: expected 'request id,class' with a class below "
-                              f"{n_classes}, found {','.join(row)!r}")
-        hashed = request_hash(row[0].strip())
-        if labels.setdefault(hashed, int(label)) != int(label):
-            raise RecordError(f"{path}, line {number}: the request {row[0].strip()!r} has the class {label}, but "
-                              f"{labels[hashed]} in line {line_of[hashed]}: leave one of them")
-        line_of.setdefault(hashed, number)
-    classes = torch.tensor([labels.get(hashed, -1) for hashed in request.tolist()])
-    n_known = len(labels.keys() & set(request.tolist()))
+    labels: dict[tuple[int, int], int] = {}
+    line_of: dict[tuple[int, int], int] = {}
+    for number, fields in _rows(path):
+        name, instance, label = _parsed(fields)
+        if not (label.isdecimal() and instance.isdecimal() and int(label) < n_classes):
+            raise RecordError(f"{path}, line {number}: expected 'request id,class', or 'request id,instance,class', "
+                              f"with a class below {n_classes}, found {','.join(fields)!r}")
+        labelled = request_hash(name), int(instance)
+        if labels.setdefault(labelled, int(label)) != int(label):
+            raise RecordError(f"{path}, line {number}: the request {name!r} has the class {label}, but "
+                              f"{labels[labelled]} in line {line_of[labelled]}: leave one of them")
+        line_of.setdefault(labelled, number)
+    recorded = list(zip(request.tolist(), row.tolist()))
+    classes = torch.tensor([labels.get(record, -1) for record in recorded])
+    n_known = len(labels.keys() & set(recorded))
     if not n_known:
         raise RecordError(f"{path} has {len(labels)} labels, but none belongs to a record: the ids must be those that "
                           "TorchServe returned in the header x-request-id")
@@ -48,6 +51,14 @@ def load_labels(path: Path, request: Tensor, n_classes: int,
         log(f"{n_known} of the {len(labels)} requests in {path} belong to a record; the others were not recorded, or "
             "their ids are not those that TorchServe returned in the header x-request-id")
     return classes
+
+
+def _parsed(fields: list[str]) -> tuple[str, str, str]:
+    """Return the request id, the instance and the class of a line; what is not there is empty."""
+    if len(fields) not in (2, 3):
+        return "", "", ""
+    name, *instance, label = (field.strip() for field in fields)
+    return name, instance[0] if instance else "0", label
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -1,13 +1,14 @@
-"""What the user's handler makes of request bodies, without a server."""
+"""What the user's handler makes of recorded requests, without a server."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.backbone.signature import bind
-from early_exit.handler.call import Call
-from early_exit.handler.errors import ArchiveError, ConfigError
+from early_exit.handler.errors import ArchiveError, ConfigError, InputError
 from early_exit.handler.inference.forward import Live
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.user_handler.alone import ModelReached
 from early_exit.handler.user_handler.context import HandlerContext, ToolContext
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.entry_point import UserHandler
 from early_exit.handler.user_handler.wrapper import load_user_handler
+from early_exit.training.data.skipped import NOT_KEPT, Skipped
 from early_exit.training.text_files import read_yaml
 
 
@@ -36,17 +38,58 @@ class _Messenger(nn.Module):
 class Preprocessing:
     """The part of a user's handler that comes before the model."""
 
-    def __init__(self, handler: UserHandler, name: str, context: HandlerContext, folder: Path) -> None:
-        self._handler, self._name, self._context, self._folder = handler, name, context, folder
+    def __init__(self, handler: UserHandler, name: str, context: HandlerContext, folder: Path, *,
+                 one_by_one: bool) -> None:
+        """Take a handler that is loaded.
 
-    def model_inputs(self, bodies: Sequence[bytes], model: BackboneDescription) -> Live:
-        """Return the (B, ...) tensors that the handler gives its model for B requests, in the order of the inputs.
+        Args:
+            handler: the user's, around a model that ends its work.
+            name: of the handler, for errors.
+            context: the handler's.
+            folder: the archive.
+            one_by_one: whether its rows of several requests cannot be told apart.
+        """
+        self._handler, self._name, self._context, self._folder = handler, name, context, folder
+        self._one_by_one = one_by_one
+
+    def model_inputs(self, requests: Sequence[KeptRequest | None], model: BackboneDescription,
+                     skipped: Skipped) -> tuple[list[int], Live]:
+        """Return what the handler gives its model for requests as they were handed to it when they were recorded.
+
+        Args:
+            requests: None stands for one that could not be kept.
+            model: that the handler calls.
+            skipped: counts those for which the handler fails, or calls its model otherwise than with one row.
+
+        Returns:
+            The M positions of the other requests, ascending, and (M, ...) tensors, in the order of the model's inputs;
+            none where M is 0.
+        """
+        known = [(position, request) for position, request in enumerate(requests) if request is not None]
+        for _ in range(len(requests) - len(known)):
+            skipped.count(NOT_KEPT)
+        if len(known) > 1 and not self._one_by_one:
+            with suppress(ArchiveError, InputError):  # alone it is seen which of them is to blame
+                return [position for position, _ in known], self._given([request for _, request in known], model)
+        positions, rows = list[int](), list[Live]()
+        for position, request in known:
+            try:
+                rows.append(self._given([request], model))
+            except (ArchiveError, InputError) as error:
+                skipped.count_error(error)
+            else:
+                positions.append(position)
+        return positions, tuple(torch.cat(parts) for parts in zip(*rows))
+
+    def _given(self, requests: Sequence[KeptRequest], model: BackboneDescription) -> Live:
+        """Return the (B, ...) tensors that the handler gives its model for B requests.
 
         Raises:
             ArchiveError: the handler fails, or does not make one row of each request.
             InputError: it gives its model something else.
         """
-        calls = [Call(f"request-{number}", {"body": body}) for number, body in enumerate(bodies)]
+        # A handler may change what it is given, and is given it again.
+        calls = [copy.deepcopy(request).call(f"request-{number}") for number, request in enumerate(requests)]
         self._context.begin(calls)
         try:
             with _working_in(self._folder):
@@ -57,12 +100,10 @@ class Preprocessing:
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
         else:
             raise ArchiveError(f"{self._name} answers a request without calling self.model")
-        if len(batch[0]) == len(bodies):
-            return batch
-        if len(bodies) == 1:
-            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of one request, where one is expected")
-        # It calls its model once per request.
-        return tuple(torch.cat(rows) for rows in zip(*(self.model_inputs([body], model) for body in bodies)))
+        if len(batch[0]) != len(requests):
+            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of {len(requests)} requests, where one of "
+                               "each is expected")
+        return batch
 
 
 @contextmanager
@@ -82,7 +123,8 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     with importing_from(folder):
         with _working_in(folder):
             handler = load_user_handler(manifest, context, _Messenger(), description)
-        yield Preprocessing(handler, manifest["model"]["handler"], context, folder)
+        yield Preprocessing(handler, manifest["model"]["handler"], context, folder,
+                            one_by_one=description.rows_per_request is None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,11 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE
 from early_exit.handler.errors import RecordError
 from early_exit.handler.files.private import replacing
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
 from early_exit.training.data.preprocessing import Preprocessing
+from early_exit.training.data.skipped import Skipped
 from early_exit.training.data.training_set import TrainingSet, columns_of, finish
 from early_exit.training.paths import TrainingSetPaths
 
@@ -88,46 +90,77 @@ def _mixed(batch: Tensor) -> Tensor:
     return (mixed if batch.is_floating_point() else mixed.round()).to(batch.dtype)
 
 
+@dataclass
+class _Progress:
+    """How far a replay has come."""
+
+    rounds: int = -1
+    """The last round that is finished; the first is 0, in which all are run as they are."""
+    n_rows: int = 0
+    """The number of rows that the finished rounds have written."""
+    failed: list[int] = field(default_factory=list)
+    """Which records could not be run as they are; they are not tried again."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """The number of requests that were passed over, by reason."""
+
+    @classmethod
+    def load(cls, path: Path) -> _Progress:
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps(self.__dict__))
+
+
 def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
                    backbone: Backbone, handler: Preprocessing, replay: Replay, *, engine: str = DEFAULT_ENGINE,
-                   on_batch: Callable[[int], object] = lambda n: None) -> TrainingSet:
+                   on_batch: Callable[[int], object] = lambda n: None,
+                   log: Callable[[str], None] = lambda line: None) -> TrainingSet:
     """Run the recorded requests through the backbone: all of them as they are, those of the train part augmented.
 
-    A replay that was stopped goes on after its last full round.
+    A replay that was stopped goes on after its last full round. A request on which the handler fails is not in the
+    training set; the set and the log say how many there are, and why.
 
     Args:
         paths: where the training set is written.
-        traffic: records with request bodies.
+        traffic: records with what the handler got.
         layers: whose activations are kept.
         backbone: of the records.
-        handler: turns request bodies into the model's input.
+        handler: turns requests into the model's input.
         replay: how.
         engine: that will serve.
         on_batch: receives the number of requests that were run.
+        log: receives a line for each reason why requests are passed over.
 
     Raises:
-        RecordError: no bodies were recorded, they are to be augmented and no images, or the backbone does not answer
-            them as it did when it served.
-        ArchiveError, InputError: the handler does not make the model's inputs of them.
+        RecordError: no requests were recorded, they are to be augmented and no images, the handler fails on all of
+            them, or the backbone does not answer them as it did when it served.
     """
     transform = augmentation(replay, backbone.description.inputs)
-    train = traffic.part == list(Part).index(Part.TRAIN)
-    n_train = int(train.sum())
-    n_rows = len(traffic) + replay.rounds * n_train
+    every, train = torch.ones(len(traffic), dtype=torch.bool), traffic.part == list(Part).index(Part.TRAIN)
+    most_rows = len(traffic) + replay.rounds * int(train.sum())
     model = build_model(backbone, engine=engine, sampling_rate=1.0,
                         record_layers=len(backbone.description.candidates), record_pool=replay.pool)
-    done = json.loads(paths.progress.read_text())["rounds"] if paths.progress.exists() else -1
-    files = {layer.path: _open(paths.activations(layer.path), n_rows, pooled_shape(layer.shape, replay.pool),
-                               fresh=done < 0) for layer in layers}
-    answers = _open(paths.activations("answers"), n_rows, (backbone.description.n_classes,), fresh=done < 0)
-    classes = _open(paths.activations("classes"), n_rows, (), np.int64, fresh=done < 0)
-    full = _open(paths.activations("full"), n_rows, (), np.int64, fresh=done < 0)
-    for number in range(done + 1, replay.rounds + 1):
-        row = 0 if number == 0 else len(traffic) + (number - 1) * n_train
+    progress = _Progress.load(paths.progress)
+    is_new = progress.rounds < 0
+    files = {layer.path: _open(paths.activations(layer.path), most_rows, pooled_shape(layer.shape, replay.pool),
+                               fresh=is_new) for layer in layers}
+    answers = _open(paths.activations("answers"), most_rows, (backbone.description.n_classes,), fresh=is_new)
+    classes = _open(paths.activations("classes"), most_rows, (), np.int64, fresh=is_new)
+    full = _open(paths.activations("full"), most_rows, (), np.int64, fresh=is_new)
+    for number in range(progress.rounds + 1, replay.rounds + 1):
+        skipped, row = Skipped(progress.skipped), progress.n_rows
+        runs = _without(train if number else every, progress.failed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(replay.seed * 1_000_003 + number)
-            for bodies in _batches(traffic, train if number else torch.ones_like(train)):
-                first, *others = handler.model_inputs(bodies, backbone.description)
+            for records, requests in _batches(traffic, runs):
+                positions, inputs = handler.model_inputs(requests, backbone.description, skipped)
+                if number == 0:
+                    progress.failed += [record for position, record in enumerate(records) if position not in positions]
+                on_batch(len(requests))
+                if not positions:
+                    continue
+                first, *others = inputs
                 with torch.no_grad():
                     model(transform(first) if number else first, *others)
                 served = model.log.take()[0]
@@ -138,20 +171,26 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
                 classes.write(row, scores.argmax(dim=1))
                 full.write(row, served.full_class)
                 row += len(first)
-                on_batch(len(first))
         for file in (*files.values(), answers, classes, full):
             file.flush()
         if number == 0:
-            _require_same(classes[torch.arange(len(traffic))], traffic.backbone_class)
-        with replacing(paths.progress) as scratch:
-            scratch.write_text(json.dumps({"rounds": number}))
-    every = torch.arange(n_rows)
+            skipped.report(len(traffic), log)
+            _require_same(classes[torch.arange(row)], traffic.where(_without(every, progress.failed)).backbone_class)
+        progress = _Progress(number, row, progress.failed, skipped.counts)
+        progress.save(paths.progress)
+    traffic = traffic.where(_without(every, progress.failed))
+    rows, as_recorded = torch.arange(progress.n_rows), torch.arange(len(traffic))
     # What was served is the truth about the records; a replay in other batches may round differently.
-    backbone_class = torch.cat([traffic.backbone_class, classes[every[len(traffic):]]])
+    backbone_class = torch.cat([traffic.backbone_class, classes[rows[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
-        **columns_of(traffic), "log_probabilities": answers[every], "backbone_class": backbone_class,
-        "full_class": full[every[:len(traffic)]]})
+        **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,
+        "full_class": full[as_recorded]}, progress.skipped)
     return TrainingSet.load(paths)
+
+
+def _without(mask: Tensor, records: Sequence[int]) -> Tensor:
+    """Return a (N,) bool mask in which some of N records are not chosen."""
+    return mask.index_fill(0, torch.tensor(records, dtype=torch.int64), False)
 
 
 def _open(path: Path, n_rows: int, shape: tuple[int, ...], dtype: type[np.generic] = np.float16, *,
@@ -159,11 +198,13 @@ def _open(path: Path, n_rows: int, shape: tuple[int, ...], dtype: type[np.generi
     return Activations.create(path, n_rows, shape, dtype) if fresh else Activations(path, writable=True)
 
 
-def _batches(traffic: RecordedTraffic, wanted: Tensor) -> Iterator[list[bytes]]:
-    for start, bodies in traffic.bodies():
-        chosen = [body for row, body in enumerate(bodies, start) if wanted[row]]
+def _batches(traffic: RecordedTraffic, wanted: Tensor) -> Iterator[tuple[list[int], list[KeptRequest | None]]]:
+    """Yield which records they are, and what the handler got for them."""
+    for start, requests in traffic.kept():
+        chosen = [(record, request) for record, request in enumerate(requests, start) if wanted[record]]
         for first in range(0, len(chosen), _BATCH):
-            yield chosen[first:first + _BATCH]
+            records, of_batch = zip(*chosen[first:first + _BATCH])
+            yield [*records], [*of_batch]
 
 
 def _require_same(replayed: Tensor, recorded: Tensor) -> None:
@@ -171,5 +212,5 @@ def _require_same(replayed: Tensor, recorded: Tensor) -> None:
     same = (replayed == recorded).double().mean().item()
     if same < _LEAST_AGREEMENT:
         raise RecordError(f"the backbone answers {1 - same:.1%} of the recorded requests differently from when it "
-                          "served them: is this the archive that was recorded, and does its handler treat a body the "
-                          "same without the request's headers?")
+                          "served them: is this the archive that was recorded, and does its handler treat a request "
+                          "the same without the client's headers?")

@@ -39,8 +39,12 @@ class TrainingSet:
     """(N,) int8: index of each record's part."""
     request: Tensor
     """(N,) int64: hash of each record's request id."""
+    row: Tensor
+    """(N,) int64: which instance of its request each record is."""
     time: Tensor
     """(N,) float64: Unix seconds."""
+    skipped: Mapping[str, int]
+    """How many recorded requests a replay had to pass over, by reason."""
 
     @property
     def n_records(self) -> int:
@@ -63,7 +67,8 @@ class TrainingSet:
         index: dict[str, Any] = json.loads(paths.index.read_text())
         columns = load_file(paths.columns)
         return cls(layers=tuple(CandidateLayer.from_json(layer) for layer in index["layers"]),
-                   recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, **columns)
+                   recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, skipped=index["skipped"],
+                   **columns)
 
 
 def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -78,18 +83,18 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, columns_of(traffic))
+        finish(paths, layers, recorded, n_classes, columns_of(traffic), {})
     return TrainingSet.load(paths)
 
 
 def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
     """Return the columns of a training set that holds recorded traffic and no replays of it."""
     return {name: getattr(traffic, name)
-            for name in ("log_probabilities", "backbone_class", "full_class", "part", "request", "time")}
+            for name in ("log_probabilities", "backbone_class", "full_class", "part", "request", "row", "time")}
 
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
-           columns: Mapping[str, Tensor]) -> None:
+           columns: Mapping[str, Tensor], skipped: Mapping[str, int]) -> None:
     """Write the columns, and then the index, which says that all is there.
 
     Layers with activations that float16 cannot hold are left out: a head would read something else of them in service.
@@ -97,6 +102,7 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
     layers = [layer for layer in layers if Activations(paths.activations(layer.path)).are_finite()]
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in columns.items()}, scratch)
-    index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes}
+    index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes,
+             "skipped": dict(skipped)}
     with replacing(paths.index) as scratch:
         scratch.write_text(json.dumps(index, indent=1))

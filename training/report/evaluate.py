@@ -77,7 +77,7 @@ class Evaluation:
                 "with_exits": asdict(self.with_exits),
                 "latencies": [asdict(latency) for latency in self.latencies],
                 "heads": [asdict(head) for head in summary.heads], "left_out": list(summary.left_out),
-                "asked": self.asked}
+                "skipped": dict(summary.skipped), "asked": self.asked}
 
 
 def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float = 60.0,
@@ -113,7 +113,7 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
         backbone = load_backbone(layout.folder)
         heads = build_heads(plan, tensors, backbone.description)
         summary = make_report(reported["model"], reported["records"], plan, point, predictions, head_reports,
-                              reported["left_out"], backbone.description)
+                              reported["left_out"], reported.get("skipped", {}), backbone.description)
         plain, with_exits = _resources(backbone, plan, heads, taken, summary.deployed.flops)
         engine, timed = engine_of(plan.engine), list[Latency]()
         for device in [device for device in devices() if device == "cpu" or engine.on_gpu]:

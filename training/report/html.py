@@ -206,10 +206,12 @@ def _heads(run: RunReport) -> str:
     rows = [[head.layer, head.architecture, _share(head.agreement), f"{head.flops_ratio:.4f}", str(head.n_trials),
              "exit" if head.used else "dropped: not in the subset that costs least"] for head in run.heads]
     left_out = "".join(f"<li>{escape(reason)}</li>" for reason in run.left_out)
+    skipped = "".join(f"<li>{count}: {escape(reason)}</li>" for reason, count in run.skipped.items())
     return _section("Heads, and what was dropped", _table(
         "Trained heads; agreement on the tune records",
         ["layer", "architecture", "agreement", "FLOPs, of the backbone's", "trials", "outcome"], rows, words=(1, 5))
-        + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else ""))
+        + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else "")
+        + (f"<p>Recorded requests that could not be run again:</p><ul>{skipped}</ul>" if skipped else ""))
 
 
 def _asked(evaluation: Evaluation) -> str:

@@ -63,6 +63,8 @@ class RunReport:
     heads: tuple[HeadReport, ...]
     left_out: tuple[str, ...]
     """The candidates without a head, and why."""
+    skipped: Mapping[str, int]
+    """How many recorded requests could not be run again, by reason."""
 
     def to_json(self) -> dict[str, Any]:
         """Return report.json."""
@@ -72,7 +74,7 @@ class RunReport:
         return {"model": self.model, "records": dict(self.records), "plan": self.plan.to_json(), "exits": exits,
                 "heads": [asdict(head) for head in self.heads], "cost_ratio": self.deployed.cost,
                 "flops_ratio": self.deployed.flops, "disagreement": self.deployed.disagreement,
-                "left_out": list(self.left_out)}
+                "left_out": list(self.left_out), "skipped": dict(self.skipped)}
 
     def to_text(self) -> str:
         """Return report.txt."""
@@ -93,6 +95,7 @@ class RunReport:
         if unused:
             lines += ["", "  not used: " + ", ".join(unused)]
         lines += [f"  left out: {reason}" for reason in self.left_out]
+        lines += [f"  passed over: {count} recorded requests: {reason}" for reason, count in self.skipped.items()]
         lines += ["", "  " + guarantee(self.plan)]
         return "\n".join(lines) + "\n"
 
@@ -129,7 +132,7 @@ def flops_of(heads: Sequence[HeadReport], backbone: BackboneDescription) -> Cost
 
 def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: OperatingPoint,
                 predictions: HeadPredictions, heads: Sequence[HeadReport], left_out: Sequence[str],
-                backbone: BackboneDescription) -> RunReport:
+                skipped: Mapping[str, int], backbone: BackboneDescription) -> RunReport:
     """Put together what a run led to.
 
     Args:
@@ -140,6 +143,7 @@ def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: O
         predictions: it was chosen by.
         heads: all that were trained.
         left_out: candidates without a head, and why.
+        skipped: numbers of recorded requests that could not be run again, by reason.
         backbone: of the plan.
     """
     certify = predictions.certify
@@ -148,4 +152,5 @@ def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: O
                    planned.policy.temperature, alone, together)
         for planned, (alone, together) in zip(plan.exits, exit_performances(point, certify)))
     return RunReport(model=model, records=records, plan=plan, exits=exits, heads=tuple(heads),
-                     deployed=setting(point, certify, flops_of(heads, backbone)), left_out=tuple(left_out))
+                     deployed=setting(point, certify, flops_of(heads, backbone)), left_out=tuple(left_out),
+                     skipped=skipped)

@@ -79,7 +79,7 @@ def records_needed(tolerance: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-tolerance))
 
 
-def require_enough(n: int, share: float, tolerance: float, delta: float) -> None:
+def require_enough(n: int, share: float, tolerance: float, delta: float, others: str = "") -> None:
     """Check that the certify part can certify anything.
 
     Args:
@@ -87,6 +87,7 @@ def require_enough(n: int, share: float, tolerance: float, delta: float) -> None
         share: its fraction of all records.
         tolerance: T.
         delta: 1 - confidence.
+        others: ends the message, with a sentence about records that are not among them.
 
     Raises:
         RecordError: it is too small; the message says how many records are needed.
@@ -96,7 +97,7 @@ def require_enough(n: int, share: float, tolerance: float, delta: float) -> None
         raise RecordError(
             f"{n} records to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
             f"even if no answer differs: collect about {math.ceil(1.2 * least / share)} records in all (twice that to "
-            f"tolerate differences), or ask for a larger --tolerance. No plan was written")
+            f"tolerate differences), or ask for a larger --tolerance. No plan was written{others}")
 
 
 def walk(p_values: Iterable[float], delta: float) -> int:

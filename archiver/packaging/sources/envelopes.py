@@ -34,9 +34,10 @@ def n_instances(sample: SampleRequest) -> int:
 
 
 def _read(sample: SampleRequest) -> tuple[str, dict[str, Any]]:
+    part = sample.parts[0]
     try:
-        content = json.loads(sample.body)
+        content = json.loads(part.value)
         return next(name for name in _LISTS if isinstance(content.get(name), list)), content
     except (ValueError, AttributeError, StopIteration) as error:
         raise ArchiveError(f"expected a sample request in an envelope, JSON with a list of {' or '.join(_LISTS)}, "
-                           f"found {sample.body[:80]!r}") from error
+                           f"found {part.value[:80]!r}") from error

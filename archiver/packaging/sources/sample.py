@@ -8,35 +8,39 @@ import io
 import json
 import mimetypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from early_exit.archiver.packaging.sources.form import FormFile
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.sample_request import BODY, OCTETS, Part, SampleRequest
 
 _SHAPES = ((3, 256, 256), (3, 320, 320))
 
 
-def samples_of_files(files: Sequence[Path], content_type: str | None) -> list[SampleRequest]:
-    """Return the user's sample requests, with a variation of the first where there is only one.
+def samples_of(files: Sequence[Path], content_type: str | None, form: Sequence[FormFile]) -> list[SampleRequest]:
+    """Return the user's sample requests.
 
     Args:
-        files: their bodies.
+        files: the bodies of requests.
         content_type: of all of them; by default what the names of the files say.
+        form: the parts of one more request; none where there is none.
 
     Raises:
         ArchiveError: a file cannot be read.
     """
-    samples = []
-    for file in files:
-        try:
-            value = file.read_bytes()
-        except OSError as error:
-            raise ArchiveError(f"cannot read the sample request {file}: {error}") from error
-        samples.append(SampleRequest((Part(value, content_type or mimetypes.guess_type(file.name)[0] or OCTETS),)))
-    if len(samples) == 1:
-        samples += varied(samples[0])
+    samples = [SampleRequest((_part(BODY, file, content_type),)) for file in files]
+    if form:
+        samples.append(SampleRequest(tuple(_part(part.name, part.file, part.content_type) for part in form)))
     return samples
+
+
+def _part(name: str, file: Path, content_type: str | None) -> Part:
+    try:
+        return Part(file.read_bytes(), content_type or mimetypes.guess_type(file.name)[0] or OCTETS, name)
+    except OSError as error:
+        raise ArchiveError(f"cannot read the sample request {file}: {error}") from error
 
 
 def sample_images(shape: Sequence[int] | None = None) -> list[SampleRequest]:
@@ -52,10 +56,17 @@ def sample_images(shape: Sequence[int] | None = None) -> list[SampleRequest]:
 
 
 def varied(sample: SampleRequest) -> list[SampleRequest]:
-    """Return a request of the same kind with another content, in a list that is empty where none can be made."""
-    parts = [Part(value, part.content_type, part.name) for part in sample.parts
-             if (value := _varied_bytes(part.value)) is not None]
-    return [SampleRequest(tuple(parts))] if len(parts) == len(sample.parts) and parts else []
+    """Return a request of the same kind with another content, in a list that is empty where none can be made.
+
+    Of several parts the largest that can be is varied; the others, which may be options, stay as they are.
+    """
+    for number in sorted(range(len(sample.parts)), key=lambda number: len(sample.parts[number].value), reverse=True):
+        value = _varied_bytes(sample.parts[number].value)
+        if value is not None:
+            parts = list(sample.parts)
+            parts[number] = replace(parts[number], value=value)
+            return [SampleRequest(tuple(parts))]
+    return []
 
 
 def _image(height: int, width: int | None = None, *, inverted: bool) -> bytes:

@@ -1,0 +1,43 @@
+"""Parts of a request as they are named on a command line, in curl's syntax."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+_TYPE = ";type="
+
+
+@dataclass(frozen=True)
+class FormFile:
+    """A part of a request, and the file that holds it."""
+
+    name: str
+    file: Path
+    content_type: str | None
+    """By default what the name of the file says."""
+
+
+def form_file(text: str) -> FormFile:
+    """Return what NAME=FILE;type=TYPE names; as in curl an @ may stand before the file.
+
+    Raises:
+        argparse.ArgumentTypeError: it has another form.
+
+    >>> form_file("image=@cat.jpg;type=image/jpeg")
+    FormFile(name='image', file=PosixPath('cat.jpg'), content_type='image/jpeg')
+    """
+    part, has_type, content_type = text.partition(_TYPE)
+    name, _, file = part.partition("=")
+    file = file.removeprefix("@")
+    if not name or not file or (has_type and not content_type):
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE or NAME=FILE;type=TYPE, such as image=cat.jpg, found "
+                                         f"{text!r}")
+    return FormFile(name, Path(file), content_type or None)
+
+
+def add_form_option(parser: argparse.ArgumentParser) -> None:
+    """Add --form, whose values together are one request; `samples_of` reads it."""
+    parser.add_argument("--form", type=form_file, action="append", default=[], metavar="NAME=FILE[;type=TYPE]",
+                        help="instead, once for each part of a request that has several, as in curl")
