@@ -46,6 +46,8 @@ class EarlyAnswers:
 
         Calls that were there before and are not any more are forgotten.
         """
+        if any(call.instances == () for call in calls):
+            return self._at_once(calls)
         started = time.perf_counter()
         for gone in self._in_flight.keys() - {call.id for call in calls}:
             self._executor.drop(self._in_flight.pop(gone))
@@ -58,6 +60,12 @@ class EarlyAnswers:
             n_answered = sum(reply is not None for reply in replies)
             self._bypass.ran(n_answered, time.perf_counter() - started)
         return replies
+
+    def _at_once(self, calls: Sequence[Call]) -> list[Reply | None]:
+        """Answer requests whose instances are in one list."""
+        [served] = answer_calls(calls, self._handler, self._context, self._model, None, alone=False)
+        self._telemetry.note(served)
+        return [*served.replies]
 
     def _handle(self, call: Call) -> Served:
         with self._attributes.call():

@@ -17,6 +17,7 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard, request_hash
+from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.user_handler.description import HandlerDescription
 from tests.support.host import MemoryHost, worker_of
 from tests.support.plans import random_exits
@@ -86,9 +87,12 @@ def test_each_instance_of_a_request_is_recorded_with_its_number(
                        description=HandlerDescription(rows_per_request=kind.rows_per_request))
     predict(JSONEnvelope(service_of(worker).handle).handle, [request(ROWS[:4])])
     worker.close()
-    [records] = [read_shard(path, [], bodies=True) for path in list_shards(tmp_path)]
+    [records] = [read_shard(path, [], kept=True) for path in list_shards(tmp_path)]
     assert records.request.tolist() == [request_hash("id-0")] * 4
     assert sorted(records.row.tolist()) == [0, 1, 2, 3]
+    assert records.kept is not None
+    kept = {number: KeptRequest.from_bytes(one).item for number, one in zip(records.row.tolist(), records.kept)}
+    assert [kept[number] for number in range(4)] == ROWS[:4]
 
 
 @pytest.mark.parametrize("kind", ENVELOPES)
@@ -111,3 +115,14 @@ def test_an_error_comes_in_the_envelope_that_answers_come_in(kind: str, model: E
         ENVELOPES[kind](service_of(worker_of(model, handler_of(kind, model))).handle).handle, [bad])
     said = json.loads(answer) if isinstance(answer, str) else answer
     assert api._out_of_envelope(said)["code"] == context.get_response_status(0)[0] == 400
+
+
+def test_with_early_answers_a_batch_of_several_instances_is_answered_at_once() -> None:
+    backbone = backbone_of_rows()
+    early = build_model(backbone, *random_exits(backbone), answers="early")
+    service = service_of(worker_of(early, AtOnce(early), ServingConfig(answers="early")))
+    batch = [request(ROWS[:2]), request(ROWS[2:3]), request(ROWS[3:])]
+    for requests_ in (batch, batch[:1], batch):
+        expected, _ = predict(JSONEnvelope(AtOnce(early).handle).handle, requests_)
+        found, _ = predict(JSONEnvelope(service.handle).handle, requests_)
+        assert found == expected
