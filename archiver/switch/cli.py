@@ -39,11 +39,12 @@ def _exits(options: argparse.Namespace) -> int:
         return 0
     words = options.action if options.level is None else f"{LEVEL} {options.level}"
     switch.set(Position.parse(words))
-    try:  # after the switch, which a damaged audit must not hold up
+    try:  # after the switch, which neither a slow disk nor a damaged audit must hold up
+        switch.keep()
         event = audit.append(f"exits {words}", command="ee-exits", by=_user())
     except OSError as error:
-        raise ServerError(f"the exits of {model} are {words} from the next batch on, but that cannot be noted in "
-                          f"{audit.path}: {error}") from error
+        raise ServerError(f"the exits of {model} are {words} from the next batch on, but that cannot be kept "
+                          f"or noted in {audit.path}: {error}") from error
     print(json.dumps(event) if options.json else f"{model}  exits {words}, from the next batch on")
     return 0
 

@@ -52,7 +52,6 @@ def default_threads() -> int:
 
 
 _STOP_S = 30.0
-_GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
 
 
 class TorchServe:
@@ -90,10 +89,7 @@ class TorchServe:
         self._records = records.resolve() if records else None
         self._models = list(models)
         self._token_minutes, self._config, self._log = token_minutes, config, log
-        self._settings = {
-            "grpc_inference_address": "127.0.0.1", "grpc_management_address": "127.0.0.1",
-            "install_py_dep_per_model": "false", "default_workers_per_model": "1", "token_expiration_min": "60",
-            **read_config(config)}
+        self._settings = read_config(config)
         self._threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -197,7 +193,7 @@ class TorchServe:
 
     def _configured(self) -> dict[str, str]:
         """Return TorchServe's settings: the user's, but for what has to be ours."""
-        store, metrics = "the model store, from which alone archives are loaded,", "the metrics of early exits"
+        store, metrics = "the model store, from which alone archives are loaded", "the metrics of early exits"
         decided = {
             "inference_address": Decided(self.addresses.inference, "--host and --port"),
             "management_address": Decided(self.addresses.management, "--management-host and --port"),
@@ -216,9 +212,12 @@ class TorchServe:
         if self._models:  # TorchServe would load either of these instead
             models = "the archives that ee-serve was given"
             decided |= {"load_models": Decided(",".join(self._models), models), "model_snapshot": Decided(None, models)}
-        settings = merged(self._settings, decided, self._config, self._log)
-        for name, port in zip(_GRPC_PORTS, free_ports(2)):
-            settings.setdefault(name, str(port))
+        grpc = free_ports(2)
+        settings = {
+            "grpc_inference_address": "127.0.0.1", "grpc_management_address": "127.0.0.1",
+            "grpc_inference_port": str(grpc[0]), "grpc_management_port": str(grpc[1]),
+            "install_py_dep_per_model": "false", "default_workers_per_model": "1", "token_expiration_min": "60",
+            **merged(self._settings, decided, self._config, self._log)}
         if METRICS_FILE in settings:
             settings[METRICS_FILE] = str(complete_metrics_file(
                 Path(settings[METRICS_FILE]), self.state / "metrics.yaml", self._log))

@@ -38,7 +38,7 @@ class Decided:
 
     value: str | None
     """What it is; None leaves it out."""
-    by: str
+    because_of: str
     """What decides it, in words."""
 
 
@@ -80,8 +80,9 @@ def merged(settings: Mapping[str, str], decided: Mapping[str, Decided], source: 
     """
     for name, decision in decided.items():
         if name in settings and settings[name] != decision.value:
-            instead = "" if decision.value is None else f": {decision.value}"
-            log(f"{source}: {name}={settings[name]:.{_SHOWN}} does not count, {decision.by} decide{instead}")
+            instead = "" if decision.value is None else f"; it is {decision.value}"
+            log(f"{source}: {name}={settings[name]:.{_SHOWN}} does not count, because of {decision.because_of}"
+                f"{instead}")
     kept = {name: value for name, value in settings.items() if name not in decided}
     return kept | {name: decision.value for name, decision in decided.items() if decision.value is not None}
 
@@ -100,7 +101,8 @@ def vm_arguments(settings: Mapping[str, str], ours: Mapping[str, str], source: P
     for argument in settings.get(VM_ARGUMENTS, "").split():
         name = argument.removeprefix("-D").partition("=")[0]
         if argument.startswith("-D") and name in ours:
-            log(f"{source}: {argument:.{_SHOWN}} of {VM_ARGUMENTS} does not count, ee-serve decides: {ours[name]}")
+            log(f"{source}: {argument:.{_SHOWN}} of {VM_ARGUMENTS} does not count, because of ee-serve; it is "
+                f"{ours[name]}")
         else:
             arguments.append(argument)
     return [*arguments, *(f"-D{name}={value}" for name, value in ours.items())]

@@ -117,21 +117,35 @@ class ExitSwitch:
         return self.position
 
     def set(self, position: Position) -> None:
-        """Set the switch; once this returns it is on disk, and counts for every batch that a worker begins.
+        """Set the switch; it counts for every batch that a worker begins after this.
 
         Raises:
             OSError: it cannot be written, or its folder belongs to somebody else.
         """
+        with replacing(self._there()) as scratch:
+            try:
+                scratch.write_text(f"{position}\n")
+            except OSError:
+                if position != OFF:
+                    raise
+                # The disk may be full, which may be the incident: a file without content is off, too.
+
+    def keep(self) -> None:
+        """Have what was set survive that the machine fails; on a busy disk that takes a while.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        for place in (self._there(), self._there().parent):
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _there(self) -> Path:
         assert self.path is not None, "there is no folder of switches"
-        with replacing(self.path) as scratch, scratch.open("w") as file:
-            file.write(f"{position}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        return self.path
 
 
 def _read(path: Path) -> Position:

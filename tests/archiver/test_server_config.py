@@ -90,14 +90,21 @@ token_expiration_min=7
     assert sorted(told) == sorted([
         "inference_address=https://0.0.0.0:8443", "model_store=/elsewhere", "allowed_urls=.*",
         "disable_token_authorization=true", "metrics_mode=log", 'model_snapshot={"name":', "token_expiration_min=7"])
-    assert "inference_address=https://0.0.0.0:8443 does not count, --host and --port decide: http://127.0.0.1:9080" in (
-        said[0])
+    assert said[0].endswith("=https://0.0.0.0:8443 does not count, because of --host and --port; it is "
+                            "http://127.0.0.1:9080")
 
 
 def test_without_models_on_the_command_line_a_snapshot_and_the_users_models_are_loaded(configure: Configure) -> None:
     settings = configure('model_snapshot={"name": "old"}\nload_models=all\n')
     assert (settings["model_snapshot"], settings["load_models"]) == ('{"name": "old"}', "all")
     assert "-m" not in settings["command"].split()
+
+
+def test_without_a_configuration_nothing_is_said_and_no_snapshots_are_kept(tmp_path: Path, said: list[str]) -> None:
+    server = TorchServe(tmp_path, tmp_path / "state", ADDRESSES, models=["a.mar"], token_minutes=5, log=said.append)
+    settings = server._configured()
+    assert settings["token_expiration_min"] == "5" and settings["grpc_inference_address"] == "127.0.0.1"
+    assert not said and "-ncs" in server._command()
 
 
 def test_paths_are_meant_where_ee_serve_is_started_and_variables_in_them_count(
@@ -160,7 +167,7 @@ def test_the_variable_that_torchserve_would_take_its_configuration_from_is_not_d
     assert _config(argparse.Namespace(config=None)) == Path("/etc/theirs.properties")
     assert "TS_CONFIG_FILE names the configuration: /etc/theirs.properties" in capsys.readouterr().err
     assert _config(argparse.Namespace(config=Path("mine"))) == Path("mine")
-    assert "TS_CONFIG_FILE=/etc/theirs.properties does not count, --config decides: mine" in capsys.readouterr().err
+    assert "TS_CONFIG_FILE=/etc/theirs.properties does not count, because of --config mine" in capsys.readouterr().err
     monkeypatch.delenv(CONFIG_VARIABLE)
     assert _config(argparse.Namespace(config=None)) is None
 

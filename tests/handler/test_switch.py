@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import ANYTIME_HEADER, EXIT_HEADER, OPINIONS_HEADER, STEP_HEADER, SWITCH_HEADER
 from early_exit.handler.serving.worker import Worker
+from early_exit.handler.user_handler.description import HandlerDescription
 from tests.handler.test_early_answers import Frontend
 from tests.handler.test_early_answers import model as early_model
 from tests.handler.test_fallback_levels import backbone, plan, served
@@ -76,6 +78,14 @@ def test_it_is_kept_by_other_versions_other_plans_and_plans_without_certificate(
         worker = worker_of(served(backbone, other), host=MemoryHost("model", f"{number}.0"))
         assert exits(answered(worker)) == {"full"}
         worker.close()
+
+
+def test_it_is_told_though_nobody_knows_whose_the_rows_are(
+        backbone: Backbone, plan: ExitPlan, switch: ExitSwitch) -> None:
+    mixing = HandlerDescription(rows_per_request=None, rows_unknown_because="it mixes them")
+    worker = worker_of(served(backbone, plan), description=mixing)
+    switch.set(OFF)
+    assert [reply.headers for reply in answered(worker)] == [{SWITCH_HEADER: "off"}] * len(BATCH)
 
 
 def test_it_is_one_models_alone(backbone: Backbone, plan: ExitPlan, folder: Path) -> None:
@@ -213,6 +223,20 @@ def test_where_the_folder_cannot_be_made_the_exits_are_off(
     folder.write_text("in its place")
     assert exits(answered(worker_of(served(backbone, plan)))) == {"full"}
     assert "cannot make the folder of the exits' switch" in caplog.text
+
+
+def test_a_full_disk_keeps_nobody_from_switching_off(
+        backbone: Backbone, plan: ExitPlan, switch: ExitSwitch) -> None:
+    worker = worker_of(served(backbone, plan))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files can be made, and not be written into
+        with pytest.raises(OSError):
+            switch.set(Position(2))
+        switch.set(OFF)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exits(answered(worker)) == {"full"}
 
 
 def test_whoever_writes_it_without_the_command_is_heard(
