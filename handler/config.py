@@ -58,7 +58,7 @@ class ServingConfig:
     """Share of batches that run without exits, or with them where they are bypassed, to find out whether they save
     time; 0 never bypasses them."""
     keep_requests: bool = False
-    """Whether the request bytes are stored too. They may hold personal data."""
+    """Whether what the handler got of the requests is stored too. It may hold personal data."""
     open_headers: bool = False
     """Whether requests without the server's secret may ask for every exit's prediction and for the probe, too."""
 

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         ee-train records --archive model-store/cifar-2.0.mar --to runs/first
         stricter, and surer:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/strict --tolerance 0.01 --confidence 0.99
-        more from the same records, where request bytes were kept:
+        more from the same records, where requests were kept:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/replayed --replay
         by the paper's rules, without a guarantee:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/paper --thresholds paper --cost flops""")
@@ -117,7 +117,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     promise.add_argument("--risk", type=Risk, choices=list(Risk), default=defaults.risk, metavar="RISK",
                          help="disagreement, confidence-gap or accuracy: what a loss is (disagreement)")
     promise.add_argument("--labels", type=Path, metavar="FILE.csv",
-                         help="request ids and true classes, for --risk accuracy and for the report")
+                         help="request ids and true classes, for --risk accuracy and for the report; of a request with "
+                         "several instances request id, instance from 0, and class")
     promise.add_argument("--thresholds", choices=("certified", "paper", "equal"), default=defaults.thresholds,
                          help="with a guarantee, or by the paper's budgets T/2^n, or T/exits (%(default)s)")
     cost = parser.add_argument_group("what is saved")
@@ -139,7 +140,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     heads.add_argument("--layers", type=_count, default=defaults.layers,
                        help="at most so many get a head (%(default)s)")
     heads.add_argument("--replay", type=_count_or_none, nargs="?", const=Replay().rounds, metavar="ROUNDS",
-                       help="run the recorded request bytes again, and so often with augmentations (%(const)s)")
+                       help="run the recorded requests again, and so often with augmentations (%(const)s)")
     heads.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=list(AUGMENTATIONS),
                        help="how (all of %(choices)s)")
     heads.add_argument("--train-device", default=Distillation().device, help="for training (%(default)s)")

@@ -142,8 +142,8 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     others = [shard for shard in shards if shard not in alike]
     if others:
         log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
-            "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where request bytes "
-            "were kept")
+            "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where requests were "
+            "kept")
     return alike
 
 

@@ -171,7 +171,7 @@ def test_a_wrong_configuration_is_refused_before_anything_appears(recorder_mar: 
 
 
 def test_an_archive_that_does_not_answer_is_not_published(digits_mar: Path, tmp_path: Path) -> None:
-    (tmp_path / "digit.png").write_bytes(sample_images(SHAPE)[0].body)
+    (tmp_path / "digit.png").write_bytes(sample_images(SHAPE)[0].parts[0].value)
     broken = rewritten(digits_mar, tmp_path / "broken.mar", **{
         "digits_handler.py": (MODELS / "digits_handler.py").read_bytes().replace(
             b"topk = 3", b"topk = 3\n\n    def postprocess(self, data):\n        raise ValueError('no more')\n")})

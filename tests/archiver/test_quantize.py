@@ -35,6 +35,21 @@ def test_only_requests_of_the_train_part_calibrate(tmp_path: Path) -> None:
     assert torch.equal(inputs, images[is_train][:300])
 
 
+def test_requests_that_the_handler_fails_on_do_not_calibrate_and_others_take_their_place(tmp_path: Path) -> None:
+    backbone, layout = Backbone.from_module(image_model(), SHAPE), ArchiveLayout(tmp_path / "archive")
+    layout.root.mkdir()
+    write_handler(layout.root)
+    images = torch.randn(700, *SHAPE)
+    record(backbone, images, tmp_path / "records", bodies=[
+        b"short" if number % 20 == 3 else image.numpy().tobytes() for number, image in enumerate(images)])
+    is_train = load_traffic(list_shards(tmp_path / "records")).part == list(Part).index(Part.TRAIN)
+    skipped, said = Skipped(), list[str]()
+    [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone, skipped, said.append)
+    assert torch.equal(inputs, images[is_train & (torch.arange(700) % 20 != 3)][:300])
+    [(reason, count)] = skipped.counts.items()
+    assert said == [f"{count} of {300 + count} recorded requests are passed over: {reason}"] and count > 5
+
+
 @torch.no_grad()
 def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch import nn
 
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.form import FormFile
 from early_exit.handler.errors import ArchiveError, EarlyExitError, Unsupported
 from tests.support.original import original_mar
 
@@ -83,6 +84,8 @@ def archived(folder: Path, handler: str, samples: list[Path], told: list[str] | 
         names = archive.namelist()
         return {"names": names, "handler": json.loads(archive.read("early_exit/handler.json")),
                 "answers": json.loads(archive.read("early_exit/answers.json")) if "early_exit/answers.json" in names
+                else None,
+                "samples": json.loads(archive.read("early_exit/samples.json")) if "early_exit/samples.json" in names
                 else None}
 
 
@@ -228,6 +231,23 @@ def Both(net):
     return Both_()
 """, samples)
     assert refused.value.unsupported is Unsupported.SEVERAL_SCORES
+
+
+def test_a_request_of_several_parts_is_tried_out_as_the_server_hands_it_over(
+        tmp_path: Path, samples: list[Path]) -> None:
+    """The handler refuses any other option than it was given, so the second request has it too."""
+    (tmp_path / "mode.txt").write_text("fast")
+    handler = HANDLER.format(initialize="", postprocess=PLAIN).replace('item["body"]', 'self.row(item)') + """
+    def row(self, item):
+        assert set(item) == {"row", "mode"} and item["mode"] == "fast", item
+        return item["row"]
+"""
+    made = archived(tmp_path, handler, [], form=[
+        FormFile("row", samples[0], None), FormFile("mode", tmp_path / "mode.txt", None)])
+    assert made["handler"]["rows_per_request"] == 1
+    assert [one["samples"] for one in made["answers"]["batches"]] == [[0], [1], [0, 1], [1, 0]]
+    first, second = ([part["name"] for part in parts] for parts in made["samples"]["requests"])
+    assert first == second == ["row", "mode"]
 
 
 def test_without_a_sample_nothing_is_compared_and_it_is_said(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from early_exit.training.pipeline import train
 from tests.benchmarks.subjects import resnet18
 from tests.support.cifar import DataMissing, data_folder, load_requests
 from tests.support.client import Reply, failed, latency_ms, send, send_openly
+from tests.support.recording import prepared
 
 BATCH = 8
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch}\nmaxBatchDelay: 5\nresponseTimeout: 300\nearly_exit:\n"
@@ -102,7 +103,7 @@ def scripted_plan(folder: Path, archive: Path, bodies: Sequence[bytes]) -> Path:
     with preprocessing(layout.root, json.loads(layout.original_manifest.read_text())) as handler, torch.no_grad():
         confidences = []
         for start in range(0, len(bodies), BATCH):
-            [x], row = handler.model_inputs(bodies[start:start + BATCH], backbone.description), []
+            [x], row = prepared(handler, bodies[start:start + BATCH], backbone.description), []
             for layer, part in zip(layers, parts):
                 (x,) = part(x)
                 row.append(heads[layer.path](x).softmax(dim=1).amax(dim=1))

@@ -21,7 +21,7 @@ from tests.benchmarks import faces, recommender, scenes, transformer
 from tests.support import digits
 from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights
 from tests.support.original import factory_request, original_mar
-from tests.support.recording import record
+from tests.support.recording import prepared, record
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 5\n"
 _SHARD = 500
@@ -135,7 +135,7 @@ def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: 
     backbone = load_backbone(archive.folder)
     original = json.loads(archive.original_manifest.read_text())
     with preprocessing(archive.root, original) as handler:
-        inputs = torch.cat([handler.model_inputs(bodies[start:start + 64], backbone.description)[0]
+        inputs = torch.cat([prepared(handler, bodies[start:start + 64], backbone.description)[0]
                             for start in range(0, len(bodies), 64)])
     names = ids or [f"request-{number}" for number in range(n_recorded)]
     for start in range(0, n_recorded, _SHARD):

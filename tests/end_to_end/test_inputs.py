@@ -32,6 +32,8 @@ from early_exit.handler.exits.plan import ExitPlan, save_plan
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL
 from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard
+from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.handler.user_handler.description import HandlerDescription
 from tests.conftest import WORKERS
 from tests.support.client import failed, metrics, send
@@ -97,7 +99,7 @@ def server(models: dict[str, nn.Module], plans: dict[str, Planned],
            tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     """All models, with exits; everything is recorded."""
     folder = tmp_path_factory.mktemp("inputs")
-    store, config = folder / "store", WORKERS.format(n=1) + "  sampling_rate: 1.0\n"
+    store, config = folder / "store", WORKERS.format(n=1) + "  sampling_rate: 1.0\n  keep_requests: true\n"
     request = folder / "click.json"
     request.write_text(json.dumps(CLICKS[0]))
     texts = original_mar(folder / "texts", "texts", "text_classifier.py", "text_handler.py",
@@ -144,6 +146,29 @@ def test_clicks_as_json_and_binary_leave_early_or_get_the_models_own_answers(
     assert [one["click"] for one in json.loads(batch.body)] == pytest.approx(click, abs=1e-5)
     [bad] = send(server, "clicks", [b"CLK1 and too little"])
     assert bad.status == 400 and b"expected records of 156 bytes" in bad.body
+
+
+def test_a_form_reaches_the_handler_with_the_types_of_its_parts_and_is_recorded_as_that(server: TorchServe) -> None:
+    """Which a client may send instead of a body; the handler reads the part that is called data."""
+    management = Management(server.addresses, server.key_file, server.secret_file)
+    [version] = management.versions("clicks")
+    note = "a note — of ours"
+    request = SampleRequest((Part(json.dumps(CLICKS[3]).encode(), "application/json", "data"),
+                             Part(note.encode(), "text/plain", "note"), Part(b"\xff\x00", "image/png", "a picture")))
+    form = management.predict("clicks", version.version, request)
+    [body] = send(server, "clicks", [json.dumps(CLICKS[3]).encode()])
+    assert form.body == body.body
+    records, deadline = server.state.parent / "records" / "clicks", time.monotonic() + 20
+    expected = {"data": CLICKS[3], "note": note, "a picture": bytearray(b"\xff\x00")}
+    types = {"data": "application/json", "note": "text/plain", "a picture": "image/png"}
+    while KeptRequest(expected, types) not in (found := _kept(records)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+
+
+def _kept(records: Path) -> list[KeptRequest]:
+    return [KeptRequest.from_bytes(kept) for shard in list_shards(records)
+            for kept in read_shard(shard, [], kept=True).kept or () if kept]
 
 
 @pytest.mark.parametrize("name", PICTURES)

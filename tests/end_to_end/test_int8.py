@@ -27,7 +27,7 @@ from tests.support.client import failed, send
 from tests.support.digits import traffic
 from tests.support.documents import README
 from tests.support.reader import Reader
-from tests.support.recording import record
+from tests.support.recording import prepared, record
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
     bodies = [one.body for one in traffic(1200, seed=50)]
     with preprocessing(recorder.root, original) as handler:
         backbone = load_backbone(recorder.folder)
-        [inputs] = handler.model_inputs(bodies, backbone.description)
+        [inputs] = prepared(handler, bodies, backbone.description)
         record(backbone, inputs, tmp_path / "records", name="digits", bodies=bodies)
     reader = Reader(README, tmp_path, instead={"cifar": "digits"},
                     more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
@@ -84,7 +84,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
             time.sleep(0.2)
     assert any(reply.exit != "full" for reply in replies)
     with preprocessing(recorder.root, original) as handler:
-        [inputs] = handler.model_inputs([one.body for one in fresh], backbone.description)
+        [inputs] = prepared(handler, [one.body for one in fresh], backbone.description)
         expected = backbone.graph(inputs).argmax(dim=1)
     differs = sum(reply.top() != str(label) for reply, label in zip(replies, expected.tolist()))
     assert differs / len(fresh) < 2 * TOLERANCE

@@ -14,6 +14,7 @@ from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import DESCRIPTION_FILE, MANIFEST, PLAN_FILE, PROGRAM_FILE
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import ArchiveError, FormatError
+from early_exit.handler.sample_request import Part, SampleRequest
 from tests.support.plans import random_exits
 
 DESCRIPTION, PLAN, PROGRAM = (f"early_exit/{name}" for name in (DESCRIPTION_FILE, PLAN_FILE, PROGRAM_FILE))
@@ -57,7 +58,7 @@ def test_everything_is_found_though_the_weights_are_damaged(entries: dict[str, b
     assert contents.plan == random_exits(backbone)[0]
     assert contents.original_manifest["model"]["handler"] == "digits_handler.py"
     assert contents.configuration == "batchSize: 4\n"
-    assert [sample.body for sample in contents.samples] == [b"\x89PNG"] and not contents.is_compared
+    assert contents.samples == (SampleRequest((Part(b"\x89PNG"),)),) and not contents.is_compared
 
 
 def test_what_an_archive_may_lack_is_none(entries: dict[str, bytes], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Records of a backbone without a server: a worker in memory over batches of input."""
+"""Records of a backbone without a server: a worker in memory over batches of input; what a handler makes of bodies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.inference.forward import Live
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.handler.sample_request import BODY
+from early_exit.training.data.preprocessing import Preprocessing
+from early_exit.training.data.skipped import Skipped
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
 
@@ -34,3 +38,11 @@ def record(backbone: Backbone, inputs: Tensor | Live, folder: Path, *, name: str
         replies = worker.step(calls_of_rows([x[rows] for x in tensors], names[rows], bodies and bodies[rows]))
         assert all(reply is not None and reply.body == "done" for reply in replies), replies
     worker.close()
+
+
+def prepared(handler: Preprocessing, bodies: Sequence[bytes], model: BackboneDescription) -> Live:
+    """Return the (N, ...) inputs that a handler gives its model for requests with N bodies."""
+    skipped = Skipped()
+    _, inputs = handler.model_inputs([KeptRequest({BODY: body}) for body in bodies], model, skipped)
+    assert not skipped.counts, skipped.counts
+    return inputs

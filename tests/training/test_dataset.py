@@ -23,7 +23,8 @@ def traffic(folder: Path, requests: list[int], times: list[float], rows: list[in
     write_shard(folder / "a.safetensors", HEADER, Records(
         activations={"layer": torch.arange(n)[:, None].half()}, log_probabilities=torch.zeros(n, 3).half(),
         backbone_class=zeros, full_class=zeros.clone(), answered_class=zeros.clone(), exit=zeros.short(),
-        request=torch.tensor(requests), row=zeros.clone() if rows is None else torch.tensor(rows).int(), time=torch.tensor(times, dtype=torch.float64), sampling_rate=torch.ones(n),
+        request=torch.tensor(requests), row=zeros.clone() if rows is None else torch.tensor(rows).int(),
+        time=torch.tensor(times, dtype=torch.float64), sampling_rate=torch.ones(n),
         kept=[b"" if request == ANONYMOUS else KeptRequest(str(request)).to_bytes() for request in requests]))
     return load_traffic([folder / "a.safetensors"])
 

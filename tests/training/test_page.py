@@ -148,6 +148,14 @@ def test_the_page_holds_the_figures(evaluation: Evaluation) -> None:
     assert lines.count(101) >= len(evaluation.curves), "every hit rate has all its points"
 
 
+def test_requests_that_could_not_be_run_again_are_told_with_the_reason(evaluation: Evaluation) -> None:
+    summary = replace(evaluation.summary, skipped={"their handler fails with <KeyError>": 3})
+    assert "  passed over: 3 recorded requests: their handler fails with <KeyError>" in summary.to_text().splitlines()
+    assert summary.to_json()["skipped"] == {"their handler fails with <KeyError>": 3}
+    words = Page(html_page(replace(evaluation, summary=summary))).words
+    assert "3: their handler fails with <KeyError>" in words
+
+
 def test_a_run_without_exits_has_a_report(backbone: Backbone, archive: ArchiveLayout, records: Path, mar: Path,
                                           tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)

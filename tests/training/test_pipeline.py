@@ -18,7 +18,16 @@ from early_exit.handler.exits.plan import build_heads, load_plan
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.files.private import replacing
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.recording.format import Records, ShardHeader, list_shards, request_hash, write_shard
+from early_exit.handler.recording.format import (
+    ANONYMOUS,
+    Records,
+    ShardHeader,
+    list_shards,
+    read_header,
+    read_shard,
+    request_hash,
+    write_shard,
+)
 from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.space import SearchSpace
@@ -139,6 +148,19 @@ def test_too_few_records_write_no_plan(backbone: Backbone, archive: ArchiveLayou
     with pytest.raises(RecordError, match="needs at least 59 .* No plan was written"):
         train("model", archive, shards, OPTIONS, run)
     assert not run.plan.exists()
+
+
+@pytest.mark.parametrize("rule", ["certified", "paper"])
+def test_records_that_name_no_request_certify_nothing_and_the_error_says_that_there_are_some(
+        rule: Rule, backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    [shard, *_] = find_shards(records, "model", backbone.description)
+    header = read_header(shard)
+    known = read_shard(shard, header.layers)
+    (tmp_path / "records").mkdir()
+    unknown = tmp_path / "records" / shard.name
+    write_shard(unknown, header, replace(known, request=torch.full_like(known.request, ANONYMOUS)))
+    with pytest.raises(RecordError, match=f"Of {len(known)} more records it is not known which request they belong to"):
+        train("model", archive, [unknown], replace(OPTIONS, thresholds=rule), RunPaths(tmp_path / "run"))
 
 
 def test_collecting_more_after_too_few_is_enough(backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import RecordError
-from early_exit.handler.recording.format import list_shards
+from early_exit.handler.recording.format import list_shards, read_header, read_shard, write_shard
 from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.data.preprocessing import Preprocessing, preprocessing
 from early_exit.training.data.replay import Replay, augmentation, replay_records
 from early_exit.training.data.skipped import Skipped
 from early_exit.training.paths import TrainingSetPaths
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
+from tests.support.recording import record
 
 N_RECORDS, ROUNDS = 90, 2
 
@@ -133,3 +136,87 @@ def test_what_a_handler_gives_its_model_besides_tensors_is_asked_for_and_not_rep
         assert handler.model_inputs([request], replace(backbone.description, constants={"scale": 3.0}),
                                     skipped) == ([], ())
         assert ["expected {'scale': 3.0} beside the tensors" in reason for reason in skipped.counts] == [True]
+
+
+def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_reason(
+        model: nn.Sequential, backbone: Backbone, tmp_path: Path) -> None:
+    """Of 90 requests 12 are too short, in other lengths, and of 3 nothing could be kept."""
+    images = torch.randn(N_RECORDS, *SHAPE, generator=torch.Generator().manual_seed(1))
+    bodies: list[bytes] = [image.numpy().tobytes() for image in images]
+    short, unkept = range(5, 65, 5), {0, 31, 77}
+    bodies = [body[:8 * number] if number in short else body for number, body in enumerate(bodies)]
+    record(backbone, images, tmp_path / "records", bodies=bodies)
+    [shard] = list_shards(tmp_path / "records")
+    records = read_shard(shard, [layer.path for layer in backbone.description.candidates], kept=True)
+    kept = [b"" if number in unkept else request for number, request in enumerate(records.kept or ())]
+    write_shard(shard, read_header(shard), replace(records, kept=kept))
+    everything, said = load_traffic([shard]), list[str]()
+    write_handler(tmp_path)
+    layers = backbone.description.candidates
+    with preprocessing(tmp_path, MANIFEST) as handler:
+        paths = TrainingSetPaths(tmp_path / "training_set")
+        replayed = replay_records(paths, everything, layers, backbone, handler, Replay(ROUNDS, pool=None),
+                                  log=said.append)
+        with pytest.raises(RecordError, match="none of the 12 recorded requests can be run again. The most common "
+                                              "reason, of 12: raw_images.py fails on a request with RuntimeError"):
+            replay_records(TrainingSetPaths(tmp_path / "none"), everything.where(_chosen(short)), layers, backbone,
+                           handler, Replay(0))
+    answered = everything.where(~_chosen([*short, *unkept]))
+    assert replayed.n_records == len(answered) == 75
+    assert torch.equal(replayed.request, answered.request) and torch.equal(replayed.part, answered.part)
+    assert len(replayed.rows(Part.TRAIN)) == (1 + ROUNDS) * answered.size(Part.TRAIN) == len(
+        replayed.log_probabilities) - 75 + answered.size(Part.TRAIN)
+    right = images[~_chosen([*short, *unkept])]
+    with torch.no_grad():
+        expected = model(right).log_softmax(dim=1)
+    torch.testing.assert_close(replayed.log_probabilities[:75].float(), expected, atol=0.01, rtol=0.01)
+    assert list(replayed.skipped.values()) == [12, 3] and len(said) == 2
+    assert said[0].startswith("12 of 90 recorded requests are passed over: raw_images.py fails on a request with")
+    assert said[1].startswith("3 of 90 recorded requests are passed over: what the handler got was no JSON")
+
+
+def _chosen(records: Iterable[int]) -> Tensor:
+    return torch.zeros(N_RECORDS, dtype=torch.bool).index_fill(0, torch.tensor([*records]), True)
+
+
+def test_a_handler_that_empties_its_requests_gets_them_whole_each_time(backbone: Backbone, tmp_path: Path) -> None:
+    """The first of two attempts fails for the second request; the first request must not suffer from it."""
+    write_handler(tmp_path)
+    file = tmp_path / "raw_images.py"
+    file.write_text(file.read_text().replace('row["body"]', 'row.pop("body")'))
+    good, bad = KeptRequest({"body": torch.ones(SHAPE).numpy().tobytes()}), KeptRequest({"body": b"abc"})
+    with preprocessing(tmp_path, MANIFEST) as handler:
+        positions, [inputs] = handler.model_inputs([good, bad, good], backbone.description, Skipped())
+    assert positions == [0, 2] and torch.equal(inputs, torch.ones(2, *SHAPE))
+
+
+def test_a_replay_hands_over_parts_and_their_content_types_as_they_were(backbone: Backbone, tmp_path: Path) -> None:
+    write_handler(tmp_path)
+    file = tmp_path / "raw_images.py"
+    file.write_text(file.read_text().replace("        images =", """        for number, row in enumerate(data):
+            assert row["options"] == {"k": [1, 2.0]} and type(row["body"]) is bytearray, row
+            types = context.get_all_request_header(number)
+            assert types == {"body": {"content-type": "image/raw"}, "options": {"content-type": "application/json"}}
+        images ="""))
+    body = bytearray(torch.ones(SHAPE).numpy().tobytes())
+    request = KeptRequest({"body": body, "options": {"k": [1, 2.0]}},
+                          {"body": "image/raw", "options": "application/json"})
+    with preprocessing(tmp_path, MANIFEST) as handler:
+        skipped = Skipped()
+        positions, _ = handler.model_inputs([request] * 2, backbone.description, skipped)
+    assert positions == [0, 1], skipped.counts
+
+
+def test_rows_of_several_requests_that_cannot_be_told_apart_are_asked_for_one_by_one(
+        backbone: Backbone, tmp_path: Path) -> None:
+    write_handler(tmp_path)
+    file = tmp_path / "raw_images.py"
+    file.write_text(file.read_text().replace("for row in data]", "for row in data[::-1]]"))
+    layout = ArchiveLayout(tmp_path)
+    layout.folder.mkdir()
+    HandlerDescription(rows_per_request=None, rows_unknown_because="it reverses").save(layout.handler_description)
+    images = torch.randn(3, *SHAPE)
+    with preprocessing(tmp_path, MANIFEST) as handler:
+        _, [inputs] = handler.model_inputs([KeptRequest({"body": image.numpy().tobytes()}) for image in images],
+                                           backbone.description, Skipped())
+    assert torch.equal(inputs, images)
