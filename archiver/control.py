@@ -86,13 +86,14 @@ class ModelServer(Protocol):
         The default is asked for first: a version that becomes the default meanwhile may still be told as none.
         """
 
-    def register(self, file_name: str, model: str, settings: RunSettings, claim: Claim) -> None:
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
         """Load an archive of the model store as a new version; its workers start in the background.
 
         Args:
             file_name: of the archive.
-            model: name to serve it under, whatever the archive says.
             settings: what the server is told; the rest is left to the archive's configuration and the server's.
+            model: name to serve it under, by default what the archive says.
             claim: the mark by which the version is known from then on.
         """
 

@@ -15,8 +15,8 @@ answered it looks again (3), and goes on if
 
 - its own registration is still there,
 - the default is the one of look 1, or its own, and
-- of the other rolls' versions that are registered beside the default, none comes before its own: one with a higher
-  ticket does, and where its own is not the default, one with the same ticket and a higher nonce.
+- of the other rolls' versions that are registered beside the default, none has a higher ticket than its own, or the
+  same ticket and a higher nonce.
 
 Then it makes its version the default (4), within `SWITCH_S` of the beginning of look 3; where not enough of that time
 is left it looks again instead. A roll that may not go on takes its version back. A first version, which is the
@@ -37,11 +37,12 @@ look 3 begins `SETTLE_S` after that registration or later, so it finds a default
 its look 1: B does not go on. The same holds with A and B exchanged. So each is registered when the other's look 3
 reads the versions. Tickets and nonces are the same for both, and put one before the other: the other does not go on,
 a contradiction. Of two first versions only one is the default, and the other finds a default that was not there in
-its look 1.
+its look 1, and goes.
 
 **At least one goes on,** if both versions pass their trials and no call is cut off. Of two that see each other the
 first goes on unless the default has changed, which takes a switch of the other. One that sees no rival goes on. A
-first version gives way only to a roll that found it as the default, and that roll, whose ticket is higher, goes on.
+first version waits for its rival's end: one that found no default in its look 1 goes, and one that found this version
+there has a higher ticket, so that it goes on.
 
 **A success is one:** the last look finds the roll's own registration at the default. A roll that began after this
 one's switch may replace the version later, as it may at any time.
@@ -94,7 +95,7 @@ class Candidate:
         Raises:
             ServerError: the server refuses; the version may be registered all the same.
         """
-        self._server.register(file_name, self._model, settings, self._claim)
+        self._server.register(file_name, settings, model=self._model, claim=self._claim)
         self._registered = self._clock.now()
 
     def status(self) -> VersionStatus:
@@ -185,14 +186,11 @@ class Candidate:
             raise ServerError(f"{_name_of_default(versions)} has become the default of {self._model} meanwhile: did "
                               "someone else roll?")
         rivals = [status for status in versions if status.claim is not None and not status.is_default
-                  and status is not own and self._comes_before(status.claim, own)]
+                  and status.claim > self._claim]
         if rivals and not own.is_default:
             raise ServerError(f"{self._model} {rivals[0].version} is being rolled in at the same time and comes first: "
                               f"roll {self._version} in again when that is done")
         return own, rivals[0] if rivals else None
-
-    def _comes_before(self, rival: Claim, own: VersionStatus) -> bool:
-        return rival.ticket > self._claim.ticket if own.is_default else rival > self._claim
 
     def _switch(self, limit_s: float) -> None:
         try:

@@ -75,15 +75,16 @@ class Api:
         versions = yield ApiRequest("GET", self._model(model, "all"))
         return [] if versions.status_code == 404 else [_status(version, default) for version in _json(versions)]
 
-    def register(self, file_name: str, model: str, settings: RunSettings, claim: Claim) -> Conversation[None]:
+    def register(self, file_name: str, settings: RunSettings, model: str | None,
+                 claim: Claim | None) -> Conversation[None]:
         """Load an archive of the model store as a new version; its workers start in the background."""
-        params: dict[str, str | int] = {"url": f"ee-roll-{claim.ticket}-{claim.nonce}/{file_name}",
-                                        "model_name": model, "synchronous": "false"}
-        told = {"batch_size": settings.batch_size, "max_batch_delay": settings.max_batch_delay_ms,
+        told = {"url": f"ee-roll-{claim.ticket}-{claim.nonce}/{file_name}" if claim else file_name,
+                "model_name": model, "synchronous": "false",
+                "batch_size": settings.batch_size, "max_batch_delay": settings.max_batch_delay_ms,
                 "response_timeout": settings.response_timeout_s,
                 "initial_workers": settings.workers and settings.workers[0]}
-        params |= {name: value for name, value in told.items() if value is not None}
-        _require_ok((yield ApiRequest("POST", f"{self._addresses.management}/models", params=params)))
+        _require_ok((yield ApiRequest("POST", f"{self._addresses.management}/models", params={
+            name: value for name, value in told.items() if value is not None})))
 
     def scale(self, model: str, version: str, workers: tuple[int, int]) -> Conversation[None]:
         """Let a version have at least and at most so many workers; they start in the background."""

@@ -56,9 +56,10 @@ class Management:
         """Return the registered versions of a model, none when it is not registered."""
         return self._hold(self._api.versions(model))
 
-    def register(self, file_name: str, model: str, settings: RunSettings, claim: Claim) -> None:
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
         """Load an archive of the model store as a new version; its workers start in the background."""
-        self._hold(self._api.register(file_name, model, settings, claim))
+        self._hold(self._api.register(file_name, settings, model, claim))
 
     def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
         """Let a version have at least and at most so many workers; they start in the background."""

@@ -1,9 +1,11 @@
-"""Two rolls of one model at once: exactly one succeeds and stays the default, and none reports a success that is none."""
+"""Two rolls of one model at once: one succeeds and stays the default, and none reports a success that is none."""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -28,11 +30,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def at_once(server: SlowServer, versions: tuple[str, str], begin_s: tuple[float, float]) -> list[RollReport | Exception]:
+def rolled(server: SlowServer, version: str, **limits: float) -> RollReport:
+    return roll(server, server.store / f"digits-{version}.mar", untried=True, longest_batch_s=0.0, clock=server.clock,
+                **limits)
+
+
+def at_once(server: SlowServer, versions: tuple[str, str],
+            begin_s: tuple[float, float]) -> list[RollReport | Exception]:
     """Roll two versions from two hosts that share nothing but the server."""
-    calls = [(begins, lambda version=version: roll(
-        server, server.store / f"digits-{version}.mar", untried=True, longest_batch_s=0.0, clock=server.clock))
-        for version, begins in zip(versions, begin_s)]
+    calls = [(begins, partial(rolled, server, version)) for version, begins in zip(versions, begin_s)]
     with mock.patch.object(rivals.secrets, "token_hex", lambda n: f"{server.draw.getrandbits(32):08x}"):
         return server.clock.run(calls)
 
@@ -41,7 +47,7 @@ def slow(store: Path, seed: int, *, is_first: bool, most_s: float, ready_s: floa
     """Return a server without a model, or with one that no roll has brought in."""
     server = SlowServer("server", store, clock=VirtualClock(), draw=random.Random(seed), ready_s=ready_s)
     if not is_first:
-        server.register("digits-1.0.mar", "digits", RunSettings(), None)
+        server.register("digits-1.0.mar", RunSettings())
     server.most_s = most_s
     return server
 
@@ -84,7 +90,7 @@ def test_a_roll_that_would_take_longer_to_switch_than_its_rivals_wait_gives_up(s
     look = server.versions
     server.versions = lambda model: (server.clock.sleep(SWITCH_S), look(model))[1]  # type: ignore[method-assign]
     with pytest.raises(ServerError, match="takes longer than 4 s to tell its versions"):
-        roll(server, store / "digits-2.0.mar", untried=True, longest_batch_s=0.0, ready_limit_s=30, clock=server.clock)
+        rolled(server, "2.0", ready_limit_s=30)
     assert (server.default, list(server.registered)) == ("1.0", ["1.0"])
 
 
@@ -97,14 +103,28 @@ def test_a_switch_whose_answer_is_lost_counts_if_it_took_effect(store: Path) -> 
         raise ServerError("no answer")
 
     server.set_default = lost  # type: ignore[method-assign]
-    assert roll(server, store / "digits-2.0.mar", untried=True, longest_batch_s=0.0, clock=server.clock).replaced == "1.0"
+    assert rolled(server, "2.0").replaced == "1.0"
     assert list(server.registered) == ["2.0"]
 
 
 def test_what_a_roll_that_was_cut_short_left_registered_does_not_stop_the_next(store: Path) -> None:
     server = slow(store, 1, is_first=False, most_s=0.0, ready_s=0.0)
-    server.register("digits-3.0.mar", "digits", RunSettings(), Claim(7, "ffff"))
-    assert roll(server, store / "digits-2.0.mar", untried=True, longest_batch_s=0.0, clock=server.clock).replaced == "1.0"
+    server.register("digits-3.0.mar", RunSettings(), claim=Claim(7, "ffff"))
+    assert rolled(server, "2.0").replaced == "1.0"
+
+
+def test_a_version_that_is_replaced_while_the_old_one_is_drained_is_no_success(store: Path) -> None:
+    server = slow(store, 1, is_first=False, most_s=0.0, ready_s=0.0)
+    server.register("digits-3.0.mar", RunSettings())
+    remove = server.unregister
+
+    def somebody_switches(model: str, version: str) -> None:
+        remove(model, version)
+        server.set_default(model, "3.0", limit_s=1.0)
+
+    server.unregister = somebody_switches  # type: ignore[method-assign]
+    with pytest.raises(ServerError, match=r"2\.0 was the default, and 3\.0 has taken its place"):
+        rolled(server, "2.0")
 
 
 def test_a_first_version_waits_for_what_is_to_replace_it_and_serves_if_that_fails(store: Path) -> None:
@@ -126,13 +146,13 @@ def test_a_roll_does_not_take_the_version_of_another_back_that_has_the_same_numb
     server = slow(store, 1, is_first=False, most_s=0.0, ready_s=0.0)
     register = server.register
 
-    def after_another(file_name: str, model: str, settings: RunSettings, claim: Claim) -> None:
-        register("digits-2.0.mar", model, settings, Claim(1, "another"))
-        register(file_name, model, settings, claim)
+    def after_another(file_name: str, settings: RunSettings, **more: Any) -> None:
+        register("digits-2.0.mar", settings, claim=Claim(1, "another"))
+        register(file_name, settings, **more)
 
     server.register = after_another  # type: ignore[assignment, method-assign]
     with pytest.raises(ServerError, match="already registered"):
-        roll(server, store / "digits-2.0.mar", untried=True, longest_batch_s=0.0, clock=server.clock)
+        rolled(server, "2.0")
     assert server.registered["2.0"].claim == Claim(1, "another")
 
 
@@ -140,7 +160,7 @@ def test_a_roll_of_several_servers_notices_another_that_has_reached_one_of_them_
     clock = VirtualClock()
     one, two = (SlowServer(name, store, clock=clock) for name in ("one", "two"))
     for server in (one, two):
-        server.register("digits-1.0.mar", "digits", RunSettings(), None)
+        server.register("digits-1.0.mar", RunSettings())
     limits = {"untried": True, "longest_batch_s": 0.0, "clock": clock, "put_back": True}
     outcomes = clock.run([(0.0, lambda: roll_all([one, two], store / "digits-2.0.mar", **limits)),
                           (0.0, lambda: roll_all([two, one], store / "digits-3.0.mar", **limits))])

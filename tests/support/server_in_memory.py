@@ -52,8 +52,11 @@ class ServerInMemory:
     def versions(self, model: str) -> list[VersionStatus]:
         return list(self.all.get(model, {}).values())
 
-    def register(self, file_name: str, model: str, settings: RunSettings, claim: Claim | None) -> None:
-        self.calls.append(("register", registered_archive(self.store / file_name).version))
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
+        archive = registered_archive(self.store / file_name)
+        self.calls.append(("register", archive.version))
+        model = model or archive.model
         self.all[model] = self.added(self.all.get(model, {}), file_name, settings, claim)
 
     def added(self, versions: dict[str, VersionStatus], file_name: str, settings: RunSettings,

@@ -55,16 +55,19 @@ class SlowServer(ServerInMemory):
         self._pass()
         return found
 
-    def register(self, file_name: str, model: str, settings: RunSettings, claim: Claim | None) -> None:
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
         self._pass()
         self.ready_at[claim] = self.clock.now() + self.draw.uniform(0, self.ready_s)
+        archive = registered_archive(self.store / file_name)
+        model = model or archive.model
         if model in self.all:
-            super().register(file_name, model, settings, claim)
+            super().register(file_name, settings, model=model, claim=claim)
         else:
             first = self.added({}, file_name, settings, claim)
             self._pass()  # another first registration may be here as well
             self.all.setdefault(model, first)
-            if registered_archive(self.store / file_name).version not in self.all[model]:
+            if archive.version not in self.all[model]:
                 raise ServerError("the version does not exist")
         self._pass()
 
