@@ -10,8 +10,9 @@ from early_exit.archiver.control import RunSettings
 from early_exit.archiver.packaging.registered import RegisteredArchive
 from early_exit.handler.errors import ServerError
 
-_WORDS = {"batch_size": "batch size {}", "max_batch_delay_ms": "batch delay {} ms",
-          "response_timeout_s": "response timeout {} s", "workers": "{0[0]} to {0[1]} workers"}
+_WORDS = {"batch_size": ("batch size", "{}"), "max_batch_delay_ms": ("batch delay", "{} ms"),
+          "response_timeout_s": ("response timeout", "{} s"), "workers": ("workers", "{0[0]} to {0[1]}")}
+"""What each is called, and how it is written."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,27 @@ def require_kept(plan: SettingsPlan, has: RunSettings, new: str, old: str) -> No
         ServerError: it does not.
     """
     given = _values(has)
-    lost = [f"{_WORDS[name].format(given[name])} instead of {_WORDS[name].format(value)}"
-            for name, value in _values(plan.kept).items() if value not in (None, given[name])]
+    lost = [_instead(name, given[name], value) for name, value in _values(plan.kept).items()
+            if value not in (None, given[name])]
     if lost:
-        raise ServerError(f"the server gives {new} {' and '.join(lost)}, which {old} has: say in the new archive's "
+        raise ServerError(f"the server gives {new} {' and '.join(lost)} as {old} has it: say in the new archive's "
                           "model-config.yaml what it shall be (ee-archive --config FILE)")
 
 
 def in_words(plan: SettingsPlan, was: RunSettings, old: str) -> Iterator[str]:
     """Tell what is kept of an old version's settings, and what is not."""
-    kept = [_WORDS[name].format(value) for name, value in _values(plan.kept).items() if value is not None]
+    kept = [" ".join(_WORDS[name]).format(value) for name, value in _values(plan.kept).items() if value is not None]
     if kept:
         yield f"as {old} has it: {', '.join(kept)}"
     had = _values(was)
-    changed = [f"{_WORDS[name].format(value)} instead of {_WORDS[name].format(had[name])}"
-               for name, value in _values(plan.changed).items() if value is not None]
+    changed = [_instead(name, value, had[name]) for name, value in _values(plan.changed).items() if value is not None]
     if changed:
         yield f"as its own model-config.yaml says: {', '.join(changed)}"
+
+
+def _instead(name: str, value: Any, other: Any) -> str:
+    what, written = _WORDS[name]
+    return f"{what} {written.format(value)} instead of {written.format(other)}"
 
 
 def _values(settings: RunSettings) -> dict[str, Any]:
