@@ -25,10 +25,10 @@ from tests.support.rewritten import renumbered
 
 MODEL = "digits"
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 5\n"
-MOST_S = 0.4
-"""Most time before a call is sent, and after its answer."""
-BEGIN_S = 1.5
-"""The two rolls begin within this time."""
+MOST_S = (0.02, 0.4)
+"""Most time before a call is sent, and after its answer: one of these for a pair."""
+BEGIN_S = (0.0, 1.5)
+"""The two rolls begin within one of these times."""
 STAYS_S = 3.0
 """After the pair is done, the default is looked at again."""
 
@@ -36,14 +36,14 @@ STAYS_S = 3.0
 class Delayed(Management):
     """A host of its own, with a slow way to the server."""
 
-    def __init__(self, server: TorchServe, seed: str) -> None:
+    def __init__(self, server: TorchServe, seed: str, most_s: float) -> None:
         super().__init__(server.addresses, server.key_file, server.secret_file)
-        self._draw = random.Random(seed)
+        self._draw, self._most_s = random.Random(seed), most_s
 
     def _send(self, request: ApiRequest, limit_s: float) -> httpx.Response:
-        time.sleep(self._draw.uniform(0, MOST_S))
+        time.sleep(self._draw.uniform(0, self._most_s))
         response = super()._send(request, limit_s)
-        time.sleep(self._draw.uniform(0, MOST_S))
+        time.sleep(self._draw.uniform(0, self._most_s))
         return response
 
 
@@ -81,12 +81,13 @@ def at_once(server: TorchServe, mars: dict[str, Path], versions: tuple[str, str]
     """Roll two versions at once; return what came of it."""
     outcomes: list[RollReport | EarlyExitError | None] = [None, None]
     draw = random.Random(seed)
-    begins_s = [draw.uniform(0, BEGIN_S) for _ in versions]
+    most_s, within_s = draw.choice(MOST_S), draw.choice(BEGIN_S)
+    begins_s = [draw.uniform(0, within_s) for _ in versions]
 
     def run(number: int) -> None:
         time.sleep(begins_s[number])
         try:
-            outcomes[number] = roll(Delayed(server, f"{seed}-{number}"), mars[versions[number]], untried=True,
+            outcomes[number] = roll(Delayed(server, f"{seed}-{number}", most_s), mars[versions[number]], untried=True,
                                     longest_batch_s=0.5)
         except EarlyExitError as error:
             outcomes[number] = error
@@ -97,7 +98,7 @@ def at_once(server: TorchServe, mars: dict[str, Path], versions: tuple[str, str]
         thread.start()
     for thread in threads:
         thread.join()
-    return {"versions": versions, "seconds": round(time.monotonic() - began, 1),
+    return {"versions": versions, "most_delay_s": most_s, "begin_within_s": within_s, "seconds": round(time.monotonic() - began, 1),
             "succeeded": [outcome.version for outcome in outcomes if isinstance(outcome, RollReport)],
             "said": [str(outcome) for outcome in outcomes if not isinstance(outcome, RollReport)]}
 
