@@ -9,8 +9,10 @@ import pytest
 import requests
 
 from early_exit.archiver.packaging.describe import describe
+from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.switch.cli import main as switch_exits
 from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.archive_contents import read_archive
@@ -54,9 +56,13 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(
         assert switch_exits(["yours", "off"]) == 0
         told = session_of(server).post(f"{addresses.inference}/predictions/yours", data=bodies[0], timeout=30).headers
         assert told["X-Early-Exit-Switch"] == "off", "its workers have the variable, too"
+        with BackgroundLoad(server, "yours", bodies) as load_back:
+            roll(Management(addresses, server.key_file), store / "yours.mar", longest_batch_s=1)
+        [back] = send(server, "yours", bodies[:1])
     reader.at_the_end()
     assert (before.version, after.version) == ("", "2.0") and before.top() == after.top()
-    assert failed(load.replies) == 0
+    assert (back.version, back.body) == ("", before.body), "the archive that was there before anything"
+    assert failed(load.replies) == failed(load_back.replies) == 0
 
 
 def clients_force_no_full_pass(server: TorchServe, body: bytes) -> None:

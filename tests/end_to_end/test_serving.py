@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from early_exit.archiver.control import RunSettings
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.switch.cli import main as switch_exits
@@ -177,7 +178,7 @@ def test_workers_see_the_variables_of_ee_serve_but_not_the_gateways_token(server
 def test_archives_from_elsewhere_cannot_be_registered(
         server: TorchServe, management: Management, recorder_mar: Path) -> None:
     with pytest.raises(ServerError, match="403|400|404"):
-        management.register(recorder_mar.as_uri(), workers=1)
+        management.register(recorder_mar.as_uri(), RunSettings(workers=(1, 1)))
 
 
 def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(

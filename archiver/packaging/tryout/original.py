@@ -182,8 +182,8 @@ def _answers(original: Original, samples: list[SampleRequest]) -> list[AnsweredB
         second = original.archive.answer(chosen, headers)
         differing = unstable(first, second)
         if original.envelope == "kservev2":  # it tells the version, which is to be another one
-            differing = [(*paths, "$.model_version") for paths in differing]
-        answered.append(AnsweredBatch(batch, tuple(first), tuple(differing)))
+            differing = tuple((*paths, "$.model_version") for paths in differing)
+        answered.append(AnsweredBatch(batch, tuple(first), differing))
     return answered
 
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import requests
 
+from early_exit.archiver.control import RunSettings
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
@@ -49,7 +50,7 @@ def serving(server: TorchServe, versions: Sequence[Served]) -> Iterator[dict[Ser
     troubles: dict[Served, str] = {}
     for served in versions:
         try:
-            management.register(served.file_name, workers=1)
+            management.register(served.file_name, RunSettings(workers=(1, 1)))
         except ServerError as error:
             troubles[served] = str(error)
     registered = [served for served in versions if served not in troubles]
