@@ -1,6 +1,6 @@
-"""What a watcher decided about a model and why: one JSON line each, only ever appended.
+"""What a watcher, or an operator, decided about a model and why: one JSON line each, only ever appended.
 
-The watcher writes it, and the gateway's page shows it.
+`ee-watch` and `ee-exits` write one each, and the gateway's page shows both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def audit_of(folder: Path, model: str) -> Audit:
-    """Return the decisions about a model, whose watcher keeps its state below a folder.
+    """Return the decisions about a model that are kept below a folder: that of a watcher, or of the switches.
 
     Raises:
         ServerError: the name of the model leads out of the folder.

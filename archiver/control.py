@@ -10,6 +10,30 @@ from early_exit.handler.sample_request import SampleRequest
 
 
 @dataclass(frozen=True)
+class RunSettings:
+    """How a version is run: what the configuration of its archive may say, and otherwise who registers it."""
+
+    batch_size: int | None = None
+    """Most requests that a worker takes at once; None where nobody has said."""
+    max_batch_delay_ms: int | None = None
+    """How long a request may wait for others to be batched with."""
+    response_timeout_s: int | None = None
+    """How long a worker may take for a batch."""
+    workers: tuple[int, int] | None = None
+    """The least and the most workers."""
+
+
+@dataclass(frozen=True, order=True)
+class Claim:
+    """The mark that a roll leaves on the version that it registers, so that it knows it from those of its rivals."""
+
+    ticket: int
+    """One above every ticket that the roll saw when it began."""
+    nonce: str
+    """Random; letters and digits."""
+
+
+@dataclass(frozen=True)
 class VersionStatus:
     """What a server tells of one model version."""
 
@@ -22,12 +46,12 @@ class VersionStatus:
     """How many workers can take requests now."""
     pending_requests: int
     """Requests in the version's queue; those that a worker has taken are not counted."""
-    max_batch_delay_s: float
-    """How long a request may wait for others to be batched with."""
-    batch_size: int
-    """Most requests that a worker takes at once."""
+    settings: RunSettings
+    """How it is run; all of them are known."""
     file_name: str
     """Name of the version's archive in the server's model store."""
+    claim: Claim | None = None
+    """Of the roll that registered it; none where no roll did, or the server has been restarted since."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +77,38 @@ class ModelServer(Protocol):
         """Whether the secret is known with which the server's workers let themselves be probed and requests run to the
         end."""
 
+    def models(self) -> list[str]:
+        """Return the names of the models that are registered."""
+
     def versions(self, model: str) -> list[VersionStatus]:
-        """Return the registered versions of a model, none when it is not registered."""
+        """Return the registered versions of a model, none when it is not registered.
 
-    def register(self, file_name: str, workers: int) -> None:
-        """Load an archive of the model store as a new version; its workers start in the background."""
+        The default is asked for first: a version that becomes the default meanwhile may still be told as none.
+        """
 
-    def scale(self, model: str, version: str, workers: int) -> None:
-        """Let a version have so many workers; they start in the background."""
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
+        """Load an archive of the model store as a new version; its workers start in the background.
 
-    def set_default(self, model: str, version: str) -> None:
-        """Send the requests that name no version to this one from now on."""
+        Args:
+            file_name: of the archive.
+            settings: what the server is told; the rest is left to the archive's configuration and the server's.
+            model: name to serve it under, by default what the archive says.
+            claim: the mark by which the version is known from then on.
+        """
+
+    def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
+        """Let a version have at least and at most so many workers; they start in the background."""
+
+    def set_default(self, model: str, version: str, *, limit_s: float) -> None:
+        """Send the requests that name no version to this one from now on.
+
+        Args:
+            model: name of a served model.
+            version: a registered version of it.
+            limit_s: how long the server may take for it; after that a ServerError says that it gave no answer, and
+                whether it did it is not known.
+        """
 
     def unregister(self, model: str, version: str) -> None:
         """Remove a version at once, with whatever it has not answered."""

@@ -23,6 +23,8 @@ class VersionMetrics:
     """The monitor's step, samples, wealth and mean_loss, where a certificate is watched."""
     bypassed: set[int] = field(default_factory=set)
     """Batch sizes at which the exits do not save time."""
+    switched: float = 0.0
+    """What the operator's switch is set to: 0 is on, -1 off, any other number the least fallback level."""
     requests: float = 0.0
     """Number of requests that the server answered, whichever way they came."""
     seconds: float = 0.0
@@ -38,7 +40,8 @@ class VersionMetrics:
 
         return VersionMetrics({name: grown(n, before.answers.get(name, 0.0)) for name, n in self.answers.items()},
                               grown(self.shadow, before.shadow), grown(self.anytime, before.anytime), self.monitor,
-                              self.bypassed, grown(self.requests, before.requests), grown(self.seconds, before.seconds))
+                              self.bypassed, self.switched, grown(self.requests, before.requests),
+                              grown(self.seconds, before.seconds))
 
 
 Scrape = Mapping[str, Mapping[str, VersionMetrics]]

@@ -17,6 +17,24 @@ class Call:
     """What the user's handler gets for the request, such as `{"body": bytes}`."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """The headers of the request."""
+    instances: tuple[Any, ...] | None = None
+    """What the handler gets instead of `inputs`, where the host has taken the request out of an envelope: one or more
+    items. Of several requests of a batch the first then has all, where the host does not tell whose they are."""
+    hears_status: bool = True
+    """Whether a status of its own reaches the client; where it does not, only the failure of the whole batch does."""
+
+    @property
+    def items(self) -> tuple[Any, ...]:
+        """What the user's handler gets for the request."""
+        return (self.inputs,) if self.instances is None else self.instances
+
+    def body(self, results: list[Any]) -> Any:
+        """Return the body of a reply to the request.
+
+        Args:
+            results: of the handler, one for each item; or a single one, which answers for all of them.
+        """
+        return results[0] if self.instances is None else results
 
     def has_header(self, name: str) -> bool:
         """Tell whether the request has a header, whatever its value and however a proxy spells its name."""
@@ -38,7 +56,7 @@ class Reply:
     """The answer to one request."""
 
     body: Any
-    """What the user's handler returned for the request, or the body of an error."""
+    """What the user's handler returned for the request, or the body of an error; a list where `Call.instances` is."""
     status: int = 200
     """The HTTP status."""
     phrase: str = ""

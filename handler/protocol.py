@@ -13,6 +13,9 @@ VERSION_HEADER = "X-Early-Exit-Version"
 """Response header: the version that answered."""
 STEP_HEADER = "X-Early-Exit-Step"
 """Response header, set once the monitor has stepped back: the fallback level, of how many."""
+SWITCH_HEADER = "X-Early-Exit-Switch"
+"""Response header, set while the operator's switch is not on: "off", or "level N", the fallback level that answers at
+least."""
 ANYTIME_HEADER = "X-Early-Exit-Anytime"
 """A prediction request with this header asks for every exit's prediction, whatever the header's value. It costs a full
 pass, so it counts only where the sender is known by `SECRET_HEADER`, or where the configuration opens it to clients."""
@@ -23,6 +26,9 @@ that answered."""
 PROBE_HEADER = "X-Early-Exit-Probe"
 """A prediction request with this header is answered by the version's probe instead of the user's handler. It counts as
 `ANYTIME_HEADER` does."""
+PROBE_BODY = (b'{"instances": [{}], '
+              b'"inputs": [{"name": "probe", "shape": [1], "datatype": "BYTES", "data": ["probe"]}]}')
+"""The body of a probe, as JSON: every envelope of TorchServe takes it, and without one nobody reads it."""
 SECRET_HEADER = "X-Early-Exit-Secret"
 """A prediction request with the server's secret in this header comes from its operator."""
 SECRET_VARIABLE = "EARLY_EXIT_SECRET"

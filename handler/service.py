@@ -12,7 +12,7 @@ from typing import Any
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.serving.worker import Worker
-from early_exit.handler.torchserve.batch import answer, calls_of
+from early_exit.handler.torchserve.batch import answer, calls_of, is_in_envelope
 from early_exit.handler.torchserve.continuous_batching import claim_only_worker, require_continuous_batching
 from early_exit.handler.torchserve.host import TorchServeHost
 
@@ -34,4 +34,9 @@ class EarlyExitService:
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         """Return one response per request, in order; with early answers some requests are left for later calls."""
-        return answer(self.worker.step(calls_of(data, context)), context)
+        in_envelope = is_in_envelope()
+        calls = calls_of(data, context, in_envelope=in_envelope)
+        replies = self.worker.step(calls)
+        while in_envelope and None in replies:  # an envelope takes all answers at once
+            replies = self.worker.step(calls)
+        return answer(replies, context, in_envelope=in_envelope)

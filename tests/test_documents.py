@@ -15,6 +15,7 @@ from early_exit.archiver.gateway.cli import parser as gateway_parser
 from early_exit.archiver.packaging.cli import parser as archive_parser
 from early_exit.archiver.packaging.cli import show_parser
 from early_exit.archiver.rollout.cli import parser as roll_parser
+from early_exit.archiver.switch.cli import parser as exits_parser
 from early_exit.archiver.torchserve.cli import addresses_of
 from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.archiver.watch.cli import parser as watch_parser
@@ -63,6 +64,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 KNOWN = {"ee-archive": options_of(archive_parser()) | options_of(show_parser()), "ee-serve": options_of(serve_parser()),
          "ee-train": options_of(train_parser()) | options_of(report_parser()), "ee-roll": options_of(roll_parser()),
          "ee-watch": options_of(watch_parser()), "ee-gateway": options_of(gateway_parser()),
+         "ee-exits": options_of(exits_parser()),
          "torch-model-archiver": {"--" + field.name.replace("_", "-") for field in fields(ModelArchiverConfig)}}
 
 

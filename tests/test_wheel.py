@@ -15,7 +15,7 @@ from early_exit.handler.allocator import ALLOCATOR
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("handler", "training", "archiver")
-COMMANDS = {"ee-archive", "ee-train", "ee-serve", "ee-roll", "ee-watch", "ee-gateway"}
+COMMANDS = {"ee-archive", "ee-train", "ee-serve", "ee-roll", "ee-watch", "ee-gateway", "ee-exits"}
 STARTED = """
 import runpy, sys
 for command in sys.argv[1:]:

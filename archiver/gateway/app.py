@@ -40,7 +40,7 @@ def create_app(upstream: Upstream, *, token: str, names: Collection[str] = (), l
         limits: limits of what a client may ask for.
         in_flight: counts the bytes that are held; the server that reads them counts with it too.
         plans: tells the live page what an archive promises.
-        decisions: tells the live page what a model's watcher decided.
+        decisions: tells the live page what a model's watcher and operator decided.
 
     Raises:
         ValueError: the token is empty.

@@ -8,12 +8,14 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
-from early_exit.archiver.audit import audit_of
+from early_exit.archiver.audit import Event, audit_of
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE
 from early_exit.handler.errors import ConfigError, ServerError
+from early_exit.handler.exits.switch import SWITCHES_FOLDER
 from early_exit.training.command import command_parser, run_command
 from early_exit.training.environment import GATEWAY_TOKEN
 
@@ -47,7 +49,7 @@ def _serve(options: argparse.Namespace) -> int:
                                _secret_file(options), connections=limits.in_flight_in_all, prediction_s=PREDICTION_S)
     app = create_app(upstream, token=token, names=[options.host, *options.host_name], limits=limits,
                      in_flight=in_flight, plans=Promises(options.model_store).of,
-                     decisions=lambda model: audit_of(options.watch, model).read())
+                     decisions=lambda model: _decisions(options, model))
     server = make_server(app, options.host, options.port, limits, in_flight,
                          lambda: _print_addresses(options, None if is_given else token))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
@@ -80,6 +82,13 @@ def _secret_file(options: argparse.Namespace) -> Path | None:
             raise ConfigError(f"no secret at {options.secret}: ee-serve makes it when it starts")
         return Path(options.secret)
     return None if options.no_tokens or options.host not in LOOPBACK else Path(options.tokens).with_name(SECRET_FILE)
+
+
+def _decisions(options: argparse.Namespace, model: str) -> list[Event]:
+    """Return what the watcher of a model and its operator decided, oldest first."""
+    switches = options.switches or options.tokens.with_name(SWITCHES_FOLDER)
+    events = [event for folder in (options.watch, switches) for event in audit_of(folder, model).read()]
+    return sorted(events, key=itemgetter("time"))
 
 
 def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
@@ -118,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
                         help="TorchServe's, to read the certificates from (%(default)s)")
     parser.add_argument("--watch", type=Path, default=Path(".ee-watch"), metavar="FOLDER",
                         help="where ee-watch keeps its decisions (%(default)s)")
+    parser.add_argument("--switches", type=Path, metavar="FOLDER",
+                        help=f"where ee-exits notes what it did; by default the folder {SWITCHES_FOLDER} beside the "
+                        "key file")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
     parser.add_argument("--host-name", action="append", default=[], metavar="NAME",
                         help="by which clients call this machine, besides localhost and addresses; again for another")

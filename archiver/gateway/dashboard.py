@@ -24,7 +24,8 @@ _LOOKS = int(SHOWN_S / EVERY_S)
 _EVENTS = 40
 
 Decisions = Callable[[str], Sequence[Mapping[str, Any]]]
-"""Returns what `ee-watch` decided about a model: objects with 'time', 'event' and evidence, oldest first."""
+"""Returns what was decided about a model with `ee-watch` and `ee-exits`: objects with 'time', 'event' and evidence,
+oldest first."""
 Plans = Callable[[str], dict[str, Any] | None]
 """Returns what the page shows of the plan in an archive of the model store, by file name; none where there is none."""
 
@@ -55,7 +56,7 @@ class Live:
         Args:
             upstream: the server that is looked at.
             plans: tells what an archive promises.
-            decisions: tells what a model's watcher decided.
+            decisions: tells what a model's watcher and operator decided.
         """
         self._upstream, self._plans, self._decisions = upstream, plans, decisions
         self._histories: dict[str, History] = defaultdict(History)
@@ -143,20 +144,24 @@ def _in_a_sentence(error: Exception) -> str:
 
 
 def in_words(decision: Mapping[str, Any]) -> str:
-    """Return a watcher's decision as a line of the page.
+    """Return a decision of a watcher or an operator as a line of the page.
 
     >>> in_words({"time": 0.0, "event": "rolled", "version": "4.0", "replaces": "3.0", "why": "it is cheaper"})
     'ee-watch: rolled 4.0 instead of 3.0 (it is cheaper)'
+    >>> in_words({"time": 0.0, "event": "exits off", "command": "ee-exits", "by": "ann"})
+    'ee-exits: exits off (by ann)'
     """
     version, replaced = decision.get("version"), decision.get("replaces")
     why = decision.get("error") or decision.get("why") or decision.get("reason")
-    return (f"ee-watch: {decision['event']}" + (f" {version}" if version else "")
+    if why is None and "by" in decision:
+        why = f"by {decision['by']}"
+    return (f"{decision.get('command', 'ee-watch')}: {decision['event']}" + (f" {version}" if version else "")
             + (f" instead of {replaced}" if replaced else "") + (f" ({why})" if why else ""))
 
 
 def _version(status: VersionStatus, plan: dict[str, Any] | None, metrics: VersionMetrics) -> dict[str, Any]:
     return {"version": status.version, "serves": status.is_default, "plan": plan, "workers": status.n_ready,
-            "monitor": metrics.monitor or None, "bypassed": sorted(metrics.bypassed)}
+            "monitor": metrics.monitor or None, "bypassed": sorted(metrics.bypassed), "switched": metrics.switched}
 
 
 def _stage(version: Mapping[str, Any]) -> str:

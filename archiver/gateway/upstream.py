@@ -18,6 +18,7 @@ from early_exit.handler.protocol import (
     EXIT_HEADER,
     OPINIONS_HEADER,
     STEP_HEADER,
+    SWITCH_HEADER,
     VERSION_HEADER,
 )
 
@@ -69,7 +70,7 @@ def _exit_facts(headers: Mapping[str, str]) -> dict[str, Any]:
     facts = {}
     for key, header, kind in (("exit", EXIT_HEADER, str), ("confidence", CONFIDENCE_HEADER, _finite),
                               ("version", VERSION_HEADER, str), ("step", STEP_HEADER, str),
-                              ("opinions", OPINIONS_HEADER, _from_json)):
+                              ("switch", SWITCH_HEADER, str), ("opinions", OPINIONS_HEADER, _from_json)):
         if header.lower() in headers:
             facts[key] = kind(headers[header.lower()])
     return facts

@@ -15,7 +15,7 @@ import torch
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.describe import describe, in_words
 from early_exit.archiver.packaging.quantize import N_SAMPLES
-from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.request import ENVELOPES, ArchiveRequest
 from early_exit.archiver.packaging.sources.detector import PEDESTRIAN
 from early_exit.archiver.packaging.sources.form import add_form_option
 from early_exit.handler.backbone.image_class import Strategy
@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     add_form_option(parser)
     parser.add_argument("--content-type", metavar="TYPE",
                         help="of the bodies; by default what the names of their files say")
+    parser.add_argument("--service-envelope", choices=ENVELOPES, metavar="NAME",
+                        help="of your server's config.properties, where it has one, in which the requests come: "
+                             f"{', '.join(ENVELOPES)}")
     parser.add_argument("--output", metavar="NAME",
                         help="name or index of the scores in what the model returns, where several could be them")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",

@@ -12,6 +12,9 @@ from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.files.names import bare_name
 
+ENVELOPES = ("json", "kserve", "kservev2")
+"""TorchServe's, by what `service_envelope` calls them."""
+
 
 @dataclass(frozen=True)
 class ArchiveRequest:
@@ -51,6 +54,8 @@ class ArchiveRequest:
     """Files with the bodies of typical requests, best two that differ."""
     content_type: str | None = None
     """Of the requests; by default what the names of their files say."""
+    service_envelope: str | None = None
+    """TorchServe's envelope around the handler where it serves, which takes the requests."""
     form: Sequence[FormFile] = field(default_factory=tuple)
     """Files with the parts of one more request."""
     output: str | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from early_exit.archiver.packaging.sources.form import add_form_option
 from early_exit.archiver.packaging.sources.sample import samples_of
 from early_exit.archiver.rollout.fleet import roll_all
-from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
+from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
@@ -25,13 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _roll(options: argparse.Namespace) -> int:
     requests = samples_of([options.request] if options.request else [], options.content_type, options.form)
-    reports = roll_all(servers_of(options), options.archive, put_back=options.put_back,
+    reports = roll_all(servers_of(options), options.archive, name=options.name, put_back=options.put_back,
                        request=requests[0] if requests else None, untried=options.untried,
                        longest_batch_s=options.longest_batch_s, log=log_to_stderr)
     for report in reports:
         instead = f" instead of {report.replaced}" if report.replaced else ""
         print(json.dumps(asdict(report)) if options.json else f"{report.model} {report.version} serves{instead}")
-    return 0
+    warnings = [report.warning for report in reports if report.warning]
+    for warning in warnings:
+        log_to_stderr(f"ee-roll: warning: {warning}")
+    return 1 if warnings else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +44,14 @@ def parser() -> argparse.ArgumentParser:
           ee-roll model-store/cifar-3.0.mar
         into two others, one after the other; if one fails, both get their old version again:
           ee-roll model-store/cifar-3.0.mar --server http://10.0.0.7:8080 --server http://10.0.0.8:8080
-                  --tokens keys.json --put-back""")
-    parser.add_argument("archive", type=Path, metavar="FILE.mar", help="an archive in the server's model store")
+                  --tokens keys.json --put-back
+        in place of a model that is registered under another name than its archive's:
+          ee-roll model-store/cifar-3.0.mar --as photos""")
+    parser.add_argument("archive", type=Path, metavar="FILE.mar",
+                        help="an archive in the server's model store, of ee-archive or of torch-model-archiver")
     add_server_options(parser)
+    parser.add_argument("--as", dest="name", metavar="NAME",
+                        help="the model's name on the server, where it is registered under another than its archive's")
     parser.add_argument("--put-back", action="store_true",
                         help="when a server fails, roll the version before into those that are done")
     parser.add_argument("--request", type=Path,

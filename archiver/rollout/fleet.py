@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.control import ModelServer
+from early_exit.archiver.control import ModelServer, VersionStatus
+from early_exit.archiver.packaging.registered import registered_archive
 from early_exit.archiver.rollout.roll import RollReport, roll
 from early_exit.handler.errors import EarlyExitError, ServerError
 
 
-def roll_all(servers: Sequence[ModelServer], mar: Path, *, put_back: bool = False,
+def roll_all(servers: Sequence[ModelServer], mar: Path, *, name: str | None = None, put_back: bool = False,
              log: Callable[[str], None] = lambda line: None, **limits: Any) -> list[RollReport]:
     """Roll an archive into servers, one after the other; stop at the first that fails.
+
+    All are looked at first, so that a roll from elsewhere that has reached one of them meanwhile is noticed there.
 
     Args:
         servers: the servers, each with the archive in its model store.
         mar: the archive.
+        name: of the model on the servers, by default what the archive says.
         put_back: when one fails, roll the version before into those that have the new one. Its archive must lie
             beside the new one.
         log: called with a line about each step.
@@ -27,11 +32,13 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, put_back: bool = Fals
         ServerError: a roll failed; the message tells which servers have which version.
     """
     done: list[tuple[ModelServer, RollReport]] = []
+    model = name or registered_archive(mar).model
+    found = [_versions(server, model) for server in servers]
     for number, server in enumerate(servers, start=1):
         if len(servers) > 1:
             log(f"server {number} of {len(servers)}: {server}")
         try:
-            done.append((server, roll(server, mar, log=log, **limits)))
+            done.append((server, roll(server, mar, name=model, found=found[number - 1], log=log, **limits)))
         except EarlyExitError as error:
             if not done:
                 raise
@@ -43,13 +50,22 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, put_back: bool = Fals
     return [report for _, report in done]
 
 
+def _versions(server: ModelServer, model: str) -> list[VersionStatus] | None:
+    """Return the versions of a model, None where the server cannot tell: its roll will."""
+    with contextlib.suppress(ServerError):
+        return server.versions(model)
+    return None
+
+
 def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callable[[str], None],
               limits: dict[str, Any]) -> str:
-    """Roll the version before into a server again; return a sentence about what came of it."""
+    """Roll the version before into a server again, run as it was; return a sentence about what came of it."""
     if report.replaced_archive is None:
         return f"{server} served no {report.model} before, so it keeps {report.version}"
     try:
-        roll(server, store / report.replaced_archive, log=log, **{**limits, "request": None, "untried": True})
+        roll(server, store / report.replaced_archive, log=log, **{
+            **limits, "name": report.model, "settings": report.replaced_settings, "request": None, "untried": True,
+            "longest_batch_s": report.longest_batch_s})
     except EarlyExitError as error:
         return f"{server} keeps {report.version}: {error}"
     return f"{server} was put back to {report.replaced}"

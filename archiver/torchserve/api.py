@@ -6,6 +6,8 @@ returns what was learnt. It sends nothing itself, so it serves the synchronous c
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,20 +15,23 @@ from urllib.parse import quote
 
 import httpx
 
-from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.control import Claim, Prediction, RunSettings, VersionStatus
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.metrics import read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
 from early_exit.handler.files.names import bare_name
-from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_HEADER, SECRET_VARIABLE
+from early_exit.handler.protocol import ANYTIME_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.credentials import without_credentials
 
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
 """TorchServe names no more models than this in one answer."""
+_CLAIM = re.compile(r"ee-roll-(\d{1,9})-([0-9a-z]{1,32})")
+"""A folder that is not there: TorchServe 0.12 looks for the last part of the URL in its model store, and describes the
+version with the whole URL."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,26 @@ class Api:
     def versions(self, model: str) -> Conversation[list[VersionStatus]]:
         """Learn the registered versions of a model, none when it is not registered."""
         described = yield ApiRequest("GET", self._model(model))  # without a version TorchServe describes the default
-        if described.status_code == 404:
-            return []
-        default = _json(described)[0]["modelVersion"]
-        versions = _json((yield ApiRequest("GET", self._model(model, "all"))))
-        return [_status(version, default) for version in versions]
+        # Where the default was removed while another version came, versions are registered and none is described.
+        default = None if described.status_code == 404 else _json(described)[0]["modelVersion"]
+        versions = yield ApiRequest("GET", self._model(model, "all"))
+        return [] if versions.status_code == 404 else [_status(version, default) for version in _json(versions)]
 
-    def register(self, file_name: str, workers: int) -> Conversation[None]:
+    def register(self, file_name: str, settings: RunSettings, model: str | None,
+                 claim: Claim | None) -> Conversation[None]:
         """Load an archive of the model store as a new version; its workers start in the background."""
+        told = {"url": f"ee-roll-{claim.ticket}-{claim.nonce}/{file_name}" if claim else file_name,
+                "model_name": model, "synchronous": "false",
+                "batch_size": settings.batch_size, "max_batch_delay": settings.max_batch_delay_ms,
+                "response_timeout": settings.response_timeout_s,
+                "initial_workers": settings.workers and settings.workers[0]}
         _require_ok((yield ApiRequest("POST", f"{self._addresses.management}/models", params={
-            "url": file_name, "initial_workers": workers, "synchronous": "false"})))
+            name: value for name, value in told.items() if value is not None})))
 
-    def scale(self, model: str, version: str, workers: int) -> Conversation[None]:
-        """Let a version have so many workers; they start in the background."""
+    def scale(self, model: str, version: str, workers: tuple[int, int]) -> Conversation[None]:
+        """Let a version have at least and at most so many workers; they start in the background."""
         _require_ok((yield ApiRequest("PUT", self._model(model, version), params={
-            "min_worker": workers, "max_worker": workers, "synchronous": "false"})))
+            "min_worker": workers[0], "max_worker": workers[1], "synchronous": "false"})))
 
     def set_default(self, model: str, version: str) -> Conversation[None]:
         """Send the requests that name no version to this one from now on."""
@@ -95,8 +105,9 @@ class Api:
     def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
         """Let a version check itself, and learn what it says."""
         response = yield ApiRequest("POST", self._prediction(model, version), "inference",
-                                    headers={PROBE_HEADER: "1"}, body=b"probe", needs_secret=True)
-        said = _parsed(response)
+                                    headers={PROBE_HEADER: "1", "content-type": "application/json"}, body=PROBE_BODY,
+                                    needs_secret=True)
+        said = _out_of_envelope(_parsed(response))
         if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):
             raise ServerError(f"{model} {version} answered its probe with {response.status_code}: {_message(response)}"
                               "\nIf that is its answer to any request, its workers do not know the secret that was "
@@ -141,14 +152,17 @@ class Api:
         return "/".join([self._addresses.inference, "predictions", *(quote(part, safe="") for part in path)])
 
 
-def _status(version: dict[str, Any], default_version: str) -> VersionStatus:
+def _status(version: dict[str, Any], default_version: str | None) -> VersionStatus:
+    folder, _, file_name = version["modelUrl"].rpartition("/")
+    claim = _CLAIM.fullmatch(folder)
     return VersionStatus(
         version=version["modelVersion"], is_default=version["modelVersion"] == default_version,
         n_workers=version["minWorkers"], n_ready=sum(worker["status"] == "READY" for worker in version["workers"]),
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
-        max_batch_delay_s=version["maxBatchDelay"] / 1000, batch_size=version["batchSize"],
-        file_name=bare_name(version["modelUrl"].rsplit("/", 1)[-1], "the archive's name that the server tells",
-                            ServerError))
+        settings=RunSettings(version["batchSize"], version["maxBatchDelay"], version["responseTimeout"],
+                             (version["minWorkers"], version["maxWorkers"])),
+        file_name=bare_name(file_name, "the archive's name that the server tells", ServerError),
+        claim=Claim(int(claim[1]), claim[2]) if claim else None)
 
 
 def _json(response: httpx.Response) -> Any:
@@ -161,6 +175,15 @@ def _parsed(response: httpx.Response) -> Any:
         return response.json()
     except ValueError:
         return None
+
+
+def _out_of_envelope(said: Any) -> Any:
+    """Return the answer to a request of one instance, whatever envelope of TorchServe it comes in."""
+    with contextlib.suppress(LookupError, TypeError):
+        return said["predictions"][0]
+    with contextlib.suppress(LookupError, TypeError):
+        return said["outputs"][0]["data"][0]
+    return said
 
 
 def _require_ok(response: httpx.Response) -> None:

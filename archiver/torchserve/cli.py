@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
-from early_exit.training.command import command_parser, raise_on_terminate, run_command
+from early_exit.archiver.torchserve.server_config import CONFIG_VARIABLE
+from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,20 +25,34 @@ def _serve(options: argparse.Namespace) -> int:
     server = TorchServe(
         options.model_store, options.state, addresses_of(options), records=options.records,
         models=[Path(model).name for model in options.models], token_minutes=options.token_minutes,
-        threads=options.threads)
+        threads=options.threads, config=_config(options), log=log_to_stderr)
     try:
         with server:
             places = {"inference": server.addresses.inference, "management": server.addresses.management,
-                      "metrics": f"{server.addresses.metrics}/metrics", "tokens": str(server.key_file),
-                      "secret": str(server.secret_file), "records": str(options.records.resolve())}
+                      "metrics": f"{server.addresses.metrics}/metrics",
+                      **{f"grpc_{kind}": address for kind, address in server.grpc_addresses.items()},
+                      "tokens": str(server.key_file), "secret": str(server.secret_file),
+                      "records": str(options.records.resolve()), "switches": str(server.switches)}
             if options.json:
                 print(json.dumps(places), flush=True)
             else:
-                lines = [f"{name:10}  {place}" for name, place in places.items()]
+                lines = [f"{name:15}  {place}" for name, place in places.items()]
                 print(*lines, "Ctrl-C stops it", sep="\n", flush=True)
             return server.wait()
     except KeyboardInterrupt:
         return 0
+
+
+def _config(options: argparse.Namespace) -> Path | None:
+    """Return the configuration that was asked for: what TorchServe would take from the environment is not dropped."""
+    given: Path | None = options.config
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named and given is None:
+        log_to_stderr(f"{CONFIG_VARIABLE} names the configuration: {named}")
+        return Path(named)
+    if named:
+        log_to_stderr(f"{CONFIG_VARIABLE}={named} does not count, because of --config {given}")
+    return given
 
 
 def addresses_of(options: argparse.Namespace) -> Addresses:
@@ -49,12 +65,14 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser("ee-serve", "Start TorchServe and stop it, with its workers, on Ctrl-C.", """
         ee-serve cifar-2.0.mar
         two workers of a model on four cores, on other ports:
-          ee-serve cifar-2.0.mar --threads 2 --port 9080""")
+          ee-serve cifar-2.0.mar --threads 2 --port 9080
+        with the settings that you have for TorchServe:
+          ee-serve cifar-2.0.mar --config config.properties""")
     parser.add_argument("models", nargs="*", help=".mar file names in the model store to load at the start")
     parser.add_argument("--model-store", type=Path, default=Path("model-store"), help="(%(default)s)")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder for the records (%(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".ee-serve"),
-                        help="tokens, logs, temporary files (%(default)s)")
+                        help="tokens, switches of the exits, logs, temporary files (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1",
                         help="to listen on for predictions; others see tokens and requests unless TLS is put in front "
                         "(%(default)s)")
@@ -64,7 +82,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST",
                         help="to listen on for Prometheus: metrics need no token (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="inference; management and metrics follow (%(default)s)")
-    parser.add_argument("--token-minutes", type=int, default=60, help="how long tokens are valid (%(default)s)")
+    parser.add_argument("--config", type=Path, metavar="FILE",
+                        help="TorchServe's config.properties; what ee-serve has to decide itself it overrides, with a "
+                        f"line about each (the file in {CONFIG_VARIABLE}, if that is set)")
+    parser.add_argument("--token-minutes", type=int,
+                        help="how long tokens are valid (what the configuration says, else 60)")
     parser.add_argument("--threads", type=int, help="of one worker; by default half the cores")
     parser.add_argument("--json", action="store_true", help="tell the addresses as one line for machines")
     return parser

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.control import Claim, Prediction, RunSettings, VersionStatus
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.api import Api, ApiRequest, Conversation, T
 from early_exit.archiver.torchserve.tokens import TokenAuth, TokenKind, read_secret
@@ -38,7 +38,7 @@ class Management:
         self._secret_file = secret_file
         self._addresses, self._api, self._auth = addresses, Api(addresses), _auth(addresses, key_file)
         # Between two calls a server may be restarted, so no connection is kept for the next one.
-        self._client = httpx.Client(timeout=_ROLL_S, limits=httpx.Limits(max_keepalive_connections=0))
+        self._client = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 
     def __str__(self) -> str:
         return without_credentials(self._addresses.management)
@@ -48,21 +48,26 @@ class Management:
         """Whether the secret of the server's workers is known."""
         return read_secret(self._secret_file) is not None
 
+    def models(self) -> list[str]:
+        """Return the names of the models that are registered."""
+        return self._hold(self._api.models())
+
     def versions(self, model: str) -> list[VersionStatus]:
         """Return the registered versions of a model, none when it is not registered."""
         return self._hold(self._api.versions(model))
 
-    def register(self, file_name: str, workers: int) -> None:
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
         """Load an archive of the model store as a new version; its workers start in the background."""
-        self._hold(self._api.register(file_name, workers))
+        self._hold(self._api.register(file_name, settings, model, claim))
 
-    def scale(self, model: str, version: str, workers: int) -> None:
-        """Let a version have so many workers; they start in the background."""
+    def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
+        """Let a version have at least and at most so many workers; they start in the background."""
         self._hold(self._api.scale(model, version, workers))
 
-    def set_default(self, model: str, version: str) -> None:
+    def set_default(self, model: str, version: str, *, limit_s: float) -> None:
         """Send the requests that name no version to this one from now on."""
-        self._hold(self._api.set_default(model, version))
+        self._hold(self._api.set_default(model, version), limit_s)
 
     def unregister(self, model: str, version: str) -> None:
         """Remove a version at once, with whatever it has not answered."""
@@ -83,18 +88,19 @@ class Management:
             raise ServerError(f"{model} {version} answered a request with {prediction.status}: {prediction.error}")
         return prediction
 
-    def _hold(self, conversation: Conversation[T]) -> T:
+    def _hold(self, conversation: Conversation[T], limit_s: float = _ROLL_S) -> T:
         try:
             request = next(conversation)
             while True:
-                request = conversation.send(self._send(request))
+                request = conversation.send(self._send(request, limit_s))
         except StopIteration as end:
             learnt: T = end.value
             return learnt
 
-    def _send(self, request: ApiRequest) -> httpx.Response:
+    def _send(self, request: ApiRequest, limit_s: float) -> httpx.Response:
         try:
-            return self._client.request(**_as_httpx(request, self._secret_file), auth=self._auth[request.token])
+            return self._client.request(**_as_httpx(request, self._secret_file), auth=self._auth[request.token],
+                                        timeout=httpx.Timeout(0.75 * limit_s, connect=0.25 * limit_s))
         except httpx.HTTPError as error:
             raise _no_answer(request, error) from error
 

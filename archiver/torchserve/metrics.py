@@ -33,6 +33,8 @@ def read_metrics(text: str) -> Scrape:
                     version.anytime += value
                 elif name == f"{METRIC_PREFIX}exits_bypassed" and value:
                     version.bypassed.add(int(labels["BatchSize"]))
+                elif name == f"{METRIC_PREFIX}exits_switched":
+                    version.switched = value
                 elif name.startswith(_MONITOR):
                     version.monitor[name.removeprefix(_MONITOR)] = value
             elif name.startswith((_REQUESTS, _MICROSECONDS)) and not name.endswith("_created"):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from xml.sax.saxutils import escape
@@ -21,10 +21,22 @@ import psutil
 
 from early_exit.archiver.torchserve.addresses import Addresses, free_ports
 from early_exit.archiver.torchserve.java import find_java
+from early_exit.archiver.torchserve.metrics_file import complete_metrics_file
+from early_exit.archiver.torchserve.server_config import (
+    CONFIG_VARIABLE,
+    METRICS_FILE,
+    Decided,
+    as_properties,
+    class_path,
+    merged,
+    read_config,
+    vm_arguments,
+)
 from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
 from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
+from early_exit.handler.exits.switch import SWITCHES_FOLDER, SWITCHES_VARIABLE
 from early_exit.handler.files.private import open_private, private_folder, replacing
 from early_exit.handler.protocol import SECRET_VARIABLE
 from early_exit.training.environment import GATEWAY_TOKEN
@@ -45,12 +57,13 @@ _STOP_S = 30.0
 class TorchServe:
     """One server and everything it needs in one state folder.
 
-    The folder holds config.properties, the token file (key_file.json), the secret of the workers, logs and the server's
-    temporary files.
+    The folder holds config.properties, the token file (key_file.json), the secret of the workers, the switches of the
+    exits, logs and the server's temporary files.
     """
 
     def __init__(self, model_store: Path, state: Path, addresses: Addresses, *, records: Path | None = None,
-                 models: Sequence[str] = (), token_minutes: int = 60, threads: int | None = None) -> None:
+                 models: Sequence[str] = (), token_minutes: int | None = None, threads: int | None = None,
+                 config: Path | None = None, log: Callable[[str], None] = lambda line: None) -> None:
         """Describe the server; entering the context starts it.
 
         Args:
@@ -59,16 +72,24 @@ class TorchServe:
             addresses: where the server listens.
             records: where handlers record unless their configuration says otherwise.
             models: .mar file names to load at the start.
-            token_minutes: how long TorchServe's tokens are valid.
+            token_minutes: how long TorchServe's tokens are valid; by default what the configuration says, else an hour.
             threads: threads of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
+            config: a config.properties with further settings. With one TorchServe also keeps snapshots, as it does by
+                itself, among the logs.
+            log: called with a line about each setting there that does not count.
+
+        Raises:
+            ConfigError: the configuration cannot be read.
         """
         self.model_store, self.state = model_store.resolve(), state.resolve()
         self.addresses = addresses
         self.key_file = self.state / KEY_FILE
         self.secret_file = self.state / SECRET_FILE
+        self.switches = Path(os.environ.get(SWITCHES_VARIABLE, "").strip() or self.state / SWITCHES_FOLDER).resolve()
         self._records = records.resolve() if records else None
         self._models = list(models)
-        self._token_minutes = token_minutes
+        self._token_minutes, self._config, self._log = token_minutes, config, log
+        self._settings = read_config(config)
         self._threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -83,6 +104,12 @@ class TorchServe:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self.stop()
+
+    @property
+    def grpc_addresses(self) -> dict[str, str]:
+        """Where the server listens for gRPC, "inference" and "management"; known once it is started."""
+        return {kind: f"{self._settings[f'grpc_{kind}_address']}:{self._settings[f'grpc_{kind}_port']}"
+                for kind in ("inference", "management")}
 
     def wait(self) -> int:
         """Wait until the server ends by itself; return its exit status."""
@@ -117,18 +144,19 @@ class TorchServe:
     def _start(self) -> None:
         if not self.model_store.is_dir():
             raise ServerError(f"no model store at {self.model_store}: create the folder or pass --model-store")
-        for folder in (self.state, self.state / "logs", self.state / "tmp"):
+        for folder in (self.state, self.state / "logs", self.state / "tmp", self.switches):
             private_folder(folder)
+        self._settings = self._configured()
         self._require_free_ports()
         self.key_file.unlink(missing_ok=True)  # TorchServe would write through a link
-        for name, text in (("config.properties", self._properties()),
+        for name, text in (("config.properties", as_properties(self._settings)),
                            ("log4j2.xml", _log_configuration(self.state / "logs"))):
             with replacing(self.state / name) as scratch:
                 scratch.write_text(text)
         environment = {**ALLOCATOR, **THREADS, "OMP_NUM_THREADS": str(default_threads()), **os.environ, **self._threads,
                        "LOG_LOCATION": str(self.state / "logs"), "METRICS_LOCATION": str(self.state / "logs"),
-                       SECRET_VARIABLE: self._make_secret()}
-        environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to ours
+                       SECRET_VARIABLE: self._make_secret(), SWITCHES_VARIABLE: str(self.switches)}
+        environment.pop(CONFIG_VARIABLE, None)  # TorchServe would prefer it to ours
         environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
             if not self._records.is_dir():  # one that is there may be a volume, with an owner of its own
@@ -153,35 +181,55 @@ class TorchServe:
         import ts
 
         home = Path(ts.__file__).parent
+        ours = {"model_server_home": str(home.parent), "java.io.tmpdir": str(self.state / "tmp"),
+                "log4j.configurationFile": f"file://{self.state / 'log4j2.xml'}"}
         command = [
-            find_java(), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={self.state / 'tmp'}",
-            f"-Dlog4j.configurationFile=file://{self.state / 'log4j2.xml'}", "-cp", str(home / "frontend" / "*"),
-            "org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", "config.properties",
-            "-s", str(self.model_store), "-ncs",
+            find_java(), *vm_arguments(self._settings, ours, self._config, self._log),
+            "-cp", class_path(self._settings, str(home / "frontend" / "*")), "org.pytorch.serve.ModelServer",
+            "--python", sys.executable, "-f", "config.properties", "-s", str(self.model_store),
+            *([] if self._config else ["-ncs"]),
         ]
         return [*command, "-m", *self._models] if self._models else command
 
-    def _properties(self) -> str:
+    def _configured(self) -> dict[str, str]:
+        """Return TorchServe's settings: the user's, but for what has to be ours."""
+        store, metrics = "the model store, from which alone archives are loaded", "the metrics of early exits"
+        decided = {
+            "inference_address": Decided(self.addresses.inference, "--host and --port"),
+            "management_address": Decided(self.addresses.management, "--management-host and --port"),
+            "metrics_address": Decided(self.addresses.metrics, "--metrics-host and --port"),
+            "model_store": Decided(str(self.model_store), "--model-store"),
+            "allowed_urls": Decided(f"file://{self.model_store}/.*", store),
+            "use_env_allowed_urls": Decided("false", store),
+            # Rolls register and unregister versions; the management token is needed.
+            "enable_model_api": Decided("true", "rolls"),
+            "disable_token_authorization": Decided("false", "the tokens of ee-serve"),
+            "enable_metrics_api": Decided("true", metrics), "metrics_mode": Decided("prometheus", metrics),
+            "model_metrics_auto_detect": Decided("true", metrics),
+            "python": Decided(sys.executable, "the packages of ee-serve")}
+        if self._token_minutes is not None:
+            decided["token_expiration_min"] = Decided(str(self._token_minutes), "--token-minutes")
+        if self._models:  # TorchServe would load either of these instead
+            models = "the archives that ee-serve was given"
+            decided |= {"load_models": Decided(",".join(self._models), models), "model_snapshot": Decided(None, models)}
         grpc = free_ports(2)
-        return "\n".join([
-            f"inference_address={self.addresses.inference}",
-            f"management_address={self.addresses.management}",
-            f"metrics_address={self.addresses.metrics}",
-            "grpc_inference_address=127.0.0.1", "grpc_management_address=127.0.0.1",
-            f"grpc_inference_port={grpc[0]}", f"grpc_management_port={grpc[1]}",
-            "enable_model_api=true",  # rolls register and unregister versions; the management token is needed
-            f"allowed_urls=file://{self.model_store}/.*",
-            "metrics_mode=prometheus", "model_metrics_auto_detect=true",
-            f"token_expiration_min={self._token_minutes}",
-            "install_py_dep_per_model=false", "default_workers_per_model=1", "",
-        ])
+        settings = {
+            "grpc_inference_address": "127.0.0.1", "grpc_management_address": "127.0.0.1",
+            "grpc_inference_port": str(grpc[0]), "grpc_management_port": str(grpc[1]),
+            "install_py_dep_per_model": "false", "default_workers_per_model": "1", "token_expiration_min": "60",
+            **merged(self._settings, decided, self._config, self._log)}
+        if METRICS_FILE in settings:
+            settings[METRICS_FILE] = str(complete_metrics_file(
+                Path(settings[METRICS_FILE]), self.state / "metrics.yaml", self._log))
+        return settings
 
     def _require_free_ports(self) -> None:
-        for address in (self.addresses.inference, self.addresses.management, self.addresses.metrics):
-            with socket.socket() as probe:
-                host, port = address.removeprefix("http://").rsplit(":", 1)
-                if probe.connect_ex((host, int(port))) == 0:
-                    raise ServerError(f"something listens on {address} already: stop it or choose another port")
+        http = (self.addresses.inference, self.addresses.management, self.addresses.metrics)
+        for address in (*http, *self.grpc_addresses.values()):
+            if not address.rpartition(":")[2].isdecimal():
+                raise ServerError(f"expected a port as in 127.0.0.1:7070, found {address!r} in {self._config}")
+            if _listens(address):
+                raise ServerError(f"something listens on {address} already: stop it or choose another port")
 
     def _wait_until_healthy(self, limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
@@ -191,7 +239,8 @@ class TorchServe:
                 raise ServerError(f"TorchServe ended with status {self._process.returncode}:\n{self._last_output()}")
             try:
                 token = {"Authorization": f"Bearer {read_token(self.key_file, 'inference')}"}
-                if httpx.get(self.addresses.inference + "/ping", headers=token, timeout=5).is_success:
+                if httpx.get(self.addresses.inference + "/ping", headers=token, timeout=5).is_success and all(
+                        map(_listens, self.grpc_addresses.values())):  # it opens these last
                     return
             except (httpx.HTTPError, ServerError):  # not listening, busy, or no tokens yet
                 pass
@@ -200,6 +249,13 @@ class TorchServe:
 
     def _last_output(self) -> str:
         return (self.state / "logs" / "server.out").read_text(errors="replace")[-2000:]
+
+
+def _listens(address: str) -> bool:
+    """Tell whether somebody listens on an address."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 @contextlib.contextmanager

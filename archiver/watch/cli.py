@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.archiver.rollout.roll import LONGEST_BATCH_S
+from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus

@@ -15,7 +15,7 @@ from early_exit.archiver.control import ModelServer
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
-from early_exit.archiver.rollout.roll import require_known_batch, retire
+from early_exit.archiver.rollout.retiring import require_known_batch, retire
 from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.triggers import (

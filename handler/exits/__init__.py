@@ -1,1 +1,1 @@
-"""What stands at an exit: the head, the policy that lets rows leave, and the plan that names both."""
+"""What stands at an exit: head and policy, the plan that names both, and the operator's switch."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -69,11 +71,18 @@ class BypassingExecutor:
             last_level: the fallback level without exits.
         """
         self._executor, self._bypass, self._last_level = executor, bypass, last_level
+        # A handler may call the model in several threads. Calls that share stages wait for each other anyway.
+        self._one_at_a_time: AbstractContextManager[object] = (
+            threading.Lock() if isinstance(bypass, AdaptiveBypass) else nullcontext())
 
     def prepare(self, inputs: Live, batch_size: int) -> None:
         self._executor.prepare(inputs, batch_size)
 
     def run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None = None) -> Execution:
+        with self._one_at_a_time:
+            return self._run(inputs, level, shadow, anytime)
+
+    def _run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None) -> Execution:
         # A batch in which somebody asks for every exit goes by the exits, and says nothing about what they cost.
         if anytime is not None or level == self._last_level:
             return self._executor.run(inputs, level, shadow, anytime)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +33,10 @@ class ContinuousExecutor:
         self._calls = InFlightCalls(levels, record)
         self._coroutines = Coroutines()
         self._waiting: dict[InFlightCall, Coroutine] = {}
+        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Entered by a call in its thread while it waits for others."""
+        self._computing = threading.Lock()
+        """Held by who runs a stage: a handler may call the model in threads of its own, too."""
 
     def prepare(self, inputs: Live, batch_size: int) -> None:
         """Do nothing: stages run as they are."""
@@ -38,10 +44,12 @@ class ContinuousExecutor:
     def run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None = None) -> Execution:
         coroutine = self._coroutines.current()
         if coroutine is None or not len(shadow):
-            return self._at_once.run(inputs, level, shadow, anytime)
+            with self._computing:
+                return self._at_once.run(inputs, level, shadow, anytime)
         # A stage may write into its input, which torch forbids for one made in its inference mode.
         own = tuple(x.clone() if x.is_inference() else x for x in inputs)
-        call: InFlightCall = coroutine.ask((own, shadow, anytime, level))
+        with self.waiting():
+            call: InFlightCall = coroutine.ask((own, shadow, anytime, level))
         return Execution(call.answers(), call.activations(), call.level)
 
     def start(self, function: Callable[[], Any]) -> Coroutine:
@@ -52,7 +60,9 @@ class ContinuousExecutor:
 
     def run_stage(self) -> None:
         """Run one stage, and let the functions go on whose calls have ended with it."""
-        for call in self._calls.run_stage():
+        with self._computing:
+            ended = self._calls.run_stage()
+        for call in ended:
             coroutine = self._waiting.pop(call)
             coroutine.resume(call)
             self._enter(coroutine)

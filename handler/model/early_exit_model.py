@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.signature import bind
 from early_exit.handler.cuda.stages import capture_stages
 from early_exit.handler.detection.detector import images_of
+from early_exit.handler.exits.switch import ExitSwitch, Position
 from early_exit.handler.inference.bypassing import Bypass, BypassingExecutor
 from early_exit.handler.inference.executor import Execution, Executor
 from early_exit.handler.inference.forward import Answers, Live
@@ -40,7 +41,9 @@ class EarlyExitModel(nn.Module):
         self.log = CallLog()
         """What was computed, for the worker."""
         self.level = 0
-        """The fallback level that answers."""
+        """The fallback level that the monitor allows."""
+        self.switch = ExitSwitch(None, "")
+        """The operator's, which may ask for a higher level."""
         self._bypassing = BypassingExecutor(executor, bypass, assembly.last_level)
         self._always_anytime = anytime
         self.eval()
@@ -57,20 +60,20 @@ class EarlyExitModel(nn.Module):
         Raises:
             InputError: the inputs are not the backbone's in number, shape or dtype.
         """
-        self.log.is_computing = False
+        self.log.ends()
         description = self.assembly.description
         inputs = bind(description.inputs, given, named, description.constants)
         self.log.show(inputs)
-        self.log.is_computing = True
+        self.log.computes()
         if any(x.requires_grad for x in inputs):  # an explanation follows the gradient through the whole backbone
             scores = self.assembly.differentiable(inputs)
-            self.log.is_computing = False
+            self.log.ends()
             return description.output.output(scores)
         with torch.no_grad():
             rate = self.shadow.rate  # the monitor may change it while the call is in flight
-            shadow = self.shadow.draw(len(inputs[0]))
-            execution = self._bypassing.run(inputs, self.level, shadow, self._anytime(inputs))
-            served = self._served(inputs, execution, rate)
+            shadow, position = self.shadow.draw(len(inputs[0])), self.switch.read()
+            execution = self._bypassing.run(inputs, self._level_at(position), shadow, self._anytime(inputs))
+            served = self._served(inputs, execution, rate, position)
         self.log.add(served)
         return self._as_the_users(served.answers)
 
@@ -80,13 +83,22 @@ class EarlyExitModel(nn.Module):
         if level == self.assembly.last_level:
             self.shadow.exits_are_off()
 
+    @property
+    def takes_exits(self) -> bool:
+        """Whether monitor and operator let calls leave early, as far as the latest call knew."""
+        return self._level_at(self.switch.position) < self.assembly.last_level
+
+    def _level_at(self, position: Position) -> int:
+        """Return the fallback level that answers at a position of the operator's switch."""
+        return max(self.level, position.level(self.assembly.last_level))
+
     def _anytime(self, inputs: Live) -> Tensor | None:
         """Return which rows ask for every exit, or None where none does."""
         n_rows = len(inputs[0])
         asks = [True] * n_rows if self._always_anytime else self.log.anytime_rows(n_rows)
         return torch.tensor(asks) if any(asks) else None
 
-    def _served(self, inputs: Live, execution: Execution, sampling_rate: float) -> ServedBatch:
+    def _served(self, inputs: Live, execution: Execution, sampling_rate: float, position: Position) -> ServedBatch:
         """Return what was served, with what the backbone in fp32 says of the shadow rows."""
         answers = execution.answers
         full_class = answers.reference.argmax(dim=1)
@@ -95,7 +107,8 @@ class EarlyExitModel(nn.Module):
             answers = replace(answers, reference=reference)
         activations: Mapping[str, Tensor] = {self.assembly.layers[stage]: activation
                                              for stage, activation in execution.activations.items()}
-        return ServedBatch(answers, activations, time.time(), execution.level, sampling_rate, full_class)
+        return ServedBatch(answers, activations, time.time(), execution.level, sampling_rate, full_class,
+                           position)
 
     def _as_the_users(self, answers: Answers) -> Any:
         """Return answers as the user's model returns its own."""

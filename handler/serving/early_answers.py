@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from early_exit.handler.inference.coroutine import Coroutine
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.serving.telemetry import Telemetry
+from early_exit.handler.user_handler.attributes import HandlerAttributes
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import UserHandler
 
@@ -28,7 +28,7 @@ class EarlyAnswers:
         Args:
             model: whose executor is a `ContinuousExecutor` and whose bypass is an `EpochBypass`.
             handler: the user's.
-            context: the handler's, whose views serve the requests.
+            context: the handler's.
             telemetry: notes what is served.
         """
         executor, bypass = model.executor, model.bypass
@@ -36,6 +36,8 @@ class EarlyAnswers:
             raise TypeError(f"early answers need a continuous executor, found {type(executor).__name__}")
         self._executor, self._bypass = executor, bypass
         self._model, self._handler, self._context, self._telemetry = model, handler, context, telemetry
+        self._attributes = HandlerAttributes(handler, context)
+        executor.waiting = self._attributes.waiting
         self._in_flight: dict[str, Coroutine] = {}
         """By id of a call that has not been answered: the user's handler at work on it."""
 
@@ -44,6 +46,8 @@ class EarlyAnswers:
 
         Calls that were there before and are not any more are forgotten.
         """
+        if any(call.instances == () for call in calls):
+            return self._at_once(calls)
         started = time.perf_counter()
         for gone in self._in_flight.keys() - {call.id for call in calls}:
             self._executor.drop(self._in_flight.pop(gone))
@@ -52,18 +56,20 @@ class EarlyAnswers:
                 self._in_flight[call.id] = self._executor.start(partial(self._handle, call))
         self._executor.run_stage()
         replies = [self._leave(call.id) for call in calls]
-        if self._model.level != self._model.assembly.last_level:
+        if self._model.takes_exits:
             n_answered = sum(reply is not None for reply in replies)
             self._bypass.ran(n_answered, time.perf_counter() - started)
         return replies
 
+    def _at_once(self, calls: Sequence[Call]) -> list[Reply | None]:
+        """Answer requests whose instances are in one list."""
+        [served] = answer_calls(calls, self._handler, self._context, self._model, None, alone=False)
+        self._telemetry.note(served)
+        return [*served.replies]
+
     def _handle(self, call: Call) -> Served:
-        # A copy: what the handler notes in itself before the model belongs to this request after it.
-        handler, before = copy.copy(self._handler), dict(vars(self._handler))
-        [served] = answer_calls([call], handler, self._context.view(), self._model)
-        # What it has loaded or counted in itself is there for the next.
-        vars(self._handler).update({name: value for name, value in vars(handler).items()
-                                    if name not in before or before[name] is not value})
+        with self._attributes.call():
+            [served] = answer_calls([call], self._handler, self._context, self._model, alone=False)
         return served
 
     def _leave(self, call_id: str) -> Reply | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,6 +23,13 @@ from early_exit.handler.user_handler.entry_point import UserHandler
 logger = logging.getLogger(__name__)
 
 
+_CLIENTS = (ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
+"""Exceptions that tell before the model of something wrong with a request: a text that is no JSON, a list instead of an
+object, a missing key, bytes that end too early. Others tell of the handler."""
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Where an object lies in memory, which Python writes into many messages."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What one call of the user's handler gave for some calls of a batch."""
@@ -34,16 +44,24 @@ class Served:
     owners: Sequence[Sequence[int]] | None = None
     """For each call of the model, and for each row of its input: the position in `calls` of the request that the row
     belongs to. None where there are no rows, or where it is not known whose they are."""
-    refused: bool = False
-    """Whether the reply is an error of ours."""
+    rows_per_item: int | None = None
+    """How many rows each item of the requests became, side by side in their order; None where that is not known."""
+    error: Exception | None = None
+    """What the handler raised, where the reply is an error of ours."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the reply is an error of ours."""
+        return self.error is not None
 
 
 def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerContext, model: EarlyExitModel,
-                 rows_per_request: int | None = 1) -> list[Served]:
+                 rows_per_request: int | None = 1, *, alone: bool = True) -> list[Served]:
     """Return the replies to all calls: together when that works, else one by one.
 
     A handler that raises fails all requests that it was given. Here a call that makes the handler raise gets an error
-    reply of its own: 400 when it failed before the model took it, 500 after.
+    reply of its own: 400 when the client sent what cannot be read, 500 when the handler or the model failed. Where a
+    status of its own does not reach the client, the batch fails as it did before.
 
     Args:
         calls: of the batch.
@@ -52,49 +70,69 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
         model: what the handler calls.
         rows_per_request: how many rows of the model's input the handler makes of each of several requests, in their
             order; None where that is not known.
+        alone: whether no other call of the handler is going on.
 
     Raises:
         MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
+        Exception: what the handler raised for a call whose client does not hear of a status of its own.
     """
+    in_one = any(call.instances == () for call in calls)  # what belongs to whom is not known
     try:
-        return [_call(tuple(range(len(calls))), calls, handler, context, model, rows_per_request)]
+        return [_call(tuple(range(len(calls))), calls, handler, context, model, rows_per_request, alone)]
     except Exception as error:
+        if in_one or not any(call.hears_status for call in calls):
+            raise
         if len(calls) == 1:
             return [_refuse(0, calls[0], error, model)]
     served: list[Served] = []
     for position, call in enumerate(calls):
         try:
-            alone = _call((position,), [call], handler, context, model, rows_per_request)
+            one = _call((position,), [call], handler, context, model, rows_per_request, alone)
         except Exception as error:
-            alone = _refuse(position, call, error, model)
-        served.append(alone)
+            if not call.hears_status:
+                raise
+            one = _refuse(position, call, error, model)
+        served.append(one)
     return served
 
 
 def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandler, context: HandlerContext,
-          model: EarlyExitModel, rows_per_request: int | None) -> Served:
+          model: EarlyExitModel, rows_per_request: int | None, alone: bool) -> Served:
     # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
-    model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls], rows_per_request)
+    model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls], rows_per_request, alone=alone)
     context.begin(calls)
-    responses = handler.handle([call.inputs for call in calls], context)
-    if not isinstance(responses, list) or len(responses) != len(calls):
-        returned = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__
-        raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(calls)} requests")
-    replies = [context.reply(number, response) for number, response in enumerate(responses)]
-    batches = model.log.take()
-    n_rows = [len(batch.answers.outputs) for batch in batches]
-    return Served(positions, calls, replies, batches, _owners(n_rows, len(calls), rows_per_request))
+    items = [item for call in calls for item in call.items]
+    results = handler.handle(items, context)
+    if not isinstance(results, list) or len(results) != len(items):
+        returned = f"{len(results)} responses" if isinstance(results, list) else type(results).__name__
+        raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(items)} requests")
+    ends = accumulate(len(call.items) for call in calls)
+    replies = [context.reply(number, call.body(results[end - len(call.items):end]))
+               for number, (call, end) in enumerate(zip(calls, ends))]
+    here, elsewhere = model.log.take(), model.log.take_elsewhere()
+    batches = [*here, *elsewhere]
+    owners = None
+    # Threads of the handler's end as they please, so several of their calls have no order that would tell.
+    if not elsewhere or (alone and 1 in (len(batches), len(calls))):
+        n_rows = [len(batch.answers.outputs) for batch in batches]
+        owners = _owners(n_rows, calls, rows_per_request, are_its_own=not elsewhere)
+    n_items = len(items) * (rows_per_request or 0)
+    is_known = owners is not None and sum(len(batch.answers.outputs) for batch in batches) == n_items
+    return Served(positions, calls, replies, batches, owners, rows_per_request if is_known else None)
 
 
-def _owners(n_rows: Sequence[int], n_calls: int, rows_per_request: int | None) -> list[list[int]] | None:
+def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int | None, *, are_its_own: bool
+            ) -> list[list[int]] | None:
     """Return the owners of the rows of each call of the model, given their numbers; see `Served.owners`."""
-    if not sum(n_rows):
+    n_calls = len(calls)
+    if not sum(n_rows) or any(call.instances == () for call in calls):
         return None
-    if n_calls == 1:  # whatever the handler does, there is nobody else whose they could be
+    if n_calls == 1 and are_its_own:  # whatever the handler does, there is nobody else whose they could be
         return [[0] * n for n in n_rows]
-    if rows_per_request is None or sum(n_rows) != n_calls * rows_per_request:
+    if rows_per_request is None or sum(n_rows) != rows_per_request * sum(len(call.items) for call in calls):
         return None
-    return [[row // rows_per_request for row in range(end - n, end)] for n, end in zip(n_rows, accumulate(n_rows))]
+    owners = [number for number, call in enumerate(calls) for _ in range(rows_per_request * len(call.items))]
+    return [owners[end - n:end] for n, end in zip(n_rows, accumulate(n_rows))]
 
 
 def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) -> Served:
@@ -103,13 +141,25 @@ def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) 
     # By its type, never by its text, which may be a client's.
     if isinstance(error, torch.AcceleratorError) or (out_of_memory and model.log.is_computing):
         raise error  # the host knows what to do with a worker in this state
-    reached_model = bool(model.log.take()) or model.log.is_computing or out_of_memory
-    status = getattr(error, "error_code", None)  # exceptions of TorchServe's handler API carry their own
-    if not isinstance(status, int):
-        status = 500 if reached_model and not isinstance(error, InputError) else 400
-    kind = "BadRequestException" if status < 500 else "InternalServerException"
+    reached_model = bool([*model.log.take(), *model.log.take_elsewhere()]) or model.log.is_computing
+    status, kind = _status_of(error, reached_model)
+    # TorchServe's PredictionException says in `message` what a client is to read.
+    message = getattr(error, "message", None) if hasattr(error, "error_code") else None
+    message = message if isinstance(message, str) else f"{type(error).__name__}: {_ADDRESS.sub('', str(error))}"
     log = logger.info if status < 500 else logger.error
     log("request %s answered %d", call.id, status, exc_info=error)
-    body = {"code": status, "type": kind, "message": f"{type(error).__name__}: {error}"}
+    body = call.body([{"code": status, "type": kind, "message": message}])
     return Served((position,), [call], [Reply(body, status, kind, {"content-type": "application/json"})], [],
-                  refused=True)
+                  error=error)
+
+
+def _status_of(error: Exception, reached_model: bool) -> tuple[int, str]:
+    """Return the status for an exception, and TorchServe's name of such an error."""
+    status = getattr(error, "error_code", None)
+    if isinstance(status, int):
+        return status, "InternalServerException"  # as TorchServe calls it, whatever the status
+    # Pillow raises an OSError without a number for bytes that are no image; the system's own have one.
+    is_clients = isinstance(error, _CLIENTS) or (isinstance(error, OSError) and error.errno is None)
+    if isinstance(error, InputError) or (is_clients and not reached_model):
+        return 400, "BadRequestException"
+    return 500, "InternalServerException"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from early_exit.handler.exits.switch import Position
 from early_exit.handler.model.assembly import Assembly
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.monitor.sequential_test import MonitorState
@@ -39,6 +40,7 @@ class ServingMetrics:
         self._wealth = host.metric(MetricKind.GAUGE, "monitor_wealth", "ratio")
         self._mean_loss = host.metric(MetricKind.GAUGE, "monitor_mean_loss", "ratio")
         self._bypassed = host.metric(MetricKind.GAUGE, "exits_bypassed", "bool", ["BatchSize"])
+        self._switched = host.metric(MetricKind.GAUGE, "exits_switched", "count")
         self._seconds = host.metric(MetricKind.HISTOGRAM, "stage_seconds", "seconds", ["Stage"])
         for counter in (self._written, self._dropped, self._shadow, self._anytime, self._refused):
             counter.update(0)  # a rate needs a value to begin with
@@ -79,6 +81,10 @@ class ServingMetrics:
             if self._was_bypassed.get(size) != is_bypassed:
                 self._bypassed.update(int(is_bypassed), str(size))
         self._was_bypassed = bypassed
+
+    def switched(self, position: Position) -> None:
+        """Report what the operator's switch is set to: 0 is on, -1 off, any other number the least fallback level."""
+        self._switched.update(-1 if position.least_level is None else position.least_level)
 
     def rows_unknown(self, because: str) -> None:
         """Report that it is not known, or not of all batches, whose the rows are."""

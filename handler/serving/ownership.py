@@ -34,6 +34,10 @@ class Unknown(str, Enum):
     """The worker's own check: a request prepared alone did not give the rows that it had in its batch."""
     COUNT = "count"
     """Some batches had another number of rows than their requests make; of the others it is known."""
+    THREADS = "threads"
+    """The handler called the model for some batches in several threads, which do not follow each other."""
+    ENVELOPE = "envelope"
+    """An envelope of TorchServe put what some requests hold into one list."""
 
 
 class RowOwnership:
@@ -58,17 +62,24 @@ class RowOwnership:
         self._say(Unknown.CHECK, "batches, from now on,", because)
 
     def note(self, served: Served) -> None:
-        """Say so where the rows of a batch cannot be those of its requests."""
-        if served.batches and served.owners is None and self.rows_per_request is not None:
-            n_rows = sum(len(batch.answers.outputs) for batch in served.batches)
-            self._say(Unknown.COUNT, "some batches", f"the handler made {n_rows} rows of {len(served.calls)} requests, "
+        """Say so where it is not known whose the rows of a batch are."""
+        if not served.batches or served.owners is not None or self.rows_per_request is None:
+            return
+        n_rows = sum(len(batch.answers.outputs) for batch in served.batches)
+        n_items = sum(len(call.items) for call in served.calls)
+        if any(call.instances == () for call in served.calls):
+            self._say(Unknown.ENVELOPE, "some batches", "an envelope puts what several requests hold into one list")
+        elif n_rows == n_items * self.rows_per_request:
+            self._say(Unknown.THREADS, "some batches", "the handler calls its model in several threads")
+        else:
+            self._say(Unknown.COUNT, "some batches", f"the handler made {n_rows} rows of {n_items} requests, "
                                                      f"where {self.rows_per_request} of each were expected")
 
     def _say(self, how: Unknown, batches: str, because: str) -> None:
         if how not in self.unknown:
             self.unknown.add(how)
-            logger.warning("In %s of several requests it is not known which row of the model's input belongs to which "
-                           "request, because %s. Their answers are what they were, without X-Early-Exit headers, and "
+            logger.warning("In %s of several requests it is not known which row of the model's input belongs to which, "
+                           "because %s. Their answers are what they were, without X-Early-Exit headers, and "
                            "their records name no request", batches, because)
 
 
@@ -78,7 +89,7 @@ class DrawnRequest:
     def __init__(self, position: int, call: Call) -> None:
         self.position = position
         # A handler may change what it is given.
-        self.call = Call(call.id, copy.deepcopy(call.inputs), call.headers)
+        self.call = copy.deepcopy(call)
         self._batch: list[Rows] = []
 
     def keep(self, inputs: Live) -> None:
@@ -120,7 +131,7 @@ class RowCheck:
 
     def draw(self, calls: Sequence[Call]) -> DrawnRequest | None:
         """Return the request of a batch that is to be checked, or None where the batch is not."""
-        if len(calls) == 1 or self._ownership.rows_per_request is None:
+        if len(calls) == 1 or self._ownership.rows_per_request is None or any(call.instances == () for call in calls):
             return None
         self._n_batches += 1
         if self._random.random() * min(self._n_batches, _ONE_IN) >= 1:

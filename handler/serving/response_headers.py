@@ -11,6 +11,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.call import Reply
+from early_exit.handler.exits.switch import ON
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import (
@@ -19,6 +20,7 @@ from early_exit.handler.protocol import (
     FULL,
     OPINIONS_HEADER,
     STEP_HEADER,
+    SWITCH_HEADER,
     VERSION_HEADER,
 )
 from early_exit.handler.serving.isolation import Served
@@ -53,8 +55,12 @@ class ResponseHeaders:
         """Set the headers of replies where it is known whose the rows are.
 
         A request of several rows left where the last of them left, and is as sure as the least sure of them, whose
-        exits are also those that it hears of.
+        exits are also those that it hears of. What the operator's switch was set to is told whosever the rows are.
         """
+        for batch in served.batches:
+            if batch.switch != ON:
+                for reply in served.replies:
+                    reply.headers[SWITCH_HEADER] = str(batch.switch)
         if served.owners is None:
             return
         rows_of: list[list[_Row]] = [[] for _ in served.calls]
@@ -68,7 +74,8 @@ class ResponseHeaders:
         answers, assembly = batch.answers, self._model.assembly
         scores = assembly.description.scores
         confidences = scores.log_probabilities(answers.outputs.float()).exp().amax(dim=1).tolist()
-        # A control batch goes without exits whatever the monitor says, and a call in flight keeps its level.
+        # A control batch, and one that the operator wants so, goes without exits whatever the monitor says, and a call
+        # in flight keeps its level.
         level = min(batch.level, self._model.level)
         per_exit: dict[int, str] = {}
         if answers.exit_scores:

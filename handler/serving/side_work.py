@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 
 import torch
 from torch import Tensor
 
 from early_exit.handler.call import Call
+from early_exit.handler.exits.switch import ON, Position
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.monitor.sequential_test import MonitorState
@@ -83,7 +85,8 @@ class Recording:
         log_probabilities = scores.log_probabilities(_at(places, answers.reference).float()).cpu()
         known = [] if items is None else [(served.calls[position], number) for position, number in items]
         n_unknown = len(places) - len(known)
-        kept = [self._kept(call, number) for call, number in known] if self._keep_requests else []
+        kept = [self._kept(call, number) if served.rows_per_item or call.instances is None else b""
+                for call, number in known] if self._keep_requests else []
         return Records(
             activations={path: _at(places, activation) for path, activation in batch.activations.items()},
             log_probabilities=log_probabilities.half(),
@@ -101,7 +104,7 @@ class Recording:
     def _kept(self, call: Call, number: int) -> bytes:
         """Return an item of a request as shards hold it; nothing where it is no JSON with bytes."""
         try:
-            return KeptRequest(_given(call, number), content_types_in(call.headers)).to_bytes()
+            return KeptRequest(call.items[number], content_types_in(call.headers)).to_bytes()
         except (TypeError, ValueError, RecursionError) as error:
             if not self._refused_to_keep:
                 logger.warning("%s. Such requests are recorded without what the handler got, so they cannot be run "
@@ -114,12 +117,12 @@ def _items_of(served: Served) -> Sequence[Sequence[_Item]] | None:
     """Return whose each row of each call of the model is; None where that is not known."""
     if served.owners is None:
         return None
-    return [[(owner, 0) for owner in of_batch] for of_batch in served.owners]
-
-
-def _given(call: Call, number: int) -> object:
-    """Return what the handler got for an item of a request."""
-    return call.inputs
+    if all(call.instances is None for call in served.calls):
+        return [[(owner, 0) for owner in of_batch] for of_batch in served.owners]
+    # All are of one request: of several with instances the owners are not known.
+    n_rows = [len(of_batch) for of_batch in served.owners]
+    per_item = served.rows_per_item or 1
+    return [[(0, row // per_item) for row in range(end - n, end)] for n, end in zip(n_rows, accumulate(n_rows))]
 
 
 def _all_of(served: Served) -> list[_Recorded]:
@@ -159,11 +162,16 @@ class Reporting:
         self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
         self._ownership, self._unknown = ownership, set[Unknown]()
         self._state: MonitorState | None = None
+        self._position = ON
+        metrics.switched(ON)
+        self._turned(model.switch.read())
 
     def note(self, served: Served) -> None:
         """Report what has changed with a call of the user's handler."""
         self._metrics.served(served)
         self._metrics.bypassed(self._model.bypass.bypassed())
+        for batch in served.batches:
+            self._turned(batch.switch)
         if self._writer is not None:
             self._metrics.records(*self._writer.take_counts())
         for how in self._ownership.unknown - self._unknown:
@@ -173,3 +181,9 @@ class Reporting:
             self._metrics.monitor(state)
             self._state = state
 
+    def _turned(self, position: Position) -> None:
+        if position != self._position:
+            self._position = position
+            self._metrics.switched(position)
+            logger.warning("the operator's switch of the exits is at %s from now on%s", position,
+                           f", as it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")

@@ -13,6 +13,7 @@ from early_exit.handler.call import Call, Reply
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.exits.switch import ExitSwitch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import load_model
 from early_exit.handler.monitor.shared_state import SharedMonitor, watch
@@ -52,6 +53,7 @@ class Worker:
             description: what is known of the handler.
         """
         self.model = model
+        model.switch = ExitSwitch.of_environment(host.model)
         ownership = RowOwnership(description)
         telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None))
         self._is_early = config.answers == EARLY
@@ -93,19 +95,22 @@ class Worker:
             MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         """
         calls = [self._headers.admit(call) for call in calls]
-        replies: list[Reply | None] = [self.probe() if call.has_header(PROBE_HEADER) else None for call in calls]
+        is_one_list = any(call.instances == () for call in calls)  # in which a probe cannot be told from the others
+        replies: list[Reply | None] = [
+            self.probe(call) if call.has_header(PROBE_HEADER) and not is_one_list else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
         if others or self._is_early:
             for position, reply in zip(others, self._answer([calls[position] for position in others])):
                 replies[position] = reply
         return replies
 
-    def probe(self) -> Reply:
+    def probe(self, call: Call) -> Reply:
         """Return whether this version computes what it computed where its archive was made."""
         try:
-            return Reply(answer_probe(self.model))
+            return Reply(call.body([answer_probe(self.model)]))
         except ArchiveError as error:
-            return Reply({"code": 500, "type": "ProbeFailed", "message": str(error)}, 500, "ProbeFailed")
+            body = {"code": 500, "type": "ProbeFailed", "message": str(error)}
+            return Reply(call.body([body]), 500, "ProbeFailed")
 
     def close(self) -> None:
         """Write what is recorded and share what is watched, and stop the threads that do it."""

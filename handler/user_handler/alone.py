@@ -28,8 +28,9 @@ class ModelReached(BaseException):
 def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model: EarlyExitModel) -> Rows | None:
     """Return what a handler calls its model with first for one request, or None where it does not come so far.
 
-    The model computes nothing, unless the handler catches everything and calls it again. The handler's attributes, and
-    the lists and dictionaries among them, stay as they are; what it logs and counts as TorchServe's metrics is dropped.
+    The model computes nothing, unless the handler catches everything and calls it again, or calls it in a thread of its
+    own. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it logs and counts
+    as TorchServe's metrics is dropped.
 
     Args:
         call: the request; the handler may change its inputs.
@@ -38,16 +39,20 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
         model: what the handler calls.
     """
     reached: list[Rows] = []
+    here = threading.get_ident()
 
     def stop(inputs: Live) -> None:
         if not reached:  # a handler that catches everything may try again, and must come to an end
             reached.append(copied(inputs))
-            raise ModelReached(inputs, {})
+            if threading.get_ident() == here:  # a thread of the handler's goes on, as it is to work for others too
+                raise ModelReached(inputs, {})
 
+    model.log.begin()
     with suppress(Exception, ModelReached), _silence(), model.log.watched(stop):
         one_time, its_context = _copy(handler), _copy_for(call, context)
-        one_time.handle([call.inputs], its_context)
-    model.log.begin()
+        one_time.handle([*call.items], its_context)
+    model.log.take()
+    model.log.take_elsewhere()
     return reached[0] if reached else None
 
 

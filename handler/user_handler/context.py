@@ -13,6 +13,10 @@ _HIDDEN = ("pt2", "early_exit")
 stages on every batch size that the exits leave behind."""
 
 
+_SET_BY_TORCHSERVE = frozenset({"request_ids", "_request_processor", "cl_socket"})
+"""Attributes of its context that TorchServe sets for each batch."""
+
+
 class RequestState:
     """What a handler reads and sets of one request, as TorchServe's `RequestProcessor` has it."""
 
@@ -53,7 +57,7 @@ class HandlerContext:
     is read from, and set on, the context that the host gives.
     """
 
-    _OWN = frozenset({"_base", "manifest", "model_yaml_config", "request_ids", "request_processor"})
+    _OWN = frozenset({"_base", "_of_host", "manifest", "model_yaml_config", "request_ids", "request_processor"})
     request_ids: dict[int, str]
     """By position in the call: the id of the request."""
     request_processor: list[RequestState]
@@ -68,6 +72,7 @@ class HandlerContext:
             config: the archive's model-config.yaml; what concerns our model is hidden from the handler.
         """
         self._base, self.manifest = base, manifest
+        self._of_host = frozenset(vars(base)) | _SET_BY_TORCHSERVE
         self.model_yaml_config = {key: value for key, value in config.items() if key not in _HIDDEN}
         self.request_ids, self.request_processor = {}, []
 
@@ -81,6 +86,12 @@ class HandlerContext:
             object.__setattr__(self, name, value)
         else:
             setattr(self._base, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._OWN:
+            object.__delattr__(self, name)
+        else:
+            delattr(self._base, name)
 
     @property
     def _request_processor(self) -> list[RequestState]:
@@ -97,6 +108,10 @@ class HandlerContext:
         What the handler sets on it is seen by that call alone.
         """
         return HandlerContext(copy.copy(self._base), self.manifest, self.model_yaml_config)
+
+    def put_on_it(self) -> tuple[dict[str, Any], frozenset[str]]:
+        """Return the attributes of the host's context, and the names of those that no handler has put there."""
+        return vars(self._base), self._of_host
 
     def reply(self, position: int, body: Any) -> Reply:
         """Return the reply to a request of the call, with the status and headers that were set for it."""

@@ -58,6 +58,9 @@ class HandlerDescription:
     requests; None where it is not known which rows belong to which request."""
     rows_unknown_because: str = ""
     """Why it is not known: what follows a 'because'."""
+    service_envelope: str | None = None
+    """TorchServe's envelope around the handler, which takes the samples; a request may then be several instances, each
+    of which counts as one in `rows_per_request`."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(HANDLER.stamped(asdict(self)), indent=1))
@@ -91,6 +94,6 @@ class HandlerDescription:
                 model=tuple(Place(Root(place["root"]), tuple((kind, step) for kind, step in place["steps"]))
                             for place in data["model"]),
                 loading=Loading(data["loading"]), rows_per_request=data["rows_per_request"],
-                rows_unknown_because=data["rows_unknown_because"])
+                rows_unknown_because=data["rows_unknown_because"], service_envelope=data.get("service_envelope"))
         except (KeyError, TypeError, ValueError) as error:
             raise ArchiveError(f"{source} is not a complete description of a handler: {error!r}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from early_exit.archiver.control import RunSettings
 from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.packaging.cli import main as ee_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
@@ -92,8 +93,8 @@ def test_asking_where_a_model_stands_runs_none_of_its_code(
         store: Path, records: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         how: list[str]) -> None:
     server = serving("server", store)
-    server.register("digits-3.0.mar", 1)
-    server.set_default("digits", "3.0")
+    server.register("digits-3.0.mar", RunSettings())
+    server.set_default("digits", "3.0", limit_s=1.0)
     monkeypatch.setattr(watching, "servers_of", lambda options: [server])
     assert watching.main([*how, "--model-store", str(store), "--records", str(records),
                           "--state", str(tmp_path / "state")]) == 0

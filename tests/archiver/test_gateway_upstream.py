@@ -68,8 +68,8 @@ def upstream_of(url: str) -> Upstream:
 def versions(*models: str) -> dict[str, str]:
     """Return what the management API says of models with one version each."""
     told = json.dumps([{"modelVersion": "3.0", "modelUrl": "digits-3.0.mar", "workers": [{"status": "READY"}],
-                        "minWorkers": 1, "jobQueueStatus": {"pendingRequests": 0}, "maxBatchDelay": 100,
-                        "batchSize": 1}])
+                        "minWorkers": 1, "maxWorkers": 1, "jobQueueStatus": {"pendingRequests": 0},
+                        "maxBatchDelay": 100, "responseTimeout": 120, "batchSize": 1}])
     return {f"/models/{model}{more}": told for model in models for more in ("", "/all")}
 
 

@@ -115,8 +115,9 @@ def test_an_archives_name_that_a_server_tells_is_in_the_store() -> None:
     version = {"modelVersion": "1.0", "modelUrl": "http://elsewhere/.."}
     talk.send(httpx.Response(200, json=[version]))
     with pytest.raises(ServerError, match=BARE):
-        talk.send(httpx.Response(200, json=[{**version, "minWorkers": 1, "workers": [], "batchSize": 1,
-                                             "jobQueueStatus": {"pendingRequests": 0}, "maxBatchDelay": 1}]))
+        talk.send(httpx.Response(200, json=[{**version, "minWorkers": 1, "maxWorkers": 1, "workers": [],
+                                             "batchSize": 1, "maxBatchDelay": 1, "responseTimeout": 120,
+                                             "jobQueueStatus": {"pendingRequests": 0}}]))
 
 
 def test_a_model_whose_name_leads_elsewhere_has_no_decisions(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from early_exit.archiver.audit import Event
-from early_exit.archiver.control import VersionStatus
+from early_exit.archiver.control import RunSettings, VersionStatus
 from early_exit.archiver.packaging import archive as packaging
 from early_exit.archiver.packaging.publish import zip_folder
 from early_exit.archiver.watch.left_over import remove_left_over
@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def watched(made: Path, tmp_path: Path) -> Iterator[Watched]:
     shutil.copytree(made / "store", tmp_path / "store")
     server = ServerInMemory("server", tmp_path / "store")
-    server.register("digits-2.0.mar", 1)
+    server.register("digits-2.0.mar", RunSettings())
     with mock.patch.object(packaging, "check", return_value={}):  # there is no handler to try out
         yield Watched("digits", [server], tmp_path / "store", [str(made / "records")], tmp_path / "watch",
                       lambda archive: OPTIONS, None, Terms(0.05, 0.05, 30 * 24 * 3600.0), trial_samples=30,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from early_exit.archiver.control import ModelServer, Prediction
+from early_exit.archiver.control import ModelServer, Prediction, RunSettings
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import RollReport, roll
@@ -18,8 +18,9 @@ from early_exit.handler.sample_request import Part, SampleRequest
 from tests.support.rewritten import renumbered, rewritten
 from tests.support.server_in_memory import ServerInMemory
 from tests.support.untried import build_untried
+from tests.support.virtual_clock import VirtualClock
 
-LIMITS = {"longest_batch_s": 0.0, "ready_limit_s": 2.0, "drain_limit_s": 2.0}
+LIMITS = {"longest_batch_s": 0.0, "ready_limit_s": 2.0, "drain_limit_s": 2.0, "clock": VirtualClock()}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(name: str, store: Path, **more: Any) -> ServerInMemory:
     """Return a server that serves digits 2.0."""
     server = ServerInMemory(name, store, **more)
-    server.register("digits-2.0.mar", 1)
+    server.register("digits-2.0.mar", RunSettings())
     server.calls.clear()
     return server
 
@@ -58,7 +59,7 @@ def test_a_version_is_tried_out_before_it_is_the_default_and_the_old_one_goes_la
 
 def test_a_version_gets_the_workers_that_the_old_one_was_given_while_it_served(store: Path) -> None:
     server = serving("a", store)
-    server.scale("digits", "2.0", 3)
+    server.scale("digits", "2.0", (3, 3))
     rolled(server, store / "digits-3.0.mar")
     assert server.registered["3.0"].n_workers == 3
 
@@ -127,7 +128,7 @@ def test_without_the_secret_the_longest_batch_has_to_be_given_before_anything_is
         roll(server, store / "digits-4.0.mar")
     assert server.calls == []
     empty = ServerInMemory("b", store, has_secret=False)
-    assert roll(empty, store / "digits-3.0.mar").replaced is None, "nothing has to be drained"
+    assert roll(empty, store / "digits-3.0.mar", clock=VirtualClock()).replaced is None, "nothing has to be drained"
 
 
 def test_an_archive_that_has_no_answer_of_its_own_is_rolled_and_what_is_not_known_is_said(store: Path) -> None:

@@ -20,10 +20,11 @@ from early_exit.training.command import raise_on_terminate
 from tests.benchmarks.report import report
 from tests.support.habits.examples import EXAMPLES
 from tests.support.habits.refused import REFUSED
+from tests.support.habits.requests import REQUESTS
 from tests.support.habits.rows import ANSWERED, BATCHED, CALLED, COMPUTED, LOADED, WRAPPED
 from tests.support.habits.trial import Trial, try_habits
 
-HABITS = (*LOADED, *WRAPPED, *CALLED, *BATCHED, *ANSWERED, *COMPUTED, *EXAMPLES, *REFUSED)
+HABITS = (*LOADED, *WRAPPED, *CALLED, *BATCHED, *ANSWERED, *COMPUTED, *EXAMPLES, *REQUESTS, *REFUSED)
 
 
 def main() -> int:

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.roll --json FILE
 
 Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back: once
-with plain batching and once with early answers.
+with plain batching and once with early answers. Then pairs of rolls begin at once, and a user's own server adopts exits
+and is put back.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.config import ANSWERS
 from early_exit.training.command import raise_on_terminate
+from tests.benchmarks.adoption import adoption
+from tests.benchmarks.rivals import rivals
 from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
 from tests.support.digits import traffic, train_backbone
 from tests.support.original import original_mar
@@ -42,15 +45,23 @@ def main() -> int:
     parser.add_argument("--rollbacks", type=int, default=5)
     parser.add_argument("--requests", type=int, default=20_000, help="at least so many in each mode")
     parser.add_argument("--answers", nargs="*", choices=ANSWERS, default=ANSWERS)
+    parser.add_argument("--rivals", type=int, default=24, help="pairs of rolls at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the delays in these pairs")
     options = parser.parse_args()
     raise_on_terminate()
     modes: dict[str, dict[str, Any]] = {}
-    for answers in options.answers:
+    figures: dict[str, Any] = {}
+    for part in (*options.answers, "adoption", "rivals"):
         with tempfile.TemporaryDirectory() as scratch:
-            modes[answers] = measure(Path(scratch), answers, options.rolls, options.rollbacks, options.requests)
-        figures = {key: combine(mode[key] for mode in modes.values())
-                   for key, combine in (("requests", sum), ("failed", sum), ("lost", sum), ("p99_ratio", max),
-                                        ("max_ms", max))} | {"modes": modes}
+            if part == "adoption":
+                figures |= adoption(Path(scratch))
+            elif part == "rivals":
+                figures |= rivals(Path(scratch), options.rivals, options.seed)
+            else:
+                modes[part] = measure(Path(scratch), part, options.rolls, options.rollbacks, options.requests)
+                figures = {key: combine(mode[key] for mode in modes.values())
+                           for key, combine in (("requests", sum), ("failed", sum), ("lost", sum), ("p99_ratio", max),
+                                                ("max_ms", max))} | {"modes": modes}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     return 0

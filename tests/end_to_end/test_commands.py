@@ -15,6 +15,7 @@ import requests
 from early_exit.archiver.gateway.cli import main as gateway
 from early_exit.archiver.packaging.cli import main as archive
 from early_exit.archiver.rollout.cli import main as roll
+from early_exit.archiver.switch.cli import main as exits
 from early_exit.archiver.torchserve.cli import main as serve
 from early_exit.archiver.watch.cli import main as watch
 from early_exit.training.cli import main as train
@@ -82,7 +83,7 @@ def test_the_gateway_makes_a_token_where_none_is_set_and_tells_it_in_a_line_for_
 
 @pytest.mark.parametrize("main, command", [
     (archive, "ee-archive"), (train, "ee-train"), (serve, "ee-serve"), (roll, "ee-roll"), (watch, "ee-watch"),
-    (gateway, "ee-gateway")])
+    (gateway, "ee-gateway"), (exits, "ee-exits")])
 def test_help_ends_with_examples_and_shells_get_completions(
         capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -97,7 +98,8 @@ def test_help_ends_with_examples_and_shells_get_completions(
     assert subprocess.run(["bash", "-n"], input=completions, text=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("main", "arguments"), [(train, ["records"]), (archive, []), (roll, [])])
+@pytest.mark.parametrize(("main", "arguments"), [(train, ["records"]), (archive, []), (roll, []),
+                                                   (exits, ["cifar", "level"]), (exits, ["cifar", "off", "1"])])
 def test_misuse_is_status_2(main: Callable[[list[str]], int], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)

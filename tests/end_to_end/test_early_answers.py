@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from early_exit.archiver.control import RunSettings
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
@@ -99,7 +100,7 @@ def anytime_answers(server: TorchServe) -> list[str]:
 def test_the_operator_hears_every_exit_whenever_answers_leave_and_clients_force_no_full_pass(
         server: TorchServe, management: Management, store: Path) -> None:
     """The same exits with plain batching beside the early ones."""
-    management.register("digits-3.0.mar", workers=1)
+    management.register("digits-3.0.mar", RunSettings(workers=(1, 1)))
     deadline = time.monotonic() + 120
     while not [one for one in management.versions("digits") if one.version == "3.0" and one.n_ready]:
         assert time.monotonic() < deadline, "the worker does not start"

@@ -56,7 +56,8 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
     reader = Reader(README, tmp_path, instead={"cifar": "digits"},
                     more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
                     elsewhere=dict.fromkeys(("ee-serve", "curl", "ee-archive cifar.mar", "runs/first", "--tolerance",
-                                             "ee-roll", "ee-watch", "ee-gateway", "detector.mar"), "test_readme.py"))
+                                             "ee-roll", "ee-watch", "ee-exits", "ee-gateway", "detector.mar"),
+                                            "test_readme.py"))
     reader.check("ee-archive model-store/cifar-2.0.mar --engine openvino-int8")
     layout = unpacked(store / "digits-4.0.mar", tmp_path / "int8")
     engine = ENGINES[INT8].identity(layout.folder)

@@ -23,6 +23,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.exits.switch import OFF, ON, ExitSwitch
 from tests.conftest import WORKERS
 from tests.support.client import failed, send
 from tests.support.digits import traffic
@@ -204,6 +205,23 @@ def test_a_file_that_is_dropped_is_asked_and_an_answer_that_comes_too_late_is_no
     expect_unseen(page, "UnidentifiedImageError")
     see(page, "opinions together took")
     assert complaints and all("status of 400" in complaint for complaint in complaints)
+
+
+def test_whoever_looks_sees_that_an_operator_has_switched_the_exits_off(
+        page: Page, complaints: list[str], server: TorchServe, address: str, tmp_path: Path) -> None:
+    (tmp_path / "digit.png").write_bytes(BODIES[0])
+    page.goto(f"http://{address}/#token={TOKEN}")
+    serving, with_exits = page.locator("#serving"), re.compile(r"digits 3\.0 · \d exits")
+    expect(serving).to_have_text(with_exits, timeout=30_000)
+    ExitSwitch(server.switches, "digits").set(OFF)
+    page.set_input_files("#file", tmp_path / "digit.png")
+    see(page, "No exit was asked: the whole model answered", "digits 3.0 · exits off",
+        "An operator has switched the exits off")
+    ExitSwitch(server.switches, "digits").set(ON)
+    page.set_input_files("#file", tmp_path / "digit.png")
+    expect(serving).to_have_text(with_exits, timeout=30_000)
+    expect_unseen(page, "An operator has switched")
+    assert not complaints
 
 
 def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_on_its_way(

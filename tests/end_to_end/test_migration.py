@@ -9,12 +9,16 @@ import pytest
 import requests
 
 from early_exit.archiver.packaging.describe import describe
+from early_exit.archiver.rollout.roll import roll
+from early_exit.archiver.switch.cli import main as switch_exits
 from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.exits.switch import SWITCHES_VARIABLE
 from tests.conftest import WORKERS
-from tests.support.client import BackgroundLoad, failed, send
+from tests.support.client import BackgroundLoad, failed, send, session_of
 from tests.support.detector import sure_detector
 from tests.support.digits import traffic
 from tests.support.documents import README, ROOT
@@ -26,7 +30,8 @@ from tests.support.reader import Reader
 pytestmark = pytest.mark.slow
 
 
-def test_the_page_for_those_who_have_a_mar_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Path) -> None:
+def test_the_page_for_those_who_have_a_mar_works_as_it_stands(
+        digits_backbone: DigitsResNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With digits, whose handler does not bring images to one size, and on a server that they started themselves."""
     bodies = [request.body for request in traffic(40, seed=60)]
     (tmp_path / "typical.jpg").write_bytes(bodies[0])
@@ -37,6 +42,7 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(digits_backbone: D
     for folder in (tmp_path, store):
         shutil.copy(mar, folder)
     reader = Reader(ROOT / "docs" / "migrate.md", tmp_path, more={"ee-archive": "--input-shape 1,32,32"}, instead={})
+    monkeypatch.setenv(SWITCHES_VARIABLE, str(tmp_path / "switches"))
     addresses = Addresses.on_loopback(*range(reader.port, reader.port + 3))
     with own_server(tmp_path, store, addresses, "yours") as server:
         [before] = send(server, "yours", bodies[:1])
@@ -47,9 +53,16 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(digits_backbone: D
         assert "its sample request is answered as where the archive was made" in printed
         [after] = send(server, "yours", bodies[:1])
         clients_force_no_full_pass(server, bodies[0])
+        assert switch_exits(["yours", "off"]) == 0
+        told = session_of(server).post(f"{addresses.inference}/predictions/yours", data=bodies[0], timeout=30).headers
+        assert told["X-Early-Exit-Switch"] == "off", "its workers have the variable, too"
+        with BackgroundLoad(server, "yours", bodies) as load_back:
+            roll(Management(addresses, server.key_file), store / "yours.mar", longest_batch_s=1)
+        [back] = send(server, "yours", bodies[:1])
     reader.at_the_end()
     assert (before.version, after.version) == ("", "2.0") and before.top() == after.top()
-    assert failed(load.replies) == 0
+    assert (back.version, back.body) == ("", before.body), "the archive that was there before anything"
+    assert failed(load.replies) == failed(load_back.replies) == 0
 
 
 def clients_force_no_full_pass(server: TorchServe, body: bytes) -> None:

@@ -62,6 +62,9 @@ def test_the_readme_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: 
         assert failed(fresh) == 0 and {one.version for one in fresh} == {"3.0"}
         assert any(one.exit != "full" for one in fresh)
         reader.check("ee-watch")
+        reader.check("ee-exits cifar off")
+        assert {one.exit for one in send(server, "cifar", bodies[:40])} == {"full"}
+        reader.check("ee-exits cifar on")
         port = consecutive_free_ports()
         with reader.running(reader.follow("ee-gateway"), f" --port {port}"):
             token = re.search(r"#token=(\w+)", reader.printed)

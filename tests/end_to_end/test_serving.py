@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ import psutil
 import pytest
 import requests
 
+from early_exit.archiver.control import RunSettings
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
-from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.switch.cli import main as switch_exits
+from early_exit.archiver.torchserve.addresses import Addresses, free_ports
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
@@ -26,7 +29,7 @@ from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.environment import GATEWAY_TOKEN
 from tests.conftest import WORKERS
-from tests.support.client import BackgroundLoad, failed, metrics, send
+from tests.support.client import BackgroundLoad, failed, metrics, send, session_of
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
 from tests.support.rewritten import renumbered
@@ -34,6 +37,20 @@ from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
+CONFIG = """inference_address=http://0.0.0.0:1
+max_request_size=20000
+cors_allowed_origin=https://page.example
+metrics_config={}
+grpc_inference_port={}
+grpc_management_port={}
+"""
+METRICS = """ts_metrics:
+  counter:
+    - {name: Requests2XX, unit: Count, dimensions: [Level, Hostname]}
+model_metrics:
+  gauge:
+    - {name: HandlerTime, unit: ms, dimensions: [ModelName, Level]}
+"""
 BODIES = [request.body for request in traffic(60, seed=5)]
 
 
@@ -52,10 +69,13 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """It is started with a umask that keeps nothing from others, and with a secret of the gateway's."""
+    """It is started with a umask that keeps nothing from others, a secret of the gateway's, and a user's settings."""
     folder, umask = tmp_path_factory.mktemp("server"), os.umask(0)
+    (folder / "metrics.yaml").write_text(METRICS)
+    config = folder / "config.properties"
+    config.write_text(CONFIG.format(folder / "metrics.yaml", *free_ports(2)))
     started = TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
-                         models=["digits-2.0.mar"])
+                         models=["digits-2.0.mar"], config=config)
     try:
         with mock.patch.dict(os.environ, {GATEWAY_TOKEN: "secret", "OF_THE_HANDLER": "seen"}), started:
             yield started
@@ -127,6 +147,24 @@ def test_the_metrics_tell_exits_records_shadows_and_stage_seconds(server: TorchS
         assert name in text
 
 
+def test_the_users_settings_count_and_the_users_metrics_stand_beside_ours(server: TorchServe) -> None:
+    url = f"{server.addresses.inference}/predictions/digits"
+    answered = session_of(server).post(url, data=BODIES[0], timeout=30)
+    assert answered.headers["Access-Control-Allow-Origin"] == "https://page.example"
+    assert session_of(server).post(url, data=bytes(20_001), timeout=30).status_code == 413
+    config = (server.state.parent / "config.properties").read_text()
+    for kind, address in server.grpc_addresses.items():
+        host, port = address.split(":")
+        assert host == "127.0.0.1" and f"grpc_{kind}_port={port}\n" in config
+        socket.create_connection((host, int(port)), timeout=10).close()
+    deadline, wanted = time.monotonic() + 20, ["Requests2XX{", "HandlerTime{", "ee_answers_total{",
+                                               'ts_inference_requests_total{model_name="digits"']
+    while missing := [name for name in wanted if name not in metrics(server)]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.5)
+    assert "Requests4XX" not in metrics(server), "the user's file does not name it"
+
+
 def test_without_a_token_nothing_is_answered(server: TorchServe) -> None:
     url = f"{server.addresses.inference}/predictions/digits"
     assert requests.post(url, data=BODIES[0], timeout=10).status_code == 400
@@ -158,7 +196,7 @@ def test_workers_see_the_variables_of_ee_serve_but_not_the_gateways_token(server
 def test_archives_from_elsewhere_cannot_be_registered(
         server: TorchServe, management: Management, recorder_mar: Path) -> None:
     with pytest.raises(ServerError, match="403|400|404"):
-        management.register(recorder_mar.as_uri(), workers=1)
+        management.register(recorder_mar.as_uri(), RunSettings(workers=(1, 1)))
 
 
 def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(
@@ -203,6 +241,21 @@ def test_a_version_that_never_gets_ready_is_removed_and_the_old_one_serves(
 def test_a_version_that_is_registered_already_is_refused(management: Management, store: Path) -> None:
     with pytest.raises(ServerError, match="registered already"):
         roll(management, store / "digits-3.0.mar")
+
+
+def test_exits_that_are_switched_off_stay_off_through_a_roll(
+        server: TorchServe, management: Management, store: Path) -> None:
+    place = ["--switches", str(server.switches)]
+    assert any(reply.exit != "full" for reply in send(server, "digits", BODIES))
+    assert switch_exits(["digits", "off", *place]) == 0
+    assert {(reply.exit, reply.version) for reply in send(server, "digits", BODIES)} == {("full", "3.0")}
+    roll(management, store / "digits-4.0.mar", longest_batch_s=1)
+    assert {(reply.exit, reply.version) for reply in send(server, "digits", BODIES)} == {("full", "4.0")}
+    told = metrics(server)
+    for version in ("3.0", "4.0"):
+        assert re.search(rf'ee_exits_switched{{ModelName="digits",ModelVersion="{version}".*}} -1.0', told)
+    assert switch_exits(["digits", "on", *place]) == 0
+    assert any(reply.exit != "full" for reply in send(server, "digits", BODIES))
 
 
 def test_a_records_folder_that_cannot_be_written_costs_no_answer(store: Path, tmp_path: Path) -> None:

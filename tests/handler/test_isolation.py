@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from ts.utils.util import PredictionException
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.call import Call, Reply
@@ -32,6 +36,14 @@ class Numbers:
                 raise MemoryError("Unable to allocate 1 PiB")
             if item["body"] == "CUDA":
                 CODES[item["body"]]
+            if item["body"] == "picture":
+                Image.open(io.BytesIO(b"no picture"))
+            if item["body"] == "file":
+                Path("no such file").read_text()
+            if item["body"] == "attribute":
+                print(item["body"].no_such_attribute)
+            if isinstance(item["body"], Exception):
+                raise item["body"]
         batch = torch.stack([torch.tensor(item["body"]) for item in data])
         classes = self.model(batch).argmax(1).tolist()
         return [1 // (0 if item["body"][0] == 99.0 else 1) and number for item, number in zip(data, classes)]
@@ -60,6 +72,10 @@ GOOD = [1.0, 2.0, 3.0, 4.0]
 @pytest.mark.parametrize(("bad", "status", "message"), [
     ("text", 400, "TypeError"),                    # fails before the model
     ("CUDA", 400, "KeyError: 'CUDA'"),             # the client's text, not the device's
+    ("picture", 400, "UnidentifiedImageError"),
+    ("file", 500, "FileNotFoundError"),
+    ("attribute", 500, "AttributeError"),          # a fault of the handler
+    (RuntimeError("not ready"), 500, "not ready"),
     ("vast", 500, "Unable to allocate"),           # its memory, not the worker's
     ([1.0, 2.0], 400, r"expected float32 input of shape \(4,\)"),  # does not fit the model
     ([99.0, 0.0, 0.0, 0.0], 500, "ZeroDivisionError"),             # fails after the model
@@ -76,6 +92,35 @@ def test_a_bad_item_gets_its_own_status_and_the_others_their_answers(
     assert re.search(message, replies[position].body["message"])
     assert all(isinstance(replies[item].body, int) for item in range(3) if item != position)
     assert sum(len(part.batches) for part in served) == 2, "an attempt that failed is not recorded"
+
+
+def test_an_error_tells_nothing_of_memory(model: EarlyExitModel) -> None:
+    bad = ValueError(f"cannot read {io.BytesIO()!r} and {object()!r}")
+    assert " at 0x" in str(bad)
+    [part] = answered(model, [bad])
+    assert part.replies[0].body["message"] == "ValueError: cannot read <_io.BytesIO object> and <object object>"
+
+
+def test_an_exception_of_torchserve_keeps_its_status_and_its_text(model: EarlyExitModel) -> None:
+    """Checked against TorchServe 0.12 by the habit `own_exception`."""
+    [part] = answered(model, [PredictionException("the image is too dark", 422)])
+    assert part.replies[0].body == {"code": 422, "type": "InternalServerException", "message": "the image is too dark"}
+
+
+@pytest.mark.parametrize("hears", [(False, False), (True, False)])
+def test_where_a_status_does_not_reach_the_client_a_bad_item_fails_its_batch_as_before(
+        model: EarlyExitModel, hears: tuple[bool, bool]) -> None:
+    context, bodies = HandlerContext(MemoryHost().context, {}, {}), [GOOD, "CUDA"]
+    calls = [Call(f"id-{number}", {"body": body}, hears_status=hears[number]) for number, body in enumerate(bodies)]
+    with pytest.raises(KeyError):
+        answer_calls(calls, Numbers(model), context, model)
+
+
+def test_who_hears_of_its_own_status_does_not_fail_those_who_would_not(model: EarlyExitModel) -> None:
+    context = HandlerContext(MemoryHost().context, {}, {})
+    calls = [Call("heard", {"body": "CUDA"}), Call("unheard", {"body": GOOD}, hears_status=False)]
+    replies = replies_of(answer_calls(calls, Numbers(model), context, model))
+    assert [replies[0].status, replies[1].status] == [400, 200]
 
 
 def test_an_error_inside_the_model_is_a_500(model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ while len(answered) < len(calls):
 worker.close()
 assert not [name for name in sys.modules if name.split(".")[0] in ("ts", "model_archiver")]
 print(json.dumps({"code": sys.modules["early_exit.handler.serving.worker"].__file__, "answered": answered,
-                  "batch_size_seen": host.context.batch_size_seen, "probe": worker.probe().body["probe"],
+                  "batch_size_seen": host.context.batch_size_seen, "probe": worker.probe(calls[0]).body["probe"],
                   "metrics": {name: sum(metric.values.values()) for name, metric in host.metrics.items()}}))
 """
 

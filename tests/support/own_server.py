@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,21 @@ from tests.support.workers import wait_until_ready
 
 
 @contextmanager
-def own_server(folder: Path, store: Path, addresses: Addresses, model: str) -> Iterator[TorchServe]:
-    """Start TorchServe in a folder with the archive MODEL.mar; yield where it listens and has its tokens."""
+def own_server(folder: Path, store: Path, addresses: Addresses, model: str,
+               properties: Sequence[str] = ()) -> Iterator[TorchServe]:
+    """Start TorchServe in a folder with the archive MODEL.mar; yield where it listens and has its tokens.
+
+    Args:
+        folder: private to this server; it exists.
+        store: its model store.
+        addresses: where it listens.
+        model: name of the archive's file without ".mar".
+        properties: more lines of config.properties.
+    """
     (folder / "config.properties").write_text("\n".join([
         f"inference_address={addresses.inference}", f"management_address={addresses.management}",
-        f"metrics_address={addresses.metrics}", "enable_model_api=true", f"allowed_urls=file://{store}/.*", ""]))
+        f"metrics_address={addresses.metrics}", "enable_model_api=true", f"allowed_urls=file://{store}/.*",
+        *properties, ""]))
     temporary = folder / "temporary"  # one server for each: it keeps its process's number there
     temporary.mkdir()
     environment = {**os.environ, "JAVA_HOME": str(Path(find_java()).resolve().parents[1]), "TEMP": str(temporary),

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.control import Prediction, VersionStatus
+from early_exit.archiver.control import Claim, Prediction, RunSettings, VersionStatus
+from early_exit.archiver.packaging.registered import registered_archive
 from early_exit.handler.archive_contents import read_archive
+from early_exit.handler.archive_layout import MANIFEST
 from early_exit.handler.errors import ServerError
 from early_exit.handler.sample_request import SampleRequest
 
 
 @dataclass
 class ServerInMemory:
-    """Serves nothing, but knows which versions it would serve, and remembers what it was asked to do."""
+    """Serves nothing, but knows which versions it would serve, and remembers what it was asked to do.
+
+    It chooses and refuses as TorchServe 0.12 does.
+    """
 
     name: str
     store: Path
@@ -23,43 +30,82 @@ class ServerInMemory:
     has_secret: bool = True
     answer: Prediction = field(default_factory=lambda: Prediction(200, {}, b"{}", None))
     """What every request is answered with."""
-    registered: dict[str, VersionStatus] = field(default_factory=dict)
+    all: dict[str, dict[str, VersionStatus]] = field(default_factory=dict)
+    """By model and version."""
     calls: list[tuple[str, ...]] = field(default_factory=list)
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def registered(self) -> dict[str, VersionStatus]:
+        """The versions of digits."""
+        return self.all.get("digits", {})
+
+    @property
     def default(self) -> str | None:
         return next((version for version, status in self.registered.items() if status.is_default), None)
 
+    def models(self) -> list[str]:
+        return list(self.all)
+
     def versions(self, model: str) -> list[VersionStatus]:
-        return list(self.registered.values()) if model == "digits" else []
+        return list(self.all.get(model, {}).values())
 
-    def register(self, file_name: str, workers: int) -> None:
-        version = read_archive(self.store / file_name).version
-        self.calls.append(("register", version))
-        self.registered[version] = VersionStatus(version, not self.registered, workers, workers, 0, 0.0, 1, file_name)
+    def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
+                 claim: Claim | None = None) -> None:
+        archive = registered_archive(self.store / file_name)
+        self.calls.append(("register", archive.version))
+        model = model or archive.model
+        self.all[model] = self.added(self.all.get(model, {}), file_name, settings, claim)
 
-    def scale(self, model: str, version: str, workers: int) -> None:
+    def added(self, versions: dict[str, VersionStatus], file_name: str, settings: RunSettings,
+              claim: Claim | None) -> dict[str, VersionStatus]:
+        """Return the versions of a model with one more."""
+        archive = registered_archive(self.store / file_name)
+        if archive.version in versions:
+            raise ServerError(f"Model version {archive.version} is already registered")
+        says = archive.configured
+        workers = says.workers or settings.workers or (1, 1)
+        if says.workers is None:
+            workers = (workers[0], workers[0])
+        has_file = "configFile" in json.loads(zipfile.ZipFile(self.store / file_name).read(MANIFEST))["model"]
+        timeout_s = says.response_timeout_s or (None if has_file else settings.response_timeout_s) or 120
+        runs = RunSettings(settings.batch_size or says.batch_size or 1,
+                           settings.max_batch_delay_ms or says.max_batch_delay_ms or 100, timeout_s, workers)
+        status = VersionStatus(archive.version, not versions, workers[0], workers[0], 0, runs, file_name, claim)
+        return {**versions, archive.version: status}
+
+    def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
         self.calls.append(("scale", version, str(workers)))
-        self.registered[version] = replace(self.registered[version], n_workers=workers, n_ready=workers)
+        status = self.all[model][version]
+        self.all[model][version] = replace(status, n_workers=workers[0], n_ready=workers[0],
+                                           settings=replace(status.settings, workers=workers))
 
-    def set_default(self, model: str, version: str) -> None:
+    def set_default(self, model: str, version: str, *, limit_s: float) -> None:
         self.calls.append(("set_default", version))
-        self.registered = {name: replace(status, is_default=name == version)
-                           for name, status in self.registered.items()}
+        if version not in self.all.get(model, {}):
+            raise ServerError(f"Model version {version} does not exist")
+        self.all[model] = {name: replace(status, is_default=name == version)
+                           for name, status in self.all[model].items()}
 
     def unregister(self, model: str, version: str) -> None:
         self.calls.append(("unregister", version))
-        assert not self.registered.pop(version).is_default, "it still got requests"
+        versions = self.all.get(model, {})
+        if version not in versions:
+            raise ServerError(f"Model version {version} does not exist")
+        if versions[version].is_default and len(versions) > 1:
+            raise ServerError("Cannot remove default version")
+        del versions[version]
+        if not versions:
+            del self.all[model]
 
     def probe(self, model: str, version: str) -> dict[str, Any]:
         assert self.has_secret
         self.calls.append(("probe", version))
         if self.probe_error is not None:
             raise ServerError(self.probe_error)
-        contents = read_archive(self.store / self.registered[version].file_name)
+        contents = read_archive(self.store / self.all[model][version].file_name)
         return {"backbone": contents.description.sha256, "plan": contents.plan and contents.plan.digest()}
 
     def predict(self, model: str, version: str, request: SampleRequest, *, to_the_end: bool = False) -> Prediction:

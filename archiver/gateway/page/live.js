@@ -108,14 +108,20 @@ function drawAll() {
   if (asked && asked !== state.model) forgetQuestion();
   document.title = `${state.model}: early exits, live`;
   const current = state.versions.find((one) => one.serves), step = current?.monitor?.step;
-  const exits = current?.plan?.exits.length ?? 0;
+  const exits = current?.plan?.exits.length ?? 0, switched = current?.switched ?? 0;
   pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no news"
-    : !current ? "does not serve" : step ? "stepped back" : exits ? `${exits} exits` : "answers in full");
-  pill.className = `pill ${!current || step || state.trouble ? "bad" : exits ? "good" : ""}`;
+    : !current ? "does not serve" : switched < 0 ? "exits off" : switched ? "switched back" : step ? "stepped back"
+    : exits ? `${exits} exits` : "answers in full");
+  pill.className = `pill ${!current || switched || step || state.trouble ? "bad" : exits ? "good" : ""}`;
   const { names, cost } = exitNames(current), color = colors(names);
   const counts = Object.fromEntries(names.map((name) => [name, total(state.looks, current?.version, name)]));
   tell(current, names, counts);
   drawRiver(get("river"), names, counts, color, cost);
+  get("switched").hidden = !switched;
+  get("switched").textContent = (switched < 0
+    ? "An operator has switched the exits off, so the whole model answers every request."
+    : `An operator lets exits answer at setting ${switched} or a safer one alone.`)
+    + ` "ee-exits ${state.model} on" turns that back.`;
   get("bypassed").hidden = !current?.bypassed.length;
   get("bypassed").textContent = `In batches of ${current?.bypassed.join(", ")} the exits save no time on this machine, `
     + "so those are answered in full.";

@@ -117,7 +117,8 @@ export function drawOpinions(place, told, plan) {
     return;
   }
   const answered = told.opinions.findIndex((one) => one.exit === told.exit), planned = plan?.exits ?? [];
-  const step = parseInt(told.step ?? "0", 10);
+  const asked = told.switch?.startsWith("level") ? parseInt(told.switch.split(" ")[1], 10) : 0;
+  const step = Math.max(parseInt(told.step ?? "0", 10), Math.min(asked, plan?.safer.length ?? 0));
   const thresholds = step ? plan?.safer[step - 1] : planned.map((exit) => exit.threshold);
   const list = make("ol", null, { class: "opinions" });
   told.opinions.forEach((opinion, number) => {
@@ -139,7 +140,7 @@ export function drawOpinions(place, told, plan) {
 
 const nameOf = (opinion) => String(opinion.label ?? `class ${opinion.class}`);
 
-// alone: whether the whole model is the only one that was asked, without exits or after its last step back.
+// alone: whether the whole model is the only one that was asked, without exits, switched off or stepped back for good.
 function verdict(opinion, planned, alone) {
   const told = make("p", null, { class: "verdict" });
   if (!opinion || opinion.exit === FULL) {

@@ -19,9 +19,9 @@ from early_exit.archiver.packaging.tryout.comparison import contradictions
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import EarlyExitError
-from early_exit.handler.protocol import EXIT_HEADER, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
+from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import Part, SampleRequest, samples_in
-from early_exit.handler.user_handler.description import Root
+from early_exit.handler.user_handler.description import HandlerDescription, Root
 
 _IN_FULL = {"exits": False, "engine": "eager", "answers": "plain", "sampling_rate": 0, "control_rate": 0}
 """The settings with which an archive answers exactly as its original."""
@@ -49,8 +49,9 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         _in_a_fork(lambda: _answer_in_full(folder, job))
     _configure(folder, _AS_SERVED)
     secret = os.environ[SECRET_VARIABLE] = secrets.token_hex(24)  # of this run, before the worker loads
-    archive = LoadedArchive(folder)
-    [probe] = archive.answer([SampleRequest((Part(b""),))], {PROBE_HEADER: "1", SECRET_HEADER: secret})
+    archive = _loaded(folder)
+    probed = SampleRequest((Part(PROBE_BODY, "application/json"),))
+    [probe] = archive.answer([probed], {PROBE_HEADER: "1", SECRET_HEADER: secret})
     if probe.status != 200:
         raise LoadingError(f"the probe was answered with {probe}")
     return _answers_by_exit(archive, samples_in(ArchiveLayout(folder))[:1])
@@ -77,7 +78,7 @@ def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -
 
 def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
     _configure(folder, _IN_FULL)
-    archive, samples = LoadedArchive(folder), samples_in(ArchiveLayout(folder))
+    archive, samples = _loaded(folder), samples_in(ArchiveLayout(folder))
     reached: list[object] = []
     service: Any = archive.roots[Root.HANDLER]
     service.worker.model.register_forward_hook(lambda *_: reached.append(_))
@@ -94,6 +95,11 @@ def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
         raise LoadingError("the new archive answers without calling the exported model: the handler calls another one")
     if expected is None:
         save_answers(Path(job["out"]), found)
+
+
+def _loaded(folder: Path) -> LoadedArchive:
+    description = HandlerDescription.load(ArchiveLayout(folder).handler_description)
+    return LoadedArchive(folder, description.service_envelope)
 
 
 def _configure(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -25,6 +25,8 @@ from early_exit.handler.user_handler.places import Roots
 
 EXPLAIN = {"explain": "True"}
 """The header with which TorchServe tells a handler that explanations are asked for."""
+_OF_HTTP = {"host": "localhost"}
+"""A header that every request over HTTP has, and none over gRPC."""
 _NEVER_ANSWERED = 10_000
 """After so many calls a request of an archive with early answers is taken for one that has no answer."""
 
@@ -32,8 +34,12 @@ _NEVER_ANSWERED = 10_000
 class LoadedArchive:
     """A model as a worker of TorchServe has it. This process works in its folder from then on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, envelope: str | None = None) -> None:
         """Load an extracted archive.
+
+        Args:
+            folder: it.
+            envelope: TorchServe's around its handler, if any.
 
         Raises:
             LoadingError: its code fails.
@@ -47,11 +53,11 @@ class LoadedArchive:
         self._metrics.initialize_cache()
         try:
             self._service = ModelLoaderFactory.get_model_loader().load(
-                manifest["modelName"], str(folder), manifest["handler"], None, 1, None, True, self._metrics)
+                manifest["modelName"], str(folder), manifest["handler"], None, 1, envelope, True, self._metrics)
         except Exception as error:  # the user's own code may raise anything
             raise LoadingError(_why(manifest["handler"], error)) from error
         self._service.set_cl_socket(None)
-        self.roots = _roots(manifest["handler"], self._service._entry_point)
+        self.roots = _roots(manifest["handler"], self._service._entry_point, envelope)
         """Where the handler's names begin."""
 
     def answer(self, samples: Sequence[SampleRequest], headers: dict[str, str] | None = None) -> list[Answer]:
@@ -73,7 +79,8 @@ class LoadedArchive:
         batch = [{"requestId": id_.encode(),
                   "parameters": [{"name": part.name, "contentType": part.content_type, "value": part.handed_over()}
                                  for part in sample.parts],
-                  "headers": [{"name": name.encode(), "value": value.encode()} for name, value in headers.items()]}
+                  "headers": [{"name": name.encode(), "value": value.encode()}
+                              for name, value in (_OF_HTTP | headers).items()]}
                  for id_, sample in waiting.items()]
         told: list[dict[str, Answer]] = []
 
@@ -124,7 +131,9 @@ def _files_in_other_encodings() -> list[str]:
     return wrong
 
 
-def _roots(handler: str, entry_point: Any) -> Roots:
+def _roots(handler: str, entry_point: Any, envelope: str | None) -> Roots:
+    if envelope is not None:
+        entry_point = entry_point.__self__._handle_fn
     file, _, function = handler.partition(":")
     name = file.split("/")[-1].removesuffix(".py")
     module = sys.modules.get(name) or sys.modules[f"ts.torch_handler.{name}"]

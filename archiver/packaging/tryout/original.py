@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from early_exit.archiver.packaging.sources.eager_model import model_from_factory
+from early_exit.archiver.packaging.sources.envelopes import in_one, n_instances
 from early_exit.archiver.packaging.sources.sample import sample_images
 from early_exit.archiver.packaging.tryout.adoption import (
     CalledModel,
@@ -51,14 +52,28 @@ class Original:
         self.job = job
         self.folder = Path(job["folder"])
         self.given = _given_model(job)
+        self.envelope = job["envelope"]
         with _found_by_loaders(self.given) as self.loaders_called:
-            self.archive = LoadedArchive(self.folder)
+            self.archive = LoadedArchive(self.folder, job["envelope"])
         self.roots = self.archive.roots
         if self.given is not None and not any(module is self.given for _, module in modules_reached(self.roots)):
             put(self.roots, HandlerDescription().model[0], self.given)
 
     def reached(self) -> list[nn.Module]:
         return list({id(module): module for _, module in modules_reached(self.roots)}.values())
+
+    def together(self, first: SampleRequest, second: SampleRequest) -> list[SampleRequest]:
+        """Return what is asked at once where two samples are: a batch, or in an envelope one request for both."""
+        return [first, second] if self.envelope is None else [in_one(first, second)]
+
+    def of_an_instance(self, rows: RowsPerRequest, samples: Sequence[SampleRequest]) -> RowsPerRequest:
+        """Return how many rows each instance becomes, where it is known how many those of a request are."""
+        counts = {n_instances(sample) for sample in samples[:2]} if self.envelope else {1}
+        if rows.count is None or counts == {1}:
+            return rows
+        if len(counts) > 1 or rows.count % max(counts):
+            return RowsPerRequest(None, f"the handler makes {rows.count} rows of a request of {max(counts)} instances")
+        return RowsPerRequest(rows.count // max(counts))
 
     def calls(self, samples: Sequence[SampleRequest]) -> list[ModelCall]:
         """Return the calls of modules that a batch leads to; none where the handler fails."""
@@ -93,7 +108,8 @@ def adopt(job: dict[str, Any]) -> list[str]:
     modes = {part: part.training for part in model.exported.modules()}
     together: list[list[ModelCall]] = []
     if len(samples) > 1:
-        together = [_calls_of(model, original, [samples[first], samples[second]]) for first, second in ((0, 1), (1, 0))]
+        together = [_calls_of(model, original, original.together(samples[first], samples[second]))
+                    for first, second in ((0, 1), (1, 0))]
     backbone, fits = exported(job, model, [call for calls in (*alone, *together) for call in calls])
     for part, is_training in modes.items():
         part.training = is_training  # what goes on answering is the handler's model, which an export puts into eval()
@@ -101,9 +117,11 @@ def adopt(job: dict[str, Any]) -> list[str]:
         samples = []
     backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])
     if together and fits:
-        rows = rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together)))
+        rows = original.of_an_instance(
+            rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together))), samples)
     elif samples:
-        rows = RowsPerRequest(n_rows_of(_rows(alone[0][0]))) if len(alone[0]) == 1 else called_often(len(alone[0]))
+        rows = original.of_an_instance(RowsPerRequest(n_rows_of(_rows(alone[0][0]))), samples) if (
+            len(alone[0]) == 1) else called_often(len(alone[0]))
     answered = _answers(original, samples)
     require_same(before, [call for calls in together for call in calls])
     folder = Path(job["out"])
@@ -113,7 +131,7 @@ def adopt(job: dict[str, Any]) -> list[str]:
     (layout.samples).write_text(samples_text(samples))
     save_answers(layout.answers, answered)
     HandlerDescription(model.places, Loading.GIVEN if original.loaders_called else Loading.OWN, rows.count,
-                       rows.unknown_because).save(layout.handler_description)
+                       rows.unknown_because, job["envelope"]).save(layout.handler_description)
     return [str(one.batch) for one in answered if all("$" in paths for paths in one.unstable)]
 
 
@@ -162,7 +180,10 @@ def _answers(original: Original, samples: list[SampleRequest]) -> list[AnsweredB
         if batch.explain and any(answer.status != 200 for answer in first):
             continue  # it has no explanations
         second = original.archive.answer(chosen, headers)
-        answered.append(AnsweredBatch(batch, tuple(first), unstable(first, second)))
+        differing = unstable(first, second)
+        if original.envelope == "kservev2":  # it tells the version, which is to be another one
+            differing = tuple((*paths, "$.model_version") for paths in differing)
+        answered.append(AnsweredBatch(batch, tuple(first), differing))
     return answered
 
 

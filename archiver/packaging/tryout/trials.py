@@ -43,7 +43,8 @@ def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], sampl
     volatile: list[str] = run_child(_ORIGINAL, {
         "folder": str(folder), "out": str(out), "samples": samples_text(samples), "own_samples": n_own,
         "input_shape": request.input_shape, "inputs": [asdict(spec) for spec in request.inputs],
-        "output": request.output, "strategy": request.strategy and request.strategy.value,
+        "output": request.output, "envelope": request.service_envelope,
+        "strategy": request.strategy and request.strategy.value,
         "pedestrian": request.pedestrian, "model_file": manifest["model"].get("modelFile"),
         "program": str(Path(request.source).absolute()) if is_program else None,
         "factory": request.source if is_factory else None,

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,29 @@ FILES = Path(__file__).with_name("files")
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 40\nresponseTimeout: 300\n"
 
 
+class Over(Enum):
+    """How a request reaches the server."""
+
+    REST = "predictions"
+    GRPC = "gRPC"
+    WORKFLOW = "workflow"
+
+
 @dataclass(frozen=True)
 class Ask:
     """A request of a client."""
 
-    body: bytes
+    body: bytes = b""
     content_type: str = ""
     explain: bool = False
     """Whether it asks for an explanation, which handlers give for whole batches: it is sent alone only."""
     fails: bool = False
-    """Whether stock TorchServe fails it, and with it the batch: it is sent alone only."""
+    """Whether stock TorchServe fails it, or the batch that it is in: it is sent alone only."""
+    parts: tuple[tuple[str, bytes, str], ...] = ()
+    """Name, value and content type of the parts of a form, in place of a body."""
+    over: Over = Over.REST
+    exact: bool = False
+    """Whether an error has to be the same too, where otherwise ours says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,8 @@ class Habit:
     config: str = CONFIG
     archive_format: str = "default"
     """Of torch-model-archiver."""
+    envelope: str | None = None
+    """TorchServe's around the handler."""
 
 
 def instance(model_file: str, seed: int = 0) -> nn.Module:

@@ -10,12 +10,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.packaging.sources.form import FormFile
 from early_exit.handler.errors import EarlyExitError, Unsupported
 from tests.support.habits.habit import FILES, Habit
 
@@ -67,10 +69,18 @@ def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveReque
         folder: an existing folder for two sample requests.
         store: folder for the new archive.
     """
+    more: dict[str, Any] = {"service_envelope": habit.envelope}
     samples = [folder / "first", folder / "second"]
     for sample, ask in zip(samples, habit.asks):
         sample.write_bytes(ask.body)
-    return ArchiveRequest(str(source), store, requests=samples, **habit.options)
+    if habit.asks[0].parts:
+        samples, more["form"] = [], []
+        for name, value, content_type in habit.asks[0].parts:
+            (folder / name).write_bytes(value)
+            more["form"].append(FormFile(name, folder / name, content_type))
+    if habit.envelope:
+        more["content_type"] = "application/json"
+    return ArchiveRequest(str(source), store, requests=samples, **more, **habit.options)
 
 
 def build_all(requests: Sequence[ArchiveRequest], build: Callable[[ArchiveRequest], Path]) -> list[Path | Refused]:

@@ -7,19 +7,21 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote
 
 import requests
 
+from early_exit.archiver.control import RunSettings
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import FULL_NAME
 from tests.support.client import metrics, session_of
 from tests.support.habits.agreement import Answer
-from tests.support.habits.habit import Ask
+from tests.support.habits.habit import Ask, Over
+from tests.support.habits.other_clients import over_grpc, through_workflow, workflow
 
 START_S = 240.0
 CLIENTS = 8
@@ -32,6 +34,13 @@ class Served:
     model: str
     version: str
     file_name: str
+    in_workflow: bool = False
+    """Whether it is a node of a workflow as well."""
+
+    @property
+    def workflow(self) -> str:
+        """The workflow's name."""
+        return f"wf-{self.model}-{re.sub('[^0-9a-z]', '-', self.version)}"
 
 
 @contextmanager
@@ -41,7 +50,7 @@ def serving(server: TorchServe, versions: Sequence[Served]) -> Iterator[dict[Ser
     troubles: dict[Served, str] = {}
     for served in versions:
         try:
-            management.register(served.file_name, workers=1)
+            management.register(served.file_name, RunSettings(workers=(1, 1)))
         except ServerError as error:
             troubles[served] = str(error)
     registered = [served for served in versions if served not in troubles]
@@ -51,11 +60,12 @@ def serving(server: TorchServe, versions: Sequence[Served]) -> Iterator[dict[Ser
         time.sleep(0.3)
         waiting = [served for served in waiting if not _is_ready(management, served)]
     troubles |= dict.fromkeys(waiting, "its worker does not start: " + _last_error(server))
-    try:
-        yield troubles
-    finally:
+    with ExitStack() as ends:
         for served in registered:
-            management.unregister(served.model, served.version)
+            ends.callback(management.unregister, served.model, served.version)
+            if served.in_workflow and served not in troubles:
+                ends.enter_context(workflow(server, served.workflow, served.file_name))
+        yield troubles
 
 
 def _is_ready(management: Management, served: Served) -> bool:
@@ -112,11 +122,16 @@ def _answers_by_exit(text: str, served: Served) -> Mapping[str, int]:
 
 
 def _ask(session: requests.Session, server: TorchServe, served: Served, ask: Ask) -> Answer:
+    if ask.over is Over.GRPC:
+        return over_grpc(server, served.model, served.version, ask.body)
+    if ask.over is Over.WORKFLOW:
+        return through_workflow(server, served.workflow, ask.body)
     kind = "explanations" if ask.explain else "predictions"
     url = f"{server.addresses.inference}/{kind}/{served.model}/{quote(served.version, safe='')}"
-    headers = {"Content-Type": ask.content_type} if ask.content_type else {}
+    headers = {"X-Kind": ask.content_type or "none", **({"Content-Type": ask.content_type} if ask.content_type else {})}
+    form = [(name, ("file", value, kind)) for name, value, kind in ask.parts]
     try:
-        response = session.post(url, data=ask.body, headers=headers, timeout=120)
+        response = session.post(url, data=ask.body or None, files=form or None, headers=headers, timeout=120)
     except requests.RequestException as error:
         return Answer(0, {}, repr(error).encode())
     return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()},

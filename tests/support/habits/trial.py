@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from early_exit.archiver.packaging.archive import build_archive
@@ -15,7 +15,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.archive_layout import MANIFEST
 from tests.support.habits.agreement import Answer, difference
 from tests.support.habits.exits import copied_exits
-from tests.support.habits.habit import Ask, Habit
+from tests.support.habits.habit import Ask, Habit, Over
 from tests.support.habits.packing import SUFFIXES, Refused, asked, build_all, original
 from tests.support.habits.serving import Served, alone, left_and_stayed, serving, together
 from tests.support.rewritten import rewritten
@@ -56,12 +56,12 @@ class Trial:
     @property
     def original(self) -> Served:
         suffix = SUFFIXES[self.habit.archive_format]
-        return Served(self.habit.name, self.habit.version, self.habit.name + suffix)
+        return Served(self.habit.name, self.habit.version, self.habit.name + suffix, is_node(self.habit))
 
     @property
     def batchable(self) -> list[Ask]:
         """The requests that may be in a batch with others."""
-        return [ask for ask in self.habit.asks if not ask.explain and not ask.fails]
+        return [ask for ask in self.habit.asks if not ask.explain and not ask.fails and ask.over is Over.REST]
 
     def __str__(self) -> str:
         verdict = "same" if self.same else "WRONG" if self.wrong else "refused"
@@ -84,17 +84,25 @@ def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = W
     store = folder / "store"
     store.mkdir(parents=True)
     trials = [Trial(habit, folder / "users" / habit.name) for habit in habits]
-    with TorchServe(store, folder / "state", Addresses.free()) as server:
-        for start in range(0, len(habits), at_once):
-            group = trials[start:start + at_once]
-            _adopt(group, store, build)
-            _add_exits([trial for trial in group if trial.ours and trial.habit.followers], store)
-            _ask_originals(group, server)
-            for way in ways:
-                _ask_ours([trial for trial in group if way in trial.ours], way, server)
-            for trial in group:
-                log(str(trial))
+    for envelope in dict.fromkeys(habit.envelope for habit in habits):
+        config = folder / f"{envelope}.properties"
+        config.write_text(f"service_envelope={envelope}\n" if envelope else "")
+        own = [trial for trial in trials if trial.habit.envelope == envelope]
+        with TorchServe(store, folder / f"state-{envelope}", Addresses.free(), config=config) as server:
+            for start in range(0, len(own), at_once):
+                _try(own[start:start + at_once], server, ways, build)
+                for trial in own[start:start + at_once]:
+                    log(str(trial))
     return trials
+
+
+def _try(trials: Sequence[Trial], server: TorchServe, ways: Sequence[str],
+         build: Callable[[ArchiveRequest], Path]) -> None:
+    _adopt(trials, server.model_store, build)
+    _add_exits([trial for trial in trials if trial.ours and trial.habit.followers], server.model_store)
+    _ask_originals(trials, server)
+    for way in ways:
+        _ask_ours([trial for trial in trials if way in trial.ours], way, server)
 
 
 def _adopt(trials: Sequence[Trial], store: Path, build: Callable[[ArchiveRequest], Path]) -> None:
@@ -130,7 +138,13 @@ def _add_exits(trials: Sequence[Trial], store: Path) -> None:
 
 def _served(mar: Path, habit: Habit) -> Served:
     with zipfile.ZipFile(mar) as archive:
-        return Served(habit.name, json.loads(archive.read(MANIFEST))["model"]["modelVersion"], mar.name)
+        return Served(habit.name, json.loads(archive.read(MANIFEST))["model"]["modelVersion"], mar.name,
+                      is_node(habit))
+
+
+def is_node(habit: Habit) -> bool:
+    """Tell whether a habit is asked through a workflow too."""
+    return any(ask.over is Over.WORKFLOW for ask in habit.asks)
 
 
 def _ask_originals(trials: Sequence[Trial], server: TorchServe) -> None:
@@ -154,6 +168,12 @@ def _ask_ours(trials: Sequence[Trial], way: str, server: TorchServe) -> None:
             trial.wrong += [f"{way}: {told}"] if told else []
 
 
+def _with_version(answer: Answer, found: str, expected: str) -> Answer:
+    """Return an answer that says another version, where it says one, as an envelope does."""
+    said = (f'"model_version": "{version}"'.encode() for version in (found, expected))
+    return replace(answer, body=answer.body.replace(*said))
+
+
 def _noticed(trial: Trial, served: Served, server: TorchServe) -> str:
     """Return how a client would notice that a version answers instead of the original; empty where none would."""
     habit = trial.habit
@@ -163,6 +183,7 @@ def _noticed(trial: Trial, served: Served, server: TorchServe) -> str:
             (trial.batchable, together(server, served, trial.batchable), trial.in_batches,
              [trial.first[number] for number in batchable])):
         for ask, *answers in zip(asks, found, expected, again):
-            if told := difference(*answers):
+            answers[0] = _with_version(answers[0], served.version, habit.version)
+            if told := difference(*answers, exact=ask.exact):
                 return f"{'explanation of ' if ask.explain else ''}{ask.body[:60]!r}: {told}"
     return ""

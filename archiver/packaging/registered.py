@@ -1,0 +1,91 @@
+"""What a server learns of an archive that it registers: of one that `ee-archive` made, or of the user's own."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from early_exit.archiver.control import RunSettings
+from early_exit.handler.archive_contents import ArchiveContents, read_archive
+from early_exit.handler.archive_layout import HANDLER, MANIFEST, checked_manifest, require_harmless
+from early_exit.handler.config import EARLY, ServingConfig
+from early_exit.handler.errors import ArchiveError
+from early_exit.training.text_files import parse_yaml
+
+_FIRST_VERSION = "1.0"
+"""What TorchServe takes where a manifest names no version."""
+
+
+@dataclass(frozen=True)
+class RegisteredArchive:
+    """An archive as a server sees it, read without unpacking it."""
+
+    model: str
+    """The name that it is served under unless another is given."""
+    version: str
+    configured: RunSettings
+    """What its model-config.yaml says, as far as TorchServe takes it."""
+    may_have_more_workers: bool
+    """Whether it may have more workers than its configuration says; early answers need exactly one."""
+    ours: ArchiveContents | None
+    """What `ee-archive` noted; none for an archive of torch-model-archiver."""
+
+    @property
+    def made_from(self) -> str | None:
+        """Name and version of the archive that it was made from; none where it was made from a model, or not by us."""
+        if self.ours is None or not (version := self.ours.original_manifest["model"].get("modelVersion")):
+            return None
+        return f"{self.ours.original_manifest['model']['modelName']} {version}"
+
+
+def registered_archive(mar: Path) -> RegisteredArchive:
+    """Read what a server will learn of an archive.
+
+    Raises:
+        ArchiveError: it is no .mar, or it is damaged.
+        ConfigError: it is one of `ee-archive`, and its configuration holds a wrong setting.
+        FormatError: it is one of `ee-archive`, in a format that this version does not read.
+        PlanError: its plan is incomplete.
+    """
+    manifest, configuration = _read(mar)
+    model = manifest["model"]
+    if not model.get("modelName"):
+        raise ArchiveError(f"{mar} names no model: expected modelName in {MANIFEST}, found {model!r:.80}")
+    ours = read_archive(mar) if model.get("handler") == HANDLER else None
+    content = parse_yaml(configuration, f"model-config.yaml in {mar}")
+    content = content if isinstance(content, dict) else {}
+    early = ours is not None and ServingConfig.from_model_config(content).answers == EARLY
+    return RegisteredArchive(str(model["modelName"]), str(model.get("modelVersion") or _FIRST_VERSION),
+                             _configured(content), not early, ours)
+
+
+def _configured(content: dict[str, Any]) -> RunSettings:
+    """Return what TorchServe takes of a configuration: whole numbers above 0, and workers only as a pair that fits."""
+    def number(name: str) -> int | None:
+        value = content.get(name)
+        return value if type(value) is int and value > 0 else None
+
+    least, most = number("minWorkers"), number("maxWorkers")
+    return RunSettings(number("batchSize"), number("maxBatchDelay"), number("responseTimeout"),
+                       (least, most) if least is not None and most is not None and most >= least else None)
+
+
+def _read(mar: Path) -> tuple[dict[str, Any], str]:
+    """Return an archive's manifest and the text of its model-config.yaml."""
+    try:
+        with zipfile.ZipFile(mar) as archive:
+            require_harmless(archive, mar)
+            if MANIFEST not in archive.namelist():
+                raise ArchiveError(f"{mar} has no {MANIFEST}: expected an archive made by torch-model-archiver or "
+                                   "ee-archive")
+            manifest = checked_manifest(json.loads(archive.read(MANIFEST)), f"{mar}: {MANIFEST}")
+            file = manifest["model"].get("configFile")
+            has_file = bool(file) and file in archive.namelist()
+            return manifest, archive.read(file).decode() if has_file else ""
+    # What zipfile raises for entries that are damaged, cut short, encrypted or compressed in a way it does not know.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
+        raise ArchiveError(f"cannot read {mar}: {error}. Is it a .mar, and complete?") from error

@@ -1,0 +1,68 @@
+"""Removes a version that gets no requests any more, once it has answered those that it got."""
+
+from __future__ import annotations
+
+from early_exit.archiver.control import ModelServer, VersionStatus
+from early_exit.archiver.rollout.clock import MACHINE_CLOCK, Clock
+from early_exit.handler.errors import ServerError
+from early_exit.handler.protocol import SECRET_VARIABLE
+
+POLL_S = 0.2
+"""How often a server is asked whether something has happened."""
+LONGEST_BATCH_S = 5.0
+"""How long a worker may at least still work on the batch that it took before its queue was seen empty: a server does
+not tell, and removing a version ends its workers."""
+
+
+def require_known_batch(server: ModelServer, longest_batch_s: float | None) -> None:
+    """Check that it is known, or can be measured, how long a batch takes on a server.
+
+    Raises:
+        ServerError: it is neither.
+    """
+    if longest_batch_s is None and not server.has_secret:
+        raise ServerError(f"the secret of the workers of {server} is not known, so no request can be run to the end to "
+                          "tell how long a batch takes: pass --longest-batch-s, the seconds that the served version "
+                          "may take for one, or --secret FILE, with which the new version is probed and measured "
+                          "(ee-serve makes the file; another server needs what it holds in the variable "
+                          f"{SECRET_VARIABLE})")
+
+
+def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_limit_s: float = 300.0,
+           longest_batch_s: float | None = None, clock: Clock = MACHINE_CLOCK) -> None:
+    """Remove a version that gets no requests any more once it has answered those that it got.
+
+    Args:
+        server: the server that has it.
+        model: name of the model.
+        version: a version of it that is not the default.
+        drain_limit_s: how long it may take to answer what it has.
+        longest_batch_s: how long its workers may take for one batch, by default `LONGEST_BATCH_S`.
+        clock: of who waits.
+
+    Raises:
+        ServerError: it still has requests; it is left registered.
+    """
+    longest_batch_s = LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s
+    _drain(server, model, version, drain_limit_s, longest_batch_s, clock)
+    server.unregister(model, version.version)
+
+
+def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, longest_batch_s: float,
+           clock: Clock) -> None:
+    """Wait until the old version's queue is empty and the batches that its workers took have passed."""
+    deadline = clock.now() + limit_s
+    empty_since: float | None = None
+    settle_s = longest_batch_s + (old.settings.max_batch_delay_ms or 0) / 1000
+    while clock.now() < deadline:
+        status = next((status for status in server.versions(model)
+                       if (status.version, status.claim) == (old.version, old.claim)), None)
+        if status is None:
+            raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
+        now = clock.now()
+        empty_since = (empty_since or now) if status.pending_requests == 0 else None
+        if empty_since is not None and now - empty_since >= settle_s:
+            return
+        clock.sleep(POLL_S)
+    raise ServerError(f"{model} {old.version} still had requests after {limit_s:.0f} s; it is left registered, and the "
+                      "new version is the default")

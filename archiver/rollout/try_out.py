@@ -1,0 +1,108 @@
+"""Lets a version answer before it gets any traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from early_exit.archiver.control import ModelServer
+from early_exit.archiver.packaging.describe import describe
+from early_exit.archiver.packaging.registered import RegisteredArchive
+from early_exit.archiver.rollout.clock import Clock
+from early_exit.archiver.rollout.sample_answer import require_same_answer
+from early_exit.handler.archive_contents import ArchiveContents
+from early_exit.handler.errors import ServerError
+from early_exit.handler.sample_request import SampleRequest
+
+
+@dataclass(frozen=True)
+class TryOut:
+    """A version that is to be tried out."""
+
+    mar: Path
+    archive: RegisteredArchive
+    """What is in it."""
+    old: RegisteredArchive | None
+    """The archive of the version that serves, where there is one, and where it is here."""
+    request: SampleRequest | None
+    """What the version must answer; by default a sample of its own, or of the old version."""
+
+    def require_request(self) -> None:
+        """Check that a backbone answers a real request before it serves, or serves already.
+
+        Raises:
+            ServerError: no request is known.
+        """
+        backbone = _backbone(self.archive)
+        serves_already = backbone is not None and self.old is not None and _backbone(self.old) == backbone
+        if self._sample is not None or serves_already:
+            return
+        raise ServerError(f"{self.mar.name} has no sample request, so its backbone has never answered a real one: pass "
+                          "--request FILE, here or to ee-archive, or --untried if it shall serve all the same")
+
+    def run(self, server: ModelServer, model: str, clock: Clock, log: Callable[[str], None]) -> float:
+        """Check that the version computes what its archive does, and answers.
+
+        Args:
+            server: has the version.
+            model: name that it is registered under.
+            clock: of the roll.
+            log: called with what cannot be checked.
+
+        Returns:
+            The seconds of a request that ran to the end, 0 where none did.
+
+        Raises:
+            ServerError: it does not.
+        """
+        if self.archive.ours is None:
+            return self._answer_to_the_end(server, model, clock, log)
+        contents = self.archive.ours
+        if server.has_secret:
+            described = describe(self.mar)
+            _require_same(described, server.probe(model, self.archive.version))
+            return self._answer_to_the_end(server, model, clock, log)
+        samples = [sample for sample in (self.request, *contents.samples[:1]) if sample is not None]
+        predictions = [server.predict(model, self.archive.version, sample) for sample in samples]
+        if contents.sample_answers:
+            require_same_answer(contents, describe(self.mar)["engine"], predictions[-1])
+            log("not probed, for want of the server's secret: its sample request is answered as where the archive was "
+                "made")
+        else:
+            log("not probed, for want of the server's secret, and the archive has no answer of its own to compare "
+                "with: whether the server loaded this archive, or another of that name, is not known")
+        return 0.0
+
+    @property
+    def _sample(self) -> SampleRequest | None:
+        """The request to try the version out with: what an archive of ours answers, the original answers too."""
+        known: tuple[ArchiveContents | None, ...] = (self.archive.ours,)
+        if self.archive.ours is None and self.old is not None:
+            known = (self.old.ours,)
+        return self.request or next((sample for ours in known if ours is not None for sample in ours.samples), None)
+
+    def _answer_to_the_end(self, server: ModelServer, model: str, clock: Clock, log: Callable[[str], None]) -> float:
+        """Let the version answer, and once more to the end; an archive that is not ours has no exits."""
+        sample, version = self._sample, self.archive.version
+        if sample is None:
+            if self.archive.ours is None:
+                log(f"{version} was not tried out: no request is known that it answers")
+            return 0.0
+        server.predict(model, version, sample)
+        sent = clock.now()
+        server.predict(model, version, sample, to_the_end=self.archive.ours is not None)
+        return clock.now() - sent
+
+
+def _backbone(archive: RegisteredArchive) -> str | None:
+    return None if archive.ours is None else archive.ours.description.sha256
+
+
+def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
+    """Check that the server loaded this archive, not another file of that name in its model store."""
+    # No plan is told where the configuration says "exits: false".
+    if (probe.get("backbone") != contents["backbone"]["sha256"]
+            or probe.get("plan") not in (None, contents["plan_digest"])):
+        raise ServerError("the server loaded another archive of that name: is this one in its model store?")

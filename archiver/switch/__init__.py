@@ -1,0 +1,1 @@
+"""`ee-exits`: the operator's switch for the exits of a model."""

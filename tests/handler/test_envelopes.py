@@ -1,0 +1,128 @@
+"""Requests in TorchServe's envelopes: as many answers as before, and no instance gets what belongs to another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ts.torch_handler.request_envelope.json import JSONEnvelope
+from ts.torch_handler.request_envelope.kserve import KServeEnvelope
+from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
+
+from early_exit.archiver.torchserve import api
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
+from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
+from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard, request_hash
+from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.handler.user_handler.description import HandlerDescription
+from tests.support.host import MemoryHost, worker_of
+from tests.support.plans import random_exits
+from tests.support.row_handlers import AtOnce, Augmenting, backbone_of_rows, requests
+from tests.support.torchserve_context import OVER_HTTP, predict, service_of
+
+ROWS = [{"rows": numbers} for numbers in requests(6)]
+ENVELOPES = {"json": JSONEnvelope, "kserve": KServeEnvelope, "kservev2": KServev2Envelope}
+
+
+@pytest.fixture(scope="module")
+def model() -> EarlyExitModel:
+    backbone = backbone_of_rows()
+    return build_model(backbone, *random_exits(backbone), sampling_rate=1.0, record_layers=8)
+
+
+def request(instances: list[Any], kind: str = "json") -> dict[str, Any]:
+    """Return a request in an envelope, parsed as TorchServe parses JSON."""
+    if kind == "kservev2":
+        return {"body": {"inputs": [{"name": f"input-{number}", "shape": [len(one["rows"])], "datatype": "FP32",
+                                     "data": one["rows"]} for number, one in enumerate(instances)]}}
+    return {"body": {"instances": instances}}
+
+
+class OfInputs(AtOnce):
+    """The same handler as it is written for the second protocol of KServe, which hands over named tensors."""
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        return super().handle([{"rows": one["data"]} for one in data], context)
+
+
+def handler_of(kind: str, model: EarlyExitModel) -> AtOnce:
+    return OfInputs(model) if kind == "kservev2" else AtOnce(model)
+
+
+@pytest.mark.parametrize("kind", ENVELOPES)
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_request_of_several_instances_is_answered_as_by_the_handler_alone(
+        kind: str, count: int, model: EarlyExitModel) -> None:
+    handler = handler_of(kind, model)
+    expected, _ = predict(ENVELOPES[kind](handler.handle).handle, [request(ROWS[:count], kind)])
+    model.log.take()
+    found, context = predict(ENVELOPES[kind](service_of(worker_of(model, handler)).handle).handle,
+                             [request(ROWS[:count], kind)])
+    assert found == expected and EXIT_HEADER in context.get_response_headers(0)
+    assert context.get_response_status(0)[0] == 200
+
+
+def test_requests_of_several_instances_in_one_batch_are_answered_and_their_records_name_no_request(
+        model: EarlyExitModel, tmp_path: Path) -> None:
+    host = MemoryHost()
+    worker = worker_of(model, AtOnce(model), ServingConfig(records=str(tmp_path)), host)
+    batch = [request(ROWS[:2]), request(ROWS[2:3]), request(ROWS[3:])]
+    expected, _ = predict(JSONEnvelope(AtOnce(model).handle).handle, batch)
+    found, context = predict(JSONEnvelope(service_of(worker).handle).handle, batch)
+    worker.close()
+    assert found == expected and not any(context.get_response_headers(item) for item in range(3))
+    [records] = [read_shard(path, []) for path in list_shards(tmp_path)]
+    assert records.request.tolist() == [ANONYMOUS] * 6
+    assert host.value("rows_unknown", "envelope") == 1
+
+
+@pytest.mark.parametrize("kind", [AtOnce, Augmenting])
+def test_each_instance_of_a_request_is_recorded_with_its_number(
+        kind: type[AtOnce], model: EarlyExitModel, tmp_path: Path) -> None:
+    worker = worker_of(model, kind(model), ServingConfig(records=str(tmp_path), keep_requests=True),
+                       description=HandlerDescription(rows_per_request=kind.rows_per_request))
+    predict(JSONEnvelope(service_of(worker).handle).handle, [request(ROWS[:4])])
+    worker.close()
+    [records] = [read_shard(path, [], kept=True) for path in list_shards(tmp_path)]
+    assert records.request.tolist() == [request_hash("id-0")] * 4
+    assert sorted(records.row.tolist()) == [0, 1, 2, 3]
+    assert records.kept is not None
+    kept = {number: KeptRequest.from_bytes(one).item for number, one in zip(records.row.tolist(), records.kept)}
+    assert [kept[number] for number in range(4)] == ROWS[:4]
+
+
+@pytest.mark.parametrize("kind", ENVELOPES)
+def test_a_probe_is_answered_in_every_envelope(
+        kind: str, model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "the operator's")
+    headers = {**OVER_HTTP, PROBE_HEADER: "1", SECRET_HEADER: "the operator's"}
+    [answer], context = predict(ENVELOPES[kind](service_of(worker_of(model, AtOnce(model))).handle).handle,
+                                [{"body": json.loads(PROBE_BODY)}], headers=[headers])
+    said = json.loads(answer) if isinstance(answer, str) else answer
+    assert api._out_of_envelope(json.loads(json.dumps(said)))["probe"] == "ok"
+    assert context.get_response_status(0)[0] == 200
+
+
+@pytest.mark.parametrize("kind", ENVELOPES)
+def test_an_error_comes_in_the_envelope_that_answers_come_in(kind: str, model: EarlyExitModel) -> None:
+    bad = request([{"rows": ["no number"]}], kind) if kind != "kservev2" else {"body": {"inputs": [
+        {"name": "input-0", "shape": [1], "datatype": "BYTES", "data": ["no number"]}]}}
+    [answer], context = predict(
+        ENVELOPES[kind](service_of(worker_of(model, handler_of(kind, model))).handle).handle, [bad])
+    said = json.loads(answer) if isinstance(answer, str) else answer
+    assert api._out_of_envelope(said)["code"] == context.get_response_status(0)[0] == 400
+
+
+def test_with_early_answers_a_batch_of_several_instances_is_answered_at_once() -> None:
+    backbone = backbone_of_rows()
+    early = build_model(backbone, *random_exits(backbone), answers="early")
+    service = service_of(worker_of(early, AtOnce(early), ServingConfig(answers="early")))
+    batch = [request(ROWS[:2]), request(ROWS[2:3]), request(ROWS[3:])]
+    for requests_ in (batch, batch[:1], batch):
+        expected, _ = predict(JSONEnvelope(AtOnce(early).handle).handle, requests_)
+        found, _ = predict(JSONEnvelope(service.handle).handle, requests_)
+        assert found == expected

@@ -1,0 +1,79 @@
+"""Calls of one handler that go on side by side: each has what it has set, and all have the same handler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from early_exit.handler.call import Call
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.loading import build_model
+from tests.support.host import MemoryHost, worker_of
+from tests.support.plans import random_exits
+from tests.support.row_handlers import AtOnce, backbone_of_rows, requests, row
+
+
+@pytest.fixture
+def model() -> EarlyExitModel:
+    backbone = backbone_of_rows()
+    return build_model(backbone, *random_exits(backbone), answers="early")
+
+
+def answered(model: EarlyExitModel, handler: AtOnce, bodies: list[list[float]]) -> list[Any]:
+    """Return the answers to requests of which one more comes at each step."""
+    worker = worker_of(model, handler, ServingConfig(answers="early"), MemoryHost())
+    handler.initialize(worker._answers._context)  # type: ignore[union-attr]
+    waiting: dict[str, Call] = {}
+    answers: dict[str, Any] = {}
+    for number in range(len(bodies) + 100):
+        if number < len(bodies):
+            waiting[f"id-{number}"] = Call(f"id-{number}", {"rows": bodies[number]})
+        for call, reply in zip([*waiting.values()], worker.step([*waiting.values()])):
+            if reply is not None:
+                assert reply.status == 200, reply.body
+                answers[call.id] = reply.body
+                del waiting[call.id]
+    assert not waiting
+    return [answers[f"id-{number}"] for number in range(len(bodies))]
+
+
+class KnownElsewhere(AtOnce):
+    """A handler of which others know a method, and that keeps its context and puts things on it."""
+
+    def initialize(self, context: Any) -> None:
+        self.context = context
+        self.before_the_model = self.remember
+
+    def remember(self, item: Any) -> None:
+        self.remembered = item["rows"]
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.context.number = mine = getattr(self.context, "number", 0) + 1
+        self.before_the_model(data[0])
+        super().handle(data, context)
+        return [{"remembered": self.remembered, "id": self.context.get_request_id(0), "same": context is self.context,
+                 "number": self.context.number == mine}]
+
+
+def test_what_a_call_sets_through_a_method_that_others_know_or_on_a_kept_context_is_its_own(
+        model: EarlyExitModel) -> None:
+    handler, bodies = KnownElsewhere(model), requests(20)
+    for number, answer in enumerate(answered(model, handler, bodies)):
+        assert answer == {"remembered": bodies[number], "id": f"id-{number}", "same": True, "number": True}
+    assert handler.context.number > 1, "what a call has put there is there for those that begin after it"
+
+
+def test_what_one_call_deletes_is_gone_for_it_alone_until_it_has_ended(model: EarlyExitModel) -> None:
+    class Deleting(AtOnce):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            context.mine = data[0]["rows"]
+            with torch.no_grad():
+                answers = self.model(torch.stack([row(item) for item in data])).argmax(dim=1).tolist()
+            assert context.mine == data[0]["rows"]
+            del context.mine
+            return answers
+
+    assert len(answered(model, Deleting(model), requests(8))) == 8
