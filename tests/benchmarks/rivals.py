@@ -98,7 +98,8 @@ def at_once(server: TorchServe, mars: dict[str, Path], versions: tuple[str, str]
         thread.start()
     for thread in threads:
         thread.join()
-    return {"versions": versions, "most_delay_s": most_s, "begin_within_s": within_s, "seconds": round(time.monotonic() - began, 1),
+    return {"versions": versions, "most_delay_s": most_s, "begin_within_s": within_s,
+            "seconds": round(time.monotonic() - began, 1),
             "succeeded": [outcome.version for outcome in outcomes if isinstance(outcome, RollReport)],
             "said": [str(outcome) for outcome in outcomes if not isinstance(outcome, RollReport)]}
 
