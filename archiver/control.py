@@ -50,6 +50,8 @@ class VersionStatus:
     """How it is run; all of them are known."""
     file_name: str
     """Name of the version's archive in the server's model store."""
+    is_downloaded: bool = False
+    """Whether the server fetched the archive into its store by a URL; TorchServe deletes it there with the version."""
     claim: Claim | None = None
     """Of the roll that registered it; none where no roll did, or the server has been restarted since."""
 

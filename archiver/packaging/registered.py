@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -10,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.control import RunSettings
+from early_exit.archiver.packaging.sources.unpacking import unpack
 from early_exit.handler.archive_contents import ArchiveContents, read_archive
-from early_exit.handler.archive_layout import HANDLER, MANIFEST, checked_manifest, require_harmless
+from early_exit.handler.archive_layout import (
+    HANDLER,
+    MANIFEST,
+    ArchiveLayout,
+    checked_manifest,
+    read_manifest,
+    require_harmless,
+)
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.errors import ArchiveError
 from early_exit.training.text_files import parse_yaml
@@ -45,13 +54,16 @@ class RegisteredArchive:
 def registered_archive(mar: Path) -> RegisteredArchive:
     """Read what a server will learn of an archive.
 
+    Args:
+        mar: an archive, in any of the formats of torch-model-archiver.
+
     Raises:
-        ArchiveError: it is no .mar, or it is damaged.
+        ArchiveError: it is no such archive, or it is damaged.
         ConfigError: it is one of `ee-archive`, and its configuration holds a wrong setting.
         FormatError: it is one of `ee-archive`, in a format that this version does not read.
         PlanError: its plan is incomplete.
     """
-    manifest, configuration = _read(mar)
+    manifest, configuration = _read(mar) if mar.suffix == ".mar" and not mar.is_dir() else _unpacked(mar)
     model = manifest["model"]
     if not model.get("modelName"):
         raise ArchiveError(f"{mar} names no model: expected modelName in {MANIFEST}, found {model!r:.80}")
@@ -75,7 +87,7 @@ def _configured(content: dict[str, Any]) -> RunSettings:
 
 
 def _read(mar: Path) -> tuple[dict[str, Any], str]:
-    """Return an archive's manifest and the text of its model-config.yaml."""
+    """Return a .mar's manifest and the text of its model-config.yaml, without unpacking it."""
     try:
         with zipfile.ZipFile(mar) as archive:
             require_harmless(archive, mar)
@@ -89,3 +101,16 @@ def _read(mar: Path) -> tuple[dict[str, Any], str]:
     # What zipfile raises for entries that are damaged, cut short, encrypted or compressed in a way it does not know.
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
         raise ArchiveError(f"cannot read {mar}: {error}. Is it a .mar, and complete?") from error
+
+
+def _unpacked(source: Path) -> tuple[dict[str, Any], str]:
+    """Return the same of a .tar.gz or of a folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        layout = ArchiveLayout(Path(scratch))
+        unpack(source, layout.root)
+        manifest = read_manifest(layout.manifest)
+        file = manifest["model"].get("configFile")
+        try:
+            return manifest, (layout.root / file).read_text("utf-8") if file and (layout.root / file).is_file() else ""
+        except (OSError, ValueError) as error:
+            raise ArchiveError(f"cannot read {file} in {source}: {error}") from error

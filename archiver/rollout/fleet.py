@@ -63,6 +63,9 @@ def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callabl
     if report.replaced_archive is None:
         return f"{server} served no {report.model} before, so it keeps {report.version}"
     try:
+        serves = next((status.version for status in server.versions(report.model) if status.is_default), None)
+        if serves != report.version:
+            return f"{server} serves {serves} by now, which somebody else brought in, and is left so"
         roll(server, store / report.replaced_archive, log=log, **{
             **limits, "name": report.model, "settings": report.replaced_settings, "request": None, "untried": True,
             "longest_batch_s": report.longest_batch_s})

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
 from early_exit.archiver.control import ModelServer, VersionStatus
 from early_exit.archiver.rollout.clock import MACHINE_CLOCK, Clock
 from early_exit.handler.errors import ServerError
@@ -46,6 +53,32 @@ def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_lim
     longest_batch_s = LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s
     _drain(server, model, version, drain_limit_s, longest_batch_s, clock)
     server.unregister(model, version.version)
+
+
+@contextlib.contextmanager
+def kept_in_store(archive: Path) -> Iterator[bool]:
+    """Keep an archive that the server deletes from its model store with the version; yield whether that is possible."""
+    aside = archive.with_name(f".{archive.name}.{secrets.token_hex(4)}")
+    try:
+        _link_or_copy(archive, aside)
+    except OSError:  # it is not here, or the store is full, or not ours to write
+        aside.unlink(missing_ok=True)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if archive.exists():
+            aside.unlink()
+        else:
+            aside.rename(archive)
+
+
+def _link_or_copy(archive: Path, to: Path) -> None:
+    try:
+        os.link(archive, to)
+    except OSError:  # as in a store without hard links
+        shutil.copyfile(archive, to)
 
 
 def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, longest_batch_s: float,

@@ -7,13 +7,14 @@ version out, make it the default, let the old version finish what it has, and on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from early_exit.archiver.control import ModelServer, RunSettings, VersionStatus
 from early_exit.archiver.packaging.registered import RegisteredArchive, registered_archive
 from early_exit.archiver.rollout.clock import MACHINE_CLOCK, Clock
-from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S, POLL_S, require_known_batch, retire
+from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S, POLL_S, kept_in_store, require_known_batch, retire
 from early_exit.archiver.rollout.rivals import Candidate, default_of
 from early_exit.archiver.rollout.settings import SettingsPlan, in_words, plan_settings, require_kept
 from early_exit.archiver.rollout.try_out import TryOut
@@ -94,42 +95,84 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
         trial.require_request()
     if old is not None:
         require_known_batch(server, longest_batch_s)
-    longest_batch_s = LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s
     plan = _plan(archive, old, old_archive, settings)
+    rolled = _Roll(server, model, archive, candidate, old, plan, trial, clock, log)
     warning = _warning(server, mar, model, archive) if old is None else None
-    started = clock.now()
-    log(f"registering {model} {version}")
-    try:
-        candidate.register(mar.name, plan.to_register)
-        _wait_until_ready(candidate, f"{model} {version}", ready_limit_s, clock)
-        if plan.workers is not None:
-            server.scale(model, version, plan.workers)
-            _wait_until_ready(candidate, f"{model} {version}", ready_limit_s, clock)
-        if old is not None:
-            require_kept(plan, candidate.status().settings, version, old.version)
-            for line in in_words(plan, old.settings, old.version):
-                log(line)
-        ready_s = clock.now() - started
-        log(f"ready after {ready_s:.1f} s")
-        alone_s = trial.run(server, model, clock, log)
-        if old is not None:
-            longest_batch_s = max(longest_batch_s, _BUSY_FACTOR * (old.settings.batch_size or 1) * alone_s)
-        candidate.become_default(ready_limit_s)
-    except BaseException as error:
-        candidate.take_back(log)
-        if isinstance(error, ServerError) and old is not None:
-            raise ServerError(f"{error}\n{model} {old.version} goes on serving") from error
-        raise
-    log(f"{version} is the default")
+    ready_s, measured_s = rolled.bring_in(mar.name, ready_limit_s)
+    longest_batch_s = max(LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s, measured_s)
     switched = clock.now()
-    if old is not None:
-        retire(server, model, old, drain_limit_s=drain_limit_s, longest_batch_s=longest_batch_s, clock=clock)
-        log(f"{old.version} has answered everything and is removed")
-        candidate.require_default()
-    return RollReport(
-        model, version, old.version if old else None, ready_s, clock.now() - switched, longest_batch_s,
-        replaced_archive=old.file_name if old else None, replaced_settings=old.settings if old else None,
-        kept=plan.kept if old else None, changed=plan.changed if old else None, warning=warning)
+    report = RollReport(model, version, None, ready_s, 0.0, longest_batch_s, warning=warning)
+    if old is None:
+        return report
+    rolled.retire(old, mar.parent, drain_limit_s, longest_batch_s)
+    return replace(report, replaced=old.version, drained_s=clock.now() - switched, replaced_archive=old.file_name,
+                   replaced_settings=old.settings, kept=plan.kept, changed=plan.changed)
+
+
+@dataclass(frozen=True)
+class _Roll:
+    """A roll that has looked at what is there."""
+
+    server: ModelServer
+    model: str
+    archive: RegisteredArchive
+    candidate: Candidate
+    old: VersionStatus | None
+    plan: SettingsPlan
+    trial: TryOut
+    clock: Clock
+    log: Callable[[str], None]
+
+    def bring_in(self, file_name: str, ready_limit_s: float) -> tuple[float, float]:
+        """Make the new version the default; return the seconds until it was ready, and of a batch of the old one.
+
+        Raises:
+            ServerError: a step failed; the version is removed.
+        """
+        version, old, started = self.archive.version, self.old, self.clock.now()
+        self.log(f"registering {self.model} {version}")
+        try:
+            self.candidate.register(file_name, self.plan.to_register)
+            self._wait_until_ready(ready_limit_s)
+            if self.plan.workers is not None:
+                self.server.scale(self.model, version, self.plan.workers)
+                self._wait_until_ready(ready_limit_s)
+            if old is not None:
+                require_kept(self.plan, self.candidate.status().settings, version, old.version)
+                for line in in_words(self.plan, old.settings, old.version):
+                    self.log(line)
+            ready_s = self.clock.now() - started
+            self.log(f"ready after {ready_s:.1f} s")
+            alone_s = self.trial.run(self.server, self.model, self.clock, self.log)
+            self.candidate.become_default(ready_limit_s)
+        except BaseException as error:
+            self.candidate.take_back(self.log)
+            if isinstance(error, ServerError) and old is not None:
+                raise ServerError(f"{error}\n{self.model} {old.version} goes on serving") from error
+            raise
+        self.log(f"{version} is the default")
+        return ready_s, _BUSY_FACTOR * (old.settings.batch_size or 1) * alone_s if old else 0.0
+
+    def retire(self, old: VersionStatus, store: Path, drain_limit_s: float, longest_batch_s: float) -> None:
+        """Remove the old version once it has answered everything, and check that the new one is still the default."""
+        with kept_in_store(store / old.file_name) if old.is_downloaded else nullcontext(True) as is_kept:
+            retire(self.server, self.model, old, drain_limit_s=drain_limit_s, longest_batch_s=longest_batch_s,
+                   clock=self.clock)
+        if not is_kept:
+            self.log(f"the server has deleted {old.file_name}, which it had fetched by a URL and which could not be "
+                     f"kept: to go back to {old.version}, put it into the model store again")
+        self.log(f"{old.version} has answered everything and is removed")
+        self.candidate.require_default()
+
+    def _wait_until_ready(self, limit_s: float) -> None:
+        deadline = self.clock.now() + limit_s
+        while self.clock.now() < deadline:
+            status = self.candidate.status()
+            if status.n_ready >= max(1, status.n_workers):
+                return
+            self.clock.sleep(POLL_S)
+        raise ServerError(f"{self.model} {self.archive.version} was not ready within {limit_s:.0f} s: its log is in "
+                          "the server's model log")
 
 
 def _archive_of(old: VersionStatus | None, store: Path) -> RegisteredArchive | None:
@@ -155,13 +198,3 @@ def _warning(server: ModelServer, mar: Path, model: str, archive: RegisteredArch
     return (f"no version of {model} was registered on {server}, so {mar.name} replaces nothing there, though it was "
             f"made from {archive.made_from}. " + (f"If it is to replace {others}, remove it and pass --as NAME"
                                                   if others else "The server had no models at all"))
-
-
-def _wait_until_ready(candidate: Candidate, name: str, limit_s: float, clock: Clock) -> None:
-    deadline = clock.now() + limit_s
-    while clock.now() < deadline:
-        status = candidate.status()
-        if status.n_ready >= max(1, status.n_workers):
-            return
-        clock.sleep(POLL_S)
-    raise ServerError(f"{name} was not ready within {limit_s:.0f} s: its log is in the server's model log")

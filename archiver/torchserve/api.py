@@ -29,7 +29,7 @@ from early_exit.training.credentials import without_credentials
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
 """TorchServe names no more models than this in one answer."""
-_CLAIM = re.compile(r"ee-roll-(\d{1,9})-([0-9a-z]{1,32})")
+_CLAIM = re.compile(r"ee-roll-(\d{1,18})-([0-9a-z]{1,32})")
 """A folder that is not there: TorchServe 0.12 looks for the last part of the URL in its model store, and describes the
 version with the whole URL."""
 
@@ -162,7 +162,7 @@ def _status(version: dict[str, Any], default_version: str | None) -> VersionStat
         settings=RunSettings(version["batchSize"], version["maxBatchDelay"], version["responseTimeout"],
                              (version["minWorkers"], version["maxWorkers"])),
         file_name=bare_name(file_name, "the archive's name that the server tells", ServerError),
-        claim=Claim(int(claim[1]), claim[2]) if claim else None)
+        is_downloaded="://" in folder, claim=Claim(int(claim[1]), claim[2]) if claim else None)
 
 
 def _json(response: httpx.Response) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,19 @@ def test_of_a_configuration_counts_what_the_server_takes(tmp_path: Path, says: s
     assert registered_archive(plain_mar(tmp_path, "1.0", config=says)).configured == takes
 
 
+@pytest.mark.parametrize("archive_format", ["no-archive", "tgz"])
+def test_an_original_that_is_no_zip_is_read_as_well(tmp_path: Path, archive_format: str) -> None:
+    zipped = plain_mar(tmp_path, "1.5", config="batchSize: 4\n")
+    folder = tmp_path / "digits"
+    shutil.unpack_archive(zipped, folder, "zip")
+    source = folder
+    if archive_format == "tgz":
+        source = tmp_path / "digits.tar.gz"
+        with tarfile.open(source, "w:gz") as archive:
+            archive.add(folder, "digits")
+    assert registered_archive(source) == registered_archive(zipped)
+
+
 def test_a_model_that_is_registered_under_another_name_is_replaced_under_that(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serving(tmp_path, model="photos")
@@ -125,6 +141,38 @@ def test_an_adoption_that_fails_is_put_back_to_the_original_archive_run_as_it_wa
                  put_back=True, untried=True, longest_batch_s=0.0, clock=VirtualClock())
     assert [(status.version, status.settings) for status in done.versions("digits")] == [
         ("1.0", RunSettings(3, 37, 77, (2, 4)))]
+
+
+def test_an_archive_that_the_server_fetched_and_deletes_with_its_version_is_kept_for_the_way_back(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for can_link in (True, False):
+        if not can_link:
+            monkeypatch.setattr("os.link", refuse_link)
+        server = serving(tmp_path)
+        server.all["digits"]["1.0"] = replace(server.registered["1.0"], is_downloaded=True)
+        before = (tmp_path / "digits-1.0.mar").read_bytes()
+        rolled(server, plain_mar(tmp_path, "2.0"))
+        assert (tmp_path / "digits-1.0.mar").read_bytes() == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-1.0.mar", "digits-2.0.mar"]
+
+
+def refuse_link(*paths: Path) -> None:
+    raise PermissionError
+
+
+def test_a_failed_roll_of_several_servers_puts_nothing_back_over_what_somebody_else_brought_in(tmp_path: Path) -> None:
+    done, failing = serving(tmp_path), serving(tmp_path)
+    plain_mar(tmp_path, "3.0")
+
+    def meanwhile(*arguments: Any, **more: Any) -> None:
+        rolled(done, tmp_path / "digits-3.0.mar")
+        raise ServerError("no room")
+
+    failing.register = meanwhile  # type: ignore[method-assign]
+    with pytest.raises(ServerError, match="no room\n.*\nserver serves 3.0 by now"):
+        roll_all([done, failing], plain_mar(tmp_path, "2.0"), put_back=True, untried=True, longest_batch_s=0.0,
+                 clock=VirtualClock())
+    assert list(done.registered) == ["3.0"]
 
 
 def refuse(file_name: str, settings: RunSettings, **more: Any) -> None:

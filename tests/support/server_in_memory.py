@@ -73,7 +73,7 @@ class ServerInMemory:
         timeout_s = says.response_timeout_s or (None if has_file else settings.response_timeout_s) or 120
         runs = RunSettings(settings.batch_size or says.batch_size or 1,
                            settings.max_batch_delay_ms or says.max_batch_delay_ms or 100, timeout_s, workers)
-        status = VersionStatus(archive.version, not versions, workers[0], workers[0], 0, runs, file_name, claim)
+        status = VersionStatus(archive.version, not versions, workers[0], workers[0], 0, runs, file_name, claim=claim)
         return {**versions, archive.version: status}
 
     def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
@@ -96,7 +96,9 @@ class ServerInMemory:
             raise ServerError(f"Model version {version} does not exist")
         if versions[version].is_default and len(versions) > 1:
             raise ServerError("Cannot remove default version")
-        del versions[version]
+        file_name = versions[version].file_name
+        if versions.pop(version).is_downloaded:
+            (self.store / file_name).unlink(missing_ok=True)
         if not versions:
             del self.all[model]
 
