@@ -157,7 +157,7 @@ def test_who_asks_for_every_exit_hears_the_whole_model_alone(
         backbone: Backbone, plan: ExitPlan, switch: ExitSwitch) -> None:
     worker = worker_of(served(backbone, plan), config=ServingConfig(open_headers=True))
     switch.set(OFF)
-    [reply] = worker.step([Call("1", {"rows": (BATCH[0],)}, {ANYTIME_HEADER: "1"})])
+    [reply] = worker.step([Call("1", {}, {"rows": (BATCH[0],), ANYTIME_HEADER: "1"})])
     assert reply is not None and reply.headers[OPINIONS_HEADER].count('"exit"') == 1
     assert '"exit":"full"' in reply.headers[OPINIONS_HEADER] and reply.headers[SWITCH_HEADER] == "off"
 
