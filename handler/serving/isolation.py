@@ -101,7 +101,8 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
     model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls], rows_per_request, alone=alone)
     context.begin(calls)
-    items = [item for call in calls for item in call.items]
+    # Copies: what a handler takes out of a request is there again when it is asked alone, and for what is recorded.
+    items = [dict(item) if isinstance(item, dict) else item for call in calls for item in call.items]
     results = handler.handle(items, context)
     if not isinstance(results, list) or len(results) != len(items):
         returned = f"{len(results)} responses" if isinstance(results, list) else type(results).__name__

@@ -20,7 +20,7 @@ from early_exit.handler.monitor.shared_state import SharedMonitor, watch
 from early_exit.handler.protocol import PROBE_HEADER
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
-from early_exit.handler.sample_request import samples_in
+from early_exit.handler.sample_request import headers_with, samples_in
 from early_exit.handler.serving.batch_answers import BatchAnswers
 from early_exit.handler.serving.early_answers import EarlyAnswers
 from early_exit.handler.serving.host import Host
@@ -129,8 +129,9 @@ class Worker:
 def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: UserHandler) -> None:
     """Let a handler answer a request that the archive carries along."""
     for sample in samples_in(layout)[:1]:
-        context.begin([Call("sample", sample.inputs())])
-        handler.handle([sample.inputs()], context)
+        call = Call("sample", sample.inputs(), headers_with({part.name: part.content_type for part in sample.parts}))
+        context.begin([call])
+        handler.handle([*call.items], context)
 
 
 def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownership: RowOwnership,

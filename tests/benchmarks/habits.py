@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from early_exit.training.command import raise_on_terminate
 from tests.benchmarks.report import report
 from tests.support.habits.examples import EXAMPLES
+from tests.support.habits.habit import Habit
+from tests.support.habits.leaks import KINDS, worst_growth_mb
 from tests.support.habits.refused import REFUSED
 from tests.support.habits.requests import REQUESTS
 from tests.support.habits.rows import ANSWERED, BATCHED, CALLED, COMPUTED, LOADED, WRAPPED
-from tests.support.habits.trial import Trial, try_habits
+from tests.support.habits.trial import try_habits
 
 HABITS = (*LOADED, *WRAPPED, *CALLED, *BATCHED, *ANSWERED, *COMPUTED, *EXAMPLES, *REQUESTS, *REFUSED)
 
@@ -34,12 +37,14 @@ def main() -> int:
     options = parser.parse_args()
     raise_on_terminate()
     habits = [habit for habit in HABITS if not options.only or habit.name in options.only]
-    return report(options.json, lambda scratch: summary(try_habits(
-        habits, scratch, log=lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))))
+    return report(options.json, lambda scratch: measured(habits, scratch))
 
 
-def summary(trials: list[Trial]) -> dict[str, Any]:
-    """Return the figures that the project is held to, and in what the wrong answers differ."""
+def measured(habits: Sequence[Habit], scratch: Path) -> dict[str, Any]:
+    """Try habits; return the figures that the project is held to, and in what the wrong answers differ."""
+    trials = try_habits(habits, scratch, log=_log)
+    by_name = {trial.habit.name: trial for trial in trials}
+    leaks = {"leaks_mb": round(worst_growth_mb(by_name, scratch, _log), 1)} if by_name.keys() >= KINDS.keys() else {}
     refused = [(trial.habit.name, trial.refused) for trial in trials if trial.refused]
     return {
         "habits": len(trials),
@@ -48,8 +53,13 @@ def summary(trials: list[Trial]) -> dict[str, Any]:
         "refused": [{"name": name, "reason": said.reason and said.reason.value, "message": said.message}
                     for name, said in refused],
         "refused_unlisted": sum(said.reason is None for _, said in refused),
+        **leaks,
         "differences": {trial.habit.name: trial.wrong for trial in trials if trial.wrong},
     }
+
+
+def _log(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
 if __name__ == "__main__":

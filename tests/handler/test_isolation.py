@@ -94,6 +94,15 @@ def test_a_bad_item_gets_its_own_status_and_the_others_their_answers(
     assert sum(len(part.batches) for part in served) == 2, "an attempt that failed is not recorded"
 
 
+def test_what_a_handler_takes_out_of_a_request_is_there_when_it_is_asked_alone(model: EarlyExitModel) -> None:
+    class Taking(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            return super().handle([{"body": item.pop("body")} for item in data], context)
+
+    assert [replies_of(answered(model, [GOOD, "CUDA", GOOD], Taking(model)))[item].status
+            for item in range(3)] == [200, 400, 200]
+
+
 def test_an_error_tells_nothing_of_memory(model: EarlyExitModel) -> None:
     bad = ValueError(f"cannot read {io.BytesIO()!r} and {object()!r}")
     assert " at 0x" in str(bad)

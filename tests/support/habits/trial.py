@@ -85,15 +85,21 @@ def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = W
     store.mkdir(parents=True)
     trials = [Trial(habit, folder / "users" / habit.name) for habit in habits]
     for envelope in dict.fromkeys(habit.envelope for habit in habits):
-        config = folder / f"{envelope}.properties"
-        config.write_text(f"service_envelope={envelope}\n" if envelope else "")
         own = [trial for trial in trials if trial.habit.envelope == envelope]
-        with TorchServe(store, folder / f"state-{envelope}", Addresses.free(), config=config) as server:
+        with TorchServe(store, folder / f"state-{envelope}", Addresses.free(),
+                        config=configuration(folder, envelope)) as server:
             for start in range(0, len(own), at_once):
                 _try(own[start:start + at_once], server, ways, build)
                 for trial in own[start:start + at_once]:
                     log(str(trial))
     return trials
+
+
+def configuration(folder: Path, envelope: str | None) -> Path:
+    """Write TorchServe's configuration with an envelope, if there is to be one."""
+    config = folder / f"{envelope}.properties"
+    config.write_text(f"service_envelope={envelope}\n" if envelope else "")
+    return config
 
 
 def _try(trials: Sequence[Trial], server: TorchServe, ways: Sequence[str],

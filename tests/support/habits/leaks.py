@@ -1,0 +1,56 @@
+"""How much a worker grows while it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from early_exit.archiver.torchserve.addresses import Addresses
+from early_exit.archiver.torchserve.process import TorchServe
+from tests.support.habits.habit import Ask
+from tests.support.habits.serving import serving, together
+from tests.support.habits.trial import EARLY_ANSWERS, WITH_EXITS, Trial, configuration
+
+KINDS = {"pool": WITH_EXITS, "micro_batches": WITH_EXITS, "json_envelope": WITH_EXITS, "strict": WITH_EXITS,
+         "plain": EARLY_ANSWERS}
+"""By habit, how it answers: in short-lived threads, in threads that stay, instances in envelopes, requests of which
+every tenth fails, and coroutines."""
+N_REQUESTS, _N_BEFORE = 10_000, 2_000
+_A_TENTH = 10
+_MB = 2**20
+
+
+def worst_growth_mb(trials: Mapping[str, Trial], folder: Path, log: Callable[[str], None]) -> float:
+    """Return by how much the resident memory of a worker grows at most over 10,000 requests, in MiB.
+
+    Args:
+        trials: of the habits in `KINDS`, by name.
+        folder: in which they were tried.
+        log: called with a line about each kind.
+    """
+    grown = {name: _growth_mb(trials[name], way, folder) for name, way in KINDS.items()}
+    for name, growth in grown.items():
+        log(f"{name:28}grew by {growth:.1f} MB over {N_REQUESTS} requests")
+    return max(grown.values())
+
+
+def _growth_mb(trial: Trial, way: str, folder: Path) -> float:
+    served = trial.ours[way]
+    with TorchServe(folder / "store", folder / f"leaks-{trial.habit.name}", Addresses.free(),
+                    config=configuration(folder, trial.habit.envelope)) as server, serving(server, [served]) as troubles:
+        assert not troubles, troubles
+        together(server, served, _asks(trial, _N_BEFORE))
+        [worker] = server.workers()
+        before = worker.memory_info().rss
+        answers = together(server, served, _asks(trial, N_REQUESTS))
+        assert {answer.status for answer in answers} <= {200, 400}, {answer.status for answer in answers}
+        return (worker.memory_info().rss - before) / _MB
+
+
+def _asks(trial: Trial, count: int) -> Sequence[Ask]:
+    good = list(islice(cycle(trial.batchable), count))
+    bad = [ask for ask in trial.habit.asks if ask.fails]
+    if trial.habit.name == "strict":
+        good[::_A_TENTH] = islice(cycle(bad), len(good[::_A_TENTH]))
+    return good
