@@ -37,8 +37,9 @@ def worst_growth_mb(trials: Mapping[str, Trial], folder: Path, log: Callable[[st
 
 def _growth_mb(trial: Trial, way: str, folder: Path) -> float:
     served = trial.ours[way]
-    with TorchServe(folder / "store", folder / f"leaks-{trial.habit.name}", Addresses.free(),
-                    config=configuration(folder, trial.habit.envelope)) as server, serving(server, [served]) as troubles:
+    state, config = folder / f"leaks-{trial.habit.name}", configuration(folder, trial.habit.envelope)
+    with TorchServe(folder / "store", state, Addresses.free(), config=config) as server, \
+            serving(server, [served]) as troubles:
         assert not troubles, troubles
         together(server, served, _asks(trial, _N_BEFORE))
         [worker] = server.workers()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
@@ -86,13 +90,24 @@ def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = W
     trials = [Trial(habit, folder / "users" / habit.name) for habit in habits]
     for envelope in dict.fromkeys(habit.envelope for habit in habits):
         own = [trial for trial in trials if trial.habit.envelope == envelope]
-        with TorchServe(store, folder / f"state-{envelope}", Addresses.free(),
-                        config=configuration(folder, envelope)) as server:
+        state, config = folder / f"state-{envelope}", configuration(folder, envelope)
+        with without_openvino(folder), TorchServe(store, state, Addresses.free(), config=config) as server:
             for start in range(0, len(own), at_once):
                 _try(own[start:start + at_once], server, ways, build)
                 for trial in own[start:start + at_once]:
                     log(str(trial))
     return trials
+
+
+@contextmanager
+def without_openvino(folder: Path) -> Iterator[None]:
+    """Let servers that are started inside the block not find OpenVINO: wherever it is installed, TorchServe's handlers
+    import it, which takes three seconds for each worker, and do nothing with it."""
+    package = folder / "without" / "openvino"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("raise ImportError('not for this server')\n")
+    with patch.dict(os.environ, PYTHONPATH=str(package.parent)):
+        yield
 
 
 def configuration(folder: Path, envelope: str | None) -> Path:
@@ -154,24 +169,34 @@ def is_node(habit: Habit) -> bool:
 
 
 def _ask_originals(trials: Sequence[Trial], server: TorchServe) -> None:
+    def ask(trial: Trial) -> None:
+        if trial.original in troubles:
+            trial.wrong.append(f"stock TorchServe does not serve it: {troubles[trial.original]}")
+            return
+        trial.first, trial.again = (alone(server, trial.original, trial.habit.asks) for _ in range(2))
+        trial.in_batches = together(server, trial.original, trial.batchable)
+
     with serving(server, [trial.original for trial in trials]) as troubles:
-        for trial in trials:
-            if trial.original in troubles:
-                trial.wrong.append(f"stock TorchServe does not serve it: {troubles[trial.original]}")
-                continue
-            trial.first, trial.again = (alone(server, trial.original, trial.habit.asks) for _ in range(2))
-            trial.in_batches = together(server, trial.original, trial.batchable)
+        _side_by_side(ask, trials)
 
 
 def _ask_ours(trials: Sequence[Trial], way: str, server: TorchServe) -> None:
+    def ask(trial: Trial) -> None:
+        served = trial.ours[way]
+        told = troubles.get(served) or _noticed(trial, served, server)
+        if not told and way != WITHOUT_EXITS:
+            left, stayed = left_and_stayed(server, served)
+            told = "" if left and stayed else f"{left} rows left and {stayed} stayed, where both are to be tried"
+        trial.wrong += [f"{way}: {told}"] if told else []
+
     with serving(server, [trial.ours[way] for trial in trials]) as troubles:
-        for trial in trials:
-            served = trial.ours[way]
-            told = troubles.get(served) or _noticed(trial, served, server)
-            if not told and way != WITHOUT_EXITS:
-                left, stayed = left_and_stayed(server, served)
-                told = "" if left and stayed else f"{left} rows left and {stayed} stayed, where both are to be tried"
-            trial.wrong += [f"{way}: {told}"] if told else []
+        _side_by_side(ask, trials)
+
+
+def _side_by_side(ask: Callable[[Trial], None], trials: Sequence[Trial]) -> None:
+    """Ask for all trials at once: each waits for its batches most of the time."""
+    with ThreadPoolExecutor(max(1, len(trials))) as pool:
+        list(pool.map(ask, trials))
 
 
 def _with_version(answer: Answer, found: str, expected: str) -> Answer:
