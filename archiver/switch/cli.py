@@ -37,15 +37,15 @@ def _exits(options: argparse.Namespace) -> int:
     if options.action == STATUS:
         print(_status(model, switch, audit, as_json=options.json))
         return 0
-    words = options.action if options.level is None else f"{LEVEL} {options.level}"
-    switch.set(Position.parse(words))
+    position = Position.parse(options.action if options.level is None else f"{LEVEL} {options.level}")
+    switch.set(position)
     try:  # after the switch, which neither a slow disk nor a damaged audit must hold up
         switch.keep()
-        event = audit.append(f"exits {words}", command="ee-exits", by=_user())
+        event = audit.append(f"exits {position}", command="ee-exits", by=_user())
     except OSError as error:
-        raise ServerError(f"the exits of {model} are {words} from the next batch on, but that cannot be kept "
+        raise ServerError(f"the exits of {model} are {position} from the next batch on, but that cannot be kept "
                           f"or noted in {audit.path}: {error}") from error
-    print(json.dumps(event) if options.json else f"{model}  exits {words}, from the next batch on")
+    print(json.dumps(event) if options.json else f"{model}  exits {position}, from the next batch on")
     return 0
 
 
@@ -66,7 +66,8 @@ def _require_workers(folder: Path, model: str) -> None:
 
 
 def _status(model: str, switch: ExitSwitch, audit: Audit, *, as_json: bool) -> str:
-    position, set_ = switch.read(), next(iter(reversed(audit.read())), {})
+    position, latest = switch.read(), next(iter(reversed(audit.read())), None)
+    set_ = latest if latest and latest["event"] == f"exits {position}" and not switch.trouble else {}
     told: dict[str, Any] = {"model": model, "exits": str(position), "unreadable": switch.trouble,
                             "file": str(switch.path), "time": set_.get("time"), "by": set_.get("by")}
     if as_json:
@@ -74,9 +75,9 @@ def _status(model: str, switch: ExitSwitch, audit: Audit, *, as_json: bool) -> s
     line = f"{model}  exits {position}"
     if switch.trouble:
         return f"{line}, as the switch cannot be read: {switch.trouble}"
-    if not set_:
-        return line
-    return f"{line}, set at {datetime.fromtimestamp(set_['time']):%Y-%m-%d %H:%M:%S} by {set_['by']}"
+    if set_:
+        return f"{line}, set at {datetime.fromtimestamp(set_['time']):%Y-%m-%d %H:%M:%S} by {set_['by']}"
+    return line if latest is None else f"{line}, set by other means than ee-exits"
 
 
 def _user() -> str:

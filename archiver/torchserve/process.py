@@ -89,7 +89,7 @@ class TorchServe:
         self._records = records.resolve() if records else None
         self._models = list(models)
         self._token_minutes, self._config, self._log = token_minutes, config, log
-        self._settings = read_config(config)
+        self._users, self._settings = read_config(config), dict[str, str]()
         self._threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -184,8 +184,8 @@ class TorchServe:
         ours = {"model_server_home": str(home.parent), "java.io.tmpdir": str(self.state / "tmp"),
                 "log4j.configurationFile": f"file://{self.state / 'log4j2.xml'}"}
         command = [
-            find_java(), *vm_arguments(self._settings, ours, self._config, self._log),
-            "-cp", class_path(self._settings, str(home / "frontend" / "*")), "org.pytorch.serve.ModelServer",
+            find_java(), *vm_arguments(self._users, ours, self._config, self._log),
+            "-cp", class_path(self._users, str(home / "frontend" / "*")), "org.pytorch.serve.ModelServer",
             "--python", sys.executable, "-f", "config.properties", "-s", str(self.model_store),
             *([] if self._config else ["-ncs"]),
         ]
@@ -217,7 +217,7 @@ class TorchServe:
             "grpc_inference_address": "127.0.0.1", "grpc_management_address": "127.0.0.1",
             "grpc_inference_port": str(grpc[0]), "grpc_management_port": str(grpc[1]),
             "install_py_dep_per_model": "false", "default_workers_per_model": "1", "token_expiration_min": "60",
-            **merged(self._settings, decided, self._config, self._log)}
+            **merged(self._users, decided, self._config, self._log)}
         if METRICS_FILE in settings:
             settings[METRICS_FILE] = str(complete_metrics_file(
                 Path(settings[METRICS_FILE]), self.state / "metrics.yaml", self._log))

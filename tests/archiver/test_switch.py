@@ -41,7 +41,19 @@ def test_it_sets_the_switch_tells_so_and_notes_who_did_it(folder: Path, capsys: 
     assert {(event["command"], event["by"]) for event in events} == {("ee-exits", user)}
 
 
+def test_status_does_not_take_what_others_have_written_for_what_the_audit_says(
+        folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cifar", "status"]) == 0
+    assert capsys.readouterr().out == "cifar  exits on\n"
+    assert main(["cifar", "on"]) == 0
+    (folder / "cifar" / "switch").write_text("off\n")
+    assert main(["cifar", "status"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "cifar  exits off, set by other means than ee-exits"
+
+
 def test_machines_get_a_line_of_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cifar", "level", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["event"] == "exits on"
     assert main(["cifar", "off", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["event"] == "exits off"
     assert main(["cifar", "status", "--json"]) == 0
