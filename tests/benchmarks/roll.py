@@ -3,8 +3,8 @@
     python -m tests.benchmarks.roll --json FILE
 
 Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back: once
-with plain batching and once with early answers. Then pairs of rolls begin at once, and a user's own server adopts exits
-and is put back.
+with plain batching and once with early answers. Then pairs of rolls begin at once, a user's own server adopts exits and is
+put back, and an operator switches the exits off, under load and after a minute in which nobody asked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from early_exit.handler.config import ANSWERS
 from early_exit.training.command import raise_on_terminate
 from tests.benchmarks.adoption import adoption
 from tests.benchmarks.rivals import rivals
+from tests.benchmarks.switching import exits_off_s
 from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
 from tests.support.digits import traffic, train_backbone
 from tests.support.original import original_mar
 from tests.support.plans import write_plan
 from tests.support.rewritten import renumbered
+from tests.support.workers import wait_until_ready
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  answers: {answers}\n"
 CLIENTS = 8
@@ -51,12 +53,14 @@ def main() -> int:
     raise_on_terminate()
     modes: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
-    for part in (*options.answers, "adoption", "rivals"):
+    for part in (*options.answers, "adoption", "rivals", "switch"):
         with tempfile.TemporaryDirectory() as scratch:
             if part == "adoption":
                 figures |= adoption(Path(scratch))
             elif part == "rivals":
                 figures |= rivals(Path(scratch), options.rivals, options.seed)
+            elif part == "switch":
+                figures |= switched_off(Path(scratch))
             else:
                 modes[part] = measure(Path(scratch), part, options.rolls, options.rollbacks, options.requests)
                 figures = {key: combine(mode[key] for mode in modes.values())
@@ -70,10 +74,7 @@ def main() -> int:
 def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_requests: int) -> dict[str, Any]:
     """Roll through versions under load and return the figures of an answer mode."""
     store = folder / "store"
-    original = original_mar(folder / "original", MODEL, "digits_resnet.py", "digits_handler.py",
-                            train_backbone(n_steps=100).state_dict(), CONFIG.format(answers=answers))
-    recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(1, 32, 32)))
-    first = build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder)))
+    first = with_exits(folder, store, answers)
     versions = [first, *(renumbered(first, first.with_name(f"{MODEL}-{number}.0.mar"), "3.0", f"{number}.0")
                          for number in range(4, n_rolls + 4))]
     bodies = [one.body for one in traffic(200, seed=31)]
@@ -105,6 +106,24 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
         "max_quiet_ms": latency_ms(quiet, 1.0), "rolls": n_rolls, "rollbacks": n_rolls // every,
         "median_ready_s": sorted(ready_s)[len(ready_s) // 2], "versions_seen": len({one.version for one in rolling}),
     }
+
+
+def switched_off(folder: Path) -> dict[str, float]:
+    """Return how long exits go on answering after the operator has switched them off, in seconds."""
+    store = folder / "store"
+    first, bodies = with_exits(folder, store, "plain"), [one.body for one in traffic(200, seed=31)]
+    with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
+                    models=[first.name]) as server:
+        wait_until_ready(server, MODEL)
+        return {"exits_off_s": exits_off_s(server, MODEL, bodies)}
+
+
+def with_exits(folder: Path, store: Path, answers: str) -> Path:
+    """Return an archive of a model of digits with exits."""
+    original = original_mar(folder / "original", MODEL, "digits_resnet.py", "digits_handler.py",
+                            train_backbone(n_steps=100).state_dict(), CONFIG.format(answers=answers))
+    recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(1, 32, 32)))
+    return build_archive(ArchiveRequest(str(recorder), store, plan=write_plan(folder / "run", recorder)))
 
 
 def _lost(replies: list[Reply]) -> int:
