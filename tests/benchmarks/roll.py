@@ -3,8 +3,8 @@
     python -m tests.benchmarks.roll --json FILE
 
 Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back: once
-with plain batching and once with early answers. Then pairs of rolls begin at once, a user's own server adopts exits and is
-put back, and an operator switches the exits off, under load and after a minute in which nobody asked.
+with plain batching and once with early answers. Then pairs of rolls begin at once, a user's own server adopts exits
+and is put back, and an operator switches the exits off, under load and after a minute in which nobody asked.
 """
 
 from __future__ import annotations
