@@ -255,3 +255,20 @@ def test_without_a_sample_nothing_is_compared_and_it_is_said(tmp_path: Path) -> 
     made = archived(tmp_path, HANDLER.format(initialize="", postprocess=PLAIN), [], told, input_shape=(4,))
     assert made["answers"] is None
     assert any("cannot be compared" in line and "--untried" in line for line in told)
+
+
+def test_threads_that_call_the_model_all_the_time_are_in_nobodys_way(tmp_path: Path, samples: list[Path]) -> None:
+    made = archived(tmp_path, HANDLER.format(initialize="        self.keep_warm()", postprocess=PLAIN) + """
+    def keep_warm(self):
+        import threading
+
+        def beat():
+            while True:
+                time.sleep(0.0005)
+                with torch.no_grad():
+                    self.model(torch.zeros(1, 4))
+
+        for _ in range(2):
+            threading.Thread(target=beat).start()
+""", samples)
+    assert made["handler"]["model"] == [{"root": "handler", "steps": [["attribute", "model"]]}]

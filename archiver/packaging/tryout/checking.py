@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, as_read, batches_of, load_answers, save_answers
-from early_exit.archiver.packaging.tryout.child import LoadingError
+from early_exit.archiver.packaging.tryout.child import LoadingError, in_a_fork
 from early_exit.archiver.packaging.tryout.comparison import contradictions
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import Part, SampleRequest, samples_in
 from early_exit.handler.user_handler.description import HandlerDescription, Root
@@ -46,7 +43,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     if job["samples"]:
         ArchiveLayout(folder).samples.write_text(job["samples"])
     if job["expected"] or job["out"]:
-        _in_a_fork(lambda: _answer_in_full(folder, job))
+        in_a_fork(lambda: _answer_in_full(folder, job))  # which has imported everything, and run nothing
     _configure(folder, _AS_SERVED)
     secret = os.environ[SECRET_VARIABLE] = secrets.token_hex(24)  # of this run, before the worker loads
     archive = _loaded(folder)
@@ -115,33 +112,3 @@ def _configure(folder: Path, settings: Mapping[str, Any]) -> None:
     (folder / _CONFIGURATION).write_text(yaml.safe_dump(user))
     manifest["model"]["configFile"] = _CONFIGURATION
     layout.manifest.write_text(json.dumps(manifest))
-
-
-def _in_a_fork(work: Callable[[], None]) -> None:
-    """Do something in a copy of this process, which has imported everything and run nothing.
-
-    Raises:
-        LoadingError: as the work raised it, or the copy crashed.
-    """
-    reading, writing = os.pipe()
-    process = os.fork()
-    if not process:
-        told = "its process crashed"
-        try:
-            work()
-            told = ""
-        except EarlyExitError as error:
-            told = str(error)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.write(writing, told.encode())
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read().decode()
-    _, status = os.waitpid(process, 0)
-    if told or status:
-        raise LoadingError(told or f"it crashed with status {status}")

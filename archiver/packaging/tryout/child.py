@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,7 @@ def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float =
         if not told.exists():
             raise ArchiveError(f"{what} does not run: its process ended with status {status}{printed}")
         result = json.loads(told.read_text())
-    if "error" in result:
-        kind = getattr(errors, result["kind"], ArchiveError)
-        unsupported = result["unsupported"] and Unsupported(result["unsupported"])
-        raise kind(result["error"] + (printed if result["shows_output"] else ""), unsupported)
-    return result["value"]
+    return _value_of(result, printed)
 
 
 def answer_parent(work: Callable[[dict[str, Any]], Any]) -> None:
@@ -127,11 +124,7 @@ def answer_parent(work: Callable[[dict[str, Any]], Any]) -> None:
         work: takes the job and returns what JSON can hold.
     """
     job = json.loads(Path(sys.argv[1]).read_text())
-    try:
-        result = {"value": work(job)}
-    except EarlyExitError as error:
-        result = {"error": str(error), "kind": type(error).__name__, "shows_output": isinstance(error, LoadingError),
-                  "unsupported": error.unsupported and error.unsupported.value}
+    result = _result_of(lambda: work(job))
     scratch = Path(job["result"] + ".part")
     scratch.write_text(json.dumps(result))
     scratch.replace(job["result"])
@@ -142,6 +135,55 @@ def answer_parent(work: Callable[[dict[str, Any]], Any]) -> None:
 
 class LoadingError(ArchiveError):
     """The user's code failed; what it printed says more."""
+
+
+def in_a_fork(work: Callable[[], Any]) -> Any:
+    """Do something in a copy of this process, which has none of its other threads, and return the result.
+
+    Args:
+        work: returns what JSON can hold.
+
+    Raises:
+        EarlyExitError: as the work raised it.
+        LoadingError: the copy crashed.
+    """
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        told = ""
+        try:
+            told = json.dumps(_result_of(work))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with os.fdopen(writing, "w") as pipe:
+                pipe.write(told)
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(process, 0)
+    if not told:
+        raise LoadingError(f"its process crashed with status {status}")
+    return _value_of(json.loads(told), "")
+
+
+def _result_of(work: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": work()}
+    except EarlyExitError as error:
+        return {"error": str(error), "kind": type(error).__name__, "shows_output": isinstance(error, LoadingError),
+                "unsupported": error.unsupported and error.unsupported.value}
+
+
+def _value_of(result: Mapping[str, Any], printed: str) -> Any:
+    if "error" not in result:
+        return result["value"]
+    kind = LoadingError if result["shows_output"] else getattr(errors, result["kind"], ArchiveError)
+    unsupported = result["unsupported"] and Unsupported(result["unsupported"])
+    raise kind(result["error"] + (printed if result["shows_output"] else ""), unsupported)
 
 
 def _printed(folder: Path) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from early_exit.archiver.packaging.sources.eager_model import model_from_factory
@@ -27,7 +28,7 @@ from early_exit.archiver.packaging.tryout.adoption import (
     require_same,
 )
 from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, Batch, batches_of, save_answers
-from early_exit.archiver.packaging.tryout.child import LoadingError, answer_parent
+from early_exit.archiver.packaging.tryout.child import LoadingError, answer_parent, in_a_fork
 from early_exit.archiver.packaging.tryout.comparison import unstable
 from early_exit.archiver.packaging.tryout.exporting import exported, images_of
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
@@ -105,18 +106,13 @@ def adopt(job: dict[str, Any]) -> list[str]:
         require_fixed(model, [call for calls in alone for call in calls])
         # After the second sample: the last batch may end as this began.
         require_same(before, [call for calls in (*first_calls, *alone) for call in model.calls(calls)])
-    modes = {part: part.training for part in model.exported.modules()}
     together: list[list[ModelCall]] = []
     if len(samples) > 1:
         together = [_calls_of(model, original, original.together(samples[first], samples[second]))
                     for first, second in ((0, 1), (1, 0))]
-    backbone, fits = exported(job, model, [call for calls in (*alone, *together) for call in calls])
-    for part, is_training in modes.items():
-        part.training = is_training  # what goes on answering is the handler's model, which an export puts into eval()
-    if not fits:
+    if not in_a_fork(lambda: _exported(job, model, alone, together)):
         samples = []
-    backbone = probed(backbone, model, [call for calls in alone for call in calls] if samples else [])
-    if together and fits:
+    if together and samples:
         rows = original.of_an_instance(
             rows_per_request(*([_rows(call) for call in calls] for calls in (*alone, *together))), samples)
     elif samples:
@@ -125,7 +121,6 @@ def adopt(job: dict[str, Any]) -> list[str]:
     answered = _answers(original, samples)
     require_same(before, [call for calls in together for call in calls])
     folder = Path(job["out"])
-    backbone.save(folder)
     layout = ArchiveLayout(folder)
     layout.folder.mkdir()
     (layout.samples).write_text(samples_text(samples))
@@ -133,6 +128,19 @@ def adopt(job: dict[str, Any]) -> list[str]:
     HandlerDescription(model.places, Loading.GIVEN if original.loaders_called else Loading.OWN, rows.count,
                        rows.unknown_because, job["envelope"]).save(layout.handler_description)
     return [str(one.batch) for one in answered if all("$" in paths for paths in one.unstable)]
+
+
+def _exported(job: dict[str, Any], model: CalledModel, alone: Sequence[Sequence[ModelCall]],
+              together: Sequence[Sequence[ModelCall]]) -> bool:
+    """Export a model; return whether its calls, by samples alone and by two together, fit it.
+
+    It is done in a process of its own: threads of the handler's would call the model meanwhile, and what goes on
+    answering is the handler's model, which an export changes.
+    """
+    torch.set_num_threads(1)  # OpenMP's threads are gone
+    backbone, fits = exported(job, model, [call for calls in (*alone, *together) for call in calls])
+    probed(backbone, model, [call for calls in alone for call in calls] if fits else []).save(Path(job["out"]))
+    return fits
 
 
 def _samples_that_reach(original: Original) -> tuple[list[SampleRequest], list[list[ModelCall]]]:
