@@ -132,14 +132,14 @@ def command(server: ServerInMemory, mar: Path, monkeypatch: pytest.MonkeyPatch, 
     return cli.main([str(mar), "--untried", "--longest-batch-s", "0", *options])
 
 
-def test_an_adoption_that_fails_is_put_back_to_the_original_archive_run_as_it_was(tmp_path: Path) -> None:
-    done, failing = serving(tmp_path), serving(tmp_path)
-    done.scale("digits", "1.0", (2, 4))
+def test_an_adoption_that_fails_is_put_back_to_the_original_archive_named_and_run_as_it_was(tmp_path: Path) -> None:
+    done, failing = serving(tmp_path, model="photos"), serving(tmp_path, model="photos")
+    done.scale("photos", "1.0", (2, 4))
     failing.register = refuse  # type: ignore[method-assign, assignment]
     with pytest.raises(ServerError, match="no room\n.*\nserver was put back to 1.0"):
         roll_all([done, failing], plain_mar(tmp_path, "2.0", config="batchSize: 8\nresponseTimeout: 77\n"),
-                 put_back=True, untried=True, longest_batch_s=0.0, clock=VirtualClock())
-    assert [(status.version, status.settings) for status in done.versions("digits")] == [
+                 name="photos", put_back=True, untried=True, longest_batch_s=0.0, clock=VirtualClock())
+    assert [(status.version, status.settings) for status in done.versions("photos")] == [
         ("1.0", RunSettings(3, 37, 77, (2, 4)))]
 
 
