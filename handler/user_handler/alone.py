@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from early_exit.handler.call import Call
 from early_exit.handler.inference.forward import Live
@@ -48,9 +49,9 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
                 raise ModelReached(inputs, {})
 
     model.log.begin()
-    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop):
-        one_time, its_context = _copy(handler), _copy_for(call, context)
-        one_time.handle([*call.items], its_context)
+    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop), _containers_kept(handler):
+        its_context = _copy_for(call, context)
+        copy.copy(handler).handle([*call.items], its_context)
     model.log.take()
     model.log.take_elsewhere()
     return reached[0] if reached else None
@@ -61,12 +62,26 @@ def copied(inputs: Live) -> Rows:
     return tuple(x.detach().clone() for x in inputs)
 
 
-def _copy(handler: UserHandler) -> UserHandler:
-    handler = copy.copy(handler)
-    for name, value in vars(handler).items():
-        if isinstance(value, (dict, list, set, deque)):
-            setattr(handler, name, copy.copy(value))
-    return handler
+@contextmanager
+def _containers_kept(handler: UserHandler) -> Iterator[None]:
+    """Put back what the lists, dictionaries, sets and queues among a handler's attributes hold.
+
+    A copy of the handler has the same ones, and must: a thread of the handler's may wait for what is put into them.
+    """
+    before = [(value, copy.copy(value)) for value in vars(handler).values()
+              if isinstance(value, (dict, list, set, deque))]
+    try:
+        yield
+    finally:
+        for value, held in before:
+            if _identities(value) != _identities(held):
+                value.clear()
+                (value.update if isinstance(value, (dict, set)) else value.extend)(held)
+
+
+def _identities(container: Any) -> list[Any]:
+    return [(key, id(inner)) for key, inner in container.items()] if isinstance(container, dict) else [
+        id(inner) for inner in container]
 
 
 def _copy_for(call: Call, context: HandlerContext) -> HandlerContext:
