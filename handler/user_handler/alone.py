@@ -17,6 +17,8 @@ from early_exit.handler.user_handler.context import HandlerContext, NoMetrics
 from early_exit.handler.user_handler.entry_point import UserHandler
 from early_exit.handler.user_handler.rows import Rows
 
+_LOCK = type(threading.Lock())
+
 
 class ModelReached(BaseException):
     """Ends a handler's work where it calls its model, past any 'except Exception' of its own."""
@@ -29,8 +31,8 @@ class ModelReached(BaseException):
 def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model: EarlyExitModel) -> Rows | None:
     """Return what a handler calls its model with first for one request, or None where it does not come so far.
 
-    The model computes nothing, unless the handler catches everything and calls it again, or calls it in a thread of its
-    own. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it logs and counts
+    The model computes nothing, unless the handler catches everything and calls it again, calls it in a thread of its
+    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it logs and counts
     as TorchServe's metrics is dropped.
 
     Args:
@@ -45,7 +47,8 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
     def stop(inputs: Live) -> None:
         if not reached:  # a handler that catches everything may try again, and must come to an end
             reached.append(copied(inputs))
-            if threading.get_ident() == here:  # a thread of the handler's goes on, as it is to work for others too
+            # A thread of the handler's goes on, as it is to work for others too; and so does who has a lock to give back.
+            if threading.get_ident() == here and not _holds_a_lock(handler):
                 raise ModelReached(inputs, {})
 
     model.log.begin()
@@ -60,6 +63,10 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
 def copied(inputs: Live) -> Rows:
     """Return the inputs of a call as they are now: stages and handlers may write into their tensors."""
     return tuple(x.detach().clone() for x in inputs)
+
+
+def _holds_a_lock(handler: UserHandler) -> bool:
+    return any(value.locked() for value in vars(handler).values() if isinstance(value, _LOCK))
 
 
 @contextmanager

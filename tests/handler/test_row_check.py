@@ -217,6 +217,21 @@ def test_a_check_reaches_the_threads_that_a_handler_works_with(
     assert [rows is not None for rows in found] == [True], "a copy of the handler waits for what no thread sees"
 
 
+def test_a_check_leaves_no_lock_behind(model: EarlyExitModel, checking_every_batch: None) -> None:
+    class GivingBackInTheEnd(AtOnce):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            assert lock.acquire(timeout=1)
+            answers = super().handle(data, context)
+            lock.release()
+            return answers
+
+    handler, lock = GivingBackInTheEnd(model), threading.Lock()
+    handler.lock = lock  # type: ignore[attr-defined]
+    worker = worker_of(model, handler)
+    for _ in range(2):
+        assert all(EXIT_HEADER in reply.headers for reply in replied(worker, calls_of(requests(3))))
+
+
 class CatchingAll(AtOnce):
     """Tries again whatever happens."""
 
