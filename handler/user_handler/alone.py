@@ -32,8 +32,8 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
     """Return what a handler calls its model with first for one request, or None where it does not come so far.
 
     The model computes nothing, unless the handler catches everything and calls it again, calls it in a thread of its
-    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it logs and counts
-    as TorchServe's metrics is dropped.
+    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it
+    logs and counts as TorchServe's metrics is dropped.
 
     Args:
         call: the request; the handler may change its inputs.
@@ -47,7 +47,7 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
     def stop(inputs: Live) -> None:
         if not reached:  # a handler that catches everything may try again, and must come to an end
             reached.append(copied(inputs))
-            # A thread of the handler's goes on, as it is to work for others too; and so does who has a lock to give back.
+            # Who works for others too, or has a lock to give back, goes on.
             if threading.get_ident() == here and not _holds_a_lock(handler):
                 raise ModelReached(inputs, {})
 
