@@ -41,8 +41,12 @@ class Call:
         return bool(self.header_values(name))
 
     def header_values(self, name: str) -> list[str]:
-        """Return the values of a header; a host may hand over several that differ in the spelling of the name."""
-        return [value for header, value in self.headers.items() if header.lower() == name.lower()]
+        """Return the values of a header; a host may hand over several that differ in the spelling of the name.
+
+        What TorchServe has among the headers for each part of a form, whose name the client chooses, is none.
+        """
+        return [value for header, value in self.headers.items()
+                if header.lower() == name.lower() and isinstance(value, str)]
 
     def without_headers(self, names: Collection[str]) -> Call:
         """Return the same request without some headers, however their names are spelt."""
@@ -56,10 +60,31 @@ class Reply:
     """The answer to one request."""
 
     body: Any
-    """What the user's handler returned for the request, or the body of an error; a list where `Call.instances` is."""
+    """What the user's handler returned for the request, or the body of an error; in an envelope for all its instances,
+    and an empty list for those requests of a batch whose instances are with the first."""
     status: int = 200
     """The HTTP status."""
     phrase: str = ""
     """The reason phrase of the status."""
     headers: dict[str, str] = field(default_factory=dict)
     """The headers of the response; "content-type" may be one of them."""
+
+
+_PLAIN = frozenset((str, bytes, float, int, bool, type(None)))
+
+
+def own_copy(value: Any) -> Any:
+    """Return what a host hands over for a request, without a dict, list or bytearray that another holder could see
+    change; what is nested too deeply for Python is returned as it is."""
+    try:
+        return _copied(value)
+    except RecursionError:
+        return value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: inner if type(inner) in _PLAIN else _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [inner if type(inner) in _PLAIN else _copied(inner) for inner in value]
+    return bytearray(value) if isinstance(value, bytearray) else value

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from early_exit.handler.call import Call, Reply
+from early_exit.handler.call import Call, Reply, own_copy
 from early_exit.handler.errors import InputError
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -101,15 +101,16 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
     model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls], rows_per_request, alone=alone)
     context.begin(calls)
-    # Copies: what a handler takes out of a request is there again when it is asked alone, and for what is recorded.
-    items = [dict(item) if isinstance(item, dict) else item for call in calls for item in call.items]
+    # Copies: what a handler changes in a request is as it was when it is asked alone, and for what is recorded.
+    items = [own_copy(item) for call in calls for item in call.items]
     results = handler.handle(items, context)
-    if not isinstance(results, list) or len(results) != len(items):
+    if calls[0].instances is None and (not isinstance(results, list) or len(results) != len(items)):
         returned = f"{len(results)} responses" if isinstance(results, list) else type(results).__name__
         raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(items)} requests")
-    ends = accumulate(len(call.items) for call in calls)
-    replies = [context.reply(number, call.body(results[end - len(call.items):end]))
-               for number, (call, end) in enumerate(zip(calls, ends))]
+    # In an envelope one call has all items, and what is returned for them is the envelope's to judge, as it was before.
+    bodies = [results[number] if call.instances is None else results if call.instances else []
+              for number, call in enumerate(calls)]
+    replies = [context.reply(number, body) for number, body in enumerate(bodies)]
     here, elsewhere = model.log.take(), model.log.take_elsewhere()
     batches = [*here, *elsewhere]
     owners = None
@@ -157,7 +158,7 @@ def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) 
 def _status_of(error: Exception, reached_model: bool) -> tuple[int, str]:
     """Return the status for an exception, and TorchServe's name of such an error."""
     status = getattr(error, "error_code", None)
-    if isinstance(status, int):
+    if type(status) is int and 400 <= status < 600:  # those of other libraries are numbers of their own
         return status, "InternalServerException"  # as TorchServe calls it, whatever the status
     # Pillow raises an OSError without a number for bytes that are no image; the system's own have one.
     is_clients = isinstance(error, _CLIENTS) or (isinstance(error, OSError) and error.errno is None)

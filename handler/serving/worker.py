@@ -56,8 +56,9 @@ class Worker:
         model.switch = ExitSwitch.of_environment(host.model)
         ownership = RowOwnership(description)
         telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None))
-        self._is_early = config.answers == EARLY
-        self._answers = (EarlyAnswers(model, handler, context, telemetry) if self._is_early else
+        self.is_early = config.answers == EARLY
+        """Whether each request leaves as soon as it is ready, so that calls of the handler go on side by side."""
+        self._answers = (EarlyAnswers(model, handler, context, telemetry) if self.is_early else
                          BatchAnswers(model, handler, context, ownership, telemetry))
         self._headers = OperatorHeaders.of_environment(are_open=config.open_headers)
 
@@ -99,7 +100,7 @@ class Worker:
         replies: list[Reply | None] = [
             self.probe(call) if call.has_header(PROBE_HEADER) and not is_one_list else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
-        if others or self._is_early:
+        if others or self.is_early:
             for position, reply in zip(others, self._answer([calls[position] for position in others])):
                 replies[position] = reply
         return replies

@@ -67,11 +67,12 @@ def answer(replies: Sequence[Reply | None], context: Any, *, in_envelope: bool =
         context.set_response_status(reply.status, reply.phrase, item)
         for name, value in reply.headers.items():
             context.set_response_header(item, name, value)
-        responses += reply.body if in_envelope else [reply.body]
-    return responses
+        responses.append(reply.body)
+    return responses[0] if in_envelope else responses  # the first has what is returned for all
 
 
 def _hears_status(headers: Mapping[str, Any], model: str) -> bool:
     """Tell whether a status of its own reaches a request's client: calls over gRPC have no HTTP headers, and a workflow
     takes what its nodes return for a success, whatever the status."""
-    return _NODE not in model and any(name.lower() == "host" for name in headers)
+    return _NODE not in model and any(
+        name.lower() == "host" and isinstance(value, str) for name, value in headers.items())

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from early_exit.handler.call import Call
 from early_exit.handler.inference.forward import Live
@@ -15,6 +16,8 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.user_handler.context import HandlerContext, NoMetrics
 from early_exit.handler.user_handler.entry_point import UserHandler
 from early_exit.handler.user_handler.rows import Rows
+
+_LOCK = type(threading.Lock())
 
 
 class ModelReached(BaseException):
@@ -28,9 +31,9 @@ class ModelReached(BaseException):
 def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model: EarlyExitModel) -> Rows | None:
     """Return what a handler calls its model with first for one request, or None where it does not come so far.
 
-    The model computes nothing, unless the handler catches everything and calls it again, or calls it in a thread of its
-    own. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it logs and counts
-    as TorchServe's metrics is dropped.
+    The model computes nothing, unless the handler catches everything and calls it again, calls it in a thread of its
+    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it
+    logs and counts as TorchServe's metrics is dropped.
 
     Args:
         call: the request; the handler may change its inputs.
@@ -44,13 +47,14 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
     def stop(inputs: Live) -> None:
         if not reached:  # a handler that catches everything may try again, and must come to an end
             reached.append(copied(inputs))
-            if threading.get_ident() == here:  # a thread of the handler's goes on, as it is to work for others too
+            # Who works for others too, or has a lock to give back, goes on.
+            if threading.get_ident() == here and not _holds_a_lock(handler):
                 raise ModelReached(inputs, {})
 
     model.log.begin()
-    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop):
-        one_time, its_context = _copy(handler), _copy_for(call, context)
-        one_time.handle([*call.items], its_context)
+    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop), _containers_kept(handler):
+        its_context = _copy_for(call, context)
+        copy.copy(handler).handle([*call.items], its_context)
     model.log.take()
     model.log.take_elsewhere()
     return reached[0] if reached else None
@@ -61,12 +65,30 @@ def copied(inputs: Live) -> Rows:
     return tuple(x.detach().clone() for x in inputs)
 
 
-def _copy(handler: UserHandler) -> UserHandler:
-    handler = copy.copy(handler)
-    for name, value in vars(handler).items():
-        if isinstance(value, (dict, list, set, deque)):
-            setattr(handler, name, copy.copy(value))
-    return handler
+def _holds_a_lock(handler: UserHandler) -> bool:
+    return any(value.locked() for value in vars(handler).values() if isinstance(value, _LOCK))
+
+
+@contextmanager
+def _containers_kept(handler: UserHandler) -> Iterator[None]:
+    """Put back what the lists, dictionaries, sets and queues among a handler's attributes hold.
+
+    A copy of the handler has the same ones, and must: a thread of the handler's may wait for what is put into them.
+    """
+    before = [(value, copy.copy(value)) for value in vars(handler).values()
+              if isinstance(value, (dict, list, set, deque))]
+    try:
+        yield
+    finally:
+        for value, held in before:
+            if _identities(value) != _identities(held):
+                value.clear()
+                (value.update if isinstance(value, (dict, set)) else value.extend)(held)
+
+
+def _identities(container: Any) -> list[Any]:
+    return [(key, id(inner)) for key, inner in container.items()] if isinstance(container, dict) else [
+        id(inner) for inner in container]
 
 
 def _copy_for(call: Call, context: HandlerContext) -> HandlerContext:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
+from torch import nn
+
 from early_exit.handler.user_handler.context import HandlerContext
-from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.entry_point import FunctionHandler, UserHandler
 
 _State = list[dict[str, Any]]
 
@@ -16,14 +21,18 @@ _State = list[dict[str, Any]]
 class HandlerAttributes:
     """Lets calls of one handler wait in their middle, in threads of which one runs at a time.
 
-    What a call sets on the handler or on its context before it waits is there for that call alone when it goes on, and
-    for later calls once it has ended. All calls have the same handler, as its methods may be known elsewhere: to a hook
-    in its model, say.
+    What a call sets on the handler, on its context, in a global name or on an object of the user's that these reach
+    before it waits is there for that call alone when it goes on, and for later calls once it has ended. All calls have
+    the same handler, as its methods may be known elsewhere: to a hook in its model, say.
     """
 
     def __init__(self, handler: UserHandler, context: HandlerContext) -> None:
         nothing: frozenset[str] = frozenset()
-        self._objects = [(vars(handler), nothing), (vars(context), nothing), context.put_on_it()]
+        module = handler.module if isinstance(handler, FunctionHandler) else sys.modules[type(handler).__module__]
+        fixed = frozenset(name for name, value in vars(module).items()
+                          if name.startswith("__") or isinstance(value, (ModuleType, type, FunctionType)))
+        self._objects = [(vars(handler), nothing), (vars(context), nothing), context.put_on_it(), (vars(module), fixed),
+                         *((vars(helper), nothing) for helper in _helpers(module, handler))]
         self._call = threading.local()
 
     @contextmanager
@@ -61,3 +70,33 @@ class HandlerAttributes:
             for name in [name for name in attributes if name not in fixed and name not in values]:
                 del attributes[name]
             attributes.update(values)
+
+
+def _helpers(module: ModuleType, handler: UserHandler) -> list[object]:
+    """Return the objects beside a handler that its names reach and whose attributes are the user's to set: those of
+    classes that come with the handler, and of TorchServe's handlers."""
+    found: dict[int, object] = {id(handler): handler}
+    waiting: list[object] = [handler, module]
+    while waiting:
+        for value in list(vars(waiting.pop()).values()):
+            inside = value.values() if isinstance(value, dict) else value
+            for one in list(inside) if isinstance(value, (dict, list, tuple)) else [value]:
+                if id(one) not in found and _is_helper(one, module):
+                    found[id(one)] = one
+                    waiting.append(one)
+    return [*found.values()][1:]
+
+
+def _is_helper(value: object, module: ModuleType) -> bool:
+    # A thread's attributes are what it works with, whoever waits.
+    if isinstance(value, (type, nn.Module, threading.Thread, HandlerContext)) or not isinstance(
+            getattr(value, "__dict__", None), Mapping):
+        return False
+    name = type(value).__module__
+    return name == module.__name__ or name.startswith("ts.torch_handler.") or _folder_of(sys.modules.get(name)) == (
+        _folder_of(module) or name)
+
+
+def _folder_of(module: ModuleType | None) -> str | None:
+    file = getattr(module, "__file__", None)
+    return file and str(Path(file).parent)

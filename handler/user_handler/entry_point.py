@@ -25,6 +25,7 @@ class FunctionHandler:
     """A handler that is a function of its module, which is called without data to initialize it."""
 
     def __init__(self, module: ModuleType, function: str) -> None:
+        self.module = module
         self._function = getattr(module, function)
 
     def initialize(self, context: Any) -> None:

@@ -101,6 +101,19 @@ def test_what_initialize_makes_of_the_model_is_what_is_exported_and_the_weights_
     assert batches[(0, 1), False]["unstable"] == [["$.time"], ["$.time"]], "a clock is listed and not compared"
 
 
+def test_what_torchserve_cannot_write_is_no_answer(tmp_path: Path, samples: list[Path]) -> None:
+    with pytest.raises(ArchiveError, match="does not answer the sample request.*503 +Unsupported"):
+        archived(tmp_path, HANDLER.format(
+            initialize="", postprocess="        return [*scores.numpy().max(1)]"), samples)
+
+
+def test_a_tensor_that_is_an_answer_is_compared_by_all_of_its_numbers(tmp_path: Path, samples: list[Path]) -> None:
+    made = archived(tmp_path, HANDLER.format(
+        initialize="", postprocess="        return [*scores.repeat(1, 500)]"), samples)
+    first = json.loads(__import__("base64").b64decode(made["answers"]["batches"][0]["answers"][0]["body"]))
+    assert len(first) == 1500
+
+
 def test_weights_that_initialize_reads_from_elsewhere_are_exported_though_the_archive_loads_without_them(
         tmp_path: Path, samples: list[Path]) -> None:
     """The stand-in takes any state dict that is not strict, so only the answers tell."""

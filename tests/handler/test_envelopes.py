@@ -66,6 +66,31 @@ def test_a_request_of_several_instances_is_answered_as_by_the_handler_alone(
     assert context.get_response_status(0)[0] == 200
 
 
+class OfTwoInputs(AtOnce):
+    """Makes one row, and one answer, of two named inputs."""
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        return super().handle([{"rows": data[0]["data"]}], context)
+
+
+class AllInOne(AtOnce):
+    """Gives one answer to all instances, in a form that only KServe's first protocol lets through."""
+
+    def handle(self, data: list[Any], context: Any) -> Any:
+        return {"classes": super().handle(data, context)}
+
+
+@pytest.mark.parametrize(("kind", "handler"), [("kservev2", OfTwoInputs), ("kserve", AllInOne)])
+def test_how_many_answers_a_request_in_an_envelope_has_is_the_handlers_choice(
+        kind: str, handler: type[AtOnce], model: EarlyExitModel) -> None:
+    expected, _ = predict(ENVELOPES[kind](handler(model).handle).handle, [request(ROWS[:2], kind)])
+    model.log.take()
+    found, context = predict(ENVELOPES[kind](service_of(worker_of(model, handler(model))).handle).handle,
+                             [request(ROWS[:2], kind)])
+    assert found == expected and context.get_response_status(0)[0] == 200
+    assert EXIT_HEADER in context.get_response_headers(0)
+
+
 def test_requests_of_several_instances_in_one_batch_are_answered_and_their_records_name_no_request(
         model: EarlyExitModel, tmp_path: Path) -> None:
     host = MemoryHost()

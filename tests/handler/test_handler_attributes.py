@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.user_handler.description import Root
+from early_exit.handler.user_handler.entry_point import UserHandler, load_entry_point
 from tests.support.host import MemoryHost, worker_of
 from tests.support.plans import random_exits
 from tests.support.row_handlers import AtOnce, backbone_of_rows, requests, row
@@ -22,7 +25,7 @@ def model() -> EarlyExitModel:
     return build_model(backbone, *random_exits(backbone), answers="early")
 
 
-def answered(model: EarlyExitModel, handler: AtOnce, bodies: list[list[float]]) -> list[Any]:
+def answered(model: EarlyExitModel, handler: UserHandler, bodies: list[list[float]]) -> list[Any]:
     """Return the answers to requests of which one more comes at each step."""
     worker = worker_of(model, handler, ServingConfig(answers="early"), MemoryHost())
     handler.initialize(worker._answers._context)  # type: ignore[union-attr]
@@ -64,6 +67,38 @@ def test_what_a_call_sets_through_a_method_that_others_know_or_on_a_kept_context
     for number, answer in enumerate(answered(model, handler, bodies)):
         assert answer == {"remembered": bodies[number], "id": f"id-{number}", "same": True, "number": True}
     assert handler.context.number > 1, "what a call has put there is there for those that begin after it"
+
+
+FUNCTION = """
+import torch
+from helper import Helper
+
+class Service:
+    def preprocess(self, data):
+        self.data = data
+        return torch.tensor([item["rows"] for item in data])
+
+service, helpers, last = Service(), {"one": Helper()}, None
+
+def handle(data, context):
+    global last
+    helpers["one"].rows = last = data[0]["rows"]
+    with torch.no_grad():
+        model(service.preprocess(data))
+    return [[service.data[0]["rows"], last, helpers["one"].rows]]
+"""
+
+
+def test_what_a_function_sets_in_global_names_and_on_objects_that_these_reach_is_its_own(
+        model: EarlyExitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_function.py").write_text(FUNCTION)
+    (tmp_path / "helper.py").write_text("class Helper: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    handler, roots = load_entry_point("their_function.py")
+    roots[Root.MODULE].model = model  # type: ignore[attr-defined]
+    handler.initialize = lambda context: None  # type: ignore[method-assign]
+    bodies = requests(20)
+    assert answered(model, handler, bodies) == [[body] * 3 for body in bodies]
 
 
 def test_what_one_call_deletes_is_gone_for_it_alone_until_it_has_ended(model: EarlyExitModel) -> None:

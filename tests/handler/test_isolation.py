@@ -19,7 +19,8 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.user_handler.context import HandlerContext
-from tests.support.host import MemoryHost
+from tests.support.host import MemoryHost, worker_of
+from tests.support.torchserve_context import predict, service_of
 
 
 class Numbers:
@@ -103,6 +104,21 @@ def test_what_a_handler_takes_out_of_a_request_is_there_when_it_is_asked_alone(m
             for item in range(3)] == [200, 400, 200]
 
 
+def test_what_a_handler_changes_deep_in_a_request_is_as_it_was_when_it_is_asked_alone(model: EarlyExitModel) -> None:
+    class Scaling(Numbers):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            for item in data:
+                item["body"]["numbers"][:] = [number / 255 for number in item["body"].pop("scaled")]
+            seen.append([item["body"]["numbers"] for item in data])
+            return super().handle([{"body": item["body"]["numbers"]} for item in data], context)
+
+    seen: list[Any] = []
+    bodies: list[object] = [{"numbers": [], "scaled": GOOD}, {"numbers": []}, {"numbers": [], "scaled": GOOD}]
+    replies = replies_of(answered(model, bodies, Scaling(model)))
+    assert [replies[item].status for item in range(3)] == [200, 400, 200]
+    assert seen == [[[number / 255 for number in GOOD]]] * 2
+
+
 def test_an_error_tells_nothing_of_memory(model: EarlyExitModel) -> None:
     bad = ValueError(f"cannot read {io.BytesIO()!r} and {object()!r}")
     assert " at 0x" in str(bad)
@@ -114,6 +130,19 @@ def test_an_exception_of_torchserve_keeps_its_status_and_its_text(model: EarlyEx
     """Checked against TorchServe 0.12 by the habit `own_exception`."""
     [part] = answered(model, [PredictionException("the image is too dark", 422)])
     assert part.replies[0].body == {"code": 422, "type": "InternalServerException", "message": "the image is too dark"}
+
+
+@pytest.mark.parametrize("code", [200, 1045, -3, True])
+def test_a_number_that_is_no_status_of_an_error_is_none(model: EarlyExitModel, code: int) -> None:
+    error = type("DatabaseError", (Exception,), {"error_code": code})("cannot connect")
+    [part] = answered(model, [error])
+    assert part.replies[0].status == part.replies[0].body["code"] == 500
+
+
+def test_a_part_that_a_call_over_grpc_names_like_a_header_of_http_does_not_make_it_one(model: EarlyExitModel) -> None:
+    service = service_of(worker_of(model, Numbers(model)))
+    with pytest.raises(KeyError):
+        predict(service.handle, [{"body": "CUDA", "host": b""}], headers=[{"host": {"content-type": "text/plain"}}])
 
 
 @pytest.mark.parametrize("hears", [(False, False), (True, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,11 @@ def test_the_operator_is_told(model: EarlyExitModel) -> None:
         assert asked(model, {ANYTIME_HEADER: "1", name: SECRET}) == ({OPINIONS_HEADER}, 1)
         assert asked(model, {PROBE_HEADER: "1", name: SECRET})[0] == {PROBE_HEADER}
     assert asked(model, {SECRET_HEADER: SECRET}) == (set(), 0), "the secret alone asks for nothing"
+
+
+def test_a_part_of_a_form_that_is_named_like_the_secret_fails_nobodys_answer(model: EarlyExitModel) -> None:
+    part: Any = {"content-type": "text/plain"}
+    assert asked(model, {ANYTIME_HEADER: "1", SECRET_HEADER: part}) == (set(), 0)
 
 
 def test_a_configuration_can_open_the_headers_to_clients(model: EarlyExitModel) -> None:

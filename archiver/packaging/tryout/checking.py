@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from early_exit.archiver.packaging.tryout.answers import AnsweredBatch, as_read, batches_of, load_answers, save_answers
+from early_exit.archiver.packaging.tryout.answers import (
+    Answer,
+    AnsweredBatch,
+    as_read,
+    batches_of,
+    load_answers,
+    save_answers,
+)
 from early_exit.archiver.packaging.tryout.child import LoadingError, in_a_fork
 from early_exit.archiver.packaging.tryout.comparison import contradictions
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
@@ -23,6 +31,8 @@ from early_exit.handler.user_handler.description import HandlerDescription, Root
 _IN_FULL = {"exits": False, "engine": "eager", "answers": "plain", "sampling_rate": 0, "control_rate": 0}
 """The settings with which an archive answers exactly as its original."""
 _AS_SERVED = {"sampling_rate": 0, "control_rate": 0}
+_SIDE_BY_SIDE_S = 60.0
+"""A request alone was answered before."""
 _CONFIGURATION, _USERS = "tried-out.yaml", "tried-out-users.yaml"
 
 
@@ -51,7 +61,34 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     [probe] = archive.answer([probed], {PROBE_HEADER: "1", SECRET_HEADER: secret})
     if probe.status != 200:
         raise LoadingError(f"the probe was answered with {probe}")
-    return _answers_by_exit(archive, samples_in(ArchiveLayout(folder))[:1])
+    samples = samples_in(ArchiveLayout(folder))[:1]
+    service: Any = archive.roots[Root.HANDLER]
+    answers = _answers_by_exit(archive, samples)
+    if samples and service.worker.is_early:
+        require_side_by_side(lambda: archive.answer(samples * 2))
+    return answers
+
+
+def require_side_by_side(ask: Callable[[], Sequence[Answer]], limit_s: float = _SIDE_BY_SIDE_S) -> None:
+    """Refuse a handler that cannot begin with a request while another waits in its call of the model.
+
+    Args:
+        ask: returns the answers to several requests that come at once.
+        limit_s: how long they may take.
+
+    Raises:
+        LoadingError: they were not answered.
+    """
+    advice = ("with early answers calls of a handler go on side by side, which one that holds a lock or an event loop "
+              "of its own while it calls its model cannot. Take 'answers: plain', or call the model outside of it")
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.extend(ask()), daemon=True)  # which is never joined if it hangs
+    asking.start()
+    asking.join(limit_s)
+    if not answers:
+        raise LoadingError(f"requests that came at once were not answered within {limit_s:.0f} s: {advice}")
+    if wrong := [answer for answer in answers if answer.status != 200]:
+        raise LoadingError(f"of requests that came at once one was answered with {wrong[0]}: {advice}")
 
 
 def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import ts.service
+from torch import Tensor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 
@@ -85,8 +86,11 @@ class LoadedArchive:
         told: list[dict[str, Answer]] = []
 
         def create(ret: Any, ids: dict[int, str], message: str, code: int, context: Any = None, **_: Any) -> bytes:
-            told.append({id_: _answer(None if ret is None else ret[index], index, message, code, context)
-                         for index, id_ in ids.items()})
+            try:
+                told.append({id_: _answer(None if ret is None else ret[index], index, message, code, context)
+                             for index, id_ in ids.items()})
+            except TypeError:  # as TorchServe does with what it cannot write
+                told.append(dict.fromkeys(ids.values(), Answer(503, "", b"Unsupported model output data type.")))
             return b""
 
         before, ts.service.create_predict_response = ts.service.create_predict_response, create
@@ -151,12 +155,13 @@ def _answer(value: Any, index: int, message: str, code: int, context: Any) -> An
 
 
 def _encoded(value: Any) -> bytes:
-    """Return the body of a response as TorchServe writes it."""
+    """Return the body of a response as TorchServe writes it, and of a tensor what TorchServe would pickle.
+
+    Raises:
+        TypeError: TorchServe cannot write it.
+    """
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
     if isinstance(value, str):
         return value.encode()
-    try:
-        return json.dumps(value, indent=2).encode()
-    except TypeError:
-        return repr(value).encode()
+    return json.dumps(value.tolist() if isinstance(value, Tensor) else value, indent=2).encode()
