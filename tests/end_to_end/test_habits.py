@@ -13,9 +13,8 @@ from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
-SAME = ("reversed_batch", "augmented_rows", "own_statuses",
-        "global_model", "image_classifier", "mnist", "video_frames", "counted", "bert", "faster_rcnn")
-"""From `global_model` on these are what TorchServe's documentation shows: a module-level handler, image classifiers,
+SAME = ("own_statuses", "global_model", "image_classifier", "video_frames", "counted", "bert", "faster_rcnn")
+"""From `global_model` on these are what TorchServe's documentation shows: a module-level handler, an image classifier,
 frames of a video, custom metrics, a BERT for sequence classification with explanations, a detector. The others, and
 early answers, are tried by `python -m tests.benchmarks.habits`."""
 REFUSED = {"ensemble": Unsupported.SEVERAL_SCORES}
