@@ -9,7 +9,6 @@ import pytest
 from early_exit.handler.errors import Unsupported
 from tests.benchmarks.habits import HABITS
 from tests.support.habits.trial import WITH_EXITS, Trial, try_habits
-from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +22,7 @@ REFUSED = {"ensemble": Unsupported.SEVERAL_SCORES}
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Trial]:
     habits = [habit for habit in HABITS if habit.name in (*SAME, *REFUSED)]
-    found = try_habits(habits, tmp_path_factory.mktemp("habits") / "tried", ways=(WITH_EXITS,),
-                       build=build_untried)
+    found = try_habits(habits, tmp_path_factory.mktemp("habits") / "tried", ways=(WITH_EXITS,))
     return {trial.habit.name: trial for trial in found}
 
 
