@@ -16,15 +16,20 @@ def probed(status: int, answer: Any) -> dict[str, Any]:
     """Return what is learnt of a version that answers so."""
     conversation = Api(Addresses.on_loopback()).probe("digits", "3.0")
     asked = next(conversation)
-    assert asked.needs_secret and asked.headers == {"X-Early-Exit-Probe": "1"}
+    assert asked.needs_secret and asked.headers == {"X-Early-Exit-Probe": "1", "content-type": "application/json"}
     with pytest.raises(StopIteration) as end:
         conversation.send(httpx.Response(status, json=answer, request=httpx.Request("POST", asked.url)))
     learnt: dict[str, Any] = end.value.value
     return learnt
 
 
-def test_a_probe_that_was_taken_tells_backbone_and_plan() -> None:
-    assert probed(200, {"probe": "ok", "backbone": "651c"})["backbone"] == "651c"
+PROBED = {"probe": "ok", "backbone": "651c"}
+
+
+@pytest.mark.parametrize("answer", [PROBED, {"predictions": [PROBED]}, {"id": "1", "outputs": [
+    {"name": "probe", "shape": [1], "datatype": "BYTES", "data": [PROBED]}]}])
+def test_a_probe_that_was_taken_tells_backbone_and_plan_in_any_envelope(answer: Any) -> None:
+    assert probed(200, answer)["backbone"] == "651c"
 
 
 @pytest.mark.parametrize(("status", "answer"), [(200, {"cat": 0.9}), (200, [0.9]), (400, {"message": "?"})])
