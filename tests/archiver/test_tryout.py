@@ -179,44 +179,6 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize(("inference", "message", "why"), [
-    ("self._with_scale(x)", r"changes its model while it answers \(head.scale", Unsupported.CHANGES),
-    ("torch.stack([self.model(row) for row in x])", r"without a batch dimension: .*\(4,\).* gives \(3,\)", None),
-])
-def test_what_only_the_calls_of_the_model_show_is_refused(
-        tmp_path: Path, samples: list[Path], inference: str, message: str, why: Unsupported | None) -> None:
-    handler = HANDLER.format(initialize="", postprocess=PLAIN).replace("return self.model(x)", f"return {inference}")
-    with pytest.raises(EarlyExitError, match=message) as refused:
-        archived(tmp_path, handler + """
-    def _with_scale(self, x):
-        self.model.head.scale = float(x[0, 0])
-        scores = self.model(x)
-        self.model.head.scale = 1.0
-        return scores
-""", samples)
-    assert refused.value.unsupported is why
-
-
-@pytest.mark.parametrize("function", ["topk(2)", "sort(dim=1)"])
-def test_scores_in_the_order_of_their_size_are_refused(tmp_path: Path, samples: list[Path], function: str) -> None:
-    handler = HANDLER.format(initialize="        self.model = sorting(self.model).eval()", postprocess=PLAIN)
-    with pytest.raises(EarlyExitError, match="in the order of their size") as refused:
-        archived(tmp_path, handler.replace("return self.model(x)", "return self.model(x)[0]") + f"""
-
-def sorting(net):
-    class Sorting(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x):
-            return self.net(x).softmax(1).{function}
-
-    return Sorting()
-""", samples)
-    assert refused.value.unsupported is Unsupported.SEVERAL_SCORES
-
-
 def test_an_archive_that_answers_otherwise_than_its_original_is_refused_with_both_answers(
         tmp_path: Path, samples: list[Path]) -> None:
     with pytest.raises(ArchiveError, match=r"(?s)answers otherwise than the original.*before: 200.*Net.*now:.*StandIn"):
@@ -268,20 +230,3 @@ def test_without_a_sample_nothing_is_compared_and_it_is_said(tmp_path: Path) -> 
     made = archived(tmp_path, HANDLER.format(initialize="", postprocess=PLAIN), [], told, input_shape=(4,))
     assert made["answers"] is None
     assert any("cannot be compared" in line and "--untried" in line for line in told)
-
-
-def test_threads_that_call_the_model_all_the_time_are_in_nobodys_way(tmp_path: Path, samples: list[Path]) -> None:
-    made = archived(tmp_path, HANDLER.format(initialize="        self.keep_warm()", postprocess=PLAIN) + """
-    def keep_warm(self):
-        import threading
-
-        def beat():
-            while True:
-                time.sleep(0.0005)
-                with torch.no_grad():
-                    self.model(torch.zeros(1, 4))
-
-        for _ in range(2):
-            threading.Thread(target=beat).start()
-""", samples)
-    assert made["handler"]["model"] == [{"root": "handler", "steps": [["attribute", "model"]]}]

@@ -141,7 +141,8 @@ def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[In
     for arguments, call in zip(bound, calls):
         given = {name: tuple(value.shape) for name, value in arguments.items() if isinstance(value, Tensor)}
         n_rows = next((shape[0] for shape in given.values() if shape), 0)
-        if call.returned and all(len(shape) == 1 and shape[0] != n_rows for shape in call.returned):
+        # Of one row a model may squeeze the first dimension away.
+        if n_rows > 1 and call.returned and all(len(shape) == 1 and shape[0] != n_rows for shape in call.returned):
             raise ArchiveError(f"the handler calls {kind} without a batch dimension: {given} gives {call.returned[0]}, "
                                "and an exit takes (batch, ...) tensors: let the handler call self.model(x[None]) and "
                                "take the first row of what it returns")
