@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,11 @@ class Call:
         dropped = {name.lower() for name in names}
         kept = {header: value for header, value in self.headers.items() if header.lower() not in dropped}
         return self if len(kept) == len(self.headers) else replace(self, headers=kept)
+
+
+def share_instances(calls: Sequence[Call]) -> bool:
+    """Tell whether the instances of all requests of a batch are with the first, so that nobody knows whose they are."""
+    return any(call.instances == () for call in calls)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from early_exit.handler.call import Call, Reply
+from early_exit.handler.call import Call, Reply, share_instances
 from early_exit.handler.inference.bypassing import EpochBypass
 from early_exit.handler.inference.continuous import ContinuousExecutor
 from early_exit.handler.inference.coroutine import Coroutine
@@ -46,7 +46,7 @@ class EarlyAnswers:
 
         Calls that were there before and are not any more are forgotten.
         """
-        if any(call.instances == () for call in calls):
+        if share_instances(calls):
             return self._at_once(calls)
         started = time.perf_counter()
         for gone in self._in_flight.keys() - {call.id for call in calls}:

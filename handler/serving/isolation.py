@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from early_exit.handler.call import Call, Reply, own_copy
+from early_exit.handler.call import Call, Reply, own_copy, share_instances
 from early_exit.handler.errors import InputError
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -76,7 +76,7 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
         MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         Exception: what the handler raised for a call whose client does not hear of a status of its own.
     """
-    in_one = any(call.instances == () for call in calls)  # what belongs to whom is not known
+    in_one = share_instances(calls)  # what belongs to whom is not known
     try:
         return [_call(tuple(range(len(calls))), calls, handler, context, model, rows_per_request, alone)]
     except Exception as error:
@@ -127,7 +127,7 @@ def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int 
             ) -> list[list[int]] | None:
     """Return the owners of the rows of each call of the model, given their numbers; see `Served.owners`."""
     n_calls = len(calls)
-    if not sum(n_rows) or any(call.instances == () for call in calls):
+    if not sum(n_rows) or share_instances(calls):
         return None
     if n_calls == 1 and are_its_own:  # whatever the handler does, there is nobody else whose they could be
         return [[0] * n for n in n_rows]

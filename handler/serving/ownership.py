@@ -9,7 +9,7 @@ from contextlib import suppress
 from enum import Enum
 from random import Random
 
-from early_exit.handler.call import Call
+from early_exit.handler.call import Call, share_instances
 from early_exit.handler.inference.forward import Live
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.serving.isolation import Served
@@ -67,7 +67,7 @@ class RowOwnership:
             return
         n_rows = sum(len(batch.answers.outputs) for batch in served.batches)
         n_items = sum(len(call.items) for call in served.calls)
-        if any(call.instances == () for call in served.calls):
+        if share_instances(served.calls):
             self._say(Unknown.ENVELOPE, "some batches", "an envelope puts what several requests hold into one list")
         elif n_rows == n_items * self.rows_per_request:
             self._say(Unknown.THREADS, "some batches", "the handler calls its model in several threads")
@@ -131,7 +131,7 @@ class RowCheck:
 
     def draw(self, calls: Sequence[Call]) -> DrawnRequest | None:
         """Return the request of a batch that is to be checked, or None where the batch is not."""
-        if len(calls) == 1 or self._ownership.rows_per_request is None or any(call.instances == () for call in calls):
+        if len(calls) == 1 or self._ownership.rows_per_request is None or share_instances(calls):
             return None
         self._n_batches += 1
         if self._random.random() * min(self._n_batches, _ONE_IN) >= 1:

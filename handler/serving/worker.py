@@ -9,7 +9,7 @@ from typing import Any
 
 from early_exit.handler.allocator import return_freed_memory
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
-from early_exit.handler.call import Call, Reply
+from early_exit.handler.call import Call, Reply, share_instances
 from early_exit.handler.config import EARLY, ServingConfig
 from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
@@ -96,7 +96,7 @@ class Worker:
             MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         """
         calls = [self._headers.admit(call) for call in calls]
-        is_one_list = any(call.instances == () for call in calls)  # in which a probe cannot be told from the others
+        is_one_list = share_instances(calls)  # in which a probe cannot be told from the others
         replies: list[Reply | None] = [
             self.probe(call) if call.has_header(PROBE_HEADER) and not is_one_list else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import FunctionHandler, UserHandler
+from early_exit.handler.user_handler.places import folder_of
 
 _State = list[dict[str, Any]]
 
@@ -93,10 +93,6 @@ def _is_helper(value: object, module: ModuleType) -> bool:
             getattr(value, "__dict__", None), Mapping):
         return False
     name = type(value).__module__
-    return name == module.__name__ or name.startswith("ts.torch_handler.") or _folder_of(sys.modules.get(name)) == (
-        _folder_of(module) or name)
-
-
-def _folder_of(module: ModuleType | None) -> str | None:
-    file = getattr(module, "__file__", None)
-    return file and str(Path(file).parent)
+    folder = folder_of(module)
+    return name == module.__name__ or name.startswith("ts.torch_handler.") or (
+        folder is not None and folder_of(sys.modules.get(name)) == folder)

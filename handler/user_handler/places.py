@@ -80,7 +80,7 @@ def put(roots: Roots, place: Place, value: object) -> None:
 
 
 def _walk(roots: Roots) -> Iterator[tuple[Place, object]]:
-    folder = _folder_of(roots.get(Root.MODULE))
+    folder = folder_of(roots.get(Root.MODULE))
     waiting = deque((Place(root, ()), value) for root, value in roots.items())
     expanded: set[int] = set()
     while waiting and len(expanded) < _MOST_OBJECTS:
@@ -107,7 +107,8 @@ def _inside(value: object) -> Iterator[tuple[tuple[str, str | int], object]]:
                         if not name.startswith("__"))
 
 
-def _folder_of(module: object) -> Path | None:
+def folder_of(module: object) -> Path | None:
+    """Return the folder of a module's file, None where it has none."""
     file = getattr(module, "__file__", None)
     return Path(file).parent if file else None
 
@@ -116,7 +117,7 @@ def _is_of(folder: Path | None, value: object) -> bool:
     """Tell whether something is a module in a folder, or a class of one: there a user's code may keep a model too."""
     if isinstance(value, type):
         value = sys.modules.get(value.__module__)
-    return folder is not None and isinstance(value, ModuleType) and _folder_of(value) == folder
+    return folder is not None and isinstance(value, ModuleType) and folder_of(value) == folder
 
 
 def names_of(places: Sequence[Place]) -> str:
