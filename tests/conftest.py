@@ -78,10 +78,16 @@ def digits_backbone(shared: Path) -> DigitsResNet:
 
 
 @pytest.fixture(scope="session")
-def digits_mar(digits_backbone: DigitsResNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's archive: eager model, state dict, a handler that subclasses TorchServe's image classifier."""
-    return original_mar(tmp_path_factory.mktemp("original"), "digits", "digits_resnet.py", "digits_handler.py",
-                        digits_backbone.state_dict(), WORKERS.format(n=1))
+def digits_mar(digits_backbone: DigitsResNet, shared: Path) -> Path:
+    """A user's archive: eager model, state dict, a handler that subclasses TorchServe's image classifier.
+
+    It is made once for all processes that run tests: torch-model-archiver writes the time into it.
+    """
+    with FileLock(shared / "original.lock"):
+        if not (mar := shared / "original" / "digits.mar").exists():
+            original_mar(mar.parent, "digits", "digits_resnet.py", "digits_handler.py",
+                         digits_backbone.state_dict(), WORKERS.format(n=1))
+    return mar
 
 
 @pytest.fixture(scope="session")
