@@ -15,6 +15,7 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.sample_request import SampleRequest, known_samples
+from early_exit.handler.user_handler.description import HandlerDescription
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ArchiveContents:
     """The plan of the exits; none where the archive answers every request in full."""
     configuration: str
     """Text of the model-config.yaml; empty where the archive has none."""
+    handler: HandlerDescription
+    """What is known of the user's handler."""
     samples: tuple[SampleRequest, ...]
     """Requests that the user's handler answers, where any are known."""
     is_compared: bool
@@ -83,6 +86,7 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     manifest = checked_manifest(manifest, f"{mar}: {layout.manifest}")
     original = _parsed(content(layout.original_manifest), f"{mar}: {layout.original_manifest}")
     plan, answers, configuration = content(layout.plan), content(layout.sample_answers), model.get("configFile")
+    handler = content(layout.handler_description)
     return ArchiveContents(
         manifest=manifest,
         original_manifest=checked_manifest(original, f"{mar}: {layout.original_manifest}"),
@@ -91,6 +95,8 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
         plan=None if plan is None else ExitPlan.from_json(_parsed(plan, f"{mar}: {layout.plan}"),
                                                           f"{mar}: {layout.plan}"),
         configuration=(content(Path(configuration)) or b"").decode() if configuration else "",
+        handler=HandlerDescription() if handler is None else HandlerDescription.from_json(
+            _parsed(handler, f"{mar}: {layout.handler_description}"), f"{mar}: {layout.handler_description}"),
         samples=known_samples(content(layout.samples), content(layout.sample_request), f"{mar}: {layout.samples}"),
         is_compared=layout.answers.as_posix() in names,
         sample_answers={} if answers is None else _parsed(answers, f"{mar}: {layout.sample_answers}"))

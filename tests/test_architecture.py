@@ -17,8 +17,8 @@ FOLDERS = ("handler", "training", "archiver")
 """Each imports from itself and from those before it."""
 LEVELS: dict[str, list[set[str]]] = {
     "handler": [
-        {"service"}, {"torchserve"}, {"serving"}, {"user_handler"}, {"model"},
-        {"cuda"}, {"monitor", "recording"}, {"inference"}, {"archive_contents"}, {"exits", "config"}, {"engines"},
+        {"service"}, {"torchserve"}, {"serving"}, {"archive_contents"}, {"user_handler"}, {"model"},
+        {"cuda"}, {"monitor", "recording"}, {"inference"}, {"exits", "config"}, {"engines"},
         {"detection"}, {"backbone"}, {"sample_request"}, {"archive_layout", "formats"},
         {"files"},
         {"allocator", "betting", "call", "errors", "protocol", "python_modules"}],

@@ -22,18 +22,21 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.watch.status import look
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import ArchiveLayout, extract
+from early_exit.handler.detection.loading import load_backbone
+from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import load_plan
 from early_exit.handler.monitor.shared_state import monitor_file, read_state
 from early_exit.handler.recording.format import list_shards, read_header, read_shard
-from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.replay import Replay
+from early_exit.training.data.shards import find_shards
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from tests.support.client import failed, send
-from tests.support.digits import traffic
+from tests.support.digits import batches, traffic
 from tests.support.last_release import LastRelease, made_by_last_release
+from tests.support.recording import record
 from tests.support.rewritten import rewritten
 from tests.support.served import served_model
 from tests.support.untried import build_untried
@@ -90,16 +93,24 @@ def test_an_old_archive_with_exits_is_repackaged_without_them(old: LastRelease, 
 
 
 @pytest.mark.parametrize("how", [None, Replay(rounds=0)], ids=["as recorded", "replayed"])
-def test_old_records_of_an_old_archive_make_a_plan(old: LastRelease, tmp_path: Path, how: Replay | None) -> None:
+def test_old_records_train_heads_and_certify_nothing(old: LastRelease, tmp_path: Path, how: Replay | None) -> None:
     archive = ArchiveLayout(tmp_path / "archive")
     archive.root.mkdir()
     extract(old.recorder, archive.root)
     description = read_archive(old.recorder).description
     shards = find_shards(old.records, "digits", description)
     assert sum(len(read_shard(shard, [], kept=True).kept or ()) for shard in shards) == 320
+    options = replace(OPTIONS, replay=how)
+    with pytest.raises(RecordError, match="Of 320 more records the content is not known: an earlier version"):
+        train("digits", archive, shards, options, RunPaths(tmp_path / "alone"))
+    requests = traffic(320, seed=71)
+    record(load_backbone(archive.folder), next(batches(requests, 320)), tmp_path / "new", name="digits",
+           first_request=1000, bodies=[request.body for request in requests])
+    both = [*shards, *find_shards(tmp_path / "new", "digits", description)]
     run = RunPaths(tmp_path / "run")
-    report = train("digits", archive, shards, replace(OPTIONS, replay=how), run)
-    assert len(report.heads) == 2
+    report = train("digits", archive, both, options, run)
+    assert len(report.heads) == 2 and sum(report.records.values()) == 640
+    assert report.records["tune"] + report.records["certify"] < 320, "of the new ones only"
     plan, _ = load_plan(run.plan)
     assert plan.backbone == description.sha256 and plan.certificate is not None
     build_untried(ArchiveRequest(str(old.recorder), tmp_path / "store", plan=run.plan))

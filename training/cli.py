@@ -17,9 +17,9 @@ from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.files.private import replacing
 from early_exit.training.command import command_parser, log_to_stderr, print_next, run_command
-from early_exit.training.data.dataset import find_shards, readable_shards
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.replay import AUGMENTATIONS, Replay
+from early_exit.training.data.shards import find_shards, readable_shards
 from early_exit.training.data.sources import local_folders
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.nni_service import Service

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,12 @@ from early_exit.handler.files.private import replacing
 from early_exit.handler.recording.format import read_times
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
-from early_exit.training.data.dataset import (
-    Part,
-    load_traffic,
-    of_engine,
-    of_newest_setting,
-    recorded_layers,
-)
+from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
+from early_exit.training.data.shards import of_engine, of_newest_setting, of_traffic, recorded_layers, tell_keys
+from early_exit.training.data.traffic import traffic_in
 from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import find_architectures, train_heads
 from early_exit.training.heads.trial import HeadCost, evaluators_of
@@ -85,7 +81,8 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     with replacing(run.predictions) as scratch:
         predictions.save(scratch)
     point = choose(predictions, options)
-    plan = make_plan(point, predictions, heads, training_set, description, options, profile)
+    plan = replace(make_plan(point, predictions, heads, training_set, description, options, profile),
+                   traffic=traffic_in(archive, description))
     save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
     records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
     report = make_report(model, records, plan, point, predictions,
@@ -101,15 +98,19 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
                   options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
     """Return the training set of the run and the candidates that are not in it, with the reason."""
     description = backbone.description
-    shards, inputs = _inputs(run, description, shards, options, log)
+    identity = traffic_in(archive, description)
+    shards, inputs = _inputs(run, description, identity, shards, options, log)
     if run.training_set.index.exists():  # the shards may have gone in the meantime
         training_set = TrainingSet.load(run.training_set)
     else:
+        shards = of_traffic(shards, identity, log)
         if options.replay is None:
             shards = _alike(of_engine(shards, options.engine), log)
+        tell_keys(shards, log)
         traffic = load_traffic(shards, options.fresh_after)
-        others = (f". Of {traffic.n_anonymous} more records it is not known which request they belong to, so they "
-                  "train heads and prove nothing; the log of the workers says why") if traffic.n_anonymous else ""
+        for reason, count in traffic.passed_over.items():
+            log(f"{count} requests are passed over: {reason}")
+        others = _no_evidence(traffic)
         if options.replay is not None:
             traffic = traffic.of_known_requests()
         _require_enough({part: traffic.size(part) for part in Part}, options, others)
@@ -129,11 +130,19 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
                                               engine=options.engine, on_batch=progress.update, log=log)
     if n_skipped := sum(training_set.skipped.values()):
         _require_enough({part: len(training_set.rows(part)) for part in Part}, options,
-                        f". {n_skipped} recorded requests could not be run again")
+                        f". {n_skipped} requests are passed over")
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
                           "that cover the cost evenly"
                           for layer in description.candidates if layer.path not in kept]
+
+
+def _no_evidence(traffic: RecordedTraffic) -> str:
+    """Return the end of a message about the records that count in no part but the train part."""
+    why = ((traffic.n_anonymous, "it is not known which request they belong to; the log of the workers says why"),
+           (traffic.n_without_content, "the content is not known: an earlier version wrote them"))
+    told = [f". Of {n} more records {because}. So they train heads and prove nothing" for n, because in why if n]
+    return "".join(told)
 
 
 def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
@@ -173,21 +182,22 @@ def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: Tr
                 "written")
 
 
-def _inputs(run: RunPaths, backbone: BackboneDescription, shards: list[Path], options: TrainingOptions,
+def _inputs(run: RunPaths, backbone: BackboneDescription, traffic: str, shards: list[Path], options: TrainingOptions,
             log: Callable[[str], None]) -> tuple[list[Path], dict[str, Any]]:
     """Return the shards to use and what to remember of the run: those it was started with, if it was.
 
     Raises:
-        RecordError: the folder holds a run of another backbone or with other options.
+        RecordError: the folder holds a run of another backbone, of other traffic or with other options.
     """
-    asked: dict[str, Any] = json.loads(json.dumps({"backbone": backbone.sha256, "options": options.to_json()}))
+    asked: dict[str, Any] = json.loads(json.dumps({"backbone": backbone.sha256, "traffic": traffic,
+                                                   "options": options.to_json()}))
     present = [str(shard.resolve()) for shard in shards]
     if not run.inputs.exists():
         return shards, {**asked, "shards": present}
     started: dict[str, Any] = json.loads(run.inputs.read_text())
     if {key: started.get(key) for key in asked} != asked:
-        raise RecordError(f"{run.root} holds a run of another backbone or with other options: pass another --to, or "
-                          "delete it")
+        raise RecordError(f"{run.root} holds a run of another backbone, of other traffic or with other options: pass "
+                          "another --to, or delete it")
     if started["shards"] != present:
         log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(present)} that "
             "there are now: pass another --to to use them all")

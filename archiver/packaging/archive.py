@@ -30,7 +30,9 @@ from early_exit.handler.engines.registry import ENGINES, require_engine
 from early_exit.handler.errors import ArchiveError, Unsupported
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
+from early_exit.handler.user_handler.traffic import digests_of, users_files
 from early_exit.training.data.skipped import Skipped
+from early_exit.training.data.traffic import traffic_in
 
 
 def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda line: None,
@@ -52,11 +54,12 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         layout.root.mkdir()
         aside.mkdir()
         source = unpack_source(request, layout)
-        configuration = read_configuration(request.config or source.configuration(layout), request.engine, log)
+        given = request.config or (layout.root / source.configuration if source.configuration else None)
+        configuration = read_configuration(given, request.engine, log)
         learn(request, layout, source, aside, log)
         _advance(progress, "fill")
-        _write_own_folder(request, layout, source, configuration.engine, aside, log, skipped or Skipped())
         _write_root(request, layout, source, configuration)
+        _write_own_folder(request, layout, source, configuration.engine, aside, log, skipped or Skipped())
         _advance(progress, "try out")
         request.to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=request.to, prefix=".building-") as building:
@@ -79,11 +82,11 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
     backbone = load_backbone(layout.folder)
     if ENGINES[engine].needs_calibration:
         _keep_or_quantize(request, engine, layout, source, backbone, aside, log, skipped)
-    kept = aside / "kept"
+    traffic, kept = traffic_in(layout, backbone.description), aside / "kept"
     layout.folder.rename(kept)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
     backbone.save(layout.folder)
-    for file in (layout.samples, layout.answers, layout.handler_description):
+    for file in (layout.original_manifest, layout.samples, layout.answers, layout.handler_description):
         if (kept / file.name).exists():
             shutil.move(kept / file.name, file)
     if (aside / PIECES).exists():
@@ -91,8 +94,11 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
     if request.plan is not None:
         plan, tensors = load_plan(request.plan)
         require_engine(plan.engine, ENGINES[engine].identity(layout.folder))
+        if plan.certificate and not plan.is_certified_for(traffic):
+            log("the plan's certificate is about other traffic: the handler, its files or its configuration are others "
+                "than those of the archive that it was trained for. The new archive answers every request in full "
+                "until it has a plan from records of its own")
         save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
-    layout.original_manifest.write_text(json.dumps(source.manifest, indent=1, sort_keys=True))
 
 
 def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayout, source: Source, backbone: Backbone,
@@ -114,13 +120,17 @@ def _all_but_python(folder: str, names: list[str]) -> list[str]:
 
 
 def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, configuration: Configuration) -> None:
-    """Replace what TorchServe reads in the archive's root: configuration and manifest."""
-    if configuration.text is not None:
-        (layout.root / CONFIG_FILE).write_text(configuration.text)
+    """Replace what TorchServe reads in the archive's root, configuration and manifest, and note what else is there."""
+    layout.original_manifest.write_text(json.dumps(source.manifest, indent=1, sort_keys=True))
+    config_file = None if configuration.text is None else source.configuration or CONFIG_FILE
+    if config_file is not None and configuration.text is not None:
+        (layout.root / config_file).write_text(configuration.text)
     layout.manifest.parent.mkdir(exist_ok=True)
     layout.manifest.write_text(manifest_text(
-        source.manifest, name=request.model_name, version=request.version,
-        config_file=None if configuration.text is None else CONFIG_FILE))
+        source.manifest, name=request.model_name, version=request.version, config_file=config_file))
+    description = HandlerDescription.load(layout.handler_description)
+    names = users_files(layout.root, source.manifest, config_file)
+    replace(description, files=digests_of(layout.root, names)).save(layout.handler_description)
 
 
 def _file_name(layout: ArchiveLayout) -> str:

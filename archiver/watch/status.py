@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from early_exit.handler.errors import RecordError, ServerError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import monitor_file, read_state
-from early_exit.handler.recording.format import ShardHeader, read_times
-from early_exit.training.data.dataset import find_shards
+from early_exit.handler.recording.format import ShardHeader, read_header
+from early_exit.training.data.shards import find_shards, of_traffic, readable_shards, times_of
 from early_exit.training.data.sources import local_folders
+from early_exit.training.data.traffic import traffic_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class ModelStatus:
     archive: Path
     backbone: BackboneDescription
     plan: ExitPlan | None
+    traffic: str
+    """Identity of the traffic that the archive gets; empty where it is not known."""
     shards: tuple[Path, ...]
-    """Shards that can be read: a damaged one must not stop the loop."""
+    """Shards of this traffic that can be read: a damaged one must not stop the loop."""
     times: Tensor
-    """(N,) float64 Unix times in seconds, ascending, at which the records of this backbone were made."""
+    """(N,) float64 Unix times in seconds, ascending, at which those records were made that can prove something."""
     monitors: tuple[MonitorState, ...]
     """States of the monitors of this version and plan, one for each records folder that has one."""
 
@@ -59,7 +61,8 @@ class ModelStatus:
         return int((self.times > than).sum())
 
 
-def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], cache: Path) -> ModelStatus:
+def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], cache: Path,
+         log: Callable[[str], None] = lambda line: None) -> ModelStatus:
     """Return where a model stands.
 
     Args:
@@ -68,6 +71,7 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
         store: the server's model store.
         sources: records folders and URLs.
         cache: folder for copies of records from URLs.
+        log: called with a line about shards that are passed over.
 
     Raises:
         EarlyExitError: the server does not answer or serve the model, its archive is not one of ours, no folder of
@@ -84,24 +88,23 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
     if not folders:
         raise RecordError(f"none of the records folders {', '.join(sources)} is there: pass those that the servers "
                           "write to")
-    try:
-        shards = find_shards(folders, model, backbone)
-    except RecordError:
-        shards = []
-    times = _times(shards)
+    traffic = traffic_of(contents)
+    shards, times = _records(folders, model, backbone, traffic, log)
     return ModelStatus(
-        model, served.version, tuple(registered.version for registered in versions), archive, backbone, plan,
-        tuple(times), torch.cat([torch.empty(0, dtype=torch.float64), *times.values()]).sort().values,
+        model, served.version, tuple(registered.version for registered in versions), archive, backbone, plan, traffic,
+        tuple(shards), torch.cat([torch.empty(0, dtype=torch.float64), *times]).sort().values,
         _monitors(folders, model, served.version, backbone, plan))
 
 
-def _times(shards: Sequence[Path]) -> dict[Path, Tensor]:
-    """Return when the records of each shard were made, but for shards that are damaged or have just gone."""
-    times = {}
-    for shard in shards:
-        with contextlib.suppress(RecordError):
-            times[shard] = read_times(shard)
-    return times
+def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription, traffic: str,
+             log: Callable[[str], None]) -> tuple[list[Path], list[Tensor]]:
+    """Return the shards of some traffic, and when those of their records were made that can prove something."""
+    try:
+        shards = of_traffic(readable_shards(find_shards(folders, model, backbone), log), traffic, log)
+        times = times_of(shards)
+    except RecordError:  # there are none, or one has just gone
+        return [], []
+    return shards, [times[shard] for shard in shards if read_header(shard).content_key]
 
 
 def _monitors(folders: Sequence[Path], model: str, version: str, backbone: BackboneDescription,

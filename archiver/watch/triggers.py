@@ -23,7 +23,7 @@ class Trigger:
     """Why a plan is to be renewed."""
 
     reason: str
-    """One of 'alarm', 'backbone', 'expired' and 'records'."""
+    """One of 'alarm', 'backbone', 'traffic', 'expired' and 'records'."""
     fresh_after: float
     """Records up to this Unix time are not used to certify the new plan."""
     evidence: dict[str, Any]
@@ -61,6 +61,8 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
         return Trigger("alarm", since, {**evidence, "alarms": alarms})
     if plan is None:
         return Trigger("backbone", since, evidence)
+    if plan.certificate is not None and not plan.is_certified_for(status.traffic):
+        return Trigger("traffic", since, {**evidence, "certified": plan.traffic, "served": status.traffic})
     if plan.certificate is not None and now - plan.certificate.window[1] > terms.max_age_s:
         return Trigger("expired", since, {**evidence, "age_s": now - plan.certificate.window[1]})
     if n_new >= NEW_SHARE * n_total:
@@ -111,7 +113,7 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
         return False, "it has no certificate"
     if not new.exits:
         return False, "no exit pays within the tolerance"
-    if reason in ("alarm", "expired"):
+    if reason in ("alarm", "traffic", "expired"):
         return True, f"it is certified, and the current plan is not any more ({reason})"
     if current is None or not current.exits:
         return True, "it is certified, and nothing exits now"

@@ -48,10 +48,10 @@ class Watcher:
     """Looks, decides and acts; all it knows lies in the audit, so it goes on where a killed one was."""
 
     def __init__(self, watched: Watched, log: Callable[[str], None] = lambda line: None) -> None:
-        self._watched, self._log = watched, log
-        self._audit = watched.audit
+        self._watched, self._log, self._audit = watched, log, watched.audit
         self._trouble: str | None = None
         self._seen: ModelStatus | None = None
+        self._told = set[str]()
 
     def tick(self) -> None:
         """Look once and do what is to be done; trouble is noted in the audit, once while it lasts.
@@ -73,7 +73,13 @@ class Watcher:
 
     def look(self) -> ModelStatus:
         watched = self._watched
-        return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote")
+        return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote",
+                    self._tell_once)
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self._log(line)
 
     def trigger(self, status: ModelStatus) -> Trigger | None:
         """Return why the plan is to be renewed; nothing while a new version is on trial or taken back."""

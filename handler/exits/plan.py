@@ -127,6 +127,9 @@ class ExitPlan:
     """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
     deployed one; after the last comes no exit at all."""
 
+    traffic: str = ""
+    """Identity of the traffic that the certificate is about; empty where it is not known."""
+
     def __post_init__(self) -> None:
         costs = [planned.cost for planned in self.exits]
         if sorted(set(costs)) != costs:
@@ -140,7 +143,14 @@ class ExitPlan:
         return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:
-        return PLAN.stamped({**asdict(self), "exits": [planned.to_json() for planned in self.exits]})
+        plan = {**asdict(self), "exits": [planned.to_json() for planned in self.exits]}
+        if not self.traffic:  # a plan of the last release is known by its digest
+            del plan["traffic"]
+        return PLAN.stamped(plan)
+
+    def is_certified_for(self, traffic: str) -> bool:
+        """Tell whether the plan has a certificate that is about some traffic, as far as both are known."""
+        return self.certificate is not None and (not self.traffic or not traffic or self.traffic == traffic)
 
     def digest(self) -> str:
         """Return a short hash of the plan without its heads, by which it is known in records and audits."""
@@ -166,6 +176,7 @@ class ExitPlan:
                 else Certificate(**{**certificate, "risk": Risk(certificate["risk"]),
                                     "window": tuple(certificate["window"])}),
                 safer=tuple(tuple(thresholds) for thresholds in data.get("safer", ())),
+                traffic=data.get("traffic", ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{source} is not a complete plan: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
@@ -87,10 +88,16 @@ class Assembly(nn.Module):
         return FULL_NAME if stage == FULL else self.layers[stage]
 
     def recorder(self, pool: Side) -> Record:
-        """Return what makes the records of activations: pooled to a side, float16, on the CPU."""
+        """Return what makes the records of activations: pooled to a side, float16, on the CPU.
+
+        NaN is where they are not finite, infinity where float16 cannot hold them.
+        """
         def record(stage: int, activation: Tensor) -> Tensor:
             read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, pool))
-            return read.half().cpu()
+            half = read.half().cpu()
+            if not bool(half.sum(dtype=torch.float32).isfinite()):
+                half.masked_fill_(~read.isfinite().cpu(), torch.nan)
+            return half
 
         return record
 

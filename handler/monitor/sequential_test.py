@@ -49,7 +49,7 @@ class Monitored:
         return cls(certificate.risk, certificate.tolerance, delta)
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
-        """Return what each answer lost, in [0, 1].
+        """Return what each answer lost, in [0, 1]; where that is no number, as the scores are none, it counts as 1.
 
         Args:
             outputs: (S, K) served scores of the shadow rows.
@@ -58,7 +58,9 @@ class Monitored:
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
         losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        return list(losses.flatten().tolist())
+        # An exit that names a class where the backbone has none differs from it, whatever argmax makes of NaN.
+        is_other = outputs.isfinite().all(dim=1) & ~reference.isfinite().all(dim=1)
+        return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,14 @@ class MonitorState:
         MONITOR_STATE.require(data, source)
         try:
             found = data["evidence"]
-            return cls(int(data["step"]), Evidence(int(found["n"]), float(found["lost"]), tuple(found["capital"])),
-                       tuple(Alarm(**alarm) for alarm in data["alarms"]))
-        except (KeyError, TypeError) as error:
+            state = cls(int(data["step"]), Evidence(int(found["n"]), float(found["lost"]), tuple(found["capital"])),
+                        tuple(Alarm(**alarm) for alarm in data["alarms"]))
+            numbers = [found["n"], found["lost"], *found["capital"],
+                       *(number for alarm in data["alarms"] for number in alarm.values())]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"expected finite numbers in the state of a monitor, found {numbers!r:.200}")
+            return state
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"expected the state of a monitor, found {data!r:.80}") from error
 
 

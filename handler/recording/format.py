@@ -22,6 +22,7 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.files.names import bare_name
 from early_exit.handler.files.private import replacing
 from early_exit.handler.formats import RECORDS
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.sample_request import BODY
 
@@ -59,6 +60,11 @@ class RecordColumns:
     """(N,) int64: a uniform hash of the request id, or `ANONYMOUS`."""
     row: Tensor
     """(N,) int32: which instance of the request it is; 0 unless the request had several in an envelope."""
+    content: Tensor
+    """(N,) int64: a keyed hash of what the handler got, equal for equal contents, or `UNKNOWN_CONTENT`."""
+    sequence: Tensor
+    """(N,) int64: the number of requests, recorded or not, that the worker had answered before; it grows whatever the
+    clock does."""
     time: Tensor
     """(N,) float64: Unix time in seconds, the same for all that were served together."""
     sampling_rate: Tensor
@@ -73,6 +79,8 @@ class RecordColumns:
 
 
 COLUMNS = tuple(field.name for field in fields(RecordColumns))
+_NEW = {"row": 0, "content": UNKNOWN_CONTENT, "sequence": 0}
+"""The columns that shards of the last release lack, and what is in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +116,16 @@ class ShardHeader:
     """Layers at which the backbone was cut, in order; all are recorded, and `Records.exit` counts in them."""
     engine: str = "folded"
     """Identity of the engine that computed the activations."""
+    traffic: str = ""
+    """Identity of the traffic that was recorded, see `user_handler.traffic`; empty where it is not known."""
+    worker: str = ""
+    """Name of the worker that wrote the shard, by which records know whose sequence theirs is; empty where it has
+    none."""
+    content_key: str = ""
+    """Name of the key that contents were hashed with; empty where none were."""
+    n_not_finite: int = 0
+    """How many requests the worker passed over before it wrote the shard, and after the one before, because their
+    scores or activations were not finite."""
 
     def __post_init__(self) -> None:
         for what in ("model", "version", "backbone"):
@@ -178,8 +196,11 @@ def read_shard(path: Path, layers: Sequence[str], *, kept: bool = False) -> Reco
     """
     with _opened(path) as shard:
         present = set(shard.keys())
-        columns = {name: shard.get_tensor(name) for name in COLUMNS if name in present or name != "row"}
-        columns.setdefault("row", torch.zeros(len(columns["request"]), dtype=torch.int32))  # the last release had none
+        columns = {name: shard.get_tensor(name) for name in COLUMNS if name in present or name not in _NEW}
+        n = len(columns["request"])
+        if lengths := {name: len(column) for name, column in columns.items() if len(column) != n}:
+            raise ValueError(f"its columns have {lengths} values, expected {n} of each")
+        columns = {name: torch.full((n,), value) for name, value in _NEW.items()} | columns
         activations = {layer: shard.get_tensor(_ACTIVATION + layer) for layer in layers}
         requests = None
         if kept and _KEPT + _SIZES in present:
@@ -199,6 +220,19 @@ def read_times(path: Path) -> Tensor:
     with _opened(path) as shard:
         times: Tensor = shard.get_tensor("time")
         return times
+
+
+def read_sequence(path: Path) -> Tensor:
+    """Return (N,) int64, the sequence of a shard's records, 0 where it has none, and read nothing else.
+
+    Raises:
+        RecordError: the file is damaged.
+        FormatError: its format is not one that this version reads.
+    """
+    with _opened(path) as shard:
+        name = "sequence" if "sequence" in set(shard.keys()) else None
+        sequence: Tensor = shard.get_tensor(name) if name else torch.zeros(len(shard.get_tensor("time")))
+        return sequence.long()
 
 
 @contextmanager

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import re
 import stat
-import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from early_exit.handler.errors import RecordError
 from early_exit.handler.files.names import bare_name
 from early_exit.handler.files.private import SCRATCH_SUFFIX
+from early_exit.handler.recording.clock import SharedClock, in_order
 from early_exit.handler.recording.format import SUFFIX
 
 _ABANDONED_S = 3600.0
 """What a worker has not finished writing after so many seconds, it never will."""
 _BACKBONE = re.compile(r"[0-9a-f]+")
-_SHARD = re.compile(r".+-\d+-\d+-\d+" + re.escape(SUFFIX))
+_SHARD = re.compile(r"(?P<worker>.+-\d+-\d+)-(?P<number>\d+)" + re.escape(SUFFIX))
 _SCRATCH = re.compile(rf"\.{_SHARD.pattern}\.\w+" + re.escape(SCRATCH_SUFFIX))
+_File = tuple[Path, float, int]
+"""The path of a file, the Unix time of its last change and its bytes."""
 
 
-def shard_name(version: str, process: int, time_ns: int, number: int) -> str:
-    """Return the file name of a shard, by which it is known for one when it is too old."""
-    return f"{version}-{process}-{time_ns}-{number}{SUFFIX}"
+def shard_name(version: str, process: int, began_ns: int, number: int) -> str:
+    """Return the file name of a shard, by which it is known for one when it is too old.
+
+    Args:
+        version: of the model.
+        process: id of the worker's.
+        began_ns: when the worker began to record.
+        number: of the worker's shards before.
+    """
+    return f"{version}-{process}-{began_ns}-{number}{SUFFIX}"
 
 
 def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> None:
@@ -30,7 +40,8 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
 
     Only files in the folders of the model's backbones that have the names of shards, or of shards that a killed worker
     did not finish, are counted and deleted. What cannot be deleted stays for the next time: workers share the folder,
-    and a watcher may see it read-only.
+    and a watcher may see it read-only. A clock that jumps deletes nothing, see `SharedClock`; the shards of a worker
+    are dated by their order too.
 
     Args:
         root: the records folder.
@@ -41,11 +52,12 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
     Raises:
         RecordError: the name of the model leads out of the records folder.
     """
-    folder, now = root / bare_name(model, "the name of a model with records", RecordError), time.time()
-    shards = sorted(_files(folder, _SHARD), key=lambda shard: shard[1])
+    folder = root / bare_name(model, "the name of a model with records", RecordError)
+    now = SharedClock(folder).now()
+    shards = sorted(_dated([*_files(folder, _SHARD)]), key=lambda shard: shard[1])
     size = sum(n_bytes for _, _, n_bytes in shards)
-    for path, modified, n_bytes in shards:
-        if now - modified > max_age_s or size > max_bytes:
+    for path, written, n_bytes in shards:
+        if now - written > max_age_s or size > max_bytes:
             _delete(path)
             size -= n_bytes
     for path, modified, _ in _files(folder, _SCRATCH):
@@ -53,8 +65,20 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
             _delete(path)
 
 
-def _files(folder: Path, name: re.Pattern[str]) -> Iterator[tuple[Path, float, int]]:
-    """Yield the path, the Unix time of the last change and the bytes of the files of some name."""
+def _dated(shards: Sequence[_File]) -> Iterator[_File]:
+    """Yield shards with the times at which they were written by a clock that nobody set in the meantime."""
+    by_worker: dict[tuple[Path, str], list[tuple[int, _File]]] = defaultdict(list)
+    for shard in shards:
+        if name := _SHARD.fullmatch(shard[0].name):
+            by_worker[shard[0].parent, name["worker"]].append((int(name["number"]), shard))
+    for numbered in by_worker.values():
+        ordered = [shard for _, shard in sorted(numbered)]
+        for (path, _, n_bytes), written in zip(ordered, in_order([modified for _, modified, _ in ordered])):
+            yield path, written, n_bytes
+
+
+def _files(folder: Path, name: re.Pattern[str]) -> Iterator[_File]:
+    """Yield the files of some name."""
     for backbone in _entries(folder):
         if _BACKBONE.fullmatch(backbone.name):
             for path in _entries(backbone):

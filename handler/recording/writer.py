@@ -3,47 +3,79 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
 import time
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.recording.content import ContentKey
 from early_exit.handler.recording.format import Records, ShardHeader, write_shard
 from early_exit.handler.recording.retention import enforce_limits, shard_name
 
 logger = logging.getLogger(__name__)
 
 _SHARDS_IN_MEMORY = 4
+_RETRY_S = 5.0
+_TELL_EVERY_S = 60.0
 
 
 class RecordWriter:
     """Takes records from the serving thread and writes them as shards from a thread of its own.
 
-    TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard.
+    TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, or the
+    folder cannot be written for another reason, shards wait in memory, up to a bound, and are tried again.
     """
 
     def __init__(self, root: Path, header: ShardHeader, config: ServingConfig) -> None:
-        self._root, self._header, self._config = root, header, config
+        self._root, self._config = root, config
+        self.contents = ContentKey(root)
+        """Hashes the contents of what is offered."""
         self._queue: queue.SimpleQueue[Records | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
         self._written = 0
         self._dropped = 0
-        self._failing = False
-        self._n_shards = 0
+        self._not_finite = 0
+        self._failing_since: float | None = None
+        self._lost = 0
+        """The records dropped since writing began to fail."""
+        self._told = -math.inf
+        self._retry_at = math.inf
+        self._sealed: deque[Records] = deque()
+        """Shards that are to be written, oldest first."""
+        self._began_ns, self._n_shards = time.time_ns(), 0
+        self._header = replace(header, worker=f"{os.getpid()}-{self._began_ns}")
         self._thread = threading.Thread(target=self._run, name="early-exit-records", daemon=True)
         self._thread.start()
 
     def offer(self, records: Records) -> None:
         """Queue records; they are dropped, and counted, when the disk does not keep up."""
         with self._lock:
-            if self._waiting >= _SHARDS_IN_MEMORY * self._config.records_per_shard:
+            is_full = self._waiting >= _SHARDS_IN_MEMORY * self._config.records_per_shard
+            if is_full:
                 self._dropped += len(records)
-                return
-            self._waiting += len(records)
-        self._queue.put(records)
+                self._lost += len(records)
+            else:
+                self._waiting += len(records)
+        if not is_full:
+            self._queue.put(records)
+
+    def pass_over(self, n_records: int) -> None:
+        """Count requests that are not recorded because their scores or activations are not finite."""
+        with self._lock:
+            self._not_finite += n_records
+
+    def drop(self, n_records: int, error: Exception) -> None:
+        """Count records that could not be made, and log why."""
+        self._tell(error, n_records)
+        with self._lock:
+            self._dropped += n_records
+            self._lost += n_records
 
     def take_counts(self) -> tuple[int, int]:
         """Return the records written and dropped since the last call."""
@@ -53,54 +85,100 @@ class RecordWriter:
         return counts
 
     def close(self) -> None:
-        """Seal what is queued and stop."""
+        """Seal what is queued and stop; what cannot be written now is dropped."""
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         parts: list[Records] = []
-        seal_at = float("inf")
+        seal_at = math.inf
         while True:
+            wake_at = min(seal_at, self._retry_at)
             try:
-                item = self._queue.get(timeout=max(0.0, min(seal_at - time.monotonic(), 3600.0)))
+                item = self._queue.get(timeout=max(0.0, min(wake_at - time.monotonic(), 3600.0)))
             except queue.Empty:
-                item = None
-                if not parts:
+                if not parts and wake_at == math.inf:
                     self._enforce_limits()  # records grow too old without traffic, too
-                    continue
             else:
                 if item is None:
                     self._seal(parts)
+                    self._give_up()
                     return
                 if not parts:
                     seal_at = time.monotonic() + self._config.seal_after_s
                 parts.append(item)
-            if item is None or sum(map(len, parts)) >= self._config.records_per_shard:
+            if sum(map(len, parts)) >= self._config.records_per_shard or time.monotonic() >= seal_at:
                 self._seal(parts)
-                parts, seal_at = [], float("inf")
+                parts, seal_at = [], math.inf
+            elif time.monotonic() >= self._retry_at:
+                self._write_sealed()
 
     def _seal(self, parts: list[Records]) -> None:
-        n_records = sum(map(len, parts))
-        if not n_records:
-            return
-        name = shard_name(self._header.version, os.getpid(), time.time_ns(), self._n_shards)
-        self._n_shards += 1
-        written = False
-        try:
-            write_shard(self._header.folder(self._root) / name, self._header, Records.concatenate(parts))
-            written, self._failing = True, False
-        except Exception as error:  # nothing on the side may stop the recording thread or the answers
-            if not self._failing:
-                logger.warning("cannot write records to %s: %s. They are dropped until this is mended.",
-                               self._root, error)
-            self._failing = True
+        if n_records := sum(map(len, parts)):
+            try:
+                self._sealed.append(Records.concatenate(parts))
+            except Exception as error:  # nothing on the side may stop this thread
+                self._tell(error, n_records)
+                self._done(n_records, written=False)
+        self._write_sealed()
+
+    def _write_sealed(self) -> None:
+        """Write the shards that wait, until one cannot be written."""
+        self._retry_at = math.inf
+        while self._sealed:
+            records = self._sealed[0]
+            name = shard_name(self._header.version, os.getpid(), self._began_ns, self._n_shards)
+            try:
+                passed_over = self._not_finite
+                header = replace(self._header, content_key=self.contents.name, n_not_finite=passed_over)
+                write_shard(header.folder(self._root) / name, header, records)
+            except OSError as error:
+                self._retry_at = time.monotonic() + _RETRY_S
+                self._tell(error)
+                break
+            except Exception as error:  # these records can never be written
+                self._tell(error, len(records))
+                self._done(len(records), written=False)
+            else:
+                self._n_shards += 1
+                self.pass_over(-passed_over)
+                self._done(len(records), written=True)
+                self._tell_if_mended()
+            self._sealed.popleft()
         self._enforce_limits()
+
+    def _done(self, n_records: int, *, written: bool) -> None:
         with self._lock:
             self._waiting -= n_records
             if written:
                 self._written += n_records
             else:
                 self._dropped += n_records
+                self._lost += n_records
+
+    def _give_up(self) -> None:
+        self._done(sum(map(len, self._sealed)), written=False)
+        self._sealed.clear()
+
+    def _tell(self, error: Exception, n_lost: int = 0) -> None:
+        """Log that records cannot be written, once a minute for as long as that lasts."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if now - self._told >= _TELL_EVERY_S:
+            self._told = now
+            logger.warning("cannot write records to %s: %s. %d records wait in memory, %d were dropped so far; answers "
+                           "go on, and so does recording once this is mended.", self._root, error, self._waiting,
+                           self._lost + n_lost)
+
+    def _tell_if_mended(self) -> None:
+        if self._failing_since is not None:
+            logger.warning("records are written to %s again, after %.0f s in which %d were dropped", self._root,
+                           time.monotonic() - self._failing_since, self._lost)
+            self._failing_since, self._lost, self._told = None, 0, -math.inf
 
     def _enforce_limits(self) -> None:
-        enforce_limits(self._root, self._header.model, self._config.records_max_age_s, self._config.records_max_bytes)
+        try:
+            enforce_limits(self._root, self._header.model, self._config.records_max_age_s,
+                           self._config.records_max_bytes)
+        except Exception:  # nothing on the side may stop this thread
+            logger.exception("records that are too old or too many are not deleted")

@@ -30,6 +30,7 @@ class ServingMetrics:
         self._answers = host.metric(MetricKind.COUNTER, "answers_total", "count", ["Exit"])
         self._written = host.metric(MetricKind.COUNTER, "records_written_total", "count")
         self._dropped = host.metric(MetricKind.COUNTER, "records_dropped_total", "count")
+        self._not_finite = host.metric(MetricKind.COUNTER, "records_not_finite_total", "count")
         self._shadow = host.metric(MetricKind.COUNTER, "shadow_samples_total", "count")
         self._anytime = host.metric(MetricKind.COUNTER, "anytime_answers_total", "count")
         self._refused = host.metric(MetricKind.COUNTER, "items_refused_total", "count")
@@ -42,7 +43,7 @@ class ServingMetrics:
         self._bypassed = host.metric(MetricKind.GAUGE, "exits_bypassed", "bool", ["BatchSize"])
         self._switched = host.metric(MetricKind.GAUGE, "exits_switched", "count")
         self._seconds = host.metric(MetricKind.HISTOGRAM, "stage_seconds", "seconds", ["Stage"])
-        for counter in (self._written, self._dropped, self._shadow, self._anytime, self._refused):
+        for counter in (self._written, self._dropped, self._not_finite, self._shadow, self._anytime, self._refused):
             counter.update(0)  # a rate needs a value to begin with
         self._stages_reported = 0.0
         self._was_bypassed: dict[int, bool] = {}
@@ -66,6 +67,11 @@ class ServingMetrics:
             self._written.update(written)
         if dropped:
             self._dropped.update(dropped)
+
+    def not_finite(self, count: int) -> None:
+        """Count requests that are not recorded because their scores or activations are not finite."""
+        if count:
+            self._not_finite.update(count)
 
     def monitor(self, state: MonitorState) -> None:
         """Report where the monitor stands."""

@@ -9,8 +9,15 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from early_exit.handler.exits.switch import ON, Position
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.monitor.shared_state import SharedMonitor
+from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.metrics import ServingMetrics
+from early_exit.handler.serving.ownership import RowOwnership, Unknown
+from early_exit.handler.serving.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -49,3 +56,60 @@ class Telemetry:
         self._failing.add(kind)
         with contextlib.suppress(Exception):  # the metrics may be what fails
             self._metrics.side_errors(kind, 1)
+
+
+class Monitoring:
+    """Feeds the losses of shadow rows to the monitor, and lets the model fall back when it says so."""
+
+    def __init__(self, model: EarlyExitModel, monitor: SharedMonitor) -> None:
+        self._model, self._monitor = model, monitor
+        model.fall_back(monitor.state.step)
+
+    def note(self, served: Served) -> None:
+        """Feed what was served; the level of the monitor's state answers from the next batch on."""
+        monitored, scores = self._monitor.monitored, self._model.assembly.description.scores
+        for batch in served.batches:
+            answers = batch.answers
+            if len(answers.shadow):
+                losses = monitored.losses(answers.outputs[answers.shadow], answers.reference, scores)
+                self._monitor.note(batch.level, losses)
+        if (level := self._monitor.state.step) != self._model.level:
+            self._model.fall_back(level)
+
+
+class Reporting:
+    """Reports what was served, recorded and watched as metrics."""
+
+    def __init__(self, model: EarlyExitModel, metrics: ServingMetrics, writer: RecordWriter | None,
+                 recording: Recording | None, monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
+        self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
+        self._recording = recording
+        self._ownership, self._unknown = ownership, set[Unknown]()
+        self._state: MonitorState | None = None
+        self._position = ON
+        metrics.switched(ON)
+        self._turned(model.switch.read())
+
+    def note(self, served: Served) -> None:
+        """Report what has changed with a call of the user's handler."""
+        self._metrics.served(served)
+        self._metrics.bypassed(self._model.bypass.bypassed())
+        for batch in served.batches:
+            self._turned(batch.switch)
+        if self._writer is not None:
+            self._metrics.records(*self._writer.take_counts())
+        if self._recording is not None:
+            self._metrics.not_finite(self._recording.take_not_finite())
+        for how in self._ownership.unknown - self._unknown:
+            self._metrics.rows_unknown(how.value)
+            self._unknown.add(how)
+        if self._monitor is not None and (state := self._monitor.state) is not self._state:
+            self._metrics.monitor(state)
+            self._state = state
+
+    def _turned(self, position: Position) -> None:
+        if position != self._position:
+            self._position = position
+            self._metrics.switched(position)
+            logger.warning("the operator's switch of the exits is at %s from now on%s", position,
+                           f", as it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,20 +29,23 @@ from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.operator_headers import OperatorHeaders
 from early_exit.handler.serving.ownership import RowOwnership
 from early_exit.handler.serving.probe import answer_probe
+from early_exit.handler.serving.recording import Recording
 from early_exit.handler.serving.response_headers import ResponseHeaders
-from early_exit.handler.serving.side_work import Monitoring, Recording, Reporting
-from early_exit.handler.serving.telemetry import SideWork, Telemetry
+from early_exit.handler.serving.telemetry import Monitoring, Reporting, SideWork, Telemetry
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.traffic import digests_of, traffic_identity
 from early_exit.handler.user_handler.wrapper import load_user_handler
+
+logger = logging.getLogger(__name__)
 
 
 class Worker:
     """The user's handler around a model with early exits."""
 
     def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, config: ServingConfig,
-                 host: Host, description: HandlerDescription) -> None:
+                 host: Host, description: HandlerDescription, traffic: str = "") -> None:
         """Put the parts together, and begin the side work that the configuration asks for.
 
         Args:
@@ -51,11 +55,18 @@ class Worker:
             config: how the version serves and records.
             host: hands calls over.
             description: what is known of the handler.
+            traffic: identity of the traffic that the version gets; empty where it is not known.
         """
         self.model = model
+        if (plan := model.assembly.plan) is not None and plan.certificate and not plan.is_certified_for(traffic):
+            logger.error("the plan's certificate is about other traffic than this version gets: the handler, its files "
+                         "or its configuration have changed since. So there are no exits until a plan is made from "
+                         "records of this traffic; ee-watch does that")
+            model.fall_back(model.assembly.last_level)
         model.switch = ExitSwitch.of_environment(host.model)
         ownership = RowOwnership(description)
-        telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None))
+        telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None),
+                                              traffic)
         self.is_early = config.answers == EARLY
         """Whether each request leaves as soon as it is ready, so that calls of the handler go on side by side."""
         self._answers = (EarlyAnswers(model, handler, context, telemetry) if self.is_early else
@@ -82,9 +93,12 @@ class Worker:
         manifest = read_manifest(layout.original_manifest)
         context = HandlerContext(host.context, manifest, host.model_config)
         description = HandlerDescription.load(layout.handler_description)
+        # Before the handler, which may write into its folder.
+        traffic = traffic_identity(model.assembly.description.sha256, manifest, description,
+                                   digests_of(folder, description.files or ()), host.model_config)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
         answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
-        return cls(model, handler, context, config, host, description)
+        return cls(model, handler, context, config, host, description, traffic)
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:
         """Return a reply for each call, in order.
@@ -136,18 +150,20 @@ def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: User
 
 
 def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownership: RowOwnership,
-               labels: Any) -> tuple[Telemetry, list[RecordWriter | SharedMonitor]]:
+               labels: Any, traffic: str) -> tuple[Telemetry, list[RecordWriter | SharedMonitor]]:
     """Return the side work that a configuration asks for, and what is closed in the end."""
     assembly, root = model.assembly, config.records_folder()
     header = ShardHeader(host.model, host.version, assembly.description.sha256, config.pool_side, assembly.layers,
-                         assembly.engine_identity)
+                         assembly.engine_identity, traffic)
     writer = RecordWriter(root, header, config) if root else None
-    monitor = watch(assembly.plan, header.folder(root) if root else None, host.version)
+    recording = Recording(model, writer, keep_requests=config.keep_requests) if writer else None
+    is_certified = assembly.plan is not None and assembly.plan.is_certified_for(traffic)
+    monitor = watch(assembly.plan, header.folder(root) if root else None, host.version) if is_certified else None
     metrics = ServingMetrics(host, assembly)
     work: dict[str, SideWork] = {"headers": ResponseHeaders(model, host.version, labels).set}
-    if writer is not None:
-        work["records"] = Recording(model, writer, keep_requests=config.keep_requests).note
+    if recording is not None:
+        work["records"] = recording.note
     if monitor is not None:
         work["monitor"] = Monitoring(model, monitor).note
-    work["metrics"] = Reporting(model, metrics, writer, monitor, ownership).note
+    work["metrics"] = Reporting(model, metrics, writer, recording, monitor, ownership).note
     return Telemetry(metrics, work), [part for part in (writer, monitor) if part is not None]

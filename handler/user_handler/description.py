@@ -61,6 +61,8 @@ class HandlerDescription:
     service_envelope: str | None = None
     """TorchServe's envelope around the handler, which takes the samples; a request may then be several instances, each
     of which counts as one in `rows_per_request`."""
+    files: Mapping[str, str] | None = None
+    """The user's files by name, with the sha256 of each where the archive was made; see `traffic`."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(HANDLER.stamped(asdict(self)), indent=1))
@@ -94,6 +96,7 @@ class HandlerDescription:
                 model=tuple(Place(Root(place["root"]), tuple((kind, step) for kind, step in place["steps"]))
                             for place in data["model"]),
                 loading=Loading(data["loading"]), rows_per_request=data["rows_per_request"],
-                rows_unknown_because=data["rows_unknown_because"], service_envelope=data.get("service_envelope"))
+                rows_unknown_because=data["rows_unknown_because"], service_envelope=data.get("service_envelope"),
+                files=data.get("files"))
         except (KeyError, TypeError, ValueError) as error:
             raise ArchiveError(f"{source} is not a complete description of a handler: {error!r}") from error

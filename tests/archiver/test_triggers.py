@@ -46,7 +46,7 @@ def standing(backbone: BackboneDescription, n_old: int, n_new: int, *, plan: Exi
              alarm_at: float | None = None, new_at: float = 95 * DAY) -> ModelStatus:
     times = torch.cat([torch.full((n_old,), 85 * DAY), torch.full((n_new,), new_at)]).double()
     state = MonitorState(1, Evidence(), (Alarm(0, alarm_at, 200, 0.06, 21.0),)) if alarm_at else MonitorState()
-    return ModelStatus("model", "2.0", ("2.0",), Path("model-2.0.mar"), backbone, plan, (), times, (state,))
+    return ModelStatus("model", "2.0", ("2.0",), Path("model-2.0.mar"), backbone, plan, "", (), times, (state,))
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit, save_plan
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.training.command import raise_on_terminate
-from early_exit.training.data.dataset import find_shards
 from early_exit.training.data.preprocessing import preprocessing
+from early_exit.training.data.shards import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train

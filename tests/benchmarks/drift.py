@@ -29,7 +29,7 @@ from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
-from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.shards import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train

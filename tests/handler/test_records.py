@@ -38,7 +38,7 @@ def some_records(count: int, *, kept: list[bytes] | None = None) -> Records:
         backbone_class=torch.randint(10, (count,)).int(), full_class=torch.randint(10, (count,)).int(),
         answered_class=torch.randint(10, (count,)).int(),
         exit=torch.full((count,), -1, dtype=torch.int16), request=torch.randint(2**62, (count,)),
-        row=torch.randint(9, (count,)).int(),
+        row=torch.randint(9, (count,)).int(), content=torch.randint(2**62, (count,)), sequence=torch.arange(count),
         time=torch.full((count,), 1e9, dtype=torch.float64), sampling_rate=torch.ones(count), kept=kept)
 
 
@@ -158,19 +158,44 @@ def test_records_that_cannot_be_written_are_counted_and_logged_once(
     assert len([line for line in caplog.messages if "cannot write records" in line]) == 1
 
 
-def test_writing_goes_on_once_the_folder_can_be_written_again(tmp_path: Path) -> None:
+def test_what_cannot_be_written_waits_in_memory_and_is_written_once_it_can_be(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("early_exit.handler.recording.writer._RETRY_S", 0.05)
     blocker = tmp_path / "digits"
     blocker.write_text("")
     writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
-    writer.offer(some_records(1))
-    deadline = time.monotonic() + 10
-    dropped = 0
-    while not dropped and time.monotonic() < deadline:
-        dropped += writer.take_counts()[1]
+    offered = [some_records(1) for _ in range(6)]
+    for records in offered:
+        writer.offer(records)
+    time.sleep(0.2)
+    assert writer.take_counts() == (0, 2), "four shards have room in memory"
     blocker.unlink()
+    deadline = time.monotonic() + 10
+    while len(list_shards(tmp_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
     writer.offer(some_records(1))
     writer.close()
-    assert (dropped, writer.take_counts()) == (1, (1, 0))
+    assert writer.take_counts() == (5, 0)
+    shards = sorted(list_shards(tmp_path), key=lambda shard: int(shard.stem.split("-")[-1]))
+    found = [int(read_shard(shard, []).request) for shard in shards]
+    assert found[:4] == [int(records.request) for records in offered[:4]], "nothing is lost, and the order is kept"
+
+
+def test_a_full_disk_is_told_once_a_minute_and_when_it_is_over(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("early_exit.handler.recording.writer._RETRY_S", 0.0)
+    (tmp_path / "digits").write_text("")
+    with caplog.at_level(logging.WARNING, logger="early_exit"):
+        writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
+        writer.close()  # its thread has ended: what follows runs here, at the times that are given
+        monkeypatch.setattr("early_exit.handler.recording.writer.time.monotonic", lambda: now[0])
+        for now[0] in (1000.0, 1030.0, 1059.0, 1061.0, 1100.0, 1130.0):
+            writer._seal([some_records(1)])
+        assert len([line for line in caplog.messages if "cannot write records" in line]) == 3
+        (tmp_path / "digits").unlink()
+        writer._write_sealed()
+    assert "are written" in caplog.messages[-1] and "after 130 s in which 0 were dropped" in caplog.messages[-1]
 
 
 def test_when_the_disk_does_not_keep_up_records_are_dropped_not_kept_in_memory(

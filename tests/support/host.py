@@ -79,6 +79,6 @@ def worker_of(model: EarlyExitModel, handler: Any = None, config: ServingConfig 
 
 def calls_of_rows(inputs: Sequence[torch.Tensor], ids: Sequence[str], bodies: Sequence[bytes] | None = None
                   ) -> list[Call]:
-    """Return a call for each row of (B, ...) inputs, for `RowsHandler`, with its body where bodies are given."""
-    return [Call(id_, {"body": bodies[row]} if bodies else {}, {"rows": tuple(x[row] for x in inputs)})
-            for row, id_ in enumerate(ids)]
+    """Return a call for each row of (B, ...) inputs, for `RowsHandler`; its body is its values, or a given one."""
+    return [Call(id_, {"body": bodies[row] if bodies else b"".join(x[row].numpy().tobytes() for x in inputs)},
+                 {"rows": tuple(x[row] for x in inputs)}) for row, id_ in enumerate(ids)]

@@ -19,7 +19,7 @@ from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.protocol import FULL_NAME
 from early_exit.handler.recording.format import list_shards, read_shard
-from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.shards import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train

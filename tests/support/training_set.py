@@ -40,5 +40,5 @@ def made_training_set(folder: Path, target: Callable[[Tensor], Tensor] | None = 
         "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1),
         "full_class": logits.argmax(dim=1), "part": part,
         "request": torch.arange(n_records), "row": torch.zeros(n_records, dtype=torch.int64),
-        "time": torch.zeros(n_records, dtype=torch.float64)}, {})
+        "content": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64)}, {})
     return TrainingSet.load(paths)

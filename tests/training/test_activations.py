@@ -34,11 +34,11 @@ def test_what_float16_cannot_hold_is_noticed(tmp_path: Path) -> None:
     file = Activations.create(tmp_path / "rows.npy", 10, (3,))
     file.write(0, values.half())
     file.flush()
-    assert file.are_finite()
+    assert file.finite_rows().all()
     values[7, 1] = 70_000.0
     file.write(0, values.half())
     file.flush()
-    assert not file.are_finite()
+    assert not file.finite_rows().all()
 
 
 def test_a_file_that_was_cut_short_says_what_to_do(tmp_path: Path) -> None:

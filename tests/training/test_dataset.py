@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from early_exit.handler.errors import RecordError
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, Records, ShardHeader, request_hash, write_shard
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
@@ -24,7 +25,9 @@ def traffic(folder: Path, requests: list[int], times: list[float], rows: list[in
         activations={"layer": torch.arange(n)[:, None].half()}, log_probabilities=torch.zeros(n, 3).half(),
         backbone_class=zeros, full_class=zeros.clone(), answered_class=zeros.clone(), exit=zeros.short(),
         request=torch.tensor(requests), row=zeros.clone() if rows is None else torch.tensor(rows).int(),
-        time=torch.tensor(times, dtype=torch.float64), sampling_rate=torch.ones(n),
+        content=torch.tensor([UNKNOWN_CONTENT if request == ANONYMOUS else request for request in requests]),
+        sequence=torch.arange(n), time=torch.tensor(times, dtype=torch.float64),
+        sampling_rate=torch.ones(n),
         kept=[b"" if request == ANONYMOUS else KeptRequest(str(request)).to_bytes() for request in requests]))
     return load_traffic([folder / "a.safetensors"])
 

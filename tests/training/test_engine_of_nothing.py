@@ -21,7 +21,7 @@ from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
 from early_exit.handler.model.loading import load_model
 from early_exit.handler.protocol import FULL
-from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.shards import find_shards
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths

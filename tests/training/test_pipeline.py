@@ -28,7 +28,8 @@ from early_exit.handler.recording.format import (
     request_hash,
     write_shard,
 )
-from early_exit.training.data.dataset import Part, find_shards, load_traffic, of_newest_setting, recorded_layers
+from early_exit.training.data.dataset import Part, load_traffic
+from early_exit.training.data.shards import find_shards, of_newest_setting, recorded_layers
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
@@ -256,7 +257,7 @@ def written_shard(folder: Path, time: float, layers: tuple[str, ...]) -> Path:
     path = folder / f"{time}.safetensors"
     write_shard(path, ShardHeader("model", "1.0", "ab", 4, layers), Records(
         torch.zeros(2, 3).half(), *(torch.zeros(2).int() for _ in range(3)), torch.zeros(2).short(), torch.arange(2),
-        torch.zeros(2).int(),
+        torch.zeros(2).int(), torch.arange(2), torch.arange(2),
         torch.full((2,), time, dtype=torch.float64), torch.ones(2),
         activations={layer: torch.zeros(2, 3).half() for layer in layers}))
     return path

@@ -10,7 +10,7 @@ import pytest
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.plan import build_heads, load_plan
-from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.shards import find_shards
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.planning.reassess import cost_on_run

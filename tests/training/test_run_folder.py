@@ -6,7 +6,7 @@ from pathlib import Path
 
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.training.data.dataset import find_shards
+from early_exit.training.data.shards import find_shards
 from early_exit.training.data.sources import local_folders
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.search import Search

@@ -24,6 +24,7 @@ def write_records(root: Path, name: str, count: int) -> Path:
         backbone_class=torch.zeros(count).int(), full_class=torch.zeros(count).int(),
         answered_class=torch.zeros(count).int(),
         exit=torch.zeros(count).short(), request=torch.randint(2**62, (count,)), row=torch.zeros(count).int(),
+        content=torch.randint(2**62, (count,)), sequence=torch.arange(count),
         time=torch.zeros(count, dtype=torch.float64), sampling_rate=torch.ones(count)))
     return path
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from early_exit.archiver.packaging.configuration import read_configuration
 from early_exit.archiver.packaging.manifest import manifest_text
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ArchiveError, ConfigError, RecordError
 from early_exit.handler.recording.format import list_shards, request_hash
-from early_exit.training.data.dataset import readable_shards
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import archived_config
+from early_exit.training.data.shards import readable_shards
 from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.text_files import read_yaml
@@ -103,3 +106,33 @@ def test_a_shard_that_was_cut_short_is_passed_over_and_told(tmp_path: Path) -> N
     assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is passed over")
     with pytest.raises(RecordError, match="none of the 1 record shards can be read"):
         readable_shards([second], told.append)
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def without_a_row(path: Path) -> None:
+    """Write a file that opens, but in which a column is shorter than the others."""
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, "time": tensors["time"][1:].clone()}, path, metadata)
+
+
+@pytest.mark.parametrize("damage", [
+    gone, without_a_row, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no shard at all" * 100),
+    lambda path: path.write_bytes(path.read_bytes()[:9]), lambda path: save_file({"time": torch.zeros(3)}, path),
+    lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "3"}),
+    lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "3", "header": "{}"}),
+    lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "999"})],
+    ids=["gone", "a short column", "empty", "foreign", "cut short", "foreign safetensors", "no header",
+         "another header", "newer"])
+def test_a_file_that_is_no_shard_is_passed_over_and_told(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_records(tmp_path, name, 4)
+    first, second = list_shards(tmp_path)
+    damage(second)
+    told: list[str] = []
+    assert readable_shards([first, second], told.append) == [first]
+    assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is passed over")

@@ -16,7 +16,7 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.files.private import open_private, private_folder
 
 _ROWS_AT_ONCE = 4096
-"""The number of rows that `are_finite` has in memory."""
+"""The number of rows that `finite_rows` has in memory."""
 
 
 class Activations:
@@ -76,11 +76,12 @@ class Activations:
         self._file.seek(self._offset + start * self._row_bytes)
         self._file.write(values.contiguous().numpy().astype(self._dtype, copy=False).tobytes())
 
-    def are_finite(self) -> bool:
-        """Tell whether all of them are numbers: what is too large for float16 was stored as infinity."""
+    def finite_rows(self) -> Tensor:
+        """Return a (N,) bool mask of the rows that are finite: what is too large for float16 was stored as infinity."""
         starts = range(0, len(self), _ROWS_AT_ONCE)
-        return all(bool(self[torch.arange(start, min(start + _ROWS_AT_ONCE, len(self)))].isfinite().all())
-                   for start in starts)
+        pieces = [self[torch.arange(start, min(start + _ROWS_AT_ONCE, len(self)))].flatten(1).isfinite().all(dim=1)
+                  for start in starts]
+        return torch.cat(pieces) if pieces else torch.ones(0, dtype=torch.bool)
 
     def flush(self) -> None:
         """See that what was written is on the disk."""

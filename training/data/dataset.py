@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import accumulate
 from pathlib import Path
@@ -12,24 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.handler.backbone.backbone import BackboneDescription
-from early_exit.handler.backbone.pooling import Side
-from early_exit.handler.engines.registry import are_alike
 from early_exit.handler.errors import RecordError
-from early_exit.handler.recording.format import (
-    ANONYMOUS,
-    COLUMNS,
-    RecordColumns,
-    Records,
-    list_shards,
-    read_header,
-    read_shard,
-    read_times,
-)
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
+from early_exit.handler.recording.format import ANONYMOUS, COLUMNS, RecordColumns, Records, read_header, read_shard
 from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.training.data.shards import times_of
 
 _SPREAD = -7046029254386353131
 """2^64 by the golden ratio, for Fibonacci hashing."""
+
+
+NOT_FINITE = "the model's scores or activations were not finite"
+"""Why a request is not among the records."""
 
 
 class Part(Enum):
@@ -68,23 +62,37 @@ class RecordedTraffic(RecordColumns):
     """(N,) int64, ascending: positions of the records used in the concatenated shards."""
     fresh_after: float = -math.inf
     """All records up to this Unix time, in seconds, are of the train part."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """The number of other requests of these shards that are not among the records, by reason."""
 
     @property
     def part(self) -> Tensor:
         """(N,) int8: index of each record's part, which the hash of its request decides, and its time.
 
-        Where the request is not known it is the train part: what is chosen and certified rests on independent records.
+        Where the request or its content is not known it is the train part: what is chosen and certified rests on
+        independent records.
         """
         position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
         starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
         part = (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
-        trains = (self.request == ANONYMOUS) | (self.time <= self.fresh_after)
+        trains = ~self.is_evidence | (self.time <= self.fresh_after)
         return part.masked_fill(trains, list(Part).index(Part.TRAIN))
+
+    @property
+    def is_evidence(self) -> Tensor:
+        """(N,) bool: whether it is known which request each record is of, and which content that has: what may be a
+        repeat proves nothing."""
+        return (self.request != ANONYMOUS) & (self.content != UNKNOWN_CONTENT)
 
     @property
     def n_anonymous(self) -> int:
         """The number of records of which the request is not known."""
         return int((self.request == ANONYMOUS).sum())
+
+    @property
+    def n_without_content(self) -> int:
+        """The number of records of which the request is known, but not its content."""
+        return int((~self.is_evidence).sum()) - self.n_anonymous
 
     def where(self, chosen: Tensor) -> RecordedTraffic:
         """Return the records that a (N,) bool mask chooses."""
@@ -138,90 +146,6 @@ class RecordedTraffic(RecordColumns):
             start += len(inside)
 
 
-def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
-    """Return the shards of one backbone below some records folders, oldest first.
-
-    Raises:
-        RecordError: there are none; the message tells what there is.
-    """
-    folders = [records] if isinstance(records, Path) else records
-    for folder in folders:
-        if not folder.is_dir():
-            raise RecordError(f"no records folder at {folder}: pass the one that ee-serve printed")
-    shards = [shard for folder in folders for shard in list_shards(folder)]
-    matching = [shard for shard in shards if shard.parent.name == backbone.sha256]
-    if matching:
-        return matching
-    others = sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards})
-    where = ", ".join(map(str, folders))
-    raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
-                      f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
-                      "first shard is sealed")
-
-
-def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[Path]:
-    """Return the shards that can be read; of each other one, such as one that was cut short, a line is logged.
-
-    Raises:
-        RecordError: there are none.
-        FormatError: a shard has a format that this version does not read.
-    """
-    readable = []
-    for shard in shards:
-        try:
-            read_header(shard)
-            read_times(shard)
-        except RecordError as error:
-            log(f"{error}. It is passed over")
-        else:
-            readable.append(shard)
-    if not readable:
-        raise RecordError(f"none of the {len(shards)} record shards can be read: record again")
-    return readable
-
-
-def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
-    """Return the paths of the layers that every shard of one setting holds, and the side to which they were pooled."""
-    headers = [read_header(shard) for shard in shards]
-    return set.intersection(*(set(header.layers) for header in headers)), headers[0].pool
-
-
-def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
-    """Return the shards that can be used together with the newest: pooled alike, and with layers in common.
-
-    Shards that hold layers besides the common ones stay: what is recorded depends on the plan that serves.
-    """
-    headers = {shard: read_header(shard) for shard in shards}
-    newest_first = sorted(shards, key=lambda shard: read_times(shard).max().item(), reverse=True)
-    newest = headers[newest_first[0]]
-    common, usable = set(newest.layers), set[Path]()
-    for shard in newest_first:
-        if headers[shard].pool == newest.pool and common & set(headers[shard].layers):
-            common &= set(headers[shard].layers)
-            usable.add(shard)
-    return [shard for shard in shards if shard in usable]
-
-
-def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
-    """Return the shards whose activations are those that heads will read.
-
-    Args:
-        shards: of one backbone.
-        engine: identity of the one that will serve.
-
-    Raises:
-        RecordError: other engines computed all of them.
-    """
-    made_on = {shard: read_header(shard).engine for shard in shards}
-    alike = [shard for shard in shards if are_alike(made_on[shard], engine)]
-    if not alike:
-        others = ", ".join(sorted(set(made_on.values())))
-        raise RecordError(f"the archive is executed by {engine}, but {others} made the records, and heads would read "
-                          "other activations: record with this archive, or run the recorded requests again with "
-                          "--replay, for which they must have been recorded with 'keep_requests: true'")
-    return alike
-
-
 def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> RecordedTraffic:
     """Read everything but the activations.
 
@@ -233,12 +157,16 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> Re
         RecordError: a shard is damaged or has gone.
     """
     parts = [read_shard(shard, []) for shard in shards]
-    records = Records.concatenate(parts)
+    records, times = Records.concatenate(parts), times_of(shards)
+    records = replace(records, time=torch.cat([times[shard] for shard in shards]))
     rows = _first_of_each(records.request, records.row)
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, **columns,
-                              fresh_after=-math.inf if fresh_after is None else fresh_after)
+    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, passed_over={},
+                              fresh_after=-math.inf if fresh_after is None else fresh_after, **columns)
+    no_number = traffic.log_probabilities.isnan().any(dim=1)
+    if n_not_finite := int(no_number.sum()) + sum(read_header(shard).n_not_finite for shard in shards):
+        traffic = replace(traffic.where(~no_number), passed_over={NOT_FINITE: n_not_finite})
     trains = traffic.part == list(Part).index(Part.TRAIN)
     return traffic.where(trains | _drawn_of_each(traffic.request, traffic.row))
 

@@ -18,6 +18,9 @@ from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import Part, RecordedTraffic
 from early_exit.training.paths import TrainingSetPaths
 
+_MOST_EXCEPTIONS = 0.01
+"""The largest share of rows that float16 cannot hold of a layer that is used."""
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -41,21 +44,28 @@ class TrainingSet:
     """(N,) int64: hash of each record's request id."""
     row: Tensor
     """(N,) int64: which instance of its request each record is."""
+    content: Tensor
+    """(N,) int64: a hash of what each record's request holds."""
     time: Tensor
     """(N,) float64: Unix seconds."""
+    finite: Tensor
+    """(N + R,) bool: whether float16 can hold the activations at all layers."""
     skipped: Mapping[str, int]
-    """How many recorded requests a replay had to pass over, by reason."""
+    """How many requests were passed over, by the server that recorded or by a replay, by reason."""
 
     @property
     def n_records(self) -> int:
         return len(self.part)
 
     def rows(self, part: Part) -> Tensor:
-        """Return the (M,) rows of a part; replays belong to the train part."""
+        """Return the (M,) rows of a part; replays belong to the train part.
+
+        Those that float16 cannot hold are in the certify part only, where they count against every exit.
+        """
         rows = (self.part == list(Part).index(part)).nonzero().flatten()
         if part is Part.TRAIN:
-            return torch.cat([rows, torch.arange(self.n_records, len(self.log_probabilities))])
-        return rows
+            rows = torch.cat([rows, torch.arange(self.n_records, len(self.log_probabilities))])
+        return rows if part is Part.CERTIFY else rows[self.finite[rows]]
 
     def activations(self, layer: CandidateLayer) -> Activations:
         """Return the (N + R, ...) activations of a layer."""
@@ -83,25 +93,31 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, columns_of(traffic), {})
+        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.passed_over)
     return TrainingSet.load(paths)
 
 
 def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
     """Return the columns of a training set that holds recorded traffic and no replays of it."""
     return {name: getattr(traffic, name)
-            for name in ("log_probabilities", "backbone_class", "full_class", "part", "request", "row", "time")}
+            for name in ("log_probabilities", "backbone_class", "full_class", "part", "request", "row", "content",
+                         "time")}
 
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
            columns: Mapping[str, Tensor], skipped: Mapping[str, int]) -> None:
     """Write the columns, and then the index, which says that all is there.
 
-    Layers with activations that float16 cannot hold are left out: a head would read something else of them in service.
+    Layers with activations that float16 cannot hold on ordinary rows are left out: a head would read something else of
+    them in service. A row that is such an exception costs itself only.
     """
-    layers = [layer for layer in layers if Activations(paths.activations(layer.path)).are_finite()]
+    finite = {layer: Activations(paths.activations(layer.path)).finite_rows() for layer in layers}
+    layers = [layer for layer in layers if (~finite[layer]).double().mean() <= _MOST_EXCEPTIONS]
+    all_finite = torch.ones(len(columns["log_probabilities"]), dtype=torch.bool)
+    for layer in layers:
+        all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some
     with replacing(paths.columns) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in columns.items()}, scratch)
+        save_file({name: tensor.contiguous() for name, tensor in {**columns, "finite": all_finite}.items()}, scratch)
     index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes,
              "skipped": dict(skipped)}
     with replacing(paths.index) as scratch:

@@ -114,8 +114,12 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         answers = logits.argmax(dim=2)
         losses = risk.losses(torch.cat([answers, full[:, None]], dim=1), teacher, training_set.log_probabilities[rows],
                              known[rows])
-        candidates = Candidates(confidence, error_chance, answers == teacher[:, None], losses[:, :-1], full == teacher,
-                                losses[:, -1], costs)
+        agrees, of_heads = answers == teacher[:, None], losses[:, :-1]
+        # What a head says in service of activations that were too large to record is not known: it counts as the worst.
+        unknown = ~training_set.finite[rows][:, None]
+        candidates = Candidates(confidence.masked_fill(unknown, 1.0), error_chance.masked_fill(unknown, 1.0),
+                                agrees & ~unknown, of_heads.masked_fill(unknown, 1.0), full == teacher, losses[:, -1],
+                                costs)
         return PartPredictions(candidates, answers, teacher, full, known[rows])
 
     tune, certify = rows_of(Part.TUNE), rows_of(Part.CERTIFY)

@@ -211,7 +211,7 @@ def _heads(run: RunReport) -> str:
         "Trained heads; agreement on the tune records",
         ["layer", "architecture", "agreement", "FLOPs, of the backbone's", "trials", "outcome"], rows, words=(1, 5))
         + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else "")
-        + (f"<p>Recorded requests that could not be run again:</p><ul>{skipped}</ul>" if skipped else ""))
+        + (f"<p>Requests that are passed over:</p><ul>{skipped}</ul>" if skipped else ""))
 
 
 def _asked(evaluation: Evaluation) -> str:

@@ -32,10 +32,11 @@ class Source:
         name: str | None = self.manifest["model"].get("serializedFile")
         return name
 
-    def configuration(self, layout: ArchiveLayout) -> Path | None:
-        """Return the user's model-config.yaml, where there is one."""
-        name = self.manifest["model"].get("configFile")
-        return layout.root / name if name else None
+    @property
+    def configuration(self) -> str | None:
+        """Name of the user's model-config.yaml, where there is one."""
+        name: str | None = self.manifest["model"].get("configFile")
+        return name
 
 
 def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:

@@ -1,4 +1,4 @@
-"""Side work: what is recorded of what is served, what the monitor is told of it, and what is reported."""
+"""What is recorded of what is served."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress
 from random import Random
 
 import torch
 from torch import Tensor
 
 from early_exit.handler.call import Call
-from early_exit.handler.exits.switch import ON, Position
+from early_exit.handler.errors import RecordError
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
-from early_exit.handler.monitor.sequential_test import MonitorState
-from early_exit.handler.monitor.shared_state import SharedMonitor
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, Records, request_hash
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.sample_request import content_types_in
 from early_exit.handler.serving.isolation import Served
-from early_exit.handler.serving.metrics import ServingMetrics
-from early_exit.handler.serving.ownership import RowOwnership, Unknown
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +41,57 @@ class _Recorded:
     sampling_rate: list[float]
     """The probability with which the request of each was drawn."""
 
+    def only(self, chosen: Sequence[bool]) -> _Recorded:
+        """Return those of the rows that are chosen."""
+        items = None if self.items is None else [*compress(self.items, chosen)]
+        return _Recorded(self.batch, [*compress(self.places, chosen)], items, [*compress(self.sampling_rate, chosen)])
+
 
 class Recording:
-    """Offers the shadow rows that were served to the writer of records."""
+    """Offers the shadow rows that were served to the writer of records, but for those that are not finite."""
 
     def __init__(self, model: EarlyExitModel, writer: RecordWriter, *, keep_requests: bool) -> None:
         self._model, self._writer, self._keep_requests = model, writer, keep_requests
         self._random = Random()
         self._refused_to_keep = False
+        self._n_calls = 0
+        """The number of requests that this worker has answered."""
+        self._n_passed_over = self._n_not_finite = 0
 
     def note(self, served: Served) -> None:
         """Record one shadow row of each item; where it is not known whose rows are, all of them, without request."""
         items = _items_of(served)
         recorded = _all_of(served) if items is None else self._one_of_each(served, items)
-        for part in recorded:
+        for part in map(self._finite, recorded):
             if part.places:
-                self._writer.offer(self._records(part, served))
+                try:
+                    self._writer.offer(self._records(part, served))
+                except (OSError, RecordError) as error:  # the key of the contents can neither be read nor made
+                    self._writer.drop(len(part.places), error)
+        self._n_calls += len(served.calls)
+
+    def take_not_finite(self) -> int:
+        """Return the shadow rows that were passed over since the last call, as something in them was no number."""
+        count, self._n_not_finite = self._n_not_finite, 0
+        return count
+
+    def _finite(self, recorded: _Recorded) -> _Recorded:
+        """Return the rows of which scores and activations are numbers; one that has no such answer teaches nothing."""
+        if not recorded.places:
+            return recorded
+        numbers = _are_finite(_at(recorded.places, recorded.batch.answers.reference.cpu()))
+        for activation in recorded.batch.activations.values():
+            numbers &= _are_numbers(_at(recorded.places, activation))
+        if n := len(numbers) - int(numbers.sum()):
+            if not self._n_passed_over:
+                logger.warning("%d of %d requests of a batch gave scores or activations that are not finite: such "
+                               "requests are answered as the model answers them, counted, and not recorded", n,
+                               len(numbers))
+            self._n_passed_over += n
+            self._n_not_finite += n
+            self._writer.pass_over(n)
+            return recorded.only(numbers.tolist())
+        return recorded
 
     def _one_of_each(self, served: Served, items: Sequence[Sequence[_Item]]) -> list[_Recorded]:
         # Not the first: training takes a record for an item, and each of its rows must be as likely to be the one.
@@ -96,10 +128,19 @@ class Recording:
             exit=answers.stages[rows].short().cpu(),
             request=torch.tensor([request_hash(call.id) for call, _ in known] + [ANONYMOUS] * n_unknown),
             row=torch.tensor([number for _, number in known] + [0] * n_unknown, dtype=torch.int32),
+            content=torch.tensor([self._content(call, number, served) for call, number in known]
+                                 + [UNKNOWN_CONTENT] * n_unknown),
+            sequence=self._n_calls + torch.tensor([position for position, _ in items or [(0, 0)] * n_unknown]),
             time=torch.full((len(places),), served.batches[0].time, dtype=torch.float64),
             sampling_rate=torch.tensor(recorded.sampling_rate),
             kept=kept + [b""] * n_unknown if self._keep_requests else None,
         )
+
+    def _content(self, call: Call, number: int, served: Served) -> int:
+        """Return the hash of an item of a request."""
+        if not served.rows_per_item and call.instances is not None:  # which of the instances it is, is not known
+            return UNKNOWN_CONTENT
+        return self._writer.contents.hash(call.items[number])
 
     def _kept(self, call: Call, number: int) -> bytes:
         """Return an item of a request as shards hold it; nothing where it is no JSON with bytes."""
@@ -135,55 +176,15 @@ def _at(places: list[int], x: Tensor) -> Tensor:
     return x if places == [*range(len(x))] else x[places]
 
 
-class Monitoring:
-    """Feeds the losses of shadow rows to the monitor, and lets the model fall back when it says so."""
-
-    def __init__(self, model: EarlyExitModel, monitor: SharedMonitor) -> None:
-        self._model, self._monitor = model, monitor
-        model.fall_back(monitor.state.step)
-
-    def note(self, served: Served) -> None:
-        """Feed what was served; the level of the monitor's state answers from the next batch on."""
-        monitored, scores = self._monitor.monitored, self._model.assembly.description.scores
-        for batch in served.batches:
-            answers = batch.answers
-            if len(answers.shadow):
-                losses = monitored.losses(answers.outputs[answers.shadow], answers.reference, scores)
-                self._monitor.note(batch.level, losses)
-        if (level := self._monitor.state.step) != self._model.level:
-            self._model.fall_back(level)
+def _are_finite(rows: Tensor) -> Tensor:
+    """Return a (S,) bool mask of the (S, ...) rows in which all values are finite."""
+    return rows.flatten(1).isfinite().all(dim=1)
 
 
-class Reporting:
-    """Reports what was served, recorded and watched as metrics."""
-
-    def __init__(self, model: EarlyExitModel, metrics: ServingMetrics, writer: RecordWriter | None,
-                 monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
-        self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
-        self._ownership, self._unknown = ownership, set[Unknown]()
-        self._state: MonitorState | None = None
-        self._position = ON
-        metrics.switched(ON)
-        self._turned(model.switch.read())
-
-    def note(self, served: Served) -> None:
-        """Report what has changed with a call of the user's handler."""
-        self._metrics.served(served)
-        self._metrics.bypassed(self._model.bypass.bypassed())
-        for batch in served.batches:
-            self._turned(batch.switch)
-        if self._writer is not None:
-            self._metrics.records(*self._writer.take_counts())
-        for how in self._ownership.unknown - self._unknown:
-            self._metrics.rows_unknown(how.value)
-            self._unknown.add(how)
-        if self._monitor is not None and (state := self._monitor.state) is not self._state:
-            self._metrics.monitor(state)
-            self._state = state
-
-    def _turned(self, position: Position) -> None:
-        if position != self._position:
-            self._position = position
-            self._metrics.switched(position)
-            logger.warning("the operator's switch of the exits is at %s from now on%s", position,
-                           f", as it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")
+def _are_numbers(rows: Tensor) -> Tensor:
+    """Return a (S,) bool mask of the (S, ...) rows in which no value is NaN, which the recorder writes for all that are
+    not finite; an infinite one is only too large for float16, and the records of all requests tell what that means."""
+    flat = rows.flatten(1)
+    if bool(flat.sum(dtype=torch.float32).isfinite()):  # most often, and one pass less
+        return torch.ones(len(flat), dtype=torch.bool)
+    return ~flat.isnan().any(dim=1)

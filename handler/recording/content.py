@@ -1,0 +1,125 @@
+"""Which records have the same content, told by a keyed hash, so that a record does not tell what the content is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from early_exit.handler.errors import RecordError
+from early_exit.handler.files.private import SCRATCH_SUFFIX, open_private, private_folder
+
+KEY_FILE = "content.key"
+"""Name of the file with the key in a records folder."""
+UNKNOWN_CONTENT = -2**63
+"""Stands for the content of a record of which it is not known."""
+_KEY_BYTES = 32
+_RAW = (bytes, bytearray)
+
+
+class ContentKey:
+    """The secret with which the contents of one records folder are hashed, shared by all workers that record there.
+
+    Who does not have it cannot try out whether a content that he guesses was recorded. Hosts whose records are used
+    together should be given one key: contents that were hashed with different keys cannot be compared.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Take a records folder; the key is read, or made, when it is needed first."""
+        self._path = root / KEY_FILE
+        self._key: bytes | None = None
+
+    def hash(self, item: Any) -> int:
+        """Return a uniform signed 64-bit hash of what a handler gets for a request, or for one of its instances.
+
+        The order of the keys of objects does not count, nor whether bytes can be changed.
+
+        Args:
+            item: JSON in which bytes may stand anywhere.
+
+        Returns:
+            `UNKNOWN_CONTENT` where the item holds something else.
+
+        Raises:
+            RecordError: the file of the key does not hold one.
+            ForeignFileError: the file, or its folder, belongs to somebody else.
+            OSError: the key cannot be read or made.
+        """
+        digest = hashlib.blake2b(key=self._read(), digest_size=8)
+        try:
+            for piece in _pieces(item):
+                digest.update(piece)
+        except (TypeError, ValueError, RecursionError):
+            return UNKNOWN_CONTENT
+        return max(UNKNOWN_CONTENT + 1, int.from_bytes(digest.digest(), "big", signed=True))
+
+    @property
+    def name(self) -> str:
+        """A name of the key that does not tell it, by which records know which key they were hashed with.
+
+        Raises:
+            RecordError, OSError: as of `hash`.
+        """
+        return hashlib.blake2b(b"name", key=self._read(), digest_size=8).hexdigest()
+
+    def _read(self) -> bytes:
+        if self._key is None:
+            private_folder(self._path.parent)
+            if not self._path.exists():
+                _make(self._path)
+            with open_private(self._path, "rb") as file:
+                key: bytes = file.read(_KEY_BYTES + 1)
+            if len(key) != _KEY_BYTES:
+                raise RecordError(f"{self._path} holds {len(key)} bytes, expected a key of {_KEY_BYTES}: delete it, "
+                                  "and another one is made, by which contents recorded before are not known")
+            self._key = key
+        return self._key
+
+
+def _make(path: Path) -> None:
+    """Make a key, unless another worker is faster; it appears complete or not at all."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
+    try:
+        with open_private(scratch, "xb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(scratch, path)  # unlike a rename it leaves the key of another worker in its place
+        except FileExistsError:
+            return
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _pieces(value: Any) -> Iterator[bytes | bytearray]:
+    """Yield bytes from which a value could be read again, so that different values give different bytes.
+
+    Raises:
+        TypeError, ValueError, RecursionError: the value is not JSON with bytes.
+    """
+    kind = type(value)
+    if kind in _RAW:
+        yield b"b%d:" % len(value)
+        yield value
+    elif kind is dict:
+        yield b"d%d:" % len(value)
+        for key in sorted(value):
+            if type(key) is not str:
+                raise TypeError(f"expected names in an object, found {key!r:.80}")
+            yield from _pieces(key)
+            yield from _pieces(value[key])
+    elif kind is list:
+        yield b"l%d:" % len(value)
+        for inner in value:
+            yield from _pieces(inner)
+    elif kind in (str, int, float, bool, type(None)):
+        written = json.dumps(value).encode()
+        yield b"j%d:" % len(written)
+        yield written
+    else:
+        raise TypeError(f"expected JSON and bytes, found {kind.__name__}")

@@ -1,0 +1,108 @@
+"""A value that is not finite costs one record: it is counted, nothing else is lost, and the monitor goes on seeing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.config import ServingConfig
+from early_exit.handler.exits.risk import Risk
+from early_exit.handler.model.loading import build_model
+from early_exit.handler.monitor.sequential_test import Evidence, Monitored, MonitorState
+from early_exit.handler.recording.format import Records, list_shards, read_shard, request_hash
+from tests.support.host import MemoryHost, calls_of_rows, worker_of
+
+
+class Spread(nn.Module):
+    """Divides by the spread of its input, which a row of equal values has none of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone.from_module(nn.Sequential(
+        Spread(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 3)), (8,))
+
+
+def recorded(backbone: Backbone, rows: Tensor, folder: Path) -> tuple[Records, MemoryHost]:
+    """Serve rows in batches of four and return what is recorded of them, and the host."""
+    host = MemoryHost()
+    model = build_model(backbone, sampling_rate=1.0, record_layers=8)
+    worker = worker_of(model, config=ServingConfig(records=str(folder), records_per_shard=1000), host=host)
+    for start in range(0, len(rows), 4):
+        names = [f"id-{number}" for number in range(start, min(start + 4, len(rows)))]
+        replies = worker.step(calls_of_rows([rows[start:start + 4]], names))
+        assert all(reply and reply.status == 200 for reply in replies)
+    worker.close()
+    [shard] = list_shards(folder)
+    return read_shard(shard, [layer.path for layer in backbone.description.candidates]), host
+
+
+@pytest.mark.parametrize("bad", [
+    torch.zeros(8), torch.full((8,), math.nan), torch.tensor([math.inf, *[0.0] * 7]), torch.tensor([-math.inf] * 8)],
+    ids=["black", "nan", "infinity", "minus infinity"])
+def test_one_bad_input_costs_its_own_record_and_nothing_of_its_batch(
+        bad: Tensor, backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    expected, _ = recorded(backbone, torch.cat([rows[:5], rows[6:]]), tmp_path / "without")
+    rows[5] = bad
+    with caplog.at_level(logging.WARNING, logger="early_exit"):
+        found, host = recorded(backbone, rows, tmp_path / "with")
+    others = [number for number in range(16) if number != 5]
+    assert found.request.tolist() == [request_hash(f"id-{number}") for number in others]
+    assert found.sequence.tolist() == others, "it was a request, though none that is recorded"
+    torch.testing.assert_close(found.log_probabilities, expected.log_probabilities, atol=2e-3, rtol=2e-3)
+    assert all(bool(activation.isfinite().all()) for activation in found.activations.values())
+    assert host.value("records_not_finite_total") == 1
+    assert len([line for line in caplog.messages if "not finite" in line]) == 1
+
+
+def test_what_only_float16_cannot_hold_is_recorded_as_infinite(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    large = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with torch.no_grad():
+        large[0].weight.mul_(1e6)
+    backbone = Backbone.from_module(nn.Sequential(large, nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), (8,))
+    found, host = recorded(backbone, torch.randn(8, 8), tmp_path)
+    assert len(found) == 8 and host.value("records_not_finite_total") == 0
+    [first, *_] = found.activations.values()
+    assert bool(first.isinf().any(dim=1).all()) and not bool(first.isnan().any())
+
+
+MONITORED = Monitored(Risk.CONFIDENCE_GAP, 0.02, 0.05)
+
+
+def test_a_loss_that_is_no_number_counts_as_one_and_the_monitor_goes_on() -> None:
+    good, none = torch.tensor([[5.0, 0.0]]), torch.tensor([[math.nan, math.nan]])
+    losses = MONITORED.losses(torch.cat([good, none, good]), torch.cat([good, none, none]), ScoreKind.LOGITS)
+    assert losses == [0.0, 1.0, 1.0]
+    quiet = MonitorState().after([(0, 0.0)] * 2000 + [(0, loss) for loss in losses], MONITORED, 2, 0.0)
+    assert not quiet.alarms and math.isfinite(quiet.evidence.wealth())
+    assert quiet.after([(0, 1.0)] * 200, MONITORED, 2, 0.0).alarms, "it still sees"
+
+
+@pytest.mark.parametrize("risk", [Risk.DISAGREEMENT, Risk.CONFIDENCE_GAP])
+def test_an_exit_that_names_a_class_where_the_backbone_has_none_differs(risk: Risk) -> None:
+    served, reference = torch.tensor([[5.0, 0.0]]), torch.tensor([[math.nan, 1.0]])
+    assert replace(MONITORED, risk=risk).losses(served, reference, ScoreKind.LOGITS) == [1.0]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["lost", "capital"])
+def test_a_state_with_a_number_that_is_not_finite_is_refused(where: str, number: float) -> None:
+    evidence = Evidence(3, number) if where == "lost" else Evidence(3, 0.0, (number, 0.0, 0.0, 0.0, 0.0))
+    written = json.loads(json.dumps(MonitorState(0, evidence).to_json()))
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        MonitorState.from_json(written, "state.json")

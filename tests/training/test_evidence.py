@@ -1,0 +1,82 @@
+"""What counts as evidence: records of which it is known what they hold, and of which all values could be recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.errors import RecordError
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
+from early_exit.handler.recording.format import read_header, read_shard, write_shard
+from early_exit.training.data.dataset import Part
+from early_exit.training.data.shards import find_shards
+from early_exit.training.data.training_set import TrainingSet
+from early_exit.training.heads.distill import Distillation
+from early_exit.training.options import TrainingOptions
+from early_exit.training.paths import RunPaths
+from early_exit.training.pipeline import train
+from early_exit.training.planning.predictions import HeadPredictions
+
+OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10))
+
+
+def test_records_of_which_the_content_is_not_known_train_and_certify_nothing(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    header = read_header(shards[0])
+    known = read_shard(shards[0], header.layers)
+    (tmp_path / "records").mkdir()
+    old = tmp_path / "records" / shards[0].name
+    write_shard(old, header, replace(known, content=torch.full_like(known.content, UNKNOWN_CONTENT)))
+    with pytest.raises(RecordError, match=f"Of {len(known)} more records the content is not known: an earlier version "
+                                          "wrote them. So they train heads and prove nothing"):
+        train("model", archive, [old], OPTIONS, RunPaths(tmp_path / "alone"))
+    with_others = train("model", archive, [old, *shards[1:]], OPTIONS, RunPaths(tmp_path / "run")).records
+    without = train("model", archive, shards[1:], OPTIONS, RunPaths(tmp_path / "without")).records
+    assert with_others == {**without, "train": without["train"] + len(known)}
+
+
+def with_infinite(shard: Path, to: Path, rows: slice, layers: slice) -> Path:
+    """Copy a shard in which float16 cannot hold some rows of some layers."""
+    header = read_header(shard)
+    found = read_shard(shard, header.layers)
+    activations = {layer: activation.clone() for layer, activation in found.activations.items()}
+    for layer in header.layers[layers]:
+        activations[layer][rows] = torch.inf
+    write_shard(to, header, replace(found, activations=activations))
+    return to
+
+
+def test_a_few_rows_that_float16_cannot_hold_cost_themselves_and_not_the_layer(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    exceptions = with_infinite(shards[0], tmp_path / shards[0].name, slice(0, 6), slice(1, 2))
+    run = RunPaths(tmp_path / "run")
+    report = train("model", archive, [exceptions, *shards[1:]], OPTIONS, run)
+    layer = read_header(shards[0]).layers[1]
+    assert layer in {head.layer for head in report.heads}
+    training_set = TrainingSet.load(run.training_set)
+    assert int((~training_set.finite).sum()) == 6
+    for part in (Part.TRAIN, Part.TUNE):
+        assert bool(training_set.finite[training_set.rows(part)].all())
+    certify = training_set.rows(Part.CERTIFY)
+    unknown = ~training_set.finite[certify]
+    predictions = HeadPredictions.load(run.predictions)
+    if bool(unknown.any()):
+        judged = predictions.certify.candidates
+        assert bool((judged.confidence[unknown] == 1).all()) and bool((judged.losses[unknown] == 1).all())
+
+
+def test_a_layer_that_float16_cannot_hold_is_left_out_with_a_word(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    layer = read_header(shards[0]).layers[1]
+    broken = [with_infinite(shard, tmp_path / shard.name, slice(None, None, 20), slice(1, 2)) for shard in shards]
+    report = train("model", archive, broken, OPTIONS, RunPaths(tmp_path / "run"))
+    assert layer not in {head.layer for head in report.heads}
+    assert any(line.startswith(f"{layer}: ") and "too large for float16" in line for line in report.left_out)

@@ -1,0 +1,173 @@
+"""The shards of one backbone: where they are, which of them can be read, and which belong together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.engines.registry import are_alike
+from early_exit.handler.errors import FormatError, RecordError
+from early_exit.handler.recording.clock import in_order
+from early_exit.handler.recording.content import KEY_FILE
+from early_exit.handler.recording.format import list_shards, read_header, read_sequence, read_shard, read_times
+
+
+def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
+    """Return the shards of one backbone below some records folders, oldest first.
+
+    Raises:
+        RecordError: there are none; the message tells what there is.
+    """
+    folders = [records] if isinstance(records, Path) else records
+    for folder in folders:
+        if not folder.is_dir():
+            raise RecordError(f"no records folder at {folder}: pass the one that ee-serve printed")
+    shards = [shard for folder in folders for shard in list_shards(folder)]
+    matching = [shard for shard in shards if shard.parent.name == backbone.sha256]
+    if matching:
+        return matching
+    others = sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards})
+    where = ", ".join(map(str, folders))
+    raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
+                      f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
+                      "first shard is sealed")
+
+
+def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[Path]:
+    """Return the shards that can be read.
+
+    Of each other file, such as one that is empty, was cut short, is no shard or one of a newer format, or has been
+    deleted in the meantime, a line is logged.
+
+    Raises:
+        RecordError: there are none.
+    """
+    readable, reasons = [], []
+    for shard in shards:
+        try:
+            header = read_header(shard)
+            read_shard(shard, header.layers[:1])
+            read_sequence(shard)
+        except (RecordError, FormatError) as error:
+            log(f"{error}. It is passed over")
+            reasons.append(str(error))
+        else:
+            readable.append(shard)
+    if not readable:
+        raise RecordError(f"none of the {len(shards)} record shards can be read: record again. Of the first it is "
+                          f"said: {reasons[0]}" if reasons else "there are no record shards: record first")
+    return readable
+
+
+def of_traffic(shards: Sequence[Path], traffic: str, log: Callable[[str], None]) -> list[Path]:
+    """Return the shards of some traffic, and those of which it is not known, as an earlier version wrote them.
+
+    Args:
+        shards: of one backbone.
+        traffic: identity of the traffic; where it is empty, it is not known of the archive either.
+        log: called with a line that says how many records the others hold.
+
+    Raises:
+        RecordError: all of them are of other traffic.
+    """
+    known = {shard: read_header(shard).traffic for shard in shards}
+    usable = [shard for shard in shards if known[shard] in ("", traffic)]
+    others = [shard for shard in shards if known[shard] not in ("", traffic)]
+    if not others:
+        return usable
+    n_others = sum(len(read_times(shard)) for shard in others)
+    why = ("they are of other traffic: the handler, its files or its configuration were others than those of this "
+           "archive when they were made" if traffic else
+           "the archive was made by an earlier version, which does not tell what traffic is: make it again with "
+           "ee-archive")
+    if not usable:
+        raise RecordError(f"all {n_others} records are passed over: {why}. Record with this archive")
+    log(f"{n_others} records are passed over: {why}")
+    return usable
+
+
+def tell_keys(shards: Sequence[Path], log: Callable[[str], None]) -> None:
+    """Log a line where contents were hashed with several keys, so that repeats among them are not known."""
+    keys = {read_header(shard).content_key for shard in shards} - {""}
+    if len(keys) > 1:
+        log(f"the contents of these records were hashed with {len(keys)} keys, so equal ones are not known as equal: "
+            f"give all hosts one {KEY_FILE}, in their records folders, before they record")
+
+
+def times_of(shards: Sequence[Path]) -> dict[Path, Tensor]:
+    """Return for each shard the (N,) float64 Unix times of its records, by a clock that nobody set meanwhile.
+
+    Raises:
+        RecordError: a shard is damaged or has gone.
+    """
+    by_worker: dict[str, list[Path]] = defaultdict(list)
+    for shard in shards:
+        by_worker[read_header(shard).worker].append(shard)
+    corrected: dict[Path, Tensor] = {}
+    for worker, written in by_worker.items():
+        times: Sequence[Tensor] = [read_times(shard) for shard in written]
+        if worker:
+            sequence = torch.cat([read_sequence(shard) for shard in written])
+            times = torch.split(corrected_times(sequence, torch.cat([*times])), [len(of_shard) for of_shard in times])
+        corrected |= dict(zip(written, times))
+    return corrected
+
+
+def corrected_times(sequence: Tensor, time: Tensor) -> Tensor:
+    """Return the (N,) float64 Unix times of a worker's records as a clock would have them that nobody set meanwhile.
+
+    Args:
+        sequence: (N,) int64, in which the records were made.
+        time: (N,) float64, as the worker's clock had it.
+    """
+    order = torch.argsort(sequence, stable=True)
+    ordered = torch.tensor(in_order(time[order].tolist()), dtype=torch.float64)
+    return torch.empty_like(ordered).scatter(0, order, ordered)
+
+
+def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
+    """Return the paths of the layers that every shard of one setting holds, and the side to which they were pooled."""
+    headers = [read_header(shard) for shard in shards]
+    return set.intersection(*(set(header.layers) for header in headers)), headers[0].pool
+
+
+def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
+    """Return the shards that can be used together with the newest: pooled alike, and with layers in common.
+
+    Shards that hold layers besides the common ones stay: what is recorded depends on the plan that serves.
+    """
+    headers, times = {shard: read_header(shard) for shard in shards}, times_of(shards)
+    newest_first = sorted(shards, key=lambda shard: times[shard].max().item(), reverse=True)
+    newest = headers[newest_first[0]]
+    common, usable = set(newest.layers), set[Path]()
+    for shard in newest_first:
+        if headers[shard].pool == newest.pool and common & set(headers[shard].layers):
+            common &= set(headers[shard].layers)
+            usable.add(shard)
+    return [shard for shard in shards if shard in usable]
+
+
+def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
+    """Return the shards whose activations are those that heads will read.
+
+    Args:
+        shards: of one backbone.
+        engine: identity of the one that will serve.
+
+    Raises:
+        RecordError: other engines computed all of them.
+    """
+    made_on = {shard: read_header(shard).engine for shard in shards}
+    alike = [shard for shard in shards if are_alike(made_on[shard], engine)]
+    if not alike:
+        others = ", ".join(sorted(set(made_on.values())))
+        raise RecordError(f"the archive is executed by {engine}, but {others} made the records, and heads would read "
+                          "other activations: record with this archive, or run the recorded requests again with "
+                          "--replay, for which they must have been recorded with 'keep_requests: true'")
+    return alike

@@ -1,0 +1,44 @@
+"""The traffic that an archive gets, by what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from early_exit.handler.archive_contents import ArchiveContents
+from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.user_handler.description import HandlerDescription
+from early_exit.handler.user_handler.traffic import traffic_identity
+from early_exit.training.data.preprocessing import archived_config
+from early_exit.training.text_files import parse_yaml
+
+
+def traffic_of(contents: ArchiveContents) -> str:
+    """Return the identity of the traffic of an archive; empty where the archive was made before there was one.
+
+    Raises:
+        ConfigError: its configuration cannot be read.
+    """
+    config = parse_yaml(contents.configuration, "the configuration of the archive")
+    return _identity(contents.description, contents.original_manifest, contents.handler, config)
+
+
+def traffic_in(layout: ArchiveLayout, backbone: BackboneDescription) -> str:
+    """Return the same for an extracted archive.
+
+    Raises:
+        ArchiveError: its manifest or the description of its handler cannot be read.
+        FormatError: the format of that description is not one that this version reads.
+        ConfigError: its configuration cannot be read.
+    """
+    if not layout.original_manifest.exists():  # no archive of a handler
+        return ""
+    description = HandlerDescription.load(layout.handler_description)
+    return _identity(backbone, read_manifest(layout.original_manifest), description, archived_config(layout))
+
+
+def _identity(backbone: BackboneDescription, original_manifest: Mapping[str, Any], handler: HandlerDescription,
+              config: object) -> str:
+    return traffic_identity(backbone.sha256, original_manifest, handler, handler.files or {},
+                            config if isinstance(config, dict) else {})
