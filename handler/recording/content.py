@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import json
 import os
 import secrets
@@ -49,13 +49,13 @@ class ContentKey:
             ForeignFileError: the file, or its folder, belongs to somebody else.
             OSError: the key cannot be read or made.
         """
-        digest = hashlib.blake2b(key=self._read(), digest_size=8)
+        digest = hmac.new(self._read(), digestmod="sha256")  # which processors have instructions for
         try:
             for piece in _pieces(item):
                 digest.update(piece)
         except (TypeError, ValueError, RecursionError):
             return UNKNOWN_CONTENT
-        return max(UNKNOWN_CONTENT + 1, int.from_bytes(digest.digest(), "big", signed=True))
+        return max(UNKNOWN_CONTENT + 1, int.from_bytes(digest.digest()[:8], "big", signed=True))
 
     @property
     def name(self) -> str:
@@ -64,13 +64,17 @@ class ContentKey:
         Raises:
             RecordError, OSError: as of `hash`.
         """
-        return hashlib.blake2b(b"name", key=self._read(), digest_size=8).hexdigest()
+        key = self._read()
+        if not self._path.exists():  # somebody emptied the folder; whoever comes to it next is to have the same
+            private_folder(self._path.parent)
+            _publish(key, self._path)
+        return hmac.digest(key, b"name", "sha256")[:8].hex()
 
     def _read(self) -> bytes:
         if self._key is None:
             private_folder(self._path.parent)
             if not self._path.exists():
-                _make(self._path)
+                _publish(secrets.token_bytes(_KEY_BYTES), self._path)
             with open_private(self._path, "rb") as file:
                 key: bytes = file.read(_KEY_BYTES + 1)
             if len(key) != _KEY_BYTES:
@@ -80,12 +84,12 @@ class ContentKey:
         return self._key
 
 
-def _make(path: Path) -> None:
-    """Make a key, unless another worker is faster; it appears complete or not at all."""
+def _publish(key: bytes, path: Path) -> None:
+    """Write a key, unless another worker is faster; it appears complete or not at all."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
     try:
         with open_private(scratch, "xb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.write(key)
             file.flush()
             os.fsync(file.fileno())
         try:

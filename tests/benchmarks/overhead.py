@@ -2,13 +2,15 @@
 
     python -m tests.benchmarks.overhead --json FILE
 
-CPU time of the process (the writer's thread included), one thread for the model, interleaved, medians.
+CPU time of the process (the writer's thread included), one thread for the model, interleaved, medians. Every request
+brings 10 kB of its own; `recording_ratio_10_mb` is that of single requests that bring 10 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Callable
@@ -59,7 +61,7 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
     """Return the largest difference of the answers and the cost ratios by batch size."""
     backbone = Backbone.from_module(model.eval(), input_shape)
     plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), build_model(backbone)
-    found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}}
+    found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}, "recording_ratio_10_mb": {}}
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
         for size in BATCHES:
             inputs = [torch.randn(size, *input_shape) for _ in range(4)]
@@ -69,11 +71,16 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
             without, recording = serving(backbone, size, None), serving(backbone, size, Path(scratch))
             found["no_exit_ratio"][size] = cpu_ratio(plain, served, rounds)
             found["recording_ratio"][size] = cpu_ratio(without, recording, rounds)
+            if size == 1:
+                large = [serving(backbone, 1, folder, body_bytes=10_000_000) for folder in (None, Path(scratch))]
+                found["recording_ratio_10_mb"][size] = cpu_ratio(*large, rounds)
     return found
 
 
-def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Tensor], None]:
+def serving(backbone: Backbone, size: int, records: Path | None, *,
+            body_bytes: int = 10_000) -> Callable[[Tensor], None]:
     """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all."""
+    bodies = [random.Random(number).randbytes(body_bytes) for number in range(size)]
     config = ServingConfig(records=str(records) if records else None)
     model = build_model(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
                         record_layers=config.layers if records else 0)
@@ -81,25 +88,28 @@ def serving(backbone: Backbone, size: int, records: Path | None) -> Callable[[Te
     metrics.initialize_cache()
     manifest = {"model": {"modelName": "overhead", "handler": "none"}}
     context = Context("overhead", ".", manifest, size, None, ts.__version__, True, metrics, {})
-    worker = Worker(model, Batches(model), HandlerContext(context, manifest, {}), config, TorchServeHost(context),
+    handler = Batches(model)
+    worker = Worker(model, handler, HandlerContext(context, manifest, {}), config, TorchServeHost(context),
                     HandlerDescription())
 
     def serve(batch: Tensor) -> None:
-        worker.step([Call(f"request-{number}", batch) for number in range(size)])
+        handler.batch = batch
+        worker.step([Call(f"request-{number}", {"body": bytearray(body)}) for number, body in enumerate(bodies)])
 
     return serve
 
 
 class Batches:
-    """A handler whose requests all bring the whole batch, so that nothing but the model is computed."""
+    """A handler that is given the batch beside the requests, so that nothing but the model is computed."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
+        self.batch = torch.empty(0)
 
     def initialize(self, context: Any) -> None: ...
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
-        self.model(data[0])
+        self.model(self.batch)
         return [None] * len(data)
 
 

@@ -87,6 +87,14 @@ def test_all_who_record_in_a_folder_have_one_key_whoever_is_first(tmp_path: Path
     assert [file.name for file in (tmp_path / "records").iterdir()] == [KEY_FILE]
 
 
+def test_a_worker_puts_its_key_back_when_somebody_emptied_the_folder(tmp_path: Path) -> None:
+    key = ContentKey(tmp_path)
+    before = key.hash(b"an image"), key.name
+    (tmp_path / KEY_FILE).unlink()
+    assert key.name == before[1]
+    assert ContentKey(tmp_path).hash(b"an image") == before[0]
+
+
 def test_the_key_is_the_users_alone(tmp_path: Path) -> None:
     ContentKey(tmp_path).hash(b"")
     assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
