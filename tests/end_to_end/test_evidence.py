@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -39,9 +39,10 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.report.summary import RunReport
-from tests.support.client import metrics, session_of
+from tests.support.client import metrics
 from tests.support.host import MemoryHost
 from tests.support.models.spread_model import spread_model
+from tests.support.remembering_client import Client
 from tests.support.skips import MAY_NOT_MOUNT
 from tests.support.workers import kill_worker, wait_until_ready
 
@@ -67,27 +68,6 @@ def archive(folder: Path, version: str, handler: Path) -> Path:
         "tests.support.models.spread_model:spread_model", folder.parent / "store", model_name=MODEL, version=version,
         weights=folder / "weights.safetensors", input_shape=(16,), handler=str(handler), config=folder / "config.yaml",
         extra_files=[HANDLER.with_name("spread_model.py")]))
-
-
-@dataclass
-class Client:
-    """Sends requests one after the other and remembers which request held what."""
-
-    server: TorchServe
-    sent: dict[str, str] = field(default_factory=dict)
-    """By request id, in order: the bodies that were answered."""
-
-    def __post_init__(self) -> None:
-        self._session = session_of(self.server)
-
-    def send(self, bodies: Sequence[object], *, may_fail: bool = False) -> None:
-        for body in bodies:
-            text = json.dumps(body)
-            reply = self._session.post(f"{self.server.addresses.inference}/predictions/{MODEL}", data=text.encode(),
-                                       headers={"content-type": OCTETS}, timeout=60)
-            if reply.status_code == 200 and isinstance(body, list):
-                self.sent[reply.headers["x-request-id"]] = text
-            assert may_fail or reply.status_code == 200, reply.text
 
 
 @dataclass(frozen=True)
@@ -123,7 +103,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Troubled]:
         with TorchServe(root / "store", root / "state", Addresses.free(), records=records,
                         models=[archives[0].name]) as server:
             wait_until_ready(server, MODEL)
-            client = Client(server)
+            client = Client(server, MODEL)
             began = time.time()
             at_risk = _first_half(client, rows[:N_REQUESTS], records / MODEL)
             management = Management(server.addresses, server.key_file, server.secret_file)
