@@ -22,12 +22,12 @@ class Client:
 
     def __post_init__(self) -> None:
         self._session = session_of(self.server)
+        self._address = f"{self.server.addresses.inference}/predictions/{self.model}"
 
     def send(self, bodies: Sequence[object], *, may_fail: bool = False) -> None:
         for body in bodies:
             text = json.dumps(body)
-            reply = self._session.post(f"{self.server.addresses.inference}/predictions/{self.model}", data=text.encode(),
-                                       headers={"content-type": OCTETS}, timeout=60)
+            reply = self._session.post(self._address, data=text.encode(), headers={"content-type": OCTETS}, timeout=60)
             if reply.status_code == 200 and isinstance(body, list):
                 self.sent[reply.headers["x-request-id"]] = text
             assert may_fail or reply.status_code == 200, reply.text
