@@ -21,6 +21,7 @@ from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.replay import AUGMENTATIONS, Replay
 from early_exit.training.data.shards import find_shards, readable_shards
 from early_exit.training.data.sources import local_folders
+from early_exit.training.data.split import SplitRule
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.search import Search
@@ -121,6 +122,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                          "several instances request id, instance from 0, and class")
     promise.add_argument("--thresholds", choices=("certified", "paper", "equal"), default=defaults.thresholds,
                          help="with a guarantee, or by the paper's budgets T/2^n, or T/exits (%(default)s)")
+    promise.add_argument("--split", type=SplitRule, choices=list(SplitRule), default=defaults.split, metavar="RULE",
+                         help="time: train on the past and certify on what came last; random: as in the paper, which "
+                         "assumes that no request is like another one (time)")
     cost = parser.add_argument_group("what is saved")
     cost.add_argument("--cost", choices=("seconds", "flops"), default=defaults.measure,
                       help="measured on this machine, or counted as in the paper (%(default)s)")
@@ -166,7 +170,7 @@ def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOpt
     config = archived_config(archive)
     return TrainingOptions(
         tolerance=asked.tolerance, confidence=asked.confidence, thresholds=asked.thresholds, risk=asked.risk,
-        measure=asked.cost, batch_size=asked.batch_size or int(config.get("batchSize", 1)),
+        split=asked.split, measure=asked.cost, batch_size=asked.batch_size or int(config.get("batchSize", 1)),
         engine=ENGINES[ServingConfig.from_model_config(config).engine].identity(archive.folder),
         measure_device=asked.measure_device,
         layers=asked.layers, search=Search(asked.trials, seed=asked.seed) if searches else None,

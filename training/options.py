@@ -10,6 +10,7 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE
 from early_exit.handler.exits.policy import ConfidencePolicy, policy_class
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.data.replay import Replay
+from early_exit.training.data.split import SplitRule
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.nni_service import Service
 from early_exit.training.heads.search import Search
@@ -50,6 +51,8 @@ class TrainingOptions:
     space: SearchSpace = field(default_factory=SearchSpace)
     recipe: Distillation = field(default_factory=Distillation)
     replay: Replay | None = None
+    split: SplitRule = SplitRule.TIME
+    """How records are split into what trains, what chooses and what certifies."""
     fresh_after: float | None = None
     """The Unix time, in seconds, after which records tune and certify; earlier ones all train, so that a renewed plan
     is certified on records that no earlier one was."""

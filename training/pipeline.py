@@ -22,11 +22,12 @@ from early_exit.handler.files.private import replacing
 from early_exit.handler.recording.format import read_times
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
-from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
 from early_exit.training.data.shards import of_engine, of_newest_setting, of_traffic, recorded_layers, tell_keys
+from early_exit.training.data.split import Part
 from early_exit.training.data.traffic import traffic_in
 from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import find_architectures, train_heads
@@ -107,13 +108,16 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         if options.replay is None:
             shards = _alike(of_engine(shards, options.engine), log)
         tell_keys(shards, log)
-        traffic = load_traffic(shards, options.fresh_after)
+        traffic = load_traffic(shards, options.fresh_after, options.split)
         for reason, count in traffic.passed_over.items():
             log(f"{count} requests are passed over: {reason}")
+        if traffic.split.is_trend:
+            log("requests are alike for longer than a tenth of the records: a trend, which the certificate assumes to "
+                "go on as in the records that certify")
         others = _no_evidence(traffic)
         if options.replay is not None:
             traffic = traffic.of_known_requests()
-        _require_enough({part: traffic.size(part) for part in Part}, options, others)
+        _require_enough({part: traffic.size(part) for part in Part}, traffic.n_tested(), options, others)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
         if options.replay is None:
@@ -129,7 +133,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
                 training_set = replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
                                               engine=options.engine, on_batch=progress.update, log=log)
     if n_skipped := sum(training_set.skipped.values()):
-        _require_enough({part: len(training_set.rows(part)) for part in Part}, options,
+        tested = training_set.evidence(training_set.rows(Part.CERTIFY)).n_tested
+        _require_enough({part: len(training_set.rows(part)) for part in Part}, tested, options,
                         f". {n_skipped} requests are passed over")
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
@@ -156,10 +161,10 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     return alike
 
 
-def _require_enough(sizes: Mapping[Part, int], options: TrainingOptions, others: str) -> None:
+def _require_enough(sizes: Mapping[Part, int], n_tested: int, options: TrainingOptions, others: str) -> None:
     """Check that each part has records enough; the error ends with a sentence about records that count in none."""
     if options.thresholds == "certified":
-        require_enough(sizes[Part.CERTIFY], Part.CERTIFY.share, options.tolerance, options.delta, others)
+        require_enough(n_tested, Part.CERTIFY.share, options.tolerance, options.delta, others, sizes[Part.CERTIFY])
     if not all(sizes.values()):
         raise RecordError(f"{sum(sizes.values())} records are too few to split into "
                           f"{', '.join(part.name.lower() for part in Part)}{others}")

@@ -15,10 +15,11 @@ from early_exit.handler.backbone.graph import split
 from early_exit.handler.engines.openvino import PIECES, convert, import_openvino, in_float32
 from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.inference.forward import Live
-from early_exit.training.data.dataset import Part, load_traffic
+from early_exit.training.data.dataset import load_traffic
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.shards import find_shards, of_traffic, readable_shards
 from early_exit.training.data.skipped import Skipped
+from early_exit.training.data.split import Part
 from early_exit.training.data.traffic import traffic_in
 
 N_SAMPLES = 300
@@ -46,7 +47,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
     shards = readable_shards(find_shards(records, name, backbone.description), log)
     shards = of_traffic(shards, traffic_in(layout, backbone.description), log)
     traffic = load_traffic(shards).of_known_requests()
-    is_train = traffic.part == list(Part).index(Part.TRAIN)
+    is_train = traffic.part == Part.TRAIN.number
     batches: list[Live] = []
     n_tried = n_found = 0
     with preprocessing(layout.root, original) as handler:

@@ -9,7 +9,7 @@ from typing import Any
 from early_exit.archiver.audit import Audit
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.handler.exits.plan import ExitPlan
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from early_exit.training.selection.certify import records_needed
 
 NEW_SHARE = 0.2

@@ -89,13 +89,20 @@ class Certificate:
     method: str
     window: tuple[float, float]
     """Unix times, in seconds, of the first record of the certify part, and of the last record used for anything."""
+    contents: int = 0
+    """How many contents were first recorded in the certify part; 0 in a certificate of before, which did not tell."""
+    blocks: int = 0
+    """How many blocks the records are in, of requests that may be alike; 0 in a certificate of before."""
+    block_length: float = 0.0
+    """Requests that a block has at least; 0 where each record is one of its own."""
 
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
-        differed = f"{self.k} of {self.n} held-out records differed"
+        differed = f"{self.k} of {self.n} held-out records differed{self._evidence()}"
         if self.risk == Risk.DISAGREEMENT:
-            return f"{confidence} the served class differs from the backbone's on at most {tolerance} of requests " \
-                   f"({differed})."
+            of_new = " and of new contents" if self.contents else ""
+            return f"{confidence} the served class differs from the backbone's on at most {tolerance} of requests" \
+                   f"{of_new} ({differed})."
         if self.risk == Risk.ACCURACY:
             return f"{confidence} the accuracy is at most {tolerance} below the backbone's (on {self.n} labelled " \
                    f"held-out records it was {100 * self.observed:.2f}% below; {differed}), as long as the requests " \
@@ -103,6 +110,13 @@ class Certificate:
         return f"{confidence} the backbone finds the served classes on average at most {tolerance} less probable " \
                f"than its own (observed {100 * self.observed:.2f}%; {differed}). That bounds the loss of accuracy as " \
                "long as the backbone is not under-confident."
+
+
+    def _evidence(self) -> str:
+        """Return what the records are, where they are not each of its own."""
+        contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
+        blocks = f", {self.blocks} blocks of {self.block_length:.0f} requests and more" if self.block_length else ""
+        return contents + blocks
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import INT8
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.recording.format import list_shards
-from early_exit.training.data.dataset import Part, load_traffic
+from early_exit.training.data.dataset import load_traffic
 from early_exit.training.data.skipped import Skipped
+from early_exit.training.data.split import Part
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.models.text_classifier import LENGTH, TextClassifier
 from tests.support.models.text_handler import TextHandler

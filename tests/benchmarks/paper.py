@@ -32,11 +32,12 @@ from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.inference.forward import Exit
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
-from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import MIXUP, Replay, replay_records
 from early_exit.training.data.shards import find_shards
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import TrainedHead, find_architectures, train_heads
 from early_exit.training.heads.search import Search

@@ -9,6 +9,7 @@ from early_exit.handler.exits.policy import NEVER, ConfidencePolicy
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import flop_costs
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
+from early_exit.training.selection.evidence import Evidence
 from early_exit.training.selection.simulation import Candidates
 
 N_CLASSES = 4
@@ -33,7 +34,8 @@ def made_predictions(n_records: int = 200, n_layers: int = 3, *, labelled: float
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
         candidates = Candidates(confidence, 1 - confidence, answers == teacher[:, None], losses,
                                 torch.ones(n_records, dtype=torch.bool), torch.zeros(n_records), costs)
-        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels)
+        evidence = Evidence(torch.arange(n_records), torch.arange(n_records), torch.ones(n_records, dtype=torch.bool))
+        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels, evidence)
 
     policies = tuple(ConfidencePolicy(1.0 + number, NEVER) for number in range(n_layers))
     return HeadPredictions(layers, policies, drawn(), drawn())

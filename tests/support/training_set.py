@@ -10,7 +10,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.training.data.activation_file import Activations
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet, finish
 from early_exit.training.paths import TrainingSetPaths
 
@@ -40,5 +40,6 @@ def made_training_set(folder: Path, target: Callable[[Tensor], Tensor] | None = 
         "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1),
         "full_class": logits.argmax(dim=1), "part": part,
         "request": torch.arange(n_records), "row": torch.zeros(n_records, dtype=torch.int64),
-        "content": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64)}, {})
+        "content": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64),
+        "block": torch.arange(n_records), "is_new": torch.ones(n_records, dtype=torch.bool)}, {}, 0.0)
     return TrainingSet.load(paths)

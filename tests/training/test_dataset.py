@@ -11,8 +11,9 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, Records, ShardHeader, request_hash, write_shard
 from early_exit.handler.recording.kept_request import KeptRequest
-from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
+from early_exit.training.data.split import Part
 
 HEADER = ShardHeader("model", "1.0", "ab12", 4, ("layer",))
 
@@ -25,7 +26,8 @@ def traffic(folder: Path, requests: list[int], times: list[float], rows: list[in
         activations={"layer": torch.arange(n)[:, None].half()}, log_probabilities=torch.zeros(n, 3).half(),
         backbone_class=zeros, full_class=zeros.clone(), answered_class=zeros.clone(), exit=zeros.short(),
         request=torch.tensor(requests), row=zeros.clone() if rows is None else torch.tensor(rows).int(),
-        content=torch.tensor([UNKNOWN_CONTENT if request == ANONYMOUS else request for request in requests]),
+        content=torch.tensor([UNKNOWN_CONTENT if request == ANONYMOUS else request // 7 + row
+                              for request, row in zip(requests, rows or [0] * n)]),
         sequence=torch.arange(n), time=torch.tensor(times, dtype=torch.float64),
         sampling_rate=torch.ones(n),
         kept=[b"" if request == ANONYMOUS else KeptRequest(str(request)).to_bytes() for request in requests]))

@@ -13,8 +13,8 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import read_header, read_shard, write_shard
-from early_exit.training.data.dataset import Part
 from early_exit.training.data.shards import find_shards
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions

@@ -28,8 +28,9 @@ from early_exit.handler.recording.format import (
     request_hash,
     write_shard,
 )
-from early_exit.training.data.dataset import Part, load_traffic
+from early_exit.training.data.dataset import load_traffic
 from early_exit.training.data.shards import find_shards, of_newest_setting, recorded_layers
+from early_exit.training.data.split import Part, SplitRule
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
@@ -49,22 +50,24 @@ def test_every_record_has_one_part_and_the_parts_have_their_shares(backbone: Bac
         assert traffic.size(part) / N_RECORDS == pytest.approx(part.share, abs=0.04)
 
 
-def test_a_record_stays_in_its_part_when_others_are_added(backbone: Backbone, records: Path) -> None:
+def test_a_record_that_is_split_at_random_stays_in_its_part(backbone: Backbone, records: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
-    few, all_of_them = load_traffic(shards[:3]), load_traffic(shards)
+    few, all_of_them = (load_traffic(read, rule=SplitRule.RANDOM) for read in (shards[:3], shards))
     part_of = dict(zip(all_of_them.request.tolist(), all_of_them.part.tolist()))
     assert [part_of[request] for request in few.request.tolist()] == few.part.tolist()
 
 
 def test_only_fresh_records_tune_and_certify(backbone: Backbone, records: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
-    every = load_traffic(shards)
-    after = every.time.median().item()
+    after = load_traffic(shards).time.median().item()
     traffic = load_traffic(shards, after)
     fresh = traffic.time > after
     assert 0 < int(fresh.sum()) < N_RECORDS
-    assert torch.equal(traffic.part[fresh], every.part[fresh])
-    assert set(traffic.part[~fresh].tolist()) == {list(Part).index(Part.TRAIN)}
+    assert set(traffic.part[~fresh].tolist()) == {Part.TRAIN.number}
+    for part in Part:
+        assert int((traffic.part[fresh] == part.number).sum()) == pytest.approx(part.share * int(fresh.sum()), abs=2)
+    first = [traffic.time[fresh & (traffic.part == part.number)].min() for part in Part]
+    assert first == sorted(first), "what came last certifies"
 
 
 def test_a_request_that_was_run_twice_counts_once(backbone: Backbone, tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_too_few_labels_are_said_before_anything_is_trained(
     shards = find_shards(records, "model", backbone.description)
     options, run = replace(OPTIONS, risk=Risk.ACCURACY), RunPaths(tmp_path / "run")
     traffic = load_traffic(shards)
-    certifies = dict(zip(traffic.request.tolist(), (traffic.part == list(Part).index(Part.CERTIFY)).tolist()))
+    certifies = dict(zip(traffic.request.tolist(), (traffic.part == Part.CERTIFY.number).tolist()))
     ids = [f"request-{number}" for number in range(N_RECORDS)]
     of_certify = [request for request in ids if certifies[request_hash(request)]]
     others = [request for request in ids if not certifies[request_hash(request)]]
@@ -222,8 +225,10 @@ def test_a_certificate_is_about_the_time_of_the_records_that_certify(
     after = every.time.sort().values[N_RECORDS // 3].item()
     report = train("model", archive, shards, replace(OPTIONS, fresh_after=after), RunPaths(tmp_path / "run"))
     assert report.plan.certificate is not None
-    assert report.plan.certificate.window == (every.time[(every.part == 2) & (every.time > after)].min().item(),
-                                              every.time.max().item())
+    split = load_traffic(shards, after)
+    certified_from = split.time[split.part == Part.CERTIFY.number].min().item()
+    assert report.plan.certificate.window == (certified_from, every.time.max().item())
+    assert certified_from > after
 
 
 def test_a_head_for_a_layer_without_records_is_refused_with_the_one_that_was_meant(

@@ -22,8 +22,8 @@ from early_exit.handler.exits.policy import NEVER, POLICIES, PlannedPolicy
 from early_exit.handler.model.loading import load_model
 from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import profile_exit
-from early_exit.training.data.dataset import Part
 from early_exit.training.data.shards import find_shards
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions

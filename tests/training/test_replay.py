@@ -17,10 +17,11 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.format import list_shards, read_header, read_shard, write_shard
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.user_handler.description import HandlerDescription
-from early_exit.training.data.dataset import Part, RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import RecordedTraffic, load_traffic
 from early_exit.training.data.preprocessing import Preprocessing, preprocessing
 from early_exit.training.data.replay import Replay, augmentation, replay_records
 from early_exit.training.data.skipped import Skipped
+from early_exit.training.data.split import Part
 from early_exit.training.paths import TrainingSetPaths
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.recording import record

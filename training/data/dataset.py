@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, COLUMNS, RecordColumns, Records, read_header, read_shard
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.shards import times_of
+from early_exit.training.data.split import GAP, Part, Split, SplitRule, in_time_order, split_at_random, split_in_time
 
 _SPREAD = -7046029254386353131
 """2^64 by the golden ratio, for Fibonacci hashing."""
@@ -24,27 +24,6 @@ _SPREAD = -7046029254386353131
 
 NOT_FINITE = "the model's scores or activations were not finite"
 """Why a request is not among the records."""
-
-
-class Part(Enum):
-    """The disjoint parts of the records; the values are where each begins in [0, 1).
-
-    They are named by what is done on them: calibration would mean two things, as temperatures are calibrated on one
-    part and the risk on another.
-    """
-
-    TRAIN = 0.0
-    """Heads are trained on it."""
-    TUNE = 0.5
-    """It is the validation split: architectures, temperatures, exits and thresholds are chosen on it."""
-    CERTIFY = 0.7
-    """It is held out for the certificate; what a plan does is reported on it."""
-
-    @property
-    def share(self) -> float:
-        """Fraction of the records, as in section 3.2.2 of the paper."""
-        ends = [*(part.value for part in Part), 1.0]
-        return float(ends[ends.index(self.value) + 1] - self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +39,19 @@ class RecordedTraffic(RecordColumns):
     """The number of records in each shard."""
     rows: Tensor
     """(N,) int64, ascending: positions of the records used in the concatenated shards."""
-    fresh_after: float = -math.inf
-    """All records up to this Unix time, in seconds, are of the train part."""
+    split: Split
+    """The parts of the records."""
     passed_over: Mapping[str, int] = field(default_factory=dict)
     """The number of other requests of these shards that are not among the records, by reason."""
 
     @property
     def part(self) -> Tensor:
-        """(N,) int8: index of each record's part, which the hash of its request decides, and its time.
+        """(N,) int8: number of each record's part.
 
         Where the request or its content is not known it is the train part: what is chosen and certified rests on
         independent records.
         """
-        position = self.request.double() / 2.0**64 + 0.5  # in [0, 1]
-        starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
-        part = (torch.searchsorted(starts, position, right=True) - 1).to(torch.int8)
-        trains = ~self.is_evidence | (self.time <= self.fresh_after)
-        return part.masked_fill(trains, list(Part).index(Part.TRAIN))
+        return self.split.part
 
     @property
     def is_evidence(self) -> Tensor:
@@ -97,7 +72,7 @@ class RecordedTraffic(RecordColumns):
     def where(self, chosen: Tensor) -> RecordedTraffic:
         """Return the records that a (N,) bool mask chooses."""
         columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
-        return replace(self, rows=self.rows[chosen], **columns)
+        return replace(self, rows=self.rows[chosen], split=self.split.where(chosen), **columns)
 
     def of_known_requests(self) -> RecordedTraffic:
         """Return the records of which it is known which request they belong to.
@@ -113,7 +88,12 @@ class RecordedTraffic(RecordColumns):
 
     def size(self, part: Part) -> int:
         """Return the number of a part's records."""
-        return int((self.part == list(Part).index(part)).sum())
+        return int((self.part == part.number).sum())
+
+    def n_tested(self) -> int:
+        """Return how many blocks of new contents there are to certify with."""
+        proves = (self.part == Part.CERTIFY.number) & self.split.is_new
+        return len(torch.unique(self.split.block[proves]))
 
     def activation(self, layer: str) -> Iterator[tuple[int, Tensor]]:
         """Yield the (M, ...) float16 pooled activations of a layer, shard by shard, and where in N they begin.
@@ -146,29 +126,44 @@ class RecordedTraffic(RecordColumns):
             start += len(inside)
 
 
-def load_traffic(shards: Sequence[Path], fresh_after: float | None = None) -> RecordedTraffic:
+def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
+                 rule: SplitRule = SplitRule.TIME) -> RecordedTraffic:
     """Read everything but the activations.
 
     Args:
         shards: of one backbone.
         fresh_after: Unix time up to which all records are of the train part.
+        rule: how the others are split.
 
     Raises:
         RecordError: a shard is damaged or has gone.
     """
-    parts = [read_shard(shard, []) for shard in shards]
+    parts, headers = [read_shard(shard, []) for shard in shards], [read_header(shard) for shard in shards]
     records, times = Records.concatenate(parts), times_of(shards)
     records = replace(records, time=torch.cat([times[shard] for shard in shards]))
+    names = {name: number for number, name in enumerate(dict.fromkeys(header.worker for header in headers))}
+    worker = torch.cat([torch.full((len(part),), names[header.worker]) for part, header in zip(parts, headers)])
+    no_number = records.log_probabilities.isnan().any(dim=1)
     rows = _first_of_each(records.request, records.row)
+    rows = rows[~no_number[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, passed_over={},
-                              fresh_after=-math.inf if fresh_after is None else fresh_after, **columns)
-    no_number = traffic.log_probabilities.isnan().any(dim=1)
-    if n_not_finite := int(no_number.sum()) + sum(read_header(shard).n_not_finite for shard in shards):
-        traffic = replace(traffic.where(~no_number), passed_over={NOT_FINITE: n_not_finite})
-    trains = traffic.part == list(Part).index(Part.TRAIN)
-    return traffic.where(trains | _drawn_of_each(traffic.request, traffic.row))
+    n_not_finite = int(no_number.sum()) + sum(header.n_not_finite for header in headers)
+    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
+                              passed_over={NOT_FINITE: n_not_finite} if n_not_finite else {},
+                              split=Split.of_nothing(len(rows)), **columns)
+    traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule))
+    trains = traffic.part == Part.TRAIN.number
+    return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
+
+
+def _split(traffic: RecordedTraffic, worker: Tensor, fresh_after: float | None, rule: SplitRule) -> Split:
+    is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
+    if rule is SplitRule.RANDOM:
+        return split_at_random(traffic.request, ~traffic.is_evidence | ~is_fresh)
+    order, position = in_time_order(traffic.time, worker, traffic.sequence)
+    return split_in_time(traffic.log_probabilities, traffic.request, traffic.content, order, position,
+                         traffic.is_evidence, is_fresh)
 
 
 def _first_of_each(request: Tensor, row: Tensor) -> Tensor:

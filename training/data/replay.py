@@ -25,9 +25,10 @@ from early_exit.handler.files.private import replacing
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.activation_file import Activations
-from early_exit.training.data.dataset import Part, RecordedTraffic
+from early_exit.training.data.dataset import RecordedTraffic
 from early_exit.training.data.preprocessing import Preprocessing
 from early_exit.training.data.skipped import Skipped
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet, columns_of, finish
 from early_exit.training.paths import TrainingSetPaths
 
@@ -137,7 +138,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
             them, or the backbone does not answer them as it did when it served.
     """
     transform = augmentation(replay, backbone.description.inputs)
-    every, train = torch.ones(len(traffic), dtype=torch.bool), traffic.part == list(Part).index(Part.TRAIN)
+    every, train = torch.ones(len(traffic), dtype=torch.bool), traffic.part == Part.TRAIN.number
     most_rows = len(traffic) + replay.rounds * int(train.sum())
     model = build_model(backbone, engine=engine, sampling_rate=1.0,
                         record_layers=len(backbone.description.candidates), record_pool=replay.pool)
@@ -184,7 +185,8 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     backbone_class = torch.cat([traffic.backbone_class, classes[rows[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,
-        "full_class": full[as_recorded]}, {**progress.skipped, **traffic.passed_over})
+        "full_class": full[as_recorded]}, {**progress.skipped, **traffic.passed_over},
+        traffic.split.block_length)
     return TrainingSet.load(paths)
 
 

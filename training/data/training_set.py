@@ -15,8 +15,10 @@ from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.backbone.pooling import Side, pooled_shape
 from early_exit.handler.files.private import replacing
 from early_exit.training.data.activation_file import Activations
-from early_exit.training.data.dataset import Part, RecordedTraffic
+from early_exit.training.data.dataset import RecordedTraffic
+from early_exit.training.data.split import Part
 from early_exit.training.paths import TrainingSetPaths
+from early_exit.training.selection.evidence import Evidence
 
 _MOST_EXCEPTIONS = 0.01
 """The largest share of rows that float16 cannot hold of a layer that is used."""
@@ -46,10 +48,16 @@ class TrainingSet:
     """(N,) int64: which instance of its request each record is."""
     content: Tensor
     """(N,) int64: a hash of what each record's request holds."""
+    block: Tensor
+    """(N,) int64: number of the block that each record is evidence with, see `selection.evidence`."""
+    is_new: Tensor
+    """(N,) bool: whether the record's content was first recorded in its block."""
     time: Tensor
     """(N,) float64: Unix seconds."""
     finite: Tensor
     """(N + R,) bool: whether float16 can hold the activations at all layers."""
+    block_length: float
+    """Requests that a block has at least; 0 where each record is one of its own."""
     skipped: Mapping[str, int]
     """How many requests were passed over, by the server that recorded or by a replay, by reason."""
 
@@ -57,12 +65,16 @@ class TrainingSet:
     def n_records(self) -> int:
         return len(self.part)
 
+    def evidence(self, rows: Tensor) -> Evidence:
+        """Return what the (M,) rows prove something with."""
+        return Evidence(self.block[rows], self.content[rows], self.is_new[rows])
+
     def rows(self, part: Part) -> Tensor:
         """Return the (M,) rows of a part; replays belong to the train part.
 
         Those that float16 cannot hold are in the certify part only, where they count against every exit.
         """
-        rows = (self.part == list(Part).index(part)).nonzero().flatten()
+        rows = (self.part == part.number).nonzero().flatten()
         if part is Part.TRAIN:
             rows = torch.cat([rows, torch.arange(self.n_records, len(self.log_probabilities))])
         return rows if part is Part.CERTIFY else rows[self.finite[rows]]
@@ -78,7 +90,7 @@ class TrainingSet:
         columns = load_file(paths.columns)
         return cls(layers=tuple(CandidateLayer.from_json(layer) for layer in index["layers"]),
                    recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, skipped=index["skipped"],
-                   **columns)
+                   block_length=index["block_length"], **columns)
 
 
 def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -93,19 +105,20 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.passed_over)
+        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.passed_over, traffic.split.block_length)
     return TrainingSet.load(paths)
 
 
 def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
     """Return the columns of a training set that holds recorded traffic and no replays of it."""
-    return {name: getattr(traffic, name)
-            for name in ("log_probabilities", "backbone_class", "full_class", "part", "request", "row", "content",
-                         "time")}
+    columns = {name: getattr(traffic, name)
+               for name in ("log_probabilities", "backbone_class", "full_class", "request", "row", "content", "time")}
+    split = traffic.split
+    return {**columns, "part": split.part, "block": split.block, "is_new": split.is_new}
 
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
-           columns: Mapping[str, Tensor], skipped: Mapping[str, int]) -> None:
+           columns: Mapping[str, Tensor], skipped: Mapping[str, int], block_length: float) -> None:
     """Write the columns, and then the index, which says that all is there.
 
     Layers with activations that float16 cannot hold on ordinary rows are left out: a head would read something else of
@@ -119,6 +132,6 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in {**columns, "finite": all_finite}.items()}, scratch)
     index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes,
-             "skipped": dict(skipped)}
+             "skipped": dict(skipped), "block_length": block_length}
     with replacing(paths.index) as scratch:
         scratch.write_text(json.dumps(index, indent=1))

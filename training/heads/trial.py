@@ -15,7 +15,7 @@ from torch import Tensor
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.training.data.activation_file import Activations, Selected
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Classify, Distillation, train_head
 from early_exit.training.heads.space import spec_of

@@ -9,12 +9,12 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.training.costs.cost import head_flops
 from early_exit.training.costs.profiling import Profile
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.options import TrainingOptions
 from early_exit.training.planning.predictions import HeadPredictions
-from early_exit.training.selection.certify import METHODS, risk_p_value, walk
+from early_exit.training.selection.certify import METHODS, walk
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, batch_costs, mean_cost, outcome
 from early_exit.training.selection.thresholds import (
     certified_path,
@@ -29,7 +29,7 @@ def path_to_certify(predictions: HeadPredictions, options: TrainingOptions) -> l
     """Return the operating points that a certified one is chosen among, from "never exit" to aggressive."""
     tune = predictions.tune.candidates
     expected = replace(tune, losses=expected_losses(options.risk, tune.losses, tune.error_chance))
-    return certified_path(expected, options.tolerance, options.delta, len(predictions.certify))
+    return certified_path(expected, options.tolerance, options.delta, predictions.certify.evidence.n_tested)
 
 
 def choose(predictions: HeadPredictions, options: TrainingOptions,
@@ -41,18 +41,23 @@ def choose(predictions: HeadPredictions, options: TrainingOptions,
         options: what was asked for.
         path: what `path_to_certify` returned, where that is known already.
     """
-    tune, certify = predictions.tune.candidates, predictions.certify.candidates
+    tune = predictions.tune.candidates
     if options.thresholds == "paper":
         return paper_point(tune, options.tolerance)
     if options.thresholds == "equal":
         return equal_point(tune, options.tolerance)
     path = path or path_to_certify(predictions, options)
-    p_values = (risk_p_value(options.risk, outcome(point, certify).losses, options.tolerance, options.delta)
-                for point in path)
+    p_values = (_p_value(point, predictions, options) for point in path)
     index = walk(p_values, options.delta)
     if not pays(path[index], tune):
         return OperatingPoint((), ())
     return replace(path[index], safer=safer_settings(path, index, tune))
+
+
+def _p_value(point: OperatingPoint, predictions: HeadPredictions, options: TrainingOptions) -> float:
+    """Return how likely what the certify part shows is where the expected loss is above the tolerance."""
+    losses, largest = outcome(point, predictions.certify.candidates).losses, predictions.tune.evidence.largest()
+    return predictions.certify.evidence.p_value(options.risk, losses, options.tolerance, options.delta, largest)
 
 
 def pays(point: OperatingPoint, tune: Candidates) -> bool:
@@ -87,12 +92,14 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
     simulated = outcome(point, certify)
     certificate = None
     if options.thresholds == "certified":
+        evidence = predictions.certify.evidence
         certified_from = training_set.time[training_set.rows(Part.CERTIFY)].min().item()
         certificate = Certificate(
             risk=options.risk, tolerance=options.tolerance, confidence=options.confidence, n=len(certify),
             k=int(simulated.differs.sum()), observed=simulated.losses.double().mean().item(),
-            p_value=risk_p_value(options.risk, simulated.losses, options.tolerance, options.delta),
-            method=METHODS[options.risk], window=(certified_from, training_set.time.max().item()))
+            p_value=_p_value(point, predictions, options), method=METHODS[options.risk],
+            window=(certified_from, training_set.time.max().item()), contents=evidence.n_contents,
+            blocks=evidence.n_blocks, block_length=training_set.block_length)
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
                     measure=certify.costs.measure, batch_size=certify.costs.batch_size,
                     expected_cost=mean_cost(point, simulated.exit, certify.costs), safer=point.safer)

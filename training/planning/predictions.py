@@ -15,15 +15,17 @@ from torch import Tensor
 from early_exit.handler.exits.policy import PlannedPolicy, policy_of
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import Costs
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.heads.trial import logits_of
 from early_exit.training.selection.calibrate import fit_policy
+from early_exit.training.selection.evidence import Evidence
 from early_exit.training.selection.simulation import Candidates
 
 _OF_CANDIDATES = ("confidence", "error_chance", "agrees", "losses", "full_agrees", "full_losses")
 _OF_PART = ("answers", "teacher", "full", "labels")
+_OF_EVIDENCE = ("block", "content", "is_new")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class PartPredictions:
     """(N,) int64: the class that is served without an exit."""
     labels: Tensor
     """(N,) int64: the true class, -1 where unknown."""
+    evidence: Evidence
+    """What the records prove something with."""
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -61,7 +65,8 @@ class HeadPredictions:
         tensors = {"stages": torch.from_numpy(costs.stages).contiguous(),
                    "exits": torch.from_numpy(costs.exits).contiguous()}
         for part, predictions in ((Part.TUNE, self.tune), (Part.CERTIFY, self.certify)):
-            for owner, names in ((predictions.candidates, _OF_CANDIDATES), (predictions, _OF_PART)):
+            for owner, names in ((predictions.candidates, _OF_CANDIDATES), (predictions, _OF_PART),
+                                 (predictions.evidence, _OF_EVIDENCE)):
                 tensors |= {f"{part.name}.{name}": getattr(owner, name).contiguous() for name in names}
         save_file(tensors, path, {"layers": json.dumps(self.layers), "measure": costs.measure,
                                   "batch_size": str(costs.batch_size),
@@ -75,9 +80,10 @@ class HeadPredictions:
         costs = Costs(about["measure"], int(about["batch_size"]), tensors["stages"].numpy(), tensors["exits"].numpy())
 
         def read(part: Part) -> PartPredictions:
-            of_part = {name: tensors[f"{part.name}.{name}"] for name in (*_OF_CANDIDATES, *_OF_PART)}
+            of_part = {name: tensors[f"{part.name}.{name}"] for name in (*_OF_CANDIDATES, *_OF_PART, *_OF_EVIDENCE)}
             candidates = Candidates(**{name: of_part[name] for name in _OF_CANDIDATES}, costs=costs)
-            return PartPredictions(candidates, **{name: of_part[name] for name in _OF_PART})
+            evidence = Evidence(**{name: of_part[name] for name in _OF_EVIDENCE})
+            return PartPredictions(candidates, **{name: of_part[name] for name in _OF_PART}, evidence=evidence)
 
         return cls(tuple(json.loads(about["layers"])), tuple(map(policy_of, json.loads(about["policies"]))),
                    read(Part.TUNE), read(Part.CERTIFY))
@@ -120,7 +126,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         candidates = Candidates(confidence.masked_fill(unknown, 1.0), error_chance.masked_fill(unknown, 1.0),
                                 agrees & ~unknown, of_heads.masked_fill(unknown, 1.0), full == teacher, losses[:, -1],
                                 costs)
-        return PartPredictions(candidates, answers, teacher, full, known[rows])
+        return PartPredictions(candidates, answers, teacher, full, known[rows], training_set.evidence(rows))
 
     tune, certify = rows_of(Part.TUNE), rows_of(Part.CERTIFY)
     tune_logits = logits_for(tune)

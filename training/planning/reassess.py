@@ -10,7 +10,7 @@ from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.costs.profiling import Profile
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.heads.trial import logits_of

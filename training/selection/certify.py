@@ -79,23 +79,27 @@ def records_needed(tolerance: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-tolerance))
 
 
-def require_enough(n: int, share: float, tolerance: float, delta: float, others: str = "") -> None:
+def require_enough(n: int, share: float, tolerance: float, delta: float, others: str = "",
+                   n_records: int | None = None) -> None:
     """Check that the certify part can certify anything.
 
     Args:
-        n: records in the certify part.
+        n: records in the certify part; of those that are alike, as frames of a scene are, one counts.
         share: its fraction of all records.
         tolerance: T.
         delta: 1 - confidence.
         others: ends the message, with a sentence about records that are not among them.
+        n_records: all records in the certify part, where some do not count; by default n.
 
     Raises:
         RecordError: it is too small; the message says how many records are needed.
     """
     least = records_needed(tolerance, delta)
     if n < least:
+        found = f"{n} records" if n_records in (None, n) else (
+            f"{n_records} records of {n} new scenes or contents")
         raise RecordError(
-            f"{n} records to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
+            f"{found} to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
             f"even if no answer differs: collect about {math.ceil(1.2 * least / share)} records in all (twice that to "
             f"tolerate differences), or ask for a larger --tolerance. No plan was written{others}")
 

@@ -1,0 +1,165 @@
+"""Which records train, which choose and which certify: by the order in which they came, or at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from early_exit.training.selection.blocks import likeness
+
+GAP = -1
+"""Stands for the part of records that are in none: they lie between two parts, or repeat what *tune* chooses with."""
+
+
+class Part(Enum):
+    """The disjoint parts of the records; the values are where each begins in [0, 1).
+
+    They are named by what is done on them: calibration would mean two things, as temperatures are calibrated on one
+    part and the risk on another.
+    """
+
+    TRAIN = 0.0
+    """Heads are trained on it."""
+    TUNE = 0.5
+    """It is the validation split: architectures, temperatures, exits and thresholds are chosen on it."""
+    CERTIFY = 0.7
+    """It is held out for the certificate; what a plan does is reported on it."""
+
+    @property
+    def share(self) -> float:
+        """Fraction of the records, as in section 3.2.2 of the paper."""
+        ends = [*(part.value for part in Part), 1.0]
+        return float(ends[ends.index(self.value) + 1] - self.value)
+
+    @property
+    def number(self) -> int:
+        """How the part is told in tensors."""
+        return list(Part).index(self)
+
+
+class SplitRule(str, Enum):
+    """How records are split."""
+
+    TIME = "time"
+    """Train on the past, choose on what came after, certify on what came last."""
+    RANDOM = "random"
+    """By a hash of the request, as in the paper. It assumes that no record is like another one: twins of what was
+    trained on, as frames or retries are, would be in all parts."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parts of N records, and what of them is evidence together."""
+
+    part: Tensor
+    """(N,) int8: number of each record's part, or `GAP`."""
+    block: Tensor
+    """(N,) int64: number of the block that each record is in; see `selection.blocks`."""
+    is_new: Tensor
+    """(N,) bool: whether the record's content was first recorded in its block."""
+    block_length: float
+    """Requests that a block has at least; 0 where each record is one of its own."""
+    is_trend: bool
+    """Whether requests stay alike for longer than a tenth of the records."""
+
+    @classmethod
+    def of_nothing(cls, n: int) -> Split:
+        """Return the split of N records that all train."""
+        return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.ones(n, dtype=torch.bool), 0.0,
+                   is_trend=False)
+
+    def where(self, chosen: Tensor) -> Split:
+        """Return that of the records that a (N,) bool mask chooses."""
+        return replace(self, part=self.part[chosen], block=self.block[chosen], is_new=self.is_new[chosen])
+
+
+def split_at_random(request: Tensor, trains: Tensor) -> Split:
+    """Split by the hashes of requests.
+
+    Args:
+        request: (N,) int64 hashes.
+        trains: (N,) bool: records that prove nothing.
+    """
+    starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
+    part = (torch.searchsorted(starts, request.double() / 2.0**64 + 0.5, right=True) - 1).to(torch.int8)
+    return replace(Split.of_nothing(len(request)), part=part.masked_fill(trains, Part.TRAIN.number))
+
+
+def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tensor, position: Tensor,
+                  is_evidence: Tensor, is_fresh: Tensor) -> Split:
+    """Split by time, with a block between two parts where records come in blocks.
+
+    Args:
+        states: (N, K) what the backbone said.
+        request: (N,) int64 hashes; all records of a request are where the first of them is.
+        content: (N,) int64 hashes of what the requests held.
+        order: (N,) int64: the records in the order in which they came.
+        position: (N,) float64: how many requests were served before each.
+        is_evidence: (N,) bool: other records train.
+        is_fresh: (N,) bool: others train, too.
+    """
+    evidence = order[is_evidence[order]]
+    _, first, index = np.unique(request[evidence].numpy(), return_index=True, return_inverse=True)
+    proving = evidence[torch.from_numpy(np.sort(first))]
+    fresh = proving[is_fresh[proving]]
+    n = len(order)
+    part = torch.full((n,), Part.TRAIN.number, dtype=torch.int8)
+    block = torch.full((n,), GAP, dtype=torch.int64)
+    begin_tune, begin_certify = int(Part.TUNE.value * len(fresh)), int(Part.CERTIFY.value * len(fresh))
+    early = proving[:len(proving) - (len(fresh) - begin_certify)]
+    alike = likeness(states[early], position[early])
+    later = fresh[begin_tune:]
+    block[later] = blocks = alike.blocks(states[later], position[later])
+    n_tune = begin_certify - begin_tune
+    part[later[:n_tune]], part[later[n_tune:]] = Part.TUNE.number, Part.CERTIFY.number
+    if alike.length and len(later):  # a block at the border may share its scene with the part before
+        part[later[(blocks == blocks[0]) | (blocks == blocks[min(n_tune, len(later) - 1)])]] = GAP
+    of_first = evidence[torch.from_numpy(first[index])]
+    part[evidence], block[evidence] = part[of_first], block[of_first]
+    is_new, is_first = _new(content, block, evidence)
+    repeats = (part == Part.TUNE.number) & ~is_first
+    return Split(part.masked_fill(repeats, GAP), block, is_new, alike.length, alike.is_trend)
+
+
+def _new(content: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (N,) bool masks: of records whose content came first in their block, and of the first of each content.
+
+    Args:
+        content: (N,) hashes.
+        block: (N,) numbers.
+        proving: (M,) the records that are compared, in their order.
+    """
+    _, first, index = np.unique(content[proving].numpy(), return_index=True, return_inverse=True)
+    is_first = torch.zeros(len(content), dtype=torch.bool)
+    is_first[proving[torch.from_numpy(first)]] = True
+    is_new = torch.zeros(len(content), dtype=torch.bool)
+    of_first = block[proving][torch.from_numpy(first)][torch.from_numpy(index)]
+    is_new[proving] = (block[proving] == of_first) & (of_first != GAP)
+    return is_new, is_first
+
+
+def in_time_order(time: Tensor, worker: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of N records, and how many requests were served before each as far as they tell.
+
+    Args:
+        time: (N,) float64 Unix seconds, by clocks that nobody set.
+        worker: (N,) int64 number of the worker that recorded each.
+        sequence: (N,) int64 number of requests that the worker had answered before.
+
+    Returns:
+        (N,) int64 positions of the records, and (N,) float64.
+    """
+    by_worker = torch.from_numpy(np.lexsort((sequence.numpy(), worker.numpy())))
+    steps = torch.ones(len(time), dtype=torch.float64)
+    if len(time) > 1:
+        of_one = worker[by_worker][1:] == worker[by_worker][:-1]
+        between = (sequence[by_worker][1:] - sequence[by_worker][:-1]).double()
+        steps[by_worker[1:]] = torch.where(of_one, between, 1.0)
+    order = torch.from_numpy(np.lexsort((sequence.numpy(), worker.numpy(), time.numpy())))
+    position = torch.empty(len(time), dtype=torch.float64)
+    position[order] = steps[order].cumsum(dim=0) - 1
+    return order, position

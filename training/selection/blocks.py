@@ -1,0 +1,164 @@
+"""Which records are evidence of their own: neighbours that are alike, as frames of one scene are, become one block.
+
+A block begins where the content changes: a record is then no more like those before it than records are that lie far
+apart. How long a block is at least, and which distance is alike, is fixed on earlier records. Whether neighbours are
+alike at all is told by the autocorrelation of the states, with the band of Politis and White (2004, Automatic
+block-length selection for the dependent bootstrap): lags are noise from the first on of which K in a row stay below
+2 sqrt(log10 n / n).
+What is alike for longer than a tenth of the records is a trend: it is taken out, and told.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_COMPONENTS = 16
+"""Directions of the largest variance that states are compared in."""
+_ALIKE = 0.01
+"""The share of records far apart that count as alike."""
+_REACH = 3
+"""Content changes where none of so many records is like any of so many before them."""
+_PAIRS = 20_000
+_TREND = 0.1
+_FEWEST = 100
+"""Of fewer records nothing can be told; so few certify nothing either."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How records are compared, and for how long they stay alike."""
+
+    mean: Tensor
+    """(K,) of the states."""
+    directions: Tensor
+    """(K, D) what states are multiplied with, so that each of D components has the variance 1."""
+    distance: float
+    """Squared distance below which two records are alike."""
+    length: float
+    """Requests that a block has at least; 0 where each record is evidence of its own."""
+    is_trend: bool
+    """Whether likeness lasts for longer than a tenth of the records."""
+
+    def blocks(self, states: Tensor, position: Tensor) -> Tensor:
+        """Return the (N,) int64 number of each record's block, ascending from 0.
+
+        Args:
+            states: (N, K) of records in their order.
+            position: (N,) float64, how many requests were served before each.
+        """
+        n = len(states)
+        if not self.length:
+            return torch.arange(n)
+        changes = _changes(self._components(states), self.distance)
+        begins = torch.zeros(n, dtype=torch.int64)
+        may_begin = changes.nonzero().flatten() + 1
+        earliest = position[may_begin]
+        at = 0
+        while n:
+            found = int(torch.searchsorted(earliest, position[at] + self.length))
+            if found == len(may_begin):
+                break
+            at = int(may_begin[found])
+            begins[at] = 1
+        return begins.cumsum(dim=0)
+
+    def _components(self, states: Tensor) -> Tensor:
+        return (states.float() - self.mean) @ self.directions
+
+
+def likeness(states: Tensor, position: Tensor) -> Likeness:
+    """Return how alike neighbouring records are, by earlier ones than those that are to prove something.
+
+    Args:
+        states: (N, K) what the backbone said of records, in their order.
+        position: (N,) float64, how many requests were served before each.
+    """
+    x = states.float()
+    mean = x.mean(dim=0) if len(x) else torch.zeros(x.shape[1])
+    _, spread, directions = torch.linalg.svd((x - mean)[:_PAIRS], full_matrices=False)
+    kept = spread > 1e-4 * max(1e-12, float(spread[:1].sum()))
+    directions = (directions[kept].T / spread[kept] * math.sqrt(max(1, len(x[:_PAIRS]))))[:, :_COMPONENTS]
+    components = (x - mean) @ directions
+    n = len(x)
+    most = max(1, int(_TREND * n))
+    if n < _FEWEST or not components.shape[1]:
+        return Likeness(mean, directions, 0.0, 0.0, is_trend=False)
+    is_trend = _first_noise(components, most) >= most
+    lag = _first_noise(_without_trend(components, most), most)
+    distance = _far_distance(components)
+    runs = _run_lengths(_changes(components, distance), position)
+    requests = float((position[-1] - position[0]) / max(1, n - 1))
+    chance = float(_far_share(components, distance))
+    alike = 1 - len(runs) / n
+    # Neighbours alike by more than chance could make them, whatever the lags say: exact repeats are few and far away.
+    n_by_chance = _REACH**2 * chance
+    is_dependent = lag > 0 or alike > n_by_chance + 5 * math.sqrt(n_by_chance / n)
+    if not is_dependent:
+        return Likeness(mean, directions, distance, 0.0, is_trend)
+    typical = float(runs.median())
+    length = typical if typical > 1.5 * requests else max(1, lag) * requests
+    return Likeness(mean, directions, distance, length, is_trend)
+
+
+def _first_noise(components: Tensor, most: int) -> int:
+    """Return the lag from which on the mean autocorrelation of (N, D) components is noise; 0 if it always is."""
+    x = components - components.mean(dim=0)
+    x = x / x.std(dim=0).clamp_min(1e-12)
+    n = len(x)
+    band, needed, run = 2 * math.sqrt(math.log10(n) / n), max(5, int(math.sqrt(math.log10(n)))), 0
+    for lag in range(1, min(most + needed, n - 2) + 1):
+        run = run + 1 if abs(float((x[:-lag] * x[lag:]).mean())) < band else 0
+        if run == needed:
+            return lag - needed
+    return most
+
+
+def _without_trend(components: Tensor, window: int) -> Tensor:
+    """Return (N, D) components less their mean over a window around each."""
+    total = torch.nn.functional.pad(components.double().cumsum(dim=0), (0, 0, 1, 0))
+    at = torch.arange(len(components))
+    first, last = (at - window).clamp_min(0), (at + window + 1).clamp_max(len(components))
+    return (components - ((total[last] - total[first]) / (last - first)[:, None])).float()
+
+
+def _changes(components: Tensor, distance: float) -> Tensor:
+    """Return a (N - 1,) bool mask of the records behind which content changes."""
+    n = len(components)
+    alike = torch.zeros(max(0, n - 1), dtype=torch.bool)
+    for gap in range(1, 2 * _REACH):
+        if gap >= n:
+            break
+        near = (components[gap:] - components[:-gap]).square().sum(dim=1) < distance  # [i]: i and i + gap
+        for before in range(min(gap, _REACH)):  # of i + before and the record behind it, i is before, i + gap behind
+            if gap - before > _REACH:
+                continue
+            alike[before:before + len(near)] |= near[:len(alike) - before]
+    return ~alike
+
+
+def _run_lengths(changes: Tensor, position: Tensor) -> Tensor:
+    """Return the (R,) float64 numbers of requests between changes."""
+    edges = torch.cat([torch.tensor([0]), changes.nonzero().flatten() + 1])
+    starts = position[edges].double()
+    mean = (position[-1] - position[0]).double() / max(1, len(position) - 1)
+    return torch.cat([starts[1:], position[-1:].double() + mean]) - starts
+
+
+def _far_pairs(components: Tensor) -> Tensor:
+    """Return the squared distances of records that lie at least a tenth of all apart."""
+    n, generator = len(components), torch.Generator().manual_seed(0)
+    first = torch.randint(n, (_PAIRS,), generator=generator)
+    apart = torch.randint(max(1, n // 10), max(2, n - n // 10), (_PAIRS,), generator=generator)
+    return (components[first] - components[(first + apart) % n]).square().sum(dim=1)
+
+
+def _far_distance(components: Tensor) -> float:
+    return float(torch.quantile(_far_pairs(components), _ALIKE))
+
+
+def _far_share(components: Tensor, distance: float) -> float:
+    return float((_far_pairs(components) < distance).double().mean())

@@ -1,0 +1,100 @@
+"""What the records of a part prove about a setting: of all requests, and of contents that were not seen before.
+
+A certificate says two things of the blocks that came after everything that it was chosen with: of their requests, and
+of their contents that are new, at most the tolerated share is answered differently. Each is tested at delta, and a
+setting is accepted only where both are shown, so delta is not divided (Berger 1982, Multiparameter hypothesis testing
+and acceptance sampling: an intersection-union test).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit.handler.exits.risk import Risk
+from early_exit.training.selection.certify import betting_p_value, risk_p_value
+
+_COUNTS_FULLY = 0.95
+"""The share of earlier blocks that count with all that is in them; a larger block counts as the largest of those."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Which of N records prove something, and together with which others."""
+
+    block: Tensor
+    """(N,) int64: number of the block that each record is in."""
+    content: Tensor
+    """(N,) int64: a hash of what the record's request held."""
+    is_new: Tensor
+    """(N,) bool: whether the content was first recorded in this block."""
+
+    def where(self, chosen: Tensor) -> Evidence:
+        """Return that of the records that a (N,) bool mask chooses."""
+        return Evidence(self.block[chosen], self.content[chosen], self.is_new[chosen])
+
+    @property
+    def n_contents(self) -> int:
+        """The number of contents that are new."""
+        return len(torch.unique(self.content[self.is_new]))
+
+    @property
+    def n_tested(self) -> int:
+        """The number of blocks with contents that are new: so many pieces of evidence there are."""
+        return len(torch.unique(self.block[self.is_new]))
+
+    @property
+    def n_blocks(self) -> int:
+        return len(torch.unique(self.block))
+
+    def largest(self) -> tuple[float, float]:
+        """Return how many requests, and how many new contents, a later block is to count for at most."""
+        of_requests = torch.unique(self.block, return_counts=True)[1]
+        of_contents = torch.unique(self._of_new(torch.zeros(len(self.block)))[1], return_counts=True)[1]
+        return _quantile(of_requests), _quantile(of_contents)
+
+    def p_value(self, risk: Risk, losses: Tensor, tolerance: float, delta: float,
+                largest: tuple[float, float]) -> float:
+        """Return a p-value of the hypothesis that the expected loss of requests, or of new contents, is above T.
+
+        Args:
+            risk: what the losses measure.
+            losses: (N,) of the records.
+            tolerance: T.
+            delta: level that the p-value will be compared with; it tunes the bets and nothing else.
+            largest: what `largest` said of earlier records.
+        """
+        of_new, blocks_of_new = self._of_new(losses.double())
+        return max(_p_value(risk, losses.double(), self.block, tolerance, delta, largest[0]),
+                   _p_value(risk, of_new, blocks_of_new, tolerance, delta, largest[1]))
+
+    def _of_new(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (M,) losses of the contents that are new, and the blocks they are in.
+
+        Of several records of a content the largest counts, whatever their order.
+        """
+        content, index = torch.unique(self.content[self.is_new], return_inverse=True)
+        lowest = torch.full((len(content),), -torch.inf, dtype=losses.dtype)
+        worst = lowest.scatter_reduce(0, index, losses[self.is_new], "amax")
+        block = torch.zeros(len(content), dtype=torch.int64).scatter(0, index, self.block[self.is_new])
+        return worst, block
+
+
+def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta: float, largest: float) -> float:
+    _, index, n = torch.unique(block, return_inverse=True, return_counts=True)
+    if not len(n):
+        return 1.0
+    if int(n.max()) == 1:
+        return risk_p_value(risk, losses, tolerance, delta)
+    span = 1 - risk.lowest
+    share = (tolerance - risk.lowest) / span
+    lost = torch.zeros(len(n), dtype=torch.float64).scatter_add(0, index, (losses - risk.lowest) / span)
+    counts = (largest / n.double()).clamp_max(1.0) / largest
+    gains = (share * n - lost) * counts  # T n_b - k_b, in parts of the largest block that counts fully
+    return betting_p_value((share - gains).numpy(), share, delta)
+
+
+def _quantile(sizes: Tensor) -> float:
+    return float(torch.quantile(sizes.double(), _COUNTS_FULLY)) if len(sizes) else 1.0
