@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from early_exit.handler.archive_layout import COMPILED
 from early_exit.handler.errors import ArchiveError
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -25,7 +26,7 @@ def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
         without: a file of the folder that is left out too.
     """
     files = sorted(path for path in folder.rglob("*")
-                   if path.is_file() and "__pycache__" not in path.parts and path != without)
+                   if path.is_file() and COMPILED not in path.parts and path != without)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # deflate differs between zlib versions
         for path in files:
             entry = zipfile.ZipInfo(str(path.relative_to(folder)), _EPOCH)

@@ -94,8 +94,12 @@ class Worker:
         context = HandlerContext(host.context, manifest, host.model_config)
         description = HandlerDescription.load(layout.handler_description)
         # Before the handler, which may write into its folder.
-        traffic = traffic_identity(model.assembly.description.sha256, manifest, description,
-                                   digests_of(folder, description.files or ()), host.model_config)
+        digests = digests_of(folder, description.files or ())
+        if changed := [name for name, digest in digests.items() if digest != (description.files or {})[name]]:
+            logger.warning("%s changed since the archive was made, so what is recorded counts as other traffic: a "
+                           "handler that writes files should write them elsewhere", ", ".join(changed))
+        traffic = traffic_identity(model.assembly.description.sha256, manifest, description, digests,
+                                   host.model_config)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
         answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
         return cls(model, handler, context, config, host, description, traffic)
