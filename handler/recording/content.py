@@ -6,6 +6,7 @@ import hmac
 import json
 import os
 import secrets
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ UNKNOWN_CONTENT = -2**63
 """Stands for the content of a record of which it is not known."""
 _KEY_BYTES = 32
 _RAW = (bytes, bytearray)
+_SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
 class ContentKey:
@@ -118,12 +120,27 @@ def _pieces(value: Any) -> Iterator[bytes | bytearray]:
             yield from _pieces(key)
             yield from _pieces(value[key])
     elif kind is list:
-        yield b"l%d:" % len(value)
-        for inner in value:
-            yield from _pieces(inner)
-    elif kind in (str, int, float, bool, type(None)):
-        written = json.dumps(value).encode()
-        yield b"j%d:" % len(written)
+        kinds = set(map(type, value))
+        if kinds == {float}:  # an image as lists of numbers must not be walked through number by number
+            yield b"f%d:" % len(value)
+            yield struct.pack(f"<{len(value)}d", *value)
+        elif kinds <= _SCALARS:
+            yield from _as_json(value)
+        else:
+            yield b"l%d:" % len(value)
+            for inner in value:
+                yield from _pieces(inner)
+    elif kind is str:  # which may be an image too, in base64
+        written = value.encode("utf-8", "surrogatepass")
+        yield b"s%d:" % len(written)
         yield written
+    elif kind in _SCALARS:
+        yield from _as_json(value)
     else:
         raise TypeError(f"expected JSON and bytes, found {kind.__name__}")
+
+
+def _as_json(value: Any) -> Iterator[bytes]:
+    written = json.dumps(value).encode()
+    yield b"j%d:" % len(written)
+    yield written
