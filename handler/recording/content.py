@@ -8,11 +8,12 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from early_exit.handler.errors import RecordError
-from early_exit.handler.files.private import SCRATCH_SUFFIX, open_private, private_folder
+from early_exit.handler.files.private import NO_LINKS, SCRATCH_SUFFIX, open_private, private_folder
 
 KEY_FILE = "content.key"
 """Name of the file with the key in a records folder."""
@@ -87,7 +88,7 @@ class ContentKey:
 
 
 def _publish(key: bytes, path: Path) -> None:
-    """Write a key, unless another worker is faster; it appears complete or not at all."""
+    """Write a key, unless another worker is faster; it appears complete or not at all where files can be linked."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
     try:
         with open_private(scratch, "xb") as file:
@@ -98,6 +99,12 @@ def _publish(key: bytes, path: Path) -> None:
             os.link(scratch, path)  # unlike a rename it leaves the key of another worker in its place
         except FileExistsError:
             return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            # Who reads it before it is written finds none, and asks again for the next request.
+            with suppress(FileExistsError), open_private(path, "xb") as file:
+                file.write(key)
     finally:
         scratch.unlink(missing_ok=True)
 

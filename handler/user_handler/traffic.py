@@ -23,8 +23,8 @@ _SERVERS = frozenset((
 def digests_of(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Return the sha256 of the files of an archive by their names; an empty text for one that is not there.
 
-    In a locale without Unicode, as a container has that sets none, TorchServe unpacks an archive with a question mark for
-    each other letter of a name.
+    In a locale without Unicode, such as a container's that sets none, TorchServe unpacks an archive with a question
+    mark for each other letter of a name.
     """
     unpacked_as = {name: name.encode("ascii", "replace").decode() for name in sorted(names)}
     return {name: _sha256(folder / name) or _sha256(folder / found) for name, found in unpacked_as.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -107,6 +109,19 @@ def test_a_worker_puts_its_key_back_when_somebody_emptied_the_folder(tmp_path: P
     (tmp_path / KEY_FILE).unlink()
     assert key.name == before[1]
     assert ContentKey(tmp_path).hash(b"an image") == before[0]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_links_has_a_key_too(
+        number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*names: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("early_exit.handler.recording.content.os.link", no_link)
+    hashed = ContentKey(tmp_path).hash(b"an image")
+    assert ContentKey(tmp_path).hash(b"an image") == hashed
+    [file] = tmp_path.iterdir()
+    assert file.name == KEY_FILE and file.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_key_is_the_users_alone(tmp_path: Path) -> None:
