@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +15,12 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.registry import INT8
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.recording.format import list_shards
+from early_exit.handler.recording.format import list_shards, read_header, read_shard, write_shard
+from early_exit.handler.user_handler.description import HandlerDescription
+from early_exit.handler.user_handler.traffic import digests_of
 from early_exit.training.data.dataset import Part, load_traffic
 from early_exit.training.data.skipped import Skipped
+from early_exit.training.data.traffic import traffic_in
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.models.text_classifier import LENGTH, TextClassifier
 from tests.support.models.text_handler import TextHandler
@@ -48,6 +53,29 @@ def test_requests_that_the_handler_fails_on_do_not_calibrate_and_others_take_the
     assert torch.equal(inputs, images[is_train & (torch.arange(700) % 20 != 3)][:300])
     [(reason, count)] = skipped.counts.items()
     assert said == [f"{count} of {300 + count} recorded requests are passed over: {reason}"] and count > 5
+
+
+def test_damaged_shards_and_those_of_other_traffic_do_not_calibrate_and_are_told(tmp_path: Path) -> None:
+    backbone, layout = Backbone.from_module(image_model(), SHAPE), ArchiveLayout(tmp_path / "archive")
+    layout.folder.mkdir(parents=True)
+    write_handler(layout.root)
+    layout.original_manifest.write_text(json.dumps(MANIFEST))
+    layout.manifest.parent.mkdir()
+    layout.manifest.write_text(json.dumps(MANIFEST))
+    HandlerDescription(files=digests_of(layout.root, ["raw_images.py"])).save(layout.handler_description)
+    record_images(backbone, 100, tmp_path / "records")
+    [shard] = list_shards(tmp_path / "records")
+    header = read_header(shard)
+    records = read_shard(shard, header.layers, kept=True)
+    for name, of in (("same", traffic_in(layout, backbone.description)), ("other", "0" * 64)):
+        write_shard(shard.with_name(f"{name}.safetensors"), replace(header, traffic=of), records)
+    shard.write_bytes(shard.read_bytes()[:-40])
+    said: list[str] = []
+    [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone, Skipped(), said.append)
+    assert len(inputs) == load_traffic([shard.with_name("same.safetensors")]).size(Part.TRAIN)
+    damaged, others = said
+    assert str(shard) in damaged and damaged.endswith("It is passed over")
+    assert others.startswith("100 records are passed over: they are of other traffic")
 
 
 @torch.no_grad()

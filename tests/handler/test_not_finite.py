@@ -18,7 +18,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.sequential_test import Evidence, Monitored, MonitorState
-from early_exit.handler.recording.format import Records, list_shards, read_shard, request_hash
+from early_exit.handler.recording.format import Records, list_shards, read_header, read_shard, request_hash
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
 
@@ -66,6 +66,7 @@ def test_one_bad_input_costs_its_own_record_and_nothing_of_its_batch(
     torch.testing.assert_close(found.log_probabilities, expected.log_probabilities, atol=2e-3, rtol=2e-3)
     assert all(bool(activation.isfinite().all()) for activation in found.activations.values())
     assert host.value("records_not_finite_total") == 1
+    assert [read_header(shard).n_not_finite for shard in list_shards(tmp_path / "with")] == [1], "the report tells it"
     assert len([line for line in caplog.messages if "not finite" in line]) == 1
 
 
