@@ -67,8 +67,9 @@ def test_damaged_shards_and_those_of_other_traffic_do_not_calibrate_and_are_told
     [shard] = list_shards(tmp_path / "records")
     header = read_header(shard)
     records = read_shard(shard, header.layers, kept=True)
-    for name, of in (("same", traffic_in(layout, backbone.description)), ("other", "0" * 64)):
-        write_shard(shard.with_name(f"{name}.safetensors"), replace(header, traffic=of), records)
+    for name, of, found in (("same", traffic_in(layout, backbone.description), records),
+                            ("other", "0" * 64, replace(records, request=records.request.flip(0) + 1))):
+        write_shard(shard.with_name(f"{name}.safetensors"), replace(header, traffic=of), found)
     shard.write_bytes(shard.read_bytes()[:-40])
     said: list[str] = []
     [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone, Skipped(), said.append)
