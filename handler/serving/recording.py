@@ -128,19 +128,19 @@ class Recording:
             exit=answers.stages[rows].short().cpu(),
             request=torch.tensor([request_hash(call.id) for call, _ in known] + [ANONYMOUS] * n_unknown),
             row=torch.tensor([number for _, number in known] + [0] * n_unknown, dtype=torch.int32),
-            content=torch.tensor([self._content(call, number, served) for call, number in known]
-                                 + [UNKNOWN_CONTENT] * n_unknown),
+            content=torch.tensor(self._contents(known, served) + [UNKNOWN_CONTENT] * n_unknown),
             sequence=self._n_calls + torch.tensor([position for position, _ in items or [(0, 0)] * n_unknown]),
             time=torch.full((len(places),), served.batches[0].time, dtype=torch.float64),
             sampling_rate=torch.tensor(recorded.sampling_rate),
             kept=kept + [b""] * n_unknown if self._keep_requests else None,
         )
 
-    def _content(self, call: Call, number: int, served: Served) -> int:
-        """Return the hash of an item of a request."""
-        if not served.rows_per_item and call.instances is not None:  # which of the instances it is, is not known
-            return UNKNOWN_CONTENT
-        return self._writer.contents.hash(call.items[number])
+    def _contents(self, known: Sequence[tuple[Call, int]], served: Served) -> list[int]:
+        """Return the hash of each item of a request; where it is not known which of the instances of the one request
+        that was served a row is of, that of all of them."""
+        if known and not served.rows_per_item and known[0][0].instances is not None:
+            return [self._writer.contents.hash([*known[0][0].items])] * len(known)
+        return [self._writer.contents.hash(call.items[number]) for call, number in known]
 
     def _kept(self, call: Call, number: int) -> bytes:
         """Return an item of a request as shards hold it; nothing where it is no JSON with bytes."""
