@@ -170,6 +170,9 @@ def list_shards(folder: Path) -> list[Path]:
             about = path.stat()
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
             continue
+        except OSError:  # a link to itself, or a folder that is not ours to look into: who reads it says so
+            dated.append((0.0, path))
+            continue
         if stat.S_ISREG(about.st_mode):  # whoever opened a pipe would wait for ever
             dated.append((about.st_mtime, path))
     return [path for _, path in sorted(dated)]
