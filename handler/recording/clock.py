@@ -25,8 +25,30 @@ def _since_boot() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-_BEGAN = time.time() - _since_boot()
-"""Unix time at which the machine was started, by the clock as it was set when this process began."""
+class ProcessClock:
+    """Goes on as the clock was set when this process began, until another setting has held for a day."""
+
+    def __init__(self) -> None:
+        self._booted = time.time() - _since_boot()
+        """Unix time at which the machine was started, by the setting that is believed."""
+        self._ahead_since: float | None = None
+        """Seconds since the machine was started at which the clock was first seen ahead of that."""
+
+    def now(self) -> float:
+        """Return the Unix time in seconds; that of the clock, unless it was set ahead less than a day ago."""
+        now, since_boot = time.time(), _since_boot()
+        steady = self._booted + since_boot
+        if now - steady <= _JUMP_S:
+            self._ahead_since = None
+            return now
+        self._ahead_since = since_boot if self._ahead_since is None else self._ahead_since
+        if since_boot - self._ahead_since <= _PROBATION_S:
+            return steady
+        self._booted, self._ahead_since = now - since_boot, None
+        return now
+
+
+_PROCESS = ProcessClock()
 
 
 def in_order(times: Sequence[float]) -> list[float]:
@@ -94,9 +116,7 @@ class SharedClock:
         Args:
             newest: Unix time of the newest of what may be deleted, if there is anything.
         """
-        now = time.time()
-        if now - _since_boot() - _BEGAN > _JUMP_S:  # set ahead since this process began
-            now = _BEGAN + _since_boot()
+        now = _PROCESS.now()
         noted = self._read()
         before = _Believed(newest) if noted is None and newest is not None else noted
         believed = _after(before, now)

@@ -95,6 +95,20 @@ def in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return delete
 
 
+def test_a_clock_that_is_set_right_after_a_process_began_is_believed_a_day_later(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    right, booted = time.time(), clock._since_boot()
+    passed = [0.0]
+    monkeypatch.setattr(clock, "_since_boot", lambda: booted + passed[0])
+    monkeypatch.setattr(clock.time, "time", lambda: 1000.0 + passed[0])
+    process = clock.ProcessClock()
+    monkeypatch.setattr(clock.time, "time", lambda: right + passed[0])
+    for passed[0] in (10.0, 3600.0, DAY):
+        assert process.now() == pytest.approx(1000.0 + passed[0]), "it may be set back again"
+    passed[0] = DAY + 20.0
+    assert process.now() == right + passed[0] == process.now()
+
+
 def test_a_worker_that_is_started_while_the_clock_is_ahead_deletes_nothing_either(
         tmp_path: Path, in_another_process: Callable[[float], None]) -> None:
     for number in range(3):
