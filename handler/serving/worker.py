@@ -160,14 +160,13 @@ def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownersh
     header = ShardHeader(host.model, host.version, assembly.description.sha256, config.pool_side, assembly.layers,
                          assembly.engine_identity, traffic)
     writer = RecordWriter(root, header, config) if root else None
-    recording = Recording(model, writer, keep_requests=config.keep_requests) if writer else None
     is_certified = assembly.plan is not None and assembly.plan.is_certified_for(traffic)
     monitor = watch(assembly.plan, header.folder(root) if root else None, host.version) if is_certified else None
     metrics = ServingMetrics(host, assembly)
     work: dict[str, SideWork] = {"headers": ResponseHeaders(model, host.version, labels).set}
-    if recording is not None:
-        work["records"] = recording.note
+    if writer is not None:
+        work["records"] = Recording(model, writer, keep_requests=config.keep_requests).note
     if monitor is not None:
         work["monitor"] = Monitoring(model, monitor).note
-    work["metrics"] = Reporting(model, metrics, writer, recording, monitor, ownership).note
+    work["metrics"] = Reporting(model, metrics, writer, monitor, ownership).note
     return Telemetry(metrics, work), [part for part in (writer, monitor) if part is not None]
