@@ -70,7 +70,7 @@ def test_one_bad_input_costs_its_own_record_and_nothing_of_its_batch(
     torch.testing.assert_close(found.log_probabilities, expected.log_probabilities, atol=2e-3, rtol=2e-3)
     assert all(bool(activation.isfinite().all()) for activation in found.activations.values())
     assert host.value("records_not_finite_total") == 1
-    assert [read_header(shard).n_not_finite for shard in list_shards(tmp_path / "with")] == [1, 0], "the report tells it"
+    assert [read_header(shard).n_not_finite for shard in list_shards(tmp_path / "with")] == [1, 0], "for the report"
     assert len([line for line in caplog.messages if "not finite" in line]) == 1
 
 
