@@ -145,7 +145,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
 def _no_evidence(traffic: RecordedTraffic) -> str:
     """Return the end of a message about the records that count in no part but the train part."""
     why = ((traffic.n_anonymous, "it is not known which request they belong to; the log of the workers says why"),
-           (traffic.n_without_content, "the content is not known: an earlier version wrote them"))
+           (traffic.n_without_content,
+            "the content is not known: an earlier version wrote them, or what the handler got is no JSON with bytes"))
     told = [f". Of {n} more records {because}. So they train heads and prove nothing" for n, because in why if n]
     return "".join(told)
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ class Records(RecordColumns):
     """N times what the handler got, as `KeptRequest.to_bytes` writes it, where requests are kept; empty where it is not
     known which request it is."""
 
+    def where(self, chosen: Tensor) -> Records:
+        """Return the records that a (N,) bool mask chooses."""
+        kept = None if self.kept is None else [*compress(self.kept, chosen.tolist())]
+        activations = {path: activation[chosen] for path, activation in self.activations.items()}
+        return Records(activations=activations, kept=kept,
+                       **{name: column[chosen] for name, column in self.columns().items()})
+
+    def are_finite(self) -> Tensor:
+        """Return a (N,) bool mask of the records of which the model's scores and all activations were finite.
+
+        What was not is NaN; infinity is only too large for float16, and all records tell what is to be done about that.
+        """
+        finite = ~self.log_probabilities.isnan().any(dim=1)
+        for activation in self.activations.values():
+            finite &= ~activation.flatten(1).isnan().any(dim=1)
+        return finite
+
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
         """Join records that have the same layers."""
@@ -169,6 +187,9 @@ def list_shards(folder: Path) -> list[Path]:
         try:
             about = path.stat()
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
+            continue
+        except OSError:  # a link to itself, or a folder that is not ours to look into: who reads it says so
+            dated.append((0.0, path))
             continue
         if stat.S_ISREG(about.st_mode):  # whoever opened a pipe would wait for ever
             dated.append((about.st_mtime, path))

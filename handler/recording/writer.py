@@ -40,7 +40,8 @@ class RecordWriter:
         self._waiting = 0
         self._written = 0
         self._dropped = 0
-        self._not_finite = 0
+        self._not_finite = self._not_finite_counted = 0
+        self._not_finite_told = False
         self._failing_since: float | None = None
         self._lost = 0
         """The records dropped since writing began to fail."""
@@ -65,10 +66,11 @@ class RecordWriter:
         if not is_full:
             self._queue.put(records)
 
-    def pass_over(self, n_records: int) -> None:
-        """Count requests that are not recorded because their scores or activations are not finite."""
+    def take_not_finite(self) -> int:
+        """Return the records passed over since the last call because their scores or activations are not finite."""
         with self._lock:
-            self._not_finite += n_records
+            count, self._not_finite_counted = self._not_finite_counted, 0
+        return count
 
     def drop(self, n_records: int, error: Exception) -> None:
         """Count records that could not be made, and log why."""
@@ -116,17 +118,35 @@ class RecordWriter:
     def _seal(self, parts: list[Records]) -> None:
         if n_records := sum(map(len, parts)):
             try:
-                self._sealed.append(Records.concatenate(parts))
+                self._sealed.append(self._finite(Records.concatenate(parts)))
             except Exception as error:  # nothing on the side may stop this thread
                 self._tell(error, n_records)
                 self._done(n_records, written=False)
         self._write_sealed()
+
+    def _finite(self, records: Records) -> Records:
+        """Return the records of which all values are finite, and count the others: these teach nothing."""
+        finite = records.are_finite()
+        if not (n := len(finite) - int(finite.sum())):
+            return records
+        if not self._not_finite_told:
+            logger.warning("%d of %d requests gave scores or activations that are not finite: such requests are "
+                           "answered as the model answers them, counted, and not recorded", n, len(finite))
+        self._not_finite_told = True
+        with self._lock:
+            self._waiting -= n
+            self._not_finite += n
+            self._not_finite_counted += n
+        return records.where(finite)
 
     def _write_sealed(self) -> None:
         """Write the shards that wait, until one cannot be written."""
         self._retry_at = math.inf
         while self._sealed:
             records = self._sealed[0]
+            if not len(records):
+                self._sealed.popleft()
+                continue
             name = shard_name(self._header.version, os.getpid(), self._began_ns, self._n_shards)
             try:
                 passed_over = self._not_finite
@@ -141,7 +161,7 @@ class RecordWriter:
                 self._done(len(records), written=False)
             else:
                 self._n_shards += 1
-                self.pass_over(-passed_over)
+                self._not_finite -= passed_over
                 self._done(len(records), written=True)
                 self._tell_if_mended()
             self._sealed.popleft()
