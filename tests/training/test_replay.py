@@ -87,7 +87,8 @@ def test_a_row_of_which_a_replay_gave_no_scores_trains_nothing(
     train = prepare(paths, traffic, about.candidates, about.n_classes, pool).rows(Part.TRAIN)
     scores = traffic.log_probabilities.clone()
     scores[train[0]] = torch.nan
-    finish(paths, about.candidates, pool, about.n_classes, {**columns_of(traffic), "log_probabilities": scores}, {}, 0.0)
+    columns = {**columns_of(traffic), "log_probabilities": scores}
+    finish(paths, about.candidates, pool, about.n_classes, columns, {}, 0.0)
     assert torch.equal(TrainingSet.load(paths).rows(Part.TRAIN), train[1:])
 
 
