@@ -104,7 +104,7 @@ def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Pa
     backbone.save(layout.folder)
     manifest = {"model": {"modelName": "model", "handler": "text_handler.py", "modelFile": "text_classifier.py"}}
     found = recorded_inputs(tmp_path / "records", layout, manifest, backbone, Skipped())
-    is_train = trains(tmp_path / "records", 700)
+    is_train = trains(tmp_path / "records", 80)
     assert [torch.equal(one, expected[is_train]) for one, expected in zip(found, (tokens, mask))] == [True, True]
     quantize(backbone, found, layout.folder)
     served = build_model(load_backbone(layout.folder), engine=INT8)

@@ -103,9 +103,10 @@ def with_infinite(shard: Path, to: Path, rows: slice, layers: slice) -> Path:
 def test_a_few_rows_that_float16_cannot_hold_cost_themselves_and_not_the_layer(
         backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
-    exceptions = with_infinite(shards[0], tmp_path / shards[0].name, slice(0, 6), slice(1, 2))
+    first, last = (with_infinite(shard, tmp_path / shard.name, slice(0, 3), slice(1, 2))
+                   for shard in (shards[0], shards[-1]))
     run = RunPaths(tmp_path / "run")
-    report = train("model", archive, [exceptions, *shards[1:]], OPTIONS, run)
+    report = train("model", archive, [first, *shards[1:-1], last], OPTIONS, run)
     layer = read_header(shards[0]).layers[1]
     assert layer in {head.layer for head in report.heads}
     training_set = TrainingSet.load(run.training_set)
