@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ _ACTIVATION = "activation/"
 _KEPT, _BODY = "kept", "body"
 """What the tensors with requests are called, and with the bodies that the last release kept instead."""
 _SIZES, _BYTES = "_sizes", "_bytes"
+_SYSTEMS_NUMBER = re.compile(r"os error (\d+)")
 ANONYMOUS = -2**63
 """Stands for the request of a record where it is not known which request the recorded row belongs to.
 
@@ -175,7 +178,8 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
         except SafetensorError as error:  # how the library reports a full disk or a missing permission
-            raise OSError(str(error)) from error
+            number = _SYSTEMS_NUMBER.search(str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -21,14 +22,15 @@ logger = logging.getLogger(__name__)
 
 _SHARDS_IN_MEMORY = 4
 _RETRY_S = 5.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TELL_EVERY_S = 60.0
 
 
 class RecordWriter:
     """Takes records from the serving thread and writes them as shards from a thread of its own.
 
-    TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, or the
-    folder cannot be written for another reason, shards wait in memory, up to a bound, and are tried again.
+    TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, shards
+    wait in memory, up to a bound, and are tried again; where the folder cannot be written at all, they are dropped.
     """
 
     def __init__(self, root: Path, header: ShardHeader, config: ServingConfig) -> None:
@@ -152,11 +154,11 @@ class RecordWriter:
                 passed_over = self._not_finite
                 header = replace(self._header, content_key=self.contents.name, n_not_finite=passed_over)
                 write_shard(header.folder(self._root) / name, header, records)
-            except OSError as error:
-                self._retry_at = time.monotonic() + _RETRY_S
-                self._tell(error)
-                break
-            except Exception as error:  # these records can never be written
+            except Exception as error:  # nothing on the side may stop this thread
+                if isinstance(error, OSError) and error.errno in _FULL:
+                    self._retry_at = time.monotonic() + _RETRY_S
+                    self._tell(error)
+                    break
                 self._tell(error, len(records))
                 self._done(len(records), written=False)
             else:
