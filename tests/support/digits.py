@@ -28,9 +28,10 @@ class Request:
     label: int
 
 
-def traffic(count: int, seed: int) -> list[Request]:
-    """Return independent requests: digits the backbone never saw, shifted, turned, blurred and noisy."""
-    images, labels = _digits(slice(N_FOR_BACKBONE, None))
+def traffic(count: int, seed: int, among: slice = slice(N_FOR_BACKBONE, None)) -> list[Request]:
+    """Return independent requests: some digits, by default all that the backbone never saw, shifted, turned, blurred
+    and noisy."""
+    images, labels = _digits(among)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(images), (count,), generator=generator)
     pictures = (_augment(images[chosen], generator) * 255).round().byte().squeeze(1).numpy()
