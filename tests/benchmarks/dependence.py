@@ -118,7 +118,7 @@ class Subject:
         record of each scene."""
         drawn = _drawn(self.bank, self.stream, seed)
         generator = np.random.default_rng([2, seed])
-        alone = generator.choice(len(drawn.of_requests), len(np.unique(drawn.scene)), p=drawn.of_requests)
+        alone = generator.choice(len(drawn.of_contents), len(np.unique(drawn.scene)), p=drawn.of_contents)
         split = split_at_random(torch.from_numpy(generator.integers(-2**63, 2**63, size=len(alone))),
                                 torch.zeros(len(alone), dtype=torch.bool))
         in_time = _in_time(self.bank.states, drawn)
