@@ -70,6 +70,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.answers --json answers.json
 	$(BIN)/python -m tests.benchmarks.search --json search.json
 	$(BIN)/python -m tests.benchmarks.certify --json certify.json
+	$(BIN)/python -m tests.benchmarks.dependence --json dependence.json
 	$(BIN)/python -m tests.benchmarks.paper --json paper.json
 	$(BIN)/python -m tests.benchmarks.coverage --json coverage.json
 	$(BIN)/python -m tests.benchmarks.drift --json drift.json

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from tests.support.cifar import data_folder, load_requests
 from tests.support.models.scene_detector import SceneDetector
 from tests.support.sources import deal, recorded_parts

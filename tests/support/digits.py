@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
-from early_exit.training.data.dataset import Part
+from early_exit.training.data.split import Part
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.sources import deal, recorded_parts
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from early_exit.handler.recording.format import COLUMNS, request_hash
-from early_exit.training.data.dataset import Part, RecordedTraffic
+from early_exit.handler.recording.format import request_hash
+from early_exit.training.data.split import Part, split_at_random
 
 Source = TypeVar("Source")
 _TRAIN, _TUNE, _CERTIFY, _MEASURE = *Part, None
@@ -60,5 +60,5 @@ def ids_in(parts: Sequence[Part]) -> list[str]:
 def parts_of(ids: Sequence[str]) -> list[Part]:
     """Return the parts of the records that requests of these ids fall into."""
     hashes = torch.tensor([request_hash(name) for name in ids])
-    of_ids = RecordedTraffic(shards=(), sizes=(), rows=torch.arange(len(ids)), **dict.fromkeys(COLUMNS, hashes))
-    return [list(Part)[number] for number in of_ids.part.tolist()]
+    split = split_at_random(hashes, torch.zeros(len(ids), dtype=torch.bool))
+    return [list(Part)[number] for number in split.part.tolist()]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.training.data.dataset import Part, load_traffic
+from early_exit.training.data.dataset import load_traffic
 from early_exit.training.data.shards import find_shards
+from early_exit.training.data.split import Part
 from tests.support import digits
 from tests.support.recording import record
 from tests.support.sources import deal, ids_in, recorded_parts

@@ -1,27 +1,32 @@
 """Which records are evidence of their own: neighbours that are alike, as frames of one scene are, become one block.
 
 A block begins where the content changes: a record is then no more like those before it than records are that lie far
-apart. How long a block is at least, and which distance is alike, is fixed on earlier records. Whether neighbours are
-alike at all is told by the autocorrelation of the states, with the band of Politis and White (2004, Automatic
-block-length selection for the dependent bootstrap): lags are noise from the first on of which K in a row stay below
-2 sqrt(log10 n / n).
+apart. How long a block is, and which distance is alike, is fixed on earlier records: the smallest distance of a few for
+which neighbouring blocks are no more alike than others, so that frames of one scene need little, and requests of one
+class, as a client may send them in a row, more. Whether neighbours are alike at all is told by the autocorrelation of
+the states, with the band of Politis and White (2004, Automatic block-length selection for the dependent bootstrap):
+lags are noise from the first on of which K in a row stay below 2 sqrt(log10 n / n).
 What is alike for longer than a tenth of the records is a trend: it is taken out, and told.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _COMPONENTS = 16
 """Directions of the largest variance that states are compared in."""
-_ALIKE = 0.01
-"""The share of records far apart that count as alike."""
+_ALIKE = (0.01, 0.03, 0.1)
+"""The share of records far apart that count as alike, from strict on."""
+_LEAST = 0.5
+"""A block has at least so much of the usual length: what looks like a change sooner is one frame that went wrong."""
 _REACH = 3
 """Content changes where none of so many records is like any of so many before them."""
+_NEAR = 5
+"""Lags that have to be noise before all are taken for noise."""
 _PAIRS = 20_000
 _TREND = 0.1
 _FEWEST = 100
@@ -39,7 +44,7 @@ class Likeness:
     distance: float
     """Squared distance below which two records are alike."""
     length: float
-    """Requests that a block has at least; 0 where each record is evidence of its own."""
+    """Requests that a block usually has; 0 where each record is evidence of its own."""
     is_trend: bool
     """Whether likeness lasts for longer than a tenth of the records."""
 
@@ -59,7 +64,7 @@ class Likeness:
         earliest = position[may_begin]
         at = 0
         while n:
-            found = int(torch.searchsorted(earliest, position[at] + self.length))
+            found = int(torch.searchsorted(earliest, position[at] + _LEAST * self.length))
             if found == len(may_begin):
                 break
             at = int(may_begin[found])
@@ -89,32 +94,56 @@ def likeness(states: Tensor, position: Tensor) -> Likeness:
         return Likeness(mean, directions, 0.0, 0.0, is_trend=False)
     is_trend = _first_noise(components, most) >= most
     lag = _first_noise(_without_trend(components, most), most)
-    distance = _far_distance(components)
-    runs = _run_lengths(_changes(components, distance), position)
+    far = _far_pairs(components)
     requests = float((position[-1] - position[0]) / max(1, n - 1))
-    chance = float(_far_share(components, distance))
-    alike = 1 - len(runs) / n
+    found = [Likeness(mean, directions, float(torch.quantile(far, share)), 0.0, is_trend) for share in _ALIKE]
+    n_changes = int(_changes(components, found[0].distance).sum())
     # Neighbours alike by more than chance could make them, whatever the lags say: exact repeats are few and far away.
-    n_by_chance = _REACH**2 * chance
-    is_dependent = lag > 0 or alike > n_by_chance + 5 * math.sqrt(n_by_chance / n)
-    if not is_dependent:
-        return Likeness(mean, directions, distance, 0.0, is_trend)
-    typical = float(runs.median())
-    length = typical if typical > 1.5 * requests else max(1, lag) * requests
-    return Likeness(mean, directions, distance, length, is_trend)
+    n_by_chance = _REACH**2 * float((far < found[0].distance).double().mean())
+    if not lag and 1 - (n_changes + 1) / n <= n_by_chance + 5 * math.sqrt(n_by_chance / n):
+        return found[0]
+    for one in found:
+        runs = _run_lengths(_changes(components, one.distance), position)
+        alike = replace(one, length=max(requests, float(runs.median())))
+        if not _neighbours_alike(components, alike.blocks(x, position)):
+            return alike
+    return replace(found[0], length=max(alike.length, lag * requests / _LEAST))
+
+
+def _neighbours_alike(components: Tensor, block: Tensor) -> bool:
+    """Tell whether the means of blocks near each other are more alike than noise is, whatever the trend.
+
+    Args:
+        components: (N, D) of records.
+        block: (N,) numbers, ascending from 0.
+    """
+    n = int(block[-1]) + 1
+    means = torch.zeros(n, components.shape[1]).index_add(0, block, components) / torch.bincount(block)[:, None]
+    x = _standardised(_without_trend(means, max(1, int(_TREND * n))))
+    return any(_autocorrelation(x, lag) >= _band(n) for lag in range(1, min(_NEAR, n - 1) + 1))
 
 
 def _first_noise(components: Tensor, most: int) -> int:
     """Return the lag from which on the mean autocorrelation of (N, D) components is noise; 0 if it always is."""
-    x = components - components.mean(dim=0)
-    x = x / x.std(dim=0).clamp_min(1e-12)
-    n = len(x)
-    band, needed, run = 2 * math.sqrt(math.log10(n) / n), max(5, int(math.sqrt(math.log10(n)))), 0
+    x, n = _standardised(components), len(components)
+    needed, run = max(_NEAR, int(math.sqrt(math.log10(n)))), 0
     for lag in range(1, min(most + needed, n - 2) + 1):
-        run = run + 1 if abs(float((x[:-lag] * x[lag:]).mean())) < band else 0
+        run = run + 1 if abs(_autocorrelation(x, lag)) < _band(n) else 0
         if run == needed:
             return lag - needed
     return most
+
+
+def _standardised(components: Tensor) -> Tensor:
+    return (components - components.mean(dim=0)) / components.std(dim=0, correction=0).clamp_min(1e-12)
+
+
+def _autocorrelation(x: Tensor, lag: int) -> float:
+    return float((x[:-lag] * x[lag:]).mean())
+
+
+def _band(n: int) -> float:
+    return 2 * math.sqrt(math.log10(n) / n)
 
 
 def _without_trend(components: Tensor, window: int) -> Tensor:
@@ -154,11 +183,3 @@ def _far_pairs(components: Tensor) -> Tensor:
     first = torch.randint(n, (_PAIRS,), generator=generator)
     apart = torch.randint(max(1, n // 10), max(2, n - n // 10), (_PAIRS,), generator=generator)
     return (components[first] - components[(first + apart) % n]).square().sum(dim=1)
-
-
-def _far_distance(components: Tensor) -> float:
-    return float(torch.quantile(_far_pairs(components), _ALIKE))
-
-
-def _far_share(components: Tensor, distance: float) -> float:
-    return float((_far_pairs(components) < distance).double().mean())

@@ -1,0 +1,215 @@
+"""Whether the certificate is true of traffic that is not independent: scenes, repeated files, bursts, slow change.
+
+    python -m tests.benchmarks.dependence --json FILE
+
+Heads are trained once for each kind of stream, on its first half; what follows is drawn again and again, split, tuned
+and certified by the very functions that ee-train calls. A plan is judged on what the stream goes on like, all frames
+that could be drawn: it is broken when of the requests, or of the new contents, more than the tolerated share is
+answered differently. It is refused when nothing is certified, or fewer than 5 % leave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import beta
+from torch import Tensor
+from tqdm import tqdm
+
+from early_exit.handler.errors import RecordError
+from early_exit.handler.exits.head import HeadSpec
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.training.costs.cost import Costs, flop_costs, head_flops
+from early_exit.training.costs.profiling import one_thread
+from early_exit.training.data.split import Part, Split, split_at_random, split_in_time
+from early_exit.training.heads.distill import Distillation, train_head
+from early_exit.training.options import TrainingOptions
+from early_exit.training.planning.choose import choose
+from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
+from early_exit.training.selection.calibrate import fit_policy
+from early_exit.training.selection.certify import require_enough
+from early_exit.training.selection.evidence import Evidence
+from early_exit.training.selection.simulation import Candidates, OperatingPoint, mean_cost, outcome
+from tests.benchmarks import frames
+from tests.benchmarks.frames import Bank
+from tests.benchmarks.report import report
+from tests.benchmarks.streams import INDEPENDENT, STREAMS, Drawn, Stream
+
+_OPTIONS = TrainingOptions(measure="flops")
+_LEAVE = 0.05
+"""A plan from which fewer leave counts as refused."""
+_RECIPE = Distillation(max_steps=1500)
+_BANKS: dict[str, Callable[[Path], Bank]] = {"cifar": frames.cifar, "digits": frames.handwriting}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Whether the certificate is true of traffic that is not independent.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--repetitions", type=int, default=400)
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS), metavar="NAME",
+                        help="by default all: " + ", ".join(STREAMS))
+    options = parser.parse_args()
+    return report(options.json, lambda scratch: measure(
+        scratch, [STREAMS[name] for name in options.streams], options.repetitions))
+
+
+def measure(scratch: Path, streams: Sequence[Stream], n_repetitions: int) -> dict[str, Any]:
+    """Return what the certificate is worth on each kind of stream."""
+    rows, ratios = [], []
+    with one_thread():  # the tensors are small, and each core repeats
+        for name in dict.fromkeys(stream.bank for stream in streams):
+            bank = _BANKS[name](scratch / name)
+            for stream in (one for one in streams if one.bank == name):
+                found = repeated(Subject.train(bank, stream), n_repetitions)
+                rows.append(summary(stream, found))
+                print(rows[-1], file=sys.stderr, flush=True)
+                if stream.name in INDEPENDENT:
+                    ratios.append(fmean(one.cost for one, _ in found) / fmean(old.cost for _, old in found))
+    return {"streams": rows, "iid_cost_ratio": max(ratios, default=None)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one plan."""
+
+    is_refused: bool
+    is_broken: bool
+    cost: float
+    """Of a request, as a fraction of the backbone's; 1 where the plan is refused."""
+
+
+REFUSED = Verdict(is_refused=True, is_broken=False, cost=1.0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kind of stream, and what heads that were trained on the first half of one say of all frames."""
+
+    bank: Bank
+    stream: Stream
+    logits: Tensor
+    """(S * F, L, K)."""
+    costs: Costs
+
+    @classmethod
+    def train(cls, bank: Bank, stream: Stream) -> Subject:
+        past = _drawn(bank, stream, 0).frame
+        past = torch.from_numpy(past[:len(past) // 2])
+        logits, flops = [], []
+        for layer in bank.layers:
+            activations = bank.activations[layer.path]
+            head = train_head(HeadSpec(), layer.shape, activations[past], bank.states[past], _RECIPE)
+            logits.append(torch.cat([head.classify(rows.float()) for rows in activations.split(4096)]))
+            flops.append(head_flops(head, layer.shape) / bank.flops)
+        return cls(bank, stream, torch.stack(logits, dim=1), flop_costs(bank.layers, flops))
+
+    def repetition(self, seed: int) -> tuple[Verdict, Verdict]:
+        """Return what becomes of a plan of a stream, and of a plan that the rule for independent records makes of one
+        record of each scene."""
+        drawn = _drawn(self.bank, self.stream, seed)
+        generator = np.random.default_rng([2, seed])
+        alone = generator.choice(len(drawn.of_contents), len(np.unique(drawn.scene)), p=drawn.of_contents)
+        split = split_at_random(torch.from_numpy(generator.integers(-2**63, 2**63, size=len(alone))),
+                                torch.zeros(len(alone), dtype=torch.bool))
+        in_time = _in_time(self.bank.states, drawn)
+        return (self.verdict(drawn, drawn.frame, drawn.content, in_time),
+                self.verdict(drawn, alone, np.arange(len(alone)), split))
+
+    def verdict(self, drawn: Drawn, frame: np.ndarray, content: np.ndarray, split: Split) -> Verdict:
+        """Choose a plan with the records of some frames, and judge it by what comes after them."""
+        try:
+            point, judged = self.plan(torch.from_numpy(frame), torch.from_numpy(content), split)
+        except RecordError:
+            return REFUSED
+        after = outcome(point, judged)
+        differs = after.differs.double().numpy()
+        requests = torch.from_numpy(drawn.of_requests)
+        if float(requests[after.exit >= 0].sum()) < _LEAVE:
+            return REFUSED
+        broken = max(float(differs @ drawn.of_requests), float(differs @ drawn.of_contents)) > _OPTIONS.tolerance
+        later = torch.multinomial(requests, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+        return Verdict(is_refused=False, is_broken=broken, cost=mean_cost(point, after.exit[later], self.costs))
+
+    def plan(self, frame: Tensor, content: Tensor, split: Split) -> tuple[OperatingPoint, Candidates]:
+        """Return the exits to deploy, and what the heads, calibrated, say of all frames.
+
+        Raises:
+            RecordError: nothing can be certified.
+        """
+        tune, certify = ((split.part == part.number).nonzero().flatten() for part in (Part.TUNE, Part.CERTIFY))
+        evidence = [Evidence(split.block[rows], content[rows], split.is_new[rows]) for rows in (tune, certify)]
+        require_enough(evidence[1].n_tested, Part.CERTIFY.share, _OPTIONS.tolerance, _OPTIONS.delta)
+        if not len(tune):
+            raise RecordError("no records to choose with")
+        teacher = self.bank.states.argmax(dim=1)
+        policies = tuple(fit_policy(ConfidencePolicy.kind, self.logits[frame[tune], layer], teacher[frame[tune]])
+                         for layer in range(self.costs.n_layers))
+        confidence, error_chance = (
+            torch.stack([says(self.logits[:, layer]) for layer, says in enumerate(by_head)], dim=1)
+            for by_head in ([one.confidence for one in policies], [one.error_chance for one in policies]))
+        answers = self.logits.argmax(dim=2)
+        agrees = answers == teacher[:, None]
+
+        def candidates(rows: Tensor) -> Candidates:
+            return Candidates(confidence[rows], error_chance[rows], agrees[rows], (~agrees[rows]).float(),
+                              torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows)), self.costs)
+
+        parts = (PartPredictions(candidates(frame[rows]), answers[frame[rows]], teacher[frame[rows]],
+                                 teacher[frame[rows]], torch.full((len(rows),), -1), proves)
+                 for rows, proves in zip((tune, certify), evidence))
+        predictions = HeadPredictions(tuple(layer.path for layer in self.bank.layers), policies, *parts)
+        return choose(predictions, _OPTIONS), candidates(torch.arange(len(teacher)))
+
+
+def _drawn(bank: Bank, stream: Stream, seed: int) -> Drawn:
+    return stream.draw(bank, np.random.default_rng([0, 0 if stream.fixed_past else seed]),
+                       np.random.default_rng([1, seed]))
+
+
+def _in_time(states: Tensor, drawn: Drawn) -> Split:
+    n = len(drawn.frame)
+    each, every = torch.arange(n), torch.ones(n, dtype=torch.bool)
+    return split_in_time(states[torch.from_numpy(drawn.frame)], each, torch.from_numpy(drawn.content), each,
+                         torch.from_numpy(drawn.position).double(), every, every)
+
+
+def repeated(subject: Subject, n_repetitions: int) -> list[tuple[Verdict, Verdict]]:
+    """Return the verdicts of repetitions, which all cores make."""
+    seeds = range(1, n_repetitions + 1)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), _keep, (subject,)) as pool:
+        return list(tqdm(pool.imap(_repeat, seeds), desc=subject.stream.name, total=n_repetitions, disable=None))
+
+
+_KEPT: list[Subject] = []
+
+
+def _keep(subject: Subject) -> None:
+    _KEPT[:] = [subject]
+
+
+def _repeat(seed: int) -> tuple[Verdict, Verdict]:
+    return _KEPT[0].repetition(seed)
+
+
+def summary(stream: Stream, found: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
+    n = len(found)
+    n_broken = sum(plan.is_broken for plan, _ in found)
+    return {"name": stream.name, "repetitions": n, "refused_share": sum(plan.is_refused for plan, _ in found) / n,
+            "broken_share": n_broken / n,
+            "broken_low": float(beta.ppf(0.05, n_broken, n - n_broken + 1)) if n_broken else 0.0,
+            "saving": 1 - fmean(plan.cost for plan, _ in found),
+            "saving_of_independent": 1 - fmean(old.cost for _, old in found), "may_refuse": stream.may_refuse}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
