@@ -27,6 +27,8 @@ TAIL_FILE = "detector.safetensors"
 PLAN_FILE = "plan.json"
 HEADS_FILE = "heads.safetensors"
 """Weights of the plan's heads; it lies beside the plan."""
+COMPILED = "__pycache__"
+"""Folders of this name hold compiled Python, which Python writes anew when it likes; archives have none."""
 _NAMES = ("modelName", "modelVersion", "serializedFile", "modelFile", "configFile", "requirementsFile")
 """Values of a manifest that become part of a path."""
 _SMALL_BYTES = 2**30

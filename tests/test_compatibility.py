@@ -69,7 +69,8 @@ def test_an_old_archive_is_repackaged_with_the_code_of_this_version_and_none_of_
     before, after = entries(old.exiting), entries(repackaged)
     assert {name for name in after if name.startswith(OUR_CODE)} == ours
     assert {name for name in before if name.startswith(OUR_CODE)} - ours, "the old layout was another"
-    old_sample, kept_now = {"early_exit/sample-request"}, {"early_exit/samples.json", "early_exit/probe.safetensors"}
+    old_sample = {"early_exit/sample-request"}
+    kept_now = {"early_exit/samples.json", "early_exit/probe.safetensors", "early_exit/handler.json"}
     assert {name for name in before - after if not name.startswith(OUR_CODE)} == old_sample
     assert {name for name in after - before if not name.startswith(OUR_CODE)} == kept_now
 

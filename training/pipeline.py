@@ -73,10 +73,11 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         head_cost = TimeCost(profile, options.batch_size, options.policy)
     trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost, options.policy)
     architectures, dropped = find_architectures(trials_on, run, options.space, options.search, options.service, log)
-    if not architectures:
-        raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
     trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost, options.policy)
-    heads = train_heads(trainings, architectures, run)
+    heads, no_better = train_heads(trainings, architectures, run)
+    dropped += no_better
+    if not heads:
+        raise RecordError(f"no layer has a head that is better than chance: {'; '.join(dropped)}")
     costs = exit_costs(profile, heads, [options.policy] * len(heads), description, options.batch_size)
     predictions = predict(training_set, heads, costs, options.risk, options.policy, truth)
     with replacing(run.predictions) as scratch:
@@ -145,7 +146,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
 def _no_evidence(traffic: RecordedTraffic) -> str:
     """Return the end of a message about the records that count in no part but the train part."""
     why = ((traffic.n_anonymous, "it is not known which request they belong to; the log of the workers says why"),
-           (traffic.n_without_content, "the content is not known: an earlier version wrote them"))
+           (traffic.n_without_content,
+            "the content is not known: an earlier version wrote them, or what the handler got is no JSON with bytes"))
     told = [f". Of {n} more records {because}. So they train heads and prove nothing" for n, because in why if n]
     return "".join(told)
 

@@ -22,7 +22,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.tryout.child import launcher
 from early_exit.archiver.packaging.tryout.trials import check
-from early_exit.handler.archive_layout import DESCRIPTION_FILE, ArchiveLayout, read_manifest
+from early_exit.handler.archive_layout import COMPILED, DESCRIPTION_FILE, ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
@@ -116,7 +116,7 @@ def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayou
 
 def _all_but_python(folder: str, names: list[str]) -> list[str]:
     return [name for name in names
-            if name == "__pycache__" or not (name.endswith(".py") or Path(folder, name).is_dir())]
+            if name == COMPILED or not (name.endswith(".py") or Path(folder, name).is_dir())]
 
 
 def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, configuration: Configuration) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import filecmp
 import os
 import shutil
 import zipfile
 from pathlib import Path
 
+from early_exit.handler.archive_layout import COMPILED
 from early_exit.handler.errors import ArchiveError
+from early_exit.handler.files.private import NO_LINKS
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What file systems without hard links answer to `link`."""
 
 
 def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
@@ -25,7 +24,7 @@ def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
         without: a file of the folder that is left out too.
     """
     files = sorted(path for path in folder.rglob("*")
-                   if path.is_file() and "__pycache__" not in path.parts and path != without)
+                   if path.is_file() and COMPILED not in path.parts and path != without)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # deflate differs between zlib versions
         for path in files:
             entry = zipfile.ZipInfo(str(path.relative_to(folder)), _EPOCH)
@@ -59,7 +58,7 @@ def _appear(draft: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         # A store without hard links, such as one on FAT or SMB: the name is taken first, so an archive that is being
         # copied can be seen, but no other one is overwritten.

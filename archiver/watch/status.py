@@ -100,9 +100,14 @@ def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription,
              log: Callable[[str], None]) -> tuple[list[Path], list[Tensor]]:
     """Return the shards of some traffic, and when those of their records were made that can prove something."""
     try:
-        shards = of_traffic(readable_shards(find_shards(folders, model, backbone), log), traffic, log)
+        found = find_shards(folders, model, backbone)
+    except RecordError:  # there are none yet
+        return [], []
+    try:
+        shards = of_traffic(readable_shards(found, log), traffic, log)
         times = times_of(shards)
-    except RecordError:  # there are none, or one has just gone
+    except RecordError as error:  # all are damaged or of other traffic, or one has just gone
+        log(str(error))
         return [], []
     return shards, [times[shard] for shard in shards if read_header(shard).content_key]
 

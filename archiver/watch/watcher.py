@@ -77,8 +77,8 @@ class Watcher:
                     self._tell_once)
 
     def _tell_once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+        if (said := line.lstrip("0123456789")) not in self._told:  # though the number of records has grown
+            self._told.add(said)
             self._log(line)
 
     def trigger(self, status: ModelStatus) -> Trigger | None:

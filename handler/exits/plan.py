@@ -160,6 +160,9 @@ class ExitPlan:
         plan = {**asdict(self), "exits": [planned.to_json() for planned in self.exits]}
         if not self.traffic:  # a plan of the last release is known by its digest
             del plan["traffic"]
+        if self.certificate is not None and not self.certificate.blocks:
+            for name in ("contents", "blocks", "block_length"):
+                del plan["certificate"][name]
         return PLAN.stamped(plan)
 
     def is_certified_for(self, traffic: str) -> bool:

@@ -15,6 +15,8 @@ from early_exit.handler.errors import ForeignFileError
 
 SCRATCH_SUFFIX = ".writing"
 """Names of files that are being written, and have not taken their place yet, end with this."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links, such as FAT, SMB and mounted buckets, answer to `link`."""
 _ROOT = 0
 
 

@@ -25,8 +25,30 @@ def _since_boot() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-_BEGAN = time.time() - _since_boot()
-"""Unix time at which the machine was started, by the clock as it was set when this process began."""
+class ProcessClock:
+    """Goes on as the clock was set when this process began, until another setting has held for a day."""
+
+    def __init__(self) -> None:
+        self._booted = time.time() - _since_boot()
+        """Unix time at which the machine was started, by the setting that is believed."""
+        self._ahead_since: float | None = None
+        """Seconds since the machine was started at which the clock was first seen ahead of that."""
+
+    def now(self) -> float:
+        """Return the Unix time in seconds; that of the clock, unless it was set ahead less than a day ago."""
+        now, since_boot = time.time(), _since_boot()
+        steady = self._booted + since_boot
+        if now - steady <= _JUMP_S:
+            self._ahead_since = None
+            return now
+        self._ahead_since = since_boot if self._ahead_since is None else self._ahead_since
+        if since_boot - self._ahead_since <= _PROBATION_S:
+            return steady
+        self._booted, self._ahead_since = now - since_boot, None
+        return now
+
+
+_PROCESS = ProcessClock()
 
 
 def in_order(times: Sequence[float]) -> list[float]:
@@ -79,23 +101,26 @@ class _Believed:
 class SharedClock:
     """Says what time it is at least, for the deletion of what is old: a clock that jumped ahead is not believed.
 
-    A process knows when the clock is set while it runs. What it was before the process began is known from a file: when
-    the clock is a day ahead of that, it may have been set, or nothing may have run for a day. It is believed once it
-    has gone on for another day.
+    A process knows when the clock is set while it runs. What it was before the process began is known from a file, or,
+    where there is none, by the newest of what may be deleted: when the clock is a day ahead of that, it may have been
+    set, or nothing may have run for a day. It is believed once it has gone on for another day.
     """
 
     def __init__(self, folder: Path) -> None:
         """Take the folder of what may be deleted."""
         self._path = folder / _STATE_FILE
 
-    def now(self) -> float:
-        """Return the Unix time, in seconds, by which something is old; at most what the clock says."""
-        now = time.time()
-        if now - _since_boot() - _BEGAN > _JUMP_S:  # set ahead since this process began
-            now = _BEGAN + _since_boot()
-        before = self._read()
+    def now(self, newest: float | None = None) -> float:
+        """Return the Unix time, in seconds, by which something is old; at most what the clock says.
+
+        Args:
+            newest: Unix time of the newest of what may be deleted, if there is anything.
+        """
+        now = _PROCESS.now()
+        noted = self._read()
+        before = _Believed(newest) if noted is None and newest is not None else noted
         believed = _after(before, now)
-        if before is None or believed.doubted_since != before.doubted_since or abs(now - before.time) > _JUMP_S:
+        if noted is None or believed.doubted_since != noted.doubted_since or abs(now - noted.time) > _JUMP_S:
             self._write(believed)
         return min(now, believed.time) if believed.doubted_since is not None else now
 

@@ -6,12 +6,14 @@ import hmac
 import json
 import os
 import secrets
+import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from early_exit.handler.errors import RecordError
-from early_exit.handler.files.private import SCRATCH_SUFFIX, open_private, private_folder
+from early_exit.handler.files.private import NO_LINKS, SCRATCH_SUFFIX, open_private, private_folder
 
 KEY_FILE = "content.key"
 """Name of the file with the key in a records folder."""
@@ -19,6 +21,7 @@ UNKNOWN_CONTENT = -2**63
 """Stands for the content of a record of which it is not known."""
 _KEY_BYTES = 32
 _RAW = (bytes, bytearray)
+_SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
 class ContentKey:
@@ -85,7 +88,7 @@ class ContentKey:
 
 
 def _publish(key: bytes, path: Path) -> None:
-    """Write a key, unless another worker is faster; it appears complete or not at all."""
+    """Write a key, unless another worker is faster; it appears complete or not at all where files can be linked."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
     try:
         with open_private(scratch, "xb") as file:
@@ -96,6 +99,12 @@ def _publish(key: bytes, path: Path) -> None:
             os.link(scratch, path)  # unlike a rename it leaves the key of another worker in its place
         except FileExistsError:
             return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            # Who reads it before it is written finds none, and asks again for the next request.
+            with suppress(FileExistsError), open_private(path, "xb") as file:
+                file.write(key)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -118,12 +127,27 @@ def _pieces(value: Any) -> Iterator[bytes | bytearray]:
             yield from _pieces(key)
             yield from _pieces(value[key])
     elif kind is list:
-        yield b"l%d:" % len(value)
-        for inner in value:
-            yield from _pieces(inner)
-    elif kind in (str, int, float, bool, type(None)):
-        written = json.dumps(value).encode()
-        yield b"j%d:" % len(written)
+        kinds = set(map(type, value))
+        if kinds == {float}:  # an image as lists of numbers must not be walked through number by number
+            yield b"f%d:" % len(value)
+            yield struct.pack(f"<{len(value)}d", *value)
+        elif kinds <= _SCALARS:
+            yield from _as_json(value)
+        else:
+            yield b"l%d:" % len(value)
+            for inner in value:
+                yield from _pieces(inner)
+    elif kind is str:  # which may be an image too, in base64
+        written = value.encode("utf-8", "surrogatepass")
+        yield b"s%d:" % len(written)
         yield written
+    elif kind in _SCALARS:
+        yield from _as_json(value)
     else:
         raise TypeError(f"expected JSON and bytes, found {kind.__name__}")
+
+
+def _as_json(value: Any) -> Iterator[bytes]:
+    written = json.dumps(value).encode()
+    yield b"j%d:" % len(written)
+    yield written

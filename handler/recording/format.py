@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ _ACTIVATION = "activation/"
 _KEPT, _BODY = "kept", "body"
 """What the tensors with requests are called, and with the bodies that the last release kept instead."""
 _SIZES, _BYTES = "_sizes", "_bytes"
+_SYSTEMS_NUMBER = re.compile(r"os error (\d+)")
 ANONYMOUS = -2**63
 """Stands for the request of a record where it is not known which request the recorded row belongs to.
 
@@ -92,6 +96,23 @@ class Records(RecordColumns):
     kept: Sequence[bytes] | None = None
     """N times what the handler got, as `KeptRequest.to_bytes` writes it, where requests are kept; empty where it is not
     known which request it is."""
+
+    def where(self, chosen: Tensor) -> Records:
+        """Return the records that a (N,) bool mask chooses."""
+        kept = None if self.kept is None else [*compress(self.kept, chosen.tolist())]
+        activations = {path: activation[chosen] for path, activation in self.activations.items()}
+        return Records(activations=activations, kept=kept,
+                       **{name: column[chosen] for name, column in self.columns().items()})
+
+    def are_finite(self) -> Tensor:
+        """Return a (N,) bool mask of the records of which the model's scores and all activations were finite.
+
+        What was not is NaN; infinity is only too large for float16, and all records tell what is to be done about that.
+        """
+        finite = ~self.log_probabilities.isnan().any(dim=1)
+        for activation in self.activations.values():
+            finite &= ~activation.flatten(1).isnan().any(dim=1)
+        return finite
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
@@ -157,7 +178,8 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
         except SafetensorError as error:  # how the library reports a full disk or a missing permission
-            raise OSError(str(error)) from error
+            number = _SYSTEMS_NUMBER.search(str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
 
@@ -169,6 +191,9 @@ def list_shards(folder: Path) -> list[Path]:
         try:
             about = path.stat()
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
+            continue
+        except OSError:  # a link to itself, or a folder that is not ours to look into: who reads it says so
+            dated.append((0.0, path))
             continue
         if stat.S_ISREG(about.st_mode):  # whoever opened a pipe would wait for ever
             dated.append((about.st_mtime, path))

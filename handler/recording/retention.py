@@ -53,8 +53,8 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
         RecordError: the name of the model leads out of the records folder.
     """
     folder = root / bare_name(model, "the name of a model with records", RecordError)
-    now = SharedClock(folder).now()
     shards = sorted(_dated([*_files(folder, _SHARD)]), key=lambda shard: shard[1])
+    now = SharedClock(folder).now(newest=shards[-1][1] if shards else None)
     size = sum(n_bytes for _, _, n_bytes in shards)
     for path, written, n_bytes in shards:
         if now - written > max_age_s or size > max_bytes:

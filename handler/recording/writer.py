@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -21,14 +22,15 @@ logger = logging.getLogger(__name__)
 
 _SHARDS_IN_MEMORY = 4
 _RETRY_S = 5.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TELL_EVERY_S = 60.0
 
 
 class RecordWriter:
     """Takes records from the serving thread and writes them as shards from a thread of its own.
 
-    TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, or the
-    folder cannot be written for another reason, shards wait in memory, up to a bound, and are tried again.
+    TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, shards
+    wait in memory, up to a bound, and are tried again; where the folder cannot be written at all, they are dropped.
     """
 
     def __init__(self, root: Path, header: ShardHeader, config: ServingConfig) -> None:
@@ -40,7 +42,8 @@ class RecordWriter:
         self._waiting = 0
         self._written = 0
         self._dropped = 0
-        self._not_finite = 0
+        self._not_finite = self._not_finite_counted = 0
+        self._not_finite_told = False
         self._failing_since: float | None = None
         self._lost = 0
         """The records dropped since writing began to fail."""
@@ -65,10 +68,11 @@ class RecordWriter:
         if not is_full:
             self._queue.put(records)
 
-    def pass_over(self, n_records: int) -> None:
-        """Count requests that are not recorded because their scores or activations are not finite."""
+    def take_not_finite(self) -> int:
+        """Return the records passed over since the last call because their scores or activations are not finite."""
         with self._lock:
-            self._not_finite += n_records
+            count, self._not_finite_counted = self._not_finite_counted, 0
+        return count
 
     def drop(self, n_records: int, error: Exception) -> None:
         """Count records that could not be made, and log why."""
@@ -116,32 +120,50 @@ class RecordWriter:
     def _seal(self, parts: list[Records]) -> None:
         if n_records := sum(map(len, parts)):
             try:
-                self._sealed.append(Records.concatenate(parts))
+                self._sealed.append(self._finite(Records.concatenate(parts)))
             except Exception as error:  # nothing on the side may stop this thread
                 self._tell(error, n_records)
                 self._done(n_records, written=False)
         self._write_sealed()
+
+    def _finite(self, records: Records) -> Records:
+        """Return the records of which all values are finite, and count the others: these teach nothing."""
+        finite = records.are_finite()
+        if not (n := len(finite) - int(finite.sum())):
+            return records
+        if not self._not_finite_told:
+            logger.warning("%d of %d requests gave scores or activations that are not finite: such requests are "
+                           "answered as the model answers them, counted, and not recorded", n, len(finite))
+        self._not_finite_told = True
+        with self._lock:
+            self._waiting -= n
+            self._not_finite += n
+            self._not_finite_counted += n
+        return records.where(finite)
 
     def _write_sealed(self) -> None:
         """Write the shards that wait, until one cannot be written."""
         self._retry_at = math.inf
         while self._sealed:
             records = self._sealed[0]
+            if not len(records):
+                self._sealed.popleft()
+                continue
             name = shard_name(self._header.version, os.getpid(), self._began_ns, self._n_shards)
             try:
                 passed_over = self._not_finite
                 header = replace(self._header, content_key=self.contents.name, n_not_finite=passed_over)
                 write_shard(header.folder(self._root) / name, header, records)
-            except OSError as error:
-                self._retry_at = time.monotonic() + _RETRY_S
-                self._tell(error)
-                break
-            except Exception as error:  # these records can never be written
+            except Exception as error:  # nothing on the side may stop this thread
+                if isinstance(error, OSError) and error.errno in _FULL:
+                    self._retry_at = time.monotonic() + _RETRY_S
+                    self._tell(error)
+                    break
                 self._tell(error, len(records))
                 self._done(len(records), written=False)
             else:
                 self._n_shards += 1
-                self.pass_over(-passed_over)
+                self._not_finite -= passed_over
                 self._done(len(records), written=True)
                 self._tell_if_mended()
             self._sealed.popleft()

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress
+from itertools import accumulate
 from random import Random
 
 import torch
@@ -41,14 +41,9 @@ class _Recorded:
     sampling_rate: list[float]
     """The probability with which the request of each was drawn."""
 
-    def only(self, chosen: Sequence[bool]) -> _Recorded:
-        """Return those of the rows that are chosen."""
-        items = None if self.items is None else [*compress(self.items, chosen)]
-        return _Recorded(self.batch, [*compress(self.places, chosen)], items, [*compress(self.sampling_rate, chosen)])
-
 
 class Recording:
-    """Offers the shadow rows that were served to the writer of records, but for those that are not finite."""
+    """Offers the shadow rows that were served to the writer of records."""
 
     def __init__(self, model: EarlyExitModel, writer: RecordWriter, *, keep_requests: bool) -> None:
         self._model, self._writer, self._keep_requests = model, writer, keep_requests
@@ -56,42 +51,18 @@ class Recording:
         self._refused_to_keep = False
         self._n_calls = 0
         """The number of requests that this worker has answered."""
-        self._n_passed_over = self._n_not_finite = 0
 
     def note(self, served: Served) -> None:
         """Record one shadow row of each item; where it is not known whose rows are, all of them, without request."""
         items = _items_of(served)
         recorded = _all_of(served) if items is None else self._one_of_each(served, items)
-        for part in map(self._finite, recorded):
+        for part in recorded:
             if part.places:
                 try:
                     self._writer.offer(self._records(part, served))
                 except (OSError, RecordError) as error:  # the key of the contents can neither be read nor made
                     self._writer.drop(len(part.places), error)
         self._n_calls += len(served.calls)
-
-    def take_not_finite(self) -> int:
-        """Return the shadow rows that were passed over since the last call, as something in them was no number."""
-        count, self._n_not_finite = self._n_not_finite, 0
-        return count
-
-    def _finite(self, recorded: _Recorded) -> _Recorded:
-        """Return the rows of which scores and activations are numbers; one that has no such answer teaches nothing."""
-        if not recorded.places:
-            return recorded
-        numbers = _are_finite(_at(recorded.places, recorded.batch.answers.reference.cpu()))
-        for activation in recorded.batch.activations.values():
-            numbers &= _are_numbers(_at(recorded.places, activation))
-        if n := len(numbers) - int(numbers.sum()):
-            if not self._n_passed_over:
-                logger.warning("%d of %d requests of a batch gave scores or activations that are not finite: such "
-                               "requests are answered as the model answers them, counted, and not recorded", n,
-                               len(numbers))
-            self._n_passed_over += n
-            self._n_not_finite += n
-            self._writer.pass_over(n)
-            return recorded.only(numbers.tolist())
-        return recorded
 
     def _one_of_each(self, served: Served, items: Sequence[Sequence[_Item]]) -> list[_Recorded]:
         # Not the first: training takes a record for an item, and each of its rows must be as likely to be the one.
@@ -114,7 +85,9 @@ class Recording:
         batch, items, places = recorded.batch, recorded.items, recorded.places
         answers, rows = batch.answers, _at(places, batch.answers.shadow)
         scores = self._model.assembly.description.scores
-        log_probabilities = scores.log_probabilities(_at(places, answers.reference).float()).cpu()
+        reference = _at(places, answers.reference).float()
+        # NaN wherever a score is not finite: those of a backbone that says so are known by it.
+        log_probabilities = torch.add(scores.log_probabilities(reference), reference, alpha=0).cpu()
         known = [] if items is None else [(served.calls[position], number) for position, number in items]
         n_unknown = len(places) - len(known)
         kept = [self._kept(call, number) if served.rows_per_item or call.instances is None else b""
@@ -128,19 +101,19 @@ class Recording:
             exit=answers.stages[rows].short().cpu(),
             request=torch.tensor([request_hash(call.id) for call, _ in known] + [ANONYMOUS] * n_unknown),
             row=torch.tensor([number for _, number in known] + [0] * n_unknown, dtype=torch.int32),
-            content=torch.tensor([self._content(call, number, served) for call, number in known]
-                                 + [UNKNOWN_CONTENT] * n_unknown),
+            content=torch.tensor(self._contents(known, served) + [UNKNOWN_CONTENT] * n_unknown),
             sequence=self._n_calls + torch.tensor([position for position, _ in items or [(0, 0)] * n_unknown]),
             time=torch.full((len(places),), served.batches[0].time, dtype=torch.float64),
             sampling_rate=torch.tensor(recorded.sampling_rate),
             kept=kept + [b""] * n_unknown if self._keep_requests else None,
         )
 
-    def _content(self, call: Call, number: int, served: Served) -> int:
-        """Return the hash of an item of a request."""
-        if not served.rows_per_item and call.instances is not None:  # which of the instances it is, is not known
-            return UNKNOWN_CONTENT
-        return self._writer.contents.hash(call.items[number])
+    def _contents(self, known: Sequence[tuple[Call, int]], served: Served) -> list[int]:
+        """Return the hash of each item of a request; where it is not known which of the instances of the one request
+        that was served a row is of, that of all of them."""
+        if known and not served.rows_per_item and known[0][0].instances is not None:
+            return [self._writer.contents.hash([*known[0][0].items])] * len(known)
+        return [self._writer.contents.hash(call.items[number]) for call, number in known]
 
     def _kept(self, call: Call, number: int) -> bytes:
         """Return an item of a request as shards hold it; nothing where it is no JSON with bytes."""
@@ -174,17 +147,3 @@ def _all_of(served: Served) -> list[_Recorded]:
 def _at(places: list[int], x: Tensor) -> Tensor:
     """Return some rows of (S, ...), without a copy where these are all."""
     return x if places == [*range(len(x))] else x[places]
-
-
-def _are_finite(rows: Tensor) -> Tensor:
-    """Return a (S,) bool mask of the (S, ...) rows in which all values are finite."""
-    return rows.flatten(1).isfinite().all(dim=1)
-
-
-def _are_numbers(rows: Tensor) -> Tensor:
-    """Return a (S,) bool mask of the (S, ...) rows in which no value is NaN, which the recorder writes for all that are
-    not finite; an infinite one is only too large for float16, and the records of all requests tell what that means."""
-    flat = rows.flatten(1)
-    if bool(flat.sum(dtype=torch.float32).isfinite()):  # most often, and one pass less
-        return torch.ones(len(flat), dtype=torch.bool)
-    return ~flat.isnan().any(dim=1)

@@ -17,7 +17,6 @@ from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.ownership import RowOwnership, Unknown
-from early_exit.handler.serving.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +80,8 @@ class Reporting:
     """Reports what was served, recorded and watched as metrics."""
 
     def __init__(self, model: EarlyExitModel, metrics: ServingMetrics, writer: RecordWriter | None,
-                 recording: Recording | None, monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
+                 monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
         self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
-        self._recording = recording
         self._ownership, self._unknown = ownership, set[Unknown]()
         self._state: MonitorState | None = None
         self._position = ON
@@ -98,8 +96,7 @@ class Reporting:
             self._turned(batch.switch)
         if self._writer is not None:
             self._metrics.records(*self._writer.take_counts())
-        if self._recording is not None:
-            self._metrics.not_finite(self._recording.take_not_finite())
+            self._metrics.not_finite(self._writer.take_not_finite())
         for how in self._ownership.unknown - self._unknown:
             self._metrics.rows_unknown(how.value)
             self._unknown.add(how)

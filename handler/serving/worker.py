@@ -94,8 +94,12 @@ class Worker:
         context = HandlerContext(host.context, manifest, host.model_config)
         description = HandlerDescription.load(layout.handler_description)
         # Before the handler, which may write into its folder.
-        traffic = traffic_identity(model.assembly.description.sha256, manifest, description,
-                                   digests_of(folder, description.files or ()), host.model_config)
+        digests = digests_of(folder, description.files or ())
+        if changed := [name for name, digest in digests.items() if digest != (description.files or {})[name]]:
+            logger.warning("%s changed since the archive was made, so what is recorded counts as other traffic: a "
+                           "handler that writes files should write them elsewhere", ", ".join(changed))
+        traffic = traffic_identity(model.assembly.description.sha256, manifest, description, digests,
+                                   host.model_config)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
         answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
         return cls(model, handler, context, config, host, description, traffic)
@@ -156,14 +160,13 @@ def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownersh
     header = ShardHeader(host.model, host.version, assembly.description.sha256, config.pool_side, assembly.layers,
                          assembly.engine_identity, traffic)
     writer = RecordWriter(root, header, config) if root else None
-    recording = Recording(model, writer, keep_requests=config.keep_requests) if writer else None
     is_certified = assembly.plan is not None and assembly.plan.is_certified_for(traffic)
     monitor = watch(assembly.plan, header.folder(root) if root else None, host.version) if is_certified else None
     metrics = ServingMetrics(host, assembly)
     work: dict[str, SideWork] = {"headers": ResponseHeaders(model, host.version, labels).set}
-    if recording is not None:
-        work["records"] = recording.note
+    if writer is not None:
+        work["records"] = Recording(model, writer, keep_requests=config.keep_requests).note
     if monitor is not None:
         work["monitor"] = Monitoring(model, monitor).note
-    work["metrics"] = Reporting(model, metrics, writer, recording, monitor, ownership).note
+    work["metrics"] = Reporting(model, metrics, writer, monitor, ownership).note
     return Telemetry(metrics, work), [part for part in (writer, monitor) if part is not None]

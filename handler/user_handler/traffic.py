@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from early_exit.handler.archive_layout import FOLDER, MANIFEST
+from early_exit.handler.archive_layout import COMPILED, FOLDER, MANIFEST
 from early_exit.handler.user_handler.description import HandlerDescription
 
 _OURS = "early_exit"
@@ -21,15 +21,20 @@ _SERVERS = frozenset((
 
 
 def digests_of(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """Return the sha256 of the files of an archive by their names; an empty text for one that is not there."""
-    return {name: _sha256(folder / name) for name in sorted(names)}
+    """Return the sha256 of the files of an archive by their names; an empty text for one that is not there.
+
+    In a locale without Unicode, such as a container's that sets none, TorchServe unpacks an archive with a question
+    mark for each other letter of a name.
+    """
+    unpacked_as = {name: name.encode("ascii", "replace").decode() for name in sorted(names)}
+    return {name: _sha256(folder / name) or _sha256(folder / found) for name, found in unpacked_as.items()}
 
 
 def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file: str | None) -> list[str]:
     """Return the names of the files in an unpacked archive that decide what the model is given for a request.
 
     These are the user's: neither ours, nor the manifest, nor the weights, of which the backbone tells, nor the
-    configuration, of which only a part counts.
+    configuration, of which only a part counts, nor compiled Python, which no archive of ours holds.
 
     Args:
         folder: the archive.
@@ -40,7 +45,8 @@ def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file:
     others = {model.get("serializedFile"), model.get("configFile"), config_file}
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths
-                  if path.parts[0] not in (FOLDER, Path(MANIFEST).parts[0]) and path.as_posix() not in others)
+                  if path.parts[0] not in (FOLDER, Path(MANIFEST).parts[0]) and COMPILED not in path.parts
+                  and path.as_posix() not in others)
 
 
 def traffic_identity(backbone: str, original_manifest: Mapping[str, Any], description: HandlerDescription,
@@ -69,6 +75,8 @@ def _ordered(value: Any) -> Any:
     """Return what YAML can hold in a form that is the same whatever the order of keys, which need not be texts."""
     if isinstance(value, Mapping):
         return sorted([repr(key), _ordered(inner)] for key, inner in value.items())
+    if isinstance(value, set):  # texts in it come in another order in each process
+        return ["set", *sorted(map(repr, value))]
     return [*map(_ordered, value)] if isinstance(value, list) else repr(value)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,19 +107,50 @@ def test_another_preprocessing_is_other_traffic(change: str, first: Path, source
     assert traffic(other) not in ("", traffic(first))
 
 
-def test_a_worker_records_the_traffic_of_its_files_as_they_are(first: Path, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def recorded_traffic(layout: ArchiveLayout, records: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the traffic that a worker of an unpacked archive records."""
+    worker = worker_of(layout, records, monkeypatch)
+    worker.step([Call("id", {"body": json.dumps([0.0] * 6)})])
+    worker.close()
+    [shard] = list_shards(records)
+    return read_header(shard).traffic
+
+
+def test_a_worker_records_the_traffic_of_its_files_as_they_are(
+        first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     layout = unpacked(first, tmp_path / "unpacked")
-    seen = []
-    for number, edit in enumerate((None, layout.root / "classes.txt")):
-        if edit is not None:
-            edit.write_text("somebody edited the unpacked archive")
-        worker = worker_of(layout, tmp_path / f"records-{number}", monkeypatch)
-        worker.step([Call("id", {"body": json.dumps([0.0] * 6)})])
-        worker.close()
-        [shard] = list_shards(tmp_path / f"records-{number}")
-        seen.append(read_header(shard).traffic)
-    assert seen[0] == traffic(first) and seen[1] not in ("", traffic(first))
+    assert recorded_traffic(layout, tmp_path / "records-0", monkeypatch) == traffic(first)
+    assert not [line for line in caplog.messages if "changed since" in line]
+    (layout.root / "classes.txt").write_text("somebody edited the unpacked archive")
+    assert recorded_traffic(layout, tmp_path / "records-1", monkeypatch) not in ("", traffic(first))
+    [line] = [line for line in caplog.messages if "changed since" in line]
+    assert line.startswith("classes.txt changed since the archive was made"), "it is said which file it was"
+
+
+def test_compiled_python_in_a_users_archive_is_no_traffic(source: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    mar = packed(rewritten(source, tmp_path / "compiled.mar", **{"more/__pycache__/more.cpython-311.pyc": b"code"}),
+                 tmp_path)
+    assert recorded_traffic(unpacked(mar, tmp_path / "unpacked"), tmp_path / "records", monkeypatch) == traffic(mar)
+
+
+def test_names_that_a_server_without_unicode_cannot_write_are_known_as_it_writes_them(
+        source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mar = packed(rewritten(source, tmp_path / "named.mar", **{"größe.txt": b"3"}), tmp_path)
+    layout = unpacked(mar, tmp_path / "unpacked")
+    (layout.root / "größe.txt").rename(layout.root / "gr??e.txt")
+    assert recorded_traffic(layout, tmp_path / "records", monkeypatch) == traffic(mar)
+
+
+def test_a_set_in_the_configuration_is_the_same_in_each_process(source: Path, tmp_path: Path) -> None:
+    mar = packed(rewritten(source, tmp_path / "set.mar", **{"own.yaml": b"names: !!set {alpha, beta, gamma, delta}"}),
+                 tmp_path)
+    code = ("import sys; from pathlib import Path; from early_exit.handler.archive_contents import read_archive; "
+            "from early_exit.training.data.traffic import traffic_of; "
+            "print(traffic_of(read_archive(Path(sys.argv[1]))))")
+    found = {subprocess.run([sys.executable, "-c", code, mar], capture_output=True, text=True, check=True,
+                            env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2", "3")}
+    assert len(found) == 1
 
 
 def test_shards_of_other_traffic_are_passed_over_with_their_number(first: Path, source: Path, tmp_path: Path,

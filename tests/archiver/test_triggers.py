@@ -91,6 +91,16 @@ def test_a_backbone_without_a_plan_and_an_old_certificate_renew(backbone: Backbo
     assert reason(old, audit, now=121 * DAY) == "expired"
 
 
+def test_other_traffic_than_the_plan_is_certified_for_renews(backbone: BackboneDescription, audit: Audit) -> None:
+    plan = replace(PLAN, traffic="first")
+    found = standing(backbone, 9000, 1000, plan=plan)
+    assert reason(replace(found, traffic="first"), audit) is None
+    trigger = fired(replace(found, traffic="second"), audit, TERMS, NOW)
+    assert trigger is not None and trigger.reason == "traffic"
+    assert (trigger.evidence["certified"], trigger.evidence["served"]) == ("first", "second")
+    assert is_better(replace(plan, expected_cost=0.9), plan, "traffic", 0.7)[0], "nothing leaves by the current one"
+
+
 def test_no_record_certifies_twice(backbone: BackboneDescription, audit: Audit) -> None:
     """Else a plan that failed its test would pass it one day, by trying again."""
     found = standing(backbone, 100, 2000)

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from early_exit.handler.recording.format import request_hash
-from early_exit.training.data.dataset import RecordedTraffic
 from tests.support.cifar import data_folder, load_weights
 from tests.support.models.face_handler import FaceClassifier
 from tests.support.models.mobilefacenet import MobileFaceNet
+from tests.support.sources import parts_of
 
 N_TRAINED, N_RECORDED = 3, 4
 """Photos of each person."""
@@ -70,7 +69,7 @@ class Seen:
         ids: dict[int, Iterator[str]] = {}
         for photo in set(self.photos):
             names = [f"photo-{photo}-{number}" for number in range(40 * _VARIANTS)]
-            parts = _parts(names)
+            parts = parts_of(names)
             # Whatever part the first is in, so many others are there too: the smallest part has a fifth of all.
             ids[photo] = iter([name for name, part in zip(names, parts) if part == parts[0]])
         return [next(ids[photo]) for photo in self.photos]
@@ -80,13 +79,6 @@ def traffic() -> tuple[Seen, Seen]:
     """Return what is recorded and what is measured."""
     return (_seen_by_camera(*_photos(range(N_TRAINED, N_TRAINED + N_RECORDED)), seed=1),
             _seen_by_camera(*_photos(range(N_TRAINED + N_RECORDED, 10)), seed=2))
-
-
-def _parts(names: Sequence[str]) -> list[int]:
-    """Return the parts of the records that requests of these names fall into."""
-    hashes, none = torch.tensor([request_hash(name) for name in names]), torch.zeros(len(names))
-    parts: list[int] = RecordedTraffic((), (), hashes, none, none, none, hashes, none).part.tolist()
-    return parts
 
 
 def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:

@@ -74,8 +74,8 @@ def handwriting(folder: Path) -> Bank:
     asked = factory_request(folder / "original", folder / "store", "digits", digits.train_backbone(),
                             "digits_handler.py", _CONFIG, input_shape=(1, 32, 32))
     middle = digits.N_FOR_BACKBONE + 400
-    requests = [*digits.traffic(2000, seed=1, among=slice(digits.N_FOR_BACKBONE, middle)),
-                *digits.traffic(4000, seed=2, among=slice(middle, None))]
+    requests = [*digits.traffic(2000, 1, range(digits.N_FOR_BACKBONE, middle)),
+                *digits.traffic(4000, 2, range(middle, digits.N_DIGITS))]
     return _bank(_backbone(asked, folder), [_pixels(one.body, "L") for one in requests],
                  [one.label for one in requests], n_training=2000, n_frames=8, quality=(80, 95))
 

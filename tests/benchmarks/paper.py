@@ -158,7 +158,8 @@ class Bench:
         trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost, options.policy)
         architectures, _ = find_architectures(trials_on, run, options.space, options.search)
         trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost, options.policy)
-        return train_heads(trainings, architectures, run)
+        heads, _ = train_heads(trainings, architectures, run)
+        return heads
 
     def rows(self, methods: Collection[str]) -> Iterator[dict[str, Any]]:
         """Yield a row for each of some methods."""

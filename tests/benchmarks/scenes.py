@@ -1,7 +1,8 @@
 """What is in a scene: a Mask R-CNN trained here on cut-outs pasted into photos, as there is no pretrained one.
 
 A scene is a blurred photo with one cut-out, or, one in ten, none: a face (a person), or an automobile, a cat or a ship
-of CIFAR-10. The detector learns from other faces, pictures and photos than those that traffic shows.
+of CIFAR-10. The detector learns from other people, pictures and photos than those that traffic shows, each part of the
+records shows its own, and what is measured others again.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from early_exit.training.data.dataset import Part
 from tests.support.cifar import data_folder, load_requests
 from tests.support.models.scene_detector import SceneDetector
+from tests.support.sources import deal, recorded_parts
 
 SIDE = 128
-N_TRAFFIC = 4000
+N_RECORDED, N_MEASURED = 3200, 800
 PERSON = 1
 _CIFAR_LABELS = {1: 2, 3: 3, 8: 4}
 """Automobile, cat, ship: the detector's labels after the person."""
@@ -35,7 +38,14 @@ class Cutouts:
     """What scenes are made of."""
 
     photos: list[Image.Image]
-    by_label: dict[int, list[Image.Image]]
+    by_label: dict[int, list[list[Image.Image]]]
+    """Pictures of the same person are together, others alone."""
+
+    def dealt(self) -> dict[Part | None, Cutouts]:
+        """Return what each part of the records shows, and under None what is measured with."""
+        photos, by_label = deal(self.photos), {label: deal(pictures) for label, pictures in self.by_label.items()}
+        return {part: Cutouts(photos[part], {label: dealt[part] for label, dealt in by_label.items()})
+                for part in photos}
 
     def scene(self, draw: random.Random) -> tuple[Image.Image, int, Image.Image | None]:
         """Return a scene, its label (0 for nothing), and the mask of its object."""
@@ -46,7 +56,7 @@ class Cutouts:
             return scene, 0, None
         label = draw.choice(sorted(self.by_label))
         side = draw.randrange(36, 88)
-        cutout = draw.choice(self.by_label[label]).resize((side, side))
+        cutout = draw.choice(draw.choice(self.by_label[label])).resize((side, side))
         left, top = (draw.randrange(SIDE - side) for _ in range(2))
         mask = Image.new("L", (SIDE, SIDE))
         ImageDraw.Draw(mask).ellipse((left, top, left + side - 1, top + side - 1), fill=255)
@@ -55,17 +65,17 @@ class Cutouts:
         return Image.composite(layer, scene, mask), label, mask
 
 
-def traffic() -> tuple[list[bytes], list[int]]:
-    """Return JPEG bodies and their labels."""
-    cutouts, draw = _cutouts(for_training=False), random.Random(1)
-    bodies, labels = [], []
-    for _ in range(N_TRAFFIC):
-        scene, label, _ = cutouts.scene(draw)
+def traffic() -> tuple[list[bytes], list[int], list[Part]]:
+    """Return JPEG bodies, their labels, and the part of the records for each that is recorded; others are measured."""
+    cutouts, draw = _cutouts(for_training=False).dealt(), random.Random(1)
+    bodies, labels, parts = [], [], recorded_parts(N_RECORDED)
+    for part in (*parts, *[None] * N_MEASURED):
+        scene, label, _ = cutouts[part].scene(draw)
         buffer = io.BytesIO()
         scene.save(buffer, "JPEG", quality=90)
         bodies.append(buffer.getvalue())
         labels.append(label)
-    return bodies, labels
+    return bodies, labels, parts
 
 
 def trained() -> SceneDetector:
@@ -110,14 +120,14 @@ def _cutouts(*, for_training: bool) -> Cutouts:
     folder = data_folder() / "imagenet1k-sample"
     files = [one["file"] for one in json.loads((folder / "index.json").read_text())][half]
     photos = [_at_least(Image.open(folder / file).convert("RGB")) for file in files]
-    faces = [Image.open(path).convert("RGB").crop((0, 10, 92, 102))
-             for path in sorted((data_folder() / "orl-faces").glob("*.png"))
-             if (int(path.stem[1:].split("_")[0]) <= 20) == for_training]
-    by_label: dict[int, list[Image.Image]] = {PERSON: faces}
+    people = [[Image.open(path).convert("RGB").crop((0, 10, 92, 102))
+               for path in sorted((data_folder() / "orl-faces").glob(f"s{person}_*.png"))]
+              for person in (range(1, 21) if for_training else range(21, 41))]
+    by_label = {PERSON: people}
     bodies, labels = load_requests()
     for body, label in list(zip(bodies, labels))[half]:
         if label in _CIFAR_LABELS:
-            by_label.setdefault(_CIFAR_LABELS[label], []).append(Image.open(io.BytesIO(body)).convert("RGB"))
+            by_label.setdefault(_CIFAR_LABELS[label], []).append([Image.open(io.BytesIO(body)).convert("RGB")])
     return Cutouts(photos, by_label)
 
 

@@ -22,6 +22,7 @@ from tests.support import digits
 from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights
 from tests.support.original import factory_request, original_mar
 from tests.support.recording import prepared, record
+from tests.support.sources import ids_in
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 5\n"
 _SHARD = 500
@@ -95,23 +96,24 @@ def mobilefacenet(folder: Path) -> Subject:
 
 def vit(folder: Path) -> Subject:
     """A small vision transformer trained here, and digits that it has not seen."""
-    requests = digits.traffic(transformer.N_TRAFFIC, seed=101)
+    recorded, parts = digits.recorded_traffic(transformer.N_RECORDED, seed=101)
+    requests = [*recorded, *digits.measured_traffic(transformer.N_MEASURED, seed=102)]
     mar = original_mar(folder / "original", "digits", "small_vit.py", "digits_handler.py",
                        transformer.trained().state_dict(), CONFIG)
     asked = ArchiveRequest(str(mar), folder / "store", input_shape=(1, 32, 32))
     return _subject(folder, "ViT (8 blocks, width 96)", "digits", asked, [one.body for one in requests],
-                    [one.label for one in requests], n_recorded=transformer.N_TRAFFIC // 2,
+                    [one.label for one in requests], n_recorded=len(parts), ids=ids_in(parts),
                     replay=Replay(augmentations=("crop", "rotate")))
 
 
 def mask_rcnn(folder: Path) -> Subject:
     """A Mask R-CNN trained here, and scenes that it has not seen; what counts is their most confident object."""
-    bodies, labels = scenes.traffic()
+    bodies, labels, parts = scenes.traffic()
     mar = original_mar(folder / "original", "scenes", "scene_detector.py", "object_detector",
                        scenes.trained().state_dict(), CONFIG)
     asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, scenes.SIDE, scenes.SIDE))
     return _subject(folder, "Mask R-CNN (ResNet-18)", "composed scenes", asked, bodies, labels,
-                    n_recorded=scenes.N_TRAFFIC * 4 // 5, replay=None)
+                    n_recorded=len(parts), ids=ids_in(parts), replay=None)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {

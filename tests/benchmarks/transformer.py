@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from tests.support.digits import batches, traffic
+from tests.support.digits import N_FOR_BACKBONE, batches, traffic
 from tests.support.models.small_vit import SmallViT
 
-N_TRAINED, N_TRAFFIC = 12_000, 6_000
+N_TRAINED, N_RECORDED, N_MEASURED = 12_000, 3_000, 3_000
 _BATCH = 64
 _EPOCHS = 6
 
 
 def trained() -> SmallViT:
-    """Return a transformer trained on a stream of digits; some four minutes on one core."""
+    """Return a transformer trained on a stream of digits that traffic does not show; some four minutes on one core."""
     torch.manual_seed(0)
     model = SmallViT()
-    requests = traffic(N_TRAINED, seed=100)
+    requests = traffic(N_TRAINED, seed=100, digits=range(N_FOR_BACKBONE))
     inputs = torch.cat(list(batches(requests, _BATCH)))
     labels = torch.tensor([one.label for one in requests])[:len(inputs)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)

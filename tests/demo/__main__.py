@@ -13,7 +13,7 @@ from early_exit.training.command import raise_on_terminate
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
 from tests.support.client import failed, latency_ms
-from tests.support.digits import batches, traffic, train_backbone
+from tests.support.digits import batches, measured_traffic, recorded_traffic, train_backbone
 from tests.support.loop import LoopResult, run_loop
 from tests.support.original import original_mar
 from tests.support.served import served_model
@@ -34,7 +34,7 @@ def main() -> None:
 
     log("training a small ResNet on 900 digits that the traffic never shows")
     weights = train_backbone().state_dict()
-    record, measure = traffic(N_RECORD, seed=1), traffic(N_MEASURE, seed=2)
+    (record, _), measure = recorded_traffic(N_RECORD, seed=1), measured_traffic(N_MEASURE, seed=2)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py", weights, CONFIG)

@@ -24,10 +24,11 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from tests.support.client import failed, send
-from tests.support.digits import traffic
+from tests.support.digits import measured_traffic, recorded_traffic
 from tests.support.documents import README
 from tests.support.reader import Reader
 from tests.support.recording import prepared, record
+from tests.support.sources import ids_in
 
 pytestmark = pytest.mark.slow
 
@@ -48,11 +49,12 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
     made = build_archive(ArchiveRequest(str(recorder_mar), store, version="2.0", config=config))
     recorder = unpacked(made, tmp_path / "recorder")
     original = json.loads(recorder.original_manifest.read_text())
-    bodies = [one.body for one in traffic(1200, seed=50)]
+    requests, parts = recorded_traffic(1200, seed=50)
+    bodies = [one.body for one in requests]
     with preprocessing(recorder.root, original) as handler:
         backbone = load_backbone(recorder.folder)
         [inputs] = prepared(handler, bodies, backbone.description)
-        record(backbone, inputs, tmp_path / "records", name="digits", bodies=bodies)
+        record(backbone, inputs, tmp_path / "records", name="digits", ids=ids_in(parts), bodies=bodies)
     reader = Reader(README, tmp_path, instead={"cifar": "digits"},
                     more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
                     elsewhere=dict.fromkeys(("ee-serve", "curl", "ee-archive cifar.mar", "runs/first", "--tolerance",
@@ -73,7 +75,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
     reader.check("ee-archive model-store/cifar-4.0.mar --plan")
     reader.at_the_end()
 
-    fresh = traffic(300, seed=51)
+    fresh = measured_traffic(300, seed=51)
     with TorchServe(store, tmp_path / "state", Addresses.free(), records=tmp_path / "served",
                     models=["digits-5.0.mar"]) as server:
         replies = send(server, "digits", [one.body for one in fresh])

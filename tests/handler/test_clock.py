@@ -95,6 +95,20 @@ def in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return delete
 
 
+def test_a_clock_that_is_set_right_after_a_process_began_is_believed_a_day_later(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    right, booted = time.time(), clock._since_boot()
+    passed = [0.0]
+    monkeypatch.setattr(clock, "_since_boot", lambda: booted + passed[0])
+    monkeypatch.setattr(clock.time, "time", lambda: 1000.0 + passed[0])
+    process = clock.ProcessClock()
+    monkeypatch.setattr(clock.time, "time", lambda: right + passed[0])
+    for passed[0] in (10.0, 3600.0, DAY):
+        assert process.now() == pytest.approx(1000.0 + passed[0]), "it may be set back again"
+    passed[0] = DAY + 20.0
+    assert process.now() == right + passed[0] == process.now()
+
+
 def test_a_worker_that_is_started_while_the_clock_is_ahead_deletes_nothing_either(
         tmp_path: Path, in_another_process: Callable[[float], None]) -> None:
     for number in range(3):
@@ -106,6 +120,17 @@ def test_a_worker_that_is_started_while_the_clock_is_ahead_deletes_nothing_eithe
     assert left(tmp_path) == 4
     in_another_process(7200.0)
     assert left(tmp_path) == 4
+
+
+def test_where_nobody_noted_the_clock_yet_it_is_not_believed_far_ahead_of_the_newest_shard(
+        tmp_path: Path, in_another_process: Callable[[float], None]) -> None:
+    for number in range(3):
+        shard(tmp_path, number, age_s=600.0)
+    in_another_process(40 * DAY)
+    in_another_process(40 * DAY + 3600)
+    assert left(tmp_path) == 3, "the first worker after an update began while the clock was ahead"
+    in_another_process(41 * DAY + 60)
+    assert left(tmp_path) == 0
 
 
 def test_after_a_pause_of_weeks_what_is_too_old_goes_within_a_day(
@@ -130,8 +155,9 @@ def test_a_shard_that_was_dated_ahead_goes_with_its_neighbours(tmp_path: Path) -
     ages = (33 * DAY, 32.5 * DAY, -40 * DAY, 32 * DAY, 31 * DAY)
     for number, age_s in enumerate(ages):
         shard(tmp_path, number, age_s)
+    shard(tmp_path, 0, age_s=0.0, began=18)
     enforce_limits(tmp_path, "digits", 30 * DAY, 2**30)
-    assert left(tmp_path) == 0, "the third was written between the second and the fourth"
+    assert left(tmp_path) == 1, "the third was written between the second and the fourth"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"time": "now"}', '{"time": NaN}', "{}"])

@@ -16,6 +16,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard, request_hash
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.user_handler.description import HandlerDescription
@@ -118,6 +119,20 @@ def test_each_instance_of_a_request_is_recorded_with_its_number(
     assert records.kept is not None
     kept = {number: KeptRequest.from_bytes(one).item for number, one in zip(records.row.tolist(), records.kept)}
     assert [kept[number] for number in range(4)] == ROWS[:4]
+
+
+@pytest.mark.parametrize("rows_per_request", [1, None])
+def test_equal_requests_have_equal_contents_whether_or_not_rows_are_known(
+        rows_per_request: int | None, model: EarlyExitModel, tmp_path: Path) -> None:
+    worker = worker_of(model, AtOnce(model), ServingConfig(records=str(tmp_path)),
+                       description=HandlerDescription(rows_per_request=rows_per_request))
+    for rows in (ROWS[:2], ROWS[2:4], ROWS[:2]):
+        predict(JSONEnvelope(service_of(worker).handle).handle, [request(rows)])
+    worker.close()
+    [records] = [read_shard(path, []) for path in list_shards(tmp_path)]
+    first, second, again = records.content.view(3, 2).tolist()
+    assert first == again and not {*first} & {*second} and UNKNOWN_CONTENT not in (*first, *second)
+    assert (first[0] == first[1]) == (rows_per_request is None), "then it is that of the whole request"
 
 
 @pytest.mark.parametrize("kind", ENVELOPES)

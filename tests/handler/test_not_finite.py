@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.sequential_test import Evidence, Monitored, MonitorState
-from early_exit.handler.recording.format import Records, list_shards, read_shard, request_hash
+from early_exit.handler.recording.format import Records, list_shards, read_header, read_shard, request_hash
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
 
@@ -40,13 +41,16 @@ def recorded(backbone: Backbone, rows: Tensor, folder: Path) -> tuple[Records, M
     """Serve rows in batches of four and return what is recorded of them, and the host."""
     host = MemoryHost()
     model = build_model(backbone, sampling_rate=1.0, record_layers=8)
-    worker = worker_of(model, config=ServingConfig(records=str(folder), records_per_shard=1000), host=host)
+    worker = worker_of(model, config=ServingConfig(records=str(folder), records_per_shard=len(rows)), host=host)
     for start in range(0, len(rows), 4):
         names = [f"id-{number}" for number in range(start, min(start + 4, len(rows)))]
         replies = worker.step(calls_of_rows([rows[start:start + 4]], names))
         assert all(reply and reply.status == 200 for reply in replies)
+    while not (shards := list_shards(folder)):
+        time.sleep(0.01)
+    worker.step(calls_of_rows([torch.randn(1, 8)], ["after it"]))  # by then it is known what could not be recorded
     worker.close()
-    [shard] = list_shards(folder)
+    [shard] = shards
     return read_shard(shard, [layer.path for layer in backbone.description.candidates]), host
 
 
@@ -66,6 +70,7 @@ def test_one_bad_input_costs_its_own_record_and_nothing_of_its_batch(
     torch.testing.assert_close(found.log_probabilities, expected.log_probabilities, atol=2e-3, rtol=2e-3)
     assert all(bool(activation.isfinite().all()) for activation in found.activations.values())
     assert host.value("records_not_finite_total") == 1
+    assert [read_header(shard).n_not_finite for shard in list_shards(tmp_path / "with")] == [1, 0], "for the report"
     assert len([line for line in caplog.messages if "not finite" in line]) == 1
 
 

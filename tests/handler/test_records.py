@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import RecordError
@@ -158,18 +160,50 @@ def test_records_that_cannot_be_written_are_counted_and_logged_once(
     assert len([line for line in caplog.messages if "cannot write records" in line]) == 1
 
 
-def test_what_cannot_be_written_waits_in_memory_and_is_written_once_it_can_be(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("early_exit.handler.recording.writer._RETRY_S", 0.05)
+def test_writing_goes_on_once_the_folder_can_be_written_again(tmp_path: Path) -> None:
     blocker = tmp_path / "digits"
     blocker.write_text("")
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
+    writer.offer(some_records(1))
+    deadline = time.monotonic() + 10
+    dropped = 0
+    while not dropped and time.monotonic() < deadline:
+        dropped += writer.take_counts()[1]
+    blocker.unlink()
+    writer.offer(some_records(1))
+    writer.close()
+    assert (dropped, writer.take_counts()) == (1, (1, 0))
+
+
+class SmallDisk:
+    """A disk that has no room until it is freed, in place of `write_shard`."""
+
+    def __init__(self) -> None:
+        self.is_full = True
+
+    def __call__(self, path: Path, header: ShardHeader, records: Records) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_shard(path, header, records)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> SmallDisk:
+    small = SmallDisk()
+    monkeypatch.setattr("early_exit.handler.recording.writer.write_shard", small)
+    monkeypatch.setattr("early_exit.handler.recording.writer._RETRY_S", 0.05)
+    return small
+
+
+def test_what_a_full_disk_does_not_take_waits_in_memory_and_is_written_once_there_is_room(
+        tmp_path: Path, disk: SmallDisk) -> None:
     writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
     offered = [some_records(1) for _ in range(6)]
     for records in offered:
         writer.offer(records)
     time.sleep(0.2)
     assert writer.take_counts() == (0, 2), "four shards have room in memory"
-    blocker.unlink()
+    disk.is_full = False
     deadline = time.monotonic() + 10
     while len(list_shards(tmp_path)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -182,10 +216,8 @@ def test_what_cannot_be_written_waits_in_memory_and_is_written_once_it_can_be(
 
 
 def test_a_full_disk_is_told_once_a_minute_and_when_it_is_over(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [1000.0]
-    monkeypatch.setattr("early_exit.handler.recording.writer._RETRY_S", 0.0)
-    (tmp_path / "digits").write_text("")
     with caplog.at_level(logging.WARNING, logger="early_exit"):
         writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
         writer.close()  # its thread has ended: what follows runs here, at the times that are given
@@ -193,9 +225,19 @@ def test_a_full_disk_is_told_once_a_minute_and_when_it_is_over(
         for now[0] in (1000.0, 1030.0, 1059.0, 1061.0, 1100.0, 1130.0):
             writer._seal([some_records(1)])
         assert len([line for line in caplog.messages if "cannot write records" in line]) == 3
-        (tmp_path / "digits").unlink()
+        disk.is_full = False
         writer._write_sealed()
     assert "are written" in caplog.messages[-1] and "after 130 s in which 0 were dropped" in caplog.messages[-1]
+
+
+def test_a_full_disk_is_known_by_what_the_library_says_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("early_exit.handler.recording.format.save_file", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_when_the_disk_does_not_keep_up_records_are_dropped_not_kept_in_memory(

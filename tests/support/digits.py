@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
+from early_exit.training.data.dataset import Part
 from tests.support.models.digits_resnet import DigitsResNet
+from tests.support.sources import deal, recorded_parts
 
-N_FOR_BACKBONE = 900
-"""Digits the backbone learns from; traffic shows only the other 897."""
+N_DIGITS, N_FOR_BACKBONE = 1797, 900
+"""Digits that there are, and those the backbone learns from; traffic shows only the other 897."""
+_UNSEEN = range(N_FOR_BACKBONE, N_DIGITS)
+_SHOWN = deal(_UNSEEN)
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,31 @@ class Request:
     label: int
 
 
-def traffic(count: int, seed: int, among: slice = slice(N_FOR_BACKBONE, None)) -> list[Request]:
-    """Return independent requests: some digits, by default all that the backbone never saw, shifted, turned, blurred
-    and noisy."""
-    images, labels = _digits(among)
+def traffic(count: int, seed: int, digits: Sequence[int] = _UNSEEN) -> list[Request]:
+    """Return independent requests: digits the backbone never saw, or others, shifted, turned, blurred and noisy."""
+    images, labels = _digits(digits)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(images), (count,), generator=generator)
     pictures = (_augment(images[chosen], generator) * 255).round().byte().squeeze(1).numpy()
     return [Request(_png(picture), int(label)) for picture, label in zip(pictures, labels[chosen])]
 
 
+def recorded_traffic(count: int, seed: int) -> tuple[list[Request], list[Part]]:
+    """Return requests to record, and the part of the records for each: every part shows digits of its own."""
+    parts = recorded_parts(count)
+    requests = [one for number, part in enumerate(Part)
+                for one in traffic(parts.count(part), 1000 * seed + number, _SHOWN[part])]
+    return requests, parts
+
+
+def measured_traffic(count: int, seed: int) -> list[Request]:
+    """Return requests to measure with: digits that neither the backbone nor what is recorded shows."""
+    return traffic(count, seed, _SHOWN[None])
+
+
 def train_backbone(n_steps: int = 400, seed: int = 0) -> DigitsResNet:
     """Train the backbone on its own digits with the same augmentation."""
-    images, labels = _digits(slice(None, N_FOR_BACKBONE))
+    images, labels = _digits(range(N_FOR_BACKBONE))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = DigitsResNet().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -57,10 +73,10 @@ def train_backbone(n_steps: int = 400, seed: int = 0) -> DigitsResNet:
     return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
 
 
-def _digits(which: slice) -> tuple[Tensor, Tensor]:
-    """Return (N, 1, 32, 32) float images in [0, 1] and (N,) labels, in one fixed random order."""
+def _digits(which: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return (N, 1, 24, 24) float images in [0, 1] and (N,) labels of digits, numbered in one fixed random order."""
     data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.images))[which]
+    order = np.random.default_rng(0).permutation(N_DIGITS)[list(which)]
     small = torch.from_numpy(data.images[order]).float().unsqueeze(1) / 16
     return functional.interpolate(small, size=24, mode="bilinear"), torch.from_numpy(data.target[order])
 

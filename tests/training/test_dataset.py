@@ -49,7 +49,7 @@ def test_unknown_requests_train_and_prove_nothing(tmp_path: Path) -> None:
     """Some of them may be rows of one request, and a certificate counts independent records."""
     known = [request_hash(str(number)) for number in range(200)]
     read = traffic(tmp_path, known + [ANONYMOUS] * 100, [1.0] * 300)
-    assert read.part[read.request == ANONYMOUS].tolist() == [list(Part).index(Part.TRAIN)] * 100
+    assert read.part[read.request == ANONYMOUS].tolist() == [Part.TRAIN.number] * 100
     assert read.n_anonymous == 100 and all(0 < read.size(part) < 200 for part in (Part.TUNE, Part.CERTIFY))
 
 
@@ -59,7 +59,7 @@ def test_each_instance_of_a_request_trains_and_one_of_them_drawn_by_a_hash_is_ev
     repeated = [request for request in ids for _ in range(n_rows)]
     read = traffic(tmp_path, repeated + ids, [1.0] * (n_rows + 1) * n_requests,
                    [*range(n_rows)] * n_requests + [0] * n_requests)
-    trains = read.part == list(Part).index(Part.TRAIN)
+    trains = read.part == Part.TRAIN.number
     in_training = set(read.request[trains].tolist())
     assert int(trains.sum()) == n_rows * len(in_training), "each of its instances once, though some were served twice"
     proves = read.request[~trains].tolist()

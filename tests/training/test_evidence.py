@@ -13,6 +13,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import read_header, read_shard, write_shard
+from early_exit.training.data.dataset import NOT_FINITE, load_traffic
 from early_exit.training.data.shards import find_shards
 from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
@@ -33,12 +34,59 @@ def test_records_of_which_the_content_is_not_known_train_and_certify_nothing(
     (tmp_path / "records").mkdir()
     old = tmp_path / "records" / shards[0].name
     write_shard(old, header, replace(known, content=torch.full_like(known.content, UNKNOWN_CONTENT)))
-    with pytest.raises(RecordError, match=f"Of {len(known)} more records the content is not known: an earlier version "
-                                          "wrote them. So they train heads and prove nothing"):
+    with pytest.raises(RecordError, match=f"Of {len(known)} more records the content is not known: an earlier "
+                                          "version wrote them, or .* So they train heads and prove nothing"):
         train("model", archive, [old], OPTIONS, RunPaths(tmp_path / "alone"))
     with_others = train("model", archive, [old, *shards[1:]], OPTIONS, RunPaths(tmp_path / "run")).records
     without = train("model", archive, shards[1:], OPTIONS, RunPaths(tmp_path / "without")).records
     assert with_others == {**without, "train": without["train"] + len(known)}
+
+
+def changed(shard: Path, to: Path, number: int, **header: object) -> Path:
+    """Copy a shard under another header; return the copy."""
+    found = read_header(shard)
+    copy = to / f"{number}-{shard.name}"
+    write_shard(copy, replace(found, **header), read_shard(shard, found.layers))  # type: ignore[arg-type]
+    return copy
+
+
+def test_records_of_other_traffic_are_passed_over_with_their_number_and_other_keys_are_told(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards, lines = find_shards(records, "model", backbone.description), list[str]()
+    other = changed(shards[0], tmp_path, 0, traffic="0" * 64)
+    another_key = changed(shards[1], tmp_path, 1, content_key="0" * 16)
+    found = train("model", archive, [other, another_key, *shards[2:]], OPTIONS, RunPaths(tmp_path / "run"),
+                  log=lines.append).records
+    assert found == train("model", archive, shards[1:], OPTIONS, RunPaths(tmp_path / "without")).records
+    n_others = len(read_shard(other, []))
+    assert any(line.startswith(f"{n_others} records are passed over: ") for line in lines)
+    assert any("hashed with 2 keys" in line for line in lines)
+
+
+def test_what_was_not_finite_is_counted_in_log_and_report(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards, lines = find_shards(records, "model", backbone.description), list[str]()
+    header = read_header(shards[0])
+    found = read_shard(shards[0], header.layers)
+    scores = found.log_probabilities.clone()
+    scores[0] = torch.nan  # as the last release recorded
+    shard = tmp_path / shards[0].name
+    write_shard(shard, replace(header, n_not_finite=3), replace(found, log_probabilities=scores))
+    report = train("model", archive, [shard, *shards[1:]], OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
+    assert dict(report.skipped) == {NOT_FINITE: 4}
+    assert f"4 requests are passed over: {NOT_FINITE}" in lines
+
+
+def test_times_are_those_of_a_clock_that_nobody_set(backbone: Backbone, records: Path, tmp_path: Path) -> None:
+    [shard, *_] = find_shards(records, "model", backbone.description)
+    header = read_header(shard)
+    found = read_shard(shard, header.layers)
+    n = len(found)
+    true = 1.7e9 + torch.arange(n, dtype=torch.float64)
+    jumped = true + torch.where((torch.arange(n) >= 4) & (torch.arange(n) < 8), 40 * 86400.0, 0.0)
+    write_shard(tmp_path / shard.name, replace(header, worker="a worker"),
+                replace(found, sequence=torch.arange(n), time=jumped))
+    assert load_traffic([tmp_path / shard.name]).time.max() == true[-1]
 
 
 def with_infinite(shard: Path, to: Path, rows: slice, layers: slice) -> Path:
@@ -55,9 +103,10 @@ def with_infinite(shard: Path, to: Path, rows: slice, layers: slice) -> Path:
 def test_a_few_rows_that_float16_cannot_hold_cost_themselves_and_not_the_layer(
         backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
-    exceptions = with_infinite(shards[0], tmp_path / shards[0].name, slice(0, 6), slice(1, 2))
+    first, last = (with_infinite(shard, tmp_path / shard.name, slice(0, 3), slice(1, 2))
+                   for shard in (shards[0], shards[-1]))
     run = RunPaths(tmp_path / "run")
-    report = train("model", archive, [exceptions, *shards[1:]], OPTIONS, run)
+    report = train("model", archive, [first, *shards[1:-1], last], OPTIONS, run)
     layer = read_header(shards[0]).layers[1]
     assert layer in {head.layer for head in report.heads}
     training_set = TrainingSet.load(run.training_set)
@@ -67,9 +116,10 @@ def test_a_few_rows_that_float16_cannot_hold_cost_themselves_and_not_the_layer(
     certify = training_set.rows(Part.CERTIFY)
     unknown = ~training_set.finite[certify]
     predictions = HeadPredictions.load(run.predictions)
-    if bool(unknown.any()):
-        judged = predictions.certify.candidates
-        assert bool((judged.confidence[unknown] == 1).all()) and bool((judged.losses[unknown] == 1).all())
+    assert bool(unknown.any())
+    judged = predictions.certify.candidates
+    assert bool((judged.confidence[unknown] == 1).all()) and bool((judged.losses[unknown] == 1).all())
+    assert not bool(judged.agrees[unknown].any())
 
 
 def test_a_layer_that_float16_cannot_hold_is_left_out_with_a_word(

@@ -159,7 +159,7 @@ def test_requests_that_could_not_be_run_again_are_told_with_the_reason(evaluatio
 def test_a_run_without_exits_has_a_report(backbone: Backbone, archive: ArchiveLayout, records: Path, mar: Path,
                                           tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)
-    options = replace(OPTIONS, tolerance=0.004, recipe=Distillation(epochs=1, learning_rate=1e-9), measure="seconds",
+    options = replace(OPTIONS, tolerance=0.004, recipe=Distillation(epochs=3, learning_rate=1e-3), measure="seconds",
                       layers=2)
     run = RunPaths(tmp_path / "run")
     train("model", archive, shards, options, run, mar=mar)

@@ -22,6 +22,7 @@ from early_exit.training.data.preprocessing import Preprocessing, preprocessing
 from early_exit.training.data.replay import Replay, augmentation, replay_records
 from early_exit.training.data.skipped import Skipped
 from early_exit.training.data.split import Part
+from early_exit.training.data.training_set import TrainingSet, columns_of, finish, prepare
 from early_exit.training.paths import TrainingSetPaths
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.recording import record
@@ -77,6 +78,18 @@ def test_only_the_train_part_is_augmented_and_the_backbone_is_asked_about_what_c
         expected = rest(seen[augmented].float()).log_softmax(dim=1)
         torch.testing.assert_close(replayed.log_probabilities[augmented].float(), expected, atol=0.01, rtol=0.01)
     assert torch.equal(replayed.backbone_class[as_recorded], traffic.backbone_class)
+
+
+def test_a_row_of_which_a_replay_gave_no_scores_trains_nothing(
+        backbone: Backbone, traffic: RecordedTraffic, tmp_path: Path) -> None:
+    paths, about = TrainingSetPaths(tmp_path), backbone.description
+    pool = read_header(traffic.shards[0]).pool
+    train = prepare(paths, traffic, about.candidates, about.n_classes, pool).rows(Part.TRAIN)
+    scores = traffic.log_probabilities.clone()
+    scores[train[0]] = torch.nan
+    columns = {**columns_of(traffic), "log_probabilities": scores}
+    finish(paths, about.candidates, pool, about.n_classes, columns, {}, 0.0)
+    assert torch.equal(TrainingSet.load(paths).rows(Part.TRAIN), train[1:])
 
 
 def test_a_stopped_replay_goes_on_after_its_last_full_round(

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from early_exit.handler.exits.policy import NEVER
 from early_exit.training.costs.cost import Costs
 from early_exit.training.options import TrainingOptions
 from early_exit.training.planning.choose import path_to_certify
@@ -20,6 +21,7 @@ from early_exit.training.selection.thresholds import (
     budget_threshold,
     certified_path,
     equal_point,
+    least_agreeing,
     paper_point,
     safer_settings,
 )
@@ -70,9 +72,36 @@ def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
 
     threshold = budget_threshold(confidence, agrees, budget)
     assert spent(threshold) <= budget + 1e-9
-    lower = [level for level in confidence.tolist() if level < threshold]
+    lower = [level for level in confidence.tolist() if least_agreeing(confidence, agrees) <= level < threshold]
     if lower:
         assert spent(max(lower)) > budget - 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 1000), n_contents=st.integers(1, 60), right=st.floats(0, 1), tolerance=st.floats(0.01, 0.5))
+def test_no_rule_lets_leave_what_is_less_sure_than_all_that_a_head_was_seen_to_agree_at(
+        seed: int, n_contents: int, right: float, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    contents = torch.randint(n_contents, (400,), generator=generator)
+    confidence = torch.rand(n_contents, 3, generator=generator)[contents]
+    agrees = (torch.rand(n_contents, 3, generator=generator) < right)[contents]
+    tune = replace(simulated(400), confidence=confidence, error_chance=1 - confidence, agrees=agrees,
+                   losses=(~agrees).float())
+    path = certified_path(tune, tolerance, 0.05, 1500)
+    points = [*path, paper_point(tune, tolerance), equal_point(tune, tolerance)]
+    points += [OperatingPoint(path[0].layers, thresholds) for thresholds in safer_settings(path, len(path) - 1, tune)]
+    for point in points:
+        for layer, threshold in zip(point.layers, point.thresholds, strict=True):
+            agreeing = confidence[agrees[:, layer], layer].tolist()
+            # The path's thresholds are rounded to six decimals.
+            assert threshold >= min(agreeing, default=NEVER) - 1e-6
+
+
+def test_where_a_head_never_agrees_nobody_leaves_at_any_rate() -> None:
+    tune = simulated(400)
+    wrong = replace(tune, agrees=torch.zeros_like(tune.agrees), losses=torch.ones_like(tune.losses))
+    assert not any((outcome(point, wrong).exit >= 0).any() for point in certified_path(wrong, 0.5, 0.05, 1500))
+    assert paper_point(wrong, 0.5).layers == equal_point(wrong, 0.5).layers == ()
 
 
 @settings(deadline=None, max_examples=20)
@@ -111,9 +140,10 @@ def test_the_path_starts_where_nobody_exits_and_grows_more_aggressive() -> None:
 def test_risk_buys_time_at_one_rate_at_all_exits_of_a_setting() -> None:
     tune = simulated(1000)
     until = tune.costs.stages.cumsum(axis=0)[:, 1]
+    least = [least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer]) for layer in range(3)]
     for point in certified_path(tune, 0.05, 0.05, 1500)[1:]:
         rates = [(1 - threshold) / (1 - until[layer]) for layer, threshold in zip(point.layers, point.thresholds)
-                 if threshold > 0]
+                 if threshold > least[layer]]
         assert max(rates, default=0) == pytest.approx(min(rates, default=0), abs=1e-5)
 
 
@@ -142,7 +172,9 @@ def test_at_each_rate_those_leave_who_save_most_beyond_what_they_risk(seed: int,
     for rate, point in zip(torch.logspace(-4, 1, 157, dtype=torch.float64).tolist()[::13], path[1::13], strict=True):
         for layer, threshold in zip(point.layers, point.thresholds):
             gains = rate * tune.costs.saved[layer] - tune.error_chance[:, layer].double()
-            best = max(gains[tune.confidence[:, layer] >= level / 50].sum().item() for level in range(52))
+            least = least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer])
+            best = max(gains[tune.confidence[:, layer] >= level].sum().item()
+                       for level in (NEVER, *(step / 50 for step in range(52))) if level > least - 1e-3)
             assert gains[tune.confidence[:, layer] >= threshold].sum().item() >= best - 1e-3
 
 
@@ -151,7 +183,9 @@ def test_luck_on_the_tune_part_does_not_choose_exits() -> None:
     path = path_to_certify(predictions, options)
     assert path[-1].layers
     before = predictions.tune.candidates
-    other = replace(predictions.tune, candidates=replace(before, agrees=~before.agrees, losses=1 - before.losses))
+    least = torch.tensor([least_agreeing(before.confidence[:, layer], before.agrees[:, layer]) for layer in range(3)])
+    agrees = before.agrees ^ (before.confidence > least)  # nobody leaves below the least, which stays what it is
+    other = replace(predictions.tune, candidates=replace(before, agrees=agrees, losses=(~agrees).float()))
     assert path_to_certify(replace(predictions, tune=other), options) == path
 
 

@@ -112,6 +112,11 @@ def gone(path: Path) -> None:
     path.unlink()
 
 
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
 def without_a_row(path: Path) -> None:
     """Write a file that opens, but in which a column is shorter than the others."""
     with safe_open(path, "pt") as opened:
@@ -121,18 +126,20 @@ def without_a_row(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [
-    gone, without_a_row, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no shard at all" * 100),
+    gone, link_to_itself, without_a_row, lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(b"no shard at all" * 100),
     lambda path: path.write_bytes(path.read_bytes()[:9]), lambda path: save_file({"time": torch.zeros(3)}, path),
     lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "3"}),
     lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "3", "header": "{}"}),
     lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "999"})],
-    ids=["gone", "a short column", "empty", "foreign", "cut short", "foreign safetensors", "no header",
-         "another header", "newer"])
+    ids=["gone", "a link to itself", "a short column", "empty", "foreign", "cut short", "foreign safetensors",
+         "no header", "another header", "newer"])
 def test_a_file_that_is_no_shard_is_passed_over_and_told(damage: Callable[[Path], object], tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_records(tmp_path, name, 4)
     first, second = list_shards(tmp_path)
     damage(second)
     told: list[str] = []
+    assert set(list_shards(tmp_path)) == {first, second} - ({second} if damage is gone else set())
     assert readable_shards([first, second], told.append) == [first]
     assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is passed over")

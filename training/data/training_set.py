@@ -55,7 +55,7 @@ class TrainingSet:
     time: Tensor
     """(N,) float64: Unix seconds."""
     finite: Tensor
-    """(N + R,) bool: whether float16 can hold the activations at all layers."""
+    """(N + R,) bool: whether float16 can hold the activations at all layers, and the scores are numbers."""
     block_length: float
     """Requests that a block has at least; 0 where each record is one of its own."""
     skipped: Mapping[str, int]
@@ -126,7 +126,7 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
     """
     finite = {layer: Activations(paths.activations(layer.path)).finite_rows() for layer in layers}
     layers = [layer for layer in layers if (~finite[layer]).double().mean() <= _MOST_EXCEPTIONS]
-    all_finite = torch.ones(len(columns["log_probabilities"]), dtype=torch.bool)
+    all_finite = ~columns["log_probabilities"].isnan().any(dim=1)  # a replay may give an image without values
     for layer in layers:
         all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some
     with replacing(paths.columns) as scratch:

@@ -92,8 +92,8 @@ def _require_known(given: Iterable[str], layers: Sequence[str]) -> None:
 
 
 def train_heads(evaluators: Sequence[Evaluator], architectures: Mapping[str, Architecture],
-                run: RunPaths) -> list[TrainedHead]:
-    """Train the chosen heads in full; those that are trained already are read.
+                run: RunPaths) -> tuple[list[TrainedHead], list[str]]:
+    """Train the chosen heads in full, whoever chose them; those that are trained already are read.
 
     Args:
         evaluators: one for each layer, in the order of the backbone, with the recipe for the final training.
@@ -101,10 +101,10 @@ def train_heads(evaluators: Sequence[Evaluator], architectures: Mapping[str, Arc
         run: where heads are kept.
 
     Returns:
-        The heads in the order of the backbone.
+        The heads that are better than chance, in the order of the backbone, and why the others are not kept.
     """
     chosen = [evaluator for evaluator in evaluators if evaluator.layer.path in architectures]
-    heads = []
+    heads, dropped = list[TrainedHead](), list[str]()
     with tqdm(total=sum(evaluator.n_steps() for evaluator in chosen), desc="heads", unit="step",
               disable=None) as progress:
         def on_step(step: int, classify: Classify) -> bool:
@@ -123,5 +123,8 @@ def train_heads(evaluators: Sequence[Evaluator], architectures: Mapping[str, Arc
                 head = evaluator.train(architecture.spec, on_step)
                 with replacing(path) as scratch:
                     save_file(head.state_dict(), scratch)
-            heads.append(TrainedHead(layer, head, architecture.trials))
-    return heads
+            if evaluator.beats_chance(head):
+                heads.append(TrainedHead(layer, head, architecture.trials))
+            else:
+                dropped.append(f"{layer.path}: its head is not better than chance")
+    return heads, dropped

@@ -105,9 +105,7 @@ class Evaluator:
         stopped = False
 
         def look(classify: Classify) -> Trial:
-            rows = self.training_set.rows(Part.TUNE)
-            logits = logits_of(classify, spec, self.training_set.activations(self.layer), rows)
-            teacher = self.training_set.backbone_class[rows]
+            logits, teacher = self._on_tune(classify, spec)
             agrees = logits.argmax(dim=1) == teacher
             history = (*(trial.objective for trial in trials), self._objective(logits, agrees, teacher, cost))
             return Trial(
@@ -126,6 +124,17 @@ class Evaluator:
         if not stopped:
             trials.append(look(head.classify))
         return trials[-1], head
+
+    def beats_chance(self, head: Head) -> bool:
+        """Tell whether a trained head is better than chance on the tune part."""
+        logits, teacher = self._on_tune(head.classify, head.spec)
+        return is_better_than_chance(logits.argmax(dim=1) == teacher, teacher)
+
+    def _on_tune(self, classify: Classify, spec: HeadSpec) -> tuple[Tensor, Tensor]:
+        """Return the (M, K) logits of a head, and the (M,) classes of the backbone, on the tune part."""
+        rows = self.training_set.rows(Part.TUNE)
+        logits = logits_of(classify, spec, self.training_set.activations(self.layer), rows)
+        return logits, self.training_set.backbone_class[rows]
 
     def _objective(self, logits: Tensor, agrees: Tensor, teacher: Tensor, head_cost: float) -> float:
         """Return the mean cost with this exit alone over budgets around the tolerance, which one alone is noisy."""

@@ -22,8 +22,22 @@ _DECIMALS = 6
 """The decimals of thresholds: other processors, whose sums may differ in the last bit, find the same ones again."""
 
 
+def least_agreeing(confidence: Tensor, agrees: Tensor) -> float:
+    """Return the least confidence at which a head was seen to agree; no threshold is chosen below it.
+
+    What is less sure than all that was seen, as other traffic may be, was never judged, and does not leave.
+
+    Args:
+        confidence: (N,) confidences on validation records.
+        agrees: (N,) bool.
+    """
+    return float(confidence[agrees].min()) if bool(agrees.any()) else NEVER
+
+
 def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
     """Return the smallest threshold with hit rate x (1 - agreement) <= budget (section 3.3, equation 3).
+
+    It is a confidence that was seen, and not below all at which the head agrees.
 
     Args:
         confidence: (N,) confidences on validation records.
@@ -35,10 +49,11 @@ def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float
     """
     n_tolerated = int(budget * len(confidence) + 1e-9)
     wrong = confidence[~agrees].sort(descending=True).values
+    least = least_agreeing(confidence, agrees)
     if len(wrong) <= n_tolerated:
-        return float(confidence.min()) if len(confidence) else NEVER
+        return least
     above = confidence[confidence > wrong[n_tolerated]]
-    return float(above.min()) if len(above) else NEVER
+    return max(least, float(above.min())) if len(above) else NEVER
 
 
 def paper_point(tune: Candidates, tolerance: float) -> OperatingPoint:
@@ -99,17 +114,21 @@ def _thresholds(tune: Candidates, layer: int) -> list[float]:
     """Return for each rate the least confidence that leaves at a candidate when risk buys time at that rate.
 
     The chances of an error of all that leave are, in sum, as far as they can be below the rate times what of the
-    backbone these save: the first exit may risk more than the last. At the rate 0 nobody leaves.
+    backbone these save: the first exit may risk more than the last. At the rate 0 nobody leaves, and at none those that
+    are less sure than all that agree.
     """
+    least = least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer])
     confidence, order = tune.confidence[:, layer].sort(descending=True)
+    confidence = confidence[confidence >= least]
     risked = functional.pad(tune.error_chance[order, layer].double().cumsum(dim=0), (1, 0))  # [n] when n leave
     # Equal rows leave together.
-    n_leaving = torch.tensor([0, *(confidence[1:] < confidence[:-1]).nonzero().flatten().add(1).tolist(), len(tune)])
+    n_leaving = torch.tensor([0, *(confidence[1:] < confidence[:-1]).nonzero().flatten().add(1).tolist(),
+                              len(confidence)])
     saved, rounding = tune.costs.saved[layer], len(tune) * 10.0**-_DECIMALS
     thresholds = [NEVER]
     for rate in _RATES[1:]:
         # Where the confidence is the chance of no error, this is the best threshold for all records, seen or not.
-        threshold = max(0.0, round(1 - rate * saved, _DECIMALS))
+        threshold = max(_rounded_down(least), round(1 - rate * saved, _DECIMALS))
         n_leave = int((confidence >= threshold).sum())
         gains = rate * saved * n_leaving - risked[n_leaving]
         n_best = int(n_leaving[gains.argmax()])

@@ -7,7 +7,7 @@ import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from early_exit.handler.archive_layout import MANIFEST, extract
+from early_exit.handler.archive_layout import COMPILED, MANIFEST, extract
 from early_exit.handler.errors import ArchiveError
 
 _TARS = (".tar.gz", ".tgz")
@@ -41,7 +41,7 @@ def _copy(source: Path, folder: Path) -> None:
         raise ArchiveError(f"{source} has no {MANIFEST}: expected a folder made by torch-model-archiver "
                            "--archive-format no-archive")
     try:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMPILED))
     except OSError as error:
         raise ArchiveError(f"cannot copy the model in {source}: {error}") from error
 

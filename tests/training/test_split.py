@@ -1,0 +1,136 @@
+"""What trains came before what chooses, and that before what certifies; repeats and twins prove nothing twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+from torch import Tensor
+
+from early_exit.handler.exits.risk import Risk
+from early_exit.training.data.split import GAP, Part, Split, in_time_order, split_in_time
+from early_exit.training.selection.certify import risk_p_value
+from early_exit.training.selection.evidence import Evidence
+
+ONCE = (1.0, 1.0)
+
+
+def split(states: Tensor, content: Tensor | None = None) -> Split:
+    """Split records that came one after the other, each of a request of its own."""
+    n = len(states)
+    every = torch.ones(n, dtype=torch.bool)
+    return split_in_time(states, torch.arange(n), torch.arange(n) if content is None else content, torch.arange(n),
+                         torch.arange(n).double(), every, every)
+
+
+def test_records_that_are_not_alike_are_each_of_its_own_and_none_is_lost() -> None:
+    found = split(torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)))
+    assert found.block_length == 0 and bool(found.is_new[found.part != Part.TRAIN.number].all())
+    assert [int((found.part == part.number).sum()) for part in Part] == [1000, 400, 600]
+    assert found.part.tolist() == sorted(found.part.tolist()), "the past trains, what came last certifies"
+
+
+def scenes(n_scenes: int, n_frames: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    of_scene = torch.randn(n_scenes, 6, generator=generator).repeat_interleave(n_frames, dim=0)
+    return of_scene + 0.1 * torch.randn(of_scene.shape, generator=generator)
+
+
+@pytest.mark.parametrize("n_frames", [2, 5, 20])
+def test_frames_of_a_scene_are_one_block_and_a_scene_at_the_border_is_in_no_part(n_frames: int) -> None:
+    found = split(scenes(600, n_frames))
+    scene = torch.arange(600).repeat_interleave(n_frames)
+    assert found.block_length == pytest.approx(n_frames, rel=0.2)
+    certified = found.part == Part.CERTIFY.number
+    of_block = {int(block): set(scene[found.block == block].tolist()) for block in found.block[certified].unique()}
+    assert sum(len(of_one) for of_one in of_block.values()) / len(of_block) < 1.3, "most blocks are one scene"
+    others = {int(one) for part in (Part.TRAIN, Part.TUNE) for one in scene[found.part == part.number]}
+    assert not others & set(scene[certified].tolist())
+    assert bool((found.part == GAP).any())
+
+
+def test_a_content_belongs_to_the_part_in_which_it_was_first_recorded() -> None:
+    states = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    content = torch.arange(1000)
+    content[600], content[610], content[900], content[950] = 5, 601, 7, 949
+    found = split(states, content)
+    assert found.part[600] == GAP and found.part[610] == GAP, "what was seen before chooses nothing"
+    assert not bool(found.is_new[900]) and found.part[900] == Part.CERTIFY.number, "it counts as a request"
+    assert bool(found.is_new[949]) and not bool(found.is_new[950])
+
+
+def test_all_records_of_a_request_are_in_one_part() -> None:
+    states, request = torch.randn(999, 6), torch.arange(333).repeat_interleave(3)
+    every = torch.ones(999, dtype=torch.bool)
+    found = split_in_time(states, request, torch.arange(999), torch.arange(999), request.double(), every, every)
+    for number in range(333):
+        assert len(set(found.part[request == number].tolist())) == 1
+
+
+def test_the_order_is_that_of_time_and_positions_count_requests_between_records() -> None:
+    time = torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+    order, position = in_time_order(time, torch.tensor([0, 0, 1, 0]), torch.tensor([40, 20, 7, 60]))
+    assert order.tolist() == [1, 2, 0, 3]
+    assert position.tolist() == [21.0, 0.0, 1.0, 41.0]
+
+
+RECORDS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8), st.booleans()), min_size=1, max_size=30)
+"""Block, content and loss of records."""
+
+
+def evidence_of(records: list[tuple[int, int, bool]]) -> tuple[Evidence, Tensor]:
+    block, content, lost = (torch.tensor(column) for column in zip(*records))
+    first = {}
+    for of_block, of_content, _ in records:
+        first.setdefault(of_content, of_block)
+    is_new = torch.tensor([first[of_content] == of_block for of_block, of_content, _ in records])
+    return Evidence(block, content, is_new), lost.float()
+
+
+@given(RECORDS, st.data())
+def test_copies_within_a_block_and_the_order_of_equal_contents_change_nothing_of_what_is_new(
+        records: list[tuple[int, int, bool]], data: st.DataObject) -> None:
+    evidence, losses = evidence_of(records)
+    copied = data.draw(st.lists(st.integers(0, len(records) - 1), max_size=10))
+    order = data.draw(st.permutations(range(len(records) + len(copied))))
+    rows = torch.tensor([*range(len(records)), *copied])[torch.tensor(order)]
+    again = evidence.where(rows)
+    for found, expected in zip(again._of_new(losses[rows]), evidence._of_new(losses)):
+        assert torch.equal(found, expected)
+    assert (again.n_contents, again.n_tested) == (evidence.n_contents, evidence.n_tested)
+
+
+def test_where_blocks_are_single_records_it_is_the_exact_binomial_test() -> None:
+    losses = (torch.rand(900, generator=torch.Generator().manual_seed(0)) < 0.01).float()
+    evidence = Evidence(torch.arange(900), torch.arange(900), torch.ones(900, dtype=torch.bool))
+    found = evidence.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05, ONCE)
+    assert found == pytest.approx(binom.cdf(int(losses.sum()), 900, 0.02))
+    assert found == risk_p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05)
+
+
+def test_a_popular_file_that_is_answered_wrongly_counts_as_often_as_it_comes() -> None:
+    content = torch.where(torch.arange(1000) % 20 == 0, 0, torch.arange(1000))
+    first = torch.cat([torch.tensor([True]), content[1:] != 0])
+    evidence, losses = Evidence(torch.arange(1000), content, first), (content == 0).float()
+    assert evidence.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05, ONCE) > 0.5
+    assert evidence.p_value(Risk.DISAGREEMENT, 1 - losses, 0.02, 0.05, ONCE) > 0.99
+
+
+def test_few_files_that_are_always_right_prove_nothing_of_new_ones() -> None:
+    content = torch.arange(1000) % 50
+    evidence = Evidence(torch.arange(1000), content, torch.arange(1000) < 50)
+    assert evidence.p_value(Risk.DISAGREEMENT, torch.zeros(1000), 0.02, 0.05, ONCE) == pytest.approx(0.98**50)
+
+
+def test_p_values_of_blocks_are_seldom_small_where_the_share_is_above_the_tolerance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n_wrong = 0
+    for _ in range(400):
+        sizes = torch.randint(1, 12, (400,), generator=generator)
+        wrong = torch.rand(400, generator=generator) < 0.02
+        block = torch.arange(400).repeat_interleave(sizes)
+        evidence = Evidence(block, torch.arange(len(block)), torch.ones(len(block), dtype=torch.bool))
+        n_wrong += evidence.p_value(Risk.DISAGREEMENT, wrong[block].float(), 0.02, 0.05, (10.0, 10.0)) <= 0.05
+    assert n_wrong <= 400 * 0.05 + 2.4 * (400 * 0.05 * 0.95) ** 0.5
