@@ -94,7 +94,9 @@ class Certificate:
     blocks: int = 0
     """How many blocks the records are in, of requests that may be alike; 0 in a certificate of before."""
     block_length: float = 0.0
-    """Requests that a block has at least; 0 where each record is one of its own."""
+    """Requests that a block usually has; 0 where each record is one of its own."""
+    largest_block: float = 0.0
+    """The most records for which a block counts in the statement about requests."""
 
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
@@ -115,7 +117,8 @@ class Certificate:
     def _evidence(self) -> str:
         """Return what the records are, where they are not each of its own."""
         contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
-        blocks = f", {self.blocks} blocks of {self.block_length:.0f} requests and more" if self.block_length else ""
+        blocks = (f", {self.blocks} blocks of alike requests, of which none counts as more than {self.largest_block:.0f}"
+                  if self.block_length else "")
         return contents + blocks
 
 
@@ -161,7 +164,7 @@ class ExitPlan:
         if not self.traffic:  # a plan of the last release is known by its digest
             del plan["traffic"]
         if self.certificate is not None and not self.certificate.blocks:
-            for name in ("contents", "blocks", "block_length"):
+            for name in ("contents", "blocks", "block_length", "largest_block"):
                 del plan["certificate"][name]
         return PLAN.stamped(plan)
 
