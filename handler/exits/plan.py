@@ -117,7 +117,7 @@ class Certificate:
     def _evidence(self) -> str:
         """Return what the records are, where they are not each of its own."""
         contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
-        blocks = (f", {self.blocks} blocks of alike requests, of which none counts as more than {self.largest_block:.0f}"
+        blocks = (f", {self.blocks} blocks of like requests, of which none counts as more than {self.largest_block:.0f}"
                   if self.block_length else "")
         return contents + blocks
 
