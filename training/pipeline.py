@@ -118,7 +118,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         others = _no_evidence(traffic)
         if options.replay is not None:
             traffic = traffic.of_known_requests()
-        _require_enough({part: traffic.size(part) for part in Part}, traffic.n_tested(), options, others)
+        _require_enough({part: traffic.size(part) for part in Part}, traffic.n_tested(), options, others,
+                        in_blocks=bool(traffic.split.block_length))
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
         if options.replay is None:
@@ -136,7 +137,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
     if n_skipped := sum(training_set.skipped.values()):
         tested = training_set.evidence(training_set.rows(Part.CERTIFY)).n_tested
         _require_enough({part: len(training_set.rows(part)) for part in Part}, tested, options,
-                        f". {n_skipped} requests are passed over")
+                        f". {n_skipped} requests are passed over", in_blocks=bool(training_set.block_length))
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
                           "that cover the cost evenly"
@@ -163,13 +164,15 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     return alike
 
 
-def _require_enough(sizes: Mapping[Part, int], n_tested: int, options: TrainingOptions, others: str) -> None:
+def _require_enough(sizes: Mapping[Part, int], n_tested: int, options: TrainingOptions, others: str, *,
+                    in_blocks: bool) -> None:
     """Check that each part has records enough; the error ends with a sentence about records that count in none."""
     if options.thresholds == "certified":
-        require_enough(n_tested, Part.CERTIFY.share, options.tolerance, options.delta, others, sizes[Part.CERTIFY])
+        require_enough(n_tested, Part.CERTIFY.share, options.tolerance, options.delta, others, sizes[Part.CERTIFY],
+                       in_blocks=in_blocks)
     if not all(sizes.values()):
         raise RecordError(f"{sum(sizes.values())} records are too few to split into "
-                          f"{', '.join(part.name.lower() for part in Part)}{others}")
+                          f"{', '.join(part.name.lower() for part in Part)}, or repeat too few contents{others}")
 
 
 def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: TrainingOptions) -> None:

@@ -14,6 +14,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.training.data.shards import find_shards
+from early_exit.training.data.split import SplitRule
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.space import SearchSpace
 from early_exit.training.options import Rule, TrainingOptions
@@ -54,7 +55,10 @@ def test_a_load_test_with_few_files_makes_no_plan_by_which_everything_leaves(
     assert len(files) == n_files
     record(backbone, files.repeat(1200 // n_files, 1), tmp_path / "records")
     shards = find_shards(tmp_path / "records", "model", backbone.description)
-    options, run = replace(OPTIONS, thresholds=rule), RunPaths(tmp_path / "run")
+    run = RunPaths(tmp_path / "run")
+    with pytest.raises(RecordError, match="new scenes or contents|too few to split"):
+        train("model", archive, shards, replace(OPTIONS, thresholds=rule), RunPaths(tmp_path / "in time"))
+    options = replace(OPTIONS, thresholds=rule, split=SplitRule.RANDOM)  # which takes them for independent
     if n_files == 1:
         with pytest.raises(RecordError, match="no layer has a head that is better than chance"):
             train("model", archive, shards, options, run)

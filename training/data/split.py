@@ -65,6 +65,8 @@ class Split:
     """Requests that a block has at least; 0 where each record is one of its own."""
     is_trend: bool
     """Whether requests stay alike for longer than a tenth of the records."""
+    knows_contents: bool = True
+    """Whether records of one content are known as such, and not taken for different ones."""
 
     @classmethod
     def of_nothing(cls, n: int) -> Split:
@@ -86,7 +88,8 @@ def split_at_random(request: Tensor, trains: Tensor) -> Split:
     """
     starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
     part = (torch.searchsorted(starts, request.double() / 2.0**64 + 0.5, right=True) - 1).to(torch.int8)
-    return replace(Split.of_nothing(len(request)), part=part.masked_fill(trains, Part.TRAIN.number))
+    return replace(Split.of_nothing(len(request)), part=part.masked_fill(trains, Part.TRAIN.number),
+                   knows_contents=False)
 
 
 def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tensor, position: Tensor,

@@ -47,7 +47,7 @@ class TrainingSet:
     row: Tensor
     """(N,) int64: which instance of its request each record is."""
     content: Tensor
-    """(N,) int64: a hash of what each record's request holds."""
+    """(N,) int64: equal where records are of one content, as far as the split tells."""
     block: Tensor
     """(N,) int64: number of the block that each record is evidence with, see `selection.evidence`."""
     is_new: Tensor
@@ -114,6 +114,8 @@ def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
     columns = {name: getattr(traffic, name)
                for name in ("log_probabilities", "backbone_class", "full_class", "request", "row", "content", "time")}
     split = traffic.split
+    if not split.knows_contents:
+        columns["content"] = torch.arange(len(traffic))
     return {**columns, "part": split.part, "block": split.block, "is_new": split.is_new}
 
 

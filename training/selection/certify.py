@@ -79,8 +79,20 @@ def records_needed(tolerance: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-tolerance))
 
 
+def blocks_needed(tolerance: float, delta: float) -> int:
+    """Return the fewest blocks of one size that can certify a tolerance: those in which not one answer differs.
+
+    >>> blocks_needed(0.02, 0.05)
+    159
+    """
+    n = records_needed(tolerance, delta)
+    while betting_p_value(np.zeros(n), tolerance, delta) > delta:
+        n += 1
+    return n
+
+
 def require_enough(n: int, share: float, tolerance: float, delta: float, others: str = "",
-                   n_records: int | None = None) -> None:
+                   n_records: int | None = None, *, in_blocks: bool = False) -> None:
     """Check that the certify part can certify anything.
 
     Args:
@@ -90,14 +102,16 @@ def require_enough(n: int, share: float, tolerance: float, delta: float, others:
         delta: 1 - confidence.
         others: ends the message, with a sentence about records that are not among them.
         n_records: all records in the certify part, where some do not count; by default n.
+        in_blocks: whether n are blocks of records that are alike.
 
     Raises:
         RecordError: it is too small; the message says how many records are needed.
     """
-    least = records_needed(tolerance, delta)
+    least = (blocks_needed if in_blocks else records_needed)(tolerance, delta)
     if n < least:
         found = f"{n} records" if n_records in (None, n) else (
             f"{n_records} records of {n} new scenes or contents")
+        share *= n / n_records if n and n_records else 1.0
         raise RecordError(
             f"{found} to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
             f"even if no answer differs: collect about {math.ceil(1.2 * least / share)} records in all (twice that to "
