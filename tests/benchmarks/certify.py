@@ -37,6 +37,7 @@ from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.planning.choose import choose
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.selection.calibrate import fit_policy
+from early_exit.training.selection.evidence import Evidence
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, mean_cost, outcome, served_classes
 from tests.benchmarks.baselines.earlyon import earlyon_thresholds
 from tests.benchmarks.report import report
@@ -111,7 +112,8 @@ class Heads:
         policies = tuple(fit_policy(ConfidencePolicy.kind, self.logits[tune, layer], self.backbone_class[tune])
                          for layer in range(self.costs.n_layers))
         parts = (PartPredictions(self.candidates(rows, policies), self.logits[rows].argmax(dim=2),
-                                 self.backbone_class[rows], self.backbone_class[rows], self.labels[rows])
+                                 self.backbone_class[rows], self.backbone_class[rows], self.labels[rows],
+                                 Evidence.of_independent(len(rows)))
                  for rows in (tune, certify))
         return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), policies, *parts)
 

@@ -34,8 +34,8 @@ def made_predictions(n_records: int = 200, n_layers: int = 3, *, labelled: float
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
         candidates = Candidates(confidence, 1 - confidence, answers == teacher[:, None], losses,
                                 torch.ones(n_records, dtype=torch.bool), torch.zeros(n_records), costs)
-        evidence = Evidence(torch.arange(n_records), torch.arange(n_records), torch.ones(n_records, dtype=torch.bool))
-        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels, evidence)
+        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels,
+                               Evidence.of_independent(n_records))
 
     policies = tuple(ConfidencePolicy(1.0 + number, NEVER) for number in range(n_layers))
     return HeadPredictions(layers, policies, drawn(), drawn())

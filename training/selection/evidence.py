@@ -31,6 +31,11 @@ class Evidence:
     is_new: Tensor
     """(N,) bool: whether the content was first recorded in this block."""
 
+    @classmethod
+    def of_independent(cls, n: int) -> Evidence:
+        """Return that of N records of which each is one of its own."""
+        return cls(torch.arange(n), torch.arange(n), torch.ones(n, dtype=torch.bool))
+
     def where(self, chosen: Tensor) -> Evidence:
         """Return that of the records that a (N,) bool mask chooses."""
         return Evidence(self.block[chosen], self.content[chosen], self.is_new[chosen])
