@@ -63,7 +63,8 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     """
     backbone = load_backbone(archive.folder)
     description = backbone.description
-    training_set, left_out = _training_set(archive, mar, backbone, shards, options, run, log)
+    identity = traffic_in(archive, description)
+    training_set, left_out = _training_set(archive, mar, backbone, identity, shards, options, run, log)
     truth = load_labels(labels, training_set.request, training_set.row, training_set.n_classes, log) if labels else None
     if options.risk is Risk.ACCURACY:
         _require_labels(truth, training_set, options)
@@ -84,7 +85,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
         predictions.save(scratch)
     point = choose(predictions, options)
     plan = replace(make_plan(point, predictions, heads, training_set, description, options, profile),
-                   traffic=traffic_in(archive, description))
+                   traffic=identity)
     save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
     records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
     report = make_report(model, records, plan, point, predictions,
@@ -96,11 +97,10 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     return report
 
 
-def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, shards: list[Path],
+def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, identity: str, shards: list[Path],
                   options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
     """Return the training set of the run and the candidates that are not in it, with the reason."""
     description = backbone.description
-    identity = traffic_in(archive, description)
     shards, inputs = _inputs(run, description, identity, shards, options, log)
     if run.training_set.index.exists():  # the shards may have gone in the meantime
         training_set = TrainingSet.load(run.training_set)

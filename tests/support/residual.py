@@ -6,17 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
+from tests.support.models.spread_model import Residual
 
 N_RECORDS = 3000
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0.3 * self.inner(x)
 
 
 def recorded_inputs() -> Tensor:

@@ -143,12 +143,12 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     records = replace(records, time=torch.cat([times[shard] for shard in shards]))
     names = {name: number for number, name in enumerate(dict.fromkeys(header.worker for header in headers))}
     worker = torch.cat([torch.full((len(part),), names[header.worker]) for part, header in zip(parts, headers)])
-    no_number = records.log_probabilities.isnan().any(dim=1)
+    finite = records.are_finite()
     rows = _first_of_each(records.request, records.row)
-    rows = rows[~no_number[rows]]
+    rows = rows[finite[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    n_not_finite = int(no_number.sum()) + sum(header.n_not_finite for header in headers)
+    n_not_finite = int((~finite).sum()) + sum(header.n_not_finite for header in headers)
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
                               passed_over={NOT_FINITE: n_not_finite} if n_not_finite else {},
                               split=Split.of_nothing(len(rows)), **columns)

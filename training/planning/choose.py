@@ -47,16 +47,18 @@ def choose(predictions: HeadPredictions, options: TrainingOptions,
     if options.thresholds == "equal":
         return equal_point(tune, options.tolerance)
     path = path or path_to_certify(predictions, options)
-    p_values = (_p_value(point, predictions, options) for point in path)
+    largest = predictions.tune.evidence.largest()
+    p_values = (_p_value(point, predictions, options, largest) for point in path)
     index = walk(p_values, options.delta)
     if not pays(path[index], tune):
         return OperatingPoint((), ())
     return replace(path[index], safer=safer_settings(path, index, tune))
 
 
-def _p_value(point: OperatingPoint, predictions: HeadPredictions, options: TrainingOptions) -> float:
+def _p_value(point: OperatingPoint, predictions: HeadPredictions, options: TrainingOptions,
+             largest: tuple[float, float]) -> float:
     """Return how likely what the certify part shows is where the expected loss is above the tolerance."""
-    losses, largest = outcome(point, predictions.certify.candidates).losses, predictions.tune.evidence.largest()
+    losses = outcome(point, predictions.certify.candidates).losses
     return predictions.certify.evidence.p_value(options.risk, losses, options.tolerance, options.delta, largest)
 
 
@@ -92,15 +94,15 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
     simulated = outcome(point, certify)
     certificate = None
     if options.thresholds == "certified":
-        evidence = predictions.certify.evidence
+        evidence, largest = predictions.certify.evidence, predictions.tune.evidence.largest()
         certified_from = training_set.time[training_set.rows(Part.CERTIFY)].min().item()
         certificate = Certificate(
             risk=options.risk, tolerance=options.tolerance, confidence=options.confidence, n=len(certify),
             k=int(simulated.differs.sum()), observed=simulated.losses.double().mean().item(),
-            p_value=_p_value(point, predictions, options), method=METHODS[options.risk],
+            p_value=_p_value(point, predictions, options, largest), method=METHODS[options.risk],
             window=(certified_from, training_set.time.max().item()), contents=evidence.n_contents,
             blocks=evidence.n_blocks, block_length=training_set.block_length,
-            largest_block=predictions.tune.evidence.largest()[0])
+            largest_block=largest[0])
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
                     measure=certify.costs.measure, batch_size=certify.costs.batch_size,
                     expected_cost=mean_cost(point, simulated.exit, certify.costs), safer=point.safer)

@@ -12,7 +12,7 @@ class Spread(nn.Module):
         return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)
 
 
-class Block(nn.Module):
+class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
@@ -22,4 +22,4 @@ class Block(nn.Module):
 
 
 def spread_model() -> nn.Module:
-    return nn.Sequential(Spread(), *(Block() for _ in range(6)), nn.Linear(16, 4))
+    return nn.Sequential(Spread(), *(Residual() for _ in range(6)), nn.Linear(16, 4))
