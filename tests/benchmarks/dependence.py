@@ -149,7 +149,7 @@ class Subject:
         tune, certify = ((split.part == part.number).nonzero().flatten() for part in (Part.TUNE, Part.CERTIFY))
         evidence = [Evidence(split.block[rows], content[rows], split.is_new[rows]) for rows in (tune, certify)]
         require_enough(evidence[1].n_tested, Part.CERTIFY.share, _OPTIONS.tolerance, _OPTIONS.delta,
-                       in_blocks=bool(split.block_length))
+                       in_blocks=split.likeness is not None)
         if not len(tune):
             raise RecordError("no records to choose with")
         teacher = self.bank.states.argmax(dim=1)
