@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from tests.support.served import served_model
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
           "early_exit:\n  seal_after_s: 2\n  sampling_rate: 1.0\n")
 OPTIONS = TrainingOptions(measure="flops", search=None)
-N_FIRST, N_CLEAN, N_DRIFTED = 3500, 500, 4000
 BLUR = 2.0
 """Radius in pixels."""
 _CHUNK = 100
@@ -61,6 +60,9 @@ class Sizes:
     """After the drift, until a new plan is made."""
 
 
+SIZES = Sizes(3500, 500, 4000)
+
+
 @dataclass(frozen=True)
 class Served:
     """Some requests and how they were answered."""
@@ -76,15 +78,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="From a drift to a new certified plan.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--runs", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--requests", type=int, nargs=3, default=(N_FIRST, N_CLEAN, N_DRIFTED), metavar="N",
+    parser.add_argument("--requests", type=int, nargs=3, default=astuple(SIZES), metavar="N",
                         help="for the first plan, to watch it, and after the drift (%(default)s)")
     options = parser.parse_args()
     sizes = Sizes(*options.requests)
-    return report(options.json, lambda scratch: measure(scratch, options.runs, sizes),
+    return report(options.json, lambda scratch: recovered(scratch, options.runs, sizes),
                   {**vars(options), "server": CONFIG, "blur": BLUR, "tolerance": OPTIONS.tolerance})
 
 
-def measure(folder: Path, n_runs: int, sizes: Sizes) -> dict[str, Any]:
+def recovered(folder: Path, n_runs: int = 1, sizes: Sizes = SIZES) -> dict[str, Any]:
     """Live through it some times; return what happened each time, and how often it ended well."""
     told = []
     for seed in range(n_runs):
