@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from early_exit.handler.recording import writer
-from tests.benchmarks import answers, engine, faces, recovery, scenes
+from tests.benchmarks import answers, engine, faces, gpu, recovery, scenes
 from tests.benchmarks.loop import compared_with
 from tests.benchmarks.overhead import recording_ratio
 from tests.demo.__main__ import table
@@ -38,6 +38,13 @@ def test_shares_that_leave_are_exact_for_all_batches_and_vary_from_one_to_the_ne
         column = [one[stage] for one in counts]
         assert sum(column) / n_rows == pytest.approx(share, abs=1 / n_rows)
         assert len(set(column)) > 2, "every batch lets the same number leave"
+
+
+def test_rows_of_a_gpus_batches_leave_where_they_are_to_leave() -> None:
+    torch.manual_seed(0)
+    leaves_after, destinies = torch.randint(4, (64,)), engine.dealt(16, 8).flatten(0, 1)
+    rows = gpu.rows_of(destinies, leaves_after)
+    assert torch.equal(leaves_after[rows], destinies) and len(rows.unique()) > 30
 
 
 def test_ideal_exits_cost_what_the_rows_that_were_used_pay_up_to_their_exits() -> None:
