@@ -90,10 +90,11 @@ def test_a_file_of_no_benchmark_or_without_its_run_is_refused(tmp_path: Path) ->
 
 
 def test_a_result_says_what_it_was_measured_with(tmp_path: Path) -> None:
-    save(tmp_path / "figures.json", conditions({"rounds": 3, "json": tmp_path}), {"figure": 1.5})
+    save(tmp_path / "figures.json", conditions({"rounds": 3, "json": tmp_path}), {
+        "figure": 1.5, "left_out": f"no images.tar in {tmp_path / 'data'}: set a/b to 1/2 of http://127.0.0.1:80/x/y"})
     told = json.loads((tmp_path / "figures.json").read_text())
     assert told["figure"] == 1.5 and told["run"]["settings"] == {"rounds": 3}
     for name in ("commit", "date", "processor", "instructions", "cores", "threads", "torch", "python", "seconds",
                  "load_before", "allocator"):
         assert name in told["run"]
-    assert str(tmp_path) not in json.dumps(told), "no path of this machine"
+    assert told["left_out"] == "no images.tar in data: set a/b to 1/2 of http://127.0.0.1:80/x/y"
