@@ -39,7 +39,10 @@ class Section:
 
 
 SECTIONS = {
-    "demo": Section("The demo", "tests.demo", "Scikit-learn's digits through a real TorchServe.", sections.loop),
+    "demo": Section("The demo", "tests.demo", "Scikit-learn's digits through a real TorchServe. Each part of the "
+                    "records shows digits of its own, and what is measured others again. The certificate takes every "
+                    "variant of a digit for a content of its own, which promises more than so few digits can.",
+                    sections.loop),
     "loop": Section("The loop", "tests.benchmarks.loop", "ResNet-18 (width 32) on the CIFAR-10 test JPEGs through a "
                     "real TorchServe: half of them recorded, the other half measured. Both of ours record 5 % of the "
                     "requests.", sections.loop),
