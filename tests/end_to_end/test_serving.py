@@ -195,7 +195,7 @@ def test_workers_see_the_variables_of_ee_serve_but_not_the_gateways_token(server
 
 def test_archives_from_elsewhere_cannot_be_registered(
         server: TorchServe, management: Management, recorder_mar: Path) -> None:
-    with pytest.raises(ServerError, match="403|400|404"):
+    with pytest.raises(ServerError, match=r"was answered with 40[034]"):
         management.register(recorder_mar.as_uri(), RunSettings(workers=(1, 1)))
 
 
@@ -216,6 +216,7 @@ def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(
 def test_an_answer_does_not_depend_on_the_batch_it_travelled_in(server: TorchServe) -> None:
     """Scores agree to rounding, which differs with the batch; exits are the same."""
     alone, together = send(server, "digits", BODIES, clients=1), send(server, "digits", BODIES, clients=8)
+    assert len({reply.exit for reply in alone}) > 1
     assert [reply.exit for reply in alone] == [reply.exit for reply in together]
     for one, other in zip(alone, together):
         assert json.loads(one.body) == pytest.approx(json.loads(other.body), abs=1e-4)
