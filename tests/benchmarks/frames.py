@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,17 @@ def cifar(folder: Path) -> Bank:
     bodies, labels = load_requests()
     chosen = slice(0, 6500)
     images = [_pixels(body, "RGB") for body in bodies[chosen]]
-    return _bank(backbone, images, labels[chosen], n_training=2500, n_frames=4, quality=(70, 95))
+    return _bank(backbone, images, labels[chosen], n_training=2500, n_frames=4, quality=(70, 95), inputs=as_batch)
+
+
+def hundred_classes(folder: Path) -> Bank:
+    """Return CIFAR-100's test images, each once, as a ResNet-50 sees them."""
+    mar = original_mar(folder / "original", "cifar100", "cifar100_resnet50.py", "cifar100_handler.py",
+                       load_weights("resnet50-cifar100"), _CONFIG)
+    backbone = _backbone(ArchiveRequest(str(mar), folder / "store", input_shape=(3, 32, 32)), folder)
+    bodies, labels = load_requests("cifar100-test")
+    images = [_pixels(body, "RGB") for body in bodies]
+    return _bank(backbone, images, labels, n_training=4000, n_frames=1, quality=(90, 95), inputs=_of_hundred)
 
 
 def handwriting(folder: Path) -> Bank:
@@ -77,7 +87,7 @@ def handwriting(folder: Path) -> Bank:
     requests = [*digits.traffic(2000, seed=1, digits=range(digits.N_FOR_BACKBONE, middle)),
                 *digits.traffic(4000, seed=2, digits=range(middle, digits.N_DIGITS))]
     return _bank(_backbone(asked, folder), [_pixels(one.body, "L") for one in requests],
-                 [one.label for one in requests], n_training=2000, n_frames=8, quality=(80, 95))
+                 [one.label for one in requests], n_training=2000, n_frames=8, quality=(80, 95), inputs=_grey)
 
 
 def _backbone(asked: ArchiveRequest, folder: Path) -> Backbone:
@@ -87,16 +97,17 @@ def _backbone(asked: ArchiveRequest, folder: Path) -> Backbone:
 
 
 def _bank(backbone: Backbone, images: Sequence[np.ndarray], labels: Sequence[int], *, n_training: int, n_frames: int,
-          quality: tuple[int, int]) -> Bank:
+          quality: tuple[int, int], inputs: Callable[[Sequence[bytes]], Tensor]) -> Bank:
     """Let the backbone answer frames of images.
 
     Args:
-        backbone: of colour images like CIFAR's, or of grey ones like digits.
+        backbone: of images.
         images: (H, W, 3) or (H, W) uint8.
         labels: of the images.
         n_training: of them.
         n_frames: F.
         quality: the range of JPEG's.
+        inputs: makes what the backbone gets of JPEG bytes.
     """
     random = np.random.default_rng(0)
     model = build_model(backbone, sampling_rate=1.0, record_layers=_N_LAYERS, record_pool=4)
@@ -105,7 +116,7 @@ def _bank(backbone: Backbone, images: Sequence[np.ndarray], labels: Sequence[int
     with torch.no_grad():
         for start in tqdm(range(0, len(images), step), desc="frames", disable=None):
             bodies = [_frame(image, quality, random) for image in images[start:start + step] for _ in range(n_frames)]
-            model(as_batch(bodies) if images[0].ndim == 3 else _grey(bodies))
+            model(inputs(bodies))
             for served in model.log.take():
                 states.append(served.answers.reference.log_softmax(dim=1).half())
                 found.append({path: rows.half() for path, rows in served.activations.items()})
@@ -125,6 +136,13 @@ def _frame(image: np.ndarray, quality: tuple[int, int], random: np.random.Genera
     picture = Image.fromarray(seen.round().clip(0, 255).astype(np.uint8))
     picture.save(buffer, "JPEG", quality=int(random.integers(*quality)))
     return buffer.getvalue()
+
+
+def _of_hundred(bodies: Sequence[bytes]) -> Tensor:
+    """Return (B, 3, 32, 32): what the handler of CIFAR-100's images makes of the requests."""
+    mean, std = torch.tensor([0.5071, 0.4865, 0.4409]), torch.tensor([0.2673, 0.2564, 0.2762])
+    pictures = torch.from_numpy(np.stack([_pixels(body, "RGB") for body in bodies])).float() / 255
+    return ((pictures - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def _grey(bodies: Sequence[bytes]) -> Tensor:
