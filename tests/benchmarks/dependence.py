@@ -58,8 +58,7 @@ _LEAVE = 0.05
 _N_OLD = 100
 """Repetitions in which the rule for independent records chooses too: their mean cost is enough."""
 _RECIPE = Distillation(max_steps=1500)
-_BANKS: dict[str, Callable[[Path], Bank]] = {"cifar": frames.cifar, "hundred classes": frames.hundred_classes,
-                                                   "digits": frames.handwriting}
+_BANKS: dict[str, Callable[[Path], Bank]] = {"cifar": frames.cifar, "digits": frames.handwriting}
 
 
 def main() -> int:

@@ -69,16 +69,6 @@ def cifar(folder: Path) -> Bank:
     return _bank(backbone, images, labels[chosen], n_training=2500, n_frames=4, quality=(70, 95), inputs=as_batch)
 
 
-def hundred_classes(folder: Path) -> Bank:
-    """Return CIFAR-100's test images, each once, as a ResNet-50 sees them."""
-    mar = original_mar(folder / "original", "cifar100", "cifar100_resnet50.py", "cifar100_handler.py",
-                       load_weights("resnet50-cifar100"), _CONFIG)
-    backbone = _backbone(ArchiveRequest(str(mar), folder / "store", input_shape=(3, 32, 32)), folder)
-    bodies, labels = load_requests("cifar100-test")
-    images = [_pixels(body, "RGB") for body in bodies]
-    return _bank(backbone, images, labels, n_training=4000, n_frames=1, quality=(90, 95), inputs=_of_hundred)
-
-
 def handwriting(folder: Path) -> Bank:
     """Return frames of scikit-learn's digits; those that heads are trained on are none of the others."""
     asked = factory_request(folder / "original", folder / "store", "digits", digits.train_backbone(),
@@ -136,13 +126,6 @@ def _frame(image: np.ndarray, quality: tuple[int, int], random: np.random.Genera
     picture = Image.fromarray(seen.round().clip(0, 255).astype(np.uint8))
     picture.save(buffer, "JPEG", quality=int(random.integers(*quality)))
     return buffer.getvalue()
-
-
-def _of_hundred(bodies: Sequence[bytes]) -> Tensor:
-    """Return (B, 3, 32, 32): what the handler of CIFAR-100's images makes of the requests."""
-    mean, std = torch.tensor([0.5071, 0.4865, 0.4409]), torch.tensor([0.2673, 0.2564, 0.2762])
-    pictures = torch.from_numpy(np.stack([_pixels(body, "RGB") for body in bodies])).float() / 255
-    return ((pictures - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def _grey(bodies: Sequence[bytes]) -> Tensor:

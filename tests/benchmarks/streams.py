@@ -206,10 +206,9 @@ def independent(random: np.random.Generator) -> np.ndarray:
     return np.ones(N_REQUESTS, dtype=int)
 
 
-INDEPENDENT = ("independent", "independent of 100 classes", "independent digits")
+INDEPENDENT = ("independent", "independent digits")
 STREAMS = {stream.name: stream for stream in (
     Stream("independent", "cifar", scenes(independent)),
-    Stream("independent of 100 classes", "hundred classes", scenes(independent)),
     Stream("independent digits", "digits", scenes(independent)),
     Stream("scenes of 2", "cifar", scenes(constant(2))),
     Stream("scenes of 5", "cifar", scenes(constant(5))),
