@@ -80,6 +80,12 @@ def test_the_cost_of_recording_includes_what_the_writer_does(monkeypatch: pytest
     assert found > 5, "a fraction of a second for each shard, beside two batches of a small model"
 
 
+def test_the_worker_knows_whose_rows_are_timed(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.no_grad():
+        recording_ratio(residual_backbone(), [torch.randn(8, 16)], n_shards=1, n_records=16)
+    assert "not known which row" not in caplog.text
+
+
 def test_a_shard_that_no_number_of_batches_fills_is_refused() -> None:
     with pytest.raises(ValueError, match="no multiple"):
         recording_ratio(residual_backbone(), [torch.randn(8, 16)], n_shards=1, n_records=12)
