@@ -70,5 +70,5 @@ ANSWERS = FileFormat("a file of answers to sample requests", 1, 1,
                      "make the archive again with ee-archive, from the one that you had before")
 PLAN = FileFormat("an exit plan", 1, 1, "make the plan again with ee-train")
 RECORDS = FileFormat("a record shard", 2, 3, "record again with an archive of this version")
-MONITOR_STATE = FileFormat("the state of a monitor", 1, 1, "delete it when the version that wrote it no longer serves")
+MONITOR_STATE = FileFormat("the state of a monitor", 1, 2, "delete it when the version that wrote it no longer serves")
 FORMATS = (BACKBONE, HANDLER, SAMPLES, ANSWERS, PLAN, RECORDS, MONITOR_STATE)

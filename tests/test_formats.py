@@ -17,7 +17,8 @@ from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import FormatError
 from early_exit.handler.formats import BACKBONE, FORMATS, MONITOR_STATE, PLAN, RECORDS, FileFormat
-from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
 from early_exit.handler.recording.format import list_shards, read_header, read_shard, read_times
 from early_exit.training.cli import main as ee_train
@@ -25,6 +26,7 @@ from tests.support.digits import batches, traffic
 from tests.support.plans import write_plan
 from tests.support.recording import record
 from tests.support.rewritten import rewritten
+from tests.support.shadow_samples import samples_of
 
 ROOT = Path(__file__).parents[1]
 RELEASES = {
@@ -135,7 +137,7 @@ def test_a_newer_state_of_a_monitor_is_refused_by_name_and_never_replaced(tmp_pa
     with pytest.raises(FormatError, match=rf"{path.name} is the state of a monitor of format {NEWER}"):
         read_state(path)
     worker = SharedMonitor(Monitored("disagreement", 0.02, 0.05), 2, path)
-    worker.note(0, [1.0] * 20)
+    worker.note(samples_of([1.0] * 20))
     worker.close()
     assert path.read_bytes() == before
     assert worker.state.alarms, "it watches alone"

@@ -156,6 +156,25 @@ def test_clients_reach_the_inference_port_and_the_gateway_and_kserves_pods_are_c
     assert labels == of_kserve()["metadata"]["labels"], "what KServe gives its pods, and no other team's"
 
 
+def test_each_pod_is_covered_by_a_policy_and_the_watcher_and_the_metrics_are_for_those_alone_who_are_named() -> None:
+    documents = manifests("torchserve.yaml", "ee-watch.yaml")
+    policies = {one["metadata"]["name"]: one["spec"] for one in documents if one["kind"] == "NetworkPolicy"}
+    labels = {one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"] for one in documents
+              if "template" in one["spec"]}
+    assert labels.keys() == {"torchserve", "ee-watch"}
+    for name, of_the_pods in labels.items():
+        assert policies[name]["podSelector"] == {"matchLabels": of_the_pods}, "a policy for no pod closes nothing"
+    watcher, monitoring = ({"podSelector": {"matchLabels": labels["ee-watch"]}},
+                           {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}})
+    for name, admitted in (("torchserve", [watcher, monitoring]), ("torchserve-kserve", [monitoring])):
+        assert [rule["from"] for rule in policies[name]["ingress"] if {"port": 8082} in rule["ports"]] == [
+            [one] for one in admitted]
+    assert policies["ee-watch"]["policyTypes"] == ["Ingress", "Egress"] and "ingress" not in policies["ee-watch"]
+    servers, names = policies["ee-watch"]["egress"]
+    assert servers["to"] == [{"podSelector": {"matchLabels": labels["torchserve"]}}]
+    assert {port["port"] for port in names["ports"]} == {53}
+
+
 def test_a_port_is_open_to_other_pods_where_a_policy_admits_somebody_and_the_gateway_lends_no_full_passes() -> None:
     served = {container["name"]: addresses_of(started(container)) for pod in pods() for container in pod["containers"]
               if container["command"][0] == "ee-serve"}

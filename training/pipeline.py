@@ -119,7 +119,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         if options.replay is not None:
             traffic = traffic.of_known_requests()
         _require_enough({part: traffic.size(part) for part in Part}, traffic.n_tested(), options, others,
-                        in_blocks=bool(traffic.split.block_length))
+                        in_blocks=traffic.split.likeness is not None)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
         if options.replay is None:
@@ -137,7 +137,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
     if n_skipped := sum(training_set.skipped.values()):
         tested = training_set.evidence(training_set.rows(Part.CERTIFY)).n_tested
         _require_enough({part: len(training_set.rows(part)) for part in Part}, tested, options,
-                        f". {n_skipped} requests are passed over", in_blocks=bool(training_set.block_length))
+                        f". {n_skipped} requests are passed over", in_blocks=training_set.likeness is not None)
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
                           "that cover the cost evenly"

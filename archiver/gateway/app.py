@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from early_exit.archiver.gateway.access import SUBPROTOCOL, Access
 from early_exit.archiver.gateway.dashboard import Decisions, Live, Plans
-from early_exit.archiver.gateway.messages import TRY_LATER, BytesInFlight, Limits, NoRoom
+from early_exit.archiver.gateway.messages import TRY_LATER, BytesInFlight, Limits, NoRoom, Share
 from early_exit.archiver.gateway.upstream import Upstream, answer_item
 from early_exit.archiver.gateway.websocket import serve_socket
 
@@ -55,23 +56,24 @@ def create_app(upstream: Upstream, *, token: str, names: Collection[str] = (), l
     async def state(request: Request) -> Response:
         return JSONResponse(live.state(request.query_params.get("model")))
 
-    async def ask(request: Request) -> Response:
-        """Answer one body with what every exit would have said."""
+    async def answered(request: Request, share: Share) -> Response:
+        """Answer one body with what every exit would have said; the answer counts in the share until it is read."""
         body = bytearray()
-        with held.share() as share:
-            try:
-                async for part in request.stream():
-                    share.take(len(part))
-                    body += part
-                    if len(body) > limits.bytes_per_item:
-                        return _refusal(413, f"at most {limits.bytes_per_item} bytes")
-            except NoRoom as error:
-                return _refusal(503, str(error))
-            except ClientDisconnect:
-                return Response(status_code=400)  # nobody reads it
+        try:
+            async for part in request.stream():
+                share.take(len(part))
+                body += part
+                if len(body) > limits.bytes_per_item:
+                    return _refusal(413, f"at most {limits.bytes_per_item} bytes")
             async with in_all:
                 message = await answer_item(upstream, request.path_params["model"], bytes(body), anytime=True)
-        return JSONResponse(message, message["status"])
+            whole = JSONResponse(message, message["status"])
+            share.take(len(whole.body))
+        except NoRoom as error:
+            return _refusal(503, str(error))
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        return StreamingResponse(_parts(whole), whole.status_code, whole.headers)
 
     async def socket(connection: WebSocket) -> None:
         nonlocal n_open
@@ -93,8 +95,25 @@ def create_app(upstream: Upstream, *, token: str, names: Collection[str] = (), l
         await upstream.close()
 
     return Starlette(lifespan=lifespan, middleware=[Middleware(Access, token, names)], routes=[
-        Route("/", page), Route("/state", state), Route("/ask/{model}", ask, methods=["POST"]),
+        Route("/", page), Route("/state", state), Route("/ask/{model}", _Ask(held, answered), methods=["POST"]),
         WebSocketRoute("/ws/{model}", socket), Mount("/page", StaticFiles(directory=PAGE))])
+
+
+class _Ask:
+    """What is asked by a body: all that it holds is given back when its client has read the answer, or has gone."""
+
+    def __init__(self, held: BytesInFlight, answered: Callable[[Request, Share], Awaitable[Response]]) -> None:
+        self._held, self._answered = held, answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held.share() as share:
+            response = await self._answered(Request(scope, receive), share)
+            await response(scope, receive, send)
+
+
+async def _parts(whole: Response) -> AsyncIterator[bytes | memoryview]:
+    # The end of a response that is sent in parts is sent when the client has read what came before.
+    yield whole.body
 
 
 def _refusal(status: int, error: str) -> Response:

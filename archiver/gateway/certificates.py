@@ -8,7 +8,7 @@ from typing import Any
 
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.errors import EarlyExitError
-from early_exit.handler.monitor.sequential_test import Monitored
+from early_exit.handler.monitor.monitored import Monitored
 
 
 class Promises:
@@ -45,4 +45,8 @@ def _read(mar: Path) -> dict[str, Any] | None:
                    "threshold": planned.threshold} for planned in plan.exits],
         "safer": plan.safer, "measure": plan.measure, "expected_cost": plan.expected_cost,
         "certificate": None if certificate is None else {**asdict(certificate), "words": certificate.in_words()},
-        "watched": None if certificate is None else asdict(Monitored.of(certificate))}
+        "watched": None if certificate is None else _watched(Monitored.of(certificate))}
+
+
+def _watched(monitored: Monitored) -> dict[str, Any]:
+    return {"risk": monitored.risk, "tolerance": monitored.tolerance, "delta": monitored.delta}

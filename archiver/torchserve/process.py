@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -199,7 +200,8 @@ class TorchServe:
             "management_address": Decided(self.addresses.management, "--management-host and --port"),
             "metrics_address": Decided(self.addresses.metrics, "--metrics-host and --port"),
             "model_store": Decided(str(self.model_store), "--model-store"),
-            "allowed_urls": Decided(f"file://{self.model_store}/.*", store),
+            # TorchServe refuses "..", and then decodes "%2e%2e".
+            "allowed_urls": Decided(f"file://{re.escape(str(self.model_store))}/[^%]*", store),
             "use_env_allowed_urls": Decided("false", store),
             # Rolls register and unregister versions; the management token is needed.
             "enable_model_api": Decided("true", "rolls"),

@@ -83,6 +83,9 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
         raise ServerError(f"{server} does not serve {model}")
     archive = store / served.file_name
     contents = read_archive(archive)
+    if (contents.model, contents.version) != (model, served.version):
+        raise ServerError(f"{server} says that it serves {model} {served.version} from {archive.name}, but that is "
+                          f"{contents.model} {contents.version}: what is renewed would be made of another archive")
     backbone, plan = contents.description, contents.plan
     folders = [folder for folder in local_folders(sources, cache) if folder.is_dir()]
     if not folders:

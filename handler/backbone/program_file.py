@@ -35,6 +35,8 @@ _OPERATION = re.compile(
     r"torch\.ops\.[a-z]\w*\.((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
     r"|_operator\.(?!__)\w+|math\.(?!__)\w+|torch\.sym_\w+")
 """Names of operations; torch would resolve others, such as `torch.serialization.os.system`, to what they name."""
+_OF_FILES = re.compile(r"torch\.ops\.\w+\.(\w+_)?(file|load|save)(_\w+)?(\.\w+)?")
+"""Names of those operations that read or write a file of any path, such as `torch.ops.aten.from_file`."""
 _SYMBOL = re.compile(r"[a-z]{1,4}\d+")
 _FUNCTIONS = frozenset({
     "Symbol", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv",
@@ -112,15 +114,25 @@ def _examine_entry(path: Path, name: str, content: bytes) -> None:
 
 def _examine_graph(path: Path, graph: object) -> None:
     for part in _dicts(graph):
-        target, expression = part.get("target"), part.get("expr_str")
-        if "inputs" in part and "outputs" in part and target is not None and not _OPERATION.fullmatch(str(target)):
-            raise ArchiveError(f"{path.name} calls {target!r}, which is no operation of torch: refused")
+        expression = part.get("expr_str")
+        for target in _called(part):
+            if not _OPERATION.fullmatch(target):
+                raise ArchiveError(f"{path.name} calls {target!r}, which is no operation of torch: refused")
+            if _OF_FILES.fullmatch(target):
+                raise ArchiveError(f"{path.name} calls {target!r}, which reads or writes files of any name: refused")
         if expression is not None and not _is_size(str(expression)):
             raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is no arithmetic of sizes: refused")
         for spec in (part.get("in_spec"), part.get("out_spec")):
             if spec is not None and (module := _imported(spec)) is not None:
                 raise ArchiveError(f"{path.name} has inputs or outputs in a structure for which torch would import "
                                    f"{module!r:.80}: refused; export the program with lists, tuples and dicts")
+
+
+def _called(part: dict[str, Any]) -> list[str]:
+    """Return what a part of a graph names to be called: by itself, or by the operation that is given it."""
+    is_node = "inputs" in part and "outputs" in part
+    named = (part.get("target") if is_node else None, part.get("as_operator"))
+    return [str(target) for target in named if target is not None]
 
 
 def _imported(structure: object) -> str | None:

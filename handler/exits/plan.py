@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from early_exit.handler.archive_layout import HEADS_FILE, PLAN_FILE
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy, policy_of
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.files.private import replacing
@@ -143,9 +144,10 @@ class ExitPlan:
     safer: tuple[tuple[float, ...], ...] = ()
     """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
     deployed one; after the last comes no exit at all."""
-
     traffic: str = ""
     """Identity of the traffic that the certificate is about; empty where it is not known."""
+    likeness: Likeness | None = field(default=None, compare=False, repr=False)
+    """By which the certificate's blocks were told; it is stored beside the heads."""
 
     def __post_init__(self) -> None:
         costs = [planned.cost for planned in self.exits]
@@ -160,7 +162,8 @@ class ExitPlan:
         return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:
-        plan = {**asdict(self), "exits": [planned.to_json() for planned in self.exits]}
+        plan = {**asdict(replace(self, likeness=None)), "exits": [planned.to_json() for planned in self.exits]}
+        del plan["likeness"]
         if not self.traffic:  # a plan of the last release is known by its digest
             del plan["traffic"]
         if self.certificate is not None and not self.certificate.blocks:
@@ -206,6 +209,8 @@ def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> None:
     """Write heads.safetensors and then plan.json into an existing folder; `heads` is by layer path."""
     tensors = {f"{planned.layer}/{name}": tensor.contiguous()
                for planned in plan.exits for name, tensor in heads[planned.layer].state_dict().items()}
+    if plan.likeness is not None:
+        tensors.update(plan.likeness.to_tensors())
     with replacing(folder / HEADS_FILE) as scratch:
         save_file(tensors, scratch, metadata={"backbone": plan.backbone})
     with replacing(folder / PLAN_FILE) as scratch:
@@ -221,7 +226,8 @@ def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:
     """
     try:
         plan = ExitPlan.from_json(json.loads(path.read_text()), str(path))
-        return plan, load_file(path.with_name(HEADS_FILE))
+        tensors = load_file(path.with_name(HEADS_FILE))
+        return replace(plan, likeness=Likeness.from_tensors(tensors)), tensors
     except (OSError, ValueError, SafetensorError) as error:
         raise PlanError(f"cannot read the plan {path} and {HEADS_FILE} beside it: {error}") from error
 

@@ -1,94 +1,131 @@
 """The risk alarm: do the shadow samples still say what the certificate says?
 
-Bets are placed on every shadow sample that the expected loss is above the tolerance T (see `betting`): the bets are
-b / T for several b at once, the gain is loss - T. The alarm may be looked at after every sample, for ever. Half of the
-capital is put down at the first sample, the rest is kept and put down in ever smaller parts, one every 100 samples: a
-gambler who has lost all in a long quiet time would notice a change late.
+The certificate says two things, and bets are placed against both (see `betting`): that of contents, and that of
+requests, a share above the tolerance T is answered differently. Of contents the bets are on the blocks that the
+certificate counts: a block with a loss of k in n contents gains k - T n, in parts of the size that 95 % of the blocks
+before it had at most. Of requests they are on the mean loss of 20 / T samples at a time, so that neither a burst nor a
+client who asks again and again is an alarm by itself. Nine tenths of the capital are for the contents, which tell
+sooner; one tenth is for the requests, which alone tell of a popular file that is answered wrongly.
+
+While in every block the expected loss, given the past, is at most T, the probability of ever raising an alarm is at
+most delta, however long it runs and however often one looks (Ville's inequality). Half of a capital is put down at the
+first bet, the rest is kept and put down in ever smaller parts: a gambler who has lost all in a long quiet time would
+notice a change late.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
-from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.betting import after_round, rejects, wealth
-from early_exit.handler.exits.plan import Certificate
-from early_exit.handler.exits.risk import Risk
 from early_exit.handler.formats import MONITOR_STATE
+from early_exit.handler.monitor.blocks import Block, Blocks, Sample
+from early_exit.handler.monitor.monitored import Monitored
 
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
-STAKE_EVERY = 100
+ON_CONTENTS, ON_REQUESTS = 0.9, 0.1
+"""The shares of the capital."""
+_STAKE_EVERY, _STAKE_EVERY_OF_REQUESTS = 100, 10
+"""After so many rounds more of the capital is put down."""
+_COUNTS_FULLY = 0.95
+"""The share of the blocks so far that would count with all that is in them."""
+_SETTLED_S = 2.0
+"""Samples that workers saw in this time may still come in another order: each worker shares every second."""
+_MOST_WAITING = 1000
 
 
 @dataclass(frozen=True)
-class Monitored:
-    """What is watched: the loss, how much of it is tolerated, and how sure an alarm is."""
+class Capital:
+    """What one gambler has, who bets against one statement."""
 
-    risk: Risk
-    tolerance: float
-    """The expected loss that is tolerated."""
-    delta: float
-    """Probability of ever raising a false alarm at one step."""
+    rounds: int = 0
+    stakes: tuple[float, ...] = (0.0,) * len(BETS)
+    """What the stakes put down so far have become, by bet."""
 
-    @classmethod
-    def of(cls, certificate: Certificate) -> Monitored:
-        """Return what can be watched of a certificate without labels.
+    def after(self, gain: float, tolerance: float, stake_every: int) -> Capital:
+        """Return the capital after a round with a gain in [-T, 1 - T]."""
+        number, into = divmod(self.rounds, stake_every)
+        put_down = 0.0 if into else 1 / ((number + 1) * (number + 2))  # these sum to 1
+        bets = [bet / tolerance for bet in BETS]
+        return Capital(self.rounds + 1, after_round(self.stakes, bets, gain, put_down=put_down))
 
-        For the risk of accuracy there are none in serving, so the disagreement is watched, against the upper
-        confidence limit of what it was when the accuracy was certified. An alarm then says that the traffic is not
-        like that of the certificate; a loss of accuracy at the same disagreement stays unseen.
-        """
-        delta = 1 - certificate.confidence
-        if certificate.risk == Risk.ACCURACY:
-            return cls(Risk.DISAGREEMENT, upper_limit(certificate.k, certificate.n, delta), delta)
-        return cls(certificate.risk, certificate.tolerance, delta)
-
-    def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
-        """Return what each answer lost, in [0, 1]; where that is no number, as the scores are none, it counts as 1.
-
-        Args:
-            outputs: (S, K) served scores of the shadow rows.
-            reference: (S, K) the backbone's.
-            kind: of both.
-        """
-        served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
-        losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        # An exit that names a class where the backbone has none differs from it, whatever argmax makes of NaN.
-        is_other = outputs.isfinite().all(dim=1) & ~reference.isfinite().all(dim=1)
-        return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
+    def wealth(self, stake_every: int) -> float:
+        """Return the capital in all, kept or put down; it began with 1."""
+        return wealth(self.stakes, kept=1 / (-(-self.rounds // stake_every) + 1))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the shadow samples of one step say against the certificate."""
+    """What the shadow samples of one level say against the certificate."""
 
     n: int = 0
     """The number of samples."""
     lost: float = 0.0
     """The sum of the losses."""
-    capital: tuple[float, ...] = (0.0,) * len(BETS)
-    """What the stakes put down so far have become, by bet."""
+    contents: Capital = field(default_factory=Capital)
+    requests: Capital = field(default_factory=Capital)
+    settled: float = 0.0
+    """The sum of the losses that bets on the requests were settled with."""
+    sizes: tuple[int, ...] = ()
+    """How many blocks had at most 1, 2, 4, ... contents, and more than the number before."""
+    blocks: Blocks = field(default_factory=Blocks)
 
-    def after(self, loss: float, tolerance: float) -> Evidence:
+    def after(self, sample: Sample, monitored: Monitored) -> Evidence:
         """Return the evidence after one more sample.
 
-        >>> Evidence().after(0.0, 0.02).wealth() < 1 < Evidence().after(1.0, 0.02).wealth()
+        >>> watched = Monitored("disagreement", 0.02, 0.05)
+        >>> Evidence().after(Sample(0, 0.0), watched).wealth() < 1 < Evidence().after(Sample(0, 1.0), watched).wealth()
         True
         """
-        number, into = divmod(self.n, STAKE_EVERY)
-        put_down = 0.0 if into else 1 / ((number + 1) * (number + 2))  # these sum to 1
-        bets = [bet / tolerance for bet in BETS]
-        capital = after_round(self.capital, bets, loss - tolerance, put_down=put_down)
-        return Evidence(self.n + 1, self.lost + loss, capital)
+        blocks, ended = self.blocks.after(sample, monitored.likeness, monitored.n_remembered)
+        found = replace(self, n=self.n + 1, lost=self.lost + sample.loss, blocks=blocks)
+        if ended is not None:
+            found = found._after_block(ended, monitored.tolerance)
+        if found.n % monitored.samples_per_round == 0:
+            mean = (found.lost - found.settled) / monitored.samples_per_round
+            requests = found.requests.after(mean - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
+            found = replace(found, requests=requests, settled=found.lost)
+        return found
 
     def wealth(self) -> float:
-        """Return the capital in all, kept or put down; it began with 1."""
-        return wealth(self.capital, kept=1 / (-(-self.n // STAKE_EVERY) + 1))
+        """Return the capital in all; it began with 1."""
+        return (ON_CONTENTS * self.contents.wealth(_STAKE_EVERY)
+                + ON_REQUESTS * self.requests.wealth(_STAKE_EVERY_OF_REQUESTS))
+
+    def _after_block(self, block: Block, tolerance: float) -> Evidence:
+        # The size that counts depends on the blocks before only, as a bet must.
+        largest = self._largest()
+        gain = (block.lost - tolerance * block.n) / max(block.n, largest)
+        number = (block.n - 1).bit_length()
+        sizes = [*self.sizes, *[0] * (number + 1 - len(self.sizes))]
+        sizes[number] += 1
+        return replace(self, contents=self.contents.after(gain, tolerance, _STAKE_EVERY), sizes=tuple(sizes))
+
+    def _largest(self) -> int:
+        """Return the power of two that 95 % of the blocks so far have at most as contents."""
+        total, sum_so_far = sum(self.sizes), 0
+        for number, count in enumerate(self.sizes):
+            sum_so_far += count
+            if sum_so_far >= _COUNTS_FULLY * total:
+                return 1 << number
+        return 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evidence:
+        """Read what `to_json` gave, or what the last release wrote: it had one capital, for samples."""
+        if "capital" in data:
+            return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])),
+                       settled=float(data["lost"]))
+        contents, requests = (Capital(found["rounds"], tuple(found["stakes"]))
+                              for found in (data["contents"], data["requests"]))
+        return cls(int(data["n"]), float(data["lost"]), contents, requests, float(data["settled"]),
+                   tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
 
 
 @dataclass(frozen=True)
@@ -116,18 +153,21 @@ class MonitorState:
     alarms: tuple[Alarm, ...] = ()
     """One for each step back; the first voids the certificate."""
 
-    def after(self, samples: Iterable[tuple[int, float]], monitored: Monitored, last_level: int,
-              now: float) -> MonitorState:
-        """Return the state after some (level, loss) samples; those answered at another level do not count."""
+    waiting: tuple[Sample, ...] = ()
+    """Samples that are too new to be in their order, where blocks make it count."""
+
+    def after(self, samples: Iterable[Sample], monitored: Monitored, last_level: int, now: float) -> MonitorState:
+        """Return the state after some samples; those answered at another level do not count."""
         level, evidence, alarms = self.step, self.evidence, self.alarms
-        for answered_at, loss in samples:
-            if answered_at != level or level >= last_level:
+        settled, waiting = _settled((*self.waiting, *samples), monitored, now)
+        for sample in settled:
+            if sample.level != level or level >= last_level:
                 continue
-            evidence = evidence.after(loss, monitored.tolerance)
+            evidence = evidence.after(sample, monitored)
             if rejects(evidence.wealth(), monitored.delta):
                 alarms = (*alarms, Alarm(level, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
                 level, evidence = level + 1, Evidence()
-        return MonitorState(level, evidence, alarms)
+        return MonitorState(level, evidence, alarms, tuple(waiting))
 
     def to_json(self) -> dict[str, Any]:
         return MONITOR_STATE.stamped({"certificate": "void" if self.alarms else "holds", **asdict(self)})
@@ -142,32 +182,32 @@ class MonitorState:
         """
         MONITOR_STATE.require(data, source)
         try:
-            found = data["evidence"]
-            state = cls(int(data["step"]), Evidence(int(found["n"]), float(found["lost"]), tuple(found["capital"])),
-                        tuple(Alarm(**alarm) for alarm in data["alarms"]))
-            numbers = [found["n"], found["lost"], *found["capital"],
-                       *(number for alarm in data["alarms"] for number in alarm.values())]
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError(f"expected finite numbers in the state of a monitor, found {numbers!r:.200}")
+            state = cls(int(data["step"]), Evidence.from_json(data["evidence"]),
+                        tuple(Alarm(**alarm) for alarm in data["alarms"]),
+                        tuple(Sample.from_json(sample) for sample in data.get("waiting", ())))
+            if not all(map(math.isfinite, _numbers(data))):
+                raise ValueError(f"expected finite numbers in the state of a monitor, found {data!r:.200}")
             return state
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"expected the state of a monitor, found {data!r:.80}") from error
 
 
-def upper_limit(k: int, n: int, delta: float) -> float:
-    """Return the p with P(Binomial(n, p) <= k) = delta: a larger one would seldom show so few (Clopper-Pearson).
+def _settled(samples: Sequence[Sample], monitored: Monitored, now: float) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Return the samples whose turn it is, in order, and those that wait."""
+    if monitored.likeness is None or not monitored.likeness.length:
+        return samples, ()
+    ordered = sorted(samples, key=lambda sample: sample.time)
+    # Those from the future were seen before somebody set the clock back.
+    waits = [abs(sample.time - now) < _SETTLED_S for sample in ordered]
+    first = max(0, len(ordered) - _MOST_WAITING)
+    return ([sample for place, sample in enumerate(ordered) if place < first or not waits[place]],
+            [sample for place, sample in enumerate(ordered) if place >= first and waits[place]])
 
-    >>> round(upper_limit(0, 299, 0.05), 5)
-    0.00997
-    """
-    def at_most_k(p: float) -> float:
-        return sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
-                            + i * math.log(p) + (n - i) * math.log1p(-p)) for i in range(k + 1))
 
-    low, high = 0.0, 1.0
-    if k >= n:
-        return high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at_most_k(middle) > delta else (low, middle)
-    return high
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield all numbers in a piece of JSON."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)

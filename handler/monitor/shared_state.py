@@ -9,13 +9,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from early_exit.handler.errors import FormatError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.files.private import open_private, private_folder, read_private, replacing
-from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
+from early_exit.handler.monitor.blocks import Sample
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import MonitorState
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,10 @@ class SharedMonitor:
     """Takes shadow samples from the serving thread and adds them to the state from a thread of its own.
 
     Every second each worker locks the file, adds its samples to what it finds there and renames the result into
-    place. So all workers feed one test and every sample counts once, in an order that its loss has no part in. The
-    kernel frees the lock of a killed worker, who loses the samples of a second. While the folder cannot be written,
-    or where there is none, a worker goes on alone with the last state it knows, and adds what it saw when it can.
+    place. So all workers feed one test and every sample is in it once, in an order that its loss has no part in: where
+    requests come in blocks, in that of their times, for which the newest wait two seconds in the state. The kernel
+    frees the lock of a killed worker, who loses the samples of a second. While the folder cannot be written, or where
+    there is none, a worker goes on alone with the last state it knows, and adds what it saw when it can.
     """
 
     def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:
@@ -69,16 +72,16 @@ class SharedMonitor:
         self.monitored = monitored
         self._last_level, self._path = last_level, path
         self._shared = self.state = MonitorState()
-        self._unshared: list[tuple[int, float]] = []
+        self._unshared: list[Sample] = []
         self._failing = False
         self._share()
-        self._queue: queue.SimpleQueue[list[tuple[int, float]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[Sample] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="early-exit-monitor", daemon=True)
         self._thread.start()
 
-    def note(self, level: int, losses: list[float]) -> None:
-        """Take the losses of shadow samples that were answered at a fallback level; never waits."""
-        self._queue.put([(level, loss) for loss in losses])
+    def note(self, samples: Sequence[Sample]) -> None:
+        """Take shadow samples; never waits."""
+        self._queue.put(samples)
 
     def close(self) -> None:
         """Share what was noted and stop."""
@@ -88,10 +91,10 @@ class SharedMonitor:
     def _run(self) -> None:
         share_at = time.monotonic() + _SHARE_EVERY_S
         while True:
-            noted: list[tuple[int, float]] | None = []
+            noted: Sequence[Sample] | None = []
             with contextlib.suppress(queue.Empty):
                 noted = self._queue.get(timeout=max(0.0, share_at - time.monotonic()))
-            self._unshared += noted or []
+            self._unshared += noted or ()
             if noted is None or time.monotonic() >= share_at:
                 try:
                     self._share()
@@ -154,7 +157,7 @@ def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMon
     if plan is None or plan.certificate is None or not plan.exits:
         return None
     path = None if folder is None else monitor_file(folder, version, plan)
-    return SharedMonitor(Monitored.of(plan.certificate), plan.last_level, path)
+    return SharedMonitor(Monitored.of(plan.certificate, plan.likeness), plan.last_level, path)
 
 
 @contextlib.contextmanager

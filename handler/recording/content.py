@@ -31,9 +31,10 @@ class ContentKey:
     together should be given one key: contents that were hashed with different keys cannot be compared.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Take a records folder; the key is read, or made, when it is needed first."""
-        self._path = root / KEY_FILE
+    def __init__(self, root: Path | None) -> None:
+        """Take a records folder; the key is read, or made, when it is needed first. Without a folder it is this
+        process's own."""
+        self._path = None if root is None else root / KEY_FILE
         self._key: bytes | None = None
 
     def hash(self, item: Any) -> int:
@@ -68,23 +69,28 @@ class ContentKey:
             RecordError, OSError: as of `hash`.
         """
         key = self._read()
-        if not self._path.exists():  # somebody emptied the folder; whoever comes to it next is to have the same
+        # Where somebody emptied the folder, whoever comes to it next is to have the same key.
+        if self._path is not None and not self._path.exists():
             private_folder(self._path.parent)
             _publish(key, self._path)
         return hmac.digest(key, b"name", "sha256")[:8].hex()
 
     def _read(self) -> bytes:
         if self._key is None:
-            private_folder(self._path.parent)
-            if not self._path.exists():
-                _publish(secrets.token_bytes(_KEY_BYTES), self._path)
-            with open_private(self._path, "rb") as file:
-                key: bytes = file.read(_KEY_BYTES + 1)
-            if len(key) != _KEY_BYTES:
-                raise RecordError(f"{self._path} holds {len(key)} bytes, expected a key of {_KEY_BYTES}: delete it, "
-                                  "and another one is made, by which contents recorded before are not known")
-            self._key = key
+            self._key = secrets.token_bytes(_KEY_BYTES) if self._path is None else _shared_key(self._path)
         return self._key
+
+
+def _shared_key(path: Path) -> bytes:
+    private_folder(path.parent)
+    if not path.exists():
+        _publish(secrets.token_bytes(_KEY_BYTES), path)
+    with open_private(path, "rb") as file:
+        key: bytes = file.read(_KEY_BYTES + 1)
+    if len(key) != _KEY_BYTES:
+        raise RecordError(f"{path} holds {len(key)} bytes, expected a key of {_KEY_BYTES}: delete it, and another one "
+                          "is made, by which contents recorded before are not known")
+    return key
 
 
 def _publish(key: bytes, path: Path) -> None:

@@ -9,14 +9,18 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.switch import ON, Position
 from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.monitor.blocks import Sample
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor
+from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.ownership import RowOwnership, Unknown
+from early_exit.handler.serving.shadow_items import Sampling, ShadowItems, ShadowSample
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +62,33 @@ class Telemetry:
 
 
 class Monitoring:
-    """Feeds the losses of shadow rows to the monitor, and lets the model fall back when it says so."""
+    """Feeds the losses of shadow items to the monitor, and lets the model fall back when it says so."""
 
-    def __init__(self, model: EarlyExitModel, monitor: SharedMonitor) -> None:
-        self._model, self._monitor = model, monitor
+    def __init__(self, model: EarlyExitModel, monitor: SharedMonitor, sampling: Sampling) -> None:
+        self._model, self._monitor, self._sampling = model, monitor, sampling
         model.fall_back(monitor.state.step)
 
     def note(self, served: Served) -> None:
         """Feed what was served; the level of the monitor's state answers from the next batch on."""
-        monitored, scores = self._monitor.monitored, self._model.assembly.description.scores
-        for batch in served.batches:
-            answers = batch.answers
-            if len(answers.shadow):
-                losses = monitored.losses(answers.outputs[answers.shadow], answers.reference, scores)
-                self._monitor.note(batch.level, losses)
+        sample = self._sampling.of(served)
+        for part in sample.parts:
+            self._monitor.note(self._samples(part, sample))
         if (level := self._monitor.state.step) != self._model.level:
             self._model.fall_back(level)
+
+    def _samples(self, part: ShadowItems, sample: ShadowSample) -> list[Sample]:
+        try:
+            contents = sample.contents(part, self._sampling.key)
+        except (OSError, RecordError):  # which the records tell of; a sample of unknown content counts by itself
+            contents = [UNKNOWN_CONTENT] * len(part.places)
+        batch, answers = part.batch, part.batch.answers
+        scores = self._model.assembly.description.scores
+        outputs, reference = answers.outputs[part.at(answers.shadow)], part.at(answers.reference)
+        monitored = self._monitor.monitored
+        losses = monitored.losses(outputs, reference, scores)
+        components = monitored.components(reference, scores)
+        return [Sample(batch.level, loss, None if content == UNKNOWN_CONTENT else content, batch.time, 1 / rate, state)
+                for loss, content, rate, state in zip(losses, contents, part.sampling_rate, components)]
 
 
 class Reporting:

@@ -17,8 +17,10 @@ from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.switch import ExitSwitch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import load_model
+from early_exit.handler.model.probe import answer_probe
 from early_exit.handler.monitor.shared_state import SharedMonitor, watch
 from early_exit.handler.protocol import PROBE_HEADER
+from early_exit.handler.recording.content import ContentKey
 from early_exit.handler.recording.format import ShardHeader
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.sample_request import headers_with, samples_in
@@ -28,9 +30,9 @@ from early_exit.handler.serving.host import Host
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.operator_headers import OperatorHeaders
 from early_exit.handler.serving.ownership import RowOwnership
-from early_exit.handler.serving.probe import answer_probe
 from early_exit.handler.serving.recording import Recording
 from early_exit.handler.serving.response_headers import ResponseHeaders
+from early_exit.handler.serving.shadow_items import Sampling
 from early_exit.handler.serving.telemetry import Monitoring, Reporting, SideWork, Telemetry
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.description import HandlerDescription
@@ -163,10 +165,11 @@ def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownersh
     is_certified = assembly.plan is not None and assembly.plan.is_certified_for(traffic)
     monitor = watch(assembly.plan, header.folder(root) if root else None, host.version) if is_certified else None
     metrics = ServingMetrics(host, assembly)
+    sampling = Sampling(writer.contents if writer is not None else ContentKey(None))
     work: dict[str, SideWork] = {"headers": ResponseHeaders(model, host.version, labels).set}
     if writer is not None:
-        work["records"] = Recording(model, writer, keep_requests=config.keep_requests).note
+        work["records"] = Recording(model, writer, sampling, keep_requests=config.keep_requests).note
     if monitor is not None:
-        work["monitor"] = Monitoring(model, monitor).note
+        work["monitor"] = Monitoring(model, monitor, sampling).note
     work["metrics"] = Reporting(model, metrics, writer, monitor, ownership).note
     return Telemetry(metrics, work), [part for part in (writer, monitor) if part is not None]

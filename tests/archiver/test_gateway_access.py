@@ -212,6 +212,21 @@ def test_bytes_that_are_held_have_a_limit_over_all_connections_and_are_given_bac
         assert status(address, "ask", ALLOWED) == 200
 
 
+def test_answers_that_wait_to_be_read_count_among_the_bytes_that_are_held() -> None:
+    server = Server()
+    server.answer = b'"' + b"x" * 8_000_000 + b'"'  # more than the system buffers
+    with gateway(Limits(bytes_in_all=12_000_000), server) as (address, in_flight):
+        with sockets.socket() as deaf:
+            deaf.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", int(address.split(":")[1])))
+            deaf.sendall(f"POST /ask/digits HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+                         "Content-Length: 1\r\n\r\na".encode())
+            wait_until(lambda: in_flight._held > 8_000_000)
+            assert status(address, "ask", ALLOWED) == 503
+        wait_until(lambda: in_flight._held == 0)
+        assert status(address, "ask", ALLOWED) == 200
+
+
 def test_a_message_in_a_million_pieces_is_refused() -> None:
     with gateway(SMALL) as (address, _), connected(address) as socket:
         with pytest.raises(ConnectionClosed) as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +83,7 @@ token_expiration_min=7
     store = tmp_path / "store"
     assert settings.items() >= {
         "inference_address": "http://127.0.0.1:9080", "management_address": "http://127.0.0.1:9081",
-        "model_store": str(store), "allowed_urls": f"file://{store}/.*", "enable_model_api": "true",
+        "model_store": str(store), "allowed_urls": f"file://{re.escape(str(store))}/[^%]*", "enable_model_api": "true",
         "disable_token_authorization": "false", "metrics_mode": "prometheus", "model_metrics_auto_detect": "true",
         "load_models": "cifar-2.0.mar", "token_expiration_min": "5"}.items()
     assert "model_snapshot" not in settings

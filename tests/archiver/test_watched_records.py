@@ -14,6 +14,7 @@ from early_exit.archiver.packaging.publish import zip_folder
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import HANDLER, ArchiveLayout
+from early_exit.handler.errors import ServerError
 from early_exit.handler.recording.format import list_shards, read_header, read_shard, write_shard
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.data.traffic import traffic_of
@@ -83,3 +84,15 @@ def test_before_the_first_shard_there_is_nothing_to_say(store: Path, tmp_path: P
     lines: list[str] = []
     assert torch.equal(looked(store, tmp_path / "records", lines).times, torch.empty(0, dtype=torch.float64))
     assert not lines
+
+
+@pytest.mark.parametrize("told", [("digits", "3.0"), ("faces", "2.0")])
+def test_a_server_that_names_another_archive_than_it_serves_is_not_believed(
+        told: tuple[str, str], store: Path, tmp_path: Path) -> None:
+    """A server that was taken over could name an old archive, and have all servers get a new one that is made of it."""
+    (tmp_path / "records").mkdir()
+    server, (model, version) = ServerInMemory("server", store), told
+    server.register("digits-2.0.mar", RunSettings(), model=model)
+    server.all[model] = {version: replace(server.all[model]["2.0"], version=version)}
+    with pytest.raises(ServerError, match=f"says that it serves {model} {version} from digits-2.0.mar, but"):
+        look(server, model, store, [str(tmp_path / "records")], store / "cache")

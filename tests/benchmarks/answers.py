@@ -5,7 +5,8 @@
 (a) ResNet-50 at 224 px on JPEG photos, whose heads are untrained and whose thresholds let 10, 60 and 12 % of the photos
 leave after layers 1 to 3; (b) ResNet-18 (width 32) on CIFAR-10 requests with a certified plan. Each under 1, 8 and 32
 closed-loop clients, and under requests that arrive at random at 0.7 of what the plain backbone can answer. The three
-modes are models of one server, one worker each on the same engine, and take turns under every load.
+modes are models of one server, one worker each, and take turns under every load. They have the same engine, the same
+batch size, and neither shadow samples nor control batches; the rows say so again. `plain` is ours without exits.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ from early_exit.training.data.shards import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
+from tests.benchmarks.report import conditions, save
 from tests.benchmarks.subjects import resnet18
 from tests.support.cifar import DataMissing, data_folder, load_requests
 from tests.support.client import Reply, failed, latency_ms, send, send_openly
 from tests.support.recording import prepared
 
 BATCH = 8
-CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch}\nmaxBatchDelay: 5\nresponseTimeout: 300\nearly_exit:\n"
-          "  control_rate: 0\n  sampling_rate: 0.0\n{more}")
+SAME = {"batch_size": BATCH, "control_rate": 0.0, "sampling_rate": 0.0}
+"""What all modes have in common: of the requests on their way, `batch_size` are with the worker."""
+CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch_size}\nmaxBatchDelay: 5\nresponseTimeout: 300\nearly_exit:\n"
+          "  control_rate: {control_rate}\n  sampling_rate: {sampling_rate}\n{more}")
 MODES = {"plain": "  exits: false\n", "batched": "", "early": "  answers: early\n"}
 CLIENTS = (1, 8, 32)
 OPEN_LOAD = 0.7
@@ -64,6 +68,7 @@ def main() -> int:
     options = parser.parse_args()
     restart_with_allocator()
     raise_on_terminate()
+    run = conditions({**vars(options), **SAME, "open_load": OPEN_LOAD})
     rows: list[dict[str, Any]] = []
     for part, prepare, count in (("a", photos, options.requests[0]), ("b", cifar, options.requests[1])):
         try:
@@ -74,7 +79,7 @@ def main() -> int:
             print(missing, file=sys.stderr)
             return 1
         rows += found
-        options.json.write_text(json.dumps(summary(rows), indent=1) + "\n")
+        save(options.json, run, summary(rows))
     print(json.dumps(summary(rows), indent=1))
     return 0
 
@@ -133,8 +138,7 @@ def measure(part: str, folder: Path, source: Path, plan: Path, bodies: list[byte
     archives = []
     for mode, more in MODES.items():
         config = folder / f"{mode}.yaml"
-        # All that wait may travel together; whoever answers in batches takes them in the order they came.
-        config.write_text(CONFIG.format(batch=max(CLIENTS) if mode == "early" else BATCH, more=more))
+        config.write_text(CONFIG.format(**SAME, more=more))
         archives.append(build_archive(ArchiveRequest(str(source), store, plan=plan, model_name=mode, config=config)))
     sent = [bodies[number % len(bodies)] for number in range(count)]
     with TorchServe(store, folder / "state", Addresses.free(), models=[one.name for one in archives]) as server:
@@ -161,7 +165,7 @@ def _under(part: str, load: str, run: Callable[[str, Sequence[bytes]], list[Repl
             replies[mode] += run(mode, bodies[start:start + quarter])
             seconds[mode] += time.perf_counter() - began
     return [{
-        "part": part, "load": load, "mode": mode, "requests": len(found), "failed": failed(found),
+        "part": part, "load": load, "mode": mode, **SAME, "requests": len(found), "failed": failed(found),
         **{f"p{round(100 * quantile)}_ms": latency_ms(found, quantile) for quantile in (0.5, 0.95, 0.99)},
         "requests_per_s": len(found) / seconds[mode],
         "p50_ms_by_exit": {name: 1000 * median(reply.latency_s for reply in found if reply.exit == name)

@@ -5,7 +5,7 @@
 A model is ok when it exports, has at least two candidate layers, its stages in a chain give its own answers to 1e-4 at
 batches of 1, 3 and 8, as exported and as an archive has them served (written, read again, on the default engine), a
 head on every candidate gives one row of logits per item, and its probe notices weights that were overwritten. A run
-that was stopped goes on with the models that FILE does not have yet.
+that was stopped goes on with the models that FILE does not have yet, if the code is the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from early_exit.handler.backbone.graph import split
 from early_exit.handler.errors import GraphError
 from early_exit.handler.exits.head import Head, HeadSpec
+from tests.benchmarks.report import conditions, save
 from tests.support.damage import unnoticed_damage
 from tests.support.zoo import FAMILIES, Specimen
 
@@ -38,8 +39,8 @@ def main() -> int:
     parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--models", nargs="*", help="only these")
     options = parser.parse_args()
-    models = json.loads(options.json.read_text())["models"] if options.json.exists() else []
-    models = [one for one in models if "served_error" in one]  # earlier versions served none
+    run = conditions(vars(options))
+    models = earlier(options.json, run)
     done = {(one["family"], one["model"]) for one in models}
     for family in options.families:
         for specimen in FAMILIES[family]():
@@ -48,10 +49,20 @@ def main() -> int:
             found = {"family": family, "model": specimen.name, **examine(specimen)}
             models.append(found)
             print(in_words(found), flush=True)
-            options.json.write_text(json.dumps(summary(models), indent=1))
+            save(options.json, run, summary(models))
             gc.collect()
     print(json.dumps({key: value for key, value in summary(models).items() if key != "models"}))
     return 0
+
+
+def earlier(file: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the models of a run that was stopped; none where it ran other code, so that no table mixes two."""
+    if not file.exists():
+        return []
+    told = json.loads(file.read_text())
+    same = all(told.get("run", {}).get(name) == run[name] for name in ("commit", "torch", "processor"))
+    models: list[dict[str, Any]] = told["models"] if same else []
+    return models
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@
 Heads are trained once for each kind of stream, on its first half; what follows is drawn again and again, split, tuned
 and certified by the very functions that ee-train calls. A plan is judged on what the stream goes on like, all frames
 that could be drawn: it is broken when of the requests, or of the new contents, more than the tolerated share is
-answered differently. It is refused when nothing is certified, or fewer than 5 % leave.
+answered differently. It is refused when nothing is certified, or fewer than 5 % leave. A plan that is true is then
+watched by the monitor on the records that come next: an alarm is a false one. How soon the monitor notices three times
+the tolerance is measured on independent traffic.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,14 @@ from scipy.stats import beta
 from torch import Tensor
 from tqdm import tqdm
 
+from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.betting import rejects
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.monitor.blocks import Sample
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import Evidence
 from early_exit.training.costs.cost import Costs, flop_costs, head_flops
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.data.split import Part, Split, split_at_random, split_in_time
@@ -38,12 +45,12 @@ from early_exit.training.planning.choose import choose
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.selection.calibrate import fit_policy
 from early_exit.training.selection.certify import require_enough
-from early_exit.training.selection.evidence import Evidence
+from early_exit.training.selection.evidence import Evidence as Proof
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, mean_cost, outcome
 from tests.benchmarks import frames
 from tests.benchmarks.frames import Bank
 from tests.benchmarks.report import report
-from tests.benchmarks.streams import INDEPENDENT, STREAMS, Drawn, Stream
+from tests.benchmarks.streams import INDEPENDENT, STREAMS, Drawn, Records, Stream
 
 _OPTIONS = TrainingOptions(measure="flops")
 _LEAVE = 0.05
@@ -65,7 +72,7 @@ def main() -> int:
 
 def measure(scratch: Path, streams: Sequence[Stream], n_repetitions: int) -> dict[str, Any]:
     """Return what the certificate is worth on each kind of stream."""
-    rows, ratios = [], []
+    rows, ratios, noticed = [], [], []
     with one_thread():  # the tensors are small, and each core repeats
         for name in dict.fromkeys(stream.bank for stream in streams):
             bank = _BANKS[name](scratch / name)
@@ -75,7 +82,9 @@ def measure(scratch: Path, streams: Sequence[Stream], n_repetitions: int) -> dic
                 print(rows[-1], file=sys.stderr, flush=True)
                 if stream.name in INDEPENDENT:
                     ratios.append(fmean(one.cost for one, _ in found) / fmean(old.cost for _, old in found))
-    return {"streams": rows, "iid_cost_ratio": max(ratios, default=None)}
+                    noticed += [one.noticed_after for one, _ in found if one.noticed_after is not None]
+    return {"streams": rows, "iid_cost_ratio": max(ratios, default=None),
+            "median_samples_to_alarm": median(noticed) if noticed else None}
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,10 @@ class Verdict:
     is_broken: bool
     cost: float
     """Of a request, as a fraction of the backbone's; 1 where the plan is refused."""
+    is_false_alarm: bool = False
+    """Whether the monitor raises an alarm though the plan is true."""
+    noticed_after: int | None = None
+    """Shadow samples until three times the tolerance is noticed, where requests are independent."""
 
 
 REFUSED = Verdict(is_refused=True, is_broken=False, cost=1.0)
@@ -103,7 +116,7 @@ class Subject:
 
     @classmethod
     def train(cls, bank: Bank, stream: Stream) -> Subject:
-        past = _drawn(bank, stream, 0).frame
+        past = _drawn(bank, stream, 0).records.frame
         past = torch.from_numpy(past[:len(past) // 2])
         logits, flops = [], []
         for layer in bank.layers:
@@ -118,15 +131,16 @@ class Subject:
         record of each scene."""
         drawn = _drawn(self.bank, self.stream, seed)
         generator = np.random.default_rng([2, seed])
-        alone = generator.choice(len(drawn.of_contents), len(np.unique(drawn.scene)), p=drawn.of_contents)
+        alone = generator.choice(len(drawn.of_contents), len(np.unique(drawn.records.scene)), p=drawn.of_contents)
         split = split_at_random(torch.from_numpy(generator.integers(-2**63, 2**63, size=len(alone))),
                                 torch.zeros(len(alone), dtype=torch.bool))
-        in_time = _in_time(self.bank.states, drawn)
-        return (self.verdict(drawn, drawn.frame, drawn.content, in_time),
+        in_time = _in_time(self.bank.states, drawn.records)
+        return (self.verdict(drawn, drawn.records.frame, drawn.records.content, in_time, watch=True),
                 self.verdict(drawn, alone, np.arange(len(alone)), split))
 
-    def verdict(self, drawn: Drawn, frame: np.ndarray, content: np.ndarray, split: Split) -> Verdict:
-        """Choose a plan with the records of some frames, and judge it by what comes after them."""
+    def verdict(self, drawn: Drawn, frame: np.ndarray, content: np.ndarray, split: Split, *,
+                watch: bool = False) -> Verdict:
+        """Choose a plan with the records of some frames, judge it by what comes after them, and watch it there."""
         try:
             point, judged = self.plan(torch.from_numpy(frame), torch.from_numpy(content), split)
         except RecordError:
@@ -138,7 +152,29 @@ class Subject:
             return REFUSED
         broken = max(float(differs @ drawn.of_requests), float(differs @ drawn.of_contents)) > _OPTIONS.tolerance
         later = torch.multinomial(requests, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
-        return Verdict(is_refused=False, is_broken=broken, cost=mean_cost(point, after.exit[later], self.costs))
+        found = Verdict(is_refused=False, is_broken=broken, cost=mean_cost(point, after.exit[later], self.costs))
+        if not watch:
+            return found
+        monitored = Monitored(_OPTIONS.risk, _OPTIONS.tolerance, _OPTIONS.delta, split.likeness)
+        hardest = drawn.of_requests if drawn.of_hardest is None else drawn.of_hardest
+        is_true = not broken and float(differs @ hardest) <= _OPTIONS.tolerance
+        return replace(
+            found, is_false_alarm=is_true and self.alarm(monitored, differs, drawn.later) is not None,
+            noticed_after=self.alarm(monitored, differs, _drifted(differs, drawn.later))
+            if self.stream.name in INDEPENDENT and differs.any() else None)
+
+    def alarm(self, monitored: Monitored, differs: np.ndarray, later: Records) -> int | None:
+        """Return the number of shadow samples after which the monitor raises an alarm; None where it does not."""
+        reference = self.bank.states[torch.from_numpy(later.frame)]
+        components = monitored.components(reference, ScoreKind.LOGITS)
+        requests = np.diff(later.position, prepend=later.position[0])
+        evidence = Evidence()
+        for number, (row, content) in enumerate(zip(later.frame, later.content)):
+            sample = Sample(0, float(differs[row]), int(content), 0.0, float(requests[number]), components[number])
+            evidence = evidence.after(sample, monitored)
+            if rejects(evidence.wealth(), monitored.delta):
+                return number + 1
+        return None
 
     def plan(self, frame: Tensor, content: Tensor, split: Split) -> tuple[OperatingPoint, Candidates]:
         """Return the exits to deploy, and what the heads, calibrated, say of all frames.
@@ -147,9 +183,9 @@ class Subject:
             RecordError: nothing can be certified.
         """
         tune, certify = ((split.part == part.number).nonzero().flatten() for part in (Part.TUNE, Part.CERTIFY))
-        evidence = [Evidence(split.block[rows], content[rows], split.is_new[rows]) for rows in (tune, certify)]
+        evidence = [Proof(split.block[rows], content[rows], split.is_new[rows]) for rows in (tune, certify)]
         require_enough(evidence[1].n_tested, Part.CERTIFY.share, _OPTIONS.tolerance, _OPTIONS.delta,
-                       in_blocks=bool(split.block_length))
+                       in_blocks=split.likeness is not None)
         if not len(tune):
             raise RecordError("no records to choose with")
         teacher = self.bank.states.argmax(dim=1)
@@ -177,11 +213,20 @@ def _drawn(bank: Bank, stream: Stream, seed: int) -> Drawn:
                        np.random.default_rng([1, seed]))
 
 
-def _in_time(states: Tensor, drawn: Drawn) -> Split:
-    n = len(drawn.frame)
+def _in_time(states: Tensor, records: Records) -> Split:
+    n = len(records.frame)
     each, every = torch.arange(n), torch.ones(n, dtype=torch.bool)
-    return split_in_time(states[torch.from_numpy(drawn.frame)], each, torch.from_numpy(drawn.content), each,
-                         torch.from_numpy(drawn.position).double(), every, every)
+    return split_in_time(states[torch.from_numpy(records.frame)], each, torch.from_numpy(records.content), each,
+                         torch.from_numpy(records.position).double(), every, every)
+
+
+def _drifted(differs: np.ndarray, later: Records) -> Records:
+    """Return as many independent records of which three times the tolerated share is answered differently."""
+    random = np.random.default_rng(int(later.frame[0]))
+    n = len(later.frame)
+    wrong, right = random.choice(np.flatnonzero(differs), n), random.choice(np.flatnonzero(differs == 0), n)
+    frame, each = np.where(random.random(n) < 3 * _OPTIONS.tolerance, wrong, right), np.arange(n)
+    return Records(frame, each, each, each)
 
 
 def repeated(subject: Subject, n_repetitions: int) -> list[tuple[Verdict, Verdict]]:
@@ -204,12 +249,18 @@ def _repeat(seed: int) -> tuple[Verdict, Verdict]:
 
 def summary(stream: Stream, found: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
     n = len(found)
-    n_broken = sum(plan.is_broken for plan, _ in found)
+    n_broken, n_alarms = sum(plan.is_broken for plan, _ in found), sum(plan.is_false_alarm for plan, _ in found)
     return {"name": stream.name, "repetitions": n, "refused_share": sum(plan.is_refused for plan, _ in found) / n,
             "broken_share": n_broken / n,
-            "broken_low": float(beta.ppf(0.05, n_broken, n - n_broken + 1)) if n_broken else 0.0,
+            "broken_low": _low(n_broken, n),
+            "false_alarm_share": n_alarms / n, "false_alarm_low": _low(n_alarms, n),
             "saving": 1 - fmean(plan.cost for plan, _ in found),
             "saving_of_independent": 1 - fmean(old.cost for _, old in found), "may_refuse": stream.may_refuse}
+
+
+def _low(k: int, n: int) -> float:
+    """Return the lower 95 % confidence limit of a share (Clopper-Pearson)."""
+    return float(beta.ppf(0.05, k, n - k + 1)) if k else 0.0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
+from early_exit.handler.monitor.blocks import Sample
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.training.data.shards import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
@@ -165,7 +167,7 @@ def alarms(source: Callable[[random.Random], Traffic], monitored: Monitored, cle
     for n in range(-quiet, LIMIT):
         before = state.step
         request = stream.choice((clean if n < 0 else source(stream)).requests)
-        state = state.after([(before, float(request[before]))], monitored, last, 0.0)
+        state = state.after([Sample(before, float(request[before]))], monitored, last, 0.0)
         if state.step != before:
             at.append(n + 1)
         if state.step == last:

@@ -2,20 +2,23 @@
 
     python -m tests.benchmarks.engine --json FILE
 
-CPU time of the process, one thread, all arms interleaved, medians of the ratios of 15 rounds, the same allocator in
-all arms. Heads are real, untrained, and run; which rows leave is scripted. The ideal saves, for each row that leaves,
-the time of the stages after its exit, as measured for full batches. At batch 1 a round is ten requests.
+CPU time of the process, one thread, all arms interleaved, the same allocator in all arms. Heads are real, untrained,
+and run; which rows leave is scripted. The shares hold for all rounds together: rows are dealt to batches at random, so
+the counts vary from batch to batch, and `counts` has those that were used. Without exits the ratio is the median over
+rounds, with exits that of the sums, as rounds differ. The ideal saves, for each row that leaves, the time of the stages
+after its exit, as measured for full batches: `ideal_ratio` is what the counts that were used would cost then, and
+`share_of_ideal` is the share of that saving that was had, the figure to judge by. At batch 1 a round is ten requests.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,16 @@ from early_exit.handler.inference.forward import Stage, run_with_exits
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.training.costs.profiling import one_thread, profile_backbone
-from tests.support.timing import interleaved, median_ratio
+from tests.benchmarks.report import conditions, legible, save
+from tests.support.timing import interleaved, median_ratio, ratio_of_sums
 
 LAYERS = ("layer1.2", "layer2.3", "layer3.5")
-LEAVERS = {1: (1, 6, 1, 2), 8: (1, 5, 1, 1), 32: (3, 19, 4, 6)}
-"""By batch size: rows that leave after each layer, and those that reach the end; at batch 1 of ten requests."""
-ROUNDS = 15
+SHARES = (0.10, 0.60, 0.12)
+"""Of the rows, those that leave after each layer."""
+BATCHES = (1, 8, 32)
+ROUNDS = 24
+EXITS = "10/60/12"
+"""Name of the arm with exits."""
 SPEC = HeadSpec(pool=4, widths=(64,))
 
 
@@ -50,7 +57,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES), metavar="ENGINE",
                         help="to measure, besides eager (all of %(choices)s)")
-    parser.add_argument("--batches", nargs="*", type=int, choices=LEAVERS, default=list(LEAVERS), metavar="SIZE")
+    parser.add_argument("--batches", nargs="*", type=int, choices=BATCHES, default=list(BATCHES), metavar="SIZE")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="(%(default)s)")
     parser.add_argument("--resident", nargs=2, metavar=("FOLDER", "ARM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.resident:
@@ -60,6 +68,7 @@ def main() -> int:
         parser.error("--json FILE is needed")
     restart_with_allocator()
     torch.manual_seed(0)
+    run = conditions({**vars(options), "shares": SHARES, "threads_of_model_times": 1})
     engines = ["eager", *(name for name in options.engines if name != "eager")]
     with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
         folder = Path(scratch)
@@ -69,11 +78,14 @@ def main() -> int:
         if INT8 in engines:  # what is fast does not depend on the values
             quantize(backbone, (torch.randn(8, 3, 224, 224),), folder)
         cells: list[dict[str, Any]] = []
+        counts: dict[int, list[list[int]]] = {}
         for size in options.batches:
-            cells += measure(backbone, size, engines)
-            figures = summary(cells) | {"memory": resident, "cells": cells}
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+            destinies = dealt(size, options.rounds)
+            counts[size] = counts_of(destinies)
+            cells += measure(backbone, engines, destinies)
+            figures = summary(cells) | {"memory": resident, "counts": counts, "cells": cells}
+            save(options.json, run, figures)
+    print(legible(figures))
     return 0
 
 
@@ -116,12 +128,35 @@ def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], th
     return build_model(backbone, plan, heads, engine=engine, control_rate=control_rate).to(backbone.device)
 
 
-def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str, Any]]:
-    """Return a row for each engine, with and without exits."""
+def dealt(size: int, n_rounds: int) -> Tensor:
+    """Return after which stage each row leaves, (R, calls, size) int64: the shares of all, dealt out at random.
+
+    The last number is that of the rows that reach the end. At size 1 a round has ten calls.
+    """
     n_calls = 10 if size == 1 else 1
-    destinies = torch.repeat_interleave(torch.arange(4), torch.tensor(LEAVERS[size]))
-    rounds = [(torch.randn(n_calls, size, 3, 224, 224), destinies[torch.randperm(len(destinies))].view(n_calls, size))
-              for _ in range(3)]
+    n_rows = n_rounds * n_calls * size
+    ends = [round(n_rows * sum(SHARES[:number])) for number in range(len(SHARES) + 1)]
+    counts = torch.tensor([*(end - start for start, end in pairwise(ends)), n_rows - ends[-1]])
+    destinies = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return destinies[torch.randperm(n_rows)].view(n_rounds, n_calls, size)
+
+
+def counts_of(destinies: Tensor) -> list[list[int]]:
+    """Return for each round how many rows leave after each stage, the last included."""
+    return [torch.bincount(one.flatten(), minlength=len(SHARES) + 1).tolist() for one in destinies]
+
+
+def measure(backbone: Backbone, engines: list[str], destinies: Tensor) -> list[dict[str, Any]]:
+    """Return a row for each engine, with and without exits.
+
+    Args:
+        backbone: of all engines.
+        engines: by name.
+        destinies: what `dealt` returned.
+    """
+    _, n_calls, size = destinies.shape
+    inputs = [torch.randn(n_calls, size, 3, 224, 224) for _ in range(3)]
+    rounds = [(inputs[number % 3], one) for number, one in enumerate(destinies)]
     arms: dict[str, Any] = {}
 
     def unsplit(engine: str) -> Any:
@@ -142,28 +177,39 @@ def measure(backbone: Backbone, size: int, engines: list[str]) -> list[dict[str,
         arms[f"{engine} unsplit"] = unsplit(engine)
         arms[f"{engine} none"] = lambda item, stages=model.assembly.stages: [
             run_with_exits((batch,), stages) for batch in item[0]]
-        arms[f"{engine} 10/60/12"] = exits(model)
-    seconds = interleaved(arms, [rounds[number % 3] for number in range(ROUNDS)])
-    rows = []
+        arms[f"{engine} {EXITS}"] = exits(model)
+    seconds = interleaved(arms, rounds)
+    counts = counts_of(destinies)
+    rows: list[dict[str, Any]] = []
     for engine in engines:
-        ideal = ideal_saving(backbone, engine, size)
-        for leave in ("none", "10/60/12"):
-            taken = seconds[f"{engine} {leave}"]
-            ratio = median_ratio(taken, seconds[f"{engine} unsplit"])
-            rows.append({
-                "batch": size, "engine": engine, "exits": leave, "ratio_to_same_engine": ratio,
-                "ratio_to_eager": median_ratio(taken, seconds["eager unsplit"]),
-                "share_of_ideal": (1 - ratio) / ideal if leave != "none" else None})
+        plain, eager = seconds[f"{engine} unsplit"], seconds["eager unsplit"]
+        without, exiting = seconds[f"{engine} none"], seconds[f"{engine} {EXITS}"]
+        ratio, ideal = ratio_of_sums(exiting, plain), ideal_ratio(stage_shares(backbone, engine, size), counts)
+        rows.append({"batch": size, "engine": engine, "exits": "none", "ratio_to_same_engine": median_ratio(
+            without, plain), "ratio_to_eager": median_ratio(without, eager)})
+        rows.append({"batch": size, "engine": engine, "exits": EXITS, "ratio_to_same_engine": ratio,
+                     "ratio_to_eager": ratio_of_sums(exiting, eager), "ideal_ratio": ideal,
+                     "share_of_ideal": (1 - ratio) / (1 - ideal)})
     return rows
 
 
-def ideal_saving(backbone: Backbone, engine: str, size: int) -> float:
-    """Return the share of the time of a full batch that comes after the exits of the rows that leave."""
+def stage_shares(backbone: Backbone, engine: str, size: int) -> list[float]:
+    """Return the share of the time of a full batch that each stage takes, heads aside."""
     layers = [backbone.description.layer(path) for path in LAYERS]
     stages = torch.tensor(profile_backbone(backbone, layers, engine=engine, sizes=(size,)).stages).flatten()
-    spent = stages.cumsum(0) / stages.sum()
-    leavers = torch.tensor(LEAVERS[size], dtype=spent.dtype)
-    return 1 - float(leavers @ spent / leavers.sum())
+    shares: list[float] = (stages / stages.sum()).tolist()
+    return shares
+
+
+def ideal_ratio(stages: Sequence[float], counts: Sequence[Sequence[int]]) -> float:
+    """Return what rows would cost if each paid for nothing but the stages up to its exit, as a share of what all cost.
+
+    Args:
+        stages: share of the time that each stage takes.
+        counts: for each round, the rows that leave after each stage, the last included.
+    """
+    spent = list(accumulate(stages))
+    return sum(n * cost for one in counts for n, cost in zip(one, spent)) / sum(map(sum, counts))
 
 
 def memory(folder: Path) -> dict[str, float]:
@@ -192,17 +238,24 @@ def resident_bytes(folder: Path, arm: str) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def summary(cells: list[dict[str, Any]]) -> dict[str, float | None]:
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures that the project is held to, as far as they were measured."""
-    def cell(batch: int, figure: str, engine: str = DEFAULT_ENGINE, exits: str = "10/60/12") -> float | None:
-        return next((one[figure] for one in cells if (one["batch"], one["engine"], one["exits"]) == (
-            batch, engine, exits)), None)
+    by_place = {(one["batch"], one["engine"], one["exits"]): one for one in cells}
+
+    def cell(batch: int, figure: str, engine: str = DEFAULT_ENGINE) -> float | None:
+        return by_place.get((batch, engine, EXITS), {}).get(figure)
 
     def worst(engine: str) -> float | None:
         return max((one["ratio_to_same_engine"] for one in cells if (one["engine"], one["exits"]) == (engine, "none")),
                    default=None)
 
+    def by_engine(figure: str) -> dict[str, dict[str, float]]:
+        engines = dict.fromkeys(engine for _, engine, exits in by_place if exits == EXITS)
+        return {engine: {str(batch): one[figure] for (batch, name, exits), one in by_place.items()
+                         if (name, exits) == (engine, EXITS)} for engine in engines}
+
     return {
+        "share_of_ideal": by_engine("share_of_ideal"), "ideal_ratio": by_engine("ideal_ratio"),
         "no_exit_ratio": worst(DEFAULT_ENGINE), "no_exit_ratio_int8": worst(INT8),
         "exits_same_engine_b8": cell(8, "ratio_to_same_engine"),
         "exits_vs_eager_b8": cell(8, "ratio_to_eager"),

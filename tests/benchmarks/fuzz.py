@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--bad", type=int, default=10_000)
     options = parser.parse_args()
     raise_on_terminate()
-    return report(options.json, lambda scratch: fuzz(scratch, options.bad))
+    return report(options.json, lambda scratch: fuzz(scratch, options.bad), vars(options))
 
 
 def fuzz(folder: Path, n_bad: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Answers, Stage, run_with_exits
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from tests.benchmarks.engine import exiting_model, untrained_heads
+from tests.benchmarks.report import conditions, save
 from tests.support.timing import interleaved, median_ratio
 
 LAYERS = {"resnet18": ("layer1.1", "layer2.1", "layer3.1"), "resnet50": ("layer1.2", "layer2.3", "layer3.5")}
@@ -56,6 +57,7 @@ def main() -> int:
         print("left out: this machine has no GPU that torch can use")
         return 0
     torch.manual_seed(0)
+    run = conditions(vars(options))
     figures: dict[str, Any] = {}
     cells: list[dict[str, Any]] = []
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
@@ -69,7 +71,7 @@ def main() -> int:
                         cells.append({"model": name, **cell})
                         print(json.dumps(cells[-1]), flush=True)
                     figures = summary(cells)
-                    options.json.write_text(json.dumps(figures | {"cells": cells}, indent=1) + "\n")
+                    save(options.json, run, figures | {"cells": cells})
     print(json.dumps(figures, indent=1))
     return 0
 

@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     raise_on_terminate()
     habits = [habit for habit in HABITS if not options.only or habit.name in options.only]
-    return report(options.json, lambda scratch: measured(habits, scratch))
+    return report(options.json, lambda scratch: measured(habits, scratch), vars(options))
 
 
 def measured(habits: Sequence[Habit], scratch: Path) -> dict[str, Any]:

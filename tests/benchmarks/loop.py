@@ -2,19 +2,23 @@
 
     python -m tests.benchmarks.loop --json FILE
 
-The first 5,000 images are recorded and trained on, without labels; a version with exits is rolled in under
-load; the last 5,000 are measured before and after.
+The first half of the images is recorded and trained on, without labels; a version with exits is rolled in under load;
+the other half measures three arms in turns: the user's original, which nothing was folded or fused in, ours without
+exits, and ours with exits. `vs_original` and `vs_without_exits` hold for every figure what ours with exits comes to,
+compared with that arm; ratios at the top level compare with ours without exits, so they show what the exits do alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.exits.plan import ExitPlan
@@ -23,14 +27,17 @@ from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.report import report
+from tests.support.arms import ARMS, ORIGINAL, SHADOW_RATE, WITH_EXITS, WITHOUT_EXITS
 from tests.support.cifar import as_batch, load_requests, load_weights
 from tests.support.client import failed, latency_ms
 from tests.support.loop import LoopResult, run_loop
+from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.original import original_mar
 from tests.support.served import served_model
-from tests.support.timing import cpu_ratio
+from tests.support.timing import cpu_seconds, median_ratio
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
+BATCHES = (1, 8, 32)
 
 
 def main() -> int:
@@ -38,54 +45,103 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--images", type=int, default=10_000, help="half of them are recorded (%(default)s)")
     options = parser.parse_args()
     restart_with_allocator()
     training = TrainingOptions(options.tolerance, options.confidence, search=None)
-    return report(options.json, lambda scratch: measure(scratch, training))
+    settings = {**vars(options), "server": CONFIG, "clients": 8, "threads_of_model_times": 1,
+                "sampling_rate": SHADOW_RATE}
+    return report(options.json, lambda scratch: measure(scratch, training, options.images), settings)
 
 
-def measure(folder: Path, options: TrainingOptions) -> dict[str, Any]:
+def measure(folder: Path, options: TrainingOptions, n_images: int) -> dict[str, Any]:
     """Run the loop in a folder and return its figures."""
-    bodies, labels = load_requests()
+    bodies, labels = (found[:n_images] for found in load_requests())
     weights = load_weights("resnet18w32-cifar10-jpeg")
     half = len(bodies) // 2
     original = original_mar(folder / "original", "cifar", "cifar_resnet18w32.py", "cifar_handler.py", weights, CONFIG)
-    result = run_loop(original, folder, bodies[:half], bodies[half:], input_shape=(3, 32, 32), options=options)
-    return summarise(result, labels[half:], bodies[half:])
+    result = run_loop(original, folder, bodies[:half], bodies[half:], input_shape=(3, 32, 32), config=CONFIG,
+                      options=options)
+    model = ResNet18W32()
+    model.load_state_dict(weights)
+    return summarise(result, [str(label) for label in labels[half:]], as_batch(bodies[half:]), model.eval())
 
 
-def summarise(result: LoopResult, labels: list[int], measured: list[bytes]) -> dict[str, Any]:
-    """Return the figures of a loop."""
-    names = [str(label) for label in labels]
-    full, exiting = served_model(result.recorder), served_model(result.exiting)
-    exiting.shadow.rate = 0.05  # as deployed: these run to the end though they are answered early
-    batches = {size: as_batch(measured).split(size) for size in (1, 8, 32)}
-    with one_thread(), torch.no_grad():
-        ratios = {size: cpu_ratio(full, exiting, batches[size][:400]) for size in batches}
-        served = torch.cat([flops_fractions(exiting, result.report.plan, batch) for batch in batches[8]])
+def summarise(result: LoopResult, labels: list[str], inputs: Tensor, original: nn.Module) -> dict[str, Any]:
+    """Return the figures of a loop.
+
+    Args:
+        result: of the loop.
+        labels: of the measured requests.
+        inputs: (M, ...): the same requests, as the handler gives them to the model.
+        original: the user's model, in eval mode.
+    """
+    times = {size: model_seconds(result, inputs.split(size)[:400], original) for size in BATCHES}
+    worker = {arm: {"worker_cpu_ms_per_request": 1000 * one.cpu_s, "worker_mb": one.mb,
+                    "p50_ms": latency_ms(one.replies, 0.5), "p95_ms": latency_ms(one.replies, 0.95)}
+              for arm, one in result.arms.items()}
+    flops = flops_of(result, inputs, original)
+    compared = {f"vs_{arm}": compared_with(arm, result, labels, times, worker, flops)
+                for arm in (ORIGINAL, WITHOUT_EXITS)}
     certificate = result.report.plan.certificate
+    of_exits = compared["vs_without_exits"]
     return {
-        "accuracy_before": result.accuracy(result.before, names),
-        "accuracy_after": result.accuracy(result.after, names),
-        "disagreement": result.disagreement,
+        "accuracy_before": result.accuracy(ORIGINAL, labels),
+        "accuracy_after": result.accuracy(WITH_EXITS, labels),
+        "disagreement": result.disagreement(ORIGINAL, WITH_EXITS),
+        "disagreement_without_exits": result.disagreement(ORIGINAL, WITHOUT_EXITS),
         "certified_bound": certificate.tolerance if certificate else None,
         "certificate": {"n": certificate.n, "k": certificate.k, "confidence": certificate.confidence}
         if certificate else None,
         "hits": result.hits(),
-        "flops_ratio": served.mean().item(),
+        **{name: of_exits[name] for name in ("flops_ratio", "cpu_time_ratio", "cpu_time_ratio_by_batch")},
         "flops_ratio_on_certify_part": result.report.deployed.flops,
-        "cpu_time_ratio": ratios[8],
-        "cpu_time_ratio_by_batch": ratios,
-        "worker_cpu_ms_per_request": {"before": 1000 * result.worker_cpu_s_before,
-                                      "after": 1000 * result.worker_cpu_s_after},
-        "worker_mb": {"before": result.worker_mb_before, "after": result.worker_mb_after},
-        "p50_ms": {"before": latency_ms(result.before, 0.5), "after": latency_ms(result.after, 0.5)},
-        "p95_ms": {"before": latency_ms(result.before, 0.95), "after": latency_ms(result.after, 0.95)},
+        **{name: {"before": worker[ORIGINAL][name], "after": worker[WITH_EXITS][name],
+                  **{arm: worker[arm][name] for arm in ARMS}} for name in worker[ORIGINAL]},
+        **compared,
         "requests": len(result.replies),
         "failed": failed(result.replies),
         "records": result.n_records,
         "records_bytes_per_request": result.record_bytes / result.n_records,
     }
+
+
+def compared_with(arm: str, result: LoopResult, labels: list[str], times: Mapping[int, Mapping[str, list[float]]],
+                  worker: Mapping[str, Mapping[str, float]], flops: Mapping[str, float]) -> dict[str, Any]:
+    """Return what ours with exits comes to, compared with another arm: ratios, but for what is lost in accuracy."""
+    by_batch = {size: median_ratio(seconds[WITH_EXITS], seconds[arm]) for size, seconds in times.items()}
+    return {
+        "accuracy_loss": result.accuracy(arm, labels) - result.accuracy(WITH_EXITS, labels),
+        "disagreement": result.disagreement(arm, WITH_EXITS),
+        "flops_ratio": flops[WITH_EXITS] / flops[arm],
+        "cpu_time_ratio": by_batch[8], "cpu_time_ratio_by_batch": by_batch,
+        **{name: worker[WITH_EXITS][name] / worker[arm][name] for name in worker[arm]},
+    }
+
+
+def model_seconds(result: LoopResult, batches: Sequence[Tensor], original: nn.Module) -> dict[str, list[float]]:
+    """Return the CPU seconds of each arm's model for some rounds, in turns."""
+    with one_thread(), torch.no_grad():
+        return cpu_seconds({ORIGINAL: original, WITHOUT_EXITS: served_model(result.recorder),
+                            WITH_EXITS: exiting_model(result)}, batches)
+
+
+def exiting_model(result: LoopResult) -> EarlyExitModel:
+    """Return the model with exits as it is deployed: some requests run to the end though they are answered early."""
+    model = served_model(result.exiting)
+    model.shadow.rate = SHADOW_RATE
+    return model
+
+
+def flops_of(result: LoopResult, inputs: Tensor, original: nn.Module) -> dict[str, float]:
+    """Return the FLOPs of each arm for a request."""
+    model = exiting_model(result)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            original(inputs[:1])
+        served = torch.cat([flops_fractions(model, result.report.plan, batch) for batch in inputs.split(8)])
+    backbone = model.assembly.description.flops
+    return {ORIGINAL: counter.get_total_flops(), WITHOUT_EXITS: backbone, WITH_EXITS: served.mean().item() * backbone}
 
 
 def flops_fractions(model: EarlyExitModel, plan: ExitPlan, batch: Tensor) -> Tensor:

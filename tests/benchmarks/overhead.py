@@ -2,8 +2,11 @@
 
     python -m tests.benchmarks.overhead --json FILE
 
-CPU time of the process (the writer's thread included), one thread for the model, interleaved, medians. Every request
-brings 10 kB of its own; `recording_ratio_10_mb` is that of single requests that bring 10 MB.
+CPU time of the process, one thread for the model. `no_exit_ratio` is the median over interleaved rounds.
+`recording_ratio` is a ratio of sums over whole shards: one arm serves the requests of a shard and records them all, and
+its time ends when the writer has written that shard; the other arm serves the same requests without recording. They
+take turns. So all that recording does, the writer's thread included, is in the arm that records. Every request brings
+10 kB of its own; `recording_ratio_10_mb` is that of single requests that bring 10 MB.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,63 +37,138 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.recording.format import list_shards
 from early_exit.handler.serving.worker import Worker
 from early_exit.handler.torchserve.host import TorchServeHost
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.costs.profiling import one_thread
+from tests.benchmarks.report import conditions, save
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
-from tests.support.timing import cpu_ratio
+from tests.support.timing import cpu_ratio, interleaved, ratio_of_sums
 
 BATCHES = (1, 8, 32)
+
+
+SHARD = ServingConfig.records_per_shard
+SHARDS = 4
+"""Shards that are timed, half of them first in their round; one more warms up."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What serving without exits costs.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="MODEL",
+                        help="to measure (all of %(choices)s)")
+    parser.add_argument("--shards", type=int, default=SHARDS, help="to time for each figure (%(default)s)")
+    parser.add_argument("--records-per-shard", type=int, default=SHARD, metavar="N", help="(%(default)s)")
     options = parser.parse_args()
     restart_with_allocator()
     torch.manual_seed(0)
-    figures = {
-        "resnet18w32_32px": measure(ResNet18W32(), (3, 32, 32), {1: 300, 8: 100, 32: 30}),
-        "resnet50_224px": measure(torchvision.models.resnet50(weights=None), (3, 224, 224), {1: 40, 8: 11, 32: 5}),
-    }
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    run = conditions({**vars(options), "threads_of_model_times": 1})
+    figures: dict[str, Any] = {}
+    for name in options.models:
+        make, input_shape, n_rounds = MODELS[name]
+        figures[name] = measure(make(), input_shape, n_rounds, options.shards, options.records_per_shard)
+        save(options.json, run, figures)
     print(json.dumps(figures, indent=1))
     return 0
 
 
-def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int]) -> dict[str, Any]:
-    """Return the largest difference of the answers and the cost ratios by batch size."""
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[int, int]]] = {
+    "resnet18w32_32px": (ResNet18W32, (3, 32, 32), {1: 300, 8: 100, 32: 30}),
+    "resnet50_224px": (partial(torchvision.models.resnet50, weights=None), (3, 224, 224), {1: 40, 8: 11, 32: 5})}
+"""By name: the model, the shape of its items, and by batch size the rounds of `no_exit_ratio`."""
+
+
+def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int], n_shards: int,
+            n_records: int) -> dict[str, Any]:
+    """Return the largest difference of the answers and the cost ratios by batch size.
+
+    Args:
+        model: with any weights.
+        input_shape: of one item.
+        n_rounds: by batch size, of what is compared without recording.
+        n_shards: that are timed for each figure of recording.
+        n_records: of a shard.
+    """
     backbone = Backbone.from_module(model.eval(), input_shape)
     plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), build_model(backbone)
     found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}, "recording_ratio_10_mb": {}}
-    with tempfile.TemporaryDirectory() as scratch, one_thread(), torch.no_grad():
+    with one_thread(), torch.no_grad():
         for size in BATCHES:
             inputs = [torch.randn(size, *input_shape) for _ in range(4)]
             rounds = [inputs[number % 4] for number in range(n_rounds[size])]
             error = (backbone.graph(inputs[0]) - served(inputs[0])).abs().max().item()
             found["max_error"] = max(found["max_error"], error)
-            without, recording = serving(backbone, size, None), serving(backbone, size, Path(scratch))
             found["no_exit_ratio"][size] = cpu_ratio(plain, served, rounds)
-            found["recording_ratio"][size] = cpu_ratio(without, recording, rounds)
+            found["recording_ratio"][size] = recording_ratio(backbone, inputs, n_shards, n_records)
             if size == 1:
-                large = [serving(backbone, 1, folder, body_bytes=10_000_000) for folder in (None, Path(scratch))]
-                found["recording_ratio_10_mb"][size] = cpu_ratio(*large, rounds)
+                found["recording_ratio_10_mb"][size] = recording_ratio(backbone, inputs, n_shards, n_records,
+                                                                       body_bytes=10_000_000)
     return found
 
 
-def serving(backbone: Backbone, size: int, records: Path | None, *,
-            body_bytes: int = 10_000) -> Callable[[Tensor], None]:
-    """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all."""
-    bodies = [random.Random(number).randbytes(body_bytes) for number in range(size)]
-    config = ServingConfig(records=str(records) if records else None)
+def recording_ratio(backbone: Backbone, inputs: list[Tensor], n_shards: int, n_records: int, *,
+                    body_bytes: int = 10_000) -> float:
+    """Return CPU time of serving whole shards and recording all / of serving the same without recording.
+
+    Args:
+        backbone: that serves.
+        inputs: batches of one size, which go round.
+        n_shards: that are timed.
+        n_records: of a shard, a multiple of the batch size.
+        body_bytes: of every request.
+    """
+    size = len(inputs[0])
+    if n_records % size:
+        raise ValueError(f"a shard of {n_records} records is no multiple of batches of {size}")
+    with tempfile.TemporaryDirectory() as scratch:
+        records = Path(scratch)
+        bodies = [random.Random(number).randbytes(body_bytes) for number in range(size)]
+        without, recording = (serving(backbone, bodies, folder, n_records) for folder in (None, records))
+
+        def serve(step: Callable[[Tensor], None]) -> None:
+            for number in range(n_records // size):
+                step(inputs[number % len(inputs)])
+
+        def record(shard: int) -> None:
+            serve(recording)
+            wait_for_shard(records, shard)
+
+        shards = count(1)
+        seconds = interleaved({"without": lambda _: serve(without), "recording": lambda _: record(next(shards))},
+                              range(n_shards))
+    return ratio_of_sums(seconds["recording"], seconds["without"])
+
+
+def wait_for_shard(records: Path, n_shards: int, limit_s: float = 120.0) -> None:
+    """Wait until so many shards are written and the writer has looked after old ones; waiting takes no CPU time."""
+    deadline = time.monotonic() + limit_s
+    while len(list_shards(records)) < n_shards:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"expected {n_shards} shards in {records}, found {len(list_shards(records))}")
+        time.sleep(0.02)
+    time.sleep(0.1)
+
+
+def serving(backbone: Backbone, bodies: list[bytes], records: Path | None,
+            n_records: int) -> Callable[[Tensor], None]:
+    """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all.
+
+    Args:
+        backbone: that serves.
+        bodies: of the requests of a batch.
+        records: the folder; without one nothing is recorded.
+        n_records: of a shard, which is written when it is full and no sooner.
+    """
+    config = ServingConfig(records=str(records) if records else None, records_per_shard=n_records, seal_after_s=3600)
     model = build_model(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
                         record_layers=config.layers if records else 0)
     metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
     metrics.initialize_cache()
     manifest = {"model": {"modelName": "overhead", "handler": "none"}}
-    context = Context("overhead", ".", manifest, size, None, ts.__version__, True, metrics, {})
+    context = Context("overhead", ".", manifest, len(bodies), None, ts.__version__, True, metrics, {})
     handler = Batches(model)
     worker = Worker(model, handler, HandlerContext(context, manifest, {}), config, TorchServeHost(context),
                     HandlerDescription())

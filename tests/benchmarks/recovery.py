@@ -4,16 +4,18 @@
 
 A real TorchServe serves ResNet-18 (width 32) to CIFAR-10 requests, and `ee-watch`'s own loop looks after it: it brings
 in a first plan; the traffic turns blurred; the worker's monitor alarms and steps back; the loop makes a new plan from
-what was recorded since, rolls it in, and accepts it. No request is sent twice.
+what was recorded since, rolls it in, and accepts it. No request is sent twice. Each run has the requests in an order of
+its own; a run that does not come to an accepted plan is told with the reason and with what was measured until then.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import Watcher
+from early_exit.handler.errors import EarlyExitError
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.report import report
 from tests.support.cifar import as_batch, load_requests, load_weights
@@ -39,12 +42,25 @@ from tests.support.served import served_model
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
           "early_exit:\n  seal_after_s: 2\n  sampling_rate: 1.0\n")
 OPTIONS = TrainingOptions(measure="flops", search=None)
-N_FIRST, N_CLEAN, N_DRIFTED = 3500, 500, 4000
-"""Requests for the first plan, to watch it, and after the drift; the others measure the new plan."""
 BLUR = 2.0
 """Radius in pixels."""
 _CHUNK = 100
 """Requests between two looks at the monitor."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many requests there are of each kind."""
+
+    first: int
+    """For the first plan."""
+    clean: int
+    """To watch it."""
+    drifted: int
+    """After the drift, until a new plan is made."""
+
+
+SIZES = Sizes(3500, 500, 4000)
 
 
 @dataclass(frozen=True)
@@ -61,18 +77,46 @@ class Served:
 def main() -> int:
     parser = argparse.ArgumentParser(description="From a drift to a new certified plan.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--runs", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--requests", type=int, nargs=3, default=astuple(SIZES), metavar="N",
+                        help="for the first plan, to watch it, and after the drift (%(default)s)")
     options = parser.parse_args()
-    return report(options.json, recovered)
+    sizes = Sizes(*options.requests)
+    return report(options.json, lambda scratch: recovered(scratch, options.runs, sizes),
+                  {**vars(options), "server": CONFIG, "blur": BLUR, "tolerance": OPTIONS.tolerance})
 
 
-def recovered(folder: Path) -> dict[str, Any]:
-    """Live through it; return what was answered differently, and how long it took.
+def recovered(folder: Path, n_runs: int = 1, sizes: Sizes = SIZES) -> dict[str, Any]:
+    """Live through it some times; return what happened each time, and how often it ended well."""
+    told = []
+    for seed in range(n_runs):
+        story: dict[str, Any] = {"seed": seed, "recovered": False}
+        try:
+            live_through(folder / str(seed), seed, sizes, story)
+            story["recovered"] = True
+        except (RuntimeError, EarlyExitError) as error:
+            story["failure"] = str(error)
+        told.append(story)
+        print(story, flush=True)
+    return {"traffic": f"blur of {BLUR} pixels", "tolerance": OPTIONS.tolerance, "sampling_rate": 1.0, "runs": n_runs,
+            "recovered": sum(one["recovered"] for one in told), "each": told}
+
+
+def live_through(folder: Path, seed: int, sizes: Sizes, story: dict[str, Any]) -> None:
+    """Live through it once, and tell what was answered differently, and how long it took.
 
     Args:
         folder: for everything that is made.
+        seed: of the order of the requests.
+        sizes: how many requests there are of each kind; the others measure the new plan.
+        story: for what is told, as soon as it is known.
+
+    Raises:
+        RuntimeError: the watcher did not decide what it should have, or no alarm came.
     """
     bodies = load_requests()[0]
-    clean = bodies[:N_FIRST + N_CLEAN]
+    random.Random(seed).shuffle(bodies)
+    clean = bodies[:sizes.first + sizes.clean]
     drifted = [corrupted(body, "blur", BLUR) for body in bodies[len(clean):]]
     original = original_mar(folder / "original", "cifar", "cifar_resnet18w32.py", "cifar_handler.py",
                             load_weights("resnet18w32-cifar10-jpeg"), CONFIG)
@@ -90,38 +134,37 @@ def recovered(folder: Path) -> dict[str, Any]:
                           trial_samples=200, longest_batch_s=1.0)
         watcher = Watcher(watched, print)
         served = Requests(server, watcher, [*clean, *drifted], expected)
-        list(served.take(N_FIRST))
+        sent = list(served.take(sizes.first))
+        story["failed"] = failed_in(sent)
         tick(watcher, watched.audit, "rolled")
-        before = list(served.take(N_CLEAN))
+        before = list(served.take(sizes.clean))
+        story["disagreement_before"], story["failed"] = disagreement(before), failed_in(sent := [*sent, *before])
         tick(watcher, watched.audit, "accepted")
         began = time.monotonic()
-        alarm_s = n_to_alarm = None
         during = []
-        for chunk in served.take(N_DRIFTED):
+        for chunk in served.take(sizes.drifted):
             during.append(chunk)
-            if alarm_s is None and served.step:
-                alarm_s, n_to_alarm = time.monotonic() - began, _CHUNK * len(during)
+            if "requests_to_alarm" not in story and served.step:
+                story |= {"requests_to_alarm": _CHUNK * len(during), "seconds_to_alarm": time.monotonic() - began}
         sent_s = time.monotonic() - began
+        steps = sorted({chunk.step for chunk in during})
+        story |= {"disagreement_by_step": {step: disagreement([one for one in during if one.step == step])
+                                           for step in steps},
+                  "seconds_of_drifted_traffic": sent_s, "failed": failed_in(sent := [*sent, *during])}
+        if "requests_to_alarm" not in story:
+            raise RuntimeError(f"no alarm came in {sizes.drifted} requests")
         tick(watcher, watched.audit, "rolled")
-        renewed_s = time.monotonic() - began
-        after = list(served.take(len(drifted) - N_DRIFTED))
+        story["seconds_to_new_plan"] = time.monotonic() - began - sent_s
+        after = list(served.take(len(drifted) - sizes.drifted))
+        story |= {"disagreement_after": disagreement(after), "left_early_after": share_of_early(after),
+                  "failed": failed_in([*sent, *after])}
         tick(watcher, watched.audit, "accepted")
         plan = watcher.look().plan
-    assert plan is not None and plan.certificate is not None and alarm_s is not None
-    steps = sorted({chunk.step for chunk in during})
-    return {
-        "traffic": f"blur of {BLUR} pixels", "tolerance": OPTIONS.tolerance, "sampling_rate": 1.0,
-        "disagreement_before": disagreement(before),
-        "disagreement_by_step": {step: disagreement([one for one in during if one.step == step]) for step in steps},
-        "disagreement_after": disagreement(after),
-        "requests_to_alarm": n_to_alarm, "seconds_to_alarm": alarm_s, "seconds_of_drifted_traffic": sent_s,
-        "seconds_to_new_plan": renewed_s - sent_s,
-        "new_plan": {"exits": len(plan.exits), "cost": plan.expected_cost, "n": plan.certificate.n,
-                     "k": plan.certificate.k},
-        "left_early_after": share_of_early(after),
-        "failed": sum(failed(one.replies) for one in [*before, *during, *after]),
-        "decisions": [event["event"] for event in watched.audit.read()],
-    }
+        if plan is None or plan.certificate is None:
+            raise RuntimeError("the version that serves has no certified plan")
+        story |= {"new_plan": {"exits": len(plan.exits), "cost": plan.expected_cost, "n": plan.certificate.n,
+                               "k": plan.certificate.k},
+                  "decisions": [event["event"] for event in watched.audit.read()]}
 
 
 class Requests:
@@ -159,8 +202,19 @@ def tick(watcher: Watcher, audit: Audit, decision: str) -> None:
 
 
 def disagreement(served: Sequence[Served]) -> float:
+    """Return the share of the answers that are not the backbone's.
+
+    Raises:
+        RuntimeError: nothing was answered.
+    """
     pairs = [(reply.top(), label) for one in served for reply, label in zip(one.replies, one.expected) if reply.ok]
+    if not pairs:
+        raise RuntimeError(f"none of {sum(len(one.replies) for one in served)} requests was answered")
     return sum(top != label for top, label in pairs) / len(pairs)
+
+
+def failed_in(served: Sequence[Served]) -> int:
+    return sum(failed(one.replies) for one in served)
 
 
 def share_of_early(served: Sequence[Served]) -> float:

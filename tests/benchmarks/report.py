@@ -1,26 +1,109 @@
-"""How a benchmark tells its figures."""
+"""How a benchmark tells its figures, and what it says of the run that they come from."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import platform
+import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
+from early_exit.handler.allocator import ALLOCATOR
 from tests.support.cifar import DataMissing
 
+_ROOT = Path(__file__).parents[2]
+_INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16",
+                 "amx_int8", "asimd", "asimddp", "sve", "bf16", "i8mm")
+"""Of a processor, on which the time of a model depends."""
+_NO_SETTINGS = ("json", "work", "resident")
+"""Options that say where files are."""
 
-def report(file: Path, measure: Callable[[Path], dict[str, Any]]) -> int:
-    """Measure in a folder that is removed afterwards, write the figures and print them; return the exit status."""
+
+def report(file: Path, measure: Callable[[Path], dict[str, Any]], settings: Mapping[str, Any] | None = None) -> int:
+    """Measure in a folder that is removed afterwards, write the figures and print them; return the exit status.
+
+    Args:
+        file: for the figures.
+        measure: takes the folder and returns the figures.
+        settings: what they depend on, such as the options of the command.
+    """
+    run = conditions(settings or {})
     try:
         with tempfile.TemporaryDirectory() as scratch:
             figures = measure(Path(scratch))
     except DataMissing as missing:
         print(missing, file=sys.stderr)
         return 1
-    text = json.dumps(figures, indent=1)
-    file.write_text(text + "\n")
-    print(text)
+    save(file, run, figures)
+    print(legible(figures))
     return 0
+
+
+def save(file: Path, run: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Write figures, and before them what `conditions` said when the run began, and how long it has taken."""
+    seconds = round(time.time() - psutil.Process().create_time())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(legible({"run": {**run, "seconds": seconds}, **figures}) + "\n")
+
+
+def legible(figures: Mapping[str, Any]) -> str:
+    """Return JSON in which a list of numbers takes one line."""
+    text = json.dumps(figures, indent=1, default=str)
+    return re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
+
+
+def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run is done with: the code, the machine, and its settings; to be called before it measures.
+
+    Args:
+        settings: what the figures depend on besides, such as the options of the command.
+    """
+    return {
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": _of_processor("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in _INSTRUCTIONS if name in _of_processor("flags", "Features").split()],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__, "python": platform.python_version(),
+        "allocator": all(os.environ.get(name) == value for name, value in ALLOCATOR.items()),
+        "settings": {name: value for name, value in settings.items() if name not in _NO_SETTINGS},
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the code, with a plus where files are not as in it; results and pages are no code."""
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
+
+    try:
+        found = git("rev-parse", "HEAD")
+        changed = git("diff", "--quiet", "HEAD", "--", ".", ":!docs", ":!*.md").returncode
+    except OSError:  # there is no git here
+        return None
+    return None if found.returncode else found.stdout.strip()[:12] + ("+" if changed else "")
+
+
+def _of_processor(*keys: str) -> str:
+    """Return what Linux tells about the first processor under the first of some keys, or nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    told: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        told.setdefault(key.strip(), value.strip())
+    return next((told[key] for key in keys if key in told), "")

@@ -10,7 +10,6 @@ and is put back, and an operator switches the exits off, under load and after a 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.config import ANSWERS
 from early_exit.training.command import raise_on_terminate
 from tests.benchmarks.adoption import adoption
+from tests.benchmarks.report import conditions, legible, save
 from tests.benchmarks.rivals import rivals
 from tests.benchmarks.switching import exits_off_s
 from tests.support.client import BackgroundLoad, Reply, failed, latency_ms
@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the delays in these pairs")
     options = parser.parse_args()
     raise_on_terminate()
+    run = conditions(vars(options))
     modes: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
     for part in (*options.answers, "adoption", "rivals", "switch"):
@@ -66,8 +67,8 @@ def main() -> int:
                 figures = {key: combine(mode[key] for mode in modes.values())
                            for key, combine in (("requests", sum), ("failed", sum), ("lost", sum), ("p99_ratio", max),
                                                 ("max_ms", max))} | {"modes": modes}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+        save(options.json, run, figures)
+    print(legible(figures))
     return 0
 
 

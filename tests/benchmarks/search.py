@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time, resumption and memory of the search for heads.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    return report(options.json, measure)
+    return report(options.json, measure, {"trials": TRIALS, "times_as_many_records": TIMES})
 
 
 def measure(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ its end is known, so what is certified on it can be judged.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,13 +16,15 @@ from tests.benchmarks.frames import Bank
 N_SCENES = 3000
 N_REQUESTS = 6000
 """Of streams that are not made of scenes."""
+N_LATER = 4000
+"""Records that come after a stream, for the monitor."""
 _N_CONTINUED = 20_000
 Draw = Callable[[Bank, np.random.Generator, np.random.Generator], "Drawn"]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """N recorded requests, and what comes after them."""
+class Records:
+    """N recorded requests."""
 
     frame: np.ndarray
     """(N,) rows of the bank."""
@@ -32,10 +34,25 @@ class Drawn:
     """(N,) int64: equal where records are evidence together."""
     position: np.ndarray
     """(N,) how many requests were served before each."""
+
+    def until(self, n: int) -> Records:
+        """Return the first n."""
+        return Records(self.frame[:n], self.content[:n], self.scene[:n], self.position[:n])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is recorded of a stream, and what comes after it."""
+
+    records: Records
+    later: Records
+    """What is recorded then, at the same rate."""
     of_requests: np.ndarray
     """(S * F,) what share of later requests shows each row of the bank."""
     of_contents: np.ndarray
     """(S * F,) the same of contents that are new then."""
+    of_hardest: np.ndarray | None = None
+    """(S * F,) the same of requests in the hardest time, where times differ."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +74,11 @@ def scenes(sizes: Callable[[np.random.Generator], np.ndarray], rate: float = 1.0
     def draw(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
         size = sizes(then)
         is_past = np.cumsum(size) - size < size.sum() / 2
-        source = np.where(is_past, first.integers(bank.n_training, size=len(size)),
-                          then.integers(bank.n_training, bank.n_sources, size=len(size)))
-        return _recorded(bank, source, size, then, rate)
+        source = np.where(is_past, first.integers(bank.n_training, size=len(size)), _others(bank, len(size), then))
+        records = _recorded(bank, source, size, then, rate)
+        later_size = sizes(then)
+        later = _recorded(bank, _others(bank, len(later_size), then), later_size, then, rate)
+        return Drawn(records, later.until(N_LATER), _uniform(bank), _uniform(bank))
 
     return draw
 
@@ -81,17 +100,26 @@ def bursts(bank: Bank, first: np.random.Generator, then: np.random.Generator) ->
     n = N_REQUESTS
     size = np.where(then.random(n) < 0.03, then.integers(5, 60, size=n), 1)
     is_past = np.cumsum(size) - size < size.sum() / 2
-    source = np.where(is_past, first.integers(bank.n_training, size=n),
-                      then.integers(bank.n_training, bank.n_sources, size=n))
-    drawn = _recorded(bank, source, size, then)
-    label, frame = bank.label.numpy(), drawn.frame.copy()
-    of_one_class = (size > 1) & (then.random(n) < 0.5)
+    source = np.where(is_past, first.integers(bank.n_training, size=n), _others(bank, n, then))
+    records = _some_of_one_class(bank, _recorded(bank, source, size, then), source, is_past, size > 1, then)
+    later_size = np.where(then.random(n) < 0.03, then.integers(5, 60, size=n), 1)
+    source = _others(bank, n, then)
+    later = _some_of_one_class(bank, _recorded(bank, source, later_size, then).until(N_LATER), source,
+                               np.zeros(n, dtype=bool), later_size > 1, then)
+    return Drawn(records, later, _uniform(bank), _uniform(bank))
+
+
+def _some_of_one_class(bank: Bank, records: Records, source: np.ndarray, is_past: np.ndarray, is_burst: np.ndarray,
+                       random: np.random.Generator) -> Records:
+    """Return records in which half of the bursts show many sources of one class, and not frames of one source."""
+    label, frame = bank.label.numpy(), records.frame.copy()
+    of_one_class = is_burst & (random.random(len(is_burst)) < 0.5)
     for scene in of_one_class.nonzero()[0]:
-        rows = np.flatnonzero(drawn.scene == scene)
+        rows = np.flatnonzero(records.scene == scene)
         low, high = (0, bank.n_training) if is_past[scene] else (bank.n_training, bank.n_sources)
         alike = low + np.flatnonzero(label[low:high] == label[source[scene]])
-        frame[rows] = then.choice(alike, len(rows)) * bank.n_frames + then.integers(bank.n_frames, size=len(rows))
-    return Drawn(frame, drawn.content, drawn.scene, drawn.position, drawn.of_requests, drawn.of_contents)
+        frame[rows] = random.choice(alike, len(rows)) * bank.n_frames + random.integers(bank.n_frames, size=len(rows))
+    return replace(records, frame=frame)
 
 
 def repeated(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
@@ -104,54 +132,66 @@ def repeated(bank: Bank, first: np.random.Generator, then: np.random.Generator) 
     earliest = np.arange(n)
     for request in np.flatnonzero(~is_new):
         earliest[request] = earliest[again[request]]
-    source = np.concatenate([first.integers(bank.n_training, size=half),
-                             then.integers(bank.n_training, bank.n_sources, size=n - half)])
+    source = np.concatenate([first.integers(bank.n_training, size=half), _others(bank, n - half, then)])
     frame = source[earliest] * bank.n_frames
-    later = np.bincount(frame[N_REQUESTS:], minlength=len(bank.states)) / _N_CONTINUED
-    earliest, new = earliest[:N_REQUESTS], np.zeros(len(bank.states))
+    of_requests = np.bincount(frame[N_REQUESTS:], minlength=len(bank.states)) / _N_CONTINUED
+    new = np.zeros(len(bank.states))
     new[bank.n_training * bank.n_frames::bank.n_frames] = 1 / (bank.n_sources - bank.n_training)
-    return Drawn(frame[:N_REQUESTS], earliest, earliest, np.arange(N_REQUESTS), later, new)
+    records, later = (Records(frame[part], earliest[part], earliest[part], np.arange(n)[part])
+                      for part in (slice(N_REQUESTS), slice(N_REQUESTS, N_REQUESTS + N_LATER)))
+    return Drawn(records, later, of_requests, new)
 
 
 def fifty_files(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
     """Return fifty files at random, then others: from somewhere in the last third of the records on, or after them."""
     files = first.choice(bank.n_training, 50, replace=False) * bank.n_frames
-    frame = files[np.concatenate([first.integers(50, size=N_REQUESTS // 2), then.integers(50, size=N_REQUESTS // 2)])]
+    half, n = N_REQUESTS // 2, N_REQUESTS + N_LATER
+    frame = files[np.concatenate([first.integers(50, size=half), then.integers(50, size=n - half)])]
     content = frame.copy()
     switch = int(then.uniform(0.7, 1.3) * N_REQUESTS)
     others = _uniform(bank)
-    n_others = max(0, N_REQUESTS - switch)
-    if n_others:
-        frame[switch:] = then.choice(np.flatnonzero(others), n_others)
-        content[switch:] = len(bank.states) + np.arange(n_others)
-    return Drawn(frame, content, content, np.arange(N_REQUESTS), others, others)
+    frame[switch:] = then.choice(np.flatnonzero(others), n - switch)
+    content[switch:] = len(bank.states) + np.arange(n - switch)
+    records, later = (Records(frame[part], content[part], content[part], np.arange(n)[part])
+                      for part in (slice(N_REQUESTS), slice(N_REQUESTS, n)))
+    return Drawn(records, later, others, others)
 
 
 def slow_change(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
-    """Return requests that get harder and easier again, two and a half times."""
+    """Return requests that get harder and easier again, two and a half times, and go on so."""
     difficulty = bank.difficulty.numpy()
     past, rest = np.argsort(difficulty[:bank.n_training]), np.argsort(difficulty[bank.n_training:]) + bank.n_training
-    half, time = N_REQUESTS // 2, np.arange(N_REQUESTS) / N_REQUESTS
-    power = np.exp(0.3 * np.sin(2 * np.pi * 2.5 * time))  # below 1 the hard ones come more often
+    half, n = N_REQUESTS // 2, N_REQUESTS + N_LATER
+    power = np.exp(0.3 * np.sin(2 * np.pi * 2.5 * np.arange(n) / N_REQUESTS))  # below 1 the hard ones come more often
     source = np.concatenate([past[(first.random(half) ** power[:half] * len(past)).astype(int)],
-                             rest[(then.random(half) ** power[half:] * len(rest)).astype(int)]])
-    frame = source * bank.n_frames + then.integers(bank.n_frames, size=N_REQUESTS)
+                             rest[(then.random(n - half) ** power[half:] * len(rest)).astype(int)]])
+    frame, each = source * bank.n_frames + then.integers(bank.n_frames, size=n), np.arange(n)
+    records, later = (Records(frame[part], each[part], each[part], each[part])
+                      for part in (slice(N_REQUESTS), slice(N_REQUESTS, n)))
     edges = np.linspace(0, 1, len(rest) + 1)
+
+    def chances(powers: np.ndarray) -> np.ndarray:
+        by_frame = np.zeros((bank.n_sources, bank.n_frames))
+        by_frame[rest] = np.mean([np.diff(edges ** (1 / one)) for one in powers], axis=0)[:, None] / bank.n_frames
+        return by_frame.ravel()
+
     # As in the last three tenths, which certify.
-    chances = np.mean([np.diff(edges ** (1 / one)) for one in power[int(0.7 * N_REQUESTS)::20]], axis=0)
-    later = np.zeros((bank.n_sources, bank.n_frames))
-    later[rest] = chances[:, None] / bank.n_frames
-    each = np.arange(N_REQUESTS)
-    return Drawn(frame, each, each, each, later.ravel(), later.ravel())
+    certified = chances(power[int(0.7 * N_REQUESTS):N_REQUESTS:20])
+    return Drawn(records, later, certified, certified, of_hardest=chances(power.min(keepdims=True)))
+
+
+def _others(bank: Bank, n: int, random: np.random.Generator) -> np.ndarray:
+    """Return n sources that no head is trained on."""
+    return random.integers(bank.n_training, bank.n_sources, size=n)
 
 
 def _recorded(bank: Bank, source: np.ndarray, size: np.ndarray, random: np.random.Generator,
-              rate: float = 1.0) -> Drawn:
+              rate: float = 1.0) -> Records:
     scene = np.repeat(np.arange(len(size)), size)
     position = np.flatnonzero(random.random(len(scene)) < rate) if rate < 1 else np.arange(len(scene))
     scene = scene[position]
     frame = source[scene] * bank.n_frames + random.integers(bank.n_frames, size=len(scene))
-    return Drawn(frame, np.arange(len(scene)), scene, position, _uniform(bank), _uniform(bank))
+    return Records(frame, np.arange(len(scene)), scene, position)
 
 
 def _uniform(bank: Bank) -> np.ndarray:

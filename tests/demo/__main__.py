@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.command import raise_on_terminate
-from early_exit.training.costs.profiling import one_thread
 from early_exit.training.options import TrainingOptions
-from tests.support.client import failed, latency_ms
+from tests.benchmarks.loop import summarise
+from tests.benchmarks.report import conditions, save
+from tests.support.arms import ARMS
 from tests.support.digits import batches, measured_traffic, recorded_traffic, train_backbone
-from tests.support.loop import LoopResult, run_loop
+from tests.support.loop import run_loop
 from tests.support.original import original_mar
-from tests.support.served import served_model
-from tests.support.timing import cpu_ratio
 
 N_RECORD, N_MEASURE = 2500, 2000
 """More records would only show more variants of the same digits, which a certificate takes for other contents."""
@@ -26,6 +28,9 @@ CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_ex
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.demo", description="The whole loop on scikit-learn's digits.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as well")
+    options = parser.parse_args()
     restart_with_allocator()
     raise_on_terminate()
     started = time.monotonic()
@@ -33,40 +38,53 @@ def main() -> None:
     def log(line: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
 
+    run = conditions({"recorded": N_RECORD, "measured": N_MEASURE, "server": CONFIG})
     log("training a small ResNet on 900 digits that the traffic never shows")
-    weights = train_backbone().state_dict()
+    model = train_backbone()
     (record, _), measure = recorded_traffic(N_RECORD, seed=1), measured_traffic(N_MEASURE, seed=2)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py", weights, CONFIG)
+        original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py",
+                                model.state_dict(), CONFIG)
         result = run_loop(original, folder, [one.body for one in record], [one.body for one in measure],
-                          input_shape=(1, 32, 32), options=OPTIONS, log=log)
-        full, exiting = served_model(result.recorder), served_model(result.exiting)
-        with one_thread(), torch.no_grad():
-            ratio = cpu_ratio(full, exiting, list(batches(measure, 8)))
-    print(table(result, [str(one.label) for one in measure], ratio))
+                          input_shape=(1, 32, 32), config=CONFIG, options=OPTIONS, log=log)
+        inputs = torch.cat(list(batches(measure, 8)))
+        figures = summarise(result, [str(one.label) for one in measure], inputs, model)
+    if options.json:
+        save(options.json, run, figures)
+    print(table(figures))
     log("stopped everything that was started")
 
 
-def table(result: LoopResult, labels: list[str], cpu_time_ratio: float) -> str:
+def table(figures: Mapping[str, Any]) -> str:
     """Return what the loop gained, for a reader."""
-    report = result.report
-    certificate = report.plan.certificate
-    bound = f"certified <= {certificate.tolerance:.1%}" if certificate else "not certified"
+    of_exits, in_all = figures["vs_without_exits"], figures["vs_original"]
+    bound = figures["certified_bound"]
+
+    def time_of(ratios: Mapping[str, Any]) -> float:
+        return float(ratios["cpu_time_ratio"])
+
+    def each(name: str, digits: int) -> tuple[str, ...]:
+        return tuple(f"{figures[name][arm]:.{digits}f}" for arm in ARMS)
+
     rows = [
-        ("", "before", "after"),
-        ("accuracy", f"{result.accuracy(result.before, labels):.2%}", f"{result.accuracy(result.after, labels):.2%}"),
-        ("answers that differ", "", f"{result.disagreement:.2%}  ({bound})"),
-        *((f"left at {name}", "", f"{share:.1%}") for name, share in result.hits().items()),
-        ("FLOPs per request", "1.00", f"{report.deployed.flops:.2f}"),
-        ("CPU time of the model, one thread", "1.00", f"{cpu_time_ratio:.2f}"),
-        ("CPU ms per request, whole worker", f"{1000 * result.worker_cpu_s_before:.2f}",
-         f"{1000 * result.worker_cpu_s_after:.2f}"),
-        *((f"p{quantile} ms", f"{latency_ms(result.before, quantile / 100):.1f}",
-           f"{latency_ms(result.after, quantile / 100):.1f}") for quantile in (50, 95)),
-        ("requests failed", "", f"{failed(result.replies)} of {len(result.replies)}"),
+        ("", "original", "ours, no exits", "ours, exits"),
+        ("accuracy", f"{figures['accuracy_before']:.2%}",
+         f"{figures['accuracy_after'] + of_exits['accuracy_loss']:.2%}", f"{figures['accuracy_after']:.2%}"),
+        ("answers that differ", "", f"{figures['disagreement_without_exits']:.2%}",
+         f"{figures['disagreement']:.2%}  ({f'certified <= {bound:.1%}' if bound else 'not certified'})"),
+        *((f"left at {name}", "", "", f"{share:.1%}") for name, share in figures["hits"].items()),
+        ("FLOPs per request", "1.00", f"{in_all['flops_ratio'] / of_exits['flops_ratio']:.2f}",
+         f"{in_all['flops_ratio']:.2f}"),
+        ("CPU time of the model, one thread", "1.00", f"{time_of(in_all) / time_of(of_exits):.2f}",
+         f"{time_of(in_all):.2f}"),
+        ("CPU ms per request, whole worker", *each("worker_cpu_ms_per_request", 2)),
+        ("p50 ms", *each("p50_ms", 1)),
+        ("p95 ms", *each("p95_ms", 1)),
+        ("requests failed", "", "", f"{figures['failed']} of {figures['requests']}"),
     ]
-    return "\n" + "\n".join(f"  {name:34} {before:>8}  {after}" for name, before, after in rows) + "\n"
+    lines = [f"  {name:34} {first:>8}  {second:>14}  {third}" for name, first, second, third in rows]
+    return "\n" + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

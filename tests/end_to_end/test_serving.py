@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -193,10 +194,15 @@ def test_workers_see_the_variables_of_ee_serve_but_not_the_gateways_token(server
         assert variables["OF_THE_HANDLER"] == "seen" and GATEWAY_TOKEN not in variables
 
 
+@pytest.mark.parametrize("way_up", [None, "..", "%2e%2e"], ids=["by its own path", "dots", "dots in escapes"])
 def test_archives_from_elsewhere_cannot_be_registered(
-        server: TorchServe, management: Management, recorder_mar: Path) -> None:
+        way_up: str | None, server: TorchServe, management: Management, recorder_mar: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copy(recorder_mar, tmp_path / "elsewhere.mar"))
+    way = os.path.relpath(elsewhere, server.model_store)
+    url = elsewhere.as_uri() if way_up is None else f"file://{server.model_store}/{way.replace('..', way_up)}"
     with pytest.raises(ServerError, match="403|400|404"):
-        management.register(recorder_mar.as_uri(), RunSettings(workers=(1, 1)))
+        management.register(url, RunSettings(workers=(1, 1)), model="elsewhere")
+    assert not (server.model_store / elsewhere.name).exists()
 
 
 def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(

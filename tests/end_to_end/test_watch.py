@@ -28,7 +28,7 @@ from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import Watcher
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.monitor.sequential_test import Monitored
+from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.shared_state import SharedMonitor, monitor_file
 from early_exit.handler.recording.format import ShardHeader, list_shards
 from early_exit.training.heads.distill import Distillation
@@ -39,6 +39,7 @@ from tests.support.digits import traffic
 from tests.support.documents import DOCUMENTS, ROOT
 from tests.support.foreign import open_to_others, open_umask
 from tests.support.rewritten import renumbered
+from tests.support.shadow_samples import samples_of
 from tests.support.untried import build_untried
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def alarm(server: TorchServe, watched: Watched) -> None:
     header = ShardHeader("digits", standing.version, standing.backbone.sha256, None, ())
     path = monitor_file(header.folder(server.state.parent / "records"), standing.version, standing.plan)
     other = SharedMonitor(Monitored.of(standing.plan.certificate), len(standing.plan.safer) + 1, path)
-    other.note(0, [1.0] * 200)
+    other.note(samples_of([1.0] * 200))
     other.close()
     time.sleep(2)  # every worker reads the state once a second
 

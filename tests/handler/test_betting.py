@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.handler.betting import after_round, p_value, rejects, wealth
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.inference.bypass import BETS as BYPASS_BETS
 from early_exit.handler.inference.bypass import Comparison
+from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import BETS as MONITOR_BETS
 from early_exit.handler.monitor.sequential_test import Evidence
 from early_exit.training.selection.certify import betting_p_value
+from tests.support.shadow_samples import samples_of
 
 SECONDS = st.floats(1e-4, 10)
 LOSSES = st.floats(0, 1)
@@ -43,16 +46,18 @@ def test_the_bypass_bets_as_it_always_did(pairs: list[tuple[float, float]]) -> N
 
 
 @given(quiet=st.integers(0, 250), losses=st.lists(LOSSES, max_size=40), tolerance=st.floats(0.001, 0.5))
-def test_the_monitor_bets_as_it_always_did(quiet: int, losses: list[float], tolerance: float) -> None:
+def test_the_monitor_bets_on_single_contents_as_it_always_did(
+        quiet: int, losses: list[float], tolerance: float) -> None:
+    monitored = Monitored(Risk.CONFIDENCE_GAP, tolerance, 0.05)
     evidence, capital = Evidence(), [0.0] * 5
-    for number, loss in enumerate([0.0] * quiet + losses):
-        evidence = evidence.after(loss, tolerance)
+    for number, sample in enumerate(samples_of([0.0] * quiet + losses)):
+        loss, evidence = sample.loss, evidence.after(sample, monitored)
         hundreds, rest = divmod(number, 100)
         stake = 0.0 if rest else 1 / ((hundreds + 1) * (hundreds + 2))
         capital = [(has + stake) * (1 + bet / tolerance * (loss - tolerance))
                    for has, bet in zip(capital, (0.02, 0.05, 0.1, 0.2, 0.4))]
-        assert list(evidence.capital) == capital
-        assert evidence.wealth() == sum(capital) / 5 + 1 / (math.ceil((number + 1) / 100) + 1)
+        assert list(evidence.contents.stakes) == capital
+        assert evidence.contents.wealth(100) == sum(capital) / 5 + 1 / (math.ceil((number + 1) / 100) + 1)
     assert MONITOR_BETS == (0.02, 0.05, 0.1, 0.2, 0.4)
 
 

@@ -19,7 +19,7 @@ from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Exit, Stage, run_with_exits
 from early_exit.handler.inference.in_flight import InFlightCalls
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.serving.probe import answer_probe
+from early_exit.handler.model.probe import answer_probe
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.skips import needs_gpu
 

@@ -19,7 +19,7 @@ from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.serving.probe import answer_probe
+from early_exit.handler.model.probe import answer_probe
 from tests.support.damage import unnoticed_damage
 from tests.support.forwards import HalfPrecisionScores, Plain, forwards
 from tests.support.zoo import Specimen

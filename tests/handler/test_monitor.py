@@ -20,8 +20,11 @@ from scipy.stats import beta
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
-from early_exit.handler.monitor.sequential_test import BETS, Evidence, Monitored, MonitorState, upper_limit
+from early_exit.handler.monitor.blocks import Sample
+from early_exit.handler.monitor.monitored import Monitored, upper_limit
+from early_exit.handler.monitor.sequential_test import BETS, ON_CONTENTS, ON_REQUESTS, Evidence, MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
+from tests.support.shadow_samples import samples_of
 
 TOLERANCE = 0.02
 MONITORED = Monitored(Risk.DISAGREEMENT, TOLERANCE, 0.05)
@@ -31,9 +34,9 @@ def samples_until_alarm(rate: float, seed: int, *, quiet: int = 0, limit: int = 
     draw = random.Random(seed)
     evidence = Evidence()
     for _ in range(quiet):
-        evidence = evidence.after(float(draw.random() < TOLERANCE / 2), TOLERANCE)
+        evidence = evidence.after(Sample(0, float(draw.random() < TOLERANCE / 2)), MONITORED)
     for n in range(1, limit + 1):
-        evidence = evidence.after(float(draw.random() < rate), TOLERANCE)
+        evidence = evidence.after(Sample(0, float(draw.random() < rate)), MONITORED)
         if evidence.wealth() >= 1 / MONITORED.delta:
             return n
     return None
@@ -42,21 +45,21 @@ def samples_until_alarm(rate: float, seed: int, *, quiet: int = 0, limit: int = 
 @given(losses=st.lists(st.floats(0, 1), max_size=100))
 def test_within_the_first_stake_the_wealth_is_half_kept_and_half_the_product_of_the_bets(losses: list[float]) -> None:
     evidence = Evidence()
-    for loss in losses:
-        evidence = evidence.after(loss, TOLERANCE)
+    for sample in samples_of(losses):
+        evidence = evidence.after(sample, MONITORED)
     products = [math.exp(sum(math.log1p(bet / TOLERANCE * (loss - TOLERANCE)) for loss in losses)) for bet in BETS]
-    expected = 0.5 + 0.5 * sum(products) / len(BETS) if losses else 1.0
+    expected = ON_REQUESTS + ON_CONTENTS * (0.5 + 0.5 * sum(products) / len(BETS)) if losses else 1.0
     assert evidence.wealth() == pytest.approx(expected)
 
 
-@given(losses=st.lists(st.sampled_from([0.0, 1.0]), max_size=350))
-def test_a_sample_at_exactly_the_tolerated_rate_leaves_the_expected_wealth_as_it_is(losses: list[float]) -> None:
+@given(losses=st.lists(st.sampled_from([0.0, 1.0]), max_size=350), filler=st.sampled_from([0, 650]))
+def test_a_sample_at_exactly_the_tolerated_rate_leaves_the_expected_capital_of_contents_as_it_is(
+        losses: list[float], filler: int) -> None:
     evidence = Evidence()
-    for loss in losses:
-        evidence = evidence.after(loss, TOLERANCE)
-    expected = (TOLERANCE * evidence.after(1.0, TOLERANCE).wealth()
-                + (1 - TOLERANCE) * evidence.after(0.0, TOLERANCE).wealth())
-    assert expected == pytest.approx(evidence.wealth())
+    for sample in samples_of([0.0] * filler + losses):
+        evidence = evidence.after(sample, MONITORED)
+    lost, kept = (evidence.after(Sample(0, loss), MONITORED).contents.wealth(100) for loss in (1.0, 0.0))
+    assert TOLERANCE * lost + (1 - TOLERANCE) * kept == pytest.approx(evidence.contents.wealth(100))
 
 
 def test_at_exactly_the_tolerated_rate_few_streams_ever_alarm() -> None:
@@ -71,13 +74,14 @@ def test_three_times_the_tolerance_is_noticed_also_after_a_long_quiet_time(quiet
 
 
 def test_after_an_alarm_the_next_step_begins_with_fresh_evidence_and_the_last_one_never_alarms() -> None:
-    state = MonitorState().after([(0, 1.0)] * 50, MONITORED, 2, 7.0)
+    state = MonitorState().after(samples_of([1.0] * 50), MONITORED, 2, 7.0)
     assert (state.step, state.evidence, state.alarms[0].time) == (1, Evidence(), 7.0)
     assert state.alarms[0].mean_loss == 1.0
-    assert state.after([(0, 1.0)] * 50, MONITORED, 2, 8.0) == state, "late samples of the step before do not count"
-    last = state.after([(1, 1.0)] * 50, MONITORED, 2, 8.0)
+    late = state.after(samples_of([1.0] * 50), MONITORED, 2, 8.0)
+    assert late == state, "samples of the level before do not count"
+    last = state.after(samples_of([1.0] * 50, level=1), MONITORED, 2, 8.0)
     assert last.step == 2
-    assert last.after([(2, 1.0)] * 500, MONITORED, 2, 9.0) == last
+    assert last.after(samples_of([1.0] * 500, level=2), MONITORED, 2, 9.0) == last
 
 
 def test_the_upper_limit_is_that_of_clopper_and_pearson() -> None:
@@ -116,9 +120,9 @@ def test_workers_share_one_state_and_all_step_back(tmp_path: Path) -> None:
     path = tmp_path / "model" / "ab" / "monitor-2.0-cd.json"
     workers = [SharedMonitor(MONITORED, 2, path) for _ in range(3)]
     for worker in workers:
-        worker.note(0, [0.0] * 40)
+        worker.note(samples_of([0.0] * 40))
     wait_for(lambda: all(worker.state.evidence.n == 120 for worker in workers), "120 shared samples")
-    workers[0].note(0, [1.0] * 20)
+    workers[0].note(samples_of([1.0] * 20))
     wait_for(lambda: all(worker.state.step == 1 for worker in workers), "the step back")
     for worker in workers:
         worker.close()
@@ -132,7 +136,7 @@ def test_workers_share_one_state_and_all_step_back(tmp_path: Path) -> None:
 
 def test_with_no_folder_the_state_is_in_memory() -> None:
     watchman = SharedMonitor(MONITORED, 1, None)
-    watchman.note(0, [1.0] * 20)
+    watchman.note(samples_of([1.0] * 20))
     watchman.close()
     assert watchman.state.step == 1
 
@@ -143,14 +147,14 @@ def test_while_the_folder_cannot_be_written_a_worker_watches_alone_and_adds_what
     path = folder / "monitor.json"
     watchman = SharedMonitor(MONITORED, 2, path)
     folder.write_text("a file where the folder should be")
-    watchman.note(0, [0.0] * 30)
+    watchman.note(samples_of([0.0] * 30))
     wait_for(lambda: watchman.state.evidence.n == 30, "30 samples in memory")
     assert len([line for line in caplog.messages if "watches alone" in line]) == 1
     folder.unlink()
     other = SharedMonitor(MONITORED, 2, path)
-    other.note(0, [0.0] * 12)
+    other.note(samples_of([0.0] * 12))
     other.close()
-    watchman.note(0, [0.0])
+    watchman.note(samples_of([0.0]))
     watchman.close()
     state = read_state(path)
     assert state is not None and state.evidence.n == 43
@@ -159,12 +163,12 @@ def test_while_the_folder_cannot_be_written_a_worker_watches_alone_and_adds_what
 def test_a_folder_that_is_deleted_while_serving_does_not_undo_a_step_back(tmp_path: Path) -> None:
     path = tmp_path / "model" / "monitor.json"
     watchman = SharedMonitor(MONITORED, 2, path)
-    watchman.note(0, [1.0] * 20)
+    watchman.note(samples_of([1.0] * 20))
     wait_for(path.exists, "the state")
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
-    watchman.note(1, [0.0] * 5)
+    watchman.note(samples_of([0.0] * 5, level=1))
     watchman.close()
     state = read_state(path)
     assert state is not None and (state.step, state.evidence.n) == (1, 5)
@@ -174,7 +178,7 @@ def test_a_damaged_state_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "monitor.json"
     path.write_text('{"format": 1, "st')
     watchman = SharedMonitor(MONITORED, 2, path)
-    watchman.note(0, [0.0] * 5)
+    watchman.note(samples_of([0.0] * 5))
     watchman.close()
     state = read_state(path)
     assert state is not None and state.evidence.n == 5
@@ -183,7 +187,7 @@ def test_a_damaged_state_is_replaced(tmp_path: Path) -> None:
 def _watch_for_ever(path: Path) -> None:
     watchman = SharedMonitor(MONITORED, 2, path)
     while True:
-        watchman.note(0, [0.0])
+        watchman.note(samples_of([0.0]))
         time.sleep(0.001)
 
 
@@ -198,7 +202,7 @@ def test_killed_workers_leave_neither_a_lock_nor_a_half_written_state(tmp_path: 
         process.join()
     before = read_state(path)
     survivor = SharedMonitor(MONITORED, 2, path)
-    survivor.note(0, [0.0])
+    survivor.note(samples_of([0.0]))
     survivor.close()
     after = read_state(path)
     assert before is not None and after is not None and after.evidence.n == before.evidence.n + 1

@@ -18,9 +18,11 @@ from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.monitor.sequential_test import Evidence, Monitored, MonitorState
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import Capital, Evidence, MonitorState
 from early_exit.handler.recording.format import Records, list_shards, read_header, read_shard, request_hash
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
+from tests.support.shadow_samples import samples_of
 
 
 class Spread(nn.Module):
@@ -93,9 +95,9 @@ def test_a_loss_that_is_no_number_counts_as_one_and_the_monitor_goes_on() -> Non
     good, none = torch.tensor([[5.0, 0.0]]), torch.tensor([[math.nan, math.nan]])
     losses = MONITORED.losses(torch.cat([good, none, good]), torch.cat([good, none, none]), ScoreKind.LOGITS)
     assert losses == [0.0, 1.0, 1.0]
-    quiet = MonitorState().after([(0, 0.0)] * 2000 + [(0, loss) for loss in losses], MONITORED, 2, 0.0)
+    quiet = MonitorState().after(samples_of([0.0] * 2000 + losses), MONITORED, 2, 0.0)
     assert not quiet.alarms and math.isfinite(quiet.evidence.wealth())
-    assert quiet.after([(0, 1.0)] * 200, MONITORED, 2, 0.0).alarms, "it still sees"
+    assert quiet.after(samples_of([1.0] * 200), MONITORED, 2, 0.0).alarms, "it still sees"
 
 
 @pytest.mark.parametrize("risk", [Risk.DISAGREEMENT, Risk.CONFIDENCE_GAP])
@@ -107,7 +109,7 @@ def test_an_exit_that_names_a_class_where_the_backbone_has_none_differs(risk: Ri
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["lost", "capital"])
 def test_a_state_with_a_number_that_is_not_finite_is_refused(where: str, number: float) -> None:
-    evidence = Evidence(3, number) if where == "lost" else Evidence(3, 0.0, (number, 0.0, 0.0, 0.0, 0.0))
+    evidence = Evidence(3, number) if where == "lost" else Evidence(3, 0.0, Capital(3, (number, 0.0, 0.0, 0.0, 0.0)))
     written = json.loads(json.dumps(MonitorState(0, evidence).to_json()))
     with pytest.raises(ValueError, match="expected finite numbers"):
         MonitorState.from_json(written, "state.json")

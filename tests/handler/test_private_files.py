@@ -18,9 +18,11 @@ from early_exit.archiver.watch.lock import only_watcher
 from early_exit.handler.errors import EarlyExitError, ForeignFileError
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.files.private import open_private, private_folder, replacing
-from early_exit.handler.monitor.sequential_test import Monitored, MonitorState
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
 from tests.support.foreign import SOMEBODY, give_away, open_to_others, open_umask
+from tests.support.shadow_samples import samples_of
 
 SECRET = "somebody's own words"
 MONITORED = Monitored(Risk.DISAGREEMENT, 0.02, 0.05)
@@ -82,7 +84,7 @@ def test_a_worker_watches_alone_where_a_link_is_in_the_place_of_the_state_or_its
     (tmp_path / name).symlink_to(victim)
     monitor = SharedMonitor(MONITORED, 1, tmp_path / "monitor-1.0-ab.json")
     with caplog.at_level(logging.WARNING, logger="early_exit"):
-        monitor.note(0, [0.0])
+        monitor.note(samples_of([0.0]))
         monitor.close()
     assert monitor.state.evidence.n == 1, "it goes on"
     assert "is a symbolic link" in caplog.text
@@ -140,7 +142,7 @@ def test_whatever_the_umask_folders_have_mode_0700_up_to_the_first_and_files_060
 
 def share_state(path: Path) -> None:
     monitor = SharedMonitor(MONITORED, 1, path)
-    monitor.note(0, [0.0])
+    monitor.note(samples_of([0.0]))
     monitor.close()
     assert path.exists()
 

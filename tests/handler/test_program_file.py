@@ -195,6 +195,59 @@ def test_a_program_that_calls_anything_but_operations_is_refused(target: str, pr
         load_program(rewritten(program, tmp_path / "model.pt2", change))
 
 
+def test_a_program_that_hands_a_function_to_an_operation_is_refused(program: Path, tmp_path: Path) -> None:
+    """Some operations call what they are given, and torch resolves its name as it does that of an operation."""
+    given = [{"as_bool": False}, {"as_operator": "torch.serialization.os.system"}, {"as_string": "true"}]
+    called = {"target": "torch.ops.higher_order.wrap_with_set_grad_enabled", "outputs": [{"as_none": True}],
+              "inputs": [{"name": "", "arg": argument, "kind": 1} for argument in given], "metadata": {}}
+
+    def change(name: str, content: bytes) -> bytes:
+        if name != "models/model.json":
+            return content
+        model = json.loads(content)
+        model["graph_module"]["graph"]["nodes"].insert(0, called)
+        return json.dumps(model).encode()
+
+    path = rewritten(program, tmp_path / "model.pt2", change)
+    with pytest.raises(ArchiveError, match="calls 'torch.serialization.os.system'"):
+        load_program(path)
+    assert os.system in [argument for node in torch.export.load(path).graph.nodes for argument in node.args]
+
+
+class Copying(nn.Module):
+    """Copies a line into a tensor; where that is a file, it writes the line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("line", torch.tensor([*b"a line\n"], dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.zeros(7, dtype=torch.uint8).copy_(self.line)
+
+
+def test_a_program_that_writes_a_file_is_refused(tmp_path: Path) -> None:
+    """Whoever writes a file of any name, such as one that a shell starts with, runs code."""
+    plain, written = tmp_path / "plain.pt2", tmp_path / "written"
+    torch.export.save(torch.export.export(Copying(), (torch.zeros(7),)), plain)
+
+    def change(name: str, content: bytes) -> bytes:
+        if name != "models/model.json":
+            return content
+        model = json.loads(content)
+        [node] = [node for node in model["graph_module"]["graph"]["nodes"] if "aten.zeros" in node["target"]]
+        node["target"] = "torch.ops.aten.from_file.default"
+        node["inputs"] = [{"name": name, "arg": argument, "kind": 1} for name, argument in (
+            ("filename", {"as_string": str(written)}), ("shared", {"as_bool": True}), ("size", {"as_int": 7}))] + [
+            given for given in node["inputs"] if given["name"] == "dtype"]
+        return json.dumps(model).encode()
+
+    path = rewritten(plain, tmp_path / "model.pt2", change)
+    with pytest.raises(ArchiveError, match="reads or writes files of any name"):
+        load_program(path)
+    torch.export.load(path).module()(torch.zeros(7))
+    assert written.read_bytes() == b"a line\n", "torch alone writes nothing, so that it is refused proves nothing"
+
+
 @pytest.mark.parametrize("name", ["data/constants/custom_obj_0", "models/model.pkl"])
 def test_entries_that_are_no_part_of_a_program_are_refused(name: str, program: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="no part of an exported program"):

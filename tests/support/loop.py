@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +24,19 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.report.summary import RunReport
+from tests.support.arms import WITH_EXITS, Arm, measured_in_turns
 from tests.support.client import BackgroundLoad, Reply, send
-from tests.support.workers import resident_mb
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What the loop did; `before` and `after` are in the order of the measured bodies."""
+    """What the loop did."""
 
     recording: list[Reply]
-    before: list[Reply]
-    """From the user's original archive."""
     rolling: list[Reply]
     """While the version with exits was rolled in."""
-    after: list[Reply]
-    """From the version with exits."""
-    worker_cpu_s_before: float
-    """CPU seconds of the worker per request while `before` was answered, pre- and post-processing included."""
-    worker_cpu_s_after: float
-    worker_mb_before: float
-    """Resident size of the worker when it had answered `before`."""
-    worker_mb_after: float
+    arms: Mapping[str, Arm]
+    """By `ARMS`, with replies in the order of the measured bodies."""
     n_records: int
     record_bytes: int
     report: RunReport
@@ -55,35 +47,38 @@ class LoopResult:
 
     @property
     def replies(self) -> list[Reply]:
-        return [*self.recording, *self.before, *self.rolling, *self.after]
+        return [*self.recording, *self.rolling, *(reply for arm in self.arms.values() for reply in arm.replies)]
 
     def hits(self) -> dict[str, float]:
-        """Return the share of `after` that left at each exit, in the order of the backbone."""
-        taken = Counter(reply.exit for reply in self.after)
-        return {name: taken[name] / len(self.after) for name in (*(one.layer for one in self.report.exits), FULL_NAME)}
+        """Return the share of the measured requests that left at each exit, in the order of the backbone."""
+        replies = self.arms[WITH_EXITS].replies
+        taken = Counter(reply.exit for reply in replies)
+        return {name: taken[name] / len(replies) for name in (*(one.layer for one in self.report.exits), FULL_NAME)}
 
-    def accuracy(self, replies: Sequence[Reply], labels: Sequence[str]) -> float:
-        """Return the share of replies whose likeliest class is the label."""
-        return sum(reply.ok and reply.top() == label for reply, label in zip(replies, labels)) / len(labels)
+    def accuracy(self, arm: str, labels: Sequence[str]) -> float:
+        """Return the share of the measured requests whose likeliest class is the label."""
+        return sum(reply.ok and reply.top() == label
+                   for reply, label in zip(self.arms[arm].replies, labels)) / len(labels)
 
-    @property
-    def disagreement(self) -> float:
-        """Share of the measured requests that the two versions answer differently."""
-        pairs = [(one.top(), other.top()) for one, other in zip(self.before, self.after) if one.ok and other.ok]
-        return sum(one != other for one, other in pairs) / len(pairs)
+    def disagreement(self, arm: str, other: str) -> float:
+        """Return the share of the measured requests that two versions answer differently."""
+        pairs = zip(self.arms[arm].replies, self.arms[other].replies)
+        tops = [(one.top(), another.top()) for one, another in pairs if one.ok and another.ok]
+        return sum(one != another for one, another in tops) / len(tops)
 
 
 def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Sequence[bytes], *,
-             input_shape: tuple[int, ...], options: TrainingOptions,
+             input_shape: tuple[int, ...], config: str, options: TrainingOptions,
              log: Callable[[str], None] = print) -> LoopResult:
-    """Run the whole loop with an original archive and stop the server, also when a step fails.
+    """Run the whole loop with an original archive and stop the servers, also when a step fails.
 
     Args:
         original: a .mar as a user has it.
         folder: for everything that is made.
         record: request bodies to record and train on.
-        measure: request bodies to measure before and after with.
+        measure: request bodies to measure with, and to roll under the load of.
         input_shape: of the model, for `ee-archive`.
+        config: the original's model-config.yaml; see `measured_in_turns`.
         options: for `ee-train`.
         log: told about each step.
     """
@@ -95,8 +90,6 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         management = Management(server.addresses, server.key_file, server.secret_file)
         log(f"ee-serve    TorchServe with the original model at {server.addresses.inference}")
         name = original.stem
-        before, cpu_before, mb_before = _measured(server, name, measure)
-        log(f"            {len(measure)} requests measured before")
         recorder = build_archive(ArchiveRequest(str(original), store, input_shape=input_shape))
         backbone = read_archive(recorder).description
         log(f"ee-archive  {recorder.name} records and answers in full")
@@ -116,24 +109,10 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         log(f"ee-archive  {exiting.name} exits early")
         with BackgroundLoad(server, name, measure) as load:
             roll(management, exiting)
-        log("ee-roll     rolled in under load; measuring the same requests again")
-        after, cpu_after, mb_after = _measured(server, name, measure)
-    return LoopResult(recording, before, load.replies, after, cpu_before, cpu_after, mb_before, mb_after,
-                      n_records, record_bytes, report, recorder, exiting)
-
-
-def _measured(server: TorchServe, model: str, bodies: Sequence[bytes]) -> tuple[list[Reply], float, float]:
-    """Send bodies; return the replies, the workers' CPU seconds per request and their resident MB."""
-    send(server, model, bodies[:50])  # the first batches fill caches
-    started = _worker_cpu_s(server)
-    replies = send(server, model, bodies)
-    cpu_s = (_worker_cpu_s(server) - started) / len(bodies)
-    return replies, cpu_s, resident_mb(server)
-
-
-def _worker_cpu_s(server: TorchServe) -> float:
-    times = [worker.cpu_times() for worker in server.workers()]
-    return sum(one.user + one.system for one in times)
+        log("ee-roll     rolled in under load")
+    log(f"            {len(measure)} requests to the original, to ours without exits and with exits, in turns")
+    arms = measured_in_turns(original, recorder, run.plan, config, folder / "arms", folder / "arms-records", measure)
+    return LoopResult(recording, load.replies, arms, n_records, record_bytes, report, recorder, exiting)
 
 
 def _wait_for_records(records: Path, n_expected: int, limit_s: float = 60.0) -> int:

@@ -12,16 +12,20 @@ _ROUNDS = 20
 
 
 def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], batches: Sequence[T]) -> float:
-    """Return CPU time(second) / CPU time(first), as the median over rounds; run it in `one_thread`.
+    """Return CPU time(second) / CPU time(first), as the median over rounds; run it in `one_thread`."""
+    seconds = cpu_seconds({"first": first, "second": second}, batches)
+    return median_ratio(seconds["second"], seconds["first"])
+
+
+def cpu_seconds(arms: Mapping[str, Callable[[T], object]], batches: Sequence[T]) -> dict[str, list[float]]:
+    """Return each arm's CPU seconds for some 20 rounds, interleaved; run it in `one_thread`.
 
     A round has several batches where there are many: of single requests, each of which leaves early or does not,
     the median would be that of the more frequent kind.
     """
     per_round = max(1, len(batches) // _ROUNDS)
-    seconds = interleaved({"first": first, "second": second}, batches)
-    first_s, second_s = ([sum(seconds[name][start:start + per_round]) for start in range(0, len(batches), per_round)]
-                         for name in ("first", "second"))
-    return median_ratio(second_s, first_s)
+    return {name: [sum(seconds[start:start + per_round]) for start in range(0, len(batches), per_round)]
+            for name, seconds in interleaved(arms, batches).items()}
 
 
 def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T],
@@ -46,3 +50,8 @@ def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T],
 def median_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
     """Return the median over rounds of seconds / of."""
     return statistics.median(one / other for one, other in zip(seconds, of))
+
+
+def ratio_of_sums(seconds: Sequence[float], of: Sequence[float]) -> float:
+    """Return sum(seconds) / sum(of): what rounds that differ cost together."""
+    return sum(seconds) / sum(of)

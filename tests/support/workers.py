@@ -6,8 +6,12 @@ import os
 import signal
 import time
 
+import psutil
+import requests
+
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.tokens import read_token
 
 
 def wait_until_ready(server: TorchServe, model: str = "digits") -> None:
@@ -17,6 +21,16 @@ def wait_until_ready(server: TorchServe, model: str = "digits") -> None:
     while (versions := management.versions(model)) and versions[0].n_ready < 1:
         assert time.monotonic() < deadline, "the worker does not start"
         time.sleep(0.5)
+
+
+def worker_process(server: TorchServe, model: str) -> psutil.Process:
+    """Return the only worker of a model."""
+    session = requests.Session()
+    session.trust_env = False
+    session.headers["Authorization"] = f"Bearer {read_token(server.key_file, 'management')}"
+    [version] = session.get(f"{server.addresses.management}/models/{model}", timeout=10).json()
+    [worker] = version["workers"]
+    return psutil.Process(worker["pid"])
 
 
 def resident_mb(server: TorchServe) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.data.split import Part, Split, split_at_random, split_in_time
-from early_exit.training.selection.blocks import likeness
+from early_exit.training.selection.blocks import blocks_of, likeness
 from early_exit.training.selection.certify import walk
 from early_exit.training.selection.evidence import Evidence
 
@@ -101,7 +101,7 @@ def test_a_block_of_scenes_begins_where_the_content_changes() -> None:
     position = torch.arange(len(frames.states)).double()
     alike = likeness(frames.states, position)
     assert alike.length == N_FRAMES and not alike.is_trend
-    blocks = alike.blocks(frames.states, position)
+    blocks = blocks_of(alike, frames.states, position)
     begins = (blocks[1:] > blocks[:-1]).nonzero().flatten() + 1
     assert float((begins % N_FRAMES == 0).double().mean()) > 0.95
     assert 0.9 * 400 <= int(blocks[-1]) + 1 <= 400
@@ -111,7 +111,7 @@ def test_records_that_are_not_alike_are_blocks_of_their_own() -> None:
     frames = Frames(2000, 1, seed=1)
     position = torch.arange(2000).double()
     alike = likeness(frames.states, position)
-    assert alike.length == 0 and alike.blocks(frames.states, position).tolist() == list(range(2000))
+    assert alike.length == 0 and blocks_of(alike, frames.states, position).tolist() == list(range(2000))
 
 
 def test_what_a_client_sends_of_one_class_in_a_row_is_one_block() -> None:
@@ -123,7 +123,7 @@ def test_what_a_client_sends_of_one_class_in_a_row_is_one_block() -> None:
     of_run = torch.randint(10, (n_runs,), generator=generator)
     states = centres[of_run[run]] + 0.5 * torch.randn(len(run), 10, generator=generator)
     position = torch.arange(len(run)).double()
-    blocks = likeness(states, position).blocks(states, position)
+    blocks = blocks_of(likeness(states, position), states, position)
     in_run = run[1:] == run[:-1]
     begins = blocks[1:] > blocks[:-1]
     assert int((begins & in_run).sum()) <= 0.05 * int(in_run.sum())

@@ -27,7 +27,7 @@ def split(states: Tensor, content: Tensor | None = None) -> Split:
 
 def test_records_that_are_not_alike_are_each_of_its_own_and_none_is_lost() -> None:
     found = split(torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)))
-    assert found.block_length == 0 and bool(found.is_new[found.part != Part.TRAIN.number].all())
+    assert found.likeness is None and bool(found.is_new[found.part != Part.TRAIN.number].all())
     assert [int((found.part == part.number).sum()) for part in Part] == [1000, 400, 600]
     assert found.part.tolist() == sorted(found.part.tolist()), "the past trains, what came last certifies"
 
@@ -42,7 +42,7 @@ def scenes(n_scenes: int, n_frames: int, seed: int = 0) -> Tensor:
 def test_frames_of_a_scene_are_one_block_and_a_scene_at_the_border_is_in_no_part(n_frames: int) -> None:
     found = split(scenes(600, n_frames))
     scene = torch.arange(600).repeat_interleave(n_frames)
-    assert found.block_length == pytest.approx(n_frames, rel=0.2)
+    assert found.likeness is not None and found.likeness.length == pytest.approx(n_frames, rel=0.2)
     certified = found.part == Part.CERTIFY.number
     of_block = {int(block): set(scene[found.block == block].tolist()) for block in found.block[certified].unique()}
     assert sum(len(of_one) for of_one in of_block.values()) / len(of_block) < 1.3, "most blocks are one scene"

@@ -186,7 +186,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,
         "full_class": full[as_recorded]}, {**progress.skipped, **traffic.passed_over},
-        traffic.split.block_length)
+        traffic.split.likeness)
     return TrainingSet.load(paths)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from early_exit.training.selection.blocks import likeness
+from early_exit.handler.exits.likeness import Likeness
+from early_exit.training.selection.blocks import blocks_of, likeness
 
 GAP = -1
 """Stands for the part of records that are in none: they lie between two parts, or repeat what *tune* chooses with."""
@@ -61,9 +62,9 @@ class Split:
     """(N,) int64: number of the block that each record is in; see `selection.blocks`."""
     is_new: Tensor
     """(N,) bool: whether the record's content was first recorded in its block."""
-    block_length: float
-    """Requests that a block has at least; 0 where each record is one of its own."""
-    is_trend: bool
+    likeness: Likeness | None = None
+    """By which blocks were told; None where each record is one of its own."""
+    is_trend: bool = False
     """Whether requests stay alike for longer than a tenth of the records."""
     knows_contents: bool = True
     """Whether records of one content are known as such, and not taken for different ones."""
@@ -71,8 +72,7 @@ class Split:
     @classmethod
     def of_nothing(cls, n: int) -> Split:
         """Return the split of N records that all train."""
-        return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.ones(n, dtype=torch.bool), 0.0,
-                   is_trend=False)
+        return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.ones(n, dtype=torch.bool))
 
     def where(self, chosen: Tensor) -> Split:
         """Return that of the records that a (N,) bool mask chooses."""
@@ -116,7 +116,7 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     early = proving[:len(proving) - (len(fresh) - begin_certify)]
     alike = likeness(states[early], position[early])
     later = fresh[begin_tune:]
-    block[later] = blocks = alike.blocks(states[later], position[later])
+    block[later] = blocks = blocks_of(alike, states[later], position[later])
     n_tune = begin_certify - begin_tune
     part[later[:n_tune]], part[later[n_tune:]] = Part.TUNE.number, Part.CERTIFY.number
     if alike.length and len(later):  # a block at the border may share its scene with the part before
@@ -125,7 +125,7 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     part[evidence], block[evidence] = part[of_first], block[of_first]
     is_new, is_first = _new(content, block, evidence)
     repeats = (part == Part.TUNE.number) & ~is_first
-    return Split(part.masked_fill(repeats, GAP), block, is_new, alike.length, alike.is_trend)
+    return Split(part.masked_fill(repeats, GAP), block, is_new, alike if alike.length else None, alike.is_trend)
 
 
 def _new(content: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:

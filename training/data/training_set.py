@@ -13,6 +13,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.backbone.pooling import Side, pooled_shape
+from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.files.private import replacing
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import RecordedTraffic
@@ -56,8 +57,8 @@ class TrainingSet:
     """(N,) float64: Unix seconds."""
     finite: Tensor
     """(N + R,) bool: whether float16 can hold the activations at all layers, and the scores are numbers."""
-    block_length: float
-    """Requests that a block has at least; 0 where each record is one of its own."""
+    likeness: Likeness | None
+    """By which blocks were told; None where each record is one of its own."""
     skipped: Mapping[str, int]
     """How many requests were passed over, by the server that recorded or by a replay, by reason."""
 
@@ -87,10 +88,11 @@ class TrainingSet:
     def load(cls, paths: TrainingSetPaths) -> TrainingSet:
         """Read what `prepare` or a replay wrote."""
         index: dict[str, Any] = json.loads(paths.index.read_text())
-        columns = load_file(paths.columns)
+        tensors = load_file(paths.columns)
+        columns = {name: column for name, column in tensors.items() if name in cls.__dataclass_fields__}
         return cls(layers=tuple(CandidateLayer.from_json(layer) for layer in index["layers"]),
                    recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, skipped=index["skipped"],
-                   block_length=index["block_length"], **columns)
+                   likeness=Likeness.from_tensors(tensors), **columns)
 
 
 def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -105,7 +107,7 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.passed_over, traffic.split.block_length)
+        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.passed_over, traffic.split.likeness)
     return TrainingSet.load(paths)
 
 
@@ -120,7 +122,7 @@ def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
 
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
-           columns: Mapping[str, Tensor], skipped: Mapping[str, int], block_length: float) -> None:
+           columns: Mapping[str, Tensor], skipped: Mapping[str, int], likeness: Likeness | None) -> None:
     """Write the columns, and then the index, which says that all is there.
 
     Layers with activations that float16 cannot hold on ordinary rows are left out: a head would read something else of
@@ -131,9 +133,10 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
     all_finite = ~columns["log_probabilities"].isnan().any(dim=1)  # a replay may give an image without values
     for layer in layers:
         all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some
+    tensors = {**columns, "finite": all_finite, **(likeness.to_tensors() if likeness else {})}
     with replacing(paths.columns) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in {**columns, "finite": all_finite}.items()}, scratch)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
     index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes,
-             "skipped": dict(skipped), "block_length": block_length}
+             "skipped": dict(skipped)}
     with replacing(paths.index) as scratch:
         scratch.write_text(json.dumps(index, indent=1))

@@ -101,8 +101,9 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
             k=int(simulated.differs.sum()), observed=simulated.losses.double().mean().item(),
             p_value=_p_value(point, predictions, options, largest), method=METHODS[options.risk],
             window=(certified_from, training_set.time.max().item()), contents=evidence.n_contents,
-            blocks=evidence.n_blocks, block_length=training_set.block_length,
+            blocks=evidence.n_blocks, block_length=training_set.likeness.length if training_set.likeness else 0.0,
             largest_block=largest[0])
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
                     measure=certify.costs.measure, batch_size=certify.costs.batch_size,
-                    expected_cost=mean_cost(point, simulated.exit, certify.costs), safer=point.safer)
+                    expected_cost=mean_cost(point, simulated.exit, certify.costs), safer=point.safer,
+                    likeness=training_set.likeness)

@@ -12,19 +12,17 @@ What is alike for longer than a tenth of the records is a trend: it is taken out
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 
 _COMPONENTS = 16
 """Directions of the largest variance that states are compared in."""
 _ALIKE = (0.01, 0.03, 0.1)
 """The share of records far apart that count as alike, from strict on."""
-_LEAST = 0.5
-"""A block has at least so much of the usual length: what looks like a change sooner is one frame that went wrong."""
-_REACH = 3
-"""Content changes where none of so many records is like any of so many before them."""
 _NEAR = 5
 """Lags that have to be noise before all are taken for noise."""
 _PAIRS = 20_000
@@ -33,46 +31,31 @@ _FEWEST = 100
 """Of fewer records nothing can be told; so few certify nothing either."""
 
 
-@dataclass(frozen=True)
-class Likeness:
-    """How records are compared, and for how long they stay alike."""
+def blocks_of(alike: Likeness, states: Tensor, position: Tensor) -> Tensor:
+    """Return the (N,) int64 number of each record's block, ascending from 0.
 
-    mean: Tensor
-    """(K,) of the states."""
-    directions: Tensor
-    """(K, D) what states are multiplied with, so that each of D components has the variance 1."""
-    distance: float
-    """Squared distance below which two records are alike."""
-    length: float
-    """Requests that a block usually has; 0 where each record is evidence of its own."""
-    is_trend: bool
-    """Whether likeness lasts for longer than a tenth of the records."""
+    The monitor does the same sample by sample, see `handler.monitor.blocks`.
 
-    def blocks(self, states: Tensor, position: Tensor) -> Tensor:
-        """Return the (N,) int64 number of each record's block, ascending from 0.
-
-        Args:
-            states: (N, K) of records in their order.
-            position: (N,) float64, how many requests were served before each.
-        """
-        n = len(states)
-        if not self.length:
-            return torch.arange(n)
-        changes = _changes(self._components(states), self.distance)
-        begins = torch.zeros(n, dtype=torch.int64)
-        may_begin = changes.nonzero().flatten() + 1
-        earliest = position[may_begin]
-        at = 0
-        while n:
-            found = int(torch.searchsorted(earliest, position[at] + _LEAST * self.length))
-            if found == len(may_begin):
-                break
-            at = int(may_begin[found])
-            begins[at] = 1
-        return begins.cumsum(dim=0)
-
-    def _components(self, states: Tensor) -> Tensor:
-        return (states.float() - self.mean) @ self.directions
+    Args:
+        alike: how records are compared.
+        states: (N, K) of records in their order.
+        position: (N,) float64, how many requests were served before each.
+    """
+    n = len(states)
+    if not alike.length:
+        return torch.arange(n)
+    changes = _changes(alike.components(states), alike.distance)
+    begins = torch.zeros(n, dtype=torch.int64)
+    may_begin = changes.nonzero().flatten() + 1
+    earliest = position[may_begin]
+    at = 0
+    while n:
+        found = int(torch.searchsorted(earliest, position[at] + LEAST * alike.length))
+        if found == len(may_begin):
+            break
+        at = int(may_begin[found])
+        begins[at] = 1
+    return begins.cumsum(dim=0)
 
 
 def likeness(states: Tensor, position: Tensor) -> Likeness:
@@ -99,15 +82,15 @@ def likeness(states: Tensor, position: Tensor) -> Likeness:
     found = [Likeness(mean, directions, float(torch.quantile(far, share)), 0.0, is_trend) for share in _ALIKE]
     n_changes = int(_changes(components, found[0].distance).sum())
     # Neighbours alike by more than chance could make them, whatever the lags say: exact repeats are few and far away.
-    n_by_chance = _REACH**2 * float((far < found[0].distance).double().mean())
+    n_by_chance = REACH**2 * float((far < found[0].distance).double().mean())
     if not lag and 1 - (n_changes + 1) / n <= n_by_chance + 5 * math.sqrt(n_by_chance / n):
         return found[0]
     for one in found:
         runs = _run_lengths(_changes(components, one.distance), position)
         alike = replace(one, length=max(requests, float(runs.median())))
-        if not _neighbours_alike(components, alike.blocks(x, position)):
+        if not _neighbours_alike(components, blocks_of(alike, x, position)):
             return alike
-    return replace(found[0], length=max(alike.length, lag * requests / _LEAST))
+    return replace(found[0], length=max(alike.length, lag * requests / LEAST))
 
 
 def _neighbours_alike(components: Tensor, block: Tensor) -> bool:
@@ -158,12 +141,12 @@ def _changes(components: Tensor, distance: float) -> Tensor:
     """Return a (N - 1,) bool mask of the records behind which content changes."""
     n = len(components)
     alike = torch.zeros(max(0, n - 1), dtype=torch.bool)
-    for gap in range(1, 2 * _REACH):
+    for gap in range(1, 2 * REACH):
         if gap >= n:
             break
         near = (components[gap:] - components[:-gap]).square().sum(dim=1) < distance  # [i]: i and i + gap
-        for before in range(min(gap, _REACH)):  # of i + before and the record behind it, i is before, i + gap behind
-            if gap - before > _REACH:
+        for before in range(min(gap, REACH)):  # of i + before and the record behind it, i is before, i + gap behind
+            if gap - before > REACH:
                 continue
             alike[before:before + len(near)] |= near[:len(alike) - before]
     return ~alike

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from early_exit.training.costs.cost import Costs
@@ -109,10 +109,7 @@ def bit_mask(flags: Tensor) -> int:
     >>> bin(bit_mask(torch.tensor([True, False, True])))
     '0b101'
     """
-    packed = torch.zeros(-(-len(flags) // 8) * 8, dtype=torch.uint8)
-    packed[:len(flags)] = flags
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return int.from_bytes(bytes((packed.view(-1, 8) * weights).sum(dim=1).tolist()), "little")
+    return int.from_bytes(np.packbits(flags.numpy(), bitorder="little").tobytes(), "little")
 
 
 def loss_masks(losses: Tensor) -> tuple[tuple[float, int], ...]:
@@ -121,11 +118,11 @@ def loss_masks(losses: Tensor) -> tuple[tuple[float, int], ...]:
     >>> loss_masks(torch.tensor([1.0, 0.0, 0.25]))
     ((1.0, 1), (0.25, 4))
     """
-    steps = (losses.abs() * 2**_LOSS_BITS).round().long()
+    steps = (losses.abs() * 2**_LOSS_BITS).round().int().numpy()
     masks = []
-    for sign, chosen in ((1.0, losses > 0), (-1.0, losses < 0)):
-        for bit in range(_LOSS_BITS, -1, -1):
-            mask = bit_mask(chosen & ((steps >> bit) & 1).bool())
-            if mask:
-                masks.append((sign * 2.0 ** (bit - _LOSS_BITS), mask))
+    for sign, chosen in ((1.0, (losses > 0).numpy()), (-1.0, (losses < 0).numpy())):
+        bits = (np.where(chosen, steps, 0) >> np.arange(_LOSS_BITS, -1, -1)[:, None]) & 1
+        for place, packed in enumerate(np.packbits(bits.astype(bool), axis=1, bitorder="little")):
+            if packed.any():
+                masks.append((sign * 2.0**-place, int.from_bytes(packed.tobytes(), "little")))
     return tuple(masks)

@@ -1,0 +1,203 @@
+"""The monitor counts blocks as the certificate does: neither frames of a scene nor a client who asks again raise it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from early_exit.handler.exits.likeness import Likeness
+from early_exit.handler.exits.risk import Risk
+from early_exit.handler.monitor.blocks import Block, Blocks, Sample
+from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import Evidence, MonitorState
+from early_exit.training.selection.blocks import blocks_of, likeness
+
+TOLERANCE = 0.02
+ALONE = Monitored(Risk.DISAGREEMENT, TOLERANCE, 0.05)
+K = 6
+
+
+def scenes(n: int, size: int, seed: int) -> Tensor:
+    """Return the (n * size, K) states of scenes of nearly equal frames."""
+    generator = torch.Generator().manual_seed(seed)
+    looks = torch.randn(n, K, generator=generator).repeat_interleave(size, dim=0)
+    return looks + 0.1 * torch.randn(n * size, K, generator=generator)
+
+
+@cache
+def alike_of(size: int) -> Likeness:
+    states = scenes(400, size, seed=0)
+    return likeness(states, torch.arange(len(states)).double())
+
+
+def samples(states: Tensor, losses: Sequence[float], alike: Likeness, *, requests: float = 1.0) -> list[Sample]:
+    return [Sample(0, loss, number, 0.0, requests, tuple(row))
+            for number, (loss, row) in enumerate(zip(losses, alike.components(states).tolist()))]
+
+
+def after(given_samples: Sequence[Sample], monitored: Monitored = ALONE, evidence: Evidence | None = None) -> Evidence:
+    evidence = evidence or Evidence()
+    for sample in given_samples:
+        evidence = evidence.after(sample, monitored)
+    return evidence
+
+
+def ended(given_samples: Sequence[Sample], alike: Likeness) -> list[Block]:
+    blocks, found = Blocks(), []
+    for sample in given_samples:
+        blocks, block = blocks.after(sample, alike, 100)
+        found += [block] if block else []
+    return found
+
+
+def alarms(given_samples: Sequence[Sample], monitored: Monitored) -> int | None:
+    """Return the number of samples until the alarm, none where there is none."""
+    evidence = Evidence()
+    for number, sample in enumerate(given_samples, start=1):
+        evidence = evidence.after(sample, monitored)
+        if evidence.wealth() >= 1 / monitored.delta:
+            return number
+    return None
+
+
+@settings(max_examples=40)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), seed=st.integers(0, 1000),
+       length=st.sampled_from([1.0, 4.0, 9.0]), requests=st.sampled_from([1.0, 3.0]))
+def test_blocks_end_sample_by_sample_where_they_end_for_the_certificate(
+        sizes: list[int], seed: int, length: float, requests: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    looks = torch.randn(len(sizes), K, generator=generator).repeat_interleave(torch.tensor(sizes), dim=0)
+    states = looks + 0.3 * torch.randn(len(looks), K, generator=generator)
+    alike = replace(alike_of(4), length=length)
+    position = requests * torch.arange(len(states)).double()
+    expected = torch.bincount(blocks_of(alike, states, position)).tolist()
+    found = [block.n for block in ended(samples(states, [0.0] * len(states), alike, requests=requests), alike)]
+    # The last block has not ended, and of the last two samples it is not known yet whether they begin one.
+    whole = [*found, len(states) - sum(found)]
+    assert whole[:len(found)] == expected[:len(found)]
+    assert len(expected) - len(found) <= 3
+
+
+@settings(max_examples=40)
+@given(data=st.data(), n=st.integers(2, 30), size=st.integers(2, 5))
+def test_copies_and_permutations_of_a_content_within_its_block_change_nothing(
+        data: st.DataObject, n: int, size: int) -> None:
+    alike = alike_of(3)
+    states = scenes(n, size, seed=data.draw(st.integers(0, 99)))
+    states[:, 0] = 10.0 * torch.arange(n).repeat_interleave(size)  # no scene is like the one before by chance
+    losses = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=n * size, max_size=n * size))
+    each = samples(states, losses, alike)
+    once = ended(each, alike)
+    assert len(once) == n - 2 + (size > 2), "of the last two samples it is not known yet whether they begin one"
+    copied = [copy for first in range(0, n * size, size) for copy in data.draw(st.permutations(
+        [copy for sample in each[first:first + size] for copy in [sample] * data.draw(st.integers(1, 3))]))]
+    again = ended([*copied, *copied[-1:] * 2], alike)
+    assert again[:len(once)] == once
+
+
+def test_of_samples_of_one_content_the_largest_loss_counts_in_whatever_order() -> None:
+    alike = alike_of(3)
+    one, *others = samples(scenes(3, 6, seed=3), [0.0] * 18, alike)
+    of_one = [replace(one, loss=loss) for loss in (0.0, 1.0, 0.5)]
+    found = [ended([*order, *others], alike)[0] for order in (of_one, of_one[::-1], of_one[1:] + of_one[:1])]
+    assert found[0] == found[1] == found[2] and found[0].lost == 1.0
+
+
+@given(losses=st.lists(st.sampled_from([0.0, 0.0, 1.0]), max_size=60), copies=st.data())
+def test_where_records_stand_alone_copies_of_a_content_add_nothing_to_what_is_known_of_contents(
+        losses: list[float], copies: st.DataObject) -> None:
+    each = [Sample(0, loss, number) for number, loss in enumerate(losses)]
+    repeated = [copy for sample in each for copy in [sample] * copies.draw(st.integers(1, 4))]
+    assert after(repeated).contents == after(each).contents
+
+
+def test_a_client_that_retries_what_is_answered_wrongly_is_no_alarm_by_itself() -> None:
+    draw = random.Random(0)
+    for share in (0.02, 0.1, 0.3):
+        stream = [Sample(0, 1.0, -1) if draw.random() < share else Sample(0, float(draw.random() < 0.008), number)
+                  for number in range(900)]
+        assert alarms(stream, ALONE) is None, share
+    assert alarms([Sample(0, 1.0, -1)] * 900, ALONE) is None, "and be it all that is asked"
+
+
+def test_a_popular_file_that_is_answered_wrongly_for_long_is_an_alarm() -> None:
+    draw = random.Random(0)
+    stream = [Sample(0, 1.0, -1) if draw.random() < 0.3 else Sample(0, float(draw.random() < 0.008), number)
+              for number in range(6000)]
+    found = alarms(stream, ALONE)
+    assert found is not None and found <= 4000
+
+
+@pytest.mark.parametrize("share", [1.0, 0.05])
+def test_scenes_that_are_answered_as_was_certified_raise_few_alarms(share: float) -> None:
+    """One scene in fifty is answered wrongly in all frames: as many as are tolerated. Counted one by one, they would
+    be an alarm in nearly every stream."""
+    size, alike = 20, alike_of(20)
+    monitored = replace(ALONE, likeness=alike)
+    raised = raised_alone = 0
+    for seed in range(30):
+        draw = random.Random(seed)
+        wrong = [float(draw.random() < TOLERANCE) for _ in range(300)]
+        every = samples(scenes(300, size, seed), [loss for loss in wrong for _ in range(size)], alike)
+        seen = [replace(sample, requests=1 / share) for sample in every if draw.random() < share]
+        raised += alarms(seen, monitored) is not None
+        raised_alone += alarms(seen, ALONE) is not None
+    assert raised <= 4, "P(Binomial(30, .05) > 4) is 1.6 %"
+    assert share < 1 or raised_alone > 15
+
+
+def test_scenes_at_three_times_the_tolerance_are_an_alarm() -> None:
+    size, alike = 20, alike_of(20)
+    monitored = replace(ALONE, likeness=alike)
+    n_blocks = []
+    for seed in range(15):
+        draw = random.Random(seed)
+        wrong = [float(draw.random() < 3 * TOLERANCE) for _ in range(600)]
+        every = samples(scenes(600, size, seed), [loss for loss in wrong for _ in range(size)], alike)
+        n_blocks.append((alarms(every, monitored) or 10**6) / size)
+    assert sorted(n_blocks)[7] <= 300
+
+
+def test_samples_of_several_workers_are_taken_in_the_order_of_their_times() -> None:
+    """Each worker shares what it saw of the last second, so a scene that two of them answer would be two blocks."""
+    size, alike = 8, alike_of(8)
+    monitored = replace(ALONE, likeness=alike)
+    stream = [replace(sample, time=number / 10) for number, sample in
+              enumerate(samples(scenes(40, size, 1), [0.0] * 40 * size, alike))]
+    expected = MonitorState().after(stream, monitored, 2, now=1000.0)
+    state = MonitorState()
+    for second in range(33):
+        for worker in (1, 0):
+            now = second + 1.0
+            state = state.after([one for number, one in enumerate(stream)
+                                 if number % 2 == worker and second <= one.time < now], monitored, 2, now)
+    assert state.waiting and state.evidence.n < expected.evidence.n, "the newest wait"
+    written = MonitorState.from_json(json.loads(json.dumps(state.to_json())), "state.json")
+    assert written == state
+    assert written.after([], monitored, 2, now=1000.0).evidence == expected.evidence
+
+
+def test_a_clock_that_is_set_back_leaves_no_sample_waiting() -> None:
+    monitored = replace(ALONE, likeness=alike_of(8))
+    ahead = [replace(one, time=1e6) for one in samples(scenes(4, 8, 1), [0.0] * 32, alike_of(8))]
+    state = MonitorState().after(ahead, monitored, 2, now=1e6)
+    assert len(state.waiting) == 32
+    assert not state.after([], monitored, 2, now=5e5).waiting
+
+
+def test_a_scene_that_never_ends_keeps_the_state_small_and_is_still_watched() -> None:
+    alike = alike_of(20)
+    monitored = replace(ALONE, likeness=alike)
+    frames = samples(scenes(1, 5000, 1), [1.0] * 5000, alike)
+    evidence = after(frames, monitored)
+    assert len(evidence.blocks.open) <= 1000 and not evidence.sizes
+    assert alarms(frames, monitored) is not None
