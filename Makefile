@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests start many processes, each of which would otherwise compile anew whatever has no bytecode yet.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install system policy demo test lint types audit bench clean
+.PHONY: install system policy demo test docs lint types audit bench clean
 
 install: .venv/installed
 
@@ -15,7 +15,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,models,lint]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[serve,train,gateway,openvino,demo,test,bench,models,docs,lint]'
 	$(call compiled,.venv/lib)
 	touch $@
 
@@ -45,6 +45,11 @@ demo: install
 test:
 	$(MAKE) --jobs=2 install policy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The pages that are made from the code are written first; a test says when the committed ones are not up to date.
+docs: install
+	$(BIN)/python -m tests.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: types audit
 
@@ -78,4 +83,4 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.page
 
 clean:
-	rm -rf .venv .typing build *.egg-info
+	rm -rf .venv .typing build site *.egg-info

@@ -13,7 +13,7 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import ConfigError, did_you_mean
 
 RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
-"""Environment variable that names the records folder when the configuration does not; `ee-serve` sets it."""
+"""The folder for the records, an absolute path, where the configuration names none. `ee-serve` sets this variable."""
 
 RAW = "raw"
 POOL_SIDES = (1, 2, 4, 8, RAW)
@@ -30,37 +30,43 @@ class ServingConfig:
     """
 
     exits: bool = True
-    """Whether the plan's exits are used; false answers every request in full."""
+    """Whether the exits of the plan are used. `false` answers every request with the whole model."""
     engine: str = DEFAULT_ENGINE
-    """How the backbone is executed; a name in `ENGINES`."""
+    """The engine that executes the model: `folded`, `eager`, `bfloat16`, `openvino` or `openvino-int8`.
+    `ee-archive --engine` writes this key."""
     answers: str = PLAIN
-    """When answers leave: 'plain' with their batch, 'early' each as soon as it is ready."""
+    """When answers are sent: with `plain`, all answers of a batch together; with `early`, each answer as soon as its
+    request has left at an exit."""
     anytime: bool = False
-    """Whether every request runs to the end and hears what every exit would have said."""
+    """Whether every request runs to the end and its response tells what each exit would have answered."""
     sampling_rate: float | None = None
-    """Share of requests recorded, drawn independently of the input and run to the end whatever the exits
-    say; by default 1 while the version has no exits and 0.05 once it has."""
+    """The share of requests that form the shadow sample: they are drawn independently of the input, recorded, and run
+    to the end whatever the exits say. By default it is 1 while the version has no exits, and 0.05 once it has."""
     pool: int | str = 4
-    """Side to which recorded feature maps are average-pooled; 'raw' records activations whole."""
+    """The side (1, 2, 4 or 8) to which recorded feature maps are average-pooled; `raw` records whole activations.
+    After a change, training passes over the records that were written before."""
     layers: int = 8
-    """At most this many candidate layers are recorded, spread evenly over the backbone's cost."""
+    """The largest number of candidate layers that are recorded. They are spread evenly over the backbone's cost."""
     records: str | None = None
-    """Folder for the records; by default that of `EARLY_EXIT_RECORDS`. With neither, nothing is recorded."""
+    """The folder for the records, an absolute path. By default it is the folder in `EARLY_EXIT_RECORDS`, which
+    `ee-serve` sets. Where neither is set, nothing is recorded."""
     records_max_bytes: int = 10 * 2**30
-    """The oldest shards of this model are deleted beyond this size."""
+    """The largest size of all shards of this model, in bytes. Beyond it, the oldest shards are deleted."""
     records_max_age_s: float = 30 * 24 * 3600.0
-    """Shards older than this are deleted."""
+    """The age in seconds at which a shard is deleted."""
     records_per_shard: int = 256
-    """A shard is written once it holds this many records."""
+    """The number of records at which a shard is written."""
     seal_after_s: float = 30.0
-    """A shard is written once its first record is this old, in seconds, however few it holds."""
+    """The age of its first record, in seconds, at which a shard is written, however few records it holds."""
     control_rate: float = 0.02
-    """Share of batches that run without exits, or with them where they are bypassed, to find out whether they save
-    time; 0 never bypasses them."""
+    """The share of batches that run without exits, to measure whether the exits save time. Exits that save none are
+    bypassed; then this is the share of batches that run with exits. With 0, exits are never bypassed."""
     keep_requests: bool = False
-    """Whether what the handler got of the requests is stored too. It may hold personal data."""
+    """Whether records also hold what the handler received of the request: bytes, texts and JSON of all parts, with
+    their content types. This can be personal data."""
     open_headers: bool = False
-    """Whether requests without the server's secret may ask for every exit's prediction and for the probe, too."""
+    """Whether any client may ask for the prediction of every exit and for the probe, each of which costs a full pass.
+    Otherwise such a request needs the server's secret."""
 
     def __post_init__(self) -> None:
         for name in ("exits", "anytime", "keep_requests", "open_headers"):

@@ -32,7 +32,7 @@ class EarlyExitError(Exception):
 
 
 class ConfigError(EarlyExitError):
-    """The ``early_exit:`` block of model-config.yaml holds a wrong key or value."""
+    """A setting, an option or a file with settings holds a wrong key or value."""
 
 
 class GraphError(EarlyExitError):

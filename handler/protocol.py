@@ -32,7 +32,8 @@ PROBE_BODY = (b'{"instances": [{}], '
 SECRET_HEADER = "X-Early-Exit-Secret"
 """A prediction request with the server's secret in this header comes from its operator."""
 SECRET_VARIABLE = "EARLY_EXIT_SECRET"
-"""Environment variable of a worker that holds the secret of its server; `ee-serve` sets it. Empty, it is none."""
+"""The secret of the server, in the environment of its workers. `ee-serve` sets this variable. An empty value is no
+secret."""
 
 FULL = -1
 """Exit number of an item that the whole backbone answered."""

@@ -19,11 +19,10 @@ from early_exit.archiver.switch.cli import parser as exits_parser
 from early_exit.archiver.torchserve.cli import addresses_of
 from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.archiver.watch.cli import parser as watch_parser
-from early_exit.handler.config import ServingConfig
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.training.cli import parser as train_parser
 from early_exit.training.cli import report_parser
-from tests.support.documents import DOCUMENTS, README, ROOT, blocks, table
+from tests.support.documents import DOCUMENTS, ROOT, blocks, table
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -46,15 +45,6 @@ def test_the_architecture_page_names_every_room_once() -> None:
              for path in (ROOT / folder).iterdir()
              if (path.suffix == ".py" and path.name != "__init__.py") or (path / "__init__.py").exists()]
     assert sorted(named) == sorted(rooms)
-
-
-def test_the_readme_lists_every_setting_with_its_default() -> None:
-    told = table(README, "key")
-    assert told.keys() == {field.name for field in fields(ServingConfig)}
-    for field in fields(ServingConfig):
-        if field.default is not None and not isinstance(field.default, float) and field.name != "records_max_bytes":
-            expected = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
-            assert told[field.name][0].strip("`") == expected, field.name
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -82,9 +72,21 @@ def test_every_option_that_a_document_names_is_there(document: Path) -> None:
             assert told <= KNOWN.get(command, known), f"{document.name}: {code}"
 
 
-def test_the_readmes_options_are_those_of_training() -> None:
-    told = {re.match(r"--[\w-]+", row).group() for row in table(README, "option")}  # type: ignore[union-attr]
-    assert len(told) > 5 and told <= KNOWN["ee-train"]
+def test_the_loops_options_are_those_of_training_with_their_defaults() -> None:
+    told = table(ROOT / "docs" / "loop.md", "option")
+    assert len(told) > 5 and {option for row in told for option in re.findall(r"--[\w-]+", row)} <= KNOWN["ee-train"]
+    for action in train_parser()._actions:
+        if action.option_strings and isinstance(action.default, int | str) and action.option_strings[-1] in told:
+            default = {False: "off"}.get(action.default, getattr(action.default, "value", action.default))
+            assert told[action.option_strings[-1]][0].strip("`") == str(default), action.dest
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    told = {key: re.findall(rf'^{key} = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            for key in ("version", "license")}
+    assert {key: [citation[key]] for key in told} == told
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def test_prometheus_scrapes_where_ee_serve_shows_metrics_by_default() -> None:
@@ -95,5 +97,5 @@ def test_prometheus_scrapes_where_ee_serve_shows_metrics_by_default() -> None:
     assert (f"http://{target}", job["metrics_path"]) == (metrics, "/metrics")
 
 
-def test_the_readme_describes_every_engine() -> None:
-    assert table(README, "engine").keys() == ENGINES.keys()
+def test_the_page_on_engines_describes_each() -> None:
+    assert table(ROOT / "docs" / "engines.md", "engine").keys() == ENGINES.keys()

@@ -15,12 +15,11 @@ from early_exit.archiver.gateway.messages import Limits
 from early_exit.archiver.torchserve.cli import parser as serve_parser
 from early_exit.handler.config import ServingConfig
 from early_exit.training.environment import MORE_VARIABLES
-from tests.support.documents import DOCUMENTS, README, ROOT, table
+from tests.support.documents import DOCUMENTS, ROOT
 
 PAGE = ROOT / "docs" / "security.md"
 _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)(?:\[([^`]+)\])?`")
 """A file, a test, and of a test with parameters the id of one case."""
-UNITS = {"": 1, "days": 24 * 3600, "MiB": 2**20, "GiB": 2**30}
 
 
 @cache
@@ -76,18 +75,19 @@ def test_every_command_is_on_the_page_about_code() -> None:
     assert f"`{MORE_VARIABLES}`" in PAGE.read_text()
 
 
-def test_what_is_kept_and_for_how_long_is_as_the_readme_says() -> None:
-    for name in ("records_max_bytes", "records_max_age_s", "seal_after_s", "control_rate"):
-        number, _, unit = table(README, "key")[name][0].strip("`").partition(" ")
-        assert float(number) * UNITS[unit] == getattr(ServingConfig, name), name
+def test_records_are_kept_as_long_as_the_page_for_operators_says() -> None:
+    text = " ".join((ROOT / "docs" / "operate.md").read_text().split())
+    [(gib, days)] = re.findall(r"deleted at (\d+) GiB \(`records_max_bytes`\) or after (\d+) days", text)
+    assert (int(gib) * 2**30, int(days) * 24 * 3600) == (
+        ServingConfig.records_max_bytes, ServingConfig.records_max_age_s)
 
 
-def test_the_gateway_holds_no_more_than_the_readme_says() -> None:
-    text = " ".join(README.read_text().split())
+def test_the_gateway_holds_no_more_than_its_page_says() -> None:
+    text = " ".join((ROOT / "docs" / "live-page.md").read_text().split())
     for pattern, limit in ((r"when (\d+) others are open", Limits.connections),
                            (r"holds (\d+) MiB of messages", Limits.bytes_in_all / 2**20),
                            (r"Of a connection (\d+) items are with TorchServe at once", Limits.in_flight),
-                           (r"items are with TorchServe at once, (\d+) in all", Limits.in_flight_in_all)):
+                           (r"and of all connections together (\d+)\.", Limits.in_flight_in_all)):
         [told] = re.findall(pattern, text)
         assert int(told) == limit, pattern
 
@@ -97,7 +97,7 @@ def test_tokens_last_as_long_as_the_manifest_and_the_page_for_operators_say() ->
     [stateful] = [manifest for manifest in manifests if manifest["kind"] == "StatefulSet"]
     server = stateful["spec"]["template"]["spec"]["containers"][0]
     asked = serve_parser().parse_args([*server["command"][1:], *server["args"]])
-    told = " ".join((ROOT / "docs" / "operate.md").read_text().split())
+    told = " ".join((ROOT / "docs" / "kubernetes.md").read_text().split())
     [days] = re.findall(r"`--token-minutes`, here (\d+) days", told)
     assert asked.token_minutes == int(days) * 24 * 60
 

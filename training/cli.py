@@ -76,12 +76,12 @@ def _log(line: str) -> None:
 def report_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line of `ee-train report`."""
     parser = command_parser(
-        "ee-train report", "Evaluate a finished run and write a page about it, report.html, and the same for machines, "
-        "evaluation.json, into its folder. Nothing is trained.", """
+        "ee-train report", "Evaluate a finished run. ee-train writes a page about it, report.html, and the same "
+        "figures as JSON, evaluation.json, into the folder of the run. Nothing is trained.", """
         ee-train report runs/first""")
-    parser.add_argument("run", type=Path, metavar="runs/NAME", help="folder of the run")
+    parser.add_argument("run", type=Path, metavar="runs/NAME", help="the folder of the run")
     parser.add_argument("--archive", type=Path, metavar="X.mar",
-                        help="the archive that was recorded, if it is not where it was then")
+                        help="the archive that was recorded, if it has moved since")
     parser.add_argument("--json", action="store_true", help="print evaluation.json")
     return parser
 
@@ -89,8 +89,9 @@ def report_parser() -> argparse.ArgumentParser:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-train`'s command line."""
     parser = command_parser(
-        "ee-train", "Build early exits from recorded traffic: heads, temperatures, thresholds, a subset, and a "
-        "certificate. A stopped run continues where it was. 'ee-train report runs/NAME' evaluates a finished one.", """
+        "ee-train", "Build early exits from recorded traffic: exit heads, temperatures, confidence thresholds, the "
+        "subset of exits to use, and a certificate. The same command continues a run that was stopped. 'ee-train "
+        "report runs/NAME' evaluates a finished run.", """
         ee-train records --archive model-store/cifar-2.0.mar --to runs/first
         stricter, and surer:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/strict --tolerance 0.01 --confidence 0.99
@@ -98,11 +99,11 @@ def parser() -> argparse.ArgumentParser:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/replayed --replay
         by the paper's rules, without a guarantee:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/paper --thresholds paper --cost flops""")
-    parser.add_argument("records", nargs="+", metavar="RECORDS", help="records folders, as ee-serve printed them, or "
-                        "URLs such as s3://bucket/records")
+    parser.add_argument("records", nargs="+", metavar="RECORDS",
+                        help="records folders, as ee-serve prints them, or URLs such as s3://bucket/records")
     parser.add_argument("--archive", type=Path, required=True, metavar="X.mar", help="the archive that was recorded")
-    parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="folder of this run")
-    parser.add_argument("--json", action="store_true", help="print the report for machines")
+    parser.add_argument("--to", type=Path, required=True, metavar="runs/NAME", help="the folder of this run")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_options(parser)
     return parser
 
@@ -110,45 +111,54 @@ def parser() -> argparse.ArgumentParser:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what a run can be asked for; `options_of` reads it."""
     defaults = TrainingOptions()
-    promise = parser.add_argument_group("what is promised")
-    promise.add_argument("--tolerance", type=_fraction, default=defaults.tolerance,
-                         help="largest expected loss of an answer (%(default)s)")
-    promise.add_argument("--confidence", type=_fraction, default=defaults.confidence,
-                         help="of the certificate (%(default)s)")
+    promise = parser.add_argument_group("guarantee")
+    promise.add_argument("--tolerance", type=_fraction, metavar="T", default=defaults.tolerance,
+                         help="the largest expected loss of an answer (%(default)s)")
+    promise.add_argument("--confidence", type=_fraction, metavar="P", default=defaults.confidence,
+                         help="the confidence of the certificate (%(default)s)")
     promise.add_argument("--risk", type=Risk, choices=list(Risk), default=defaults.risk, metavar="RISK",
-                         help="disagreement, confidence-gap or accuracy: what a loss is (disagreement)")
+                         help="what counts as a loss: disagreement, confidence-gap or accuracy (disagreement)")
     promise.add_argument("--labels", type=Path, metavar="FILE.csv",
-                         help="request ids and true classes, for --risk accuracy and for the report; of a request with "
-                         "several instances request id, instance from 0, and class")
+                         help="a file of request ids and true classes, for --risk accuracy and for the report; for "
+                              "requests of several instances: request id, instance from 0, and class")
     promise.add_argument("--thresholds", choices=("certified", "paper", "equal"), default=defaults.thresholds,
-                         help="with a guarantee, or by the paper's budgets T/2^n, or T/exits (%(default)s)")
+                         help="how confidence thresholds are set: certified, or without a guarantee by the paper's "
+                              "budgets T/2^n (paper) or by T/exits (equal) (%(default)s)")
     promise.add_argument("--split", type=SplitRule, choices=list(SplitRule), default=defaults.split, metavar="RULE",
-                         help="time: train on the past and certify on what came last; random: as in the paper, which "
-                         "assumes that no request is like another one (time)")
-    cost = parser.add_argument_group("what is saved")
+                         help="time trains on the oldest records and certifies on the newest; random splits as the "
+                              "paper does, which assumes that no request is like another one (time)")
+    cost = parser.add_argument_group("cost")
     cost.add_argument("--cost", choices=("seconds", "flops"), default=defaults.measure,
-                      help="measured on this machine, or counted as in the paper (%(default)s)")
-    cost.add_argument("--batch-size", type=_count, help="of the batches to save time for (the archive's batchSize)")
-    cost.add_argument("--measure-device", default=defaults.measure_device, help="that will serve (%(default)s)")
+                      help="what is minimised: seconds measured on this machine, or FLOPs as in the paper "
+                           "(%(default)s)")
+    cost.add_argument("--batch-size", type=_count, metavar="N",
+                      help="the batch size for which time is measured (the archive's batchSize)")
+    cost.add_argument("--measure-device", metavar="DEVICE", default=defaults.measure_device,
+                      help="the device on which time is measured, the one that will serve (%(default)s)")
     heads = parser.add_argument_group("heads")
-    heads.add_argument("--search", default="nni", metavar="nni|nni-service|none|FILE.yaml",
-                       help="search architectures with NNI, here or in its service, or take the default ones, or those "
-                       "in a file (nni)")
+    heads.add_argument("--search", default="nni", metavar="SEARCH",
+                       help="how heads are chosen: nni searches in this process, nni-service searches in NNI's "
+                            "service, none takes the default head, and FILE.yaml takes the heads in that file (nni)")
     heads.add_argument("--service", type=Path, metavar="FILE.yaml",
-                       help="for nni-service: concurrency and training service in NNI's keys (one trial at a time)")
+                       help="for nni-service: a file with trialConcurrency and trainingService as in NNI (one trial "
+                            "at a time on this machine)")
     heads.add_argument("--expose-nni", action="store_true",
-                       help="let NNI's service answer on all interfaces, as a service file with other machines needs: "
-                       "anyone who reaches its port then runs code as you")
-    heads.add_argument("--space", type=Path, metavar="FILE.yaml", help="what to search instead of the default space")
-    heads.add_argument("--trials", type=_count, default=Search().trials, help="for each layer (%(default)s)")
-    heads.add_argument("--layers", type=_count, default=defaults.layers,
-                       help="at most so many get a head (%(default)s)")
+                       help="let NNI's service listen on all interfaces, which trials on other machines need; anyone "
+                            "who reaches its port then runs code as you")
+    heads.add_argument("--space", type=Path, metavar="FILE.yaml",
+                       help="a search space to use instead of the default one")
+    heads.add_argument("--trials", type=_count, metavar="N", default=Search().trials,
+                       help="the number of heads to try for each layer (%(default)s)")
+    heads.add_argument("--layers", type=_count, metavar="N", default=defaults.layers,
+                       help="the largest number of candidate layers that get an exit head (%(default)s)")
     heads.add_argument("--replay", type=_count_or_none, nargs="?", const=Replay().rounds, metavar="ROUNDS",
-                       help="run the recorded requests again, and so often with augmentations (%(const)s)")
+                       help="run the recorded requests again, this many times with augmentations (%(const)s); needs "
+                            "keep_requests while recording")
     heads.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, default=list(AUGMENTATIONS),
-                       help="how (all of %(choices)s)")
-    heads.add_argument("--train-device", default=Distillation().device, help="for training (%(default)s)")
-    heads.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+                       help="the augmentations for --replay (all of %(choices)s)")
+    heads.add_argument("--train-device", metavar="DEVICE", default=Distillation().device,
+                       help="the device on which heads are trained (%(default)s)")
+    heads.add_argument("--seed", type=int, default=0, help="the seed of search and training (%(default)s)")
 
 
 def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOptions:

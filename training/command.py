@@ -26,7 +26,7 @@ def command_parser(name: str, description: str, examples: str) -> argparse.Argum
         name, description=textwrap.fill(description, 100), formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "))
     if " " not in name:  # of subcommands shells would ask the command itself
-        shtab.add_argument_to(parser, "--print-completion", help="print a completion script for a shell")
+        shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell, and exit")
     return parser
 
 

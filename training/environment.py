@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 GATEWAY_TOKEN = "EE_GATEWAY_TOKEN"
-"""Holds the token of `ee-gateway`, for which no other process has a use."""
+"""The token that clients of `ee-gateway` must send. No other process sees this variable."""
 MORE_VARIABLES = "EE_ARCHIVE_ENV"
-"""Names the further variables that an archive's code may see, separated by commas."""
+"""The names of further variables that `ee-archive` passes to the code of an archive, separated by commas."""
 _NEEDED = re.compile(
     "PATH|HOME|TMPDIR|TZ|LANG|LC_.*|LD_LIBRARY_PATH|"  # a process, its files, its texts and its libraries
     "(OMP|MKL|OPENBLAS|NUMEXPR|KMP|GOMP)_.*|MALLOC_.*_|"  # threads and memory

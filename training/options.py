@@ -27,35 +27,44 @@ class TrainingOptions:
     """The choices of one run."""
 
     tolerance: float = 0.02
-    """The expected loss of an answer that is tolerated, T."""
+    """The largest expected loss of an answer, T (`--tolerance`)."""
     confidence: float = 0.95
-    """The confidence of the certificate, 1 - delta."""
+    """The confidence of the certificate, 1 - delta (`--confidence`)."""
     thresholds: Rule = "certified"
+    """How confidence thresholds are set: `certified`, or without a guarantee by the paper's budgets T/2^n (`paper`) or
+    by equal budgets (`equal`) (`--thresholds`)."""
     risk: Risk = Risk.DISAGREEMENT
+    """What counts as a loss: `disagreement`, `confidence-gap` or `accuracy` (`--risk`)."""
     policy: str = ConfidencePolicy.kind
-    """The kind of policy that decides at exits who leaves."""
+    """The kind of exit policy, which decides at an exit which requests leave."""
     measure: Measure = "seconds"
-    """What exits are chosen to save: measured time, or FLOPs as in the paper."""
+    """What the choice of exits minimises: measured `seconds`, or `flops` as in the paper (`--cost`)."""
     batch_size: int = 8
-    """The size of the batches for which time is saved."""
+    """The batch size for which time is measured. `ee-train` takes it from the archive (`--batch-size`)."""
     engine: str = DEFAULT_ENGINE
-    """The identity of the engine that will serve, on which time is measured."""
+    """The identity of the engine that will serve. Time is measured on this engine."""
     measure_device: str = "cpu"
-    """The device on which time is measured: the one that will serve."""
+    """The device on which time is measured, the one that will serve (`--measure-device`)."""
     layers: int = 16
-    """The most candidates that get a head; they are spread evenly over the backbone's cost."""
+    """The largest number of candidate layers that get an exit head. They are spread evenly over the backbone's cost
+    (`--layers`)."""
     search: Search | None = field(default_factory=Search)
-    """How much is searched; without a search every layer gets the default head, unless the space gives it one."""
+    """The extent of the search. Without a search every layer gets the default head, or the head that the search space
+    gives it (`--search`, `--trials`, `--seed`)."""
     service: Service | None = None
-    """The service in which the trials of the search run; without one they run here."""
+    """The NNI service that runs the trials of the search. Without one they run in this process (`--service`)."""
     space: SearchSpace = field(default_factory=SearchSpace)
+    """The architectures that the search may try, as below (`--space`)."""
     recipe: Distillation = field(default_factory=Distillation)
+    """How exit heads are trained (`--train-device`, `--seed`)."""
     replay: Replay | None = None
+    """How recorded requests are run again to make more training data (`--replay`, `--augment`)."""
     split: SplitRule = SplitRule.TIME
-    """How records are split into what trains, what chooses and what certifies."""
+    """How records are split into those that train, those that choose and those that certify: `time` or `random`
+    (`--split`)."""
     fresh_after: float | None = None
-    """The Unix time, in seconds, after which records tune and certify; earlier ones all train, so that a renewed plan
-    is certified on records that no earlier one was."""
+    """The Unix time, in seconds, after which records may choose and certify; all earlier records train. `ee-watch` sets
+    it, so that a renewed plan is certified on records that certified no plan before."""
 
     def __post_init__(self) -> None:
         policy_class(self.policy)  # an unknown one is refused before anything is trained

@@ -107,40 +107,47 @@ def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-gateway`'s command line."""
     parser = command_parser(
-        "ee-gateway", "Serve a live page about what the exits do, and a WebSocket that takes batches of items and "
-        "sends each answer as soon as it is there.", """
+        "ee-gateway", "Serve a live page that shows the work of the exits, and a WebSocket that takes batches of items "
+        "and sends each answer as soon as it is ready.", """
         beside the server that ee-serve started here:
           ee-gateway
         for other machines, which call this one gpu1, with a token of its own:
           EE_GATEWAY_TOKEN=secret ee-gateway --host 0.0.0.0 --host-name gpu1 --port 9000""")
     parser.add_argument("--server", default="http://127.0.0.1:8080", metavar="URL[,URL]",
-                        help="TorchServe's inference address, and the management address unless it is the next port "
-                        "(%(default)s)")
+                        help="TorchServe's inference address, and its management address unless that is the next port "
+                             "(%(default)s)")
     parser.add_argument("--tokens", type=Path, default=Path(".ee-serve") / KEY_FILE, metavar="FILE",
                         help="TorchServe's key file (%(default)s)")
     parser.add_argument("--secret", type=Path, metavar="FILE",
-                        help="the secret of TorchServe's workers: with it every client of the gateway may ask for "
-                        "every exit's opinion, a full pass each; on loopback by default the file "
-                        f"{SECRET_FILE} beside the key file")
-    parser.add_argument("--no-tokens", action="store_true", help="TorchServe runs without token authorisation")
-    parser.add_argument("--model-store", type=Path, default=Path("model-store"),
-                        help="TorchServe's, to read the certificates from (%(default)s)")
+                        help="the file with the secret of TorchServe's workers; with it every client of the gateway "
+                             "may ask for the prediction of every exit, which costs a full pass; on loopback by "
+                             f"default the file {SECRET_FILE} beside the key file")
+    parser.add_argument("--no-tokens", action="store_true",
+                        help="access a TorchServe that runs without token authorisation")
+    parser.add_argument("--model-store", type=Path, default=Path("model-store"), metavar="FOLDER",
+                        help="TorchServe's model store, from which certificates are read (%(default)s)")
     parser.add_argument("--watch", type=Path, default=Path(".ee-watch"), metavar="FOLDER",
-                        help="where ee-watch keeps its decisions (%(default)s)")
+                        help="the folder in which ee-watch keeps its decisions (%(default)s)")
     parser.add_argument("--switches", type=Path, metavar="FOLDER",
-                        help=f"where ee-exits notes what it did; by default the folder {SWITCHES_FOLDER} beside the "
-                        "key file")
-    parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
+                        help="the folder in which ee-exits notes its changes; by default the folder "
+                             f"{SWITCHES_FOLDER} beside the key file")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
     parser.add_argument("--host-name", action="append", default=[], metavar="NAME",
-                        help="by which clients call this machine, besides localhost and addresses; again for another")
-    parser.add_argument("--port", type=int, default=8090, help="(%(default)s)")
-    parser.add_argument("--max-items", type=int, default=64, metavar="N", help="in a message (%(default)s)")
-    parser.add_argument("--max-bytes", type=int, default=10 * 2**20, metavar="N", help="of an item (%(default)s)")
+                        help="a name of this machine that clients use, besides localhost and addresses; pass it once "
+                             "for each name")
+    parser.add_argument("--port", type=int, default=8090, help="the port to listen on (%(default)s)")
+    parser.add_argument("--max-items", type=int, default=64, metavar="N",
+                        help="the largest number of items in a message (%(default)s)")
+    parser.add_argument("--max-bytes", type=int, default=10 * 2**20, metavar="N",
+                        help="the largest size of an item, in bytes (%(default)s)")
     parser.add_argument("--in-flight", type=int, default=32, metavar="N",
-                        help="items of a connection that TorchServe works at (%(default)s)")
-    parser.add_argument("--in-flight-in-all", type=int, default=256, metavar="N", help="(%(default)s)")
+                        help="the largest number of items of one connection that TorchServe processes at once "
+                             "(%(default)s)")
+    parser.add_argument("--in-flight-in-all", type=int, default=256, metavar="N",
+                        help="the largest number of items of all connections that TorchServe processes at once "
+                             "(%(default)s)")
     parser.add_argument("--max-bytes-in-all", type=int, default=128 * 2**20, metavar="N",
-                        help="of messages and answers that are held at once; the process may need six times as much "
-                        "memory (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="tell the addresses as one line for machines")
+                        help="the largest size of all messages and answers that are held at once, in bytes; the "
+                             "process may need six times as much memory (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the addresses as one line of JSON")
     return parser

@@ -56,18 +56,18 @@ def _print_contents(mar: Path, *, as_json: bool, more: Mapping[str, Any]) -> Non
 
 def show_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line of `ee-archive show`."""
-    parser = command_parser("ee-archive show", "Tell what is in an early-exit archive.", """
+    parser = command_parser("ee-archive show", "Show what is in an early-exit archive.", """
         ee-archive show model-store/cifar-2.0.mar --json""")
-    parser.add_argument("archive", type=Path, metavar="FILE.mar")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("archive", type=Path, metavar="FILE.mar", help="the archive to show")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-archive`'s command line."""
     parser = command_parser(
-        "ee-archive", "Repackage a model for TorchServe: without a plan it answers in full and records, with one it "
-        "exits early. 'ee-archive show FILE.mar' tells what is in an archive.", """
+        "ee-archive", "Repackage a model for TorchServe. Without a plan the new archive answers with the whole model "
+        "and records; with a plan it exits early. 'ee-archive show FILE.mar' shows what is in an archive.", """
         a .mar that TorchServe serves today, to record:
           ee-archive cifar.mar --input-shape 3,32,32
         the same with exits:
@@ -79,42 +79,50 @@ def parser() -> argparse.ArgumentParser:
           ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128
         one whose requests have several parts:
           ee-archive ranker.mar --form "image=cat.jpg;type=image/jpeg" --form options=options.json""")
-    parser.add_argument("source", help="an existing .mar, .tar.gz or folder of torch-model-archiver, "
-                        "package.module:function, or a .pt2")
-    parser.add_argument("--plan", type=Path, help="plan.json of an ee-train run")
-    parser.add_argument("--version", help="model version; by default one above the source's")
-    parser.add_argument("--to", type=Path, default=Path("model-store"), help="folder for the archive (%(default)s)")
-    parser.add_argument("--model-name", help="by default the source's")
-    parser.add_argument("--weights", type=Path, help="state dict for a factory: .safetensors or .pth")
+    parser.add_argument("source",
+                        help="the model: a .mar, a .tar.gz or a folder that torch-model-archiver made, a factory "
+                             "package.module:function, or an exported .pt2")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="the plan.json of an ee-train run")
+    parser.add_argument("--version", help="the model version; by default one above the source's")
+    parser.add_argument("--to", type=Path, default=Path("model-store"), metavar="FOLDER",
+                        help="the folder for the new archive (%(default)s)")
+    parser.add_argument("--model-name", metavar="NAME", help="the model name; by default the source's")
+    parser.add_argument("--weights", type=Path, metavar="FILE",
+                        help="the state dict for a factory, a .safetensors or .pth file")
     parser.add_argument("--input-shape", type=_shape, metavar="C,H,W",
-                        help="one item's shape; by default what the handler makes of a sample request")
+                        help="the shape of one item; by default the shape that the handler makes of a sample request")
     parser.add_argument("--input", type=_input, action="append", default=[], dest="inputs", metavar="NAME:DTYPE:SHAPE",
-                        help="instead, once for each input of forward: input_ids:int64:128")
-    parser.add_argument("--handler", help="for a factory or .pt2: a handler file or a built-in name")
-    parser.add_argument("--extra-files", type=Path, nargs="*", default=[], help="for a factory or .pt2")
-    parser.add_argument("--config", type=Path, help="model-config.yaml to use instead of the source's")
+                        help="name, type and shape of one input of forward, such as input_ids:int64:128; pass it once "
+                             "for each input, instead of --input-shape")
+    parser.add_argument("--handler", help="for a factory or .pt2: a handler file, or the name of a built-in handler")
+    parser.add_argument("--extra-files", type=Path, nargs="*", default=[], metavar="FILE",
+                        help="for a factory or .pt2: files to put into the archive")
+    parser.add_argument("--config", type=Path, metavar="FILE",
+                        help="the model-config.yaml to use instead of the source's")
     parser.add_argument("--engine", choices=list(ENGINES),
-                        help=f"how the model is executed; by default the source's, at first {DEFAULT_ENGINE}")
+                        help=f"the engine that executes the model; by default the source's, or {DEFAULT_ENGINE}")
     calibrated = ", ".join(engine.name for engine in ENGINES.values() if engine.needs_calibration)
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
-                        help=f"for {calibrated}: records folder with requests, of which at most {N_SAMPLES} are used")
+                        help=f"for {calibrated}: the records folder with kept requests, of which at most {N_SAMPLES} "
+                             "are used to quantize")
     parser.add_argument("--request", type=Path, action="append", default=[], dest="requests", metavar="FILE",
-                        help="body of a typical request, which the archive keeps as its sample; give two that differ, "
-                             "so that it is seen how the handler orders several")
+                        help="the body of a typical request, which the archive keeps as its sample; pass two that "
+                             "differ, so that ee-archive can see how the handler orders several requests")
     add_form_option(parser)
     parser.add_argument("--content-type", metavar="TYPE",
-                        help="of the bodies; by default what the names of their files say")
+                        help="the content type of the bodies; by default the file names tell it")
     parser.add_argument("--service-envelope", choices=ENVELOPES, metavar="NAME",
-                        help="of your server's config.properties, where it has one, in which the requests come: "
+                        help="the service_envelope of your server's config.properties, if it has one: "
                              f"{', '.join(ENVELOPES)}")
     parser.add_argument("--output", metavar="NAME",
-                        help="name or index of the scores in what the model returns, where several could be them")
+                        help="the name or index of the class scores in the model's output, where several outputs "
+                             "could be the scores")
     parser.add_argument("--strategy", type=Strategy, choices=list(Strategy), metavar="STRATEGY",
-                        help="for a detector, what an image's class is: "
+                        help="for a detector: how the class of an image is defined, "
                              f"{', '.join(strategy.value for strategy in Strategy)} ({Strategy.OBJECT.value})")
     parser.add_argument("--pedestrian", type=int, default=PEDESTRIAN, metavar="LABEL",
-                        help="of a detector (%(default)s, COCO's person)")
-    parser.add_argument("--json", action="store_true", help="tell for machines what is in the archive")
+                        help="for a detector: the label of pedestrians (%(default)s, COCO's person)")
+    parser.add_argument("--json", action="store_true", help="print what is in the archive as JSON")
     return parser
 
 

@@ -48,21 +48,23 @@ def parser() -> argparse.ArgumentParser:
         in place of a model that is registered under another name than its archive's:
           ee-roll model-store/cifar-3.0.mar --as photos""")
     parser.add_argument("archive", type=Path, metavar="FILE.mar",
-                        help="an archive in the server's model store, of ee-archive or of torch-model-archiver")
+                        help="the archive, in the server's model store, that ee-archive or torch-model-archiver made")
     add_server_options(parser)
     parser.add_argument("--as", dest="name", metavar="NAME",
-                        help="the model's name on the server, where it is registered under another than its archive's")
+                        help="the name of the model on the server, where it differs from the name in the archive")
     parser.add_argument("--put-back", action="store_true",
-                        help="when a server fails, roll the version before into those that are done")
-    parser.add_argument("--request", type=Path,
-                        help="body of a request that the new version must answer first; by default its own sample")
+                        help="if a server fails, put the previous version back on the servers that were rolled already")
+    parser.add_argument("--request", type=Path, metavar="FILE",
+                        help="the body of a request that the new version must answer first; by default the sample "
+                             "request of its archive")
     add_form_option(parser)
     parser.add_argument("--content-type", metavar="TYPE",
-                        help="of the body; by default what the name of its file says")
+                        help="the content type of the body; by default the file name tells it")
     parser.add_argument("--untried", action="store_true",
-                        help="let a version serve though no request is known that tries it out")
+                        help="bring a version into service although no sample request is known")
     parser.add_argument("--longest-batch-s", type=float, metavar="S",
-                        help=f"how long the old version may take for one batch ({LONGEST_BATCH_S:.0f}, or as long as "
-                        "is measured with the secret; without it this is needed)")
-    parser.add_argument("--json", action="store_true", help="print the report for machines")
+                        help="the longest time that the old version takes for one batch, in seconds "
+                             f"({LONGEST_BATCH_S:.0f}, or the time that is measured with the secret; required without "
+                             "the secret)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

@@ -91,22 +91,26 @@ def _user() -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-exits`'s command line."""
     parser = command_parser(
-        "ee-exits", "Switch the exits of a model off, and on again. It counts from the next batch of every worker of "
-        "this server, for all versions, until it is turned back: rolls, renewals and restarts leave it.", """
+        "ee-exits", "Switch the exits of a model off, and on again. The setting takes effect at the next batch of "
+        "every worker on this host. It holds for all versions until it is changed: rolls, renewals and restarts keep "
+        "it.", """
         answer every request in full, now:
           ee-exits cifar off
         let exits answer again:
           ee-exits cifar on
-        let them answer at the first of the plan's safer settings, or a safer one where the monitor says so:
+        let exits answer at fallback level 1 of the plan, or at a safer level that the monitor has chosen:
           ee-exits cifar level 1""")
     parser.add_argument("model", metavar="NAME", help="the name under which the model is served")
-    parser.add_argument("action", choices=["off", "on", LEVEL, STATUS], help="what to do")
+    parser.add_argument("action", choices=["off", "on", LEVEL, STATUS],
+                        help="what to do: status shows the current setting")
     parser.add_argument("level", nargs="?", type=_level, metavar="N",
-                        help="of 'level': 0 is the plan as deployed; beyond its last safer setting the exits are off")
+                        help="the fallback level, with 'level': 0 is the plan as deployed, and beyond the last "
+                             "fallback level the exits are off")
     named = os.environ.get(SWITCHES_VARIABLE)
     parser.add_argument("--switches", type=Path, metavar="FOLDER", default=Path(named) if named else DEFAULT_FOLDER,
-                        help=f"of the server's switches; by default that of {SWITCHES_VARIABLE}, else {DEFAULT_FOLDER}")
-    parser.add_argument("--json", action="store_true", help="print the result for machines")
+                        help=f"the folder of the server's switches; by default the folder in {SWITCHES_VARIABLE}, "
+                             f"else {DEFAULT_FOLDER}")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 

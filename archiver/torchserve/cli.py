@@ -62,31 +62,36 @@ def addresses_of(options: argparse.Namespace) -> Addresses:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-serve`'s command line."""
-    parser = command_parser("ee-serve", "Start TorchServe and stop it, with its workers, on Ctrl-C.", """
+    parser = command_parser("ee-serve", "Start TorchServe. Ctrl-C stops the server and its workers.", """
         ee-serve cifar-2.0.mar
         two workers of a model on four cores, on other ports:
           ee-serve cifar-2.0.mar --threads 2 --port 9080
         with the settings that you have for TorchServe:
           ee-serve cifar-2.0.mar --config config.properties""")
-    parser.add_argument("models", nargs="*", help=".mar file names in the model store to load at the start")
-    parser.add_argument("--model-store", type=Path, default=Path("model-store"), help="(%(default)s)")
-    parser.add_argument("--records", type=Path, default=Path("records"), help="folder for the records (%(default)s)")
-    parser.add_argument("--state", type=Path, default=Path(".ee-serve"),
-                        help="tokens, switches of the exits, logs, temporary files (%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="to listen on for predictions; others see tokens and requests unless TLS is put in front "
-                        "(%(default)s)")
+    parser.add_argument("models", nargs="*", metavar="FILE.mar",
+                        help="names of archives in the model store to load at the start")
+    parser.add_argument("--model-store", type=Path, default=Path("model-store"), metavar="FOLDER",
+                        help="the folder from which alone archives are loaded (%(default)s)")
+    parser.add_argument("--records", type=Path, default=Path("records"), metavar="FOLDER",
+                        help="the folder for the records (%(default)s)")
+    parser.add_argument("--state", type=Path, default=Path(".ee-serve"), metavar="FOLDER",
+                        help="the folder for tokens, switches of the exits, logs and temporary files (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST",
+                        help="the address for predictions; traffic is not encrypted, so put TLS in front of any "
+                             "address but loopback (%(default)s)")
     parser.add_argument("--management-host", default="127.0.0.1", metavar="HOST",
-                        help="to listen on for ee-roll and ee-watch: whoever has the management token there chooses "
-                        "what is served (%(default)s)")
+                        help="the address for ee-roll and ee-watch; whoever reaches it with the management token "
+                             "decides what is served (%(default)s)")
     parser.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST",
-                        help="to listen on for Prometheus: metrics need no token (%(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="inference; management and metrics follow (%(default)s)")
+                        help="the address for Prometheus; reading metrics needs no token (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080,
+                        help="the port for inference; management and metrics use the next two ports (%(default)s)")
     parser.add_argument("--config", type=Path, metavar="FILE",
-                        help="TorchServe's config.properties; what ee-serve has to decide itself it overrides, with a "
-                        f"line about each (the file in {CONFIG_VARIABLE}, if that is set)")
-    parser.add_argument("--token-minutes", type=int,
-                        help="how long tokens are valid (what the configuration says, else 60)")
-    parser.add_argument("--threads", type=int, help="of one worker; by default half the cores")
-    parser.add_argument("--json", action="store_true", help="tell the addresses as one line for machines")
+                        help="TorchServe's config.properties; ee-serve overrides the settings that it decides itself "
+                             f"and reports each (the file in {CONFIG_VARIABLE}, if that is set)")
+    parser.add_argument("--token-minutes", type=int, metavar="N",
+                        help="how long tokens are valid, in minutes (the value in the configuration, else 60)")
+    parser.add_argument("--threads", type=int, metavar="N",
+                        help="the number of threads of one worker; by default half the cores")
+    parser.add_argument("--json", action="store_true", help="print the addresses as one line of JSON")
     return parser

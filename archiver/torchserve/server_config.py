@@ -13,7 +13,7 @@ import javaproperties
 from early_exit.handler.errors import ConfigError
 
 CONFIG_VARIABLE = "TS_CONFIG_FILE"
-"""TorchServe takes its configuration from the file that this environment variable names, before any other."""
+"""The `config.properties` that `ee-serve` uses where `--config` is not given, as TorchServe itself does."""
 METRICS_FILE = "metrics_config"
 PLUGINS = "plugins_path"
 VM_ARGUMENTS = "vmargs"

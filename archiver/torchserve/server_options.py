@@ -13,17 +13,20 @@ from early_exit.handler.errors import ServerError
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Add where the servers are; `servers_of` reads it."""
-    parser.add_argument("--port", type=int, default=8080, help="inference port on this machine; management is the next "
-                        "(%(default)s)")
+    parser.add_argument("--port", type=int, default=8080,
+                        help="the inference port of a server on this machine; the next port is the management port "
+                             "(%(default)s)")
     parser.add_argument("--server", action="append", default=[], metavar="URL[,URL]",
-                        help="inference address elsewhere, such as http://10.0.0.7:8080, and the management address "
-                        "unless it is the next port; once for each server")
+                        help="the inference address of another server, such as http://10.0.0.7:8080, and its "
+                             "management address unless that is the next port; pass it once for each server")
     parser.add_argument("--tokens", type=Path, action="append", metavar="FILE",
-                        help=f"TorchServe's key file, one for all servers or one for each (.ee-serve/{KEY_FILE})")
+                        help="TorchServe's key file, one for all servers or one for each server "
+                             f"(.ee-serve/{KEY_FILE})")
     parser.add_argument("--secret", type=Path, action="append", default=[], metavar="FILE",
-                        help="the secret of the servers' workers, one file for all servers or one for each, to let "
-                        f"them be probed; by default the file {SECRET_FILE} beside each key file, where there is one")
-    parser.add_argument("--no-tokens", action="store_true", help="the servers run without token authorisation")
+                        help="the file with the secret of the servers' workers, with which they answer a probe, one "
+                             f"for all servers or one for each server; by default the file {SECRET_FILE} beside each "
+                             "key file")
+    parser.add_argument("--no-tokens", action="store_true", help="access servers that run without token authorisation")
 
 
 def servers_of(options: argparse.Namespace) -> list[Management]:

@@ -67,30 +67,34 @@ def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-watch`'s command line, `ee-watch status` included."""
     parser = command_parser(
-        "ee-watch", "Watch a served model: train and roll in a new plan when a fifth of the records are new, the "
-        "backbone has changed, the monitor alarms or the certificate is too old; roll back what alarms on trial. "
-        "'ee-watch status ...' tells where the model stands.", """
+        "ee-watch", "Watch a served model. ee-watch trains a new plan and rolls it in when a fifth of the records are "
+        "new, the backbone or the traffic has changed, the monitor has raised an alarm, or the certificate is too old. "
+        "It rolls a version back that raises an alarm on trial. 'ee-watch status ...' shows the state of a model.", """
         ee-watch cifar --records records --tolerance 0.02
         what it would do now, and where the model stands:
           ee-watch cifar --dry-run
           ee-watch status cifar --json""")
-    parser.add_argument("model", help="name of the served model")
+    parser.add_argument("model", help="the name of the served model")
     parser.add_argument("--records", nargs="+", default=["records"], metavar="RECORDS",
-                        help="folders and URLs, one or more for each host (%(default)s)")
-    parser.add_argument("--model-store", type=Path, default=Path("model-store"), help="(%(default)s)")
-    parser.add_argument("--state", type=Path, help="audit and runs (.ee-watch/MODEL)")
-    parser.add_argument("--every-s", type=float, default=60.0, metavar="S", help="time between looks (%(default)s)")
+                        help="records folders and URLs, one or more for each host (records)")
+    parser.add_argument("--model-store", type=Path, default=Path("model-store"), metavar="FOLDER",
+                        help="the servers' model store (%(default)s)")
+    parser.add_argument("--state", type=Path, metavar="FOLDER",
+                        help="the folder for the audit and the runs (.ee-watch/MODEL)")
+    parser.add_argument("--every-s", type=float, default=60.0, metavar="S",
+                        help="the time between two checks, in seconds (%(default)s)")
     parser.add_argument("--max-age-days", type=float, default=30.0, metavar="D",
-                        help="after which a certificate is renewed (%(default)s)")
+                        help="the age in days at which a certificate is renewed (%(default)s)")
     parser.add_argument("--trial-samples", type=int, default=300, metavar="N",
-                        help="shadow samples after which a new version is accepted (%(default)s)")
+                        help="the number of shadow samples after which a new version is accepted (%(default)s)")
     parser.add_argument("--longest-batch-s", type=float, metavar="S",
-                        help=f"how long the old version may take for one batch ({LONGEST_BATCH_S:.0f}, or as long as "
-                        "is measured with the secret; without it this is needed)")
+                        help="the longest time that the old version takes for one batch, in seconds "
+                             f"({LONGEST_BATCH_S:.0f}, or the time that is measured with the secret; required without "
+                             "the secret)")
     parser.add_argument("--once", action="store_true",
-                        help="look once, do what is to be done, and end; status 1 if the look or a roll fails")
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
-    parser.add_argument("--json", action="store_true", help="status, or each decision as one line, for machines")
+                        help="check once, act, and exit, with status 1 if the check or a roll fails")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--json", action="store_true", help="print the status, or each decision as one line, as JSON")
     add_server_options(parser)
     add_options(parser)
     return parser

@@ -19,7 +19,8 @@ from early_exit.handler.files.private import private_folder, read_start, replaci
 logger = logging.getLogger(__name__)
 
 SWITCHES_VARIABLE = "EARLY_EXIT_SWITCHES"
-"""Environment variable that names the folder of the switches; `ee-serve` sets it. Without it there is no switch."""
+"""The folder of the operator's switches, an absolute path. `ee-serve` sets this variable. Without it there is no
+switch."""
 SWITCHES_FOLDER = "exits"
 """Name of that folder where `ee-serve` makes it, beside the tokens."""
 SWITCH_FILE = "switch"

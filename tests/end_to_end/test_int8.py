@@ -1,5 +1,5 @@
-"""From recorded requests to a certified model in 8-bit integers with exits, by the README's commands and a real
-TorchServe."""
+"""From recorded requests to a certified model in 8-bit integers with exits, by the commands of the page on engines and
+a real TorchServe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from tests.support.client import failed, send
 from tests.support.digits import measured_traffic, recorded_traffic
-from tests.support.documents import README
+from tests.support.documents import ROOT
 from tests.support.reader import Reader
 from tests.support.recording import prepared, record
 from tests.support.sources import ids_in
@@ -55,11 +55,8 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
         backbone = load_backbone(recorder.folder)
         [inputs] = prepared(handler, bodies, backbone.description)
         record(backbone, inputs, tmp_path / "records", name="digits", ids=ids_in(parts), bodies=bodies)
-    reader = Reader(README, tmp_path, instead={"cifar": "digits"},
-                    more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"},
-                    elsewhere=dict.fromkeys(("ee-serve", "curl", "ee-archive cifar.mar", "runs/first", "--tolerance",
-                                             "ee-roll", "ee-watch", "ee-exits", "ee-gateway", "detector.mar"),
-                                            "test_readme.py"))
+    reader = Reader(ROOT / "docs" / "engines.md", folder=tmp_path, instead={"cifar": "digits"},
+                    more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"})
     reader.check("ee-archive model-store/cifar-2.0.mar --engine openvino-int8")
     layout = unpacked(store / "digits-4.0.mar", tmp_path / "int8")
     engine = ENGINES[INT8].identity(layout.folder)

@@ -1,4 +1,5 @@
-"""The commands of the README and of the tutorial, run as they stand; what they print has the form that these show."""
+"""The commands of the pages on the loop and of the tutorial, run as they stand; what they print has the form that these
+show. The README's commands are among those of the pages."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from tests.support.client import consecutive_free_ports, failed, send
 from tests.support.digits import traffic
-from tests.support.documents import README, ROOT, blocks
+from tests.support.documents import PAGES, README, ROOT, Shown, blocks, commands
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
 from tests.support.reader import Reader
@@ -30,17 +31,17 @@ from tests.support.reader import Reader
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not shutil.which("curl"), reason="no curl is installed: make system")]
 
-TUTORIAL = ROOT / "docs" / "own-images.md"
+TUTORIAL, LOOP, SWITCH, LIVE_PAGE = (ROOT / "docs" / f"{name}.md" for name in (
+    "own-images", "loop", "switch", "live-page"))
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 20\nearly_exit:\n  seal_after_s: 2\n"
 N_PHOTOS = 260
 
 
-def test_the_readme_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Path) -> None:
+def test_the_loop_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Path) -> None:
     """With digits in place of CIFAR's photos, and a short search."""
-    reader = Reader(README, tmp_path, instead={"3,32,32": "1,32,32", "cifar_handler": "digits_handler"},
-                    more={"ee-train records": "--trials 2 --layers 3", "ee-watch": "--once"},
-                    elsewhere={**dict.fromkeys(("openvino-int8", "--replay", "runs/int8"), "test_int8.py"),
-                               "detector.mar": "test_migration.py"})
+    reader = Reader(LOOP, SWITCH, LIVE_PAGE, folder=tmp_path,
+                    instead={"3,32,32": "1,32,32", "cifar_handler": "digits_handler"},
+                    more={"ee-train records": "--trials 2 --layers 3", "ee-watch": "--once"})
     mar = original_mar(tmp_path / "user", "cifar", "digits_resnet.py", "digits_handler.py",
                        digits_backbone.state_dict(), CONFIG)
     shutil.copy(mar, tmp_path / "cifar.mar")
@@ -77,6 +78,17 @@ def test_the_readme_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: 
     assert not (tmp_path / ".ee-serve" / "key_file.json").exists()
 
 
+def test_every_command_of_the_readme_is_on_a_page_with_its_output() -> None:
+    """So the tests that run the pages run it."""
+    shown = [one for page in PAGES for one in commands(page)]
+    assert [one.command for one in commands(README) if not any(same(one, other) for other in shown)] == []
+
+
+def same(quoted: Shown, other: Shown) -> bool:
+    """Whether a command is one of a page, with none but lines that the page shows as its output."""
+    return quoted.command == other.command and not quoted.missing("\n".join(other.output))
+
+
 def server_at(reader: Reader) -> TorchServe:
     """Return the server that the document's `ee-serve` started, to send to."""
     addresses = Addresses.on_loopback(*range(reader.port, reader.port + 3))
@@ -84,8 +96,8 @@ def server_at(reader: Reader) -> TorchServe:
 
 
 def ask_through_the_gateway(port: int, token: str, body: bytes) -> None:
-    """Send the README's message, with a request in it, and get messages of its form."""
-    said = next(block for block in blocks(README) if block.startswith("> {"))
+    """Send the page's message, with a request in it, and get messages of its form."""
+    said = next(block for block in blocks(LIVE_PAGE) if block.startswith("> {"))
     message, answer = (line[2:] for line in said.splitlines()[:2])
     message = message.replace("<base64>", base64.b64encode(body).decode())
     allowed = {"Authorization": f"Bearer {token}"}
@@ -110,10 +122,10 @@ def test_the_tutorial_works_as_it_stands(tmp_path: Path) -> None:
         (photos / f"{number:03}.png").write_bytes(striped(number))
     torch.save(weights(source, [(photos / f"{number:03}.png").read_bytes() for number in range(30)]),
                tmp_path / "weights.pth")
-    reader = Reader(TUTORIAL, tmp_path, instead={},
+    reader = Reader(TUTORIAL, folder=tmp_path, instead={},
                     more={"ee-archive photos.mar": f"--config {sealing_soon(tmp_path)}",
                           "ee-train records": "--search none --layers 3"},
-                    elsewhere={"ee-train report": "the README's walk"})
+                    elsewhere={"ee-train report": "the loop"})
     reader.check("torch-model-archiver")
     reader.check("ee-archive photos.mar")
     with reader.running(reader.follow("ee-serve")):

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 _OPTIONAL = ("...", "not used:")
 """How lines begin that a run may lack."""
 README = ROOT / "README.md"
-DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (README, *PAGES)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ HOME = "/home/me"
 
 
 class Reader:
-    """Runs a document's commands as they stand, but for a server on ports of its own and what a test must change."""
+    """Runs documents' commands as they stand, but for a server on ports of its own and what a test must change."""
 
-    def __init__(self, document: Path, folder: Path, *, instead: Mapping[str, str], more: Mapping[str, str],
+    def __init__(self, *documents: Path, folder: Path, instead: Mapping[str, str], more: Mapping[str, str],
                  elsewhere: Mapping[str, str] | None = None) -> None:
-        """Open a document.
+        """Open documents.
 
         Args:
-            document: to follow.
+            documents: to follow, one after the other.
             folder: to be in.
             instead: what stands for parts of its commands.
             more: options for commands that begin so.
@@ -39,13 +39,13 @@ class Reader:
         """What the last command that goes on printed at its start."""
         self._instead = {**instead, HOME: str(folder), "127.0.0.1:8080": f"127.0.0.1:{self.port}"}
         self._more = more
-        self._steps = iter([one for one in commands(document)
+        self._steps = iter([one for document in documents for one in commands(document)
                             if not any(part in one.command for part in elsewhere or {})])
 
     def follow(self, beginning: str) -> Shown:
-        """Return the next command of the document, which begins so."""
+        """Return the next command of the documents, which begins so."""
         shown = next(self._steps)
-        assert shown.command.startswith(beginning), f"expected {beginning} here, the document has {shown.command}"
+        assert shown.command.startswith(beginning), f"expected {beginning} here, the documents have {shown.command}"
         return shown
 
     def check(self, beginning: str) -> str:
@@ -56,7 +56,7 @@ class Reader:
         return printed
 
     def at_the_end(self) -> None:
-        """Check that the document has no more commands."""
+        """Check that the documents have no more commands."""
         assert (left := next(self._steps, None)) is None, left
 
     def run(self, shown: Shown) -> str:

@@ -25,18 +25,23 @@ class SearchSpace:
     """
 
     pool: tuple[int | str, ...] = (1, 2, 4, RAW)
-    """The sides to which feature maps are pooled; 'raw' reads them as they were recorded."""
+    """The sides to which feature maps are pooled; `raw` reads them as they were recorded."""
     convolutions: tuple[int, ...] = (0, 1, 2)
     """The numbers of convolutions, at most 2."""
     kernel: tuple[int, ...] = (1, 3)
+    """The sizes of the kernels of a convolution."""
     stride: tuple[int, ...] = (1, 2)
+    """The strides of a convolution."""
     channels: tuple[int, ...] = (32, 64, 96)
+    """The numbers of output channels of a convolution."""
     separable: tuple[bool, ...] = (False, True)
+    """Whether a convolution is split into a depthwise and a pointwise one."""
     linears: tuple[int, ...] = (0, 1)
     """The numbers of linear layers before the classifier, at most 2."""
     width: tuple[int, ...] = (32, 64, 128)
+    """The numbers of units of such a linear layer."""
     heads: Mapping[str, HeadSpec] = field(default_factory=dict)
-    """The heads that the user gives, by layer path; they are not searched for."""
+    """The heads that you choose yourself, by the path of their layer. The search skips these layers."""
 
     def __post_init__(self) -> None:
         limits = {"convolutions": MAX_CONVOLUTIONS, "linears": MAX_LINEARS}

@@ -40,4 +40,5 @@ def form_file(text: str) -> FormFile:
 def add_form_option(parser: argparse.ArgumentParser) -> None:
     """Add --form, whose values together are one request; `samples_of` reads it."""
     parser.add_argument("--form", type=form_file, action="append", default=[], metavar="NAME=FILE[;type=TYPE]",
-                        help="instead, once for each part of a request that has several, as in curl")
+                        help="one part of the sample request, as in curl, instead of --request; pass it once for each "
+                             "part")

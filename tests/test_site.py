@@ -1,0 +1,116 @@
+"""The documentation site: its pages are those that the code gives, and it needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.site.__main__ import PAGES
+from tests.site.messages import SOMETHING, messages_in, sources, text_of
+from tests.site.reference import attribute_docstrings, command, settings
+from tests.support.documents import ROOT
+
+LOADED = {"src", "srcset", "poster", "data"}
+"""Attributes of HTML elements whose files a browser loads by itself, besides those that links of a head name."""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_that_is_made_from_the_code_is_what_the_code_gives(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == PAGES[name](), "make docs writes it"
+
+
+@dataclass(frozen=True)
+class Settings:
+    fast: bool = True
+    """Whether it hurries."""
+    limit_bytes: int = 3 * 2**30
+    """The most
+    that it takes."""
+
+
+def test_a_setting_has_its_default_and_the_meaning_that_stands_below_it() -> None:
+    assert attribute_docstrings(Settings) == {"fast": "Whether it hurries.", "limit_bytes": "The most that it takes."}
+    assert settings(Settings).splitlines()[2:] == ["| `fast` | `true` | Whether it hurries. |",
+                                                   "| `limit_bytes` | `3221225472` (3 GiB) | The most that it takes. |"]
+
+
+def test_a_command_has_its_arguments_its_defaults_and_its_examples() -> None:
+    parser = argparse.ArgumentParser("ee-do", description="Does it.", epilog="examples:\n  ee-do x")
+    parser.add_argument("what", metavar="WHAT", help="the thing")
+    parser.add_argument("--how", choices=("well", "badly"), default="well", help="the way (%(default)s)")
+    text = command(parser)
+    assert "| `WHAT` | the thing |" in text and "| `--how HOW` | the way (well); one of well, badly |" in text
+    assert text.startswith("## ee-do\n\nDoes it.\n\n```\nee-do WHAT [options]\n```") and "```\nee-do x\n```" in text
+
+
+def test_a_message_is_found_with_its_gaps_whichever_way_it_is_written() -> None:
+    source = 'raise ConfigError(f"{name} is no key: " + did_you_mean(name)) from error\nraise ValueError("not ours")'
+    assert list(messages_in(ast.parse(source))) == [("ConfigError", f"{SOMETHING} is no key: {SOMETHING}")]
+
+
+@cache
+def said() -> str:
+    """Return every string of the code, one per line, with gaps for what is filled in."""
+    strings = [text_of(node) for file in sources() for node in ast.walk(ast.parse(file.read_text()))
+               if isinstance(node, (ast.JoinedStr, ast.BinOp, ast.Constant))]
+    return "\n".join(" ".join(text.split()) for text in strings)
+
+
+def explained() -> list[str]:
+    """Return the messages that the page on troubleshooting explains."""
+    return re.findall(r"^`(.+)`\n:   ", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+def test_enough_messages_are_explained() -> None:
+    assert len(explained()) > 40
+
+
+@pytest.mark.parametrize("message", explained())
+def test_every_message_that_is_explained_is_still_in_the_code(message: str) -> None:
+    assert message in said()
+
+
+class Loads(HTMLParser):
+    """Collects what a browser loads by itself for a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        if tag == "link" and values.get("rel") not in ("canonical", "prev", "next"):
+            self.addresses.append(values.get("href", ""))
+        self.addresses += [value for name, value in values.items() if name in LOADED]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site. A warning, as about a link that leads nowhere or a page outside the navigation, is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder], cwd=ROOT,
+                           env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, text=True, capture_output=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = {page.stem: page for page in site.glob("*.html")}
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} <= pages.keys()
+    for page in pages.values():
+        loads = Loads()
+        loads.feed(page.read_text())
+        assert len(loads.addresses) > 3
+        assert [address for address in loads.addresses if re.match(r"(\w+:)?//", address)] == [], page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", sheet.read_text()), sheet.name
