@@ -24,7 +24,6 @@ from tests.benchmarks.paper import attempt
 from tests.benchmarks.published import PUBLISHED
 from tests.benchmarks.rows import as_served
 from tests.benchmarks.subjects import Subject
-from tests.support.cifar import DataMissing
 from tests.support.recording import record
 from tests.support.residual import recorded_inputs, residual_backbone
 
@@ -83,10 +82,7 @@ def choose(bench: Bench) -> Generator[Callable[[str], list[Choice]]]:
 
         @cache
         def chosen(method: str) -> list[Choice]:
-            try:
-                return [METHODS[method].choose(bench, terms) for terms in METHODS[method].terms(bench, (0.02, 0.3))]
-            except DataMissing as missing:
-                pytest.skip(str(missing))
+            return [METHODS[method].choose(bench, terms) for terms in METHODS[method].terms(bench, (0.02, 0.3))]
 
         yield chosen
 
