@@ -106,7 +106,7 @@ def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_record
 def bit_mask(flags: Tensor) -> int:
     """Return an int with bit i set where the (N,) bool tensor is true.
 
-    >>> bin(bit_mask(torch.tensor([True, False, True])))
+    >>> bin(bit_mask(Tensor([1, 0, 1]).bool()))
     '0b101'
     """
     return int.from_bytes(np.packbits(flags.numpy(), bitorder="little").tobytes(), "little")
@@ -115,7 +115,7 @@ def bit_mask(flags: Tensor) -> int:
 def loss_masks(losses: Tensor) -> tuple[tuple[float, int], ...]:
     """Return (N,) losses in [-1, 1] as weighted masks, rounded to 1/1024.
 
-    >>> loss_masks(torch.tensor([1.0, 0.0, 0.25]))
+    >>> loss_masks(Tensor([1.0, 0.0, 0.25]))
     ((1.0, 1), (0.25, 4))
     """
     steps = (losses.abs() * 2**_LOSS_BITS).round().int().numpy()
