@@ -76,20 +76,19 @@ audit: .venv/audit/installed
 	.venv/audit/bin/python -m pip install --quiet --requirement constraints-audit.txt
 	touch $@
 
+RESULTS := docs/results
+MEASURED := loop overhead engine answers search certify dependence drift recovery coverage roll fuzz habits gpu
+
+# Each benchmark once, then the page of all. Where the paper has a network, both promises that its figures are compared
+# with; on one small network every method, with every budget and number of layers.
 bench: install
-	$(BIN)/python -m tests.benchmarks.loop --json loop.json
-	$(BIN)/python -m tests.benchmarks.overhead --json overhead.json
-	$(BIN)/python -m tests.benchmarks.engine --json engine.json
-	$(BIN)/python -m tests.benchmarks.answers --json answers.json
-	$(BIN)/python -m tests.benchmarks.search --json search.json
-	$(BIN)/python -m tests.benchmarks.certify --json certify.json
-	$(BIN)/python -m tests.benchmarks.dependence --json dependence.json
-	$(BIN)/python -m tests.benchmarks.paper --json paper.json
-	$(BIN)/python -m tests.benchmarks.coverage --json coverage.json
-	$(BIN)/python -m tests.benchmarks.drift --json drift.json
-	$(BIN)/python -m tests.benchmarks.roll --json roll.json
-	$(BIN)/python -m tests.benchmarks.fuzz --json fuzz.json
-	$(BIN)/python -m tests.benchmarks.habits --json habits.json
+	$(BIN)/python -m tests.demo --json $(RESULTS)/demo.json
+	for name in $(MEASURED); do \
+		$(BIN)/python -m tests.benchmarks.$$name --json $(RESULTS)/$$name.json || exit; done
+	$(BIN)/python -m tests.benchmarks.paper --json $(RESULTS)/paper.json --budgets 0.02 \
+		--methods certified certified-papers-loss no-nas no-replay paper
+	$(BIN)/python -m tests.benchmarks.paper --json $(RESULTS)/methods.json --subjects resnet18
+	$(BIN)/python -m tests.benchmarks.page
 
 clean:
 	rm -rf .venv .typing build site *.egg-info

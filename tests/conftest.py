@@ -17,10 +17,10 @@ from filelock import FileLock
 
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.tryout.child import launcher
+from tests.support import skips
 from tests.support.digits import train_backbone
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
-from tests.support.skips import fail_unexpected_skip
 from tests.support.untried import build_untried
 
 collect_ignore = ["benchmarks", "demo", "matrix", "site", "support"]
@@ -29,18 +29,9 @@ WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
            "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    fail_unexpected_skip(report)
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    fail_unexpected_skip(report)
-    return report
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.is_registered(skips):
+        config.pluginmanager.register(skips)
 
 
 @pytest.hookimpl(trylast=True)

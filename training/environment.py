@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 GATEWAY_TOKEN = "EE_GATEWAY_TOKEN"
 """The token that clients of `ee-gateway` must send. No other process sees this variable."""
@@ -25,3 +27,21 @@ def minimal_environment() -> dict[str, str]:
     """
     named = {name.strip() for name in os.environ.get(MORE_VARIABLES, "").split(",")}
     return {name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name) or name in named}
+
+
+@contextmanager
+def without_other_variables() -> Iterator[None]:
+    """Run an archive's code in this process with the variables of `minimal_environment`.
+
+    It keeps what the code would read by itself, such as the settings of a client of a cloud, from the secrets of the
+    user. Code that looks for them finds them in this process's memory: only a process of its own has none.
+    """
+    before = dict(os.environ)
+    kept = minimal_environment()
+    try:
+        for name in before.keys() - kept.keys():
+            del os.environ[name]
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +162,14 @@ def _status_of(error: Exception, reached_model: bool) -> tuple[int, str]:
     if type(status) is int and 400 <= status < 600:  # those of other libraries are numbers of their own
         return status, "InternalServerException"  # as TorchServe calls it, whatever the status
     # Pillow raises an OSError without a number for bytes that are no image; the system's own have one.
-    is_clients = isinstance(error, _CLIENTS) or (isinstance(error, OSError) and error.errno is None)
+    is_clients = (isinstance(error, _CLIENTS) or (isinstance(error, OSError) and error.errno is None)
+                  or _is_of_too_many_pixels(error))
     if isinstance(error, InputError) or (is_clients and not reached_model):
         return 400, "BadRequestException"
     return 500, "InternalServerException"
+
+
+def _is_of_too_many_pixels(error: Exception) -> bool:
+    """Tell whether Pillow, if the handler uses it, refuses to open a picture so large."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(error, pillow.DecompressionBombError)

@@ -265,7 +265,7 @@ def test_the_archives_own_handler_code_is_used_not_the_installed_one(recorder_ma
     with zipfile.ZipFile(tmp_path / "changed.mar", "w") as changed:
         for file in [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".mar"]:
             changed.write(file, str(file.relative_to(tmp_path)))
-    with pytest.raises(ArchiveError, match="the copy in the archive|Unable to load|No module named"):
+    with pytest.raises(ArchiveError, match="the copy in the archive"):
         check(tmp_path / "changed.mar")
 
 

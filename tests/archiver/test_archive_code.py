@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from tests.support.untried import build_untried
 N_RECORDS = 192
 CODE = ("digits_handler.py", "digits_resnet.py", "early_exit/handler/service.py")
 """The files of an archive that a worker imports by name: the user's handler and model, and our own copy."""
+SECRETS = {"AWS_SECRET_ACCESS_KEY": "a", "HTTPS_PROXY": "http://me:secret@proxy", "EE_GATEWAY_TOKEN": "b",
+           "GITHUB_TOKEN": "c", RECORDS_VARIABLE: "/records"}
 TRAINING = ["--search", "none", "--thresholds", "paper", "--cost", "flops", "--layers", "2"]
 
 
@@ -102,18 +105,20 @@ def test_asking_where_a_model_stands_runs_none_of_its_code(
 
 
 def test_training_and_its_report_run_none_of_the_archives_code_unless_requests_are_replayed(
-        store: Path, records: Path, made: Path, tmp_path: Path) -> None:
+        store: Path, records: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mar, run = store / "digits-3.0.mar", tmp_path / "run"
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     assert ee_train([str(records), "--archive", str(mar), "--to", str(run), *TRAINING]) == 0
     evaluate(RunPaths(run), max_seconds=1)
     assert told(made) == {}
     assert ee_train([str(records), "--archive", str(mar), "--to", str(tmp_path / "replayed"), *TRAINING,
                      "--replay", "0"]) == 0
-    assert told(made).keys() == {"digits_handler"}, "that its code runs is what the page says"
+    seen = told(made)
+    assert seen.keys() == {"digits_handler"}, "that its code runs is what the page says"
+    assert not seen["digits_handler"].keys() & SECRETS.keys() and seen["digits_handler"]["PATH"]
+    assert os.environ.items() >= SECRETS.items(), "they are back afterwards"
 
-
-SECRETS = {"AWS_SECRET_ACCESS_KEY": "a", "HTTPS_PROXY": "http://me:secret@proxy", "EE_GATEWAY_TOKEN": "b",
-           "GITHUB_TOKEN": "c", RECORDS_VARIABLE: "/records"}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from early_exit.archiver.torchserve import server_options
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
@@ -28,9 +29,19 @@ def test_each_server_has_its_address_and_the_management_port_follows_unless_it_i
     assert [str(one) for one in found] == ["http://10.0.0.7:8081", "https://admin:9443"]
 
 
-def test_there_is_one_key_file_for_all_or_one_for_each() -> None:
+def test_there_is_one_key_file_for_all_or_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Path | None] = []
+
+    class Remembered(Management):
+        def __init__(self, addresses: Addresses, key_file: Path | None, secret_file: Path | None = None) -> None:
+            given.append(key_file)
+
+    monkeypatch.setattr(server_options, "Management", Remembered)
     two = ("--server", "http://one:1", "--server", "http://two:2")
-    assert len(servers(*two, "--tokens", "a")) == len(servers(*two, "--tokens", "a", "--tokens", "b")) == 2
+    servers(*two, "--tokens", "a")
+    servers(*two, "--tokens", "a", "--tokens", "b")
+    servers(*two, "--no-tokens")
+    assert given == [Path("a"), Path("a"), Path("a"), Path("b"), None, None]
     with pytest.raises(ServerError, match="2 files for 1 servers: pass --tokens"):
         servers("--tokens", "a", "--tokens", "b")
 

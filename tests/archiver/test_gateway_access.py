@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import requests
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from early_exit.archiver.control import Prediction, VersionStatus
@@ -173,6 +173,31 @@ def test_who_asks_by_websocket_and_reads_no_answer_is_cut_off(then: bytes, monke
         wait_until(lambda: deaf.recv(4096, sockets.MSG_PEEK).endswith(b"\r\n\r\n"))
         deaf.sendall(bytes([0x81, 0x80 | len(question)]) + bytes(4) + question + then)
         wait_until(lambda: answers(address))
+
+
+def test_clients_that_read_no_answer_hold_up_nobody() -> None:
+    """Each has read one answer; of the others it has asked for, as many as it may lie in the gateway."""
+    server = Server()
+    server.answer = b'"' + bytes(8_000_000).replace(b"\0", b"x") + b'"'
+    with gateway(Limits(in_flight=2, in_flight_in_all=4), server) as (address, in_flight), \
+            contextlib.ExitStack() as stack:
+        deaf = [stack.enter_context(reading_little(address)) for _ in range(3)]
+        for client in deaf:
+            client.send(as_bytes({str(number): b"a" for number in range(4)}))
+        wait_until(lambda: in_flight._held > 5.5 * len(server.answer))
+        server.answer = b"3"
+        with connected(address) as socket:
+            socket.send(as_bytes({"a": b"a"}))
+            assert json.loads(socket.recv(timeout=10))["answer"] == 3
+        assert [len(receive(client, 4)) for client in deaf] == [4] * 3, "what they did not read waited for them"
+
+
+def reading_little(address: str) -> ClientConnection:
+    """Return a connection whose client reads a message ahead, and for which the system buffers little."""
+    plain = sockets.socket()
+    plain.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+    plain.connect(("127.0.0.1", int(address.split(":")[1])))
+    return connect(f"ws://{address}/ws/digits", sock=plain, additional_headers=ALLOWED, max_size=None, max_queue=1)
 
 
 def answers(address: str) -> bool:

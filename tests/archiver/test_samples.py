@@ -91,7 +91,7 @@ def test_a_body_is_sent_as_it_is_and_several_parts_as_a_form_with_their_types(se
     management.predict("model", "1.0", SampleRequest(parts[:1]))
     plain, *forms = sent
     assert (plain.content, plain.headers["content-type"]) == (b"[1]", "application/json")
-    for request, expected in zip(forms, (parts, parts[:1])):
+    for request, expected in zip(forms, (parts, parts[:1]), strict=True):
         assert tuple(_parts_of(request)) == expected
 
 

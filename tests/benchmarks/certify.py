@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--splits", type=int, default=200)
     options = parser.parse_args()
-    return report(options.json, lambda scratch: measure(Heads.train(resnet18(scratch)), options.splits))
+    return report(options.json, lambda scratch: measure(Heads.train(resnet18(scratch)), options.splits), vars(options))
 
 
 def measure(heads: Heads, n_splits: int) -> dict[str, Any]:

@@ -56,8 +56,11 @@ def main() -> int:
 
 
 def earlier(file: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the models of a run that was stopped; none where it ran other code, so that no table mixes two."""
-    if not file.exists():
+    """Return the models of a run that was stopped; none where it ran other code, so that no table mixes two.
+
+    Files that differ from their commit may have changed since, so such a run begins anew.
+    """
+    if not file.exists() or not run["commit"] or run["commit"].endswith("+"):
         return []
     told = json.loads(file.read_text())
     same = all(told.get("run", {}).get(name) == run[name] for name in ("commit", "torch", "processor"))

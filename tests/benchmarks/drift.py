@@ -73,7 +73,7 @@ def main() -> int:
     options = parser.parse_args()
     return report(options.json, lambda scratch: {
         **measure(resnet18(scratch), scratch / "run", options.streams, options.requests),
-        "recovery": recovered(scratch / "recovery")})
+        "recovery": recovered(scratch / "recovery")}, vars(options))
 
 
 def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> dict[str, Any]:

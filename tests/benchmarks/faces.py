@@ -1,16 +1,16 @@
 """Who is on a photo: MobileFaceNet's pretrained embedding and a classifier of the 40 people of the ORL faces.
 
 The classifier is trained on three photos of each person. Traffic shows the other seven as a camera would, shifted,
-turned, lit and blurred at random, 20 times: four of them in what is recorded, three in what is measured. So what is
-measured are other photos of known people. All variants of a recorded photo are in the same part of the records; a
-certificate still counts each as a request of its own, and so promises more than the 43 photos there can.
+turned, lit and blurred at random, some 20 times each. The photos are dealt out before: each part of the records shows
+its own, and what is measured others again, of known people. A certificate still counts each variant as a request of its
+own, and so promises more than the 56 photos there can.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
+from early_exit.training.data.split import Part
 from tests.support.cifar import data_folder, load_weights
 from tests.support.models.face_handler import FaceClassifier
 from tests.support.models.mobilefacenet import MobileFaceNet
-from tests.support.sources import parts_of
+from tests.support.sources import deal, recorded_parts
 
-N_TRAINED, N_RECORDED = 3, 4
-"""Photos of each person."""
+N_TRAINED = 3
+"""Photos of each person that the classifier learns from; traffic shows the others."""
+N_RECORDED, N_MEASURED = 3200, 2400
 _VARIANTS = 20
 _CAMERA = v2.Compose([v2.RandomAffine(12, translate=(0.08, 0.08), scale=(0.85, 1.15), fill=90),
                       v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.4, contrast=0.4),
@@ -40,7 +42,7 @@ def trained() -> MobileFaceNet:
     if unknown or {name.split(".")[0] for name in missing} != {"identities"}:
         raise RuntimeError(f"the weights do not fit: missing {missing}, unknown {unknown}")
     model.eval()
-    seen = _seen_by_camera(*_photos(range(N_TRAINED)), seed=0)
+    seen = _seen_by_camera(*_photos(range(N_TRAINED)), seed=0, n=40 * N_TRAINED * _VARIANTS)
     with torch.no_grad():
         directions = torch.cat([model.embed(_model_input(seen.bodies[start:start + 64]))
                                 for start in range(0, len(seen.bodies), 64)])
@@ -61,24 +63,16 @@ class Seen:
     bodies: list[bytes]
     """PNG."""
     people: list[int]
-    photos: list[int]
-    """Which photo each is a variant of."""
-
-    def request_ids(self) -> list[str]:
-        """Return an id for each, such that all variants of a photo fall into the same part of the records."""
-        ids: dict[int, Iterator[str]] = {}
-        for photo in set(self.photos):
-            names = [f"photo-{photo}-{number}" for number in range(40 * _VARIANTS)]
-            parts = parts_of(names)
-            # Whatever part the first is in, so many others are there too: the smallest part has a fifth of all.
-            ids[photo] = iter([name for name, part in zip(names, parts) if part == parts[0]])
-        return [next(ids[photo]) for photo in self.photos]
 
 
-def traffic() -> tuple[Seen, Seen]:
-    """Return what is recorded and what is measured."""
-    return (_seen_by_camera(*_photos(range(N_TRAINED, N_TRAINED + N_RECORDED)), seed=1),
-            _seen_by_camera(*_photos(range(N_TRAINED + N_RECORDED, 10)), seed=2))
+def traffic() -> tuple[Seen, list[Part], Seen]:
+    """Return what is recorded, the part of the records for each of these, and what is measured."""
+    dealt = deal(list(zip(*_photos(range(N_TRAINED, 10)))))
+    parts = recorded_parts(N_RECORDED)
+    recorded = [_seen_by_camera(*zip(*dealt[part]), seed=1 + part.number, n=parts.count(part)) for part in Part]
+    return (Seen([body for seen in recorded for body in seen.bodies],
+                 [person for seen in recorded for person in seen.people]), parts,
+            _seen_by_camera(*zip(*dealt[None]), seed=10, n=N_MEASURED))
 
 
 def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
@@ -91,16 +85,17 @@ def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
     return [photo for photo, _ in found], [person for _, person in found]
 
 
-def _seen_by_camera(photos: Sequence[Image.Image], people: Sequence[int], seed: int) -> Seen:
+def _seen_by_camera(photos: Sequence[Image.Image], people: Sequence[int], seed: int, n: int) -> Seen:
+    """Return n variants, of all photos equally often, in random order."""
     bodies = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        order = [number % len(photos) for number in torch.randperm(len(photos) * _VARIANTS).tolist()]
+        order = [number % len(photos) for number in torch.randperm(n).tolist()]
         for number in order:
             buffer = io.BytesIO()
             _CAMERA(photos[number]).save(buffer, "PNG")
             bodies.append(buffer.getvalue())
-    return Seen(bodies, [people[number] for number in order], order)
+    return Seen(bodies, [people[number] for number in order])
 
 
 def _model_input(bodies: Sequence[bytes]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def cifar(folder: Path) -> Bank:
     bodies, labels = load_requests()
     chosen = slice(0, 6500)
     images = [_pixels(body, "RGB") for body in bodies[chosen]]
-    return _bank(backbone, images, labels[chosen], n_training=2500, n_frames=4, quality=(70, 95))
+    return _bank(backbone, images, labels[chosen], n_training=2500, n_frames=4, quality=(70, 95), inputs=as_batch)
 
 
 def handwriting(folder: Path) -> Bank:
@@ -77,7 +77,7 @@ def handwriting(folder: Path) -> Bank:
     requests = [*digits.traffic(2000, seed=1, digits=range(digits.N_FOR_BACKBONE, middle)),
                 *digits.traffic(4000, seed=2, digits=range(middle, digits.N_DIGITS))]
     return _bank(_backbone(asked, folder), [_pixels(one.body, "L") for one in requests],
-                 [one.label for one in requests], n_training=2000, n_frames=8, quality=(80, 95))
+                 [one.label for one in requests], n_training=2000, n_frames=8, quality=(80, 95), inputs=_grey)
 
 
 def _backbone(asked: ArchiveRequest, folder: Path) -> Backbone:
@@ -87,16 +87,17 @@ def _backbone(asked: ArchiveRequest, folder: Path) -> Backbone:
 
 
 def _bank(backbone: Backbone, images: Sequence[np.ndarray], labels: Sequence[int], *, n_training: int, n_frames: int,
-          quality: tuple[int, int]) -> Bank:
+          quality: tuple[int, int], inputs: Callable[[Sequence[bytes]], Tensor]) -> Bank:
     """Let the backbone answer frames of images.
 
     Args:
-        backbone: of colour images like CIFAR's, or of grey ones like digits.
+        backbone: of images.
         images: (H, W, 3) or (H, W) uint8.
         labels: of the images.
         n_training: of them.
         n_frames: F.
         quality: the range of JPEG's.
+        inputs: makes what the backbone gets of JPEG bytes.
     """
     random = np.random.default_rng(0)
     model = build_model(backbone, sampling_rate=1.0, record_layers=_N_LAYERS, record_pool=4)
@@ -105,7 +106,7 @@ def _bank(backbone: Backbone, images: Sequence[np.ndarray], labels: Sequence[int
     with torch.no_grad():
         for start in tqdm(range(0, len(images), step), desc="frames", disable=None):
             bodies = [_frame(image, quality, random) for image in images[start:start + step] for _ in range(n_frames)]
-            model(as_batch(bodies) if images[0].ndim == 3 else _grey(bodies))
+            model(inputs(bodies))
             for served in model.log.take():
                 states.append(served.answers.reference.log_softmax(dim=1).half())
                 found.append({path: rows.half() for path, rows in served.activations.items()})

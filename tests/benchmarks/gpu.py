@@ -6,9 +6,10 @@ Wall time from inputs on the GPU to scores there, all arms interleaved, medians 
 backbone on the same engine. Heads are real, untrained, and decide: thresholds are such that 10, 60 and 12 % of the
 inputs leave after layers 1 to 3, and batches are made of them in these shares. The arms: `eager` (the plain backbone as
 it was exported), `off` (cut in stages, the exits bypassed), `none` (three exits, nobody leaves), `10/60/12`, and
-`served` (the same, or off where the model found in 1500 batches that its exits do not pay). At batch 1 a round is ten
-requests. `ideal` is what the stages alone take for the rows that reach them, in the sizes that graphs have; `left` is
-how many rows came to the end, and left after each layer; `prepare_s` is what capturing the graphs took.
+`served` (the same, or off where the model found in 1500 batches that its exits do not pay). A round is eight batches,
+or ten requests. `ideal` is what the stages alone take for the rows that reach them in these batches, in the sizes that
+graphs have; `share_of_ideal` is how much of what this saves was saved; `left` is how many rows of a round came to the
+end, and left after each layer; `prepare_s` is what capturing the graphs took.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Answers, Stage, run_with_exits
 from early_exit.handler.model.early_exit_model import EarlyExitModel
-from tests.benchmarks.engine import exiting_model, untrained_heads
+from tests.benchmarks.engine import SHARES, dealt, exiting_model, untrained_heads
 from tests.benchmarks.report import conditions, save
 from tests.support.timing import interleaved, median_ratio
 
 LAYERS = {"resnet18": ("layer1.1", "layer2.1", "layer3.1"), "resnet50": ("layer1.2", "layer2.3", "layer3.5")}
-LEAVERS = {1: (1, 6, 1, 2), 16: (2, 9, 2, 3), 32: (3, 19, 4, 6), 64: (6, 38, 8, 12), 128: (13, 77, 15, 23)}
-"""By batch size: rows that leave after each layer, and those that reach the end; at batch 1 of ten requests."""
+BATCHES, CALLS = (1, 16, 32, 64, 128), 8
+"""Batch sizes, and the batches of a round; at size 1 it has ten."""
 ENGINE_NAMES = ("folded", "bfloat16")
 ROUNDS = 25
 N_INPUTS, N_LEARNED = 256, 1500
@@ -51,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Exits on a GPU.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--models", nargs="*", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--batches", nargs="*", type=int, choices=LEAVERS, default=list(LEAVERS), metavar="SIZE")
+    parser.add_argument("--batches", nargs="*", type=int, choices=BATCHES, default=list(BATCHES), metavar="SIZE")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("left out: this machine has no GPU that torch can use")
@@ -83,11 +84,11 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
     heads = untrained_heads(backbone, layers)
     never = exiting_model(backbone, engine, heads)
     asking = torch.ones(N_INPUTS, dtype=torch.bool)
-    thresholds, destinies = shares(run_with_exits((pool,), never.assembly.stages, anytime=asking))
+    thresholds, leaves_after = shares(run_with_exits((pool,), never.assembly.stages, anytime=asking))
     model = exiting_model(backbone, engine, heads, thresholds, control_rate=0.5)
-    n_calls = 10 if size == 1 else 1
-    rows = torch.cat([(destinies == number).nonzero().flatten()[:n] for number, n in enumerate(LEAVERS[size])])
-    batches = pool[rows[torch.randperm(len(rows))]].view(n_calls, size, *pool.shape[1:])
+    destinies = dealt(size, 1 if size == 1 else CALLS).flatten(0, 1)
+    n_calls = len(destinies)
+    batches = pool[rows_of(destinies, leaves_after)]
     never.prepare(size)
     started = gpu_clock()
     model.prepare(size)
@@ -102,9 +103,12 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
         "served": lambda number: every(model, batches, served)}
     left = [int(n) for n in torch.cat([answers.stages + 1 for answers in every(model, batches)]).bincount(minlength=4)]
     seconds = interleaved(arms, range(ROUNDS), gpu_clock)
+    best = ideal(model, destinies)
+    saved = 1 - median_ratio(seconds["10/60/12"], seconds["plain"])
+    of_exits = {"ideal": best, "share_of_ideal": saved / (1 - best), "left": left, "prepare_s": prepare_s}
     return [{"engine": engine, "batch": size, "exits": arm, "ms": 1e3 * sorted(taken)[len(taken) // 2] / n_calls,
              "ratio": median_ratio(taken, seconds["plain"]), "ratio_to_eager": median_ratio(taken, seconds["eager"]),
-             **({"ideal": ideal(model, size), "left": left, "prepare_s": prepare_s} if arm == "10/60/12" else {})}
+             **(of_exits if arm == "10/60/12" else {})}
             for arm, taken in seconds.items()]
 
 
@@ -124,35 +128,52 @@ def pays_for(model: EarlyExitModel, batches: Tensor) -> bool:
     return True
 
 
+def rows_of(destinies: Tensor, leaves_after: Tensor) -> Tensor:
+    """Return an input for each place of a batch that leaves after the stage it is to leave after.
+
+    Args:
+        destinies: (calls, size) numbers of stages.
+        leaves_after: (N,) the same of the inputs.
+    """
+    rows = torch.empty_like(destinies)
+    for number in destinies.unique().tolist():
+        such, wanted = (leaves_after == number).nonzero().flatten(), destinies == number
+        rows[wanted] = such[torch.randint(len(such), (int(wanted.sum()),))]
+    return rows
+
+
 def shares(answers: Answers) -> tuple[list[float], Tensor]:
-    """Return thresholds that let the shares of `LEAVERS` leave, and after which stage each row does.
+    """Return thresholds that let the shares of `SHARES` leave, and after which stage each row does.
 
     Args:
         answers: with every exit's opinion of every row.
     """
-    left = torch.full((N_INPUTS,), len(LEAVERS[128]) - 1)
+    left = torch.full((N_INPUTS,), len(SHARES))
     thresholds = []
-    for number, n in enumerate(LEAVERS[128][:-1]):
+    for number, share in enumerate(SHARES):
         confidence = ConfidencePolicy(1.0, 0.0).confidence(answers.exit_scores[number].float()).cpu()
-        confidence[left == number] = 0
-        waiting = left == len(LEAVERS[128]) - 1
-        n_leaving = round(N_INPUTS * n / 128)
+        waiting = left == len(SHARES)
+        n_leaving = round(N_INPUTS * share)
         most = confidence.where(waiting, torch.tensor(0.0)).sort(descending=True)
         thresholds.append(float(most.values[n_leaving - 1:n_leaving + 1].mean()))
         left[most.indices[:n_leaving]] = number
     return thresholds, left
 
 
-def ideal(model: EarlyExitModel, size: int) -> float:
-    """Return what the stages alone would take as a share of what they take for all rows."""
+def ideal(model: EarlyExitModel, destinies: Tensor) -> float:
+    """Return what the stages alone would take as a share of what they take for all rows.
+
+    Args:
+        model: with exits.
+        destinies: (calls, size): after which stage each row leaves.
+    """
     spent, whole = 0.0, 0.0
-    staying = sum(LEAVERS[size])
-    for stage, leavers in zip(model.assembly.stages, LEAVERS[size]):
+    for number, stage in enumerate(model.assembly.stages):
         assert isinstance(stage, GraphedStage)
-        # At batch 1 these are requests, one after the other.
-        spent += seconds_of(stage, 1) * staying if size == 1 else seconds_of(stage, staying)
-        whole += seconds_of(stage, size) * (sum(LEAVERS[1]) if size == 1 else 1)
-        staying -= leavers
+        staying = (destinies >= number).sum(dim=1).tolist()
+        taken = {n: seconds_of(stage, n) for n in {destinies.shape[1], *staying} if n}
+        spent += sum(taken[n] for n in staying if n)
+        whole += taken[destinies.shape[1]] * len(destinies)
     return spent / whole
 
 
@@ -180,7 +201,7 @@ def gpu_clock() -> float:
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures that the project is held to: the worst of each kind that was measured."""
     def worst(exits: str, *sizes: int) -> float:
-        return max((one["ratio"] for one in cells if one["exits"] == exits and one["batch"] in (sizes or LEAVERS)),
+        return max((one["ratio"] for one in cells if one["exits"] == exits and one["batch"] in (sizes or BATCHES)),
                    default=float("nan"))
 
     return {"device": torch.cuda.get_device_name(), "worst_ratio_off": worst("off"), "worst_ratio_none": worst("none"),

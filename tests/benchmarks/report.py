@@ -25,7 +25,9 @@ _ROOT = Path(__file__).parents[2]
 _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16",
                  "amx_int8", "asimd", "asimddp", "sve", "bf16", "i8mm")
 """Of a processor, on which the time of a model depends."""
-_NO_SETTINGS = ("json", "work", "resident")
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
+"""Of absolute paths, all but the name of the file."""
+_NO_SETTINGS = ("json", "curves", "work", "resident")
 """Options that say where files are."""
 
 
@@ -53,7 +55,9 @@ def save(file: Path, run: Mapping[str, Any], figures: Mapping[str, Any]) -> None
     """Write figures, and before them what `conditions` said when the run began, and how long it has taken."""
     seconds = round(time.time() - psutil.Process().create_time())
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(legible({"run": {**run, "seconds": seconds}, **figures}) + "\n")
+    text = legible({"run": {**run, "seconds": seconds}, **figures})
+    # A result is published, and what an error says of this machine's folders is nobody's business.
+    file.write_text(_FOLDERS.sub("", text) + "\n")
 
 
 def legible(figures: Mapping[str, Any]) -> str:

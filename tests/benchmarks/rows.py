@@ -11,17 +11,17 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.exits.head import Head
 from early_exit.handler.exits.inference_head import InferenceHead
-from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.exits.policy import ConfidencePolicy, PlannedPolicy
 from early_exit.handler.inference.forward import Answers, Exit, Stage, run_with_exits
 from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread
 from early_exit.training.report.ltma import AllocationCounter, ltma
 from early_exit.training.report.performance import categorize
-from tests.benchmarks.subjects import Subject
 from tests.benchmarks.tables import judgement, tables
 from tests.support.timing import cpu_ratio
 
@@ -31,60 +31,74 @@ N_BATCHES = {1: 200, 8: 60, 32: 20}
 """That are timed, by size."""
 
 
-def row(subject: Subject, method: str, exits: Mapping[str, Exit], full: Tensor, **more: Any) -> dict[str, Any]:
-    """Measure exits on a subject's requests.
+def row(backbone: Backbone, exits: Mapping[str, Exit], inputs: Tensor, truth: Tensor, full: Tensor) -> dict[str, Any]:
+    """Measure exits on requests.
 
     Args:
-        subject: the backbone and its requests.
-        method: name of the row.
-        exits: by layer path.
+        backbone: that has them.
+        exits: by layer path, with heads as they were trained.
+        inputs: (M, ...) of the requests.
+        truth: (M,) true classes.
         full: (M, K) scores of the backbone for the requests.
-        more: further columns.
     """
-    # Every method's heads as they would serve.
-    exits = {path: replace(one, head=InferenceHead(one.head, 1.0)) if isinstance(one.head, Head) else one
-             for path, one in exits.items()}
-    layers = [layer for layer in subject.backbone.description.candidates if layer.path in exits]
+    exits = {path: as_served(exit_) for path, exit_ in exits.items()}
+    layers = [layer for layer in backbone.description.candidates if layer.path in exits]
     engine = ENGINES[DEFAULT_ENGINE]
-    plain = engine.unsplit(subject.backbone)
-    parts = engine.compile(subject.backbone, [layer.node for layer in layers])
+    plain = engine.unsplit(backbone)
+    parts = engine.compile(backbone, [layer.node for layer in layers])
     ends: list[Exit | None] = [exits[layer.path] for layer in layers]
     stages = [Stage(part.module.forward, end) for part, end in zip(parts, [*ends, None])]
     counter = AllocationCounter()
     with torch.no_grad(), counter:
-        answers = [run_with_exits((batch,), stages) for batch in subject.inputs.split(BATCH)]
-    ltma_bytes = (subject.inputs.nbytes + counter.n_bytes) / len(subject.inputs)
-    one_batch = subject.inputs[:BATCH]
+        answers = [run_with_exits((batch,), stages) for batch in inputs.split(BATCH)]
+    ltma_bytes = (inputs.nbytes + counter.n_bytes) / len(inputs)
+    one_batch = inputs[:BATCH]
     outputs = torch.cat([one.outputs for one in answers])
     classes = outputs.argmax(dim=1)
     taken = torch.cat([one.stages for one in answers])
     names = [*(layer.path for layer in layers), "full"]
-    heads = [_flops(exits[layer.path], layer.shape) / subject.backbone.description.flops for layer in layers]
-    before = (full.argmax(dim=1) == subject.truth).double().mean().item()
-    accuracy = (classes == subject.truth).double().mean().item()
+    heads = [_flops(exits[layer.path], layer.shape) / backbone.description.flops for layer in layers]
+    before = (full.argmax(dim=1) == truth).double().mean().item()
+    accuracy = (classes == truth).double().mean().item()
     left = taken != FULL
-    held = [*subject.backbone.parameters(), *subject.backbone.graph.buffers()]
-    parameters, n_bytes = sum(p.numel() for p in subject.backbone.parameters()), sum(one.nbytes for one in held)
+    held = [*backbone.parameters(), *backbone.graph.buffers()]
+    parameters, n_bytes = sum(p.numel() for p in backbone.parameters()), sum(one.nbytes for one in held)
     of_heads = [one for layer in layers for one in _parameters(exits[layer.path])]
-    flops, flops_ratio = subject.backbone.description.flops, _flops_ratio(taken, [one.cost for one in layers], heads)
-    binary = {} if full.shape[1] > 2 else {"auc": _auc(outputs, subject.truth), "auc_before": _auc(full, subject.truth)}
+    flops, flops_ratio = backbone.description.flops, _flops_ratio(taken, [one.cost for one in layers], heads)
+    binary = {} if full.shape[1] > 2 else {"auc": _auc(outputs, truth), "auc_before": _auc(full, truth)}
     return {
-        "backbone": subject.name, "data": subject.data, "method": method, "accuracy": accuracy, **binary,
+        "accuracy": accuracy, **binary,
         "accuracy_loss": before - accuracy,
         "disagreement": (classes != full.argmax(dim=1)).double().mean().item(),
         "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
                  for number, name in enumerate(names)},
         "flops_ratio": flops_ratio, "flops_before": flops, "flops": round(flops * flops_ratio),
-        "cpu_time_ratio": _time_ratios(subject, plain, stages),
+        "cpu_time_ratio": _time_ratios(inputs, plain, stages),
         "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(plain, (one_batch,)) / len(one_batch)),
-        "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), subject.truth[left])),
+        "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), truth[left])),
         "size_ratio": 1 + sum(one.numel() for one in of_heads) / parameters,
         "megabytes_before": n_bytes / 1e6, "megabytes": (n_bytes + sum(one.nbytes for one in of_heads)) / 1e6,
-        **more, **_tables(subject, layers, stages, full, heads),
+        **_tables(inputs, truth, layers, stages, full, heads),
     }
 
 
-def _tables(subject: Subject, layers: Sequence[CandidateLayer], stages: Sequence[Stage], full: Tensor,
+def as_served(exit_: Exit) -> Exit:
+    """Return an exit as it would serve, whoever chose it: what its head computes takes fewer operations."""
+    policy = exit_.policy
+    if not isinstance(exit_.head, Head):
+        raise TypeError(f"expected a head of ours, which can be made to serve, got {type(exit_.head).__name__}")
+    if not isinstance(policy, PlannedPolicy):
+        return replace(exit_, head=InferenceHead(exit_.head, 1.0))
+    # The temperature is in the weights, so the logits are what the policy calls answers.
+    return replace(exit_, head=InferenceHead(exit_.head, policy.temperature), policy=policy.on_answers(),
+                   answer=_as_it_is)
+
+
+def _as_it_is(scores: Tensor) -> Tensor:
+    return scores
+
+
+def _tables(inputs: Tensor, truth: Tensor, layers: Sequence[CandidateLayer], stages: Sequence[Stage], full: Tensor,
             heads: Sequence[float]) -> dict[str, Any]:
     """Return what a plan of confidences and thresholds has beyond one number."""
     policies = [stage.exit.policy for stage in stages if stage.exit is not None]
@@ -93,8 +107,8 @@ def _tables(subject: Subject, layers: Sequence[CandidateLayer], stages: Sequence
         return {}
     with torch.no_grad():
         answers = [run_with_exits((batch,), stages, anytime=torch.ones(len(batch), dtype=torch.bool))
-                   for batch in subject.inputs.split(BATCH)]
-    return tables(judgement(answers, full, subject.truth, layers, heads), layers, thresholds)
+                   for batch in inputs.split(BATCH)]
+    return tables(judgement(answers, full, truth, layers, heads), layers, thresholds)
 
 
 def _auc(scores: Tensor, truth: Tensor) -> float:
@@ -110,13 +124,13 @@ def _auc(scores: Tensor, truth: Tensor) -> float:
     return above / (n_positive * (len(truth) - n_positive))
 
 
-def _time_ratios(subject: Subject, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
+def _time_ratios(inputs: Tensor, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
     """Return CPU time with exits / of the plain backbone on this engine, by batch size; one thread, interleaved."""
     def exiting(batch: Tensor) -> Answers:
         return run_with_exits((batch,), stages)
 
     with one_thread(), torch.no_grad():
-        return {str(size): cpu_ratio(plain, exiting, subject.inputs.split(size)[:n_batches])
+        return {str(size): cpu_ratio(plain, exiting, inputs.split(size)[:n_batches])
                 for size, n_batches in N_BATCHES.items()}
 
 

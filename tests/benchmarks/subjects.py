@@ -18,6 +18,7 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import Replay
 from tests.benchmarks import faces, recommender, scenes, transformer
+from tests.benchmarks.published import PUBLISHED, Published
 from tests.support import digits
 from tests.support.cifar import DataMissing, data_folder, load_requests, load_weights
 from tests.support.original import factory_request, original_mar
@@ -47,9 +48,30 @@ class Subject:
     replay: Replay | None
     """Of its requests with augmentations that leave them such; none where they are no images, or take too long."""
 
+    @property
+    def published(self) -> Published | None:
+        """What the paper reports of the network that this one stands for."""
+        return PUBLISHED.get(self.name)
+
 
 def resnet18(folder: Path) -> Subject:
-    return _cifar(folder, "ResNet-18", "cifar_resnet18w32.py", "resnet18w32-cifar10-jpeg")
+    """ResNet-18 at half its width, the small model of most benchmarks."""
+    return _cifar(folder, "ResNet-18 (width 32)", "cifar_resnet18w32.py", "resnet18w32-cifar10-jpeg")
+
+
+def resnet18_full(folder: Path) -> Subject:
+    """The paper's ResNet-18 on CIFAR-10."""
+    return _cifar(folder, "ResNet-18", "cifar_resnet18.py", "resnet18-cifar10-jpeg")
+
+
+def resnet50(folder: Path) -> Subject:
+    """The paper's ResNet-50 on CIFAR-100; a round of replays is a gigabyte of activations."""
+    bodies, labels = load_requests("cifar100-test")
+    mar = original_mar(folder / "original", "cifar100", "cifar100_resnet50.py", "cifar100_handler.py",
+                       load_weights("resnet50-cifar100"), CONFIG)
+    asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, 32, 32))
+    return _subject(folder, "ResNet-50", "CIFAR-100", asked, bodies, labels, n_recorded=len(bodies) // 2,
+                    replay=Replay(rounds=4))
 
 
 def resnet56(folder: Path) -> Subject:
@@ -87,11 +109,11 @@ def dlrm(folder: Path) -> Subject:
 
 def mobilefacenet(folder: Path) -> Subject:
     """MobileFaceNet's embedding with a classifier, and faces that this has not seen."""
-    recorded, measured = faces.traffic()
+    recorded, parts, measured = faces.traffic()
     asked = factory_request(folder / "original", folder / "store", "faces", faces.trained(), "face_handler.py", CONFIG,
                             input_shape=(3, 112, 96))
     return _subject(folder, "MobileFaceNet", "ORL faces", asked, recorded.bodies + measured.bodies,
-                    recorded.people + measured.people, n_recorded=len(recorded.bodies), ids=recorded.request_ids())
+                    recorded.people + measured.people, n_recorded=len(parts), ids=ids_in(parts))
 
 
 def vit(folder: Path) -> Subject:
@@ -117,15 +139,15 @@ def mask_rcnn(folder: Path) -> Subject:
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    "resnet18": resnet18, "resnet56": resnet56, "efficientnet": efficientnet, "vit": vit,
-    "mobilefacenet": mobilefacenet, "dlrm": dlrm, "mask-rcnn": mask_rcnn}
+    "resnet18": resnet18, "resnet18-full": resnet18_full, "resnet50": resnet50, "resnet56": resnet56,
+    "efficientnet": efficientnet, "vit": vit, "mobilefacenet": mobilefacenet, "dlrm": dlrm, "mask-rcnn": mask_rcnn}
 
 
 def _cifar(folder: Path, name: str, model_file: str, weights: str) -> Subject:
     bodies, labels = load_requests()
     mar = original_mar(folder / "original", "cifar", model_file, "cifar_handler.py", load_weights(weights), CONFIG)
     asked = ArchiveRequest(str(mar), folder / "store", input_shape=(3, 32, 32))
-    return _subject(folder, name, "CIFAR-10", asked, bodies, labels, n_recorded=5000)
+    return _subject(folder, name, "CIFAR-10", asked, bodies, labels, n_recorded=len(bodies) // 2)
 
 
 def _subject(folder: Path, name: str, data: str, asked: ArchiveRequest, bodies: Sequence[bytes],

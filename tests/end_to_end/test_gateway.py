@@ -167,7 +167,7 @@ def test_no_more_clients_than_allowed_are_connected(server: TorchServe) -> None:
         assert refused.value.rcvd is not None and refused.value.rcvd.code == 1013
 
 
-def test_a_client_that_leaves_or_does_not_read_holds_up_nobody(address: str) -> None:
+def test_a_client_that_leaves_costs_nobody_an_answer_and_who_reads_late_gets_all(address: str) -> None:
     many = as_bytes({str(number): BODIES[number % len(BODIES)] for number in range(60)})
     with connected(address) as lazy, connected(address) as leaves:
         lazy.send(many)

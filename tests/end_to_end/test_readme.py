@@ -28,7 +28,8 @@ from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
 from tests.support.reader import Reader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not shutil.which("curl"), reason="no curl is installed: make system")]
 
 TUTORIAL, LOOP, SWITCH, LIVE_PAGE = (ROOT / "docs" / f"{name}.md" for name in (
     "own-images", "loop", "switch", "live-page"))
@@ -49,10 +50,8 @@ def test_the_loop_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Pa
     reader.check("ee-archive cifar.mar")
     with reader.running(reader.follow("ee-serve")) as serving:
         server = server_at(reader)
-        asked = reader.follow("curl")
-        if shutil.which("curl"):
-            printed = reader.run(asked)
-            assert "X-Early-Exit: full" in printed and "X-Early-Exit-Confidence: " in printed
+        printed = reader.run(reader.follow("curl"))
+        assert "X-Early-Exit: full" in printed and "X-Early-Exit-Confidence: " in printed
         assert failed(send(server, "cifar", bodies)) == 0
         time.sleep(4)  # the last shard is sealed after two seconds
         reader.check("ee-train records")
@@ -109,7 +108,6 @@ def ask_through_the_gateway(port: int, token: str, body: bytes) -> None:
             assert told.keys() == json.loads(answer.replace("{...}", "{}")).keys() and told["status"] == 200
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="the tutorial sends photos with curl")
 def test_the_tutorial_works_as_it_stands(tmp_path: Path) -> None:
     """With 260 striped pictures of five kinds as photos, a model of half the blocks, and without a search."""
     model, names = (re.search(rf"^```{kind}\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)

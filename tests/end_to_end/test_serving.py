@@ -200,7 +200,7 @@ def test_archives_from_elsewhere_cannot_be_registered(
     elsewhere = Path(shutil.copy(recorder_mar, tmp_path / "elsewhere.mar"))
     way = os.path.relpath(elsewhere, server.model_store)
     url = elsewhere.as_uri() if way_up is None else f"file://{server.model_store}/{way.replace('..', way_up)}"
-    with pytest.raises(ServerError, match="403|400|404"):
+    with pytest.raises(ServerError, match=r"was answered with 40[034]"):
         management.register(url, RunSettings(workers=(1, 1)), model="elsewhere")
     assert not (server.model_store / elsewhere.name).exists()
 
@@ -222,6 +222,7 @@ def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(
 def test_an_answer_does_not_depend_on_the_batch_it_travelled_in(server: TorchServe) -> None:
     """Scores agree to rounding, which differs with the batch; exits are the same."""
     alone, together = send(server, "digits", BODIES, clients=1), send(server, "digits", BODIES, clients=8)
+    assert len({reply.exit for reply in alone}) > 1
     assert [reply.exit for reply in alone] == [reply.exit for reply in together]
     for one, other in zip(alone, together):
         assert json.loads(one.body) == pytest.approx(json.loads(other.body), abs=1e-4)

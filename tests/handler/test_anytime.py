@@ -66,7 +66,9 @@ def answered(model: EarlyExitModel, asking: list[bool], labels: Any = None) -> l
     asks = {ANYTIME_HEADER.lower(): "1", SECRET_HEADER: "the operator's"}
     calls = [Call(f"id-{item}", {"body": body}, asks if asking[item] else {})
              for item, body in enumerate(requests(len(asking)))]
-    return [reply.headers for reply in worker_of(model, handler).step(calls) if reply is not None]
+    replies = [reply.headers for reply in worker_of(model, handler).step(calls) if reply is not None]
+    assert len(replies) == len(asking)
+    return replies
 
 
 def test_only_requests_with_the_header_hear_the_opinions(model: EarlyExitModel) -> None:

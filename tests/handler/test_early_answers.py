@@ -39,7 +39,7 @@ class Numbers:
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
-        self.n_loaded = 0
+        self.n_loaded = self.n_handled = 0
         self.vocabulary: dict[str, int] | None = None
         self.seen: Any = None
         self.mapping: Any = None
@@ -47,6 +47,7 @@ class Numbers:
     def initialize(self, context: Any) -> None: ...
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.n_handled += 1
         if self.vocabulary is None:
             self.vocabulary = {"loaded": 1}
             self.n_loaded += 1
@@ -150,7 +151,7 @@ def test_pre_processing_happens_once_and_what_a_handler_loads_stays(model: Early
     for number, body in enumerate(requests(6)):
         frontend.waiting[f"id-{number}"] = body
         frontend.finish()
-    assert frontend.handler.n_loaded == 1
+    assert (frontend.handler.n_handled, frontend.handler.n_loaded) == (6, 1), "whatever the number of stages"
 
 
 def test_what_a_handler_notes_in_its_context_before_the_model_is_its_own_requests_after_it(

@@ -67,7 +67,7 @@ def test_no_batch_norm_of_a_resnet_is_left_and_the_weights_are_there_once() -> N
     left = [name for part in served.assembly._parts for name in operations(part) if "batch_norm" in name]
     assert not left
     size = sum(tensor.numel() for tensor in served.parameters())
-    assert size < sum(tensor.numel() for tensor in backbone.graph.parameters())
+    assert 0.99 < size / sum(tensor.numel() for tensor in backbone.graph.parameters()) < 1
 
 
 class ReadTwice(nn.Module):

@@ -98,7 +98,7 @@ def test_rows_leave_at_the_first_sure_exit_and_all_that_is_told_of_them_is_their
     generator = torch.Generator().manual_seed(seed)
     batches = [(inputs(size, seed + number), number % 3, torch.rand(size, generator=generator) < share,
                 torch.rand(size, generator=generator) < share / 2) for number, size in enumerate(sizes)]
-    for batch, execution in zip(batches, EXECUTORS[name](levels)(batches)):
+    for batch, execution in zip(batches, EXECUTORS[name](levels)(batches), strict=True):
         check(levels[batch[1]], *batch, execution)
 
 

@@ -22,6 +22,9 @@ from early_exit.handler.user_handler.context import HandlerContext
 from tests.support.host import MemoryHost, worker_of
 from tests.support.torchserve_context import predict, service_of
 
+LARGE = b"P6 100000 100000 255\n"
+"""The beginning of a picture with ten thousand million pixels."""
+
 
 class Numbers:
     """A handler whose requests are lists of four numbers."""
@@ -39,6 +42,8 @@ class Numbers:
                 CODES[item["body"]]
             if item["body"] == "picture":
                 Image.open(io.BytesIO(b"no picture"))
+            if item["body"] == "large picture":
+                Image.open(io.BytesIO(LARGE)).load()
             if item["body"] == "file":
                 Path("no such file").read_text()
             if item["body"] == "attribute":
@@ -74,6 +79,7 @@ GOOD = [1.0, 2.0, 3.0, 4.0]
     ("text", 400, "TypeError"),                    # fails before the model
     ("CUDA", 400, "KeyError: 'CUDA'"),             # the client's text, not the device's
     ("picture", 400, "UnidentifiedImageError"),
+    ("large picture", 400, "DecompressionBombError"),
     ("file", 500, "FileNotFoundError"),
     ("attribute", 500, "AttributeError"),          # a fault of the handler
     (RuntimeError("not ready"), 500, "not ready"),

@@ -115,11 +115,13 @@ def test_the_oldest_shards_go_when_the_folder_is_over_its_budget(tmp_path: Path)
     size = one.stat().st_size
     one.unlink()
     writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=4, records_max_bytes=int(2.5 * size)))
-    for _ in range(6):
-        writer.offer(some_records(4))
+    offered = [some_records(4) for _ in range(6)]
+    for records in offered:
+        writer.offer(records)
         time.sleep(0.05)  # modification times must differ
     writer.close()
-    assert len(list_shards(tmp_path)) == 2
+    left = [read_shard(shard, []).request.tolist() for shard in list_shards(tmp_path)]
+    assert sorted(left) == sorted(records.request.tolist() for records in offered[-2:])
 
 
 def test_a_clock_that_jumps_back_loses_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

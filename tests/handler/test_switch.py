@@ -114,14 +114,17 @@ def test_a_level_is_answered_at_or_a_safer_one_where_the_monitor_has_stepped_fur
 
 def test_the_monitor_has_not_stepped_back_where_an_operator_has(
         backbone: Backbone, plan: ExitPlan, switch: ExitSwitch) -> None:
-    host = MemoryHost()
-    worker = worker_of(served(backbone, plan, sampling_rate=1.0), host=host)
-    switch.set(OFF)
-    replies = [reply for _ in range(10) for reply in answered(worker)]
-    worker.close()
-    assert not any(STEP_HEADER in reply.headers for reply in replies)
-    answered(worker)
-    assert host.value("monitor_samples") == 0, "answers of the whole model say nothing about the exits"
+    n_samples = {}
+    for position in (OFF, ON):
+        host = MemoryHost()
+        worker = worker_of(served(backbone, plan, sampling_rate=1.0), host=host)
+        switch.set(position)
+        replies = [reply for _ in range(10) for reply in answered(worker)]
+        worker.close()
+        replies += answered(worker) + answered(worker)
+        assert any(STEP_HEADER in reply.headers for reply in replies) == (position == ON)
+        n_samples[position] = host.value("monitor_samples")
+    assert n_samples[OFF] == 0, "answers of the whole model say nothing about the exits"
 
 
 def test_early_answers_leave_by_exits_until_it_is_off_and_calls_in_flight_end_as_they_began(
@@ -142,9 +145,12 @@ def test_early_answers_leave_by_exits_until_it_is_off_and_calls_in_flight_end_as
 def test_while_it_is_off_exits_are_not_judged_by_the_time_that_they_do_not_take(
         early_model: EarlyExitModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Frontend(early_model)
-    ExitSwitch(folder, "numbers").set(OFF)
-    measured: list[int] = []
+    switch, measured = ExitSwitch(folder, "numbers"), list[int]()
     monkeypatch.setattr(early_model.bypass, "ran", lambda n_answered, seconds: measured.append(n_answered))
+    server.waiting = {str(number): body for number, body in enumerate(BATCH.tolist())}
+    server.finish()
+    assert measured, "while it is on, they are"
+    switch.set(OFF)
     for _ in range(2):
         server.waiting = {str(number): body for number, body in enumerate(BATCH.tolist())}
         server.step()

@@ -1,4 +1,4 @@
-"""The 10,000 CIFAR-10 test JPEGs and the weights trained for them, where the data folder is present."""
+"""The 10,000 test images of CIFAR-10 and of CIFAR-100 and weights for them, where the data folder is present."""
 
 from __future__ import annotations
 
@@ -35,19 +35,34 @@ def data_folder() -> Path:
     return folder
 
 
-def load_requests() -> tuple[list[bytes], list[int]]:
-    """Return the JPEG bytes and the labels of all images, in their shuffled order."""
-    folder = data_folder() / "cifar10-test"
+def load_requests(data: str = "cifar10-test") -> tuple[list[bytes], list[int]]:
+    """Return the bytes and the labels of all images, in their shuffled order: JPEGs, or PNGs of `cifar100-test`.
+
+    Raises:
+        DataMissing: they are not there.
+    """
+    folder = data_folder() / data
+    if not (folder / "images.tar").is_file():
+        raise DataMissing(f"no images.tar in {folder}")
     labels = json.loads((folder / "labels.json").read_text())["labels"]
+    suffix = "png" if data == "cifar100-test" else "jpg"
     with tarfile.open(folder / "images.tar") as tar:
-        bodies = [tar.extractfile(f"{number:05d}.jpg").read() for number in range(len(labels))]  # type: ignore[union-attr]
+        names = [f"{number:05d}.{suffix}" for number in range(len(labels))]
+        bodies = [tar.extractfile(name).read() for name in names]  # type: ignore[union-attr]
     return bodies, labels
 
 
 def load_weights(name: str) -> dict[str, Tensor]:
-    """Return the state dict `weights/<name>.safetensors`."""
-    weights: dict[str, Tensor] = load_file(data_folder() / "weights" / f"{name}.safetensors")
-    return weights
+    """Return the state dict `weights/<name>.safetensors`, in float32 whatever it is stored in.
+
+    Raises:
+        DataMissing: it is not there.
+    """
+    file = data_folder() / "weights" / f"{name}.safetensors"
+    if not file.is_file():
+        raise DataMissing(f"no {file}")
+    weights: dict[str, Tensor] = load_file(file)
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
 
 
 def as_batch(bodies: Sequence[bytes]) -> Tensor:

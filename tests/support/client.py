@@ -65,7 +65,9 @@ def send(server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: in
         thread.start()
     for thread in threads:
         thread.join()
-    return [reply for reply in replies if reply is not None]
+    answered = [reply for reply in replies if reply is not None]
+    assert len(answered) == len(bodies), "a client has ended before its last request"
+    return answered
 
 
 def send_openly(server: TorchServe, model: str, bodies: Sequence[bytes], rate: float, *, seed: int = 0,
@@ -134,6 +136,8 @@ def metrics(server: TorchServe) -> str:
 
 
 def failed(replies: Sequence[Reply]) -> int:
+    """Return how many requests were not answered with 200, of some that were sent."""
+    assert replies, "nothing was sent, so that nothing failed shows nothing"
     return sum(not reply.ok for reply in replies)
 
 

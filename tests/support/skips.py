@@ -1,8 +1,12 @@
-"""What a test may be left out for, and that nothing else leaves one out where CI is set, as in `.ci/run`."""
+"""What a test may be left out for, and that nothing else leaves one out where CI is set, as in `.ci/run`.
+
+It is a plugin, and not part of a conftest.py, so that it also sees the examples in docstrings outside of `tests`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from importlib.metadata import requires
 
 import pytest
@@ -21,13 +25,33 @@ needs_cuda_build = pytest.mark.skipif(not any(name.startswith("cuda-bindings") f
                                       reason=NO_CUDA_BUILD)
 
 
-def fail_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turn a report that something was skipped into a failure, where CI is set and the reason is not allowed."""
-    if not os.environ.get("CI") or not report.skipped or hasattr(report, "wasxfail"):
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_unexpected_skip(report)
+    return report
+
+
+def _fail_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a report that something was skipped into a failure, where CI is set and the reason is not allowed.
+
+    A test that is expected to fail hides as much as one that is skipped, whether it fails or passes.
+    """
+    expected_to_fail = getattr(report, "wasxfail", None)
+    if not os.environ.get("CI") or not (report.skipped or expected_to_fail is not None):
         return
-    assert isinstance(report.longrepr, tuple)  # file, line, reason
-    reason = report.longrepr[2].removeprefix("Skipped: ")
+    if expected_to_fail is None:
+        assert isinstance(report.longrepr, tuple)  # file, line, reason
+    reason = report.longrepr[2].removeprefix("Skipped: ") if expected_to_fail is None else "it is expected to fail"
     if not reason.startswith(ALLOWED):
         report.outcome = "failed"
+        report.__dict__.pop("wasxfail", None)  # with it pytest would count the failure as an expected one
         report.longrepr = (f"{report.nodeid} was skipped: {reason}. Where CI is set, only what ALLOWED in "
                            "tests/support/skips.py lists may skip a test: install what is missing, or add the reason.")

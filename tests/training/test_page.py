@@ -164,7 +164,7 @@ def test_a_run_without_exits_has_a_report(backbone: Backbone, archive: ArchiveLa
     run = RunPaths(tmp_path / "run")
     train("model", archive, shards, options, run, mar=mar)
     evaluation = evaluate(run, max_seconds=0)
-    assert evaluation.summary.deployed.accuracy is None
+    assert evaluation.summary.plan.exits == () and evaluation.summary.deployed.accuracy is None
     Page(html_page(evaluation))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -18,7 +20,7 @@ from early_exit.handler.errors import ConfigError
 from early_exit.training.cli import options_of, parser
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.heads.distill import Distillation
-from early_exit.training.heads.journal import append, gather, read_journal, write_result
+from early_exit.training.heads.journal import append, gather, read_journal, read_result, write_result
 from early_exit.training.heads.nni_algorithms import JournalTpe
 from early_exit.training.heads.nni_service import Service, search_in_service
 from early_exit.training.heads.search import Search, search_layer
@@ -50,18 +52,27 @@ def test_a_killed_search_in_the_service_goes_on_with_the_journal_it_has(tmp_path
             f"search_in_service(evaluator(run), SPACE, Search(trials=50), Service(port={port}), run, print)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 120
-    while not run.trial_results(LAYER.path) and time.monotonic() < deadline:
+    while not run.trial_results(LAYER.path):
+        assert time.monotonic() < deadline and process.poll() is None, "no trial comes to a result"
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    survived = [read_result(run, LAYER.path, number) for number in run.trial_results(LAYER.path)]
+    left = psutil.Process(json.loads(run.running.read_text())["process"])
+    assert left.is_running(), "NNI goes on, though who started it was killed"
 
     told: list[str] = []
     here = evaluator(run)
     service = Service({**Service().settings, "trialConcurrency": 2, "maxExperimentDuration": "5m"}, port)
     more = len(run.trial_results(LAYER.path)) + 2
     trials = search_in_service(here, SPACE, Search(trials=more), service, run, told.append)
+    assert not left.is_running(), "the next search has ended it"
     assert f"http://127.0.0.1:{port}" in told[1]
-    assert read_journal(run, LAYER.path) == trials and len(trials) > 1
+    assert read_journal(run, LAYER.path) == trials and len(trials) > len(survived) > 0
+    by_number = {trial.number: trial for trial in trials}
+    for trial in survived:  # one that had not ended when it was read has a longer history by now
+        kept = by_number[trial.number]
+        assert (kept.parameters, kept.history[:len(trial.history)]) == (trial.parameters, trial.history)
     assert sorted({trial.number for trial in trials}) == sorted(trial.number for trial in trials)
     finished = [trial for trial in trials if not trial.stopped]
     assert finished and all(run.trial(LAYER.path, trial.number).exists() for trial in finished)

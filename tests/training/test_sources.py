@@ -32,17 +32,16 @@ def write_records(root: Path, name: str, count: int) -> Path:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A URL on an S3 server of this process."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install '.[remote]'")
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install '.[test]'")
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
     (port,) = free_ports(1)
     for name, value in (("AWS_ACCESS_KEY_ID", "testing"), ("AWS_SECRET_ACCESS_KEY", "testing"),
                         ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
                         ("NO_PROXY", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
-    import s3fs
-
     s3fs.S3FileSystem.clear_instance_cache()
     s3fs.S3FileSystem().mkdir("records")
     try:

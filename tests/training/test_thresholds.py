@@ -141,10 +141,13 @@ def test_risk_buys_time_at_one_rate_at_all_exits_of_a_setting() -> None:
     tune = simulated(1000)
     until = tune.costs.stages.cumsum(axis=0)[:, 1]
     least = [least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer]) for layer in range(3)]
+    n_compared = 0
     for point in certified_path(tune, 0.05, 0.05, 1500)[1:]:
         rates = [(1 - threshold) / (1 - until[layer]) for layer, threshold in zip(point.layers, point.thresholds)
                  if threshold > least[layer]]
         assert max(rates, default=0) == pytest.approx(min(rates, default=0), abs=1e-5)
+        n_compared += len(rates) > 1
+    assert n_compared > 10
 
 
 @settings(deadline=None, max_examples=10)

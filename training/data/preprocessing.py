@@ -27,6 +27,7 @@ from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.entry_point import UserHandler
 from early_exit.handler.user_handler.wrapper import load_user_handler
 from early_exit.training.data.skipped import NOT_KEPT, Skipped
+from early_exit.training.environment import without_other_variables
 from early_exit.training.text_files import read_yaml
 
 
@@ -120,7 +121,7 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
     context = tool_context(folder, manifest)
     description = HandlerDescription.load(ArchiveLayout(folder).handler_description)
-    with importing_from(folder):
+    with importing_from(folder), without_other_variables():
         with _working_in(folder):
             handler = load_user_handler(manifest, context, _Messenger(), description)
         yield Preprocessing(handler, manifest["model"]["handler"], context, folder,

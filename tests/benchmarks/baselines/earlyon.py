@@ -1,8 +1,9 @@
 """The public package `earlyon` 0.3.0, by its documented steps: custom_ee, stage2_train_exits, calibrate_thresholds.
 
 Its heads (global average pool, one hidden layer of 128), its training (Adam, labels, all heads together), its
-temperatures and its greedy search of thresholds run unchanged. Ours is only what it is attached to: a module that plays
-back recorded activations as if the frozen backbone computed them, so that the backbone runs once and not every epoch.
+temperatures and its greedy search of thresholds run unchanged. Ours is what it is attached to: a module that plays back
+recorded activations as if the frozen backbone computed them, so that the backbone runs once and not every epoch. The
+trained heads become ours with the same weights, so that they serve as fast as ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from early_exit.handler.backbone.pooling import Side, pool_activation
+from early_exit.handler.backbone.pooling import Side
+from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Exit
 from tests.benchmarks.baselines.labelled import LabelledRecords
@@ -53,20 +55,25 @@ class Playback(nn.Module):
         return scores
 
 
-class MeansHead(nn.Module):
-    """An exit head of earlyon, and before it what makes of an activation the means that it was trained with."""
+def as_head(trained: nn.Module, shape: tuple[int, ...], recorded: Side, n_classes: int) -> Head:
+    """Return a head of ours that computes what a head of earlyon, in eval mode, does of the means that it was given.
 
-    def __init__(self, head: nn.Module, recorded: Side) -> None:
-        super().__init__()
-        self.head, self.recorded = head, recorded
-
-    def pool(self, activation: Tensor) -> Tensor:
-        """Return the (B, C) means of a (B, ...) activation as the backbone computes it."""
-        return _means(pool_activation(activation, self.recorded))
-
-    def forward(self, activation: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.pool(activation))
-        return logits
+    Args:
+        trained: with the layers linear, ReLU, dropout, linear.
+        shape: of one row of the activation.
+        recorded: side to which the activations were pooled before.
+        n_classes: K.
+    """
+    first, *_, last = (layer for layer in trained.classifier if isinstance(layer, nn.Linear))
+    head = Head(HeadSpec(1 if len(shape) == 3 else recorded, widths=(first.out_features,), recorded=recorded), shape,
+                n_classes)
+    ours = [layer for layer in head.layers if isinstance(layer, nn.Linear)]
+    weight = first.weight.detach()
+    if len(shape) == 2:  # of tokens, ours read the first one as well as the mean
+        weight = torch.cat([torch.zeros_like(weight), weight], dim=1)
+    ours[0].load_state_dict({"weight": weight, "bias": first.bias})
+    ours[1].load_state_dict(last.state_dict())
+    return head.eval().requires_grad_(False)
 
 
 def _means(recorded: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
     for layer, point, threshold, enabled in zip(records.layers, config.exit_points, config.confidence_thresholds,
                                                 config.enabled_exits):
         if enabled:
-            head = MeansHead(wrapper.exit_heads[point.name], records.recorded).eval().requires_grad_(False)
+            head = as_head(wrapper.exit_heads[point.name], layer.shape, records.recorded, records.n_classes)
             temperature = config.temperatures[point.name]
             exits[layer.path] = Exit(head, ConfidencePolicy(temperature, threshold),
                                      partial(torch.div, other=temperature))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,20 +34,28 @@ class LabelledRecords:
     """(M,) rows to train with."""
     tune: Tensor
     """(V,) rows to choose thresholds with."""
+    trained: dict[str, Head] = field(default_factory=dict)
+    """By layer path: the heads that were trained so far, of these records and of `of_layers`."""
+
+    def of_layers(self, layers: Sequence[CandidateLayer]) -> LabelledRecords:
+        """Return the same with some of the layers."""
+        return replace(self, layers=tuple(layers))
 
     @property
     def spec(self) -> HeadSpec:
         """The head of every layer: our default, which reads records as they are."""
         return HeadSpec(pool=self.recorded, recorded=self.recorded)
 
-    @cached_property
+    @property
     def heads(self) -> dict[str, Head]:
         """By layer path: heads trained with cross-entropy against the labels."""
-        # KL against a distribution that is all on the label is the cross-entropy.
-        certain = torch.nn.functional.one_hot(self.labels, self.n_classes).float().log()[self.train]
-        return {layer.path: train_head(self.spec, layer.shape, Selected(self.pooled[layer.path], self.train), certain,
-                                       Distillation())
-                for layer in self.layers}
+        for layer in self.layers:
+            if layer.path not in self.trained:
+                # KL against a distribution that is all on the label is the cross-entropy.
+                certain = torch.nn.functional.one_hot(self.labels[self.train], self.n_classes).float().log()
+                self.trained[layer.path] = train_head(
+                    self.spec, layer.shape, Selected(self.pooled[layer.path], self.train), certain, Distillation())
+        return {layer.path: self.trained[layer.path] for layer in self.layers}
 
     def logits(self, rows: Tensor) -> list[Tensor]:
         """Return what each of the heads says, (M, K), of some rows."""

@@ -1,0 +1,117 @@
+"""The page of all benchmarks, made of the result files, so that each table is that of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.page import sections
+from tests.benchmarks.page.markdown import any_figures, in_words
+
+ROOT = Path(__file__).parents[3]
+RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "benchmarks.md"
+INTRODUCTION = """\
+# Benchmarks
+
+`python -m tests.benchmarks.page` writes this page from the files of `docs/results`, which `make bench` writes: change
+those, not this. Each section shows one run, on the machine and with the settings that it names; tables of different
+sections may come from different machines.
+
+A ratio below 1 is a saving. Three baselines occur, and each table says which one it means: the user's *original* model,
+as it was before anything was folded or fused; *ours without exits*, which shows what the exits do by themselves; and
+the *plain backbone* on the same engine, which is not cut into stages. CPU times of models are those of one thread, all
+arms in turns, with the server's allocator. What is recorded and what is measured are never made from the same picture.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one benchmark."""
+
+    title: str
+    command: str
+    about: str
+    """Whatever a reader needs beside the table."""
+    tables: Callable[[Mapping[str, Any]], Iterator[str]] = any_figures
+
+
+SECTIONS = {
+    "demo": Section("The demo", "tests.demo", "Scikit-learn's digits through a real TorchServe. Each part of the "
+                    "records shows digits of its own, and what is measured others again. The certificate takes every "
+                    "variant of a digit for a content of its own, which promises more than so few digits can.",
+                    sections.loop),
+    "loop": Section("The loop", "tests.benchmarks.loop", "ResNet-18 (width 32) on the CIFAR-10 test JPEGs through a "
+                    "real TorchServe: half of them recorded, the other half measured. Both of ours record 5 % of the "
+                    "requests.", sections.loop),
+    "paper": Section("The paper's networks", "tests.benchmarks.paper", "Rows are measured on requests that nothing was "
+                     "chosen with, against the plain backbone. *Certified* rows promise their budget; the other "
+                     "methods are given it. All had the same records and shrink batches alike.", sections.paper),
+    "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
+                       "layers on one network.", sections.paper),
+    "engine": Section("Engines", "tests.benchmarks.engine", "ResNet-50 at 224 px; which rows leave is scripted, 10, 60 "
+                      "and 12 % after layers 1 to 3, in other numbers from batch to batch. The ideal pays for nothing "
+                      "but the stages up to a row's exit, at the speed of full batches.", sections.engine),
+    "overhead": Section("Overhead and recording", "tests.benchmarks.overhead", "Recording is timed over whole shards, "
+                        "until they are written.", sections.overhead),
+    "answers": Section("When answers leave", "tests.benchmarks.answers", "(a) ResNet-50 at 224 px with scripted "
+                       "exits, (b) ResNet-18 (width 32) with a certified plan, through TorchServe. `plain` is ours "
+                       "without exits.", sections.answers),
+    "certify": Section("The certificate", "tests.benchmarks.certify", "How often rules break the budget they chose "
+                       "for."),
+    "dependence": Section("Requests that are alike", "tests.benchmarks.dependence", "How often the certificate is "
+                          "broken where requests depend on each other."),
+    "drift": Section("Drift", "tests.benchmarks.drift", "How soon the monitor alarms, and how often falsely."),
+    "recovery": Section("Recovery", "tests.benchmarks.recovery", "From a drift to a new certified plan, on a server "
+                        "with its watcher; every run is listed, those that failed too."),
+    "search": Section("The search for heads", "tests.benchmarks.search", "Its time, what a kill costs it, and memory."),
+    "roll": Section("Rolls", "tests.benchmarks.roll", "Versions are rolled in and back under load."),
+    "coverage": Section("Models", "tests.benchmarks.coverage", "Classifiers that go through the project with no code."),
+    "habits": Section("Handlers", "tests.benchmarks.habits", "What clients notice of a repackaged handler."),
+    "fuzz": Section("Malformed requests", "tests.benchmarks.fuzz", "Good requests among malformed ones."),
+    "gpu": Section("GPU", "tests.benchmarks.gpu", "ResNets at 224 px against the plain backbone in CUDA graphs."),
+}
+"""By the name of the result file."""
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Return the result files by name.
+
+    Raises:
+        ValueError: a file is of no benchmark that the page knows, or does not say what run it comes from.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        if file.stem not in SECTIONS:
+            raise ValueError(f"{file.name} is the result of no benchmark; expected one of {', '.join(SECTIONS)}")
+        found[file.stem] = json.loads(file.read_text())
+        if "run" not in found[file.stem]:
+            raise ValueError(f"{file.name} does not say what run it comes from")
+    return found
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page for the results of some benchmarks."""
+    parts = [INTRODUCTION]
+    for name, section in SECTIONS.items():
+        if name in results:
+            figures = {key: value for key, value in results[name].items() if key != "run"}
+            parts += [f"## {section.title}", section.about, told(section, results[name]["run"]),
+                      *section.tables(figures)]
+    missing = [f"- {section.title}: `python -m {section.command}`" for name, section in SECTIONS.items()
+               if name not in results]
+    if missing:
+        parts += ["## Not measured", "There is no result yet of:", "\n".join(missing)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def told(section: Section, run: Mapping[str, Any]) -> str:
+    """Return what a run was done with."""
+    settings = ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in run["settings"].items())
+    gpu = f", {run['gpu']}" if run["gpu"] else ""
+    return (f"`python -m {section.command}`, {run['date'][:10]}, commit {run['commit']}, {run['seconds']} s; "
+            f"{run['processor']} ({', '.join(run['instructions'])}){gpu}, {run['cores']} cores, load "
+            f"{run['load_before']} before; torch {run['torch']}, {run['threads']} threads, Python {run['python']}. "
+            f"Settings: {settings or 'none'}.")

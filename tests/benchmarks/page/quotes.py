@@ -1,0 +1,81 @@
+"""What README quotes of the page.
+
+A quote is a text as it stands in README, with figures in braces: the name of the result file, the way to the figure,
+and how it is written, as in `{loop[flops_ratio]:.2f}`. Of a list of rows the way names the one that is meant, as in
+`{paper[rows][backbone=ResNet-18,method=certified][disagreement]:.1 %}`, where a share becomes a percentage. A
+paragraph of README, with the table below it, that links to the page has no other figures than those of quotes; numbers
+that are no results belong to the text of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+QUOTES: tuple[str, ...] = ()
+_LINK = "docs/benchmarks.md"
+_FIGURE = re.compile(r"\d+\.\d+|\d+ ?%")
+
+
+class _Figures(Formatter):
+    """Puts figures of results into a text."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        name, *way = re.findall(r"[^][]+", field_name)
+        found: Any = kwargs[name]
+        for step in way:
+            found = _only_row(found, step) if isinstance(found, list) else found[step]
+        return found, name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec.endswith(" %"):
+            return f"{100 * value:{format_spec[:-2]}f} %"
+        text: str = super().format_field(value, format_spec)
+        return text
+
+
+def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]:
+    """Return the row with the values that a step of a way names.
+
+    >>> _only_row([{"batch": 1}, {"batch": 8, "ratio": 0.7}], "batch=8")["ratio"]
+    0.7
+    """
+    wanted = dict(pair.split("=", 1) for pair in step.split(","))
+    found = [row for row in rows if all(str(row.get(name)) == value for name, value in wanted.items())]
+    if len(found) != 1:
+        raise ValueError(f"expected one row with {step}, found {len(found)}")
+    return found[0]
+
+
+def misquoted(readme: str, quotes: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what README says that its results do not: quotes that it lacks, and figures that nothing vouches for.
+
+    Args:
+        readme: its text.
+        quotes: see above.
+        results: by the name of the file.
+    """
+    told = [one_line(_Figures().vformat(quote, (), results)) for quote in quotes]
+    text = one_line(readme)
+    wrong = [f"README does not say: {quote}" for quote in told if quote not in text]
+    for paragraph in paragraphs_with(_LINK, readme):
+        rest = one_line(paragraph)
+        for quote in told:
+            rest = rest.replace(quote, " ")
+        wrong += [f"README quotes {figure}, which no quote vouches for, in: {rest[:80]}"
+                  for figure in _FIGURE.findall(rest)]
+    return wrong
+
+
+def paragraphs_with(link: str, text: str) -> Iterator[str]:
+    """Yield the paragraphs that contain a link, each with the table that follows it; blocks of code are none."""
+    parts = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
+    for part, following in zip(parts, [*parts[1:], ""]):
+        if link in part:
+            yield f"{part}\n\n{following}" if following.lstrip().startswith("|") else part
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,100 @@
+"""The page of benchmarks is what its result files say, and README quotes it word for word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.page.page import PAGE, SECTIONS, page, read_results
+from tests.benchmarks.page.quotes import QUOTES, misquoted
+from tests.benchmarks.published import PUBLISHED
+from tests.benchmarks.report import conditions, save
+from tests.support.documents import README, ROOT
+
+RUN = {**conditions({"rounds": 3}), "seconds": 12}
+ROW = {"backbone": "ResNet-50", "data": "CIFAR-100", "heads": "searched", "labelled": False, "layers": 8,
+       "tolerance": 0.02, "risk": "disagreement", "accuracy": 0.68, "accuracy_loss": 0.011, "disagreement": 0.014,
+       "flops_ratio": 0.61, "cpu_time_ratio": {"1": 0.8, "8": 0.77, "32": 0.7}}
+
+
+def test_the_page_is_what_the_result_files_say() -> None:
+    assert PAGE.read_text() == page(read_results()), "write it again: python -m tests.benchmarks.page"
+
+
+def test_the_readme_quotes_the_page() -> None:
+    assert misquoted(README.read_text(), QUOTES, read_results()) == []
+
+
+RESULTS = {"loop": {"flops_ratio": 0.734, "p50_ms": {"8": 41.27}, "rows": [
+    {"name": "a", "share": 0.0131}, {"name": "b", "share": 0.2}]}}
+QUOTE = ("It takes {loop[flops_ratio]:.2f} of the FLOPs, {loop[p50_ms][8]:.1f} ms, "
+         "and {loop[rows][name=a][share]:.1 %} at 2 %.")
+
+
+@pytest.mark.parametrize(("text", "wrong"), [
+    ("It takes 0.73 of the FLOPs,\n41.3 ms, and 1.3 % at 2 %. See [all](docs/benchmarks.md).", 0),
+    ("It takes 0.74 of the FLOPs, 41.3 ms, and 1.3 % at 2 %.", 1),
+    ("It takes 0.73 of the FLOPs, 41.3 ms, and 1.3 % at 2 %. [All](docs/benchmarks.md), and 9.9 besides.", 1),
+    ("It takes 0.73 of the FLOPs, 41.3 ms, and 1.3 % at 2 %.\n\n[All](docs/benchmarks.md):\n\n| a |\n|--|\n| 4.5 |", 1),
+    ("It takes 0.73 of the FLOPs, 41.3 ms, and 1.3 % at 2 %.\n\n[All](docs/benchmarks.md).\n\nPython 3.10.", 0)])
+def test_a_figure_that_no_result_vouches_for_is_found(text: str, wrong: int) -> None:
+    assert len(misquoted(text, [QUOTE], RESULTS)) == wrong
+
+
+def test_a_quote_of_no_row_or_of_several_is_refused() -> None:
+    for rows in ([], [{"name": "a"}, {"name": "a"}]):
+        with pytest.raises(ValueError, match="expected one row with name=a"):
+            misquoted("", ["{loop[rows][name=a][share]}"], {"loop": {"rows": rows}})
+
+
+def test_every_benchmark_that_make_bench_runs_has_a_section_and_a_command() -> None:
+    text = (ROOT / "Makefile").read_text()
+    [measured] = [line.split(":=")[1].split() for line in text.splitlines() if line.startswith("MEASURED")]
+    assert {*measured, "demo", "paper", "methods"} == SECTIONS.keys()
+    for name, section in SECTIONS.items():
+        assert section.command.split(".")[-1] in (name, "paper")
+        if section.command != "tests.demo":
+            assert (ROOT / Path(*section.command.split("."))).with_suffix(".py").is_file()
+
+
+def test_every_row_of_every_network_is_on_the_page_with_the_papers_figures_beside() -> None:
+    rows: list[dict[str, Any]] = [
+        {**ROW, "method": "certified", "paper": PUBLISHED["ResNet-50"].to_json()},
+        {**ROW, "method": "certified-papers-loss", "risk": "accuracy", "tolerance": 0.0246,
+         "paper": PUBLISHED["ResNet-50"].to_json()},
+        *({**ROW, "method": "gati", "tolerance": budget, "layers": layers}
+          for budget in (0.005, 0.01, 0.02) for layers in (4, 8)),
+        {"backbone": "DLRM", "left_out": "no | data"}]
+    text = page({"paper": {"run": RUN, "rows": rows}})
+    beside = next(line for line in text.splitlines() if "ResNet-50, CIFAR-100 | 2.5 % accuracy lost" in line)
+    assert "0.42 | 0.54 (0.46 by its ms) |" in beside and "2.5 % | 0.42" in beside
+    assert sum(line.startswith("| gati |") for line in text.splitlines()) == 6
+    assert "Left out: DLRM" in text and "no / data" in text
+
+
+def test_a_section_tells_which_run_it_comes_from() -> None:
+    text = page({"fuzz": {"run": RUN, "sent": 5, "wrong_by_kind": {"empty body": 1}}})
+    assert RUN["processor"] in text and str(RUN["commit"]) in text and "rounds 3" in text and "| sent | 5 |" in text
+
+
+def test_a_file_of_no_benchmark_or_without_its_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mine\.json is the result of no benchmark"):
+        read_results(tmp_path)
+    (tmp_path / "mine.json").rename(tmp_path / "loop.json")
+    with pytest.raises(ValueError, match=r"loop\.json does not say"):
+        read_results(tmp_path)
+
+
+def test_a_result_says_what_it_was_measured_with(tmp_path: Path) -> None:
+    save(tmp_path / "figures.json", conditions({"rounds": 3, "json": tmp_path}), {
+        "figure": 1.5, "left_out": f"no images.tar in {tmp_path / 'data'}: set a/b to 1/2 of http://127.0.0.1:80/x/y"})
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert told["figure"] == 1.5 and told["run"]["settings"] == {"rounds": 3}
+    for name in ("commit", "date", "processor", "instructions", "cores", "threads", "torch", "python", "seconds",
+                 "load_before", "allocator"):
+        assert name in told["run"]
+    assert told["left_out"] == "no images.tar in data: set a/b to 1/2 of http://127.0.0.1:80/x/y"
