@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests start many processes, each of which would otherwise compile anew whatever has no bytecode yet.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install system policy demo test docs lint types audit bench clean
+.PHONY: install system policy demo test docs matrix lint types audit bench clean
 
 install: .venv/installed
 
@@ -50,6 +50,14 @@ test:
 docs: install
 	$(BIN)/python -m tests.site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Which Pythons are tried depends on those that uv finds or can fetch. Each environment is deleted after its tests.
+matrix: .venv/uv/bin/uv
+	$(BIN)/python -m tests.matrix --uv $<
+
+.venv/uv/bin/uv: | .venv/installed
+	$(PYTHON) -m venv .venv/uv
+	.venv/uv/bin/python -m pip install --quiet uv==0.13.9
 
 lint: types audit
 

@@ -23,7 +23,7 @@ from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
 from tests.support.untried import build_untried
 
-collect_ignore = ["benchmarks", "demo", "site", "support"]
+collect_ignore = ["benchmarks", "demo", "matrix", "site", "support"]
 """Run by hand, or imported by tests: what they need more of is not for every run."""
 WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
            "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")

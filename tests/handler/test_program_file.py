@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.export.pt2_archive import constants
 
 from early_exit.handler.backbone.program_file import _is_size, load_program
 from early_exit.handler.errors import ArchiveError
@@ -127,7 +128,9 @@ def test_where_torch_reads_them_the_code_of_these_programs_runs(program: Path, t
             "        torch.export.load(path)\n")
     subprocess.run([sys.executable, "-c", code, *(str(path) for path, _ in made)], capture_output=True, timeout=120,
                    check=True)
-    assert [attack for attack, (_, trace) in zip(ATTACKS, made) if not trace.exists()] == []
+    known = [attack for attack, make in ATTACKS.items()  # torch 2.9 knows no such constants
+             if make is not opaque_constant or hasattr(constants, "OPAQUE_OBJ_FILENAME_PREFIX")]
+    assert [attack for attack, (_, trace) in zip(ATTACKS, made) if trace.exists()] == known
 
 
 def with_two_lists(shown: bytes, hidden: bytes) -> bytes:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from tests.site.messages import messages_page
 from tests.site.reference import commands_page, configuration_page
+from tests.site.versions import versions_page
 from tests.support.documents import ROOT
 
 PAGES: dict[str, Callable[[], str]] = {
-    "configuration.md": configuration_page, "commands.md": commands_page, "messages.md": messages_page}
+    "configuration.md": configuration_page, "commands.md": commands_page, "messages.md": messages_page,
+    "versions.md": versions_page}
 """By the name of the file in docs/."""
 
 

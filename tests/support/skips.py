@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from importlib.metadata import requires
 
 import pytest
 import torch
 
 NO_GPU = "needs a GPU that torch can use"
-NO_CUDA_BUILD = "needs CUDA's Python bindings, which torch's CUDA build brings"
+NO_CUDA_BUILD = "needs CUDA's Python bindings, which torch's CUDA build brings, but not that of torch 2.9"
 NO_DATA = "the data folder is not there"
 MAY_NOT_MOUNT = "this user may not mount a small file system"
 MAY_NOT_ACT_AS_ANOTHER = "this user may not act as another user of this machine"
@@ -20,7 +21,8 @@ ALLOWED = (NO_GPU, NO_CUDA_BUILD, NO_DATA, MAY_NOT_MOUNT, MAY_NOT_ACT_AS_ANOTHER
 """How the reasons begin that hold on a machine where everything is installed that the tests need."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
-needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason=NO_CUDA_BUILD)
+needs_cuda_build = pytest.mark.skipif(not any(name.startswith("cuda-bindings") for name in requires("torch") or ()),
+                                      reason=NO_CUDA_BUILD)
 
 
 @pytest.hookimpl(wrapper=True)
