@@ -8,7 +8,7 @@ import contextlib
 import json
 import socket as sockets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import requests
@@ -22,7 +22,7 @@ from early_exit.archiver.gateway.access import SUBPROTOCOL, TOKEN_SUBPROTOCOL
 from early_exit.archiver.gateway.app import create_app
 from early_exit.archiver.gateway.cli import parser
 from early_exit.archiver.gateway.messages import TOO_BIG, TRY_LATER, BytesInFlight, Limits
-from tests.support.gateway import ALLOWED, TOKEN, as_bytes, connected, receive, serving
+from tests.support.gateway import ALLOWED, TOKEN, as_bytes, connected, receive, serving, wait_until
 
 SMALL = Limits(bytes_per_item=100_000, bytes_in_all=500_000)
 
@@ -296,11 +296,3 @@ def test_by_default_32_items_of_a_connection_and_256_in_all_are_in_flight() -> N
             assert server.n_working == expected
         server.answers = True
         assert all(len(receive(client, 64)) == 64 for client in clients)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if holds():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came to hold")

@@ -189,8 +189,7 @@ def test_each_log_has_a_limit(server: TorchServe) -> None:
 def test_workers_see_the_variables_of_ee_serve_but_not_the_gateways_token(server: TorchServe) -> None:
     workers = server.workers()
     assert workers
-    for worker in workers:
-        variables = worker.environ()
+    for variables in (worker.environ() for worker in workers):
         assert variables["OF_THE_HANDLER"] == "seen" and GATEWAY_TOKEN not in variables
 
 
