@@ -17,12 +17,11 @@ from early_exit.training.options import TrainingOptions
 from tests.benchmarks.loop import summarise
 from tests.benchmarks.report import conditions, save
 from tests.support.arms import ARMS
-from tests.support.digits import batches, measured_traffic, recorded_traffic, train_backbone
+from tests.support.digits import batches, measured_traffic, recorded_once, train_backbone
 from tests.support.loop import run_loop
 from tests.support.original import original_mar
 
-N_RECORD, N_MEASURE = 2500, 2000
-"""More records would only show more variants of the same digits, which a certificate takes for other contents."""
+N_FOR_BACKBONE, N_MEASURE = 600, 2000
 OPTIONS = TrainingOptions(search=None)  # a search takes longer than this demonstration may
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
 
@@ -38,10 +37,10 @@ def main() -> None:
     def log(line: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
 
-    run = conditions({"recorded": N_RECORD, "measured": N_MEASURE, "server": CONFIG})
-    log("training a small ResNet on 900 digits that the traffic never shows")
-    model = train_backbone()
-    (record, _), measure = recorded_traffic(N_RECORD, seed=1), measured_traffic(N_MEASURE, seed=2)
+    record, measure = recorded_once(1, N_FOR_BACKBONE), measured_traffic(N_MEASURE, 2, N_FOR_BACKBONE)
+    run = conditions({"recorded": len(record), "measured": N_MEASURE, "server": CONFIG})
+    log(f"training a small ResNet on {N_FOR_BACKBONE} digits that the traffic never shows")
+    model = train_backbone(n_digits=N_FOR_BACKBONE)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py",

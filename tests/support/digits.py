@@ -32,11 +32,13 @@ class Request:
     label: int
 
 
-def traffic(count: int, seed: int, digits: Sequence[int] = _UNSEEN) -> list[Request]:
-    """Return independent requests: digits the backbone never saw, or others, shifted, turned, blurred and noisy."""
+def traffic(count: int, seed: int, digits: Sequence[int] = _UNSEEN, *, once: bool = False) -> list[Request]:
+    """Return requests: digits the backbone never saw, or others, shifted, turned, blurred and noisy; drawn
+    independently, or each at most once."""
     images, labels = _digits(digits)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(images), (count,), generator=generator)
+    chosen = (torch.randperm(len(images), generator=generator)[:count] if once else
+              torch.randint(len(images), (count,), generator=generator))
     pictures = (_augment(images[chosen], generator) * 255).round().byte().squeeze(1).numpy()
     return [Request(_png(picture), int(label)) for picture, label in zip(pictures, labels[chosen])]
 
@@ -49,14 +51,30 @@ def recorded_traffic(count: int, seed: int) -> tuple[list[Request], list[Part]]:
     return requests, parts
 
 
-def measured_traffic(count: int, seed: int) -> list[Request]:
+def recorded_once(seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Request]:
+    """Return requests to record of which those that choose and certify show each of their digits once.
+
+    So each is evidence of its own; those before them, which heads learn from, show variants of theirs.
+
+    Args:
+        seed: of the variants.
+        n_for_backbone: digits that the backbone learned from.
+    """
+    shown = deal(range(n_for_backbone, N_DIGITS))
+    count = int(min(len(shown[part]) / part.share for part in (Part.TUNE, Part.CERTIFY)))
+    parts = recorded_parts(count)
+    return [one for number, part in enumerate(Part)
+            for one in traffic(parts.count(part), 1000 * seed + number, shown[part], once=part is not Part.TRAIN)]
+
+
+def measured_traffic(count: int, seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Request]:
     """Return requests to measure with: digits that neither the backbone nor what is recorded shows."""
-    return traffic(count, seed, _SHOWN[None])
+    return traffic(count, seed, deal(range(n_for_backbone, N_DIGITS))[None])
 
 
-def train_backbone(n_steps: int = 400, seed: int = 0) -> DigitsResNet:
-    """Train the backbone on its own digits with the same augmentation."""
-    images, labels = _digits(range(N_FOR_BACKBONE))
+def train_backbone(n_steps: int = 400, seed: int = 0, n_digits: int = N_FOR_BACKBONE) -> DigitsResNet:
+    """Train the backbone on the first digits with the same augmentation."""
+    images, labels = _digits(range(n_digits))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = DigitsResNet().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

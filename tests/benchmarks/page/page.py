@@ -40,8 +40,8 @@ class Section:
 
 SECTIONS = {
     "demo": Section("The demo", "tests.demo", "Scikit-learn's digits through a real TorchServe. Each part of the "
-                    "records shows digits of its own, and what is measured others again. The certificate takes every "
-                    "variant of a digit for a content of its own, which promises more than so few digits can.",
+                    "records shows digits of its own, and what is measured others again. Records that choose and "
+                    "certify show each digit once, so each is evidence of its own.",
                     sections.loop),
     "loop": Section("The loop", "tests.benchmarks.loop", "ResNet-18 (width 32) on the CIFAR-10 test JPEGs through a "
                     "real TorchServe: half of them recorded, the other half measured. Both of ours record 5 % of the "
