@@ -49,3 +49,22 @@ def test_what_is_measured_shows_other_digits_than_each_part_of_what_is_recorded(
     digits.measured_traffic(20, seed=1)
     assert len(shown) == 4 and sum(map(len, shown)) == len(set().union(*shown))
     assert min(set().union(*shown)) >= digits.N_FOR_BACKBONE
+
+
+def test_of_what_the_demo_records_the_parts_that_prove_something_show_each_of_their_digits_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[int, int] = {}
+
+    def varied(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        for image in images:
+            key = hash(image.numpy().tobytes())
+            shown[key] = shown.get(key, 0) + 1
+        return torch.zeros(len(images), 1, 32, 32)
+
+    monkeypatch.setattr(digits, "_augment", varied)
+    n_records = len(digits.recorded_once(1, 600))
+    once = [count for count in shown.values() if count == 1]
+    assert len(once) >= n_records * (Part.TUNE.share + Part.CERTIFY.share)
+    before = dict(shown)
+    digits.measured_traffic(50, 2, 600)
+    assert all(shown[key] == count for key, count in before.items()), "none of them is measured with"
