@@ -17,6 +17,8 @@ REACH = 3
 """Content changes where none of so many records is like any of so many before them."""
 LEAST = 0.5
 """A block has at least so much of the usual length: what looks like a change sooner is one frame that went wrong."""
+COUNTS_FULLY = 0.95
+"""The share of earlier blocks that count with all that is in them; a larger block counts as the largest of those."""
 _PREFIX = "likeness."
 """Begins the names of the tensors; those of heads have a slash in theirs."""
 

@@ -76,7 +76,7 @@ class Blocks:
             likeness: how samples are compared; None where each is a block of its own.
             n_remembered: how many contents are remembered as counted.
         """
-        if likeness is None or not likeness.length:
+        if likeness is None:
             return self._with(sample)._closed(n_remembered)
         undecided = (*self.undecided, sample)
         if len(undecided) < REACH:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from early_exit.handler.betting import after_round, rejects, wealth
+from early_exit.handler.exits.likeness import COUNTS_FULLY
 from early_exit.handler.formats import MONITOR_STATE
 from early_exit.handler.monitor.blocks import Block, Blocks, Sample
 from early_exit.handler.monitor.monitored import Monitored
@@ -30,8 +31,6 @@ ON_CONTENTS, ON_REQUESTS = 0.9, 0.1
 """The shares of the capital."""
 _STAKE_EVERY, _STAKE_EVERY_OF_REQUESTS = 100, 10
 """After so many rounds more of the capital is put down."""
-_COUNTS_FULLY = 0.95
-"""The share of the blocks so far that would count with all that is in them."""
 _SETTLED_S = 2.0
 """Samples that workers saw in this time may still come in another order: each worker shares every second."""
 _MOST_WAITING = 1000
@@ -67,8 +66,8 @@ class Evidence:
     """The sum of the losses."""
     contents: Capital = field(default_factory=Capital)
     requests: Capital = field(default_factory=Capital)
-    settled: float = 0.0
-    """The sum of the losses that bets on the requests were settled with."""
+    lost_in_rounds: float = 0.0
+    """The part of that sum which bets on the requests were placed on."""
     sizes: tuple[int, ...] = ()
     """How many blocks had at most 1, 2, 4, ... contents, and more than the number before."""
     blocks: Blocks = field(default_factory=Blocks)
@@ -85,9 +84,9 @@ class Evidence:
         if ended is not None:
             found = found._after_block(ended, monitored.tolerance)
         if found.n % monitored.samples_per_round == 0:
-            mean = (found.lost - found.settled) / monitored.samples_per_round
+            mean = (found.lost - found.lost_in_rounds) / monitored.samples_per_round
             requests = found.requests.after(mean - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
-            found = replace(found, requests=requests, settled=found.lost)
+            found = replace(found, requests=requests, lost_in_rounds=found.lost)
         return found
 
     def wealth(self) -> float:
@@ -109,7 +108,7 @@ class Evidence:
         total, sum_so_far = sum(self.sizes), 0
         for number, count in enumerate(self.sizes):
             sum_so_far += count
-            if sum_so_far >= _COUNTS_FULLY * total:
+            if sum_so_far >= COUNTS_FULLY * total:
                 return 1 << number
         return 1
 
@@ -121,10 +120,10 @@ class Evidence:
         """Read what `to_json` gave, or what the last release wrote: it had one capital, for samples."""
         if "capital" in data:
             return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])),
-                       settled=float(data["lost"]))
+                       lost_in_rounds=float(data["lost"]))
         contents, requests = (Capital(found["rounds"], tuple(found["stakes"]))
                               for found in (data["contents"], data["requests"]))
-        return cls(int(data["n"]), float(data["lost"]), contents, requests, float(data["settled"]),
+        return cls(int(data["n"]), float(data["lost"]), contents, requests, float(data["lost_in_rounds"]),
                    tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
 
 
@@ -194,7 +193,7 @@ class MonitorState:
 
 def _settled(samples: Sequence[Sample], monitored: Monitored, now: float) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Return the samples whose turn it is, in order, and those that wait."""
-    if monitored.likeness is None or not monitored.likeness.length:
+    if monitored.likeness is None:
         return samples, ()
     ordered = sorted(samples, key=lambda sample: sample.time)
     # Those from the future were seen before somebody set the clock back.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +46,7 @@ def traffic(count: int, seed: int, digits: Sequence[int] = _UNSEEN, *, once: boo
 def recorded_traffic(count: int, seed: int) -> tuple[list[Request], list[Part]]:
     """Return requests to record, and the part of the records for each: every part shows digits of its own."""
     parts = recorded_parts(count)
-    requests = [one for number, part in enumerate(Part)
-                for one in traffic(parts.count(part), 1000 * seed + number, _SHOWN[part])]
-    return requests, parts
+    return _in_parts(parts, seed, _SHOWN, once=()), parts
 
 
 def recorded_once(seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Request]:
@@ -62,9 +60,14 @@ def recorded_once(seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Reque
     """
     shown = deal(range(n_for_backbone, N_DIGITS))
     count = int(min(len(shown[part]) / part.share for part in (Part.TUNE, Part.CERTIFY)))
-    parts = recorded_parts(count)
+    return _in_parts(recorded_parts(count), seed, shown, once=(Part.TUNE, Part.CERTIFY))
+
+
+def _in_parts(parts: Sequence[Part], seed: int, shown: Mapping[Part | None, Sequence[int]], *, once: Sequence[Part]
+              ) -> list[Request]:
+    """Return a request for each place in the parts; some parts show each digit once."""
     return [one for number, part in enumerate(Part)
-            for one in traffic(parts.count(part), 1000 * seed + number, shown[part], once=part is not Part.TRAIN)]
+            for one in traffic(parts.count(part), 1000 * seed + number, shown[part], once=part in once)]
 
 
 def measured_traffic(count: int, seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Request]:

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from early_exit.handler.exits.likeness import COUNTS_FULLY
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.selection.certify import betting_p_value, risk_p_value
-
-_COUNTS_FULLY = 0.95
-"""The share of earlier blocks that count with all that is in them; a larger block counts as the largest of those."""
 
 
 @dataclass(frozen=True)
@@ -102,4 +100,4 @@ def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta:
 
 
 def _quantile(sizes: Tensor) -> float:
-    return float(torch.quantile(sizes.double(), _COUNTS_FULLY)) if len(sizes) else 1.0
+    return float(torch.quantile(sizes.double(), COUNTS_FULLY)) if len(sizes) else 1.0
