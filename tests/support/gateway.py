@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,11 @@ def wait_for_state(address: str, holds: Callable[[dict[str, Any]], object], limi
         time.sleep(0.2)
     found: dict[str, Any] = state
     return found
+
+
+def answered(state: dict[str, Any], version: str) -> Counter[str]:
+    """Count by exit what the gateway was told of a version's answers."""
+    return sum((Counter(look["answers"].get(version, {})) for look in state["looks"]), Counter())
 
 
 def connected(address: str, model: str = "digits") -> ClientConnection:
