@@ -25,9 +25,10 @@ from tests.support.digits import batches, measured_traffic, recorded_once, train
 from tests.support.documents import ROOT
 from tests.support.gateway import gateway
 from tests.support.loop import run_loop
+from tests.support.models.demo_resnet import DemoResNet
 from tests.support.original import original_mar
 
-N_FOR_BACKBONE, N_MEASURE = 600, 2000
+N_FOR_BACKBONE, N_STEPS, N_MEASURE = 600, 200, 2000
 OPTIONS = TrainingOptions(search=None)  # a search takes longer than this demonstration may
 PICTURE = ROOT / "build" / "demo" / "river.svg"
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
@@ -54,11 +55,11 @@ def main() -> None:
 
     record, measure = recorded_once(1, N_FOR_BACKBONE), measured_traffic(N_MEASURE, 2, N_FOR_BACKBONE)
     run = conditions({"recorded": len(record), "measured": N_MEASURE, "server": CONFIG})
-    log(f"training a small ResNet on {N_FOR_BACKBONE} digits that the traffic never shows")
-    model = train_backbone(n_digits=N_FOR_BACKBONE)
+    log(f"training a ResNet on {N_FOR_BACKBONE} digits that the traffic never shows")
+    model = train_backbone(N_STEPS, n_digits=N_FOR_BACKBONE, kind=DemoResNet)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py",
+        original = original_mar(folder / "original", "digits", "demo_resnet.py", "digits_handler.py",
                                 model.state_dict(), CONFIG)
         result = run_loop(original, folder, [one.body for one in record], [one.body for one in measure],
                           input_shape=(1, 32, 32), config=CONFIG, options=OPTIONS, log=log, beside=live_page)

@@ -85,8 +85,11 @@ def requests() -> tuple[list[digits.Request], list[str]]:
 def subject(recorder_mar: Path, requests: tuple[list[digits.Request], list[str]],
             tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """Digits in the place of photos."""
+    return digits_subject(tmp_path_factory.mktemp("subject"), recorder_mar, requests)
+
+
+def digits_subject(folder: Path, recorder_mar: Path, requests: tuple[list[digits.Request], list[str]]) -> Subject:
     shown, ids = requests
-    folder = tmp_path_factory.mktemp("subject")
     (folder / "store").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "build_archive", lambda asked: recorder_mar)
@@ -134,6 +137,24 @@ def test_engines_are_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
                    *(one["ratio_to_eager"] for one in rows.values()), figures["exits_same_engine_b8"])
     assert figures["exits_same_engine_b8"] == rows["folded", engine.EXITS]["ratio_to_same_engine"]
     assert all(sum(counts) == 8 for counts in figures["counts"]["8"])
+
+
+def test_exits_stand_beside_int8(run: Run, recorder_mar: Path, requests: tuple[list[digits.Request], list[str]],
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = command("benchmarks.int8")
+    for name, value in {"resnet18_full": lambda folder: digits_subject(folder, recorder_mar, requests),
+                        "N_BATCHES": {1: 3, 8: 3, 32: 2},
+                        "TrainingOptions": partial(TrainingOptions, layers=2, recipe=Distillation(epochs=3))}.items():
+        monkeypatch.setattr(int8, name, value)
+    figures = run(int8, "--rounds", 1, "--tolerance", 0.3)
+    rows = {one["arm"]: one for one in figures["rows"]}
+    assert [*rows] == ["original", "folded", "folded with exits", "openvino-int8", "openvino-int8 with exits"]
+    assert rows["original"]["disagreement"] == rows["folded"]["disagreement"] == 0
+    for row in rows.values():
+        assert 0 <= row["disagreement"] <= 1 and -1 <= row["accuracy_loss"] <= 1 and 0 < row["flops_ratio"] < 1.5
+        assert (row["certificate"] is not None) == row["arm"].endswith("with exits")
+        require_ratios(*row["cpu_time_ratio"].values())
+    assert sum(one["share"] for one in figures["exits"]) == pytest.approx(1)
 
 
 def test_what_recording_costs_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from early_exit.training.data.split import Part
@@ -75,12 +75,13 @@ def measured_traffic(count: int, seed: int, n_for_backbone: int = N_FOR_BACKBONE
     return traffic(count, seed, deal(range(n_for_backbone, N_DIGITS))[None])
 
 
-def train_backbone(n_steps: int = 400, seed: int = 0, n_digits: int = N_FOR_BACKBONE) -> DigitsResNet:
-    """Train the backbone on the first digits with the same augmentation."""
+def train_backbone(n_steps: int = 400, seed: int = 0, n_digits: int = N_FOR_BACKBONE, *,
+                   kind: type[nn.Module] = DigitsResNet) -> nn.Module:
+    """Train a backbone of some kind on the first digits with the same augmentation."""
     images, labels = _digits(range(n_digits))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = DigitsResNet().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = kind().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=n_steps + 1)
     for _ in range(n_steps):

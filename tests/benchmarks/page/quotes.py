@@ -44,7 +44,7 @@ def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]
     >>> _only_row([{"batch": 1}, {"batch": 8, "ratio": 0.7}], "batch=8")["ratio"]
     0.7
     """
-    wanted = dict(pair.split("=", 1) for pair in step.split(","))
+    wanted = dict(pair.split("=", 1) for pair in re.split(r",(?=\w+=)", step))
     found = [row for row in rows if all(str(row.get(name)) == value for name, value in wanted.items())]
     if len(found) != 1:
         raise ValueError(f"expected one row with {step}, found {len(found)}")

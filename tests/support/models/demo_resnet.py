@@ -1,0 +1,28 @@
+"""A CIFAR-style ResNet for grey 32x32 digits, large enough that exits are worth their cost: the demo's model file."""
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+
+class DemoResNet(nn.Module):
+    """Stem and three groups of two residual blocks with 32, 64 and 128 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.layer1 = self._group(32, 32, 1)
+        self.layer2 = self._group(32, 64, 2)
+        self.layer3 = self._group(64, 128, 2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(128, 10)
+
+    def _group(self, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+        shortcut = None
+        if stride != 1:
+            shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        return nn.Sequential(BasicBlock(channels_in, channels, stride, shortcut), BasicBlock(channels, channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.stem(images))))
+        scores: Tensor = self.fc(self.pool(x).flatten(1))
+        return scores
