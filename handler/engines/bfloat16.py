@@ -27,7 +27,7 @@ class _InBfloat16(nn.Module):
 
 
 def _lowered(argument: Argument) -> Argument:
-    """Return bfloat16 for a floating dtype that is an argument of an operation, and any other argument as it is."""
+    """Return bfloat16 for an argument that is float32 or float16, and any other argument as it is."""
     return torch.bfloat16 if argument in (torch.float32, torch.float16) else argument
 
 
