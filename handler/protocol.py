@@ -12,7 +12,7 @@ CONFIDENCE_HEADER = "X-Early-Exit-Confidence"
 VERSION_HEADER = "X-Early-Exit-Version"
 """Response header: the version that answered."""
 STEP_HEADER = "X-Early-Exit-Step"
-"""Response header, set if the request was answered at another fallback level than 0: "N of M", where M is the last."""
+"""Response header, set once the monitor has left fallback level 0: "N of M", the current level and the last one."""
 SWITCH_HEADER = "X-Early-Exit-Switch"
 """Response header, set while the operator's switch is not on: "off", or "level N", where N is the lowest fallback level
 that may answer."""
