@@ -12,7 +12,7 @@ class Call:
     """One request of a client."""
 
     id: str
-    """The host's name of the request, the same each time the request is handed over."""
+    """The host's name for the request, the same each time the request is handed over."""
     inputs: Any
     """The input of the user's handler for the request, such as `{"body": bytes}`."""
     headers: Mapping[str, str] = field(default_factory=dict)

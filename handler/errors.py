@@ -36,7 +36,7 @@ class ConfigError(EarlyExitError):
 
 
 class GraphError(EarlyExitError):
-    """The backbone cannot be exported, or cannot be cut where it was asked to be."""
+    """The backbone cannot be exported, or cannot be cut at the requested places."""
 
 
 class InputError(EarlyExitError):

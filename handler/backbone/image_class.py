@@ -52,7 +52,7 @@ class DetectorSpec:
 
 
 def class_scores(labels: Tensor, scores: Tensor, n_labels: int, strategy: Strategy, pedestrian: int) -> Tensor:
-    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians and else the number of labels.
+    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians, otherwise the number of labels.
 
     Args:
         labels: (N,) int64 labels of the detections.

@@ -77,7 +77,13 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
 
 
 def _are_below(scores: Tensor, distance: float, times: float) -> Tensor:
-    """Return a (N,) mask of the finite scores that lie below the others by a distance, and by some times their size."""
+    """Return a (N,) mask of the scores that lie below the others by a distance and by a multiple of their size.
+
+    Args:
+        scores: (N,) finite scores.
+        distance: the distance to the lowest of the others must be larger than this.
+        times: the distance must be larger than this multiple of the largest absolute value of the others.
+    """
     ordered = scores.sort(descending=True).values
     gaps = ordered[:-1] - ordered[1:]
     largest = torch.maximum(ordered[0].abs(), ordered[:-1].abs())

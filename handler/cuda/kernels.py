@@ -25,7 +25,7 @@ extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(cudaGraphC
 struct Batch {
     int n;                   // number of rows still in the batch
     int next;                // index of the graph size for n; beyond the last index if n is 0
-    int n_moved;             // number of rows to copy to the next stage's input; 0 if they are there already
+    int n_moved;             // number of rows to copy to the input of the next stage; 0 if they are there already
     int n_hits;              // number of rows that the latest exit answered
     int through[MAX_ROWS];   // by row: whether it runs to the end whatever the exits decide
     int left[MAX_ROWS];      // by row: the stage after which it was answered

@@ -74,8 +74,8 @@ def engine_of(identity: str) -> Engine:
     """
     name = identity.partition("@")[0]
     if name not in ENGINES:
-        raise ConfigError(f"expected an engine of {', '.join(ENGINES)}, found {identity!r}: was it made with a newer "
-                          "version of early-exit-torchserve?")
+        raise ConfigError(f"expected one of the engines {', '.join(ENGINES)}, found {identity!r}: does it come from a "
+                          "newer version of early-exit-torchserve?")
     return ENGINES[name]
 
 

@@ -49,7 +49,7 @@ class HeadSpec:
     pool: Side = 4
     """Side to which feature maps are average-pooled; with None, the head reads whole activations."""
     convolutions: tuple[Convolution, ...] = ()
-    """Convolutions before the linear layers, which only feature maps can have."""
+    """Convolutions before the linear layers; they need feature maps."""
     widths: tuple[int, ...] = (64,)
     """Output widths of the linear layers before the classifier; empty for a linear classifier."""
     recorded: Side = None

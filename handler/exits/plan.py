@@ -99,7 +99,7 @@ class Certificate:
     block_length: float = 0.0
     """The usual number of requests in a block; 0 if each record is a block of its own."""
     largest_block: float = 0.0
-    """The largest number of records as which a block counts in the statement about requests."""
+    """The number of records that the largest blocks count as, in the statement about requests."""
 
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
@@ -120,8 +120,8 @@ class Certificate:
     def _evidence(self) -> str:
         """Return the numbers of contents and blocks, if they are not simply the number of records."""
         contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
-        blocks = (f", {self.blocks} blocks of like requests, of which none counts as more than {self.largest_block:.0f}"
-                  if self.block_length else "")
+        blocks = (f", {self.blocks} blocks of similar requests, none of which counts as more than "
+                  f"{self.largest_block:.0f} records" if self.block_length else "")
         return contents + blocks
 
 
@@ -241,7 +241,7 @@ def build_heads(plan: ExitPlan, tensors: Mapping[str, Tensor], backbone: Backbon
         PlanError: the plan was made for another backbone, or its tensors do not fit its heads.
     """
     if plan.backbone != backbone.sha256:
-        raise PlanError(f"the plan was made for the backbone {plan.backbone[:12]}..., this one is "
+        raise PlanError(f"the plan was made for the backbone {plan.backbone[:12]}..., but this one is "
                         f"{backbone.sha256[:12]}...: train heads on records of this backbone, or use the other one")
     heads: dict[str, Head] = {}
     for planned in plan.exits:

@@ -94,8 +94,8 @@ def policy_class(kind: str) -> type[PlannedPolicy]:
         PlanError: this version has no policy of that kind.
     """
     if kind not in POLICIES:
-        raise PlanError(f"expected a policy of {', '.join(POLICIES)}, found {kind!r}: does it come from a newer "
-                        "version of early-exit-torchserve?")
+        raise PlanError(f"expected one of the policies {', '.join(POLICIES)}, found {kind!r}: does it come from a "
+                        "newer version of early-exit-torchserve?")
     return POLICIES[kind]
 
 

@@ -51,7 +51,7 @@ class InFlightCall:
     exit_scores: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     """The (K,) scores of exits for anytime rows, by stage and row."""
     seconds: list[float] = field(default_factory=list)
-    """Wall time of each stage that ran with rows of the call."""
+    """Wall time in seconds of each stage that ran with rows of the call."""
 
     def answers(self) -> Answers:
         """Return the answers of a call that has ended.

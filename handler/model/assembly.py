@@ -55,7 +55,7 @@ class Assembly(nn.Module):
         self.engine_identity = self.engine.identity(backbone.folder)
         if self.description.detector is not None and not self.engine.runs_detectors:
             able = " or ".join(engine.name for engine in ENGINES.values() if engine.runs_detectors)
-            raise ConfigError(f"a detector is executed by {able}, found early_exit.engine {self.engine.name!r}")
+            raise ConfigError(f"a detector needs the engine {able}, found early_exit.engine {self.engine.name!r}")
         if plan is not None:
             require_engine(plan.engine, self.engine_identity)
         planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}

@@ -19,7 +19,7 @@ class Sample:
     level: int
     """The fallback level that answered."""
     loss: float
-    """In [0, 1]."""
+    """The loss of the answer, in [0, 1]."""
     content: int | None = None
     """A hash that is equal for requests with equal contents, or None if the content is not known."""
     time: float = 0.0

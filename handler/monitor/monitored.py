@@ -73,7 +73,7 @@ class Monitored:
         return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:
-        """Return the components by which each of S samples is compared with its neighbours; () if none are compared.
+        """Return the components by which each of S samples is compared with its neighbours; () if they are not.
 
         Args:
             reference: (S, K) scores of the backbone.

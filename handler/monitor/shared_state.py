@@ -116,8 +116,8 @@ class SharedMonitor:
             self.state, self._failing = self._shared, False
         except (OSError, ValueError, FormatError) as error:
             if not self._failing:
-                logger.warning("cannot share the monitor's state in %s: %s. Until it can, this worker watches alone.",
-                               self._path, error)
+                logger.warning("cannot share the monitor's state in %s: %s. Until it can be shared, this worker "
+                               "watches alone.", self._path, error)
             self._failing = True
             self.state = self._advanced(self._shared)
             if len(self._unshared) > _MOST_UNSHARED:

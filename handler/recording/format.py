@@ -96,7 +96,7 @@ class Records(RecordColumns):
     """Pooled activations by layer path: (N, ...) float16."""
     kept: Sequence[bytes] | None = None
     """The N kept requests, as `KeptRequest.to_bytes` writes them, or None if requests are not kept. The bytes are empty
-    if it is not known to which request the record belongs."""
+    if the request of the record is not known, or if it is not JSON with bytes."""
 
     def where(self, chosen: Tensor) -> Records:
         """Return the records that a (N,) bool mask selects."""

@@ -151,7 +151,7 @@ def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) 
     message = getattr(error, "message", None) if hasattr(error, "error_code") else None
     message = message if isinstance(message, str) else f"{type(error).__name__}: {_ADDRESS.sub('', str(error))}"
     log = logger.info if status < 500 else logger.error
-    log("request %s answered %d", call.id, status, exc_info=error)
+    log("request %s was answered with status %d", call.id, status, exc_info=error)
     body = call.body([{"code": status, "type": kind, "message": message}])
     return Served((position,), [call], [Reply(body, status, kind, {"content-type": "application/json"})], [],
                   error=error)

@@ -41,10 +41,9 @@ class OperatorHeaders:
             return call.without_headers([SECRET_HEADER])
         if not self._has_told and any(call.has_header(name) for name in _COSTLY):
             self._has_told = True  # only once, because clients can send any number of such requests
-            logger.warning("a request with %s came without the secret in %s, so the header is ignored, and so it will "
-                           "be in later requests without the secret. 'early_exit: {open_headers: true}' in "
-                           "model-config.yaml lets all clients use these headers", " or ".join(_COSTLY),
-                           SECRET_VARIABLE)
+            logger.warning("a request with %s came without the secret in %s, so the header is ignored, in this and in "
+                           "later requests without the secret. 'early_exit: {open_headers: true}' in model-config.yaml "
+                           "lets all clients use these headers", " or ".join(_COSTLY), SECRET_VARIABLE)
         return call.without_headers([SECRET_HEADER, *_COSTLY])
 
     def _is_operators(self, call: Call) -> bool:

@@ -26,8 +26,8 @@ def require_continuous_batching(model_config: Mapping[str, Any]) -> None:
     """
     settings = {name: model_config.get(name) for name in SERVER_SETTINGS}
     if settings != SERVER_SETTINGS:
-        raise ConfigError(f"early_exit.answers is 'early' in model-config.yaml, which needs {SERVER_SETTINGS} beside "
-                          f"it, found {settings}: build the archive with ee-archive, which sets them")
+        raise ConfigError(f"early_exit.answers is 'early' in model-config.yaml, which requires {SERVER_SETTINGS} "
+                          f"there, found {settings}: build the archive with ee-archive, which sets them")
 
 
 def claim_only_worker(layout: ArchiveLayout) -> TextIO:
@@ -41,6 +41,6 @@ def claim_only_worker(layout: ArchiveLayout) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ArchiveError("early answers need exactly one worker of a version, and one serves already: scale it "
-                           "back to one worker (PUT /models/NAME?min_worker=1&max_worker=1)") from None
+        raise ArchiveError("early answers need exactly one worker of a version, and one serves already: scale the "
+                           "version back to one worker (PUT /models/NAME?min_worker=1&max_worker=1)") from None
     return file
