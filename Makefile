@@ -77,7 +77,7 @@ audit: .venv/audit/installed
 	touch $@
 
 RESULTS := docs/results
-MEASURED := loop overhead engine answers search certify dependence drift recovery coverage roll fuzz habits gpu
+MEASURED := loop int8 overhead engine answers search certify dependence drift recovery coverage roll fuzz habits gpu
 
 # Each benchmark once, then the page of all. Where the paper has a network, both promises that its figures are compared
 # with; on one small network every method, with every budget and number of layers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -87,6 +88,42 @@ def test_the_citation_names_the_version_and_the_licence_of_the_package() -> None
             for key in ("version", "license")}
     assert {key: [citation[key]] for key in told} == told
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+FETCHED = re.compile(r"""
+    (?:pip[\dx.]*|\buv(?:\ tool|\ pip)?)['",]*\s[^;`]{0,80}\b(?:install|download|wheel|run|add)\b[^;`]{0,160}?[\s'"`=]
+    early[-_.]exit[-_.]torchserve(?![\w/-])            # a command that has an index look the name up
+    | early[-_.]exit[-_.]torchserve\s*[\[=<>~!@]       # a requirement, as such commands and files of them take
+""", re.VERBOSE | re.IGNORECASE)
+"""Our name where an installer would look it up in the public index, which has no such package of ours."""
+
+
+def fetched(text: str) -> list[str]:
+    """Return what would fetch our package by its name, also where a line or a string of the code ends within it."""
+    joined = re.sub(r"""["']\s*\n\s*[frb]*["']""", "", text)
+    return [match.group() for paragraph in re.split(r"\n\s*\n", joined)
+            for match in FETCHED.finditer(re.sub(r"\s+", " ", paragraph))]
+
+
+@pytest.mark.parametrize(("text", "n"), [
+    ("pip install 'early-exit-" "torchserve[gateway]'", 1), ("uv add early-exit-" "torchserve", 1),
+    ("python3.11 -m pip install\n--upgrade --index-url https://index.example early_exit_" "torchserve", 1),
+    ('"needs it: "\n  f"pip install early-exit-"\n  "torchserve"', 1),
+    ("pipx install early-exit-" "torchserve", 1), ("early-exit-" "torchserve >= 0.2", 1),
+    ("pip install '.[gateway]'", 0), ("pip install ./early-exit-" "torchserve", 0),
+    ("pip install '/src[serve]'\n\nuse the version of early-exit-" "torchserve that wrote it", 0),
+    ("pip install git+https://git.example/early-exit-" "torchserve", 0), ('name = "early-exit-' 'torchserve"', 0)])
+def test_what_would_fetch_our_name_from_an_index_is_noticed(text: str, n: int) -> None:
+    assert len(fetched(text)) == n
+
+
+def test_nothing_tells_a_user_to_fetch_our_name_from_the_public_index() -> None:
+    """The name there is not ours: whoever takes it could run code wherever such a command is followed."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    assert len(files) > 300
+    found = {str(file.relative_to(ROOT)): fetched(file.read_bytes().decode(errors="replace")) for file in files}
+    assert {name: texts for name, texts in found.items() if texts} == {}
 
 
 def test_prometheus_scrapes_where_ee_serve_shows_metrics_by_default() -> None:

@@ -37,7 +37,8 @@ def _serve(options: argparse.Namespace) -> int:
         from early_exit.archiver.gateway.upstream import PREDICTION_S
         from early_exit.archiver.torchserve.management import AsyncManagement
     except ImportError as error:
-        raise ConfigError(f"the gateway needs {error.name}: pip install 'early-exit-torchserve[gateway]'") from error
+        raise ConfigError(f"the gateway needs the module {error.name}, which is missing here: install the project with "
+                          "its extra 'gateway', as in pip install '.[gateway]' in its folder") from error
     token, is_given = _token(options.host)
     limits = Limits(options.max_items, options.max_bytes, options.in_flight, options.in_flight_in_all,
                     bytes_in_all=options.max_bytes_in_all)

@@ -86,8 +86,8 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
         logging.getLogger("nncf").setLevel(logging.ERROR)
         import nncf
     except ImportError as error:
-        raise ConfigError("to quantize, ee-archive needs NNCF: "
-                          "pip install 'early-exit-torchserve[openvino]'") from error
+        raise ConfigError("to quantize, ee-archive needs the module nncf, which is missing here: install the project "
+                          "with its extra 'openvino', as in pip install '.[openvino]' in its folder") from error
     pieces = split(backbone.graph, [layer.node for layer in backbone.description.candidates])
     kind = nncf.ModelType.TRANSFORMER if _has_attention(backbone) else None
     samples: list[Live] = [tuple(x[row:row + 1] for x in inputs) for row in range(len(inputs[0]))]

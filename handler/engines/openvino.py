@@ -43,8 +43,9 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise ConfigError("the engines openvino and openvino-int8 need OpenVINO on the machine that serves: "
-                          "pip install 'early-exit-torchserve[openvino]'") from error
+        raise ConfigError("the engines openvino and openvino-int8 need the module openvino, which is missing here: "
+                          "install the package openvino, or the project with its extra 'openvino', as in "
+                          "pip install '.[openvino]' in its folder") from error
     return openvino
 
 

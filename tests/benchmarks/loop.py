@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.inference.forward import Answers
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread
@@ -94,6 +95,7 @@ def summarise(result: LoopResult, labels: list[str], inputs: Tensor, original: n
         "certificate": {"n": certificate.n, "k": certificate.k, "confidence": certificate.confidence}
         if certificate else None,
         "hits": result.hits(),
+        "exits": result.exits(),
         **{name: of_exits[name] for name in ("flops_ratio", "cpu_time_ratio", "cpu_time_ratio_by_batch")},
         "flops_ratio_on_certify_part": result.report.deployed.flops,
         **{name: {"before": worker[ORIGINAL][name], "after": worker[WITH_EXITS][name],
@@ -139,19 +141,24 @@ def flops_of(result: LoopResult, inputs: Tensor, original: nn.Module) -> dict[st
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             original(inputs[:1])
-        served = torch.cat([flops_fractions(model, result.report.plan, batch) for batch in inputs.split(8)])
+        served = torch.cat([flops_fractions(answers_of(model, batch), model, result.report.plan)
+                            for batch in inputs.split(8)])
     backbone = model.assembly.description.flops
     return {ORIGINAL: counter.get_total_flops(), WITHOUT_EXITS: backbone, WITH_EXITS: served.mean().item() * backbone}
 
 
-def flops_fractions(model: EarlyExitModel, plan: ExitPlan, batch: Tensor) -> Tensor:
-    """Return the FLOPs of each row as a fraction of the backbone's; shadow rows cost all, and every head counts."""
+def answers_of(model: EarlyExitModel, batch: Tensor) -> Answers:
+    """Return what a model notes about its answers to a batch."""
     model.log.take()
     model(batch)
-    answers = model.log.take()[0].answers
+    return model.log.take()[0].answers
+
+
+def flops_fractions(answers: Answers, model: EarlyExitModel, plan: ExitPlan) -> Tensor:
+    """Return the FLOPs of each row as a fraction of the backbone's; shadow rows cost all, and every head counts."""
     runs_to_end = answers.stages == FULL
     runs_to_end[answers.shadow] = True
-    spent, on_heads = torch.ones(len(batch)), torch.zeros(len(batch))
+    spent, on_heads = torch.ones(len(answers.stages)), torch.zeros(len(answers.stages))
     for planned in plan.exits:
         stage = model.assembly.layers.index(planned.layer)
         on_heads[runs_to_end | (answers.stages >= stage)] += planned.head_cost

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.command import raise_on_terminate
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks.loop import summarise
+from tests.benchmarks.page.river import river_of
 from tests.benchmarks.report import conditions, save
 from tests.support.arms import ARMS
 from tests.support.digits import batches, measured_traffic, recorded_once, train_backbone
+from tests.support.documents import ROOT
+from tests.support.gateway import gateway
 from tests.support.loop import run_loop
 from tests.support.original import original_mar
 
 N_FOR_BACKBONE, N_MEASURE = 600, 2000
 OPTIONS = TrainingOptions(search=None)  # a search takes longer than this demonstration may
+PICTURE = ROOT / "build" / "demo" / "river.svg"
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
 
 
@@ -37,6 +44,14 @@ def main() -> None:
     def log(line: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
 
+    @contextmanager
+    def live_page(server: TorchServe) -> Iterator[None]:
+        token = secrets.token_hex(24)
+        with gateway(server.addresses, server.key_file, server.secret_file, store=server.model_store,
+                     token=token) as address:
+            log(f"ee-gateway  live page until the end: http://{address}/#token={token}")
+            yield
+
     record, measure = recorded_once(1, N_FOR_BACKBONE), measured_traffic(N_MEASURE, 2, N_FOR_BACKBONE)
     run = conditions({"recorded": len(record), "measured": N_MEASURE, "server": CONFIG})
     log(f"training a small ResNet on {N_FOR_BACKBONE} digits that the traffic never shows")
@@ -46,12 +61,15 @@ def main() -> None:
         original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py",
                                 model.state_dict(), CONFIG)
         result = run_loop(original, folder, [one.body for one in record], [one.body for one in measure],
-                          input_shape=(1, 32, 32), config=CONFIG, options=OPTIONS, log=log)
+                          input_shape=(1, 32, 32), config=CONFIG, options=OPTIONS, log=log, beside=live_page)
         inputs = torch.cat(list(batches(measure, 8)))
         figures = summarise(result, [str(one.label) for one in measure], inputs, model)
     if options.json:
         save(options.json, run, figures)
     print(table(figures))
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.write_text(river_of(figures, "Digits"))
+    log(f"where the requests left, as a picture: {PICTURE}")
     log("stopped everything that was started")
 
 

@@ -1,15 +1,19 @@
-"""The page of benchmarks is what its result files say, and README quotes it word for word."""
+"""The page of benchmarks is what its result files say, and other documents quote it word for word."""
 
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmarks.page.page import PAGE, SECTIONS, page, read_results
+from tests.benchmarks.page.page import PAGE, PICTURE, SECTIONS, page, picture, read_results
 from tests.benchmarks.page.quotes import QUOTES, misquoted
+from tests.benchmarks.page.river import river
 from tests.benchmarks.published import PUBLISHED
 from tests.benchmarks.report import conditions, save
 from tests.support.documents import README, ROOT
@@ -24,8 +28,41 @@ def test_the_page_is_what_the_result_files_say() -> None:
     assert PAGE.read_text() == page(read_results()), "write it again: python -m tests.benchmarks.page"
 
 
-def test_the_readme_quotes_the_page() -> None:
-    assert misquoted(README.read_text(), QUOTES, read_results()) == []
+def test_the_readmes_picture_is_of_a_result_file() -> None:
+    assert PICTURE.read_text() == picture(read_results()), "write it again: python -m tests.benchmarks.page"
+    assert f"({PICTURE.relative_to(ROOT)})" in README.read_text()
+
+
+def test_the_area_of_the_river_is_the_work_that_is_done() -> None:
+    exits = [{"layer": "a", "cost": 0.25, "share": 0.4}, {"layer": "b & c", "cost": 0.75, "share": 0.5},
+             {"layer": "full", "cost": 1.0, "share": 0.1}]
+    drawn = ElementTree.fromstring(river(exits, "90 % < 100 %"))
+    [shape] = [one for one in drawn.iter("{http://www.w3.org/2000/svg}path") if one.get("d", "").endswith("Z")]
+    outline = corners(shape.get("d", ""))
+    left, right, top, bottom = *(f(x for x, _ in outline) for f in (min, max)), *(
+        f(y for _, y in outline) for f in (min, max))
+    area = sum((x2 - x1) * (2 * bottom - y1 - y2) / 2 for (x1, y1), (x2, y2) in pairwise(outline) if x2 > x1)
+    spent = sum(one["cost"] * one["share"] for one in exits)
+    assert area / (right - left) / (bottom - top) == pytest.approx(spent, abs=1e-3)
+
+
+def corners(path: str) -> list[tuple[float, float]]:
+    """Return the ends of the lines and curves of a path; a curve that is the same turned half round has the area of
+    the straight line between its ends."""
+    found, (x, y) = [], (0.0, 0.0)
+    for kind, numbers in re.findall(r"([MHVCZ])([^MHVCZ]*)", path):
+        values = [float(value) for value in re.findall(r"[\d.]+", numbers)]
+        if kind in "MC":
+            x, y = values[-2:]
+        elif kind in "HV":
+            x, y = (values[0], y) if kind == "H" else (x, values[0])
+        found.append((x, y))
+    return found
+
+
+@pytest.mark.parametrize("document", QUOTES)
+def test_a_document_quotes_the_page(document: str) -> None:
+    assert misquoted((ROOT / document).read_text(), QUOTES[document], read_results()) == []
 
 
 RESULTS = {"loop": {"flops_ratio": 0.734, "p50_ms": {"8": 41.27}, "rows": [

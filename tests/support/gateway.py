@@ -32,13 +32,13 @@ ALLOWED = {"Authorization": f"Bearer {TOKEN}"}
 
 @contextmanager
 def gateway(addresses: Addresses, key_file: Path, secret_file: Path | None = None, *, store: Path | None = None,
-            limits: Limits | None = None, decisions: Decisions = lambda model: []) -> Iterator[str]:
+            limits: Limits | None = None, decisions: Decisions = lambda model: [], token: str = TOKEN) -> Iterator[str]:
     """Yield host and port of a gateway in front of a TorchServe."""
     limits = limits or Limits()
     upstream = AsyncManagement(addresses, key_file, secret_file, connections=limits.in_flight_in_all,
                                prediction_s=PREDICTION_S)
     in_flight = BytesInFlight(limits.bytes_in_all)
-    app = create_app(upstream, token=TOKEN, limits=limits, in_flight=in_flight, decisions=decisions,
+    app = create_app(upstream, token=token, limits=limits, in_flight=in_flight, decisions=decisions,
                      plans=Promises(store).of if store else lambda file_name: None)
     with serving(app, limits, in_flight) as address:
         yield address

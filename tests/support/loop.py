@@ -6,8 +6,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
@@ -26,6 +28,8 @@ from early_exit.training.pipeline import train
 from early_exit.training.report.summary import RunReport
 from tests.support.arms import WITH_EXITS, Arm, measured_in_turns
 from tests.support.client import BackgroundLoad, Reply, send
+
+Beside = Callable[[TorchServe], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,12 @@ class LoopResult:
         taken = Counter(reply.exit for reply in replies)
         return {name: taken[name] / len(replies) for name in (*(one.layer for one in self.report.exits), FULL_NAME)}
 
+    def exits(self) -> list[dict[str, Any]]:
+        """Return for each exit, and for the whole model at the end, its layer, what of the model's FLOPs is spent when
+        it is reached, and the share of the measured requests that left there."""
+        cost = {one.layer: one.cost for one in self.report.plan.exits}
+        return [{"layer": name, "cost": cost.get(name, 1.0), "share": share} for name, share in self.hits().items()]
+
     def accuracy(self, arm: str, labels: Sequence[str]) -> float:
         """Return the share of the measured requests whose likeliest class is the label."""
         return sum(reply.ok and reply.top() == label
@@ -69,7 +79,7 @@ class LoopResult:
 
 def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Sequence[bytes], *,
              input_shape: tuple[int, ...], config: str, options: TrainingOptions,
-             log: Callable[[str], None] = print) -> LoopResult:
+             log: Callable[[str], None] = print, beside: Beside = nullcontext) -> LoopResult:
     """Run the whole loop with an original archive and stop the servers, also when a step fails.
 
     Args:
@@ -81,12 +91,13 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         config: the original's model-config.yaml; see `measured_in_turns`.
         options: for `ee-train`.
         log: told about each step.
+        beside: what runs beside the server on which exits are rolled in.
     """
     store, records = folder / "model-store", folder / "records"
     store.mkdir(parents=True)
     shutil.copy(original, store)
     server = TorchServe(store, folder / "state", Addresses.free(), records=records, models=[original.name])
-    with server:
+    with server, beside(server):
         management = Management(server.addresses, server.key_file, server.secret_file)
         log(f"ee-serve    TorchServe with the original model at {server.addresses.inference}")
         name = original.stem
@@ -110,8 +121,9 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
         with BackgroundLoad(server, name, measure) as load:
             roll(management, exiting)
         log("ee-roll     rolled in under load")
-    log(f"            {len(measure)} requests to the original, to ours without exits and with exits, in turns")
-    arms = measured_in_turns(original, recorder, run.plan, config, folder / "arms", folder / "arms-records", measure)
+        log(f"            {len(measure)} requests to the original, to ours without exits and with exits, in turns")
+        arms = measured_in_turns(original, recorder, run.plan, config, folder / "arms", folder / "arms-records",
+                                 measure)
     return LoopResult(recording, load.replies, arms, n_records, record_bytes, report, recorder, exiting)
 
 

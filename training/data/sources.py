@@ -30,8 +30,9 @@ def _copied(url: str, cache: Path) -> Path:
 
         filesystem, root = fsspec.core.url_to_fs(url)
     except (ImportError, OSError, ValueError) as error:
-        raise RecordError(without_credentials(f"cannot open {url}: {error}. Is early-exit-torchserve[remote] "
-                                              "installed?")) from error
+        raise RecordError(without_credentials(
+            f"cannot open {url}: {error}. If a module is missing, install the project with its extra 'remote', as in "
+            "pip install '.[remote]' in its folder")) from error
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12]
     private_folder(folder)
     try:

@@ -1,10 +1,10 @@
-"""What README quotes of the page.
+"""What other documents quote of the page.
 
-A quote is a text as it stands in README, with figures in braces: the name of the result file, the way to the figure,
-and how it is written, as in `{loop[flops_ratio]:.2f}`. Of a list of rows the way names the one that is meant, as in
-`{paper[rows][backbone=ResNet-18,method=certified][disagreement]:.1 %}`, where a share becomes a percentage. A
-paragraph of README, with the table below it, that links to the page has no other figures than those of quotes; numbers
-that are no results belong to the text of one.
+A quote is a text as it stands in a document, with figures in braces: the name of the result file, the way to the
+figure, and how it is written, as in `{loop[flops_ratio]:.2f}`. Of a list of rows the way names the one that is meant,
+as in `{paper[rows][backbone=ResNet-18,method=certified][disagreement]:.1 %}`, where a share becomes a percentage; of a
+list of numbers it gives the place. A paragraph of such a document that links to the page, with the table below it, has
+no other figures than those of quotes; numbers that are no results belong to the text of one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-QUOTES: tuple[str, ...] = ()
-_LINK = "docs/benchmarks.md"
+QUOTES: dict[str, tuple[str, ...]] = {"README.md": (), "docs/guarantee.md": ()}
+"""By the document."""
+_LINK = "benchmarks.md"
 _FIGURE = re.compile(r"\d+\.\d+|\d+ ?%")
 
 
@@ -26,7 +27,8 @@ class _Figures(Formatter):
         name, *way = re.findall(r"[^][]+", field_name)
         found: Any = kwargs[name]
         for step in way:
-            found = _only_row(found, step) if isinstance(found, list) else found[step]
+            found = found[step] if isinstance(found, dict) else found[int(step)] if step.isdigit() else _only_row(
+                found, step)
         return found, name
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -49,22 +51,22 @@ def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]
     return found[0]
 
 
-def misquoted(readme: str, quotes: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what README says that its results do not: quotes that it lacks, and figures that nothing vouches for.
+def misquoted(document: str, quotes: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what a document says that the results do not: quotes that it lacks, and figures that no quote vouches for.
 
     Args:
-        readme: its text.
+        document: its text.
         quotes: see above.
         results: by the name of the file.
     """
     told = [one_line(_Figures().vformat(quote, (), results)) for quote in quotes]
-    text = one_line(readme)
-    wrong = [f"README does not say: {quote}" for quote in told if quote not in text]
-    for paragraph in paragraphs_with(_LINK, readme):
+    text = one_line(document)
+    wrong = [f"it does not say: {quote}" for quote in told if quote not in text]
+    for paragraph in paragraphs_with(_LINK, document):
         rest = one_line(paragraph)
         for quote in told:
             rest = rest.replace(quote, " ")
-        wrong += [f"README quotes {figure}, which no quote vouches for, in: {rest[:80]}"
+        wrong += [f"it quotes {figure}, which no quote vouches for, in: {rest[:80]}"
                   for figure in _FIGURE.findall(rest)]
     return wrong
 

@@ -45,6 +45,17 @@ def _relative(to_original: float, to_without: float) -> list[str]:
     return ["1.00", ratio(to_original / to_without), ratio(to_original), ratio(to_original), ratio(to_without)]
 
 
+def int8(figures: Figures) -> Iterator[str]:
+    """Yield a row for the original, each engine, and exits on each."""
+    yield table(["", "accuracy", "accuracy lost", "answers that differ", "FLOPs", "CPU time, batch 1 / 8 / 32"],
+                [[one["arm"], percent(one["accuracy"]), percent(one["accuracy_loss"]), percent(one["disagreement"]),
+                  ratio(one["flops_ratio"]), by_batch(one["cpu_time_ratio"])] for one in figures["rows"]])
+    for one in figures["rows"]:
+        if one["certificate"]:
+            yield f"{one['arm']}: {one['certificate']}"
+    yield "Left at " + ", ".join(f"{one['layer']} {percent(one['share'])}" for one in figures["exits"]) + "."
+
+
 def overhead(figures: Figures) -> Iterator[str]:
     """Yield what serving without exits and recording cost."""
     yield table(["model", "without exits / plain, batch 1 / 8 / 32", "recording all / none, batch 1 / 8 / 32",
