@@ -1,1 +1,1 @@
-"""Runs inside TorchServe and owns the formats: backbone, head, plan, record, configuration."""
+"""The code that runs inside TorchServe; it defines the formats of backbone, head, plan, record and configuration."""

@@ -21,17 +21,17 @@ ALLOCATOR = {
 
 
 def restart_with_allocator() -> None:
-    """Run the command line of this process anew, unless the process has the allocator already.
+    """Restart this process with its own command line, unless it has these settings already.
 
-    What is measured in it then holds for the server's workers. Modules are found where this process finds them: with
-    `python -m` instead, whoever put a file into the current folder would run code.
+    Measurements in this process then hold for the server's workers. The new process looks for modules where this one
+    does: with `python -m` instead, a file that somebody put into the current folder could run as code.
     """
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what loading a model has freed: the settings above keep it, but no batch needs it."""
-    gc.collect()  # graphs refer to their modules and back
+    """Return to the system the memory that loading a model has freed: malloc would keep it, but no batch needs it."""
+    gc.collect()  # graphs and their modules refer to each other
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What an archive of `ee-archive` says of itself, read without unpacking it."""
+"""The description that an archive of `ee-archive` contains of itself, read without unpacking the archive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from early_exit.handler.user_handler.description import HandlerDescription
 
 @dataclass(frozen=True)
 class ArchiveContents:
-    """Everything that an early-exit archive says of itself, without its weights and its code."""
+    """The contents of an early-exit archive, without its weights and its code."""
 
     manifest: Mapping[str, Any]
     """The manifest that TorchServe reads."""
@@ -28,17 +28,17 @@ class ArchiveContents:
     """The manifest that the user's own handler expects."""
     description: BackboneDescription
     plan: ExitPlan | None
-    """The plan of the exits; none where the archive answers every request in full."""
+    """The plan of the exits, or None if the archive answers every request in full."""
     configuration: str
-    """Text of the model-config.yaml; empty where the archive has none."""
+    """Text of the model-config.yaml; empty if the archive has none."""
     handler: HandlerDescription
-    """What is known of the user's handler."""
+    """The description of the user's handler."""
     samples: tuple[SampleRequest, ...]
-    """Requests that the user's handler answers, where any are known."""
+    """Requests that the user's handler answers, if any are known."""
     is_compared: bool
-    """Whether it answered its samples without exits as the archive did that it was made from."""
+    """Whether the archive, without exits, was compared with the archive it was made from, and gave the same answers."""
     sample_answers: Mapping[str, Any]
-    """By exit: how the archive answered the first sample where it was made; empty where it was not noted."""
+    """By exit: the archive's answer to the first sample at the time it was made; empty if it was not stored."""
 
     @property
     def model(self) -> str:
@@ -51,17 +51,17 @@ class ArchiveContents:
 
 
 def read_archive(mar: Path) -> ArchiveContents:
-    """Read what an early-exit archive says of itself, and nothing else of it.
+    """Read the description of an early-exit archive, and nothing else of the archive.
 
     Raises:
-        ArchiveError: it is not an early-exit archive, or it is damaged.
-        FormatError: its format or that of its plan is not one that this version reads.
-        PlanError: its plan is incomplete.
+        ArchiveError: `mar` is not an early-exit archive, or it is damaged.
+        FormatError: this version does not read the format of the archive or of its plan.
+        PlanError: the archive's plan is incomplete.
     """
     try:
         with zipfile.ZipFile(mar) as archive:
             return _read(mar, archive)
-    # What zipfile raises for entries that are damaged, cut short, encrypted or compressed in a way it does not know.
+    # zipfile raises these for entries that are damaged, truncated, encrypted or compressed in a way it does not know.
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
         raise ArchiveError(f"cannot read {mar}: {error}") from error
 
@@ -72,7 +72,7 @@ def _read(mar: Path, archive: zipfile.ZipFile) -> ArchiveContents:
     description = layout.folder / DESCRIPTION_FILE
     required = (layout.manifest, layout.original_manifest, description)
     if missing := [path.as_posix() for path in required if path.as_posix() not in names]:
-        raise ArchiveError(f"{mar} is not an early-exit archive, it has no {' and no '.join(missing)}: make one with "
+        raise ArchiveError(f"{mar} is not an early-exit archive: it has no {' and no '.join(missing)}. Make one with "
                            f"'ee-archive {mar}'")
 
     def content(path: Path) -> bytes | None:

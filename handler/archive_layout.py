@@ -1,4 +1,4 @@
-"""Where things lie in an archive of `ee-archive`, and how to get at them; the only owner of these names."""
+"""The places of the files in an archive of `ee-archive`, and how to read them; no other module defines these names."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ HANDLER = "early_exit.handler.service"
 """The handler of every early-exit archive. Its code lies in the archive, in the namespace package `early_exit`."""
 MANIFEST = "MAR-INF/MANIFEST.json"
 DESCRIPTION_FILE = "backbone.json"
-"""What is known of the backbone without loading it."""
+"""The description of the backbone, which can be read without loading it."""
 PROGRAM_FILE = "backbone.pt2"
 """The exported program of the backbone."""
 PROBE_FILE = "probe.safetensors"
-"""The inputs on which the backbone is tried; the scores that they must give are in its description."""
+"""The inputs on which the backbone is tested; the scores that it must compute for them are in its description."""
 TAIL_FILE = "detector.safetensors"
-"""Weights of what follows a detector's stages, where the backbone is a detector's."""
+"""Weights of the layers after a detector's stages, if the backbone is that of a detector."""
 PLAN_FILE = "plan.json"
 HEADS_FILE = "heads.safetensors"
-"""Weights of the plan's heads; it lies beside the plan."""
+"""Weights of the plan's exit heads. The file lies beside the plan."""
 COMPILED = "__pycache__"
-"""Folders of this name hold compiled Python, which Python writes anew when it likes; archives have none."""
+"""Folders of this name hold compiled Python, which Python can write again at any time; archives contain none."""
 _NAMES = ("modelName", "modelVersion", "serializedFile", "modelFile", "configFile", "requirementsFile")
 """Values of a manifest that become part of a path."""
 _SMALL_BYTES = 2**30
 _MOST_EXPANSION = 20
-"""An archive above `_SMALL_BYTES` may unpack to so many times its own size: weights are hardly compressible."""
+"""An archive that unpacks to more than `_SMALL_BYTES` may unpack to at most this many times its own size: weights can
+hardly be compressed."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ArchiveLayout:
 
     @property
     def folder(self) -> Path:
-        """Everything of ours; all else belongs to the user."""
+        """The folder of all files of this project; everything else in the archive belongs to the user."""
         return self.root / FOLDER
 
     @property
@@ -58,27 +59,27 @@ class ArchiveLayout:
 
     @property
     def samples(self) -> Path:
-        """Requests that the user's handler answers, where any are known."""
+        """Requests that the user's handler answers, if any are known."""
         return self.folder / "samples.json"
 
     @property
     def sample_request(self) -> Path:
-        """What an archive of the last release has instead: the body of one."""
+        """The file that an archive of the previous release has instead: the body of one request."""
         return self.folder / "sample-request"
 
     @property
     def answers(self) -> Path:
-        """What the original archive answered to the samples."""
+        """The answers of the original archive to the samples."""
         return self.folder / "answers.json"
 
     @property
     def handler_description(self) -> Path:
-        """What was found out about the user's handler."""
+        """The description of the user's handler."""
         return self.folder / "handler.json"
 
     @property
     def sample_answers(self) -> Path:
-        """JSON: how the new archive answered the first sample, by the exit that answered."""
+        """JSON: the answers of the new archive to the first sample, by the exit that answered."""
         return self.folder / "sample-answers.json"
 
     @property
@@ -90,8 +91,8 @@ def extract(mar: Path, folder: Path) -> None:
     """Unpack a model archive into an existing folder.
 
     Raises:
-        ArchiveError: it is no .mar, it is damaged, an entry would land outside the folder or is no file, or it unpacks
-            to far more than it is.
+        ArchiveError: `mar` is not a .mar or is damaged, an entry would land outside the folder or is not a file, or all
+            entries are far larger than the archive.
     """
     try:
         with zipfile.ZipFile(mar) as archive:
@@ -110,8 +111,8 @@ def require_harmless(archive: zipfile.ZipFile, mar: Path) -> None:
     """Check the names, kinds and sizes of an archive's entries, before any is read.
 
     Raises:
-        ArchiveError: an entry would land outside the archive, is no file or folder, or is there twice, or all of them
-            are far larger than the archive.
+        ArchiveError: an entry would land outside the archive, is neither a file nor a folder, or occurs twice, or all
+            entries are far larger than the archive.
     """
     names = set()
     for entry in archive.infolist():
@@ -120,22 +121,22 @@ def require_harmless(archive: zipfile.ZipFile, mar: Path) -> None:
             raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which leaves the archive: refused")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which is a link or a device: refused, as "
-                               "expected are files and folders")
-        if path in names:  # TorchServe may take the other one than we do
+                               "only files and folders are expected")
+        if path in names:  # TorchServe may read one of the two, and this project the other
             raise ArchiveError(f"{mar} holds the entry {entry.filename!r} twice: refused, archive the model again")
         names.add(path)
     unpacked, packed = sum(entry.file_size for entry in archive.infolist()), mar.stat().st_size
     if unpacked > max(_SMALL_BYTES, _MOST_EXPANSION * packed):
-        raise ArchiveError(f"{mar} has {packed} bytes and would unpack to {unpacked}: refused, as expected are at most "
-                           f"{_MOST_EXPANSION} times as many, or {_SMALL_BYTES}. If that is your model, archive it "
-                           "without compression")
+        raise ArchiveError(f"{mar} has {packed} bytes and would unpack to {unpacked}: refused, as at most "
+                           f"{_MOST_EXPANSION} times as many, or {_SMALL_BYTES}, are expected. If that is your model, "
+                           "archive it without compression")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a manifest of an extracted archive, with names that lead nowhere else.
+    """Read the manifest of an extracted archive and check that its names cannot lead out of their folders.
 
     Raises:
-        ArchiveError: it is no manifest, or a name in it is not bare.
+        ArchiveError: the file is not a manifest, or a name in it is not bare.
     """
     try:
         return checked_manifest(json.loads(path.read_text()), str(path))
@@ -144,14 +145,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def checked_manifest(manifest: Any, source: str) -> dict[str, Any]:
-    """Return a manifest if its names lead nowhere else.
+    """Check that the names in a manifest cannot lead out of their folders, and return it.
 
     Args:
-        manifest: what was read.
-        source: where, for messages.
+        manifest: the parsed JSON.
+        source: where it was read, for messages.
 
     Raises:
-        ArchiveError: it is no manifest, or a name in it is not bare.
+        ArchiveError: `manifest` is not a manifest, or a name in it is not bare.
     """
     model = manifest.get("model") if isinstance(manifest, dict) else None
     if not isinstance(model, dict):
@@ -169,7 +170,7 @@ def checked_manifest(manifest: Any, source: str) -> dict[str, Any]:
 
 
 def _require_handler(handler: object, source: str) -> None:
-    """Check a handler: a module, or a file with perhaps a folder before it and a function after it."""
+    """Check a handler: a module, or a file, which may have a folder before it and a function after it."""
     file = handler.partition(":")[0] if isinstance(handler, str) else handler
     for part in file.split("/") if isinstance(file, str) else [file]:
         bare_name(part, f"handler {handler!r:.200} in {source}")

@@ -1,11 +1,11 @@
-"""Testing by betting: what bets against a hypothesis win is the evidence against it, however often one looks.
+"""Testing by betting: the capital that bets against a hypothesis win is the evidence against it, at any time.
 
-A gambler begins with a capital of 1. In each round a bet b, settled before the round, is placed on a gain g whose
+A gambler begins with a capital of 1. In each round a bet b, fixed before the round, is placed on a gain g whose
 expected value is at most 0 while the hypothesis holds; the capital is multiplied by 1 + b g, which is never negative.
 While the hypothesis holds, the expected capital does not grow, so the probability that it ever reaches 1 / p is at most
-p (Ville's inequality). Capital that is spread over several gamblers, or kept out of the game, changes nothing of that.
-(Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, Journal of the Royal Statistical
-Society B 86, 2024, sections 3 and 4.)
+p (Ville's inequality), however often one looks. The same is true if the capital is spread over several gamblers, or if
+a part of it is kept out of the game. (Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting,
+Journal of the Royal Statistical Society B 86, 2024, sections 3 and 4.)
 
 Three tests are built on it: the bypass of exits that do not pay, the monitor's alarm, and the certificate.
 """
@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 def after_round(capital: Sequence[float], bets: Sequence[float], gain: float, *, put_down: float = 0.0,
                 ) -> tuple[float, ...]:
-    """Return what gamblers have after a round.
+    """Return the capital of each gambler after a round.
 
     Args:
-        capital: what each has before it.
-        bets: one for each of them.
-        gain: of the round, for all of them.
-        put_down: what each adds to its capital before the round.
+        capital: the capital of each gambler before the round.
+        bets: one bet for each gambler.
+        gain: the gain of the round, the same for all gamblers.
+        put_down: the amount that each gambler adds to its capital before the round.
 
     >>> after_round((1.0, 1.0), (0.5, 1.0), 0.5)
     (1.25, 1.5)
@@ -33,17 +33,17 @@ def after_round(capital: Sequence[float], bets: Sequence[float], gain: float, *,
 
 
 def wealth(capital: Sequence[float], *, kept: float = 0.0) -> float:
-    """Return the mean capital of some gamblers, and with it what is kept out of the game."""
+    """Return the mean capital of the gamblers plus the capital that is kept out of the game."""
     return sum(capital) / len(capital) + kept
 
 
 def rejects(wealth: float, delta: float) -> bool:
-    """Tell whether a wealth refutes the hypothesis, with a probability of at most delta of ever doing so wrongly."""
+    """Tell whether a wealth rejects the hypothesis; the probability of ever doing so wrongly is at most delta."""
     return wealth >= 1 / delta
 
 
 def p_value(log_capital: float) -> float:
-    """Return the least delta at which the logarithm of the largest capital so far rejects the hypothesis.
+    """Return the smallest delta at which the largest capital so far, given as its logarithm, rejects the hypothesis.
 
     >>> p_value(0.0), round(p_value(math.log(50)), 6)
     (1.0, 0.02)

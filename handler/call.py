@@ -1,4 +1,4 @@
-"""What passes between a host and its worker: calls in, replies out."""
+"""The calls and replies that pass between a host and its worker."""
 
 from __future__ import annotations
 
@@ -12,51 +12,53 @@ class Call:
     """One request of a client."""
 
     id: str
-    """The host's name of the request, the same each time the request is handed over."""
+    """The host's name for the request, the same each time the request is handed over."""
     inputs: Any
-    """What the user's handler gets for the request, such as `{"body": bytes}`."""
+    """The input of the user's handler for the request, such as `{"body": bytes}`."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """The headers of the request."""
     instances: tuple[Any, ...] | None = None
-    """What the handler gets instead of `inputs`, where the host has taken the request out of an envelope: one or more
-    items. Of several requests of a batch the first then has all, where the host does not tell whose they are."""
+    """If the host has taken the request out of an envelope: the items that the handler gets instead of `inputs`, one or
+    more. If the host does not tell which request of a batch they belong to, the first request has the items of all
+    requests, and the others have none."""
     hears_status: bool = True
-    """Whether a status of its own reaches the client; where it does not, only the failure of the whole batch does."""
+    """Whether the client receives a status for this request alone. If not, it only learns that a whole batch failed."""
 
     @property
     def items(self) -> tuple[Any, ...]:
-        """What the user's handler gets for the request."""
+        """The items that the user's handler gets for the request."""
         return (self.inputs,) if self.instances is None else self.instances
 
     def body(self, results: list[Any]) -> Any:
         """Return the body of a reply to the request.
 
         Args:
-            results: of the handler, one for each item; or a single one, which answers for all of them.
+            results: the handler's results, one for each item, or a single one for all of them.
         """
         return results[0] if self.instances is None else results
 
     def has_header(self, name: str) -> bool:
-        """Tell whether the request has a header, whatever its value and however a proxy spells its name."""
+        """Tell whether the request has a header, whatever its value and whatever the case of its name."""
         return bool(self.header_values(name))
 
     def header_values(self, name: str) -> list[str]:
-        """Return the values of a header; a host may hand over several that differ in the spelling of the name.
+        """Return the values of a header; a host may hand over several whose names differ in case.
 
-        What TorchServe has among the headers for each part of a form, whose name the client chooses, is none.
+        TorchServe also lists the parts of a form among the headers, under names that the client chooses. These are not
+        headers.
         """
         return [value for header, value in self.headers.items()
                 if header.lower() == name.lower() and isinstance(value, str)]
 
     def without_headers(self, names: Collection[str]) -> Call:
-        """Return the same request without some headers, however their names are spelt."""
+        """Return the same request without some headers, whatever the case of their names."""
         dropped = {name.lower() for name in names}
         kept = {header: value for header, value in self.headers.items() if header.lower() not in dropped}
         return self if len(kept) == len(self.headers) else replace(self, headers=kept)
 
 
 def share_instances(calls: Sequence[Call]) -> bool:
-    """Tell whether the instances of all requests of a batch are with the first, so that nobody knows whose they are."""
+    """Tell whether the first request of a batch has the instances of all requests, so that their owners are unknown."""
     return any(call.instances == () for call in calls)
 
 
@@ -65,8 +67,8 @@ class Reply:
     """The answer to one request."""
 
     body: Any
-    """What the user's handler returned for the request, or the body of an error; in an envelope for all its instances,
-    and an empty list for those requests of a batch whose instances are with the first."""
+    """The result of the user's handler for the request, or the body of an error. In an envelope, it is a result for all
+    instances of the request; it is an empty list if the first request of the batch has this one's instances."""
     status: int = 200
     """The HTTP status."""
     phrase: str = ""
@@ -79,8 +81,10 @@ _PLAIN = frozenset((str, bytes, float, int, bool, type(None)))
 
 
 def own_copy(value: Any) -> Any:
-    """Return what a host hands over for a request, without a dict, list or bytearray that another holder could see
-    change; what is nested too deeply for Python is returned as it is."""
+    """Copy the dicts, lists and bytearrays in a request's input, so that changes are not seen by other holders of it.
+
+    An input that is nested too deeply for Python is returned as it is.
+    """
     try:
         return _copied(value)
     except RecursionError:

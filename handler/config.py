@@ -13,7 +13,7 @@ from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import ConfigError, did_you_mean
 
 RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
-"""The folder for the records, an absolute path, where the configuration names none. `ee-serve` sets this variable."""
+"""The folder for the records, an absolute path, if the configuration names none. `ee-serve` sets this variable."""
 
 RAW = "raw"
 POOL_SIDES = (1, 2, 4, 8, RAW)
@@ -77,7 +77,7 @@ class ServingConfig:
         for name in ("records_max_age_s", "seal_after_s"):
             _require(_is_number(getattr(self, name), int, float) and getattr(self, name) > 0, name,
                      "seconds above 0", getattr(self, name))
-        # A list cannot be looked up in a dictionary, and True is 1.
+        # A list is not hashable, and True == 1, so neither may reach the look-ups below.
         _require(isinstance(self.engine, str) and self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}",
                  self.engine)
         _require(self.answers in ANSWERS, "answers", f"one of {', '.join(ANSWERS)}", self.answers)
@@ -112,20 +112,21 @@ class ServingConfig:
 
     @property
     def pool_side(self) -> Side:
-        """`pool` as `pool_activation` takes it."""
+        """`pool` in the form that `pool_activation` takes."""
         return None if self.pool == RAW else int(self.pool)
 
     def sampling(self, *, has_exits: bool) -> float:
-        """Return the share of requests to record and run to the end."""
+        """Return the share of requests that form the shadow sample."""
         if self.sampling_rate is not None:
             return float(self.sampling_rate)
         return 0.05 if has_exits else 1.0
 
     def records_folder(self) -> Path | None:
-        """Return where records go, or None when nothing is to be recorded.
+        """Return the folder for records, or None if nothing is recorded.
 
         Raises:
-            ConfigError: the environment names a folder relative to the worker's own, which goes when the worker goes.
+            ConfigError: the environment variable holds a relative path. Such a path would lie in the worker's own
+                folder, which is deleted with the worker.
         """
         folder = self.records or os.environ.get(RECORDS_VARIABLE)
         if folder and not Path(folder).is_absolute():

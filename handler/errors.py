@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Unsupported(str, Enum):
-    """What early exits cannot be given to, whatever the user does with the archive."""
+    """The kinds of models that cannot have early exits, whatever the user changes in the archive."""
 
     TORCHSCRIPT = "TorchScript"
     """The model, or a part of it, is compiled or packed by TorchScript."""
@@ -19,16 +19,16 @@ class Unsupported(str, Enum):
     CONTROL_FLOW = "control flow on values"
     SEVERAL_SCORES = "several score outputs"
     CHANGES = "changes per request"
-    """The model is another one from request to request."""
+    """The model changes from request to request."""
 
 
 class EarlyExitError(Exception):
-    """A user can mend this: the command-line tools print the message without a traceback."""
+    """An error that a user can fix: the command-line tools print the message without a traceback."""
 
     def __init__(self, message: str = "", unsupported: Unsupported | None = None) -> None:
         super().__init__(message)
         self.unsupported = unsupported
-        """What stands in the way, where that cannot be mended."""
+        """The kind of model that causes the error, if no change of the archive can fix it."""
 
 
 class ConfigError(EarlyExitError):
@@ -36,7 +36,7 @@ class ConfigError(EarlyExitError):
 
 
 class GraphError(EarlyExitError):
-    """The backbone cannot be exported, or cannot be cut where it was asked to be."""
+    """The backbone cannot be exported, or cannot be cut at the requested places."""
 
 
 class InputError(EarlyExitError):
@@ -68,7 +68,7 @@ class ServerError(EarlyExitError):
 
 
 def did_you_mean(name: object, known: Sequence[str]) -> str:
-    """Return what to say about a name that is unknown: the known one that it resembles, or all of them.
+    """Return a hint about an unknown name: the known name that it resembles, or all known names.
 
     >>> did_you_mean("sampling", ["sampling_rate", "pool"]), did_you_mean("zzz", ["sampling_rate", "pool"])
     ("did you mean 'sampling_rate'?", 'expected one of sampling_rate, pool')

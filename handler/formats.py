@@ -1,8 +1,8 @@
-"""The numbers of the files that another version of this software may have written, and what is done about them.
+"""The format numbers of files that another version of this software may have written, and the check of these numbers.
 
-The rule: a number rises when its file changes so that the release before could misread it, and at most once between
-two releases, however many changes there are. A version reads the number that it writes and the number that the last
-release wrote; fields that the older file lacks take the defaults of their class. Every other number is refused.
+The rule: a number rises when its file changes in a way that the previous release could misread, and at most once
+between two releases, however many changes there are. A version reads the number that it writes and the number that the
+last release wrote; fields that the older file lacks take the defaults of their class. Every other number is refused.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class FileFormat:
     """One kind of file, and its numbers."""
 
     kind: str
-    """What messages call such a file."""
+    """The name of such a file in messages."""
     released: int
-    """The number that the last release writes; that of a kind which no release has is its first."""
+    """The number that the last release writes, or the first number of a kind that no release has yet."""
     written: int
     """The number that this version writes: the released one, or the one after it."""
     renewal: str
-    """What a user does to get another file in place of one that is too old."""
+    """How a user gets a new file in place of one that is too old."""
 
     @property
     def readable(self) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ class FileFormat:
             source: names the file in messages.
 
         Raises:
-            FormatError: it has no number, or one that this version does not read.
+            FormatError: the file has no number, or one that this version does not read.
         """
         number = str(content.get(_KEY)) if isinstance(content, Mapping) else ""
         if not number.isdecimal():

@@ -1,4 +1,4 @@
-"""What a module of the user's defines."""
+"""The classes that a module of the user defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that an archive carries along, to be answered wherever it is tried out, and how a host hands parts over."""
+"""Sample requests, which an archive contains so that it can be tried anywhere, and how a host hands parts over."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from early_exit.handler.errors import ArchiveError
 from early_exit.handler.formats import SAMPLES
 
 BODY = "body"
-"""TorchServe's name of the only part of a request that is not a form."""
+"""TorchServe's name for the only part of a request that is not a form."""
 OCTETS = "application/octet-stream"
 _CONTENT_TYPE = "content-type"
 
 
 def content_types_in(headers: Mapping[str, Any]) -> dict[str, str]:
-    """Return the content types of a request's parts by their names: TorchServe has them among the request's headers.
+    """Return the content types of a request's parts by their names; TorchServe has them among the request's headers.
 
     >>> content_types_in({"accept": "*/*", "body": {"content-type": "image/png"}})
     {'body': 'image/png'}
@@ -29,7 +29,7 @@ def content_types_in(headers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def headers_with(content_types: Mapping[str, str]) -> dict[str, Any]:
-    """Return the headers of a request of which nothing but the content types of its parts is known."""
+    """Return the headers of a request if only the content types of its parts are known."""
     return {name: {_CONTENT_TYPE: content_type} for name, content_type in content_types.items()}
 
 
@@ -42,9 +42,9 @@ class Part:
     name: str = BODY
 
     def handed_over(self) -> Any:
-        """Return what a handler gets for the part: TorchServe parses JSON and decodes texts.
+        """Return the part as a handler gets it: TorchServe parses JSON and decodes text.
 
-        Whatever else it is, or cannot be read as that, is a bytearray of the handler's own.
+        A part of any other type, or one that cannot be parsed or decoded, becomes a new bytearray.
         """
         try:
             if self.content_type == "application/json":
@@ -62,38 +62,38 @@ class SampleRequest:
 
     @property
     def body(self) -> Part | None:
-        """The only part of a request that is not a form; None where it is one."""
+        """The only part of a request that is not a form, or None if the request is a form."""
         return self.parts[0] if len(self.parts) == 1 and self.parts[0].name == BODY else None
 
     def inputs(self) -> dict[str, Any]:
-        """Return what a handler gets for the request."""
+        """Return the request as a handler gets it."""
         return {part.name: part.handed_over() for part in self.parts}
 
 
 def samples_text(samples: Sequence[SampleRequest]) -> str:
-    """Return requests as an archive holds them."""
+    """Return the text in which an archive holds sample requests."""
     return json.dumps(SAMPLES.stamped({"requests": [
         [{"name": part.name, "content_type": part.content_type, "value": base64.b64encode(part.value).decode()}
          for part in sample.parts] for sample in samples]}), indent=1)
 
 
 def samples_in(layout: ArchiveLayout) -> tuple[SampleRequest, ...]:
-    """Return the samples of an extracted archive, also of one that was made by the last release.
+    """Return the samples of an extracted archive, also of one that the previous release made.
 
     Raises:
-        FormatError: the format of the samples is not one that this version reads.
-        ArchiveError: they cannot be read.
+        FormatError: this version does not read the format of the samples.
+        ArchiveError: the samples cannot be read.
     """
     samples, body = (file.read_bytes() if file.exists() else None for file in (layout.samples, layout.sample_request))
     return known_samples(samples, body, str(layout.samples))
 
 
 def known_samples(samples: bytes | None, body: bytes | None, source: str) -> tuple[SampleRequest, ...]:
-    """Return the samples of an archive by what is in it.
+    """Return the samples of an archive from the contents of its files.
 
     Args:
-        samples: what `samples_text` wrote.
-        body: what the last release wrote instead: the body of one request.
+        samples: the output of `samples_text`, or None if the archive has no such file.
+        body: the body of one request, which the previous release wrote instead, or None.
         source: names the archive's samples in errors.
     """
     if samples is not None:
@@ -102,11 +102,11 @@ def known_samples(samples: bytes | None, body: bytes | None, source: str) -> tup
 
 
 def parse_samples(text: str | bytes, source: str) -> tuple[SampleRequest, ...]:
-    """Return what `samples_text` wrote; errors name the source.
+    """Read the output of `samples_text`; errors name the source.
 
     Raises:
-        FormatError: its format is not one that this version reads.
-        ArchiveError: it cannot be read.
+        FormatError: this version does not read its format.
+        ArchiveError: the text cannot be read.
     """
     try:
         content = json.loads(text)

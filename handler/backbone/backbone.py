@@ -34,14 +34,14 @@ from early_exit.handler.formats import BACKBONE
 
 @dataclass(frozen=True)
 class BackboneDescription:
-    """What is known of a backbone without loading it."""
+    """The description of a backbone, which can be read without loading the backbone."""
 
     sha256: str
-    """Identity of weights and operations; records and plans belong to exactly one."""
+    """Identity of weights and operations; records and plans belong to exactly one backbone."""
     inputs: tuple[InputSpec, ...]
     """The inputs in the order of the program."""
     output: OutputSpec
-    """What the user's model returned."""
+    """The form of the output of the user's model."""
     n_classes: int
     scores: ScoreKind
     flops: int
@@ -49,22 +49,22 @@ class BackboneDescription:
     candidates: tuple[CandidateLayer, ...]
     left_out: tuple[LeftOut, ...]
     probe: tuple[float, ...]
-    """(K,) scores for the backbone's probe, computed where the archive was made."""
+    """(K,) scores for the backbone's probe, computed on the machine that made the archive."""
     detector: DetectorSpec | None = None
-    """The detector whose images the classes are of; none where the model is a classifier."""
+    """The detector that the backbone is a part of, or None if the model is a classifier."""
     constants: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """What the user's handler gives the model beside tensors, always the same, by the names of its parameters."""
+    """Constant values that the user's handler passes to the model besides tensors, by the names of its parameters."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """One item of the first input, without the batch dimension."""
+        """The shape of one item of the first input, without the batch dimension."""
         return self.inputs[0].shape
 
     def layer(self, path: str) -> CandidateLayer:
-        """Return the candidate of that module path.
+        """Return the candidate layer with this module path.
 
         Raises:
-            GraphError: there is none.
+            GraphError: there is no such candidate layer.
         """
         for layer in self.candidates:
             if layer.path == path:
@@ -80,8 +80,8 @@ class BackboneDescription:
         """Read a description.
 
         Raises:
-            FormatError: its format is not one that this version reads.
-            ArchiveError: it cannot be read, or is not a description.
+            FormatError: this version does not read its format.
+            ArchiveError: the file cannot be read, or is not a description.
         """
         try:
             return cls.from_json(json.loads(path.read_text()), str(path))
@@ -90,11 +90,11 @@ class BackboneDescription:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str) -> BackboneDescription:
-        """Read what `save` wrote; errors name the source.
+        """Read the output of `save`; errors name the source.
 
         Raises:
-            FormatError: its format is not one that this version reads.
-            ArchiveError: it is not a description.
+            FormatError: this version does not read its format.
+            ArchiveError: the data is not a description.
         """
         BACKBONE.require(data, source)
         try:
@@ -123,17 +123,18 @@ class Backbone:
     graph: fx.GraphModule
     description: BackboneDescription
     probe: tuple[Tensor, ...]
-    """(1, ...) inputs on the CPU on which it is tried wherever it is loaded."""
+    """(1, ...) inputs, on the CPU, on which the backbone is tested on every machine that loads it."""
     folder: Path | None = None
-    """The folder it was read from, where an engine may have put more; none for one that was never written."""
+    """The folder from which the backbone was read, which may also hold files of an engine. None for a backbone that was
+    never written."""
 
     @classmethod
     def from_module(cls, model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32,
                     detector: DetectorSpec | None = None, output: str | None = None) -> Backbone:
-        """Export an eager classifier of one input.
+        """Export an eager classifier with one input.
 
         Raises:
-            GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
+            GraphError: the model cannot be exported, is not a classifier, or has no candidate layer.
         """
         parameters = list(inspect.signature(model.forward).parameters)
         name = parameters[0] if parameters else "x"
@@ -149,11 +150,11 @@ class Backbone:
             model: the classifier.
             inputs: the tensors that it takes.
             detector: the detector that it is a part of, if any.
-            constants: what it is given beside them, always the same.
-            output: which of its outputs are the scores; needed only where several could be.
+            constants: constant values that it takes besides the tensors, by name.
+            output: the name or index of the output with the scores; needed only if several outputs could be scores.
 
         Raises:
-            GraphError: it cannot be exported, is no classifier, or offers no place for an exit.
+            GraphError: the model cannot be exported, is not a classifier, or has no candidate layer.
         """
         program, found = export_backbone(model, inputs, constants, output)
         return cls.from_program(program, [spec.name for spec in inputs], found, detector, constants)
@@ -168,12 +169,12 @@ class Backbone:
         Args:
             program: maps (B, ...) inputs to (B, K) scores.
             names: names of the inputs; by default those in the program.
-            output: what the user's model returned.
+            output: the form of the output of the user's model.
             detector: the detector that it is a part of, if any.
-            constants: what the user's model is given beside the inputs.
+            constants: constant values that the user's model takes besides the inputs.
 
         Raises:
-            GraphError: it is no classifier, or offers no place for an exit.
+            GraphError: the program is not a classifier, or has no candidate layer.
         """
         prepare_program(program)
         graph = backbone_graph(program)
@@ -186,9 +187,9 @@ class Backbone:
         probe = _probe(graph, inputs)
         try:
             candidates, left_out, flops = discover_layers(graph, probe)
-        except RuntimeError as error:  # such as what only some texts may lack
-            raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on what an input "
-                             f"holds in a way that an export cannot follow: {error}") from error
+        except RuntimeError as error:  # for example, the model needs a token that not every text contains
+            raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on the values of an "
+                             f"input in a way that an export cannot follow: {error}") from error
         draft = BackboneDescription(
             sha256=_identity(program, inputs), inputs=inputs,
             output=replace(output, dtype=scores_dtype(program)), n_classes=0, scores=ScoreKind.LOGITS,
@@ -198,7 +199,7 @@ class Backbone:
         with torch.no_grad():
             scores = graph(*probe)
         if scores.dim() != 2 or len(scores) != 1:
-            raise GraphError(f"expected (1, classes) scores of a batch of one, found {tuple(scores.shape)}: the model "
+            raise GraphError(f"expected (1, classes) scores for a batch of one, found {tuple(scores.shape)}: the model "
                              "treats a batch of one differently, and answers must not depend on the batch")
         if scores.shape[1] < 2:
             raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
@@ -211,7 +212,7 @@ class Backbone:
         return cls(program, graph, description, probe)
 
     def probed_by(self, inputs: tuple[Tensor, ...]) -> Backbone:
-        """Return this backbone with other (1, ...) inputs as its probe, such as those of a real request."""
+        """Return this backbone with other (1, ...) inputs as the probe, such as those of a real request."""
         with torch.no_grad():
             scores = self.graph(*inputs)
         description = replace(self.description, probe=tuple(scores[0].tolist()), scores=score_kind(scores))
@@ -219,11 +220,11 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of the weights."""
         return next((parameter.device for parameter in self.graph.parameters()), torch.device("cpu"))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return all parameters, with those of a detector that the graph only calls."""
+        """Return all parameters, including those of a detector's tail, which the graph calls."""
         return [*self.graph.parameters(), *tail_parameters(self.description.detector)]
 
     def save(self, folder: Path) -> None:
@@ -243,9 +244,9 @@ class Backbone:
     @classmethod
     def read_program(cls, folder: Path, description: BackboneDescription,
                      device: torch.device | str = "cpu") -> Backbone:
-        """Read the program that `save` wrote beside a description, onto a device.
+        """Read the program that `save` wrote beside a description, and move it to a device.
 
-        What the program calls must be known by now: `load_backbone` in `detection/` sees to that.
+        Operations that the program calls must be registered before: `load_backbone` in `detection/` does so.
 
         Raises:
             ArchiveError: the file is damaged.
@@ -257,12 +258,14 @@ class Backbone:
 
 
 def _probe(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
-    """Return (1, ...) inputs for which a backbone's scores are numbers, where there are such; a root has none of half
-    of the others."""
+    """Return (1, ...) inputs for which a backbone's scores are numbers, if there are such inputs.
+
+    Positive inputs are tried second: a model with a square root, for example, needs them.
+    """
     probes = [tuple(spec.probe(positive=positive) for spec in inputs) for positive in (False, True)]
     with torch.no_grad():
         for probe in probes:
-            with contextlib.suppress(RuntimeError):  # which is told of where the costs are counted
+            with contextlib.suppress(RuntimeError):  # `from_program` reports this error when it counts the FLOPs
                 scores = graph(*probe)
                 if bool(scores.isfinite().any()) and not bool(scores.isnan().any()):
                     return probe
@@ -271,7 +274,7 @@ def _probe(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tensor, 
 
 def _load_probe(folder: Path, description: BackboneDescription) -> tuple[Tensor, ...]:
     path = folder / PROBE_FILE
-    if not path.exists():  # format 2 had none of its own
+    if not path.exists():  # archives of format 2 have no file for the probe
         return tuple(spec.probe() for spec in description.inputs)
     try:
         tensors = load_file(path)
@@ -284,8 +287,8 @@ def _load_probe(folder: Path, description: BackboneDescription) -> tuple[Tensor,
 def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:
     """Return a hash of everything that determines the answers: input, operations, weights and constants.
 
-    The operations are hashed as torch prints them, so another version of torch may give another hash for
-    the same model: records are then collected afresh, never mixed up.
+    The operations are hashed as torch prints them, so another version of torch may give another hash for the same
+    model. Records are then collected anew; they are never mixed.
     """
     digest = hashlib.sha256(f"{[(spec.shape, spec.dtype) for spec in inputs]} {program.graph}".encode())
     tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}

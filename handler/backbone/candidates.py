@@ -1,4 +1,4 @@
-"""Candidate layers: where a head could be attached (the paper's section 3.1), and why not elsewhere."""
+"""Candidate layers, where an exit head can be attached (the paper's section 3.1), and why other layers are left out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from early_exit.handler.errors import GraphError
 MIN_COST_LEFT = 0.05
 """A layer with less than this share of the FLOPs after it saves too little to be a candidate."""
 SAME_COST = 0.005
-"""Layers closer than this share of the FLOPs are one place; the later one stands for it."""
+"""Of layers that lie closer together than this share of the FLOPs, only the last one is a candidate."""
 FEW = 2
-"""Where fewer candidates than this determine the answer alone, those that need others beside them count too."""
+"""If fewer values than this determine the answer alone, values that need others beside them are candidates too."""
 LARGE_COMPONENT = 0.25
-"""A module with more than this share of the FLOPs is looked into, not taken as one component."""
+"""A module with more than this share of the FLOPs is not taken as one component; its parts are components."""
 
 _INFERENCE_NO_OPS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "alias", "detach", "lift_fresh_copy"}
 
@@ -32,13 +32,13 @@ class CandidateLayer:
     """A place in the backbone where a head could be attached."""
 
     path: str
-    """Dotted module path whose output this is, as in `named_modules()`; `@2` marks the second call of a module."""
+    """Dotted path of the module with this output, as in `named_modules()`; `@2` marks the second call of a module."""
     node: str
     """Name of the value in the exported graph."""
     shape: tuple[int, ...]
     """Shape of one row: (C, H, W), (T, D) or (D,)."""
     cost: float
-    """Fraction of the backbone's FLOPs spent once this value is computed, in (0, 1)."""
+    """Fraction of the backbone's FLOPs that have been spent when this value is computed, in (0, 1)."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +50,7 @@ class CandidateLayer:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A component that is no candidate, and why."""
+    """A component that is not a candidate layer, and why."""
 
     path: str
     reason: str
@@ -73,7 +73,7 @@ def discover_layers(
         example: (1, ...) inputs on which the FLOPs are counted.
 
     Raises:
-        GraphError: the graph does no countable work.
+        GraphError: the graph has no operation whose FLOPs can be counted.
     """
     flops = node_flops(module, example)
     total = sum(flops.values())
@@ -84,21 +84,21 @@ def discover_layers(
     components = list(_components([node for node in order if node.op == "call_function"], 1, flops, total))
     components.sort(key=lambda component: order[component.end])
     cuts = find_cuts(module)
-    # A detector's pyramid reads several stages: what it still needs travels beside the value that a head reads.
+    # A detector's pyramid reads several stages, so other values pass along with the value that a head reads.
     several = bool(beside(module.graph.output_node().all_input_nodes[0]))
     layers, left_out = _candidates(components, spent, {cut.value for cut in cuts if several or not cut.others})
-    if len(layers) < FEW and not several:  # branches run beside each other to the end, or all is within one skip
+    if len(layers) < FEW and not several:  # the model has parallel branches to its end, or one skip around everything
         layers, left_out = _candidates(components, spent, {cut.value for cut in cuts})
     return layers, left_out, total
 
 
 def _candidates(components: Sequence[_Component], spent: Mapping[fx.Node, float],
                 cuts: Collection[fx.Node]) -> tuple[list[CandidateLayer], list[LeftOut]]:
-    """Sort components into those whose outputs are worth a head, and the others.
+    """Sort components into candidate layers and the others.
 
     Args:
-        components: in the order of their ends.
-        spent: share of the FLOPs spent once a node is computed.
+        components: the components in the order of their ends.
+        spent: for each node, the share of the FLOPs that have been spent when it is computed.
         cuts: the values at which the backbone may be cut.
     """
     layers: list[CandidateLayer] = []
@@ -121,7 +121,7 @@ def _candidates(components: Sequence[_Component], spent: Mapping[fx.Node, float]
         else:
             if layers and cost - layers[-1].cost < SAME_COST:
                 left_out.append(LeftOut(layers.pop().path, f"{component.path} follows at no cost"))
-            # A module that is called again is another place in the backbone, and needs a name of its own.
+            # The second call of a module is another place in the backbone, so it needs a name of its own.
             calls[component.path] += 1
             path = component.path + (f"@{calls[component.path]}" if calls[component.path] > 1 else "")
             layers.append(CandidateLayer(path, component.end.name, shape, cost))
@@ -165,7 +165,7 @@ def _running_share(flops: Any, total: int) -> Iterator[float]:
 
 
 def _components(nodes: list[fx.Node], depth: int, flops: Mapping[fx.Node, int], total: int) -> Iterator[_Component]:
-    """Yield the components among nodes: the modules at a depth, containers and large ones opened."""
+    """Yield the modules at a depth of the module tree, and before each container or large module its parts."""
     for path, run in groupby(nodes, key=lambda node: _module_at(node, depth)):
         inside = list(run)
         if not path:
@@ -180,7 +180,7 @@ def _components(nodes: list[fx.Node], depth: int, flops: Mapping[fx.Node, int], 
 
 def _stack(node: fx.Node) -> list[tuple[str, str]]:
     stack = [(path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values()]
-    if stack and stack[0][1].endswith("ScoresOnly"):  # what `export_backbone` put around the user's model
+    if stack and stack[0][1].endswith("ScoresOnly"):  # the module that `export_backbone` puts around the user's model
         return [(path.removeprefix("model").removeprefix("."), kind) for path, kind in stack[1:]]
     return stack
 

@@ -1,7 +1,7 @@
-"""The tails of detectors that graphs of this process call, by identity.
+"""The tails of detectors that graphs in this process call, by identity.
 
-A detector's graph ends in one operation that calls what comes after the detector's stages. This module stands apart
-from that operation, because torch knows an operation once in a process, whichever import registered it.
+A detector's graph ends in one operation that calls the layers after the detector's stages: its tail. The tails have a
+module apart from that operation, because torch registers an operation only once in a process, whichever import does it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TAILS: dict[str, Any] = {}
 
 
 def tail_parameters(spec: DetectorSpec | None) -> list[nn.Parameter]:
-    """Return the parameters of a tail, or none without a detector."""
+    """Return the parameters of a detector's tail, or an empty list if there is no detector."""
     return [] if spec is None else list(TAILS[spec.tail].parameters())
 
 

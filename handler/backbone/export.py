@@ -1,4 +1,4 @@
-"""From an eager classifier to a graph of ATen operations, or a refusal that says what stands in the way."""
+"""Exports an eager classifier to a graph of ATen operations, or says why that is not possible."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ from early_exit.handler.backbone.signature import HALF_PRECISION, InputSpec, Out
 from early_exit.handler.errors import GraphError, Unsupported
 
 _BY_NUMBER = "use_mm_for_euclid_dist_if_necessary"
-"""How `torch.cdist` computes distances by default: of more than `_MANY_POINTS` points by a matrix product."""
+"""The default mode of `torch.cdist`: for more than `_MANY_POINTS` points it uses a matrix product."""
 _MANY_POINTS = 25
 _TRAINING_FLAG = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5}
-"""By the name of an operation that draws at random or uses the statistics of the batch: the argument that says so."""
+"""The operations that can draw at random or use the statistics of the batch, with the index of the argument that makes
+them do so."""
 _SQUEEZE = {torch.ops.aten.squeeze.default: torch.ops.aten.squeeze.dims,
             torch.ops.aten.squeeze_.default: torch.ops.aten.squeeze_.dims}
-"""By an operation that drops every dimension of size 1, that of a batch of one as well: the one that drops some."""
+"""The operations that drop every dimension of size 1, also the batch dimension of a batch of one, each with the
+operation that drops chosen dimensions only."""
 
 _SORTING = (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable)
 
@@ -58,12 +60,12 @@ class ScoresOnly(nn.Module):
 
 
 class _ForAnyBatch(TorchFunctionMode):
-    """Fixes what torch would choose by the number of rows, which must not be fixed."""
+    """Makes choices that torch would make by the number of rows; such a choice would fix that number in the export."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.cdist and kwargs.get("compute_mode", _BY_NUMBER) == _BY_NUMBER:
-            # As torch chooses by itself, from the one size that is fixed.
+            # The rule is that of torch, applied to the fixed size alone.
             by_products = any(isinstance(x.shape[-2], int) and x.shape[-2] > _MANY_POINTS for x in args[:2])
             kwargs = {**kwargs, "compute_mode": f"{'' if by_products else 'donot_'}use_mm_for_euclid_dist"}
         return func(*args, **kwargs)
@@ -77,23 +79,23 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec],
     Args:
         model: the classifier.
         inputs: the tensors that it takes.
-        constants: what it is given beside them, by name.
-        output: which of the model's outputs are the scores; needed only where several could be.
+        constants: constant values that it takes besides the tensors, by name.
+        output: the name or index of the output with the scores; needed only if several outputs could be scores.
 
     Returns:
-        The program, which maps the inputs in order to (B, K) scores, and where they are in what the model returns.
+        The program, which maps the inputs in order to (B, K) scores, and the place of the scores in the model's output.
 
     Raises:
-        GraphError: the model cannot be exported; the message names the operation and the line that stand in the way.
+        GraphError: the model cannot be exported; the message names the operation and the line that prevent it.
     """
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in ("multi_label_classification", "regression"):
         raise GraphError(f"the model's config says problem_type {problem!r}: an exit answers "
-                         "with one of several classes, which takes a single-label classifier")
+                         "with one of several classes, which requires a single-label classifier")
     model.eval()
     outputs: list[OutputSpec] = []
     wrapped = ScoresOnly(model, [spec.name for spec in inputs], constants, output, outputs.append)
-    # Two rows: a batch of 0 or 1 would be taken for a constant.
+    # Two rows, because torch.export takes a size of 0 or 1 for a constant.
     example = tuple(spec.zeros(2) for spec in inputs)
     batch = Dim("batch", min=1)
     try:
@@ -111,7 +113,7 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec],
 
 
 def _line_of(error: BaseException) -> str:
-    """Return the last line of the model's own code that an error passed through."""
+    """Describe the last line of the model's own code that an error passed through."""
     torch_folder = str(Path(torch.__file__).parent)
     if "specialized it to be a constant" in str(error):  # found only at the end of the export
         return "its code fixes the number of rows, as len(x) does: write x.shape[0] instead of len(x). "
@@ -123,10 +125,10 @@ def _line_of(error: BaseException) -> str:
 
 
 def prepare_program(program: ExportedProgram) -> None:
-    """Bring a program into the form in which it is cut: one graph, whose values have one rank for every batch.
+    """Bring a program into the form that can be cut: a single graph, whose values have the same rank for every batch.
 
     Raises:
-        GraphError: it holds a subgraph that cannot be put into its graph.
+        GraphError: the program has a subgraph that cannot be inlined.
     """
     inline_regions(program)
     for node in program.graph.nodes:
@@ -141,10 +143,10 @@ def prepare_program(program: ExportedProgram) -> None:
 def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     """Return the forward pass of an exported backbone as a graph with its parameters attached.
 
-    Its inputs are (B, ...) tensors in the order of the program, its output is the (B, K) scores.
+    The inputs of the graph are (B, ...) tensors in the order of the program, and its output is the (B, K) scores.
 
     Raises:
-        GraphError: it does not map (B, ...) tensors to one (B, K) tensor.
+        GraphError: the program does not map (B, ...) tensors to one (B, K) tensor.
     """
     module = program.module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
@@ -163,8 +165,8 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     training = [node.name for node in module.graph.nodes if _is_training(node, data)]
     if training:
         raise GraphError(f"{', '.join(training[:3])} would behave as in training, at random or by the statistics of "
-                         "the batch: call model.eval() before exporting, and give functions such as F.dropout and "
-                         "F.batch_norm training=self.training")
+                         "the batch: call model.eval() before exporting, and call functions such as F.dropout and "
+                         "F.batch_norm with training=self.training")
     scores = [_in_float32(node) for node in _outputs(module.graph)]
     if len(scores) != 1 or tensor_of(scores[0]) is None:
         raise GraphError(f"expected a backbone that returns one tensor of scores, found {len(scores)} outputs")
@@ -172,18 +174,19 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     if len(shape) != 2 or not is_batch_first(scores[0], batch):
         raise GraphError(f"expected scores of shape (batch, classes), found {shape}: is this a classifier?")
     if _before_casts(scores[0]).target is torch.ops.aten.sigmoid.default:
-        raise GraphError(f"the backbone ends in a sigmoid over {shape[1]} scores: a multi-label model has no one class "
-                         "for an exit to answer with, and a binary one must return two scores, such as "
+        raise GraphError(f"the backbone ends in a sigmoid over {shape[1]} scores: a multi-label model has no single "
+                         "class for an exit to answer with, and a binary classifier must return two scores, such as "
                          "torch.cat([-z, z], dim=1) / 2 of its logit z")
     if sorting := _sorting(scores[0]):
         raise GraphError(f"the backbone returns its scores in the order of their size ({sorting.name}), so their "
-                         "places are no classes, and an exit head learns a score for each class: let the model return "
-                         "all scores, and the handler take the top ones", Unsupported.SEVERAL_SCORES)
-    # Tensors in, one tensor out, whatever structures the program was exported with.
+                         "positions do not stand for classes, but an exit head learns a score for each class: let the "
+                         "model return all scores, and let the handler select the top ones",
+                         Unsupported.SEVERAL_SCORES)
+    # The graph takes tensors and returns one tensor, whatever structures the program was exported with.
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)
     keep_beside(scores[0])
-    # A plain module: the one that torch.export returns forbids eval(), which every handler calls.
+    # A plain module, because the module that torch.export returns forbids eval(), which every handler calls.
     return fx.GraphModule(module, module.graph)
 
 
@@ -200,7 +203,7 @@ def _before_casts(node: fx.Node) -> fx.Node:
 
 
 def _sorting(scores: fx.Node) -> fx.Node | None:
-    """Return what puts a backbone's scores into the order of their size, where something does."""
+    """Return the operation that sorts a backbone's scores by size, if there is one."""
     node = scores
     while node.target not in _SORTING:
         if len(node.all_input_nodes) != 1:
@@ -210,7 +213,7 @@ def _sorting(scores: fx.Node) -> fx.Node | None:
 
 
 def _in_float32(scores: fx.Node) -> fx.Node:
-    """Return scores of half precision, as autocast leaves them, in float32, which exits compute with."""
+    """Cast scores of half precision, which autocast leaves, to float32, in which exits compute."""
     value = tensor_of(scores)
     if value is None or value.dtype not in HALF_PRECISION:
         return scores
@@ -233,10 +236,10 @@ def _outputs(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _is_training(node: fx.Node, data: Container[fx.Node]) -> bool:
-    """Whether an operation draws at random or uses the statistics of the batch."""
+    """Tell whether an operation draws at random or uses the statistics of the batch."""
     name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
     flag = _TRAINING_FLAG.get(name)
     if flag is None or len(node.args) <= flag or node.args[flag] is not True:
         return False
-    # Weights that are brought to zero mean and unit variance are no batch; nobody keeps statistics of them.
+    # A batch norm may also standardise weights, which are not a batch; it then has no running statistics.
     return name != "batch_norm" or node.args[0] in data or node.args[3] is not None

@@ -18,30 +18,30 @@ _WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class Cut:
-    """A place in the graph, and what must travel for the rest of the backbone to be computed from there.
+    """A place at which the graph can be cut, and the tensors from which the rest of the backbone is computed.
 
-    Every tensor that travels has one row per item of the batch, so that the rows of answered items can be dropped.
+    Each of these tensors has one row per item of the batch, so that the rows of answered items can be dropped.
     """
 
     value: fx.Node
-    """Computed last, and what a head here would read."""
+    """The value that is computed last, which a head at this place reads."""
     others: tuple[fx.Node, ...]
-    """Further results that are still needed; none where the value alone determines the answer."""
+    """Further results that are still needed; empty if the value alone determines the answer."""
     inputs: tuple[fx.Node, ...]
-    """Inputs that are still needed, such as a mask. What follows from them without parameters is computed again."""
+    """Inputs that are still needed, such as a mask. Values that follow from them without parameters are recomputed."""
 
     @property
     def live(self) -> tuple[fx.Node, ...]:
-        """What travels, in the order of the next stage's inputs."""
+        """The tensors that pass the cut, in the order of the next stage's inputs."""
         return (self.value, *self.others, *self.inputs)
 
 
 def find_cuts(module: fx.GraphModule) -> list[Cut]:
     """Return the places where a backbone can be cut, in order of computation.
 
-    A value without others is what the paper calls for (section 3.1): the answer depends on it alone, but for
-    inputs that the user gave anyway. Parameters, and what follows from parameters and shapes alone, do not
-    count: any stage can compute them again.
+    A cut without `others` is one as the paper demands (section 3.1): apart from inputs, which the user gave anyway, the
+    answer depends on its value alone. Parameters, and values that follow from parameters and shapes alone, do not
+    count: any stage can recompute them.
     """
     return _Dependence(module).cuts()
 
@@ -54,10 +54,11 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
         boundaries: names of the cuts' values, in order of computation.
 
     Returns:
-        len(boundaries) + 1 graph modules. Each takes the tensors that travel to it as arguments, the first stage
-        the backbone's inputs, and returns a tuple of those that travel on, first the one that a head reads; the
-        last returns a tuple of the scores and what is beside them, such as a detector's boxes. Chained they compute
-        exactly what `module` computes, for any number of rows, and the rows may become fewer between two stages.
+        len(boundaries) + 1 graph modules. The first takes the backbone's inputs as arguments, and each of the others
+        takes the tensors that the stage before it returned. A stage returns a tuple of tensors, the one that a head
+        reads first; the last stage returns a tuple of the scores and the values beside them, such as a detector's
+        boxes. Chained, the stages compute exactly what `module` computes, for any number of rows, and rows may be
+        dropped between two stages.
 
     Raises:
         GraphError: a boundary is not a cut of this graph.
@@ -66,7 +67,7 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     by_name = {cut.value.name: cut for cut in known.cuts()}
     unknown = [name for name in boundaries if name not in by_name]
     if unknown:
-        raise GraphError(f"not cuts of this backbone: {', '.join(unknown)}")
+        raise GraphError(f"the backbone cannot be cut at {', '.join(unknown)}")
     cuts = [by_name[name] for name in boundaries]
     scores = module.graph.output_node().args[0]
     if not isinstance(scores, fx.Node):
@@ -77,7 +78,7 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
 
 
 class _Dependence:
-    """What each node of a graph depends on."""
+    """The dependences between the nodes of a graph."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
@@ -86,9 +87,9 @@ class _Dependence:
         self.inputs = tuple(inputs_of(module.graph))
         self._batch = batch_size(module.graph)
         self._memory: dict[fx.Node, fx.Node] = {}
-        """The node that allocated what a node is a view of."""
+        """For each node, the node that allocated its memory: another one if the node is a view."""
         self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        """By such a node: the operations that write to its memory."""
+        """For each node that allocated memory, the operations that write to this memory."""
         for node in self.nodes:
             self._note_memory(node)
         origins = self._origins()
@@ -96,7 +97,7 @@ class _Dependence:
         """Nodes that depend on the values of the inputs, not only on their shapes."""
         self.light = {node: origins[node] for node in self.data
                       if _WEIGHTS not in origins[node] and str(self._batch) in str(node.meta.get("val"))}
-        """Those of them that need no parameters and keep the rows apart, and the inputs they follow from."""
+        """The nodes of `data` that need no parameters and have a batch dimension, with the inputs they follow from."""
         self.last_use = {node: max((self.position[user] for user in node.users), default=-1) for node in self.data}
 
     def cuts(self) -> list[Cut]:
@@ -120,7 +121,7 @@ class _Dependence:
         return cuts
 
     def _shares_changing_memory(self, cut: Cut, index: int) -> bool:
-        """Whether an operation after `index` writes to memory that two of the travelling tensors share."""
+        """Tell whether an operation after `index` writes to memory that two of the cut's tensors share."""
         seen = [self._memory[node] for node in cut.live]
         shared = {memory for memory in seen if seen.count(memory) > 1}
         return any(self.position[write] > index for memory in shared for write in self._writes[memory])
@@ -135,7 +136,7 @@ class _Dependence:
         rows = copies[start[0]]
         for node in self._needed(start, end):
             if node.target is SYM_SIZE:
-                # The only dynamic size is the batch, and the rows of this stage are counted on its own input.
+                # The only dynamic size is that of the batch, and a stage counts the rows of its own first input.
                 copies[node] = self._count(graph, rows, node)
             else:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -144,7 +145,7 @@ class _Dependence:
         return fx.GraphModule(self.module, graph)
 
     def _needed(self, start: Sequence[fx.Node], end: Sequence[fx.Node]) -> list[fx.Node]:
-        """Return the nodes of a stage in order: what it computes, and what it must compute again."""
+        """Return the nodes of a stage in order, including those that it must recompute."""
         first, last = self.position[start[0]], self.position[end[0]]
         seen: set[fx.Node] = set()
         missing = list(end)
@@ -163,13 +164,13 @@ class _Dependence:
         return sorted(seen - set(start), key=self.position.__getitem__)
 
     def _origins(self) -> dict[fx.Node, frozenset[object]]:
-        """Return the inputs that each node follows from, and `_WEIGHTS` where parameters have a part in it."""
+        """Return the inputs that each node depends on, with `_WEIGHTS` if it also depends on parameters."""
         parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         memory_written_by = {write: memory for memory, writes in self._writes.items() for write in writes}
         origins: dict[fx.Node, frozenset[object]] = {}
         written: dict[fx.Node, frozenset[object]] = defaultdict(frozenset)
         changed = True
-        while changed:  # what is written later also counts for nodes that share the memory
+        while changed:  # a later write also counts for earlier nodes that share the memory
             changed = False
             for node in self.nodes:
                 if node.op == "placeholder":
@@ -204,7 +205,7 @@ class _Dependence:
                 self._writes[self._memory[argument]].append(node)
 
     def _count(self, graph: fx.Graph, rows: fx.Node, size: fx.Node) -> fx.Node:
-        """Add a size of the whole graph to a stage: the number of its rows, or a multiple of it."""
+        """Add a dynamic size to a stage: the number of the stage's rows, or a multiple of that number."""
         times = size.meta["val"].node.expr / self._batch.node.expr  # type: ignore[union-attr]
         count = graph.call_function(SYM_SIZE, (rows, 0))
         if times == 1:
@@ -220,13 +221,13 @@ def inputs_of(graph: fx.Graph) -> list[fx.Node]:
 
 
 def batch_size(graph: fx.Graph) -> int | torch.SymInt:
-    """Return the number of rows that the graph was exported for: a symbol where it may be any."""
+    """Return the number of rows that the graph was exported for; it is a symbol if any number is allowed."""
     size: int | torch.SymInt = inputs_of(graph)[0].meta["val"].shape[0]
     return size
 
 
 def keep_beside(scores: fx.Node) -> None:
-    """Give names to what an operation of ours that makes the scores returns beside them, which an export drops."""
+    """Add nodes for the values that an operation of this package returns beside the scores: an export drops them."""
     source = _ours(scores)
     if source is None:
         return
@@ -239,13 +240,13 @@ def keep_beside(scores: fx.Node) -> None:
 
 
 def beside(scores: fx.Node) -> tuple[fx.Node, ...]:
-    """Return what an operation of ours that makes the scores returns beside them, with a row per item: detections."""
+    """Return the values, with a row per item, that an operation of this package returns beside the scores."""
     source = _ours(scores)
     return () if source is None else tuple(node for node in source.users if node is not scores)
 
 
 def _ours(scores: fx.Node) -> fx.Node | None:
-    """Return the operation of this package that makes the scores and more, if one does."""
+    """Return the operation of this package that computes the scores among other values, if there is one."""
     if scores.target is not operator.getitem:
         return None
     source = scores.all_input_nodes[0]
@@ -253,12 +254,12 @@ def _ours(scores: fx.Node) -> fx.Node | None:
 
 
 def reads_inputs(module: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes that depend on the values of the inputs: not those of parameters and shapes alone."""
+    """Return the nodes that depend on the values of the inputs, not on parameters and shapes alone."""
     return _Dependence(module).data
 
 
 def index_limits(module: fx.GraphModule) -> dict[str, int]:
-    """Return, by the name of an input that looks up rows of tables, how many rows the smallest table has."""
+    """Return, for each input that looks up rows of tables, the number of rows of the smallest table, by input name."""
     known = _Dependence(module)
     limits: dict[str, int] = {}
     for node in known.nodes:
@@ -272,12 +273,12 @@ def index_limits(module: fx.GraphModule) -> dict[str, int]:
 
 
 def tensor_of(node: fx.Node) -> Tensor | None:
-    """Return the tensor that a node stands for, without its values."""
+    """Return a tensor without values that has the shape and dtype of a node's result, or None if it is no tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else None
 
 
 def is_batch_first(node: fx.Node, batch: int | torch.SymInt) -> bool:
-    """Whether a value has one row per item: only then can the rows of answered items be dropped."""
+    """Tell whether a value has one row per item: only then can the rows of answered items be dropped."""
     shape = node.meta["val"].shape
     return len(shape) > 0 and str(shape[0]) == str(batch) and not any(str(batch) in str(s) for s in shape[1:])

@@ -1,4 +1,4 @@
-"""The class of an image that a detector sees: how it is defined, so that exits can learn it."""
+"""The class of an image for a detector, defined so that exits can learn it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from early_exit.handler.files.names import bare_name
 
 CERTAIN = 0.5
-"""An object with less than this score is no answer."""
+"""An object with a score below this does not count as an answer."""
 
 
 class Strategy(str, Enum):
-    """What the class of an image is, 0 meaning nothing: the paper's three ways to update exits."""
+    """What the class of an image is, where 0 means that there is nothing: the paper's three ways to update exits."""
 
     OBJECT = "most-confident-object"
     """The label of the detection with the highest score."""
     PEDESTRIAN = "most-confident-pedestrian"
     """Whether there is a pedestrian."""
     ALL = "all-objects"
-    """The label with most of the scores of all detections together."""
+    """The label with the largest sum of scores over all detections."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class DetectorSpec:
     """A detector in `backbone.json`."""
 
     model_file: str
-    """Name of the file of the user's archive that has the class of the detector."""
+    """Name of the file in the user's archive that defines the class of the detector."""
     strategy: Strategy
     pedestrian: int
     """Label of pedestrians."""
     tail: str
-    """Identity of what comes after the backbone's stages, by which the graph calls it."""
+    """Identity of the tail: the layers after the backbone's stages, which the graph calls by this identity."""
 
     def __post_init__(self) -> None:
-        bare_name(self.model_file, "the model file of a detector")  # its code is run
+        bare_name(self.model_file, "the model file of a detector")  # the code in this file will be run
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DetectorSpec:
@@ -52,13 +52,13 @@ class DetectorSpec:
 
 
 def class_scores(labels: Tensor, scores: Tensor, n_labels: int, strategy: Strategy, pedestrian: int) -> Tensor:
-    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians and else the number of labels.
+    """Return the (K,) probabilities of an image's classes; K is 2 for pedestrians, otherwise the number of labels.
 
     Args:
         labels: (N,) int64 labels of the detections.
         scores: (N,) scores of the detections, in [0, 1].
-        n_labels: how many labels there are, with 0 for the background.
-        strategy: what the class of an image is.
+        n_labels: the number of labels, including 0 for the background.
+        strategy: the definition of the class of an image.
         pedestrian: the label of pedestrians.
     """
     best = scores.new_zeros(n_labels).scatter_reduce(0, labels, scores, "amax")

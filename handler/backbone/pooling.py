@@ -1,4 +1,4 @@
-"""How an activation becomes the small tensor that is recorded and that heads read."""
+"""The pooling of an activation to the small tensor that records hold and heads read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LARGE_CHANNELS_LAST_MAP = 784
 
 
 Side = int | None
-"""To how many cells a side feature maps are pooled; none keeps activations raw."""
+"""The side to which feature maps are pooled, in cells; None keeps whole activations."""
 
 
 def pool_activation(activation: Tensor, side: Side) -> Tensor:
@@ -21,11 +21,11 @@ def pool_activation(activation: Tensor, side: Side) -> Tensor:
 
     Args:
         activation: (B, C, H, W) feature maps, (B, T, D) tokens or (B, D) vectors.
-        side: feature maps are average-pooled to at most (side, side); none returns the activation.
+        side: feature maps are average-pooled to at most (side, side); None returns the activation.
 
     Returns:
-        (B, C, min(side, H), min(side, W)) for maps; (B, 2, D) for tokens: the first token, which is the
-        class token where a model has one, and the mean of all; vectors as they are.
+        (B, C, min(side, H), min(side, W)) for maps. (B, 2, D) for tokens: the first token, which is the class token if
+        the model has one, and the mean of all tokens. Vectors are returned as they are.
     """
     if side is None:
         return activation
@@ -48,15 +48,15 @@ def pooled_shape(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
 
 
 def _pool_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Return what adaptive_avg_pool2d does, in less time.
+    """Compute adaptive_avg_pool2d in less time.
 
-    On a CPU that one is not vectorised for contiguous maps, where matrix products are, and reads large channels_last
-    ones at half the speed of sums; on a GPU it takes three times as long as they do.
+    On a CPU, adaptive_avg_pool2d is not vectorised for contiguous maps, but matrix products are; and it reads large
+    channels_last maps at half the speed of sums. On a GPU, it takes three times as long as sums.
     """
     batch, channels, height, width = maps.shape
     divides = height % rows == 0 and width % columns == 0
     if maps.is_cuda and divides:
-        # Channels last, which makes it fast: the result is laid out like what is added up.
+        # In channels_last order, which is fast: the result has the same memory layout as the summands.
         cells = torch.unflatten(torch.unflatten(maps.permute(0, 2, 3, 1), 2, (columns, -1)), 1, (rows, -1))
         means: Tensor = cells.mean(dim=(2, 4), dtype=torch.float32)
         return means.permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
-"""The `.pt2` file of an exported program, read only if it holds tensors and a graph of torch's operations alone.
+"""Reads the `.pt2` file of an exported program, if it holds nothing but tensors and a graph of torch's operations.
 
 `torch.export.load` trusts its file: it unpickles entries that the file names, loads compiled libraries, evaluates sizes
-as Python, imports modules for the structure of inputs, and resolves an operation by any dotted name below `torch`. So a
-file is examined first, by what it says once it is parsed, not by how it is spelled.
+as Python, imports modules for the structure of inputs, and resolves an operation by any dotted name below `torch`. A
+file is therefore examined first. The examination parses the contents; it does not rely on their spelling.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from early_exit.handler.errors import ArchiveError, Unsupported
 
 _PLAIN = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
                     r"data/weights/weight_\d+|data/constants/tensor_\d+|extra/[\w.-]+")
-"""Entries that torch reads as bytes: markers, raw tensors, and files of the user's that it hands back unread."""
+"""Entries that torch reads as bytes: markers, raw tensors, and files of the user that it returns without parsing."""
 _TENSOR_CONFIG = re.compile(r"data/(weights|constants)/\w+_(weights|constants)_config\.json")
 _PICKLED_TENSORS = re.compile(r"data/(weights|constants|sample_inputs)/\w+\.pt")
 _GRAPH = re.compile(r"models/\w+\.json")
 _OPERATION = re.compile(
     r"torch\.ops\.[a-z]\w*\.((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
     r"|_operator\.(?!__)\w+|math\.(?!__)\w+|torch\.sym_\w+")
-"""Names of operations; torch would resolve others, such as `torch.serialization.os.system`, to what they name."""
+"""Names of operations. torch would also resolve other names, such as `torch.serialization.os.system`."""
 _OF_FILES = re.compile(r"torch\.ops\.\w+\.(\w+_)?(file|load|save)(_\w+)?(\.\w+)?")
-"""Names of those operations that read or write a file of any path, such as `torch.ops.aten.from_file`."""
+"""Names of operations that read or write a file at any path, such as `torch.ops.aten.from_file`."""
 _SYMBOL = re.compile(r"[a-z]{1,4}\d+")
 _FUNCTIONS = frozenset({
     "Symbol", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv",
     "FloatTrueDiv", "Abs", "floor", "ceiling", "ModularIndexing", "PowByNatural", "FloatPow", "ToFloat", "TruncToInt",
     "FloorToInt", "CeilToInt", "RoundToInt", "Identity", "Integer", "Rational", "Float", "Eq", "Ne", "Lt", "Le", "Gt",
     "Ge", "And", "Or", "Not", "Piecewise", "Where", "true", "false", "oo", "int_oo"})
-"""Names in the sizes that torch.export writes, such as "Mul(Integer(2), Symbol('s31', positive=True))"."""
+"""Names in sizes that torch.export writes, such as "Mul(Integer(2), Symbol('s31', positive=True))"."""
 _ARITHMETIC = (ast.Expression, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.BoolOp, ast.boolop, ast.Compare,
                ast.cmpop, ast.Call, ast.keyword, ast.Load)
 
@@ -52,7 +52,7 @@ def load_program(path: Path) -> ExportedProgram:
     """Read a .pt2 file.
 
     Raises:
-        ArchiveError: it is not an exported program that this torch can read, or reading it could run code.
+        ArchiveError: the file is not an exported program that this torch can read, or reading it could run code.
     """
     _examine(path)
     try:
@@ -66,18 +66,18 @@ def _examine(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            # Whoever reads the first of two entries of a name would see another file than whoever reads the last.
+            # Of two entries with one name, some readers take the first and others the last.
             if twice := [name for name, count in Counter(name.lower() for name in names).items() if count > 1]:
                 raise ArchiveError(f"{path.name} holds {twice[0]} twice: export the program again")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ArchiveError(f"{path.name} is compressed, as no program of torch is, and may unpack to any size: "
-                                   "export the program again")
+                raise ArchiveError(f"{path.name} is compressed, which programs of torch never are, and may unpack to "
+                                   "any size: export the program again")
             if len({name.partition("/")[0] for name in names}) != 1:
                 raise ArchiveError(f"{path.name} is not an exported program: expected one folder in it")
             with PT2ArchiveReader(str(path)) as torchs:
                 for name in names:
                     inner, content = name.partition("/")[2], archive.read(name)
-                    # Torch's reader finds the list of entries in another way than Python's; each may be shown its own.
+                    # Torch's reader and Python's find the list of entries differently; each may see another file.
                     if torchs.read_bytes(inner) != content:
                         raise ArchiveError(f"{path.name} holds two versions of {name}: export the program again")
                     _examine_entry(path, inner, content)
@@ -108,7 +108,7 @@ def _examine_entry(path: Path, name: str, content: bytes) -> None:
                            "graph to cut. Save the program before it is compiled, with torch.export.save",
                            Unsupported.AOT_LIBRARY)
     elif not _PLAIN.fullmatch(name):
-        raise ArchiveError(f"{path.name} holds {name!r}, which is no part of an exported program that is read here: "
+        raise ArchiveError(f"{path.name} holds {name!r}, which is no part of an exported program that may be read: "
                            "compiled libraries and custom objects are refused; use torch.export.save")
 
 
@@ -121,7 +121,7 @@ def _examine_graph(path: Path, graph: object) -> None:
             if _OF_FILES.fullmatch(target):
                 raise ArchiveError(f"{path.name} calls {target!r}, which reads or writes files of any name: refused")
         if expression is not None and not _is_size(str(expression)):
-            raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is no arithmetic of sizes: refused")
+            raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is not arithmetic: refused")
         for spec in (part.get("in_spec"), part.get("out_spec")):
             if spec is not None and (module := _imported(spec)) is not None:
                 raise ArchiveError(f"{path.name} has inputs or outputs in a structure for which torch would import "
@@ -129,19 +129,22 @@ def _examine_graph(path: Path, graph: object) -> None:
 
 
 def _called(part: dict[str, Any]) -> list[str]:
-    """Return what a part of a graph names to be called: by itself, or by the operation that is given it."""
+    """Return the names of the functions that a part of a graph calls, or passes to an operation that calls them."""
     is_node = "inputs" in part and "outputs" in part
     named = (part.get("target") if is_node else None, part.get("as_operator"))
     return [str(target) for target in named if target is not None]
 
 
 def _imported(structure: object) -> str | None:
-    """Return what torch imports for the structure of a program's inputs or outputs, which is JSON with JSON in it."""
+    """Return the name that torch would import for the structure of a program's inputs or outputs, or None.
+
+    The structure is JSON, in which strings may be JSON again.
+    """
     waiting = [structure]
     while waiting:
         part = waiting.pop()
         if isinstance(part, str):
-            with contextlib.suppress(ValueError):  # most are names
+            with contextlib.suppress(ValueError):  # most strings are names, not JSON
                 waiting.append(json.loads(part))
         elif isinstance(part, dict):
             if "__enum__" in part:
@@ -155,7 +158,7 @@ def _imported(structure: object) -> str | None:
 
 
 def _is_size(expression: str) -> bool:
-    """Tell whether torch, which evaluates an expression as Python, would find arithmetic in it and nothing else."""
+    """Tell whether an expression, which torch evaluates as Python, is arithmetic and nothing else."""
     try:
         nodes = list(ast.walk(ast.parse(expression, mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,7 +1,7 @@
-"""Operations that torch.export leaves in a subgraph of their own, such as those under autocast, as part of the graph.
+"""Inlines subgraphs: operations that torch.export keeps apart from the graph, such as those under autocast.
 
 Cuts and candidate layers are found between the operations of one graph. A model whose forward begins with
-`with torch.autocast(...)` is exported as a single operation that holds all others.
+`with torch.autocast(...)` is exported as a single operation that holds all others in a subgraph.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from early_exit.handler.errors import GraphError
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
 _FIRST_INPUT = {_AUTOCAST: 5, _GRADIENTS: 2}
-"""By the operation that holds a subgraph: where its inputs begin; the subgraph comes just before them."""
+"""For each operation that holds a subgraph, the index of its first input; the argument before that is the subgraph."""
 _CAST = torch.ops.aten.to.dtype
 _ANY_CAST = torch.ops.aten._to_copy.default
-"""What casts consist of."""
+"""The operation that every cast is executed as."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class _Autocast:
     enabled: bool
 
     def entered(self) -> Any:
-        # A cache would keep a cast that was seen before from being seen again.
+        # With autocast's cache, a cast that was observed once would not be observed again.
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
     def knows(self, operation: Any) -> bool:
-        """Whether autocast casts what this operation is given, and leaves its inside alone."""
+        """Tell whether autocast casts the arguments of this operation, and nothing inside it."""
         return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), f"Autocast{self.device.upper()}")
 
 
 def inline_regions(program: ExportedProgram) -> None:
     """Put the operations of subgraphs into the program's graph, in place.
 
-    Blocks that switch gradients change nothing at inference. The casts that autocast makes become operations, so that
-    the program computes the same without it, on every device and however it is cut.
+    Blocks that switch gradients have no effect at inference. The casts that autocast makes become operations, so that
+    the program computes the same without autocast, on every device and with any cuts.
 
     Raises:
-        GraphError: a subgraph reads a tensor that is not given to it.
+        GraphError: a subgraph reads a tensor that is not among its inputs.
     """
     module, graph = program.graph_module, program.graph_module.graph
     calls = [node for node in graph.nodes if node.target in _FIRST_INPUT]
@@ -77,14 +77,14 @@ def inline_regions(program: ExportedProgram) -> None:
 
 def _inlined(owner: fx.GraphModule, graph: fx.Graph, call: fx.Node, arguments: Sequence[Argument],
              around: Sequence[_Autocast]) -> list[fx.Node]:
-    """Add the operations of a subgraph to a graph; return what it returns.
+    """Add the operations of a subgraph to a graph, and return the nodes of its results.
 
     Args:
         owner: the module that has the subgraph.
-        graph: where the operations are inserted.
+        graph: the graph into which the operations are inserted.
         call: the operation of the owner's graph that holds the subgraph.
-        arguments: its arguments, inputs as nodes of `graph`.
-        around: the autocast blocks that the call is in, outermost first.
+        arguments: the arguments of this operation, with nodes of `graph` as inputs.
+        around: the autocast blocks around this operation, outermost first.
     """
     first = _FIRST_INPUT[call.target]  # type: ignore[index]
     inside = around if call.target is _GRADIENTS else (*around, _Autocast(*arguments[:3]))  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def _inlined(owner: fx.GraphModule, graph: fx.Graph, call: fx.Node, arguments: S
         elif node.op == "get_attr":
             if not isinstance(getattr(region, node.target, None), fx.GraphModule):
                 raise GraphError(f"a part of the model under autocast or no_grad reads {node.target}, which is not "
-                                 "among its inputs: move the block out of forward, or make it a buffer")
+                                 "among its inputs: move the block out of forward, or make that tensor a buffer")
             copies[node] = node
         elif node.target in _FIRST_INPUT:
             copies[node] = _inlined(region, graph, node, fx.map_arg(node.args, copies.__getitem__), inside)
@@ -112,11 +112,11 @@ def _inlined(owner: fx.GraphModule, graph: fx.Graph, call: fx.Node, arguments: S
 
 
 def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any], around: Sequence[_Autocast]) -> fx.Node:
-    """Add one operation to a graph so that it computes what it computes in its autocast blocks."""
+    """Add one operation to a graph, with casts, so that it computes the same as in its autocast blocks."""
     operation = _Operation.of(node, copies)
     if not around or not isinstance(node.target, torch._ops.OpOverload):
         return graph.node_copy(node, copies.__getitem__)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # an operation may make scalars of its own
+    with FakeTensorMode(allow_non_fake_inputs=True):  # an operation may create scalars itself
         examples = [_example(value.meta["val"]) for value in operation.given]
     within = operation.observed(examples, around)
     casts = {}
@@ -139,9 +139,9 @@ class _Operation:
 
     node: fx.Node
     arguments: tuple[Any, Any]
-    """Positional ones and those by name, with nodes of the graph that it goes into."""
+    """The positional and the named arguments, with nodes of the graph into which the operation is copied."""
     given: tuple[fx.Node, ...]
-    """Those nodes, each once."""
+    """The nodes among the arguments, each once."""
 
     @classmethod
     def of(cls, node: fx.Node, copies: dict[fx.Node, Any]) -> _Operation:
@@ -151,7 +151,7 @@ class _Operation:
         return cls(node, arguments, tuple(given))
 
     def run(self, values: Sequence[Any], around: Sequence[_Autocast]) -> Any:
-        """Return what it computes of values of what it is given."""
+        """Return the result of the operation inside autocast blocks, for values of the nodes in `given`."""
         args, kwargs = fx.map_arg(self.arguments, dict(zip(self.given, values)).__getitem__)
         with torch.no_grad(), ExitStack() as stack:
             for block in around:
@@ -159,7 +159,7 @@ class _Operation:
             return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
     def observed(self, values: Sequence[Any], around: Sequence[_Autocast]) -> _Observer:
-        """Run it and tell what it consists of."""
+        """Run the operation and return the observed casts and parts."""
         observer = _Observer(values)
         with observer:
             self.run(values, around)
@@ -167,7 +167,7 @@ class _Operation:
 
 
 def _example(value: Any) -> Any:
-    """Return a tensor or a size for one of the program's, whose symbols must not be narrowed down by running things."""
+    """Return a tensor or a size with fixed sizes: running operations on symbolic sizes could narrow the symbols."""
     if isinstance(value, Tensor):
         return torch.empty_strided([_example(size) for size in value.shape],
                                    [_example(stride) for stride in value.stride()],
@@ -176,19 +176,19 @@ def _example(value: Any) -> Any:
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what an operation consists of once autocast has had its say."""
+    """Observes the operations that an operation is executed as, including the casts of autocast."""
 
     def __init__(self, tensors: Sequence[object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tensors = tensors
         self.casts: dict[int, torch.dtype] = {}
-        """By position of a tensor among those that were given: what it was cast to."""
+        """The dtype that each tensor was cast to, by its position in `tensors`."""
         self.parts: list[tuple[object, tuple[object, ...]]] = []
-        """Each other operation, and the dtypes of its results."""
+        """Every other operation, with the dtypes of its results."""
 
     @property
     def has_inner_casts(self) -> bool:
-        """Whether there are casts among several parts; a single one is what the model itself asked for."""
+        """Whether there are casts among several parts; a cast that is alone is the model's own."""
         return len(self.parts) + len(self.casts) > 1 and (
             bool(self.casts) or any(part is _ANY_CAST for part, _ in self.parts))
 
@@ -197,7 +197,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         places = [place for place, tensor in enumerate(self._tensors) if args and tensor is args[0]]
         if func is _ANY_CAST and places:
             self.casts |= dict.fromkeys(places, result.dtype)
-        elif func.namespace != "prim":  # which only asks about tensors
+        elif func.namespace != "prim":  # operations of `prim` only query properties of tensors
             results = result if isinstance(result, (tuple, list)) else (result,)
             self.parts.append((func, tuple(getattr(value, "dtype", None) for value in results)))
         return result
@@ -210,7 +210,7 @@ def _cast(graph: fx.Graph, value: fx.Node, dtype: torch.dtype, reader: fx.Node) 
 
 
 def _decomposed(graph: fx.Graph, operation: _Operation, around: Sequence[_Autocast]) -> fx.Node:
-    """Add the parts of an operation inside which autocast casts, such as an einsum's products."""
+    """Add the parts of an operation, such as an einsum, in which autocast casts inner values."""
     values = [value.meta["val"] for value in operation.given]
     traced = make_fx(lambda *values: operation.run(values, around), tracing_mode="symbolic")(*values)
     copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), operation.given))

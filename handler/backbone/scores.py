@@ -1,4 +1,4 @@
-"""What kind of scores a classifier returns, so that an exit can return the same kind."""
+"""The kinds of scores that classifiers return; an exit returns the kind of its backbone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1e-30
-"""Probabilities below this count as this; masked classes have 0."""
+"""Smaller probabilities count as this; masked classes have the probability 0."""
 _FAR_BELOW, _TIMES_THE_OTHERS = 1000.0, 100.0
-"""Scores so far, and by so many times the others' size, below the largest are fillers that stand for no answer."""
+"""Scores are fillers, which stand for no answer, if they lie below the others by more than this distance, and by more
+than this many times the size of the others."""
 _CONSTANT_BELOW, _CONSTANT_TIMES = 20.0, 5.0
-"""The same for scores that are what they should be to the last bit, as a constant such as -50 is."""
+"""The same limits for scores that equal the expected ones to the last bit, as a constant such as -50 does."""
 
 
 class ScoreKind(str, Enum):
@@ -37,7 +38,7 @@ class ScoreKind(str, Enum):
 
 
 def score_kind(scores: Tensor) -> ScoreKind:
-    """Tell the kind from (B, K) scores of a real forward pass."""
+    """Return the kind of (B, K) scores, found from scores of a real forward pass."""
     def sums_to_one(values: Tensor) -> bool:
         return bool(((values.sum(dim=1) - 1).abs() < 1e-3).all())
 
@@ -51,9 +52,9 @@ def score_kind(scores: Tensor) -> ScoreKind:
 def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
     """Return the largest difference between two (K,) rows of scores, relative to the largest score.
 
-    Probabilities are compared as logarithms, as those of a sure answer hardly change with the weights. Classes that are
-    masked by a constant such as -1e9 or -50 have a scale of their own; scores that are no numbers must be where they
-    are expected, or the error is infinite, as it is where no score is a number.
+    Probabilities are compared by their logarithms, because the probabilities of a sure answer hardly change with the
+    weights. Classes that are masked by a constant such as -1e9 or -50 have a scale of their own. The error is infinite
+    if scores that are not numbers are found elsewhere than expected, or if no score is a number.
     """
     found, expected = found.double(), expected.double()
     if kind is ScoreKind.PROBABILITIES:
@@ -70,13 +71,19 @@ def score_error(found: Tensor, expected: Tensor, kind: ScoreKind) -> float:
         | (_are_below(numbers, _CONSTANT_BELOW, _CONSTANT_TIMES) & is_same[is_number]))
     answers = float(sizes[~is_filler].amax()) or 1.0
     if kind is ScoreKind.PROBABILITIES:
-        answers = max(answers, 1.0)  # the logarithm of a sure answer's is no more than rounding
+        answers = max(answers, 1.0)  # the logarithm of a probability near 1 is hardly more than rounding
     scale = torch.where(is_filler, sizes, answers)
     return float((differences / scale).amax())
 
 
 def _are_below(scores: Tensor, distance: float, times: float) -> Tensor:
-    """Tell which of (N,) finite scores lie below the others by a distance, and by so many times the others' size."""
+    """Return a (N,) mask of the scores that lie below the others by a distance and by a multiple of their size.
+
+    Args:
+        scores: (N,) finite scores.
+        distance: the distance to the lowest of the others must be larger than this.
+        times: the distance must be larger than this multiple of the largest absolute value of the others.
+    """
     ordered = scores.sort(descending=True).values
     gaps = ordered[:-1] - ordered[1:]
     largest = torch.maximum(ordered[0].abs(), ordered[:-1].abs())

@@ -1,4 +1,4 @@
-"""How a classifier is called: the inputs it takes, and where in what it returns the scores are."""
+"""How a classifier is called: its inputs, and the place of the scores in its output."""
 
 from __future__ import annotations
 
@@ -22,55 +22,58 @@ class InputSpec:
     name: str
     """Name of the parameter of the model's forward."""
     shape: tuple[int, ...]
-    """One item, without the batch dimension: texts are padded to one length."""
+    """Shape of one item, without the batch dimension; texts are padded to one length."""
     dtype: str = "float32"
     """Name of the torch dtype."""
     limit: int | None = None
-    """Integers below this are rows of every table that they look up; none where they look up nothing."""
+    """Integers below this are valid rows in every table that they look up; None if they look up no rows."""
 
     def zeros(self, n_rows: int) -> Tensor:
         return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))
 
     def probe(self, *, positive: bool = False) -> Tensor:
-        """Return a (1, *shape) input that is valid and the same everywhere: floats in [-1, 1], or in [0.1, 1.1]."""
+        """Return a valid (1, *shape) input that is the same on every machine.
+
+        Floats are in [-1, 1], or in [0.1, 1.1] if `positive`.
+        """
         dtype = getattr(torch, self.dtype)
         count = torch.arange(torch.Size(self.shape).numel())
         if dtype.is_floating_point:
             values = torch.sin(count.double())
             values = values / 2 + 0.6 if positive else values
-        else:  # a mask lets everything through
+        else:  # an input without a limit may be a mask, and ones let everything through
             values = torch.ones_like(count) if self.limit is None else count % self.limit
         return values.to(dtype).reshape(1, *self.shape)
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """Where the (B, K) scores are in what the model returns."""
+    """The place of the (B, K) scores in the model's output."""
 
     kind: str = "tensor"
     """The type of the output: tensor, tuple, dict, or the class of an object, as 'package.module:Class'."""
     key: str | int | None = None
-    """Index or name of the scores in it."""
+    """Index or name of the scores in the output."""
     length: int = 1
-    """Length of the output, where it is a tuple."""
+    """Length of the output if it is a tuple."""
     dtype: str = "float32"
     """Name of the torch dtype of the scores; exits compute with float32."""
     beside: tuple[str, ...] = ()
-    """Names or indices of what the model returns besides; an exported one does not."""
+    """Names or indices of the model's other outputs, which an exported model does not return."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beside", tuple(self.beside))  # JSON knows lists only
 
     @classmethod
     def of(cls, output: object, wanted: str | None = None) -> OutputSpec:
-        """Find the scores: the only tensor of shape (batch, classes), or that called 'logits'.
+        """Find the scores: the only tensor of shape (batch, classes), or the one called 'logits'.
 
         Args:
-            output: what the model returned.
-            wanted: name or index of the scores, where several tensors could be them.
+            output: the model's output.
+            wanted: name or index of the scores, needed if several tensors could be scores.
 
         Raises:
-            GraphError: there are none, or several.
+            GraphError: no tensor could be the scores, or several could.
         """
         if isinstance(output, Tensor):
             return cls()
@@ -105,9 +108,9 @@ class OutputSpec:
         return scores
 
     def output(self, scores: Tensor) -> Any:
-        """Return what the model would return, with these scores and nothing beside them.
+        """Return an output in the form of the model's, with these scores and nothing else in it.
 
-        An object whose class cannot be made of the scores alone is a dict instead.
+        If the model returns an object whose class cannot be created from the scores alone, the result is a dict.
         """
         scores = scores.to(getattr(torch, self.dtype))
         if self.key is None:
@@ -128,13 +131,13 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
     """Return the tensors of a call in the order of the inputs.
 
     Args:
-        inputs: that the backbone was exported for.
+        inputs: the inputs that the backbone was exported for.
         given: positional arguments.
-        named: the others.
-        constants: values that were given beside the tensors when the backbone was exported; no others may be.
+        named: named arguments.
+        constants: the values besides the tensors that the backbone was exported for; others are refused.
 
     Raises:
-        InputError: they are not those that the backbone was exported for.
+        InputError: the arguments are not those that the backbone was exported for.
     """
     expected = [spec.name for spec in inputs]
     given = [value for value in given if value is not None]
@@ -143,8 +146,8 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
         given, named = _without(constants, given, named)
     values = {**dict(zip(expected, given)), **named}
     if set(values) != set(expected) or len(given) > len(expected):
-        raise InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} without a name and "
-                         f"{', '.join(named) or 'none'} with one")
+        raise InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} by position and "
+                         f"{', '.join(named) or 'none'} by name")
     tensors = []
     for spec in inputs:
         value = values[spec.name]
@@ -155,7 +158,7 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
                              f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape[1:])}")
         tensors.append(value)
     if len({len(value) for value in tensors}) > 1:
-        raise InputError(f"expected as many rows of each input, found {[len(value) for value in tensors]}")
+        raise InputError(f"expected the same number of rows of each input, found {[len(value) for value in tensors]}")
     return tuple(tensors)
 
 
@@ -171,8 +174,8 @@ def _without(constants: Mapping[str, object], given: Sequence[object], named: Ma
     others = [name for name in constants if name not in named]
     found |= dict(zip(others, beside))
     if found != dict(constants) or len(beside) > len(others):
-        raise InputError(f"expected {dict(constants)} beside the tensors, found {found or beside}: the model was "
-                         "exported for these values")
+        raise InputError(f"expected {dict(constants)} besides the tensors, found {found or beside}: the model was "
+                         "exported for the expected values")
     return ([value for value in given if isinstance(value, Tensor)],
             {name: value for name, value in named.items() if name not in constants})
 

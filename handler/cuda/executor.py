@@ -1,4 +1,4 @@
-"""The executor of plain batching on a GPU: batches are launched once where that can be, otherwise stage by stage."""
+"""The executor of plain batching on a GPU: a batch is a single launch if possible, or else runs stage by stage."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _Launch = Callable[[Live, Tensor], Answers]
 class GraphedExecutor:
     """Runs batches through stages of CUDA graphs; an `Executor`.
 
-    A batch goes stage by stage where the CPU has to see something between two stages: the activations of shadow rows
-    that are recorded, or what every exit says.
+    A batch runs stage by stage if the CPU must read results between two stages: activations of shadow rows to record,
+    or the scores of every exit.
     """
 
     def __init__(self, levels: Sequence[Sequence[GraphedStage]], record: Record | None = None) -> None:
-        """Take the stages; until `prepare` every batch goes stage by stage.
+        """Take the stages; until `prepare` is called, every batch runs stage by stage.
 
         Args:
-            levels: the stages from `graphed` at each fallback level, which differ in their exits alone.
-            record: makes what is recorded of activations; without it nothing is recorded.
+            levels: the stages from `graphed` at each fallback level; the levels differ in their exits alone.
+            record: computes what is recorded of an activation; with None, nothing is recorded.
         """
         self._levels, self._records = levels, record is not None
         self._by_stage = AtOnceExecutor(levels, record)
@@ -43,12 +43,12 @@ class GraphedExecutor:
         self._launches: list[_Launch | None] = [None] * len(levels)
 
     def prepare(self, inputs: Live, batch_size: int) -> None:
-        """Put the graphs of each level together; those of the stages are captured already."""
+        """Combine the graphs of each level; those of the stages have been captured already."""
         self._batch_size = batch_size
         self._launches = [_launch_of(stages, inputs, batch_size) for stages in self._levels]
 
     def run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None = None) -> Execution:
-        """Run a batch; the seconds of its stages are known only where it goes stage by stage."""
+        """Run a batch; the seconds of its stages are known only if it runs stage by stage."""
         launch = self._launches[level]
         if launch is None or anytime is not None or not 0 < len(shadow) <= self._batch_size or (
                 self._records and shadow.any()):
@@ -57,11 +57,11 @@ class GraphedExecutor:
 
 
 def plain_executor(levels: Sequence[Sequence[Stage]], record: Record | None = None) -> Executor:
-    """Return the executor of plain batching for stages that `graphed` returned, wherever they run.
+    """Return the executor of plain batching for stages that `graphed` returned, on a GPU or a CPU.
 
     Args:
-        levels: the stages at each fallback level, which differ in their exits alone.
-        record: makes what is recorded of activations; without it nothing is recorded.
+        levels: the stages at each fallback level; the levels differ in their exits alone.
+        record: computes what is recorded of an activation; with None, nothing is recorded.
     """
     if isinstance(levels[0][0], GraphedStage):
         return GraphedExecutor(cast(Sequence[Sequence[GraphedStage]], levels), record)
@@ -73,10 +73,10 @@ def _launch_of(stages: Sequence[GraphedStage], inputs: Live, batch_size: int) ->
         return _without_exits(stages, inputs, batch_size)
     try:
         return SingleLaunch(stages, batch_size)
-    # The last two are what bindings raise that are older, or newer, than what is asked of them.
+    # Bindings of an older or newer version raise the last two.
     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
-        _LOG.warning("the GPU cannot decide itself who leaves (it needs CUDA 12.8 and its Python bindings), so the CPU "
-                     "does: %s", error)
+        _LOG.warning("the GPU cannot decide itself which rows leave (this needs CUDA 12.8 and its Python bindings), so "
+                     "the CPU decides: %s", error)
         return None
 
 
@@ -85,7 +85,7 @@ def _without_exits(stages: Sequence[GraphedStage], inputs: Live, batch_size: int
         return reduce(lambda live, stage: stage.graph.function(*live), stages, live)
 
     whole = Graphed(through_all, stages[0].graph.pool)
-    # The largest first: smaller ones find the memory that it used.
+    # The largest size comes first, so that smaller ones can reuse its memory.
     if not all(whole.captured(size, inputs) for size in reversed(sizes_up_to(batch_size))):
         return None
 

@@ -1,7 +1,7 @@
-"""A function on a GPU as CUDA graphs: launched at once instead of kernel by kernel.
+"""A function on a GPU as CUDA graphs, which are launched as a whole instead of kernel by kernel.
 
-A graph has fixed shapes and reads and writes fixed memory. So there is one for each of a few sizes of batch, and a
-batch of another size takes the next larger: its last rows are whatever lies there, and nobody reads them.
+A graph has fixed shapes, and reads and writes fixed memory. There is therefore one graph for each of a few batch sizes,
+and a batch of another size takes the next larger graph. The last rows then hold any values, and nothing reads them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from early_exit.handler.inference.forward import Live
 
 _LOG = logging.getLogger(__name__)
 Pool = Any
-"""Names the memory that graphs share, of which no two run at a time. A graph may overwrite what one that was captured
-later has returned, so that is read, or copied, before."""
+"""Identifies memory that graphs share; no two of these graphs run at the same time. A graph may overwrite the results
+of a graph that was captured later, so these must be read or copied before it runs."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Captured:
 
 
 class Graphed:
-    """Maps tensors with a row per item to a tuple of such tensors, in memory that the next call overwrites."""
+    """Maps tensors with one row per item to a tuple of such tensors, in memory that the next call overwrites."""
 
     def __init__(self, function: Callable[..., Live], pool: Pool, before: Graphed | None = None) -> None:
-        """Prepare; a graph is captured when a batch of its size comes first.
+        """Prepare; the graph for a batch size is captured when the first batch of that size comes.
 
         Args:
-            function: does the same, kernel by kernel.
-            pool: of memory.
-            before: whose outputs, or the first of them, are this one's inputs; they are read where they lie.
+            function: the function that is captured.
+            pool: the memory that the graphs share.
+            before: the `Graphed` whose outputs, or whose first output, are the inputs of this one; they are not copied.
         """
         self.function, self.pool = function, pool
         self._before = before
@@ -60,10 +60,10 @@ class Graphed:
         return tuple(x[:n_rows] for x in captured.outputs)
 
     def captured(self, n_rows: int, live: Live) -> Captured | None:
-        """Return the graph for a batch of n_rows; none if it is empty or there can be no graph.
+        """Return the graph for a batch, or None if the batch is empty or the function cannot be captured.
 
         Args:
-            n_rows: of the batch.
+            n_rows: the number of rows of the batch.
             live: tensors like those to come, with any number of rows.
         """
         size = padded(n_rows) if n_rows else 0
@@ -72,7 +72,8 @@ class Graphed:
                 self._by_size[size] = self._capture(size, live)
             except RuntimeError as error:
                 self._refused = True
-                _LOG.warning("a function cannot be a CUDA graph and is launched kernel by kernel: %s", error)
+                _LOG.warning("a function cannot be captured as a CUDA graph, so its kernels are launched one by one: "
+                             "%s", error)
         return self._by_size.get(size)
 
     # The memory of a graph outlives the call, which may be in torch's inference mode.
@@ -89,12 +90,12 @@ class Graphed:
 
 def capture(function: Callable[[], Live], pool: Pool, warm_up: Callable[[], object] = lambda: None
             ) -> tuple[torch.cuda.CUDAGraph, Live]:
-    """Return a function as a graph, and its results.
+    """Capture a function as a graph, and return the graph and the function's results.
 
     Args:
-        function: reads and writes memory that stays where it is.
-        pool: of memory.
-        warm_up: called before, for libraries to set themselves up, which a capture does not allow.
+        function: reads and writes memory at fixed addresses.
+        pool: the memory that graphs share.
+        warm_up: is called before, so that libraries can initialise themselves, which they cannot do in a capture.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     random, stream, side = generator.clone_state(), torch.cuda.current_stream(), _side_stream(generator.device)
@@ -102,12 +103,12 @@ def capture(function: Callable[[], Live], pool: Pool, warm_up: Callable[[], obje
     with torch.cuda.stream(side):
         warm_up()
     stream.wait_stream(side)
-    graph = torch.cuda.CUDAGraph(keep_graph=True)  # kept, so that it can be a part of another
+    graph = torch.cuda.CUDAGraph(keep_graph=True)  # kept, so that it can be a part of another graph
     try:
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool):
             results = function()
     except BaseException:
-        generator.graphsafe_set_state(random)  # that of a capture that failed gives no numbers any more
+        generator.graphsafe_set_state(random)  # a capture that failed leaves the generator unusable
         raise
     return graph, results
 
@@ -118,7 +119,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def sizes_up_to(batch_size: int) -> list[int]:
-    """Return the sizes of the graphs that batches of up to so many rows take, ascending.
+    """Return the sizes of the graphs for batches of up to `batch_size` rows, ascending.
 
     >>> sizes_up_to(13)
     [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14]
@@ -127,7 +128,7 @@ def sizes_up_to(batch_size: int) -> list[int]:
 
 
 def padded(n_rows: int) -> int:
-    """Return the size of the graph that a batch of n_rows > 0 takes: there are four to each doubling.
+    """Return the size of the graph for a batch of n_rows > 0; there are four sizes from one power of two to the next.
 
     >>> [padded(n) for n in (1, 2, 3, 4, 5, 8, 9, 12, 13, 17, 100)]
     [1, 2, 3, 4, 5, 8, 10, 12, 14, 20, 112]

@@ -1,4 +1,4 @@
-"""Kernels that decide on the GPU who leaves and move the rows that stay, compiled when a model is loaded."""
+"""Kernels that decide on the GPU which rows leave, and move the rows that stay; compiled when a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 1024
-"""The largest batch: a decision is made by one block of threads, with a thread for each row."""
+"""The largest number of rows of a batch: one block of threads makes a decision, with one thread for each row."""
 
 N, NEXT, N_MOVED, N_HITS, THROUGH, LEFT, ROWS, MOVED, HITS, HIT_ROWS = (
     *range(4), *range(4, 4 + 6 * MAX_ROWS, MAX_ROWS))
-"""Where the fields of `struct Batch` begin."""
+"""The offsets of the fields of `struct Batch`, in integers."""
 LENGTH = 4 + 7 * MAX_ROWS
 """The number of integers in `struct Batch`."""
 
@@ -23,20 +23,20 @@ extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(cudaGraphC
                                                                        unsigned int value);
 
 struct Batch {
-    int n;                   // rows that travel
-    int next;                // number of their size; beyond the last size if none travels
-    int n_moved;             // rows to be copied to where the next stage reads them; 0 if they lie there
-    int n_hits;              // rows that the latest exit answered
-    int through[MAX_ROWS];   // by row: whether it runs to the end whatever the exits say
+    int n;                   // number of rows still in the batch
+    int next;                // index of the graph size for n; beyond the last index if n is 0
+    int n_moved;             // number of rows to copy to the input of the next stage; 0 if they are there already
+    int n_hits;              // number of rows that the latest exit answered
+    int through[MAX_ROWS];   // by row: whether it runs to the end whatever the exits decide
     int left[MAX_ROWS];      // by row: the stage after which it was answered
-    int rows[MAX_ROWS];      // by place: the row that travels there
+    int rows[MAX_ROWS];      // by place: the row at this place
     int moved[MAX_ROWS];     // places of the rows that stay
     int hits[MAX_ROWS];      // places of the rows that the latest exit answered
-    int hit_rows[MAX_ROWS];  // and these rows
+    int hit_rows[MAX_ROWS];  // numbers of these rows
     int waits[MAX_ROWS];     // by row: whether it has no answer yet
 };
 
-// For each thread how many of those before it are among the chosen, and how many are in all.
+// Returns, for each thread, how many chosen threads come before it; *total is the number of all chosen threads.
 __device__ int count_before(bool chosen, int* total) {
     __shared__ int of_warp[32];
     unsigned votes = __ballot_sync(0xffffffffu, chosen);
@@ -62,7 +62,7 @@ extern "C" __global__ void begin(Batch* batch, const int* size_of) {
     if (row == 0) batch->next = size_of[batch->n];
 }
 
-// sure: by place, or null if all are. size_of: by number of rows the number of the size that holds them.
+// sure: by place, or null if all rows are sure. size_of: by number of rows, the index of the size that holds them.
 extern "C" __global__ void decide(Batch* batch, const bool* sure, int stage, int shrink_from, const int* size_of) {
     int place = threadIdx.x, n = batch->n, row = place < n ? batch->rows[place] : 0;
     bool hit = place < n && batch->waits[row] && (!sure || sure[place]);
@@ -92,7 +92,7 @@ extern "C" __global__ void decide(Batch* batch, const bool* sure, int stage, int
     }
 }
 
-// Copy `count` rows to the memory whose address is the which-th target. from, to: places; null for 0, 1, 2, ...
+// Copies `count` rows to the memory at the address targets[*which]. from, to: places; null means 0, 1, 2, ...
 #define MOVE(name, Unit)                                                                                        \
     extern "C" __global__ void name(const Unit* source, const int* from, const long long* targets,              \
                                     const int* which, const int* to, const int* count, int units) {             \
@@ -115,10 +115,10 @@ extern "C" __global__ void choose(cudaGraphConditionalHandle handle, const int* 
 
 
 def launch(name: str, blocks: tuple[int, int], threads: int, *arguments: Tensor | int | None) -> None:
-    """Launch a kernel on the current stream: tensors as where they lie, numbers as ints.
+    """Launch a kernel on the current stream; tensors are passed as their addresses, and numbers as ints.
 
     Raises:
-        RuntimeError: CUDA refuses it.
+        RuntimeError: CUDA refuses the launch.
     """
     from cuda.bindings import driver
 
@@ -133,13 +133,13 @@ def move(source: Tensor, from_: Tensor | None, targets: Tensor, which: Tensor | 
     """Copy rows of a tensor.
 
     Args:
-        source: (B, ...), whose rows lie densely one after the other, as those of the targets do. What both begin at
-            is a multiple of 16 bytes.
-        from_: int32 numbers of the rows; 0, 1, 2, ... by default.
+        source: (B, ...) tensor. Its rows follow each other in memory without gaps, like those of the targets, and all
+            of these addresses are multiples of 16 bytes.
+        from_: int32 numbers of the rows to copy; None means 0, 1, 2, ...
         targets: (T,) int64 addresses of memory with rows of the same layout.
-        which: () int32: the target that is meant; the first by default.
-        to: int32 numbers of the places there; 0, 1, 2, ... by default.
-        count: () int32: of the rows.
+        which: () int32 index of the target; None means the first one.
+        to: int32 numbers of the places in the target; None means 0, 1, 2, ...
+        count: () int32 number of rows to copy.
     """
     n_bytes = source[0].numel() * source.element_size()
     width = next(width for width in (16, 4, 2, 1) if n_bytes % width == 0)
@@ -152,7 +152,7 @@ def compiled(architecture: str) -> bytes:
     """Return the machine code of all kernels for a GPU's architecture, such as sm_90.
 
     Raises:
-        RuntimeError: the compiler does not know it.
+        RuntimeError: the compiler does not know the architecture.
     """
     from cuda.bindings import nvrtc
 
@@ -184,7 +184,7 @@ def _module(device: int) -> Any:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """Return what a call of CUDA's bindings returned beside its status.
+    """Return the results of a call of CUDA's bindings, without its status.
 
     Raises:
         RuntimeError: the status is not success.

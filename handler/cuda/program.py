@@ -1,4 +1,4 @@
-"""A CUDA graph made of others, some of which run only if the GPU finds that they should."""
+"""A CUDA graph that consists of other graphs; the GPU itself decides whether some of them run."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from early_exit.handler.cuda.kernels import checked, function
 
 
 class Program:
-    """Graphs that run one after the other, launched at once.
+    """Graphs that run one after the other, in a single launch.
 
-    It needs CUDA 12.8 or later.
+    This needs CUDA 12.8 or later.
     """
 
     _graph: Any = None
     _executable: Any = None
 
     def __init__(self) -> None:
-        """Begin with none.
+        """Begin with no graphs.
 
         Raises:
-            RuntimeError: CUDA refuses it, as may all that follow.
+            RuntimeError: CUDA refuses a call. All other methods may raise this, too.
         """
         from cuda.bindings import driver
 
         self._driver, self._choose = driver, function("choose")
         self._graph = checked(driver.cuGraphCreate(0))
         self._last: list[Any] = []
-        self._parts: list[torch.cuda.CUDAGraph] = []  # their memory is used for as long as this runs
+        self._parts: list[torch.cuda.CUDAGraph] = []  # kept, because the program uses their memory
 
     def add(self, part: torch.cuda.CUDAGraph) -> None:
-        """Let a graph, captured with `keep_graph`, run next."""
+        """Append a graph that was captured with `keep_graph`."""
         self._last = self._chained(self._graph, self._last, [part])
 
     def switch(self, number: Tensor, cases: Sequence[Sequence[torch.cuda.CUDAGraph]]) -> None:
-        """Let one of several sequences of graphs run next: that of a number, or none if it is out of range.
+        """Append a choice between sequences of graphs: the one with a number runs, or none if it is out of range.
 
         Args:
-            number: () int32 on the GPU, read when it is its turn.
-            cases: of graphs that were captured with `keep_graph`.
+            number: () int32 on the GPU, read when the choice is reached.
+            cases: sequences of graphs that were captured with `keep_graph`.
         """
         driver = self._driver
         context = checked(driver.cuCtxGetCurrent())
@@ -60,13 +60,13 @@ class Program:
         node.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
         node.conditional.size = len(cases)
         node.conditional.ctx = context
-        add_node = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)  # what bindings of CUDA 12 call it
+        add_node = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)  # bindings of CUDA 12 use _v2
         self._last = [checked(add_node(self._graph, [chosen], None, 1, node))]
         for body, parts in zip(node.conditional.phGraph_out, cases):
             self._chained(body, [], parts)
 
     def instantiate(self) -> None:
-        """Get ready, once everything is in."""
+        """Prepare for launches, after everything has been appended."""
         self._executable = checked(self._driver.cuGraphInstantiate(self._graph, 0))
 
     def launch(self) -> None:

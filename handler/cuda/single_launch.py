@@ -1,7 +1,7 @@
-"""A batch's whole way through stages and exits as one CUDA graph, in which the GPU itself decides who leaves.
+"""All stages and exits of a batch as one CUDA graph, in which the GPU itself decides which rows leave.
 
-The CPU launches once, and hears at the end who left where. After each exit a kernel counts the rows that stay, and the
-graph goes on with the next stage in the size that holds them, or ends.
+The CPU launches this graph once, and reads at the end which row left where. After each exit, a kernel counts the rows
+that stay, and the graph continues with the next stage in the smallest size that holds them, or ends.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from early_exit.handler.protocol import FULL
 
 
 class SingleLaunch:
-    """Does what `run_with_exits` does, without observers, without the scores of every exit, and without what a backbone
-    returns beside its scores.
+    """Does the same as `run_with_exits`, but without observers, without the scores of every exit, and without values
+    that a backbone returns beside its scores.
 
-    Its calls come from one stream.
+    All calls must come from one stream.
     """
 
-    # What is captured outlives the call, which may be in torch's inference mode.
+    # The captured memory outlives the call, which may be in torch's inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, stages: Sequence[GraphedStage], batch_size: int) -> None:
-        """Capture the exits and put everything together.
+        """Capture the exits and combine them with the graphs of the stages.
 
         Args:
-            stages: captured for all sizes up to that of the batch; the last returns the scores alone. Policies depend
-                on nothing but the logits: what they did when they were captured is repeated.
-            batch_size: the largest to come.
+            stages: stages that are captured for all sizes up to the largest batch; the last one returns the scores
+                alone. Policies must depend on the logits only, because their captured computation is replayed.
+            batch_size: the largest number of rows of a batch.
 
         Raises:
-            RuntimeError: CUDA or the memory of what travels does not allow it.
+            RuntimeError: CUDA does not allow it, or the memory layout of the tensors between stages does not.
         """
         if batch_size > kernels.MAX_ROWS:
-            raise RuntimeError(f"a batch in one CUDA graph has at most {kernels.MAX_ROWS} rows, asked for {batch_size}")
+            raise RuntimeError(f"a batch in one CUDA graph has at most {kernels.MAX_ROWS} rows, found {batch_size}")
         self._sizes, self._pool = sizes_up_to(batch_size), stages[0].graph.pool
         by_stage = _by_stage(stages, self._sizes)
         self._first, [scores] = by_stage[0], by_stage[-1][-1].outputs
@@ -78,7 +78,7 @@ class SingleLaunch:
         """Return the answers of a batch.
 
         Args:
-            inputs: (B, ...), with B > 0 and no larger than captured.
+            inputs: the backbone's (B, ...) inputs, with 0 < B <= `batch_size`.
             shadow: (B,) bool mask of the shadow rows, on the CPU.
         """
         n_rows = len(shadow)
@@ -127,13 +127,13 @@ class SingleLaunch:
         return capture(leave, self._pool)[0]
 
     def _answer(self, sure: Tensor | None, answers: Tensor, stage: int, shrink_from: int) -> None:
-        """Answer the rows that are sure, and find those that stay."""
+        """Answer the rows whose decision is to leave, and find those that stay."""
         kernels.launch("decide", (1, 1), self._n_threads, self._state, sure, stage, shrink_from, self._size_of)
         kernels.move(answers, self._at(kernels.HITS), self._answers_at, None, self._at(kernels.HIT_ROWS),
                      self._at(kernels.N_HITS))
 
     def _at(self, field: int) -> Tensor:
-        """Return where a field of the state begins."""
+        """Return the state from the offset of a field on."""
         return self._state[field:]
 
     @property
@@ -142,24 +142,25 @@ class SingleLaunch:
 
 
 def _by_stage(stages: Sequence[GraphedStage], sizes: Sequence[int]) -> list[list[Captured]]:
-    """Return for each stage its graphs in ascending sizes."""
+    """Return for each stage its graphs, in the order of ascending sizes."""
     by_stage = [[captured for size in sizes if (captured := stage.graph.captured(size, ()))] for stage in stages]
     if any(len(made) < len(sizes) for made in by_stage):
         raise RuntimeError("a stage cannot be captured")
     for before, here in pairwise(by_stage):
         reads = [(x, place) for last, next_ in zip(before, here) for x, place in zip(last.outputs, next_.inputs)]
         if any(x is not place for x, place in reads):
-            raise RuntimeError("a stage was captured before the one that it follows, and so reads elsewhere")
+            raise RuntimeError("a stage was captured before the one that it follows, so it does not read the memory "
+                               "that this one writes")
     return by_stage
 
 
 def _places(stage: Sequence[Captured]) -> list[Tensor]:
-    """Return for each of a stage's inputs the addresses where graphs of ascending sizes read it."""
+    """Return for each of a stage's inputs the addresses from which its graphs read it, in ascending order of sizes."""
     places = []
     for inputs in zip(*(captured.inputs for captured in stage)):
         layouts = {tuple(stride for stride, size in zip(x.stride()[1:], x.shape[1:]) if size > 1) for x in inputs}
         if len(layouts) > 1:
-            raise RuntimeError(f"how a row lies in memory depends on the size of the batch: strides {layouts}")
+            raise RuntimeError(f"the memory layout of a row depends on the size of the batch: strides {layouts}")
         places.append(_addresses(inputs))
     return places
 

@@ -13,9 +13,9 @@ from early_exit.handler.inference.forward import Exit, Live, Stage, numbers_on, 
 
 
 def graphed(stages: Sequence[Stage], device: torch.device) -> tuple[Stage, ...]:
-    """Return stages that do the same in CUDA graphs on a GPU, torch's current one; elsewhere, the stages themselves.
+    """Return stages that run as CUDA graphs on a GPU, torch's current one; on another device, return `stages`.
 
-    What travels between these stages is overwritten when they run again; logits and scores are not.
+    The tensors that pass between these stages are overwritten when the stages run again; logits and scores are not.
     """
     if device.type != "cuda":
         return tuple(stages)
@@ -30,13 +30,13 @@ def graphed(stages: Sequence[Stage], device: torch.device) -> tuple[Stage, ...]:
 
 
 def _dense(forward: Callable[..., Live]) -> Callable[..., Live]:
-    """Return a stage's function whose results can be copied row by row, 16 bytes at a time."""
+    """Wrap the function of a stage so that its results can be copied row by row, 16 bytes at a time."""
     return lambda *live: tuple(x if _has_dense_rows(x) and x.data_ptr() % 16 == 0 else
                                x.clone(memory_format=torch.contiguous_format) for x in forward(*live))
 
 
 def _has_dense_rows(x: Tensor) -> bool:
-    """Tell whether rows follow each other in memory without gaps, whatever the order of the numbers within."""
+    """Tell whether rows follow each other in memory without gaps, whatever the order of the numbers within a row."""
     n_numbers = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:]) if size > 1):
         if stride != n_numbers:
@@ -52,26 +52,26 @@ def _graphed_exit(exit_: Exit, here: Graphed) -> Exit:
 
 
 def capture_stages(stages: Sequence[Stage], inputs: Live, batch_size: int) -> None:
-    """Let batches of up to that many rows find the graphs of their stages; do nothing where stages are no graphs.
+    """Capture the graphs of stages for batches of up to `batch_size` rows; do nothing if the stages are not graphs.
 
     Args:
-        stages: what `graphed` returned.
-        inputs: like those to come, with one row.
-        batch_size: the largest to come.
+        stages: the output of `graphed`.
+        inputs: inputs like those to come, with one row.
+        batch_size: the largest number of rows to come.
     """
     if not isinstance(stages[0], GraphedStage):
         return
-    for size in reversed(sizes_up_to(batch_size)):  # smaller ones find the memory that the largest used
+    for size in reversed(sizes_up_to(batch_size)):  # the largest first, so that smaller ones can reuse its memory
         batch = tuple(x.expand(size, *x.shape[1:]) for x in inputs)
         run_with_exits(batch, stages, shadow=torch.ones(size, dtype=torch.bool))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphedStage(Stage):
-    """A stage of graphs."""
+    """A stage that runs as CUDA graphs."""
 
     graph: Graphed
-    """What `forward` runs."""
+    """The graphs that `forward` runs."""
 
     def take(self, live: Live, places: list[int]) -> Live:
         captured = self.graph.captured(len(places), live)
@@ -85,7 +85,7 @@ class GraphedStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class GraphedExit(Exit):
-    """An exit whose head is a graph."""
+    """An exit whose head runs as CUDA graphs."""
 
     graph: Graphed
 
@@ -94,12 +94,12 @@ class GraphedExit(Exit):
         return logits, self.policy(logits).tolist()
 
     def shrinks(self, n_rows: int, n_staying: int) -> bool:
-        # A batch takes as long as the graph that it fits in.
+        # A batch takes as long as the smallest graph that holds it, so only a smaller graph saves time.
         return super().shrinks(n_rows, n_staying) and padded(n_staying) < padded(n_rows)
 
 
 def _take_rows(x: Tensor, index: Tensor, target: Tensor) -> None:
-    """Copy rows of x to their place."""
+    """Copy some rows of x to a target."""
     if x.dim() == 4 and x.stride(1) == 1:
         x, target = x.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
     if x.is_contiguous() and target.is_contiguous():

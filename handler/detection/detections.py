@@ -1,4 +1,4 @@
-"""What a detector says of an image: a class for the exits to learn, and the detections of those that left nowhere."""
+"""The answers of a detector: full detections for images that reached the end, one object for those that left early."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from early_exit.handler.protocol import FULL
 
 def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, detected: Tensor, size: tuple[int, int],
                *, has_mask: bool) -> list[dict[str, Tensor]]:
-    """Return for each image what a detector of torchvision returns.
+    """Return for each image the result of a torchvision detector.
 
-    An image that left early has one object, or none where its label is 0: with label and score, and NaN for its box and
-    its mask. The score is at least what a detection must have to count, so that no handler drops it.
+    An image that left early has one object, or none if its label is 0. The object has a label and a score; its box and
+    its mask are NaN. The score is raised to the lowest one that counts as a detection, so that no handler drops it.
 
     Args:
-        stages: for each of B images where it left, `FULL` if it did not.
-        labels: (B,) int64.
-        confidence: (B,).
-        detected: (W, N, 6 + M) detections of those that did not leave, in order; anything where all left.
+        stages: for each of B images, the stage at which it left, or `FULL` if it did not leave.
+        labels: (B,) int64 labels.
+        confidence: (B,) confidences.
+        detected: (W, N, 6 + M) detections of the images that did not leave, in order; not read if all left.
         size: (height, width) of the images.
         has_mask: whether the detector finds masks.
     """
@@ -55,11 +55,11 @@ def _early(label: Tensor, confidence: Tensor, size: tuple[int, int], *,
 
 
 def with_nulls(response: Any) -> Any:
-    """Return a response for JSON: null where a box or a mask is NaN."""
+    """Return a response for JSON, with null for each box or mask that is NaN."""
     if isinstance(response, dict):
         return {name: with_nulls(value) for name, value in response.items()}
     if isinstance(response, list):
         values = [with_nulls(value) for value in response]
-        # A box is null, not a list of four: but nulls that were there before stay.
+        # A whole box becomes null, not a list of four nulls; nulls that were there before stay.
         return None if values != response and all(value is None for value in values) else values
     return None if isinstance(response, float) and math.isnan(response) else response

@@ -1,8 +1,8 @@
 """Object detectors as classifiers of whole images: what is the main object, is there a pedestrian (the paper, 3.5.1).
 
-Exits stand on the stages of a detector's backbone. What comes after these depends on the data, so it cannot be
-exported: in the graph it is one operation, `early_exit::detect`, which gives for each image the scores of the classes,
-by the strategy, and beside them what was detected. An image that leaves early has the former alone.
+Exits are placed after the stages of a detector's backbone. The layers after these stages, the tail, depend on the data
+and cannot be exported. In the graph they are one operation, `early_exit::detect`, which returns for each image the
+scores of the classes, by the strategy, and beside them the detections. An image that leaves early has no detections.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from early_exit.handler.python_modules import own_classes
 
 
 def sizes_in(transform: Any, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (height, width) of an image as the detector scales it, and with the padding that it adds."""
+    """Return (height, width) of an image as the detector scales it, and the same with the detector's padding."""
     least, most = min(shape[1:]), max(shape[1:])
     scale = min(transform.min_size[-1] / least, transform.max_size / most)
     height, width = (int(size * scale) for size in shape[1:])
@@ -39,7 +39,7 @@ def sizes_in(transform: Any, shape: Sequence[int]) -> tuple[tuple[int, int], tup
 
 
 class Tail(nn.Module):
-    """A detector from its backbone's maps on: pyramid, proposals and heads."""
+    """The part of a detector after its backbone's maps: pyramid, proposals and heads."""
 
     def __init__(self, detector: Any, shape: Sequence[int], strategy: Strategy, pedestrian: int) -> None:
         """Take the parts of a torchvision detector.
@@ -47,8 +47,8 @@ class Tail(nn.Module):
         Args:
             detector: a `GeneralizedRCNN` whose backbone has a feature pyramid.
             shape: (C, H, W) of its images.
-            strategy: what the class of an image is.
-            pedestrian: their label.
+            strategy: the definition of the class of an image.
+            pedestrian: the label of pedestrians.
         """
         super().__init__()
         self.fpn, self.rpn, self.roi_heads = detector.backbone.fpn, detector.rpn, detector.roi_heads
@@ -59,12 +59,15 @@ class Tail(nn.Module):
         self.n_labels: int = detector.roi_heads.box_predictor.cls_score.out_features
         self.n_found: int = detector.roi_heads.detections_per_img
         self.flops = 0
-        """FLOPs of the tail for one image, counted where it was exported."""
+        """FLOPs of the tail for one image, counted when the detector is exported."""
 
     @torch.no_grad()
     def forward(self, *maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, K) probabilities and (B, N, 6 + M) detections: box in pixels of the image, label, score, and the
-        M numbers of a mask in its box; NaN where there is none."""
+        """Return (B, K) probabilities and (B, N, 6 + M) detections.
+
+        A detection is a box in pixels of the image, a label, a score, and the M numbers of a mask within the box. Rows
+        without a detection are NaN.
+        """
         from torchvision.models.detection.image_list import ImageList
 
         n_images = len(maps[0])
@@ -86,7 +89,7 @@ class Tail(nn.Module):
         return functional.pad(row, (0, 0, 0, self.n_found - len(row)), value=torch.nan)
 
     def identity(self) -> str:
-        """Return a hash of all that determines what it detects."""
+        """Return a hash of everything that determines the detections."""
         settings = [(name, key, value) for part in (self.fpn, self.rpn, self.roi_heads)
                     for name, module in part.named_modules() for key, value in sorted(vars(module).items())
                     if _is_setting(value)]
@@ -99,13 +102,13 @@ class Tail(nn.Module):
 
 
 def _is_setting(value: object) -> bool:
-    """Whether an attribute of a module is a number, or numbers by name, as for training and for use."""
+    """Tell whether an attribute of a module is a number, or a dict of numbers, such as one for training and for use."""
     return isinstance(value, (int, float)) or (
         isinstance(value, dict) and bool(value) and all(isinstance(number, (int, float)) for number in value.values()))
 
 
 def register(tail: Tail) -> str:
-    """Make a tail known to the graphs that call it; return its identity."""
+    """Register a tail for the graphs that call it, and return its identity."""
     identity = tail.eval().identity()
     TAILS.setdefault(identity, tail)
     return identity
@@ -113,13 +116,13 @@ def register(tail: Tail) -> str:
 
 def images_of(spec: DetectorSpec, probabilities: Tensor, stages: Sequence[int],
               detected: Tensor | None) -> list[dict[str, Tensor]]:
-    """Return for each image of a batch what the user's detector returns, as far as it is known.
+    """Return for each image of a batch the result of the user's detector, as far as it is known.
 
     Args:
         spec: the detector.
-        probabilities: (B, K) of the images' classes.
-        stages: for each image where it left, `FULL` if it did not.
-        detected: (W, N, 6 + M) detections of the images that left nowhere, in order; none where all left.
+        probabilities: (B, K) probabilities of the images' classes.
+        stages: for each image, the stage at which it left, or `FULL` if it did not leave.
+        detected: (W, N, 6 + M) detections of the images that did not leave, in order, or None if all left.
     """
     tail = TAILS[spec.tail]
     confidence, classes = probabilities.max(dim=1)
@@ -129,11 +132,11 @@ def images_of(spec: DetectorSpec, probabilities: Tensor, stages: Sequence[int],
 
 
 def load_tail(spec: DetectorSpec, folder: Path, shape: Sequence[int]) -> None:
-    """Read a tail from the folder of its backbone and make it known.
+    """Read a tail from the folder of its backbone and register it.
 
     Args:
-        spec: of the detector.
-        folder: where the weights are; the user's files are above it.
+        spec: the detector.
+        folder: the folder of the weights; the user's files are in its parent.
         shape: (C, H, W) of the images.
 
     Raises:
@@ -152,11 +155,13 @@ def load_tail(spec: DetectorSpec, folder: Path, shape: Sequence[int]) -> None:
         tail = Tail(kind(), shape, spec.strategy, spec.pedestrian)
         tail.load_state_dict(load_file(folder / TAIL_FILE))
     except Exception as error:  # the user's own code may raise anything
-        raise ArchiveError(f"cannot make the detector of {spec.model_file}: {type(error).__name__}: {error}") from error
+        raise ArchiveError(f"cannot create the detector of {spec.model_file}: {type(error).__name__}: {error}"
+                           ) from error
     finally:
         sys.path.remove(str(file.parent))
     if register(tail) != spec.tail:
-        raise ArchiveError(f"{TAIL_FILE} or {spec.model_file} are not what the archive was made with: make it again")
+        raise ArchiveError(f"{TAIL_FILE} or {spec.model_file} is not the file that the archive was made with: make the "
+                           "archive again")
 
 
 @torch.library.custom_op("early_exit::detect", mutates_args=())
@@ -164,11 +169,11 @@ def detect(maps: list[Tensor], tail: str, n_classes: int, n_found: int, n_number
     """Return (B, n_classes) probabilities and (B, n_found, n_numbers) detections for the backbone's (B, ...) maps.
 
     Args:
-        maps: of the backbone's stages, as the detector takes them.
+        maps: the maps of the backbone's stages, in the detector's order.
         tail: identity of a registered tail.
-        n_classes: of images.
-        n_found: most detections in an image.
-        n_numbers: of a detection.
+        n_classes: the number of classes of images.
+        n_found: the largest number of detections in an image.
+        n_numbers: the number of values of a detection.
     """
     if not len(maps[0]):
         return maps[0].new_zeros(0, n_classes), maps[0].new_zeros(0, n_found, n_numbers)

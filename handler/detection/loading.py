@@ -1,4 +1,4 @@
-"""Reads backbones, those of detectors with the parts that their graphs call."""
+"""Reads backbones; for a detector, also the tail that its graph calls."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from early_exit.handler.detection.detector import load_tail
 
 
 def load_backbone(folder: Path, device: torch.device | str = "cpu") -> Backbone:
-    """Read the backbone that `Backbone.save` wrote into a folder, onto a device.
+    """Read the backbone that `Backbone.save` wrote into a folder, and move it to a device.
 
     Raises:
         ArchiveError: the files are damaged.
-        FormatError: their format is not one that this version reads.
+        FormatError: this version does not read their format.
     """
     description = BackboneDescription.load(folder / DESCRIPTION_FILE)
     if description.detector is not None:

@@ -1,4 +1,4 @@
-"""Stages in bfloat16: half the bytes and, on processors that have it, twice the speed, for three significant digits."""
+"""Stages in bfloat16: half the bytes and, on processors with it, twice the speed, but only three significant digits."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class _InBfloat16(nn.Module):
 
 
 def _lowered(argument: Argument) -> Argument:
-    """Return bfloat16 where an operation was told to compute in another floating dtype."""
+    """Return bfloat16 for an argument that is float32 or float16, and any other argument as it is."""
     return torch.bfloat16 if argument in (torch.float32, torch.float16) else argument
 
 
 def in_bfloat16(stages: list[fx.GraphModule]) -> list[CompiledStage]:
-    """Return the stages of a backbone as they are computed in bfloat16."""
+    """Return the stages of a backbone, compiled to compute in bfloat16."""
     return [CompiledStage(_InBfloat16(stage, is_last=number == len(stages)), Tensor.float)
             for number, stage in enumerate(stages, start=1)]

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 _CACHED = 2**19
-"""Numbers that fit into the cache of a core."""
+"""How many floats fit into the cache of a core."""
 Read = Callable[[Tensor], Tensor]
-"""Makes of what an engine hands on the (B, ...) float32 activation that heads read and records keep."""
+"""Converts what an engine passes on to the (B, ...) float32 activation that heads read and records hold."""
 
 
 def read_as_it_is(x: Tensor) -> Tensor:
-    """Read what travels in float32; a `Read`."""
+    """Return an activation that is passed on in float32 as it is; a `Read`."""
     return x
 
 
 def read_and_pool(x: Tensor, read: Read, pool: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what `pool` makes of the (B, ...) activation that `read` finds in x."""
+    """Return `pool(read(x))`, the pooled (B, ...) activation, in less time."""
     if read is read_as_it_is:
         return pool(x)
-    if x.is_cuda:  # which adds up in float32 whatever it reads
+    if x.is_cuda:  # on a GPU, pooling sums in float32 whatever the dtype
         return read(pool(x))
     # A few rows at a time: the floats of a whole batch would leave the cache before they are pooled.
     return torch.cat([pool(read(rows)) for rows in torch.split(x, max(1, _CACHED // max(1, x[:1].numel())))])
@@ -31,10 +31,10 @@ def read_and_pool(x: Tensor, read: Read, pool: Callable[[Tensor], Tensor]) -> Te
 
 @dataclass(frozen=True)
 class CompiledStage:
-    """What an engine made of a stage."""
+    """A stage as an engine compiled it."""
 
     module: nn.Module
-    """Takes the tensors that travel to it as arguments and returns a tuple of those that travel on, each with a row
-    per item; the last stage returns float32 scores."""
+    """Takes the tensors that enter the stage as arguments and returns a tuple of those that leave it, each with one row
+    per item. The last stage returns float32 scores."""
     read: Read = read_as_it_is
-    """Makes floats of the first tensor that the module returns."""
+    """Converts the first tensor that the module returns to float32."""

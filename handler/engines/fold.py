@@ -1,4 +1,4 @@
-"""Rewrites a stage so that it computes the same in less time: batch norms folded, convolutions channels_last."""
+"""Rewrites a stage to compute the same in less time: batch norms are folded, and convolutions are channels_last."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _CONVOLUTIONS = {_ATEN.conv1d.default, _ATEN.conv1d.padding, _ATEN.conv2d.defaul
 def fold(stage: fx.GraphModule) -> fx.GraphModule:
     """Return a stage that computes what `stage` computes, up to rounding.
 
-    A batch norm at inference is an affine map of each channel; where nothing else reads the convolution before
-    it, the map goes into that convolution's weight and bias. What is not rewritten is shared with `stage`.
+    A batch norm at inference is an affine map of each channel. If nothing else reads the convolution before it, the map
+    is folded into that convolution's weight and bias. Parameters that are not rewritten are shared with `stage`.
     """
     module = fx.GraphModule(stage, copy.deepcopy(stage.graph))
     for node in list(module.graph.nodes):
@@ -80,7 +80,7 @@ def _argument(node: fx.Node, index: int) -> Argument:
 
 
 def constant(module: fx.GraphModule, value: Argument) -> Tensor | None:
-    """Return the parameter or buffer that a node reads, or None where it computes something."""
+    """Return the parameter or buffer that a node reads, or None if the node is anything else."""
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
     tensor = attrgetter(str(value.target))(module)

@@ -1,7 +1,7 @@
 """Rewrites a stage for a GPU: a convolution, its bias, a sum and a ReLU become one kernel of cuDNN.
 
-PyTorch launches a kernel for each of them, and each reads and writes whole feature maps: on early layers the last three
-take longer than the convolution.
+PyTorch launches a kernel for each of them, and each kernel reads and writes whole feature maps: on early layers, the
+last three take longer than the convolution.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _fuse_sum(stage: fx.GraphModule, relu: fx.Node, total: fx.Node) -> None:
     summands = {node for node in total.args if isinstance(node, fx.Node) and "val" in node.meta}
     if len(summands) < 2:
         return
-    other, convolution = sorted(summands)  # the other part of the sum must be there before the convolution
+    other, convolution = sorted(summands)  # the other summand must be computed before the convolution
     if not _is_convolution(convolution) or other.meta["val"].shape != convolution.meta["val"].shape:
         return
     if total.target is _ATEN.add_.Tensor and total.args[0] is other and len(other.users) > 1:
-        return  # somebody else reads what the sum is written to
+        return  # another node also reads the tensor that the sum overwrites
     if _is_convolution(other):
         _move_bias(stage, other, convolution)
     relu.replace_input_with(total, convolution)
@@ -64,7 +64,7 @@ def _replace(stage: fx.GraphModule, relu: fx.Node, convolution: fx.Node, fused: 
 
 
 def _move_bias(stage: fx.GraphModule, source: fx.Node, target: fx.Node) -> None:
-    """Let a convolution add the bias of another one that its result is added to, where both are known."""
+    """Add the bias of one convolution to that of a second, if both are known and their results are added anyway."""
     biases = [constant(stage, node.args[2]) if len(node.args) > 2 else None for node in (source, target)]
     if biases[0] is None or biases[1] is None:
         return

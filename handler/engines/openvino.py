@@ -1,8 +1,9 @@
 """Stages executed by OpenVINO, in float32 or with the 8-bit integers that `archiver/packaging/quantize.py` made.
 
-Quantized are pieces: the backbone cut at all its candidates, so that the same integers serve any plan. Within a stage
-the pieces are joined to one model, as if the backbone had never been cut there. Between stages an activation that the
-next convolution would turn into integers travels as these integers: a cut computes nothing and copies a quarter.
+The backbone is quantized in pieces, cut at all its candidate layers, so that the same integers serve any plan. Within a
+stage, the pieces are joined to one model, as if the backbone had never been cut there. Between stages, an activation
+that the next convolution would quantize is passed on as integers: a cut then costs no computation, and copies a quarter
+of the bytes.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Model = Any
 
 
 def import_openvino() -> Any:
-    """Return the package, without its telemetry: nothing leaves the machine.
+    """Import the package without its telemetry, so that nothing leaves the machine.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: OpenVINO is not installed.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
@@ -49,8 +50,10 @@ def import_openvino() -> Any:
 
 
 def convert(stage: fx.GraphModule) -> Model:
-    """Return a stage as a float32 model whose inputs have any number of rows; their nodes are named in0, in1,
-    ..., those of its outputs out0, out1, ..."""
+    """Return a stage as a float32 model that takes any number of rows.
+
+    The nodes of its inputs are named in0, in1, ..., and those of its outputs out0, out1, ...
+    """
     openvino = import_openvino()
     values = [node.meta["val"] for node in inputs_of(stage.graph)]
     example = tuple(in_float32(torch.zeros(2, *map(int, value.shape[1:]), dtype=value.dtype)) for value in values)
@@ -60,7 +63,7 @@ def convert(stage: fx.GraphModule) -> Model:
                                       dynamic_shapes=(tuple({0: rows} for _ in example),))
     model = openvino.convert_model(program)
     model.reshape({number: [-1, *tensor.shape[1:]] for number, tensor in enumerate(example)})
-    # Nodes have names of their own; a tensor that travels on as it came, such as a mask, would lose one of two.
+    # The nodes are named, not the tensors: a tensor that passes through, such as a mask, is both input and output.
     for ends, name in ((model.inputs, "in"), (model.outputs, "out")):
         for number, end in enumerate(ends):
             end.get_node().set_friendly_name(f"{name}{number}")
@@ -68,12 +71,12 @@ def convert(stage: fx.GraphModule) -> Model:
 
 
 def in_float32(x: Tensor) -> Tensor:
-    """Return a tensor of half precision in float32: NumPy, by which OpenVINO is given tensors, has no bfloat16."""
+    """Convert a tensor of half precision to float32: OpenVINO takes tensors from NumPy, which has no bfloat16."""
     return x.float() if x.dtype in HALF_PRECISION else x
 
 
 class _InFloat32(nn.Module):
-    """A stage whose tensors of half precision travel in float32, which holds the same numbers."""
+    """A stage that takes and returns float32 in place of half precision, without a change of values."""
 
     def __init__(self, stage: nn.Module, dtypes: Sequence[torch.dtype]) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class _InFloat32(nn.Module):
 
 
 def _end(ends: Sequence[Any], name: str) -> Any:
-    """Return the input or output that `convert` named.
+    """Return the input or output with a name that `convert` gave.
 
     Raises:
         ArchiveError: there is none, as in pieces that were quantized before nodes had these names.
@@ -105,7 +108,7 @@ def compile_int8(backbone: Backbone, boundaries: Sequence[str]) -> list[Compiled
     """Return the stages of a backbone from its quantized pieces.
 
     Raises:
-        ArchiveError: there are none.
+        ArchiveError: pieces are missing.
     """
     openvino = import_openvino()
     files = sorted((backbone.folder / PIECES).glob("*.xml")) if backbone.folder else []
@@ -121,7 +124,7 @@ def compile_int8(backbone: Backbone, boundaries: Sequence[str]) -> list[Compiled
 
 
 def int8_digest(folder: Path) -> str:
-    """Return what tells the quantized pieces in an archive's folder from all others."""
+    """Return a hash that identifies the quantized pieces in an archive's folder."""
     digest = hashlib.sha256()
     for file in sorted((folder / PIECES).glob("*")):
         digest.update(file.name.encode() + file.read_bytes())
@@ -129,7 +132,7 @@ def int8_digest(folder: Path) -> str:
 
 
 def _joined(pieces: Sequence[Model]) -> Model:
-    """Return one model that runs models one after the other."""
+    """Return one model that runs the pieces one after the other."""
     for before, after in pairwise(pieces):
         for number in range(len(after.inputs)):
             _replace(_end(after.inputs, f"in{number}"), _source(before, number))
@@ -139,19 +142,22 @@ def _joined(pieces: Sequence[Model]) -> Model:
 
 
 def _source(model: Model, number: int) -> Any:
-    """Return what is computed for an output."""
+    """Return the computed value that becomes an output."""
     return _end(model.outputs, f"out{number}").get_node().input_value(0)
 
 
 def _replace(old: Any, new: Any) -> None:
-    """Let everything that reads one value read another."""
+    """Let all readers of one value read another."""
     for reader in list(old.get_target_inputs()):
         reader.replace_source_output(new)
 
 
 def _travel_as_integers(stage: Model, following: Model) -> Read:
-    """Move the quantization of the first tensor that travels before the cut, where all that reads it begins with the
-    same; return what makes floats of it."""
+    """Move the quantization of the first tensor between two stages before the cut, if all readers quantize it alike.
+
+    Returns:
+        The conversion of the tensor to the float32 activation.
+    """
     openvino = import_openvino()
     ops = openvino.opset13
     parameter = _end(following.inputs, "in0")
@@ -178,7 +184,7 @@ def _travel_as_integers(stage: Model, following: Model) -> Read:
 
 
 def _range(node: Any) -> tuple[float, float] | None:
-    """Return the range of a quantization to 8 bits of a whole tensor; none for any other operation."""
+    """Return the range of a quantization of a whole tensor to 8 bits, or None for any other operation."""
     if node.get_type_name() != "FakeQuantize" or node.get_levels() != _STEPS + 1:
         return None
     limits = [node.input_value(number).get_node() for number in range(1, 5)]
@@ -193,13 +199,13 @@ def _read_integers(x: Tensor, *, scale: float, low: float) -> Tensor:
 
 
 class _Compiled(nn.Module):
-    """A model as a module: tensors in, new tensors out."""
+    """An OpenVINO model as a module, which returns new tensors."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         openvino = import_openvino()
         self._tensor = openvino.Tensor
-        # In float32 also on processors where OpenVINO would take bfloat16.
+        # Float32 also on processors for which OpenVINO would choose bfloat16.
         compiled = openvino.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": torch.get_num_threads()})
@@ -212,7 +218,7 @@ class _Compiled(nn.Module):
         self._lock = threading.Lock()
 
     def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
-        # Memory of our own: what a request allocates itself, its next run overwrites.
+        # The outputs need memory of their own: the next run overwrites memory that the request allocated itself.
         made = tuple(torch.empty((len(live[0]), *row), dtype=dtype) for row, dtype in self._made)
         if len(live[0]):
             with self._lock:

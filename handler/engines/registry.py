@@ -1,7 +1,7 @@
-"""How the stages of a backbone are executed.
+"""The engines, which execute the stages of a backbone.
 
-An engine cuts a backbone into stages and makes of each a module that maps the tensors that travel to it to those that
-travel on. It is chosen once for an archive; what it does to the weights is done when they are loaded.
+An engine cuts a backbone into stages and compiles each to a module that maps the tensors entering the stage to those
+leaving it. It is chosen once for an archive, and rewrites the weights when they are loaded.
 """
 
 from __future__ import annotations
@@ -27,71 +27,73 @@ Arrange = Callable[[Tensor], tuple[Tensor, Read]]
 
 
 def as_given(x: Tensor) -> tuple[Tensor, Read]:
-    """Let an activation travel as the backbone computes it; an `Arrange`."""
+    """Pass an activation on as the backbone computes it; an `Arrange`."""
     return x, read_as_it_is
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to execute stages: what the product asks of it, so that nothing asks for its name."""
+    """One way to execute stages. Other code looks at these properties, never at the name."""
 
     name: str
     compile: Callable[[Backbone, Sequence[str]], list[CompiledStage]]
-    """Takes a backbone and the names of the cuts' values, as `split` does."""
+    """Takes a backbone and the names of the values at the cuts, as `split` does."""
     is_exact: bool
-    """Whether its answers are the backbone's up to rounding, to 1e-4; else a certificate counts what it changes."""
+    """Whether its answers are the backbone's up to rounding (1e-4). If not, a certificate includes its changes."""
     max_probe_error: float
-    """Largest difference from the scores stored in an archive, relative to the largest score, that other processors
-    make; a damaged weight shows up far above it."""
+    """The largest accepted difference from the scores stored in an archive, relative to the largest score. Other
+    processors stay below it, and a damaged weight lies far above it."""
     arrange: Arrange = as_given
-    """(B, ...) float activation -> the same as it travels between these stages, and what reads it."""
+    """Takes a (B, ...) float activation and returns it in the form in which it passes between these stages, with the
+    `Read` for that form."""
     on_gpu: bool = True
-    """Whether it runs on a GPU, too."""
+    """Whether it also runs on a GPU."""
     runs_detectors: bool = False
-    """Whether it executes the stages of detectors, several of whose activations travel to the end."""
+    """Whether it executes the stages of detectors, which pass several activations on to the end."""
     needs_calibration: bool = False
     """Whether its weights are made from recorded requests when an archive is built."""
     digest: Callable[[Path], str] | None = None
-    """Takes the folder of an archive and identifies what this engine has in there besides the backbone; none where it
-    has nothing."""
+    """Takes the folder of an archive and returns a hash of the files that this engine has in it besides the backbone.
+    None if the engine has no such files."""
 
     def unsplit(self, backbone: Backbone) -> nn.Module:
-        """Return a whole backbone as this engine executes it: what exits are compared with."""
+        """Return the whole backbone as this engine executes it, for comparison with exits."""
         [whole] = self.compile(backbone, [])
         return whole.module
 
     def identity(self, folder: Path | None) -> str:
-        """Return what records, plans and certificates belong to: the engine, and its own weights if it has any."""
+        """Return the identity in records, plans and certificates: the name, with a hash of its own weights if any."""
         return self.name if self.digest is None or folder is None else f"{self.name}@{self.digest(folder)}"
 
 
 def engine_of(identity: str) -> Engine:
-    """Return the engine of that name or identity.
+    """Return the engine with this name or identity.
 
     Raises:
-        ConfigError: this version has none of that name.
+        ConfigError: this version has no engine of that name.
     """
     name = identity.partition("@")[0]
     if name not in ENGINES:
-        raise ConfigError(f"expected an engine of {', '.join(ENGINES)}, found {identity!r}: was it made with a newer "
-                          "version of early-exit-torchserve?")
+        raise ConfigError(f"expected one of the engines {', '.join(ENGINES)}, found {identity!r}: does it come from a "
+                          "newer version of early-exit-torchserve?")
     return ENGINES[name]
 
 
 def are_alike(first: str, second: str) -> bool:
-    """Tell whether records that were made on one engine say what the other computes; both are identities."""
+    """Tell whether records of one engine also hold for the other; both arguments are identities."""
     return first == second or (engine_of(first).is_exact and engine_of(second).is_exact)
 
 
 def require_engine(planned: str, identity: str) -> None:
-    """Check that a plan which was made on one engine may serve on another; both are identities.
+    """Check that a plan which was made on one engine may serve on another; both arguments are identities.
 
     Raises:
-        PlanError: the plan's heads and its certificate are about another one.
+        PlanError: the plan's heads and its certificate are about another engine.
     """
     if not are_alike(planned, identity):
-        raise PlanError(f"the plan was made on the engine {planned}, and its certificate counts what that one "
-                        f"changes, but the archive is executed by {identity}: train on records of this archive")
+        raise PlanError(f"the plan was made on the engine {planned}, and its certificate includes the answers that "
+                        f"this engine changes, but the archive is executed by {identity}: train on records of this "
+                        "archive")
 
 
 def _as_exported(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
@@ -104,7 +106,7 @@ def _folded(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage
 
 def _with_reads(stages: Sequence[fx.GraphModule], backbone: Backbone,
                 boundaries: Sequence[str]) -> list[CompiledStage]:
-    """Return stages that hand on what the backbone computes, which under autocast is of half precision."""
+    """Return stages that pass tensors on in the backbone's dtypes, which under autocast are of half precision."""
     values = {node.name: tensor_of(node) for node in backbone.graph.graph.nodes}
     dtypes = [value.dtype for name in boundaries if (value := values[name]) is not None]
     return [CompiledStage(stage, Tensor.float if dtype in HALF_PRECISION else read_as_it_is)

@@ -1,1 +1,1 @@
-"""What stands at an exit: head and policy, the plan that names both, and the operator's switch."""
+"""The parts of an exit, head and policy; the plan that names both; and the operator's switch."""

@@ -22,7 +22,7 @@ class Convolution:
     stride: int
     channels: int
     separable: bool = False
-    """Depthwise, then pointwise: a fraction of the cost."""
+    """Whether it is a depthwise convolution and then a pointwise one, at a fraction of the cost."""
 
     def __post_init__(self) -> None:
         if self.kernel not in (1, 3, 5, 7) or self.stride < 1 or self.channels < 1:
@@ -30,7 +30,7 @@ class Convolution:
                             f"got {self}")
 
     def layers(self, channels: int) -> list[nn.Module]:
-        """Return the layers for an input of so many channels."""
+        """Return the layers for an input with this number of channels."""
         padding = self.kernel // 2
         if not self.separable:
             return [nn.Conv2d(channels, self.channels, self.kernel, self.stride, padding), nn.ReLU()]
@@ -38,7 +38,7 @@ class Convolution:
                 nn.Conv2d(channels, self.channels, 1), nn.ReLU()]
 
     def side(self, side: int) -> int:
-        """Return the side of its output."""
+        """Return the side of the output for the side of an input."""
         return (side + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
 
 
@@ -47,13 +47,13 @@ class HeadSpec:
     """The architecture of a head: pool, convolutions, linear layers, classifier."""
 
     pool: Side = 4
-    """Side to which feature maps are average-pooled; none reads activations raw."""
+    """Side to which feature maps are average-pooled; with None, the head reads whole activations."""
     convolutions: tuple[Convolution, ...] = ()
-    """Convolutions before the linear layers, which only feature maps can have."""
+    """Convolutions before the linear layers; they need feature maps."""
     widths: tuple[int, ...] = (64,)
     """Output widths of the linear layers before the classifier; empty for a linear classifier."""
     recorded: Side = None
-    """Side to which the records it was trained on had been pooled before; none when they had not."""
+    """Side to which the training records had been pooled, or None if they had not been pooled."""
 
     def __post_init__(self) -> None:
         sides = [side for side in (self.pool, self.recorded) if side is not None]
@@ -65,10 +65,10 @@ class HeadSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadSpec:
-        """Read what `to_json` gave.
+        """Read the output of `to_json`.
 
         Raises:
-            PlanError: it is not a head.
+            PlanError: the data does not describe a head.
         """
         try:
             return cls(pool=_side(data["pool"]), recorded=_side(data.get("recorded")),
@@ -78,7 +78,7 @@ class HeadSpec:
             raise PlanError(f"expected a head with 'pool', 'convolutions' and 'widths', found {data!r}") from error
 
     def reads(self, recorded: Tensor) -> Tensor:
-        """Return what the head reads of (B, ...) recorded activations."""
+        """Return the input of the head for (B, ...) recorded activations."""
         # Tokens that were summarised once must not be summarised again.
         return recorded if self.pool == self.recorded else pool_activation(recorded, self.pool)
 
@@ -101,22 +101,22 @@ class Head(nn.Module):
             n_classes: K.
 
         Raises:
-            PlanError: convolutions on something other than feature maps.
+            PlanError: the architecture has convolutions, but the activation is not a feature map.
         """
         super().__init__()
         self.spec = spec
         recorded = pooled_shape(shape, spec.recorded)
-        # Windows of windows that divide evenly are the windows themselves: one pooling does.
+        # If the windows divide evenly, pooling twice gives the same as pooling once.
         self._first = None if spec.recorded == spec.pool or _nests(shape, spec) else spec.recorded
         shape = pooled_shape(recorded, spec.pool)
         if spec.convolutions and len(shape) != 3:
-            raise PlanError(f"a head with convolutions needs feature maps, this activation has shape {shape}")
+            raise PlanError(f"a head with convolutions needs feature maps, but this activation has the shape {shape}")
         layers: list[nn.Module] = []
         for convolution in spec.convolutions:
             layers += convolution.layers(shape[0])
             shape = (convolution.channels, convolution.side(shape[1]), convolution.side(shape[2]))
         self.flattened = shape
-        """Shape of one row of what the first linear layer reads, before it is flattened."""
+        """Shape of one row of the first linear layer's input, before it is flattened."""
         sizes = [prod(shape), *spec.widths]
         layers.append(nn.Flatten())
         for size_in, size_out in pairwise(sizes):
@@ -128,19 +128,19 @@ class Head(nn.Module):
         return self.classify(self.pool(activation))
 
     def pool(self, activation: Tensor) -> Tensor:
-        """Return what the head reads of a (B, ...) activation as the backbone computes it."""
+        """Return the input of the head for a (B, ...) activation as the backbone computes it."""
         if self._first is not None:
             return self.spec.reads(pool_activation(activation, self._first))
         return pool_activation(activation, self.spec.pool)
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Return (B, K) logits for what the head reads: a (B, ...) activation pooled to the side of its spec."""
+        """Return (B, K) logits for the input of the head: a (B, ...) activation pooled to the side of its spec."""
         logits: Tensor = self.layers(pooled)
         return logits
 
 
 def _nests(shape: tuple[int, ...], spec: HeadSpec) -> bool:
-    """Tell whether pooling straight to the head's side gives what pooling the records once more does."""
+    """Tell whether pooling straight to the head's side equals pooling to the recorded side and then to the head's."""
     if len(shape) != 3 or spec.recorded is None or spec.pool is None:
         return False
     return all(size <= spec.recorded or (size % spec.recorded == 0 and spec.recorded % spec.pool == 0)

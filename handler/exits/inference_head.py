@@ -1,7 +1,7 @@
-"""A head as it serves: it computes what the trained one does, divided by its temperature, in fewer operations.
+"""A head for serving: it computes the logits of the trained head, divided by its temperature, in fewer operations.
 
-On few rows the number of operations is what a head costs. The temperature is in the weights of the last layer, and
-where feature maps are flattened, the next layer's weights are in the order in which channels_last maps lie in memory.
+For a few rows, the cost of a head is the number of its operations. The temperature is therefore part of the weights of
+the last layer. If feature maps are flattened, the weights of the next layer are in the order of channels_last memory.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from early_exit.handler.engines.compiled_stage import Read, read_and_pool, read_
 from early_exit.handler.exits.head import Head
 
 _LONG, _PARTS = 1024, 16
-"""Inputs of a layer whose sums are cut on a GPU, and into how many."""
+"""On a GPU, the sums of a layer with at least `_LONG` inputs are split into `_PARTS` parts."""
 
 
 class InferenceHead(nn.Module):
-    """Maps a (B, ...) activation, as the engine hands it on, to (B, K) calibrated logits."""
+    """Maps a (B, ...) activation, as the engine passes it on, to (B, K) calibrated logits."""
 
     def __init__(self, head: Head, temperature: float, read: Read = read_as_it_is) -> None:
         """Prepare a trained head.
 
         Args:
-            head: trained.
+            head: the trained head.
             temperature: logits are divided by it.
-            read: of what the engine hands on.
+            read: converts what the engine passes on to the activation.
         """
         super().__init__()
         self._read = read
         layers = list(head.layers)
         flatten = next(index for index, layer in enumerate(layers) if isinstance(layer, nn.Flatten))
         self._pool = head.pool
-        # A copy: moving what serves to its device must leave the trained head where it is.
+        # A copy: moving this module to a device must not move the trained head.
         self._convolutions = deepcopy(nn.Sequential(*layers[:flatten])) if flatten else None
         linears = [layer for layer in layers[flatten:] if isinstance(layer, nn.Linear)]
         weights = [layer.weight.detach() for layer in linears]
@@ -61,9 +61,10 @@ class InferenceHead(nn.Module):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return what `functional.linear` does.
+    """Compute `functional.linear`.
 
-    A few rows and a few outputs keep few of a GPU's processors busy, each with long sums; parts of them keep more.
+    With few rows and few outputs, only few processors of a GPU are busy, each with long sums. Splitting the sums keeps
+    more of them busy.
     """
     if not x.is_cuda or x.shape[1] < _LONG or x.shape[1] % _PARTS:
         return functional.linear(x, weight, bias)

@@ -29,24 +29,25 @@ class PlannedExit:
     """One exit of a plan."""
 
     layer: str
-    """Module path of the candidate layer it stands after."""
+    """Module path of the candidate layer that the exit comes after."""
     head: HeadSpec
     policy: PlannedPolicy
-    """Decides on the logits of the trained head; `InferenceHead` computes its answers."""
+    """The exit policy, for logits of the trained head; `InferenceHead` computes the policy's answers."""
     cost: float
     """Fraction of the backbone's FLOPs spent when this layer has run, in (0, 1)."""
     head_cost: float
     """FLOPs of the head as a fraction of the backbone's."""
     shrink_from: int = 1
-    """Fewest answered rows that are worth a copy of the others, by the times measured."""
+    """The smallest number of answered rows for which it pays to copy the others to a smaller batch, as measured."""
 
     @property
     def threshold(self) -> float:
-        """Least confidence of the policy that leaves here."""
+        """The confidence threshold: the lowest confidence at which a request leaves here."""
         return self.policy.threshold
 
     def to_json(self) -> dict[str, Any]:
-        """Return the exit as plan.json has it; `policy` is written only where it is not one by confidence."""
+        """Return the exit in the form of plan.json; `policy` is written only for policies of another kind than
+        confidence."""
         policy = self.policy.to_json()
         temperature, threshold = policy.pop("temperature"), policy.pop("threshold")
         tag = {} if self.policy.kind == ConfidencePolicy.kind else {"policy": policy}
@@ -55,11 +56,11 @@ class PlannedExit:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlannedExit:
-        """Read what `to_json` gave.
+        """Read the output of `to_json`.
 
         Raises:
             PlanError: the head or the policy is not one that this version knows.
-            KeyError, TypeError: a value is missing, or one that this version does not know is there.
+            KeyError, TypeError: a value is missing, or there is a value that this version does not know.
         """
         values = dict(data)
         policy = policy_of({**values.pop("policy", {}), "temperature": values.pop("temperature"),
@@ -75,29 +76,30 @@ class Certificate:
     """
 
     risk: Risk
-    """What a loss is."""
+    """The measure of the loss."""
     tolerance: float
     confidence: float
     """1 - delta: the share of such certificates that are true."""
     n: int
-    """Records of the certify part, used for nothing else."""
+    """The number of records in the certify part, which are used for nothing else."""
     k: int
-    """Among them, those where the served answer differed."""
+    """The number of these records for which the served answer differed."""
     observed: float
-    """Mean loss on them; for disagreement that is k / n."""
+    """The mean loss on these records; for disagreement it is k / n."""
     p_value: float
-    """How likely so small a loss is where the expected loss is above the tolerance."""
+    """The probability of so small a loss if the expected loss is above the tolerance."""
     method: str
     window: tuple[float, float]
     """Unix times, in seconds, of the first record of the certify part, and of the last record used for anything."""
     contents: int = 0
-    """How many contents were first recorded in the certify part; 0 in a certificate of before, which did not tell."""
+    """The number of contents that were first recorded in the certify part; 0 in an older certificate, which does not
+    say."""
     blocks: int = 0
-    """How many blocks the records are in, of requests that may be alike; 0 in a certificate of before."""
+    """The number of blocks of the records; 0 in an older certificate."""
     block_length: float = 0.0
-    """Requests that a block usually has; 0 where each record is one of its own."""
+    """The usual number of requests in a block; 0 if each record is a block of its own."""
     largest_block: float = 0.0
-    """The most records for which a block counts in the statement about requests."""
+    """The number of records that the largest blocks count as, in the statement about requests."""
 
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
@@ -116,10 +118,10 @@ class Certificate:
 
 
     def _evidence(self) -> str:
-        """Return what the records are, where they are not each of its own."""
+        """Return the numbers of contents and blocks, if they are not simply the number of records."""
         contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
-        blocks = (f", {self.blocks} blocks of like requests, of which none counts as more than {self.largest_block:.0f}"
-                  if self.block_length else "")
+        blocks = (f", {self.blocks} blocks of similar requests, none of which counts as more than "
+                  f"{self.largest_block:.0f} records" if self.block_length else "")
         return contents + blocks
 
 
@@ -128,26 +130,26 @@ class ExitPlan:
     """The exits of one model version, in order, for exactly one backbone."""
 
     backbone: str
-    """sha256 of the backbone that it was made for."""
+    """sha256 of the backbone that the plan was made for."""
     thresholds: str
     """How the thresholds were chosen: certified, paper or equal."""
     exits: tuple[PlannedExit, ...]
     certificate: Certificate | None
     engine: str = "folded"
-    """Identity of the engine that serves: the certificate counts what it changes."""
+    """Identity of the engine that serves. The certificate includes the answers that this engine changes."""
     measure: str = "flops"
-    """What `expected_cost` counts: flops, or seconds measured on the machine that trained."""
+    """What `expected_cost` compares: flops, or seconds measured on the machine that trained."""
     batch_size: int = 1
-    """Rows in the full batches that `expected_cost` is about."""
+    """The number of rows of a full batch, for which `expected_cost` holds."""
     expected_cost: float = 1.0
     """Mean cost of a request on the certify part, heads included, as a fraction of the backbone's."""
     safer: tuple[tuple[float, ...], ...] = ()
-    """Settings to step back to on alarm, the nearest first: a threshold for each exit. They were certified with the
-    deployed one; after the last comes no exit at all."""
+    """The settings of the fallback levels from 1 on: a confidence threshold for each exit. They were certified together
+    with the deployed setting. The level after the last setting has no exits."""
     traffic: str = ""
-    """Identity of the traffic that the certificate is about; empty where it is not known."""
+    """Identity of the traffic that the certificate is about; empty if it is not known."""
     likeness: Likeness | None = field(default=None, compare=False, repr=False)
-    """By which the certificate's blocks were told; it is stored beside the heads."""
+    """How records were compared to form the certificate's blocks; it is stored beside the heads."""
 
     def __post_init__(self) -> None:
         costs = [planned.cost for planned in self.exits]
@@ -164,7 +166,7 @@ class ExitPlan:
     def to_json(self) -> dict[str, Any]:
         plan = {**asdict(replace(self, likeness=None)), "exits": [planned.to_json() for planned in self.exits]}
         del plan["likeness"]
-        if not self.traffic:  # a plan of the last release is known by its digest
+        if not self.traffic:  # the digest of a plan of the previous release must stay the same
             del plan["traffic"]
         if self.certificate is not None and not self.certificate.blocks:
             for name in ("contents", "blocks", "block_length", "largest_block"):
@@ -172,11 +174,11 @@ class ExitPlan:
         return PLAN.stamped(plan)
 
     def is_certified_for(self, traffic: str) -> bool:
-        """Tell whether the plan has a certificate that is about some traffic, as far as both are known."""
+        """Tell whether the plan has a certificate and it is about this traffic; unknown traffic counts as the same."""
         return self.certificate is not None and (not self.traffic or not traffic or self.traffic == traffic)
 
     def digest(self) -> str:
-        """Return a short hash of the plan without its heads, by which it is known in records and audits."""
+        """Return a short hash of the plan without its heads. State files, probes and audit logs name it."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
@@ -184,8 +186,8 @@ class ExitPlan:
         """Read a plan.
 
         Raises:
-            FormatError: its format is not one that this version reads.
-            PlanError: it is incomplete.
+            FormatError: this version does not read its format.
+            PlanError: the plan is incomplete.
         """
         PLAN.require(data, source)
         certificate = data.get("certificate")
@@ -206,7 +208,7 @@ class ExitPlan:
 
 
 def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> None:
-    """Write heads.safetensors and then plan.json into an existing folder; `heads` is by layer path."""
+    """Write heads.safetensors and then plan.json into an existing folder; `heads` maps layer paths to heads."""
     tensors = {f"{planned.layer}/{name}": tensor.contiguous()
                for planned in plan.exits for name, tensor in heads[planned.layer].state_dict().items()}
     if plan.likeness is not None:
@@ -221,7 +223,7 @@ def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:
     """Read a plan and the tensors of its heads, which lie beside it.
 
     Raises:
-        FormatError: its format is not one that this version reads.
+        FormatError: this version does not read the plan's format.
         PlanError: a file is missing or damaged.
     """
     try:
@@ -239,7 +241,7 @@ def build_heads(plan: ExitPlan, tensors: Mapping[str, Tensor], backbone: Backbon
         PlanError: the plan was made for another backbone, or its tensors do not fit its heads.
     """
     if plan.backbone != backbone.sha256:
-        raise PlanError(f"the plan was made for the backbone {plan.backbone[:12]}..., this one is "
+        raise PlanError(f"the plan was made for the backbone {plan.backbone[:12]}..., but this one is "
                         f"{backbone.sha256[:12]}...: train heads on records of this backbone, or use the other one")
     heads: dict[str, Head] = {}
     for planned in plan.exits:

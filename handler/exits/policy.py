@@ -12,27 +12,26 @@ from torch import Tensor
 from early_exit.handler.errors import PlanError
 
 ExitPolicy = Callable[[Tensor], Tensor]
-"""Any callable from (B, K) head logits to (B,) bool: which rows leave here. The forward pass asks for no more."""
+"""Any callable from (B, K) head logits to (B,) bool: which rows leave here. The forward pass needs nothing else."""
 NEVER = 2.0
 """A threshold that no confidence reaches."""
 
 
 @dataclass(frozen=True)
 class PlannedPolicy(ABC):
-    """The policy of an exit in a plan: it says what an exit answers, who leaves there, and how likely errors are.
+    """The policy of an exit in a plan: it defines the exit's answers, which rows leave, and how likely errors are.
 
-    All is computed row by row from (B, K) logits, and from nothing else: on a GPU the decision is captured once and
-    repeated. Whoever adds a policy puts its class into `POLICIES`; one with values of its own also says how they are
-    `fitted`.
+    Every result is computed row by row from (B, K) logits alone: on a GPU, the computation is captured once and
+    replayed. To add a policy, put its class into `POLICIES`. A policy with values of its own also defines `fitted`.
     """
 
     temperature: float
-    """T > 0 of the calibrated logits, logits / T."""
+    """The temperature T > 0; calibrated logits are logits / T."""
     threshold: float
-    """Least confidence that leaves; above 1 nobody does."""
+    """The lowest confidence at which a row leaves; above 1, no row does."""
 
     kind: ClassVar[str]
-    """The name by which a plan knows the policy."""
+    """The name of the policy in a plan."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -40,18 +39,18 @@ class PlannedPolicy(ABC):
 
     @classmethod
     def fitted(cls, temperature: float, logits: Tensor, teacher: Tensor) -> PlannedPolicy:
-        """Return the policy of a head, by which nobody leaves before it is given another threshold.
+        """Return the policy of a head, with a threshold that no row reaches.
 
         Args:
-            temperature: that calibrates the logits.
-            logits: (N, K) head logits on records the head was not trained on.
-            teacher: (N,) class the backbone predicted for the same records.
+            temperature: the temperature that calibrates the logits.
+            logits: (N, K) head logits on records that the head was not trained on.
+            teacher: (N,) classes that the backbone predicted for the same records.
         """
         return cls(temperature, NEVER)
 
     @abstractmethod
     def confidence(self, logits: Tensor) -> Tensor:
-        """Return the (B,) confidences, in [0, 1], that the threshold is compared with: a function of `answers`."""
+        """Return the (B,) confidences, in [0, 1], to compare with the threshold. They depend on `answers` only."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return (B,) bool: which rows leave."""
@@ -62,11 +61,11 @@ class PlannedPolicy(ABC):
         return logits if self.temperature == 1 else logits / self.temperature
 
     def error_chance(self, logits: Tensor) -> Tensor:
-        """Return the (B,) calibrated chances that the answer's class is not the backbone's."""
+        """Return the (B,) calibrated probabilities that the answer's class is not the backbone's."""
         return 1 - self.answers(logits).softmax(dim=1).amax(dim=1)
 
     def on_answers(self) -> PlannedPolicy:
-        """Return what decides the same on `answers(logits)`, for a head that computes these itself."""
+        """Return the policy that decides the same from `answers(logits)`, for a head that computes these itself."""
         return replace(self, temperature=1.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -85,26 +84,26 @@ class ConfidencePolicy(PlannedPolicy):
 
 
 POLICIES: dict[str, type[PlannedPolicy]] = {ConfidencePolicy.kind: ConfidencePolicy}
-"""The policies that a plan may name, by their kind."""
+"""The policies that a plan may use, by their kind."""
 
 
 def policy_class(kind: str) -> type[PlannedPolicy]:
     """Return the registered policy of a kind.
 
     Raises:
-        PlanError: this version has none.
+        PlanError: this version has no policy of that kind.
     """
     if kind not in POLICIES:
-        raise PlanError(f"expected a policy of {', '.join(POLICIES)}, found {kind!r}: does it come from a newer "
-                        "version of early-exit-torchserve?")
+        raise PlanError(f"expected one of the policies {', '.join(POLICIES)}, found {kind!r}: does it come from a "
+                        "newer version of early-exit-torchserve?")
     return POLICIES[kind]
 
 
 def policy_of(data: Mapping[str, Any]) -> PlannedPolicy:
-    """Return the policy that `to_json` gave; without a kind it is one by confidence.
+    """Read the output of `PlannedPolicy.to_json`; without a kind, the policy is a `ConfidencePolicy`.
 
     Raises:
-        PlanError: this version has no policy of that kind, or it needs other values.
+        PlanError: this version has no policy of that kind, or the policy needs other values.
     """
     kind = data.get("kind", ConfidencePolicy.kind)
     policy = policy_class(kind)

@@ -1,4 +1,4 @@
-"""What may go wrong with an early answer, in three measures; the user chooses which one the certificate bounds."""
+"""The risk of an early answer, in three measures; the user chooses which one the certificate bounds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ class Risk(str, Enum):
     """The loss of an early answer, compared with the backbone's; training certifies it and the monitor watches it."""
 
     DISAGREEMENT = "disagreement"
-    """The loss is 1 where the class differs from the backbone's: no label and no assumption is needed."""
+    """The loss is 1 if the class differs from the backbone's, and 0 otherwise. It needs no labels and no
+    assumptions."""
     CONFIDENCE_GAP = "confidence-gap"
-    """The loss, in [0, 1], is how much less probable than its own class the backbone finds the answer: it bounds the
-    expected drop of accuracy without labels, as long as the backbone is not under-confident."""
+    """The loss, in [0, 1], is the backbone's probability of its own class minus its probability of the answer. It
+    bounds the expected drop of accuracy without labels, as long as the backbone is not under-confident."""
     ACCURACY = "accuracy"
-    """The loss is 1 where only the backbone is right and -1 where only the answer is: it needs labels for some
-    records."""
+    """The loss is 1 if only the backbone is right, -1 if only the answer is right, and 0 otherwise. It needs labels for
+    some records."""
 
     @property
     def lowest(self) -> float:
-        """The least loss there can be; the largest is 1."""
+        """The smallest possible loss; the largest is 1."""
         return -1.0 if self is Risk.ACCURACY else 0.0
 
     def losses(self, answer: Tensor, backbone_class: Tensor, log_probabilities: Tensor,
@@ -32,12 +33,12 @@ class Risk(str, Enum):
 
         Args:
             answer: (N, L) int64 classes.
-            backbone_class: (N,) int64.
-            log_probabilities: (N, K) of the backbone.
-            labels: (N,) int64, for the risk of accuracy.
+            backbone_class: (N,) int64 classes.
+            log_probabilities: (N, K) log-probabilities of the backbone.
+            labels: (N,) int64 true classes, for the risk `accuracy` only.
 
         Raises:
-            RecordError: the risk needs labels.
+            RecordError: the risk needs labels, and none are given.
         """
         differs = answer != backbone_class[:, None]
         if self is Risk.DISAGREEMENT:
@@ -48,5 +49,5 @@ class Risk(str, Enum):
             return gap.clamp(0.0, 1.0) * differs
         if labels is None:
             raise RecordError("the risk 'accuracy' compares with true labels, but none are given: give labels of some "
-                              "requests, or choose the risk disagreement or confidence-gap, which need none")
+                              "requests, or choose the risk 'disagreement' or 'confidence-gap', which need none")
         return (backbone_class == labels).float()[:, None] - (answer == labels[:, None]).float()

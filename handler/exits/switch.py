@@ -1,7 +1,8 @@
 """The operator's switch: one small file for each model, which its workers read before each batch.
 
-It knows of no version, plan, certificate or record, so nothing that replaces one of these turns it. No file is on; a
-file that cannot be read, or says something else, is off: whoever wrote it wanted something else than before.
+The switch does not depend on versions, plans, certificates or records, so replacing one of these does not change it.
+Without a file, the switch is on. If the file cannot be read, or does not hold a position, the switch is off: whoever
+wrote the file wanted a change.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ SWITCHES_VARIABLE = "EARLY_EXIT_SWITCHES"
 """The folder of the operator's switches, an absolute path. `ee-serve` sets this variable. Without it there is no
 switch."""
 SWITCHES_FOLDER = "exits"
-"""Name of that folder where `ee-serve` makes it, beside the tokens."""
+"""Name of the folder that `ee-serve` creates for the switches, beside the tokens."""
 SWITCH_FILE = "switch"
 _LEVEL = re.compile(r"level ([0-9]{1,3})")
 _LONGEST = 64
-"""No position takes more bytes."""
+"""Positions are shorter than this, in bytes."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """What a switch is set to; its text is what the file holds."""
+    """A position of the switch; its text is the content of the file."""
 
     least_level: int | None
-    """The fallback level that answers, unless the monitor has stepped further back: 0 is the plan as deployed. None is
-    the last level of every plan, which has no exits."""
+    """The lowest fallback level that may answer; the monitor may have gone to a higher one. 0 is the plan as deployed.
+    None stands for the last level of any plan, which has no exits."""
 
     @classmethod
     def parse(cls, text: str) -> Position:
         """Read a position.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is not a position.
 
         >>> Position.parse("level 2"), Position.parse("on") == Position.parse("level 0")
         (Position(least_level=2), True)
@@ -59,7 +60,7 @@ class Position:
         return f"level {self.least_level}" if self.least_level else "on"
 
     def level(self, last_level: int) -> int:
-        """Return the fallback level that is asked for of a version that has so many beyond its first.
+        """Return the fallback level that this position means for a version with this last level.
 
         >>> [Position.parse(text).level(3) for text in ("on", "level 2", "level 9", "off")]
         [0, 2, 3, 3]
@@ -77,25 +78,26 @@ class ExitSwitch:
         """Find the switch.
 
         Args:
-            folder: of the switches of all models; without one the switch is always on.
-            model: its name.
+            folder: the folder of the switches of all models, or None for a switch that is always on.
+            model: name of the model.
 
         Raises:
             ArchiveError: the name of the model leads out of the folder.
         """
         self.path = None if folder is None else folder / bare_name(model, "the name of a model") / SWITCH_FILE
-        """The file that holds the position. Workers make its folder, which so tells that they read the switch."""
+        """The file that holds the position. Workers create its folder, which shows that they read the switch."""
         self.position = ON
-        """What was read last."""
+        """The position that was read last."""
         self.trouble: str | None = None
-        """Why the position could not be read the last time, in which case it is off."""
+        """The reason why the position could not be read the last time, in which case it is off; None if it was read."""
 
     @classmethod
     def of_environment(cls, model: str) -> ExitSwitch:
-        """Return the switch of a model in the folder that the process was started with, made ready for workers.
+        """Return the switch of a model in the folder that the environment names, and create the model's folder in it.
 
         Raises:
-            ConfigError: the environment names a folder relative to the worker's own, which goes when the worker goes.
+            ConfigError: the environment variable holds a relative path. Such a path would lie in the worker's own
+                folder, which is deleted with the worker.
         """
         named = os.environ.get(SWITCHES_VARIABLE, "").strip()
         if named and not Path(named).is_absolute():
@@ -104,12 +106,12 @@ class ExitSwitch:
         if switch.path is not None:
             try:
                 private_folder(switch.path.parent)
-            except OSError as error:  # reading it fails, too, and that is off
-                logger.error("cannot make the folder of the exits' switch: %s", error)
+            except OSError as error:  # reading the switch will fail too, and then it is off
+                logger.error("cannot create the folder of the exits' switch: %s", error)
         return switch
 
     def read(self) -> Position:
-        """Return what the switch is set to now."""
+        """Read the current position of the switch."""
         if self.path is not None:
             try:
                 self.position, self.trouble = _read(self.path), None
@@ -118,10 +120,10 @@ class ExitSwitch:
         return self.position
 
     def set(self, position: Position) -> None:
-        """Set the switch; it counts for every batch that a worker begins after this.
+        """Set the switch; the position counts for every batch that a worker begins after this.
 
         Raises:
-            OSError: it cannot be written, or its folder belongs to somebody else.
+            OSError: the file cannot be written, or its folder belongs to somebody else.
         """
         with replacing(self._there()) as scratch:
             try:
@@ -129,13 +131,13 @@ class ExitSwitch:
             except OSError:
                 if position != OFF:
                     raise
-                # The disk may be full, which may be the incident: a file without content is off, too.
+                # A full disk may be the reason for switching off. An empty file means off, too.
 
     def keep(self) -> None:
-        """Have what was set survive that the machine fails; on a busy disk that takes a while.
+        """Sync the position to the disk, so that it survives a crash of the machine; on a busy disk this takes a while.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the disk cannot store the position.
         """
         for place in (self._there(), self._there().parent):
             descriptor = os.open(place, os.O_RDONLY)
@@ -150,10 +152,10 @@ class ExitSwitch:
 
 
 def _read(path: Path) -> Position:
-    # The content, not the time of its change: two changes may have the same time.
+    # The content is read each time: the time of the last change is no substitute, as two changes may have the same.
     try:
         content = read_start(path, _LONGEST)
     except FileNotFoundError:
-        path.parent.stat()  # where that is gone too, nobody knows what the switch was set to
+        path.parent.stat()  # raises if the folder is gone too: then the position is unknown
         return ON
     return Position.parse(content.decode("ascii").strip())

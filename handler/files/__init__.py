@@ -1,1 +1,1 @@
-"""What paths are made of that others could tamper with: private files, and names from elsewhere."""
+"""Protection of paths that others could tamper with: private files, and names that come from elsewhere."""

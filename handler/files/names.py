@@ -1,4 +1,4 @@
-"""Names that others give and that become part of a path: a manifest's, a shard's, a server's."""
+"""Names that come from elsewhere, such as a manifest, a shard or a server, and become part of a path."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _SEPARATORS = frozenset("/\\")
 
 
 def bare_name(name: object, what: str, refused: type[EarlyExitError] = ArchiveError) -> str:
-    """Return a name with which no path leaves the folder that it is appended to.
+    """Return a name after checking that it cannot lead out of the folder that it is appended to.
 
     Args:
-        name: what was found.
-        what: says what the name is of and where it was found, for the message.
-        refused: the exception for any other name.
+        name: the name that was found.
+        what: describes the name and where it was found, for the message.
+        refused: the exception that is raised for any other name.
 
     >>> bare_name("cifar-2.0", "modelName")
     'cifar-2.0'

@@ -1,4 +1,4 @@
-"""Files and folders that are this user's alone: made for nobody else, and refused where they are somebody else's."""
+"""Files and folders of this user alone: nobody else may read them, and those that belong to others are refused."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import IO, Any
 from early_exit.handler.errors import ForeignFileError
 
 SCRATCH_SUFFIX = ".writing"
-"""Names of files that are being written, and have not taken their place yet, end with this."""
+"""The suffix of files that are being written and have not been renamed into place yet."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What file systems without hard links, such as FAT, SMB and mounted buckets, answer to `link`."""
+"""The errors of `link` on file systems without hard links, such as FAT, SMB and mounted buckets."""
 _ROOT = 0
 
 
 def open_private(path: Path, mode: str) -> IO[Any]:
-    """Open a file that belongs to this user or to root, in a mode of `open`; one that is created has mode 0600.
+    """Open a file that belongs to this user or to root, in a mode of `open`; a new file gets the mode 0600.
 
-    Owner and kind are those of the file that was opened, so nobody can exchange it in between, and nothing in it is
-    changed before they are known.
+    Owner and kind are checked on the opened file, so nobody can exchange the file in between. Nothing in the file is
+    changed before this check.
 
     Raises:
-        ForeignFileError: it belongs to somebody else, is a symbolic link, or is no regular file.
-        OSError: it cannot be opened.
+        ForeignFileError: the file belongs to somebody else, is a symbolic link, or is not a regular file.
+        OSError: the file cannot be opened.
     """
     return open(path, mode, opener=_open_own)
 
@@ -41,7 +41,7 @@ def read_private(path: Path) -> str:
 
 
 def read_start(path: Path, n_bytes: int) -> bytes:
-    """Return the first bytes of a file that `open_private` opens, with no more calls of the system than that takes."""
+    """Return the first bytes of a file that `open_private` opens, with as few system calls as possible."""
     descriptor = _open_own(str(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(descriptor, n_bytes)
@@ -50,28 +50,28 @@ def read_start(path: Path, n_bytes: int) -> bytes:
 
 
 def private_folder(path: Path) -> Path:
-    """Return a folder that belongs to this user or to root; what is missing of its path is made with mode 0700.
+    """Return a folder that belongs to this user or to root; missing folders of its path are created with mode 0700.
 
     Raises:
-        ForeignFileError: it belongs to somebody else, who could exchange what is in it.
-        OSError: it cannot be made.
+        ForeignFileError: the folder belongs to somebody else, who could exchange its contents.
+        OSError: the folder cannot be created.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
-        folder.mkdir(mode=0o700, exist_ok=True)  # one by one: parents that mkdir makes itself are open to the umask
+        folder.mkdir(mode=0o700, exist_ok=True)  # one by one: `parents=True` would create parents by the umask
     _require_own(path, path.stat())
     return path
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a new file beside `path`, of mode 0600, that takes its place when the block ends without an error.
+    """Yield a new file beside `path`, with mode 0600, that replaces `path` when the block ends without an error.
 
-    The block writes into the file and leaves it where it is. A link in the place of `path` is replaced, not followed.
+    The block writes into the file and must not move it. If `path` is a link, the link is replaced, not followed.
 
     Raises:
         ForeignFileError: the folder belongs to somebody else.
-        OSError: the file cannot be made, or cannot take the place.
+        OSError: the file cannot be created, or cannot replace `path`.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH_SUFFIX, dir=private_folder(path.parent))
     os.close(descriptor)
@@ -85,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _open_own(path: str, flags: int) -> int:
     try:
-        # Without blocking, as somebody may have put a pipe there; a regular file never blocks.
+        # O_NONBLOCK, as somebody may have put a pipe there; a regular file never blocks.
         descriptor = os.open(path, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno == errno.ELOOP:

@@ -17,8 +17,8 @@ class AtOnceExecutor:
         """Take the stages.
 
         Args:
-            levels: the stages at each fallback level, which differ in their exits alone.
-            record: makes what is recorded of activations; without it nothing is recorded.
+            levels: the stages at each fallback level; the levels differ in their exits alone.
+            record: computes what is recorded of an activation; with None, nothing is recorded.
         """
         self._levels, self._record = levels, record
 

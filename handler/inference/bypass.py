@@ -1,4 +1,4 @@
-"""Never slower than the backbone: a few batches run the other way, and the exits are bypassed where they do not pay."""
+"""The bypass of exits that do not pay: a few control batches run the other way, so that the two can be compared."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass, field
 from early_exit.handler.betting import after_round, rejects, wealth
 
 DELTA = 0.01
-"""Probability of ever leaving the cheaper way for the other, each time a test begins."""
+"""For each test, the probability of ever leaving the cheaper way for the other."""
 BETS = (0.1, 0.2, 0.4, 0.8)
 _WARM_UP = 5
-"""Pairs that only tell the scale."""
+"""The number of first pairs that only set the scale; no bets are placed on them."""
 
 
 @dataclass
 class Comparison:
-    """A sequential test of "this way costs no more than the other", on pairs of seconds.
+    """A sequential test of "this way costs no more than the other", on pairs of times in seconds.
 
-    Bets are placed on every pair that this way costs more (see `betting`); the gain is the difference over twice what
-    the other way took on average before, clipped to [-1, 1]. The mean of the differences is tested, not how often one
-    is slower: a batch that leaves early saves more than others lose.
+    For every pair, the bets are that this way costs more (see `betting`). The gain is the difference of the pair,
+    divided by twice the other way's mean time in earlier pairs, and clipped to [-1, 1]. The test is about the mean
+    difference, not about how often one way is slower: one batch that leaves early can save more than several others
+    lose.
     """
 
     n: int = 0
     """The number of pairs that were compared."""
     other_s: float = 0.0
-    """The sum of the other way's seconds."""
+    """The sum of the other way's times in seconds."""
     capital: tuple[float, ...] = (1.0,) * len(BETS)
-    """What has become of the capital of each bet."""
+    """The current capital of each bet."""
 
     def add(self, this_s: float, other_s: float) -> None:
         if self.n >= _WARM_UP:
@@ -45,36 +46,36 @@ class Comparison:
 @dataclass
 class _Bucket:
     with_exits: bool = True
-    """The way that batches of these sizes go, but for the control."""
+    """Whether batches of these sizes take the exits, except for control batches."""
     test: Comparison = field(default_factory=Comparison)
 
 
 class AdaptiveBypass:
     """Decides for each batch whether it takes the exits.
 
-    Sizes from one power of two to the next are judged together, but only batches of exactly one size are compared. A
-    way that is found to cost more becomes the control of the other, so what changes on the machine is noticed.
+    Batch sizes from one power of two to the next are judged together, but only batches of the same size are compared.
+    The way that is found to cost more becomes the control of the other, so that later changes are noticed.
     """
 
     def __init__(self, control_rate: float, draw: Callable[[], float]) -> None:
         """Begin with exits.
 
         Args:
-            control_rate: share of batches that go the other way; 0 always takes the exits.
+            control_rate: the share of batches that go the other way; with 0, all batches take the exits.
             draw: returns uniform numbers in [0, 1).
         """
         self._control_rate, self._draw = control_rate, draw
         self._buckets: dict[int, _Bucket] = {}
         self._latest: dict[int, float] = {}
-        """By batch size: the seconds of the latest batch that was not control."""
+        """For each batch size, the seconds of the latest batch that was not a control batch."""
 
     def takes_exits(self, n_rows: int) -> bool:
-        """Tell whether a batch of so many rows takes the exits."""
+        """Tell whether a batch with this number of rows takes the exits."""
         is_control = self._draw() < self._control_rate
         return self._bucket(n_rows).with_exits != is_control
 
     def measured(self, n_rows: int, seconds: float, *, with_exits: bool) -> None:
-        """Note what a batch took."""
+        """Note the time that a batch took."""
         bucket = self._bucket(n_rows)
         if with_exits == bucket.with_exits:
             self._latest[n_rows] = seconds
@@ -85,7 +86,7 @@ class AdaptiveBypass:
                 self._latest = {size: s for size, s in self._latest.items() if _power(size) != _power(n_rows)}
 
     def bypassed(self) -> dict[int, bool]:
-        """Tell by largest batch size of a bucket whether its exits are bypassed."""
+        """Return, by the largest batch size of those judged together, whether their exits are bypassed."""
         return {power: not bucket.with_exits for power, bucket in self._buckets.items()}
 
     def _bucket(self, n_rows: int) -> _Bucket:
@@ -93,7 +94,7 @@ class AdaptiveBypass:
 
 
 def _power(n_rows: int) -> int:
-    """Return the smallest power of two that is not below.
+    """Return the smallest power of two that is at least `n_rows`.
 
     >>> [_power(size) for size in (1, 2, 3, 4, 5, 8, 9)]
     [1, 2, 4, 4, 8, 8, 16]

@@ -1,4 +1,4 @@
-"""Calls that go without exits where these do not pay, whatever executor runs them."""
+"""Runs calls without exits where exits do not pay, with any executor."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from early_exit.handler.inference.executor import Execution, Executor
 from early_exit.handler.inference.forward import Live
 
 _EPOCH = 32
-"""How many answers make a stretch of requests that go one way."""
+"""The number of answers after which the way of new requests is decided again."""
 
 
 class Bypass(Protocol):
-    """What decides for each call whether it takes the exits."""
+    """Decides for each call whether it takes the exits."""
 
     def takes_exits(self, n_rows: int) -> bool:
-        """Tell whether a call of so many rows takes the exits."""
+        """Tell whether a call with this number of rows takes the exits."""
 
     def bypassed(self) -> dict[int, bool]:
-        """Tell by largest batch size of those judged together whether their exits are bypassed."""
+        """Return, by the largest batch size of those judged together, whether their exits are bypassed."""
 
 
 class EpochBypass:
-    """A `Bypass` for calls that share stages, whose costs cannot be told apart: a stretch of requests goes one way.
+    """A `Bypass` for calls that share stages, so that the cost of a single call is unknown.
 
-    Requests of the stretch before that have not been answered yet blur the difference, but do not turn it round.
+    A stretch of requests takes the same way, and its cost is measured as a whole. Requests of the stretch before that
+    have not been answered yet make the difference between the ways smaller, but do not reverse it.
     """
 
     def __init__(self, bypass: AdaptiveBypass) -> None:
@@ -43,11 +44,11 @@ class EpochBypass:
         return self._takes_exits
 
     def bypassed(self) -> dict[int, bool]:
-        """Tell whether the exits are bypassed, by the one batch size that there is: 1."""
+        """Return whether the exits are bypassed, by batch size; the only one is 1."""
         return self._bypass.bypassed()
 
     def ran(self, n_answered: int, seconds: float) -> None:
-        """Note that a stage, with all that is done around it, took some time, and how many requests it answered."""
+        """Note the time of a stage, with everything done around it, and the number of requests that it answered."""
         self._n += n_answered
         self._seconds += seconds
         if self._n >= _EPOCH:
@@ -60,14 +61,14 @@ class EpochBypass:
 
 
 class BypassingExecutor:
-    """Lets calls go without exits where a `Bypass` says so; an `Executor` around another."""
+    """Runs calls without exits if a `Bypass` says so; an `Executor` around another one."""
 
     def __init__(self, executor: Executor, bypass: Bypass, last_level: int) -> None:
-        """Take what runs the calls.
+        """Wrap an executor.
 
         Args:
-            executor: runs them.
-            bypass: decides.
+            executor: runs the calls.
+            bypass: decides for each call whether it takes the exits.
             last_level: the fallback level without exits.
         """
         self._executor, self._bypass, self._last_level = executor, bypass, last_level
@@ -83,12 +84,12 @@ class BypassingExecutor:
             return self._run(inputs, level, shadow, anytime)
 
     def _run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None) -> Execution:
-        # A batch in which somebody asks for every exit goes by the exits, and says nothing about what they cost.
+        # A batch with a request for every exit needs the exits, and it is not measured: it runs to the end.
         if anytime is not None or level == self._last_level:
             return self._executor.run(inputs, level, shadow, anytime)
         with_exits, started = self._bypass.takes_exits(len(shadow)), time.perf_counter()
         execution = self._executor.run(inputs, level if with_exits else self._last_level, shadow)
-        if isinstance(self._bypass, AdaptiveBypass):  # where calls share stages, the time of one tells nothing
+        if isinstance(self._bypass, AdaptiveBypass):  # if calls share stages, the time of one call says nothing
             if execution.answers.outputs.is_cuda:
                 torch.cuda.synchronize(execution.answers.outputs.device)
             self._bypass.measured(len(shadow), time.perf_counter() - started, with_exits=with_exits)

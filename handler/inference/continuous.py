@@ -1,4 +1,4 @@
-"""The executor of early answers: calls of the model wait, each in a coroutine, and their rows share the stages."""
+"""The executor of early answers: each call of the model waits in a coroutine, and rows of all calls share stages."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from early_exit.handler.inference.in_flight import InFlightCall, InFlightCalls
 
 
 class ContinuousExecutor:
-    """Lets each call travel with those of other coroutines, one stage at a time; an `Executor`.
+    """Runs each call together with those of other coroutines, one stage at a time; an `Executor`.
 
-    A call from outside of a coroutine of this executor, such as the probe, runs at once.
+    A call from outside the coroutines of this executor, such as the probe, runs at once.
     """
 
     def __init__(self, levels: Sequence[Sequence[Stage]], record: Record | None = None) -> None:
         """Take the stages.
 
         Args:
-            levels: the stages at each fallback level, which differ in their exits alone.
-            record: makes what is recorded of activations; without it nothing is recorded.
+            levels: the stages at each fallback level; the levels differ in their exits alone.
+            record: computes what is recorded of an activation; with None, nothing is recorded.
         """
         self._at_once = AtOnceExecutor(levels, record)
         self._calls = InFlightCalls(levels, record)
         self._coroutines = Coroutines()
         self._waiting: dict[InFlightCall, Coroutine] = {}
         self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
-        """Entered by a call in its thread while it waits for others."""
+        """A context that a call enters, in its thread, while it waits for others."""
         self._computing = threading.Lock()
-        """Held by who runs a stage: a handler may call the model in threads of its own, too."""
+        """Held while a stage runs, because a handler may also call the model in threads of its own."""
 
     def prepare(self, inputs: Live, batch_size: int) -> None:
         """Do nothing: stages run as they are."""
@@ -46,7 +46,7 @@ class ContinuousExecutor:
         if coroutine is None or not len(shadow):
             with self._computing:
                 return self._at_once.run(inputs, level, shadow, anytime)
-        # A stage may write into its input, which torch forbids for one made in its inference mode.
+        # A stage may write into its input, which torch forbids if the input was created in inference mode.
         own = tuple(x.clone() if x.is_inference() else x for x in inputs)
         with self.waiting():
             call: InFlightCall = coroutine.ask((own, shadow, anytime, level))
@@ -59,7 +59,7 @@ class ContinuousExecutor:
         return coroutine
 
     def run_stage(self) -> None:
-        """Run one stage, and let the functions go on whose calls have ended with it."""
+        """Run one stage, and resume the functions whose calls have ended with it."""
         with self._computing:
             ended = self._calls.run_stage()
         for call in ended:
@@ -68,13 +68,13 @@ class ContinuousExecutor:
             self._enter(coroutine)
 
     def drop(self, coroutine: Coroutine) -> None:
-        """End a function that nobody waits for any more, with its call."""
+        """End a function that nobody waits for any more, and drop its call."""
         for call in [call for call, waiting in self._waiting.items() if waiting is coroutine]:
             del self._waiting[call]
             self._calls.drop(call)
         coroutine.drop()
 
     def _enter(self, coroutine: Coroutine) -> None:
-        """Let the call join at which a function has stopped, if it has not ended."""
+        """Add the call at which a function has stopped, if the function has not ended."""
         if not coroutine.done:
             self._waiting[self._calls.enter(*coroutine.asked)] = coroutine

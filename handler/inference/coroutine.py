@@ -1,8 +1,8 @@
-"""Functions that can wait in their middle: the user's handler waits inside its model call while others go on.
+"""Functions that can wait in the middle: the user's handler waits inside its call of the model while others continue.
 
-A handler does pre-processing, the model and post-processing in one call of `handle()`. In a thread of its own that
-call can stop where it reaches the model and go on when the scores are there, whatever the handler looks like.
-Only one thread runs at any time, so a handler needs no locks.
+A handler does pre-processing, inference and post-processing in one call of `handle()`. In a thread of its own, this
+call can stop where it calls the model and continue when the scores are ready, however the handler is written. Only one
+thread runs at any time, so a handler needs no locks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Dropped(BaseException):
-    """Ends a coroutine that nobody waits for any more, past any 'except Exception' of the user's."""
+    """Ends a coroutine that nobody waits for any more; an 'except Exception' in the user's code does not catch it."""
 
 
 class Coroutine:
@@ -22,7 +22,7 @@ class Coroutine:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.asked: Any = None
-        """The question that the function waits with; only while it is not done."""
+        """The question that the function asks; valid until the function ends."""
         self.done = False
         """Whether the function has ended."""
         self._function = function
@@ -30,22 +30,22 @@ class Coroutine:
         self._error: BaseException | None = None
         self._reply: SimpleQueue[Any] = SimpleQueue()
         self._turn: SimpleQueue[None] = SimpleQueue()
-        """Holds an item when it is the caller's turn again."""
+        """Holds an item when the caller may continue."""
         self._dropped = False
 
     def result(self) -> Any:
-        """Return what the function returned, or raise what it raised."""
+        """Return the result of the function, or raise its exception."""
         if self._error is not None:
             raise self._error
         return self._outcome
 
     def resume(self, reply: Any) -> None:
-        """Answer what was asked and run until the next question or the end."""
+        """Answer the question, and run until the next question or the end."""
         self._reply.put(reply)
         self._turn.get()
 
     def drop(self) -> None:
-        """Let the function end as if what it waits for had failed; does nothing when it is done."""
+        """Make the function end by raising `Dropped` where it waits; this does nothing if the function has ended."""
         if not self.done:
             self._dropped = True
             self.resume(None)
@@ -65,7 +65,7 @@ class Coroutine:
         return reply
 
     def run(self) -> None:
-        """Run to the end in this thread."""
+        """Run the function to its end in this thread."""
         try:
             self._outcome = self._function()
         except BaseException as error:
@@ -73,7 +73,7 @@ class Coroutine:
         self.done = True
 
     def give_back(self) -> None:
-        """Let the caller go on after the end."""
+        """Let the caller continue after the end of the function."""
         self._turn.put(None)
 
     def wait(self) -> None:
@@ -82,7 +82,7 @@ class Coroutine:
 
 
 class Coroutines:
-    """Coroutines and their threads, which are kept for the next: each has OpenMP threads, which are slow to start."""
+    """Coroutines and their threads. Threads are reused, because each has OpenMP threads, which are slow to start."""
 
     def __init__(self) -> None:
         self._idle: list[SimpleQueue[Coroutine]] = []
@@ -97,12 +97,12 @@ class Coroutines:
         return coroutine
 
     def current(self) -> Coroutine | None:
-        """Return the coroutine that runs in this thread, if it is one of these threads."""
+        """Return the coroutine that runs in this thread, or None in any other thread."""
         return getattr(self._current, "coroutine", None)
 
     def _new_thread(self) -> SimpleQueue[Coroutine]:
         inbox: SimpleQueue[Coroutine] = SimpleQueue()
-        # A daemon: a coroutine that waits must not keep the process alive.
+        # A daemon thread, because a coroutine that waits must not keep the process alive.
         threading.Thread(target=self._serve, args=(inbox,), daemon=True).start()
         return inbox
 
@@ -113,4 +113,4 @@ class Coroutines:
             self._current.coroutine = None
             self._idle.append(inbox)
             coroutine.give_back()
-            del coroutine  # its request need not stay until the next
+            del coroutine  # frees the memory of its request before the next one comes

@@ -1,4 +1,4 @@
-"""The fallback levels of a version: the settings that it can fall back to without loading anything."""
+"""The fallback levels of a version: the settings that it can switch to without loading anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from early_exit.handler.inference.forward import Stage
 
 
 def fallback_levels(stages: Sequence[Stage], plan: ExitPlan | None) -> tuple[tuple[Stage, ...], ...]:
-    """Return the stages at each fallback level: as deployed, with each safer setting of the plan, without exits.
+    """Return the stages at each fallback level: as deployed, with each safer setting of the plan, and without exits.
 
     A version without exits has one level.
     """

@@ -1,4 +1,4 @@
-"""The forward pass with early exits: decide per item, answer the hits, shrink the batch, go on."""
+"""The forward pass with early exits: decide for each item, answer the hits, shrink the batch, continue."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from early_exit.handler.exits.policy import ExitPolicy
 from early_exit.handler.protocol import FULL
 
 Live = tuple[Tensor, ...]
-"""The (B, ...) tensors that travel from a stage to the next: first what a head reads, then whatever else the rest of
-the backbone needs, such as a mask. After the last stage: the scores alone."""
+"""The (B, ...) tensors that pass from one stage to the next: first the activation that a head reads, then the others
+that the rest of the backbone needs, such as a mask. After the last stage they are the scores, and the values beside
+them if the backbone returns any."""
 
 Observer = Callable[[int, Tensor], None]
-"""Called after each stage but the last with its number and what a head would read of the shadow rows, if any."""
+"""Called after each stage but the last, if there are shadow rows, with the stage's number and their activations."""
 
 
 @dataclass(frozen=True)
 class Exit:
-    """What stands at the end of a stage that may answer."""
+    """The exit at the end of a stage."""
 
     head: Callable[[Tensor], Tensor]
     """(B, ...) activation -> (B, K) logits."""
@@ -30,7 +31,8 @@ class Exit:
     answer: Callable[[Tensor], Tensor]
     """(B, K) logits -> (B, K) scores of the kind that the backbone returns."""
     shrink_from: int = 1
-    """Fewest answered rows that are worth a copy of the others; fewer travel on, and are ignored from there on."""
+    """The smallest number of answered rows for which copying the other rows pays. If fewer are answered, they stay in
+    the batch and are ignored from then on."""
 
     def decide(self, x: Tensor) -> tuple[Tensor, list[bool]]:
         """Return the (B, K) logits of (B, ...) activations, and for each row whether it may leave."""
@@ -38,20 +40,20 @@ class Exit:
         return logits, self.policy(logits).tolist()
 
     def shrinks(self, n_rows: int, n_staying: int) -> bool:
-        """Tell whether copying the rows that stay is worth it."""
+        """Tell whether it pays to copy the rows that stay."""
         return n_rows - n_staying >= self.shrink_from
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the backbone and, unless nobody may leave there, the exit after it."""
+    """A part of the backbone and, if rows may leave after it, the exit there."""
 
     forward: Callable[..., Live]
-    """Takes the tensors that travel to it as arguments."""
+    """Takes the tensors that enter the stage as arguments."""
     exit: Exit | None = None
 
     def take(self, live: Live, places: list[int]) -> Live:
-        """Return the rows in some places, ascending, of what travels to this stage."""
+        """Return the rows in some places, ascending, of the tensors that enter this stage."""
         index = numbers_on(live[0].device, places)
         return tuple(take_rows(x, index) for x in live)
 
@@ -65,18 +67,19 @@ class Answers:
     stages: Tensor
     """(B,) int64 on the CPU: the stage after which each row was answered, or `FULL`."""
     shadow: Tensor
-    """(S,) int64 on the CPU: numbers of the rows that ran to the end whatever the exits said."""
+    """(S,) int64 on the CPU: numbers of the shadow rows, which ran to the end whatever the exits decided."""
     reference: Tensor
     """(S, K) scores of the whole backbone for the shadow rows."""
     stage_seconds: tuple[float, ...]
-    """Wall time of each stage that ran, with its head and shrink; none where a GPU ran them in one launch."""
+    """Wall time in seconds of each stage that ran, including its head and the copy of rows that stay. Empty for a batch
+    that a GPU ran in a single launch."""
     anytime: Tensor
     """(A,) int64 on the CPU: numbers of the rows that asked for every exit's scores, so they ran to the end."""
     exit_scores: Mapping[int, Tensor]
-    """By stage, and by `FULL` for the whole backbone: the (A, K) scores that the anytime rows would have got there."""
+    """For each stage with an exit, and for `FULL`, the whole backbone: the (A, K) scores of the anytime rows there."""
     beside: Live = ()
-    """What the backbone returned beside the scores: (W, ...) for the rows that left nowhere, in order; none where all
-    left."""
+    """The (W, ...) values that the backbone returned beside the scores, for the rows that did not leave early, in
+    order. Empty if all rows left early."""
 
 
 def run_with_exits(
@@ -85,15 +88,15 @@ def run_with_exits(
 ) -> Answers:
     """Run the backbone and let confident rows leave early (Algorithm 1 of the paper).
 
-    An item's answer does not depend on the batch it travelled in. Shadow rows are answered at their exit
-    like any other but keep travelling, so that what they would have got from the backbone is known.
+    An item's answer does not depend on the other items of its batch. Shadow rows are answered at their exit like any
+    other row, but run to the end, so that the backbone's scores for them are known.
 
     Args:
         inputs: the backbone's (B, ...) inputs; B may be 0.
         stages: the backbone in order; the last stage returns the scores.
-        shadow: (B,) bool mask of shadow rows; none by default.
-        anytime: (B,) bool mask of rows that ask for the scores of every exit, so they run to the end; none by default.
-        observe: sees the shadow rows' activations.
+        shadow: (B,) bool mask of shadow rows; by default there are none.
+        anytime: (B,) bool mask of rows that ask for every exit's scores, so they run to the end; by default none do.
+        observe: is called with the shadow rows' activations.
     """
     batch = _Batch(len(inputs[0]), _numbers(shadow), _numbers(anytime))
     seconds: list[float] = []
@@ -101,7 +104,7 @@ def run_with_exits(
     del inputs
     for number, (stage, following) in enumerate(zip(stages, (*stages[1:], None))):
         started = time.perf_counter()
-        # Popped, so that the stage alone holds its input and frees it as soon as it has read it.
+        # The input is popped, so that only the stage holds it and can free it as soon as it has read it.
         live = list(stage.forward(live.pop()) if len(live) == 1 else stage.forward(*live))
         if observe is not None and batch.shadow and following is not None:
             observe(number, batch.take(live[0], batch.shadow))
@@ -114,27 +117,27 @@ def run_with_exits(
 
 
 class _Batch:
-    """Who is where, of a batch on its way.
+    """The rows of a batch that is running: which of them have been answered, and where the others are.
 
-    Lists of numbers: on so few rows each operation on tensors would cost more than all of this.
+    The numbers are in lists: for so few rows, a single operation on tensors would cost more than all of this.
     """
 
     def __init__(self, n_rows: int, shadow: list[int], anytime: list[int]) -> None:
         self.n_rows, self.shadow = n_rows, shadow
         self.rows = list(range(n_rows))
-        """Numbers of the rows that travel, in their places."""
+        """Numbers of the rows that are still in the batch, by place."""
         self._anytime, self._through = anytime, {*shadow, *anytime}
         self._left_after, self._waits = [FULL] * n_rows, [True] * n_rows
         self._decided: list[tuple[Exit, Tensor]] = []
-        """Exits that answered rows, with the logits of all rows that were there."""
+        """Exits that answered rows, with the logits of all rows that were in the batch."""
         self._n_decided = 0
-        """How many rows these logits have together."""
+        """The number of rows of all these logits together."""
         self._source = [0] * n_rows
-        """For each row that was answered: its place in these logits, one after the other."""
+        """For each row that was answered, its place in these logits when they are concatenated."""
         self._exit_scores: dict[int, Tensor] = {}
 
     def leave(self, number: int, exit_: Exit, live: list[Tensor], following: Stage | None) -> list[Tensor]:
-        """Let the rows leave that an exit is sure of; return what travels on to the following stage, if any."""
+        """Let rows leave by the decisions of an exit; return the tensors for the following stage, if there is one."""
         logits, sure = exit_.decide(live[0])
         hit = answered(sure, [self._waits[row] for row in self.rows])
         if self._anytime:
@@ -154,7 +157,7 @@ class _Batch:
         return live
 
     def take(self, x: Tensor, wanted: list[int]) -> Tensor:
-        """Return some of the rows that travel, given by their numbers in the batch."""
+        """Return some of the rows that are still in the batch, given by their numbers."""
         place = {row: position for position, row in enumerate(self.rows)}
         return self._at(x, [place[row] for row in wanted])
 
@@ -162,14 +165,14 @@ class _Batch:
         return x if len(places) == len(self.rows) else take_rows(x, numbers_on(x.device, places))
 
     def answers(self, live: list[Tensor], seconds: list[float]) -> Answers:
-        """Return all answers, given what the last stage returned if a row came so far."""
+        """Return all answers, given the output of the last stage that ran."""
         outputs, wait = live[0], [place for place, row in enumerate(self.rows) if self._waits[row]]
         beside = tuple(self._at(x, wait) for x in live[1:]) if self.rows else ()
         if self._decided:
             for place in wait:
                 self._source[self.rows[place]] = self._n_decided + place
             pieces = [exit_.answer(logits) for exit_, logits in self._decided] + ([live[0]] if wait else [])
-            outputs = pieces[0]  # all of them, if there are no others
+            outputs = pieces[0]  # a single piece has all answers
             if len(pieces) > 1:
                 outputs = torch.cat(pieces).index_select(0, numbers_on(outputs.device, self._source))
         reference = self.take(live[0], self.shadow) if self.shadow else outputs[:0]
@@ -183,14 +186,14 @@ def answered(sure: Sequence[bool], waiting: Sequence[bool]) -> list[int]:
     """Return the ascending places of the rows that an exit answers.
 
     Args:
-        sure: for each row whether it may leave.
-        waiting: for each row whether it wants an answer.
+        sure: for each row, whether it may leave.
+        waiting: for each row, whether it still waits for an answer.
     """
     return [place for place, (is_sure, waits) in enumerate(zip(sure, waiting)) if is_sure and waits]
 
 
 def numbers_on(device: torch.device, numbers: list[int]) -> Tensor:
-    """Return (N,) int64 numbers on a device, without waiting for a GPU."""
+    """Return (N,) int64 numbers on a device; if it is a GPU, the CPU does not wait for it."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
@@ -202,11 +205,11 @@ def _numbers(mask: Tensor | None) -> list[int]:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return some rows of x, in x's memory format: x itself when they are all.
+    """Return some rows of x in x's memory format, or x itself if they are all.
 
     Args:
-        x: (B, ...).
-        index: ascending, each row once.
+        x: (B, ...) tensor.
+        index: numbers of the rows, ascending and without repetition.
     """
     if len(index) == len(x):
         return x

@@ -17,7 +17,7 @@ from early_exit.handler.protocol import FULL
 _Row = tuple["InFlightCall", int]
 """A row of a call."""
 _Chunk = tuple[Live, list[_Row]]
-"""Rows that travel together."""
+"""Rows that wait together, with their tensors."""
 _Scores = list[tuple[_Row, Tensor]]
 """Rows and their (K,) scores."""
 
@@ -33,31 +33,31 @@ class InFlightCall:
     anytime: list[bool]
     """For each row, whether it asks for the scores of every exit."""
     began: int
-    """How many stages had been run, for any call, when this one began."""
+    """The number of stages that had been run, for any call, when this call began."""
     n_travelling: int
-    """How many rows have not arrived yet."""
+    """The number of rows that still have to run through stages."""
     error: Exception | None = None
-    """Why the call has failed; None while it has not."""
+    """The error with which the call has failed, or None."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    """By row that is answered: its (K,) scores."""
+    """The (K,) scores of each row that has been answered, by row."""
     left_after: dict[int, int] = field(default_factory=dict)
-    """By row that is answered: the stage after which it left, or `FULL`."""
+    """The stage after which each answered row left, or `FULL`, by row."""
     beside: dict[int, Live] = field(default_factory=dict)
-    """By row that left nowhere: what the backbone returned beside its scores."""
+    """The values that the backbone returned beside the scores, by row, for rows that did not leave early."""
     reference: dict[int, Tensor] = field(default_factory=dict)
-    """By shadow row: the backbone's (K,) scores."""
+    """The backbone's (K,) scores of each shadow row, by row."""
     recorded: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    """By stage and shadow row: what was recorded of the row's activation."""
+    """The recorded activations of shadow rows, by stage and row."""
     exit_scores: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    """By stage and anytime row: the (K,) scores of the exit there."""
+    """The (K,) scores of exits for anytime rows, by stage and row."""
     seconds: list[float] = field(default_factory=list)
-    """Wall time of each stage that ran with rows of the call."""
+    """Wall time in seconds of each stage that ran with rows of the call."""
 
     def answers(self) -> Answers:
         """Return the answers of a call that has ended.
 
         Raises:
-            Exception: what a stage raised.
+            Exception: a stage raised it.
         """
         if self.error is not None:
             raise self.error
@@ -73,11 +73,11 @@ class InFlightCall:
             tuple(torch.stack(rows) for rows in zip(*(self.beside[row] for row in sorted(self.beside)))))
 
     def activations(self) -> dict[int, Tensor]:
-        """Return by stage what was recorded of the (S, ...) activations of the shadow rows."""
+        """Return the recorded (S, ...) activations of the shadow rows, by stage."""
         return _stacked(self.recorded)
 
     def travels_on(self, row: int) -> bool:
-        """Tell whether a row has something to wait for: its answer, or the end of the backbone."""
+        """Tell whether a row must run on: it has no answer yet, or it runs to the end."""
         return row not in self.outputs or self.shadow[row] or self.anytime[row]
 
 
@@ -88,21 +88,21 @@ class InFlightCalls:
         """Start without calls.
 
         Args:
-            levels: the stages at each fallback level, which differ in their exits alone.
-            record: makes what is recorded of activations; without it nothing is recorded.
+            levels: the stages at each fallback level; the levels differ in their exits alone.
+            record: computes what is recorded of an activation; with None, nothing is recorded.
         """
         self._levels, self._record = levels, record
         self._waiting: list[list[_Chunk]] = [[] for _ in levels[0]]
         self._n_run = 0
 
     def enter(self, inputs: Live, shadow: Tensor, anytime: Tensor | None = None, level: int = 0) -> InFlightCall:
-        """Let a call join.
+        """Add a call.
 
         Args:
-            inputs: its (B, ...) inputs, B > 0.
-            shadow: (B,) bool mask of its shadow rows.
-            anytime: (B,) bool mask of the rows that ask for every exit; None where no row does.
-            level: the fallback level that answers it.
+            inputs: the call's (B, ...) inputs, B > 0.
+            shadow: (B,) bool mask of the shadow rows.
+            anytime: (B,) bool mask of the rows that ask for every exit; None if no row does.
+            level: the fallback level that answers the call.
         """
         asks = [False] * len(shadow) if anytime is None else anytime.tolist()
         call = InFlightCall(level, shadow.tolist(), asks, self._n_run, len(shadow))
@@ -110,12 +110,12 @@ class InFlightCalls:
         return call
 
     def drop(self, dropped: InFlightCall) -> None:
-        """Forget a call's rows wherever they wait."""
+        """Remove the rows of a call from all stages."""
         for chunks in self._waiting:
             chunks[:] = [kept for chunk in chunks if (kept := _select(chunk, lambda call: call is not dropped))[1]]
 
     def run_stage(self) -> list[InFlightCall]:
-        """Run one stage for the rows that wait there; return the calls that have ended with it."""
+        """Run one stage for the rows that wait there, and return the calls that have ended with it."""
         waiting = [Waiting(stage, sum(len(rows) for _, rows in chunks),
                            max(self._n_run - call.began for _, rows in chunks for call, _ in rows))
                    for stage, chunks in enumerate(self._waiting) if chunks]
@@ -127,7 +127,7 @@ class InFlightCalls:
         try:
             return self._advance(stage, chunks)
         except Exception:
-            # As with a whole batch: one bad row must not fail the others.
+            # Each call is run alone: one bad row must not fail the others.
             calls = dict.fromkeys(call for _, rows in chunks for call, _ in rows)
             return [ended for call in calls for ended in self._advance_alone(stage, chunks, call)]
 
@@ -151,7 +151,7 @@ class InFlightCalls:
                 recorded = self._record(number, take_rows(live[0], numbers_on(live[0].device, shadows)))
             decisions = [self._decide(level, number, live[0], rows)
                          for level in sorted({call.level for call, _ in rows})]
-        # Nothing can fail from here on, so a row is never counted twice.
+        # Nothing can fail after this point, so no row is counted twice.
         for leaving, asking in decisions:
             for (call, row), scores in leaving:
                 call.outputs[row], call.left_after[row] = scores, number
@@ -175,7 +175,7 @@ class InFlightCalls:
         return [call for call in calls if not call.n_travelling]
 
     def _decide(self, level: int, number: int, x: Tensor, rows: list[_Row]) -> tuple[_Scores, _Scores]:
-        """Return, of the rows that a level answers, those that leave after a stage, and those that ask for its exit."""
+        """Return the rows of a fallback level that leave after a stage, and its rows that ask for the exit's scores."""
         exit_ = self._levels[level][number].exit
         if exit_ is None:
             return [], []
@@ -191,7 +191,7 @@ class InFlightCalls:
 
 
 def _arrive(rows: list[_Row], live: Live) -> None:
-    """Note what the whole backbone returned for rows."""
+    """Note the whole backbone's results for rows."""
     for (call, row), scores, *beside in zip(rows, *live):
         if row not in call.outputs:
             call.outputs[row], call.left_after[row] = scores, FULL
@@ -203,7 +203,7 @@ def _arrive(rows: list[_Row], live: Live) -> None:
 
 
 def _own(taken: Tensor, x: Tensor) -> Tensor:
-    """Return rows that may wait: on a GPU the next rows that pass this stage overwrite what it handed on."""
+    """Return rows with memory of their own: on a GPU, the next run of a stage overwrites its previous output."""
     return x.clone() if taken is x and x.is_cuda else taken
 
 
@@ -212,7 +212,7 @@ def _together(parts: Sequence[Live]) -> Live:
 
 
 def _stacked(by_stage: dict[int, dict[int, Tensor]]) -> dict[int, Tensor]:
-    """Return by stage the (R, ...) tensors of some rows, in the order of the rows."""
+    """Return the (R, ...) tensors of some rows, in the order of the rows, by stage."""
     return {stage: torch.stack([rows[row] for row in sorted(rows)]) for stage, rows in by_stage.items()}
 
 

@@ -1,4 +1,4 @@
-"""The decision which stage runs next when rows wait at several; it bounds how long any row waits."""
+"""Decides which stage runs next if rows wait at several stages, and bounds how long any row waits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class Waiting:
     stage: int
     n_rows: int
     age: int
-    """How many stages have been run since the oldest of the rows began."""
+    """The number of stages that have been run since the oldest of the rows began."""
 
 
 def next_stage(waiting: Sequence[Waiting], n_stages: int) -> int:
-    """Return the stage to run: where most rows wait, unless somebody has waited for too long.
+    """Return the stage to run: the one where most rows wait, unless a row has waited for too long.
 
-    The fullest stage brings most rows forward for one step's overhead, and a new request is not held up by the
-    few that need the whole backbone. From the age of `n_stages` on, when they would have been answered had they
-    been alone, the oldest go first. With at most N rows on their way every row therefore arrives within
-    n_stages * (N + 1) steps: from its age of n_stages on each step brings it, or one of the at most N - 1 others
-    that are as old or older, a stage further.
+    Running the fullest stage advances most rows for the overhead of one step, and a new request is not held up by the
+    few that need the whole backbone. From the age of `n_stages` on, at which a row would have been answered had it been
+    alone, the oldest rows go first. With at most N rows in flight, every row therefore arrives within
+    n_stages * (N + 1) steps: once its age is n_stages, each step advances by one stage either this row, or one of the
+    at most N - 1 others that are as old or older.
 
     Args:
-        waiting: at least one, each stage once.
-        n_stages: of the whole backbone.
+        waiting: the rows that wait, at one stage or more, each stage once.
+        n_stages: the number of stages of the whole backbone.
     """
     patient = all(rows.age < n_stages for rows in waiting)
     return max(waiting, key=lambda rows: (0 if patient else rows.age, rows.n_rows, rows.stage)).stage

@@ -1,1 +1,1 @@
-"""The model object that stands in for the user's: assembled, loaded, called, and what it logs of its calls."""
+"""The model object that replaces the user's model: its assembly, loading, calls, and the log of its calls."""

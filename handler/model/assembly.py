@@ -1,4 +1,4 @@
-"""A backbone, cut where something is read, with an engine's stages and a plan's exits."""
+"""A backbone that is cut into an engine's stages, with the exits of a plan."""
 
 from __future__ import annotations
 
@@ -27,41 +27,42 @@ from early_exit.handler.protocol import FULL, FULL_NAME
 class Assembly(nn.Module):
     """Everything that an executor needs to run batches, on the device of the backbone.
 
-    It is a module, so that its weights move with the model that holds it; it is not called.
+    It is a module so that its weights move with the model that holds it; it is not called itself.
     """
 
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
                  *, engine: str = DEFAULT_ENGINE, record_layers: int = 0) -> None:
-        """Cut the backbone where something is read and attach the plan's heads.
+        """Cut the backbone at the layers with an exit or a record, and attach the plan's heads.
 
         Args:
-            backbone: on the device that serves.
-            plan: the exits; None answers every row in full.
-            heads: by layer path, one for each exit of the plan.
-            engine: how the backbone is executed; a name in `ENGINES`, or an identity.
-            record_layers: how many candidate layers are cut for the records at most, besides those with an exit.
+            backbone: the backbone, on the device that serves.
+            plan: the plan with the exits, or None to answer every row in full.
+            heads: the heads by layer path, one for each exit of the plan.
+            engine: the engine that executes the backbone: a name in `ENGINES`, or an identity.
+            record_layers: the largest number of candidate layers that are cut for the records, besides those with an
+                exit.
 
         Raises:
             PlanError: the plan's heads and certificate are about another engine.
-            ConfigError: a detector is to be executed by an engine that has none.
+            ConfigError: the backbone is that of a detector, which the engine does not execute.
         """
         super().__init__()
         self.description, self.device, self.plan = backbone.description, backbone.device, plan
         self._probe = backbone.probe
         self.engine = engine_of(engine)
         self.max_probe_error = max(self.engine.max_probe_error, rounding_error(backbone))
-        """The largest error of the probe's scores that other processors make."""
+        """The largest error of the probe's scores that other processors cause."""
         self.engine_identity = self.engine.identity(backbone.folder)
         if self.description.detector is not None and not self.engine.runs_detectors:
             able = " or ".join(engine.name for engine in ENGINES.values() if engine.runs_detectors)
-            raise ConfigError(f"a detector is executed by {able}, found early_exit.engine {self.engine.name!r}")
+            raise ConfigError(f"a detector needs the engine {able}, found early_exit.engine {self.engine.name!r}")
         if plan is not None:
             require_engine(plan.engine, self.engine_identity)
         planned = {exit_.layer: exit_ for exit_ in (plan.exits if plan else ())}
         recorded = spread_over(self.description.candidates, record_layers) if record_layers else []
         cuts = [layer for layer in self.description.candidates if layer.path in planned or layer in recorded]
         self.layers = tuple(layer.path for layer in cuts)
-        """Module paths at which the backbone is cut, in order."""
+        """Module paths of the layers at which the backbone is cut, in order."""
         # The backbone itself is not kept: an engine may have its own copy of the weights.
         compiled = self.engine.compile(backbone, [layer.node for layer in cuts])
         self._parts = nn.ModuleList(stage.module for stage in compiled)
@@ -71,12 +72,12 @@ class Assembly(nn.Module):
                            for path, read in zip(self.layers, self._reads) if path in planned}
         self._heads = nn.ModuleList(inference_heads.values())
         exits = [self._exit(planned[path], inference_heads[path]) if path in planned else None for path in self.layers]
-        # The bound forward: Module.__call__ would hold a stage's input for as long as the stage runs.
+        # `forward` is used directly: Module.__call__ would hold a stage's input for as long as the stage runs.
         stages = [Stage(stage.module.forward, exit_) for stage, exit_ in zip(compiled, (*exits, None))]
         self.stages = graphed(stages, backbone.device) if self.description.detector is None else tuple(stages)
         """The stages of the backbone in order, with the exits as they were deployed."""
         self.levels = fallback_levels(self.stages, plan)
-        """The stages at each fallback level: as deployed, then with ever safer exits, without exits at last."""
+        """The stages at each fallback level: as deployed, then with increasingly safe exits, at last without exits."""
 
     @property
     def last_level(self) -> int:
@@ -84,22 +85,22 @@ class Assembly(nn.Module):
         return len(self.levels) - 1
 
     def exit_name(self, stage: int) -> str:
-        """Return what clients and metrics call the exit after a stage, or the whole backbone for `FULL`."""
+        """Return the name, for clients and metrics, of the exit after a stage, or of the whole backbone for `FULL`."""
         return FULL_NAME if stage == FULL else self.layers[stage]
 
     def recorder(self, pool: Side) -> Record:
-        """Return what makes the records of activations: pooled to a side, float16, on the CPU.
+        """Return a function that converts activations to what is recorded: pooled to a side, in float16, on the CPU.
 
-        NaN is where they are not finite, infinity where float16 cannot hold them.
+        Values that are not finite become NaN, and values that are too large for float16 become infinity.
         """
         def record(stage: int, activation: Tensor) -> Tensor:
             read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, pool))
-            return torch.add(read, read, alpha=0).half().cpu()  # 0 times what is not finite is NaN
+            return torch.add(read, read, alpha=0).half().cpu()  # 0 times a value that is not finite is NaN
 
         return record
 
     def reference(self, inputs: Live, rows: Tensor) -> Tensor | None:
-        """Return the (S, K) scores of the backbone in fp32 for some rows, where the engine's own are others.
+        """Return the (S, K) fp32 scores of the backbone for some rows, or None if the engine is exact or S is 0.
 
         Args:
             inputs: the backbone's (B, ...) inputs.
@@ -112,10 +113,10 @@ class Assembly(nn.Module):
         return scores
 
     def differentiable(self, inputs: Live) -> Tensor:
-        """Return (B, K) scores of the whole backbone that gradients flow through.
+        """Return (B, K) scores of the whole backbone through which gradients can flow.
 
         Raises:
-            InputError: the engine computes no gradients.
+            InputError: the engine does not compute gradients.
         """
         live = inputs
         for part in self._parts if self._original is None else [self._original]:
@@ -126,9 +127,9 @@ class Assembly(nn.Module):
         return scores
 
     def probe_inputs(self) -> Live:
-        """Return the (1, ...) inputs of the backbone's probe, on the device."""
+        """Return the (1, ...) inputs of the backbone's probe, on the device that serves."""
         return tuple(x.to(self.device) for x in self._probe)
 
     def _exit(self, planned: PlannedExit, head: InferenceHead) -> Exit:
-        # The bound forward, as for the stages: fewer calls between the operations.
+        # `forward` is used directly, as for the stages: there are fewer calls between the operations.
         return Exit(head.forward, planned.policy.on_answers(), self.description.scores.from_logits, planned.shrink_from)

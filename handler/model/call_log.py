@@ -1,4 +1,4 @@
-"""What the model computed in a call of the user's handler, kept until the worker asks for it."""
+"""A log of the model's calls in a call of the user's handler, kept until the worker takes it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from early_exit.handler.inference.forward import Answers, Live
 
 @dataclass(frozen=True)
 class ServedBatch:
-    """One call of the model: its answers and what is recorded of it."""
+    """One call of the model: its answers, and the data for records."""
 
     answers: Answers
-    """What was answered; the reference of the shadow rows is always that of the backbone in fp32."""
+    """The answers; the reference of the shadow rows is always that of the backbone in fp32."""
     activations: Mapping[str, Tensor]
-    """By layer path: (S, ...) float16 pooled activations of the S shadow rows; empty where nothing is recorded."""
+    """(S, ...) float16 pooled activations of the S shadow rows by layer path; empty if nothing is recorded."""
     time: float
     """Unix time in seconds."""
     level: int
@@ -28,39 +28,39 @@ class ServedBatch:
     sampling_rate: float
     """The probability with which each shadow row was drawn."""
     full_class: Tensor
-    """(S,) int64: the class that the shadow rows would have on the engine that serves, had they run to the end."""
+    """(S,) int64: the class that the serving engine predicts for each shadow row without exits."""
     switch: Position
-    """What the operator's switch was set to when the call began."""
+    """The position of the operator's switch when the call began."""
 
 
 class CallLog:
     """The calls of the model since a call of the handler began, for each thread in which a handler is called.
 
-    A handler may call the model in threads of its own. Which call of the handler these belong to is not known, but that
-    it is one of those that are going on.
+    A handler may also call the model in threads of its own. Such a call of the model belongs to one of the handler
+    calls in progress, but it is not known to which.
     """
 
     def __init__(self) -> None:
         self._own = _Thread()
         self._lock = threading.Lock()
         self._open: set[int] = set()
-        """The threads in which a call of the handler is going on."""
+        """The threads in which a call of the handler is in progress."""
         self._elsewhere: list[ServedBatch] = []
-        """What threads of the handler's computed meanwhile."""
+        """The calls of the model in the handler's own threads."""
         self._computing: set[int] = set()
-        """The threads of the handler's that compute, or have failed since they began to."""
+        """The handler's own threads in which the model computes, or has failed since it began to compute."""
         self._n_begun = 0
         self._watcher: Callable[[Live], object] | None = None
 
     def begin(self, anytime: Sequence[bool] = (), rows_per_request: int | None = 1, *, alone: bool = True) -> None:
-        """Forget what this thread computed before: a call of the handler begins.
+        """Begin a call of the handler, and forget earlier calls of the model in this thread.
 
         Args:
             anytime: for each request of the call, whether it asks for the scores of every exit.
-            rows_per_request: how many rows of the model's input each of several requests becomes, in their order; None
-                where that is not known.
-            alone: whether no other call of the handler is going on. What threads of the handler's have begun before,
-                and not ended, is forgotten then too.
+            rows_per_request: the number of rows of the model's input that each of several requests becomes, in the
+                order of the requests; None if that is not known.
+            alone: whether no other call of the handler is in progress. If so, calls of the model that the handler's own
+                threads have begun before are forgotten too, even if they have not ended.
         """
         self.take()
         own = self._own
@@ -76,7 +76,7 @@ class CallLog:
     def anytime_rows(self, n_rows: int) -> list[bool]:
         """Return for each of the next rows of the model's input whether its request asks for the scores of every exit.
 
-        Where it is not known whose a row is, it does not ask.
+        A row whose request is not known does not ask.
         """
         own = self._own
         if len(own.anytime) == 1:
@@ -87,10 +87,10 @@ class CallLog:
 
     @contextmanager
     def watched(self, watcher: Callable[[Live], object]) -> Iterator[None]:
-        """Show the (B, ...) inputs of each call of the model to a function, before they are computed: of calls in this
-        thread, and in threads of the handler's while it is called here and nowhere else.
+        """Pass the (B, ...) inputs of each call of the model to a function before the model computes.
 
-        What the function raises, the call of the model raises.
+        This applies to calls in this thread, and to calls in the handler's own threads while the handler is called in
+        this thread only. An exception of the function is raised by the call of the model.
         """
         self._own.watcher = self._watcher = watcher
         try:
@@ -99,15 +99,15 @@ class CallLog:
             self._own.watcher = self._watcher = None
 
     def show(self, inputs: Live) -> None:
-        """Let who watches see what the model is called with."""
+        """Pass the inputs of a call of the model to the watching function, if there is one."""
         watcher = self._watcher if self._is_the_handlers() else self._own.watcher
         if watcher is not None:
             watcher(inputs)
 
     @property
     def is_computing(self) -> bool:
-        """Whether a batch that the model accepted is being computed, or has failed since it was accepted: by a call
-        of the model in this thread, or in one of the handler's own."""
+        """Whether a batch that the model has accepted is being computed, or has failed since then, in this thread or in
+        one of the handler's own threads."""
         return self._own.is_computing or bool(self._computing)
 
     def computes(self) -> None:
@@ -118,13 +118,13 @@ class CallLog:
                 self._computing.add(threading.get_ident())
 
     def ends(self) -> None:
-        """Note that the model computes nothing in this thread."""
+        """Note that the model does not compute in this thread any more."""
         self._own.is_computing = False
         with self._lock:
             self._computing.discard(threading.get_ident())
 
     def add(self, batch: ServedBatch) -> None:
-        """Keep what a call of the model computed."""
+        """Add a call of the model that has ended."""
         self.ends()
         here = threading.get_ident()
         if self._is_the_handlers():
@@ -135,25 +135,25 @@ class CallLog:
             self._own.batches.append(batch)
 
     def take(self) -> list[ServedBatch]:
-        """Return this thread's calls since the last time, oldest first; the call of the handler has ended."""
+        """End the call of the handler; return this thread's calls of the model since the last time, oldest first."""
         with self._lock:
             self._open.discard(threading.get_ident())
         batches, self._own.batches = self._own.batches, []
         return batches
 
     def take_elsewhere(self) -> list[ServedBatch]:
-        """Return what threads of the handler's computed since the last time, in the order in which it ended."""
+        """Return the calls in the handler's own threads since the last time, in the order in which they ended."""
         with self._lock:
             taken, self._elsewhere = self._elsewhere, []
         return taken
 
     def _is_the_handlers(self) -> bool:
-        """Tell whether this thread is one of the handler's own: another one is calling the handler."""
+        """Tell whether this is one of the handler's own threads: the handler is being called in other threads only."""
         return bool(self._open) and threading.get_ident() not in self._open
 
 
 class _Thread(threading.local):
-    """What is known of one thread that calls the model."""
+    """The state of one thread that calls the model."""
 
     def __init__(self) -> None:
         self.anytime: Sequence[bool] = ()
@@ -161,5 +161,5 @@ class _Thread(threading.local):
         self.watcher: Callable[[Live], object] | None = None
         self.is_computing = False
         self.began = 0
-        """How many calls of the handler had begun when this thread's last call of the model did."""
+        """The number of handler calls that had begun when this thread's last call of the model began."""
         self.batches: list[ServedBatch] = []

@@ -1,4 +1,4 @@
-"""The model object that stands in for the user's: the same call, with exits."""
+"""The model object that replaces the user's model: it is called in the same way, and has exits."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ class EarlyExitModel(nn.Module):
 
     def __init__(self, assembly: Assembly, executor: Executor, bypass: Bypass, shadow: ShadowSampler, *,
                  anytime: bool = False) -> None:
-        """Put the parts together.
+        """Create the model from its parts.
 
         Args:
             assembly: the backbone and its exits.
             executor: runs batches of the assembly.
-            bypass: decides which batches go without exits because these do not pay.
+            bypass: decides which batches run without exits, because exits do not pay.
             shadow: draws the shadow rows.
-            anytime: whether every request is told the scores of every exit.
+            anytime: whether every request gets the scores of every exit.
         """
         super().__init__()
         self.assembly, self.executor, self.bypass, self.shadow = assembly, executor, bypass, shadow
         self.log = CallLog()
-        """What was computed, for the worker."""
+        """The log of calls, which the worker reads."""
         self.level = 0
-        """The fallback level that the monitor allows."""
+        """The fallback level that the monitor has set."""
         self.switch = ExitSwitch(None, "")
-        """The operator's, which may ask for a higher level."""
+        """The operator's switch, which may demand a higher fallback level."""
         self._bypassing = BypassingExecutor(executor, bypass, assembly.last_level)
         self._always_anytime = anytime
         self.eval()
 
     def prepare(self, batch_size: int) -> None:
-        """Make ready for batches of up to that many rows; on a GPU their graphs are captured."""
+        """Prepare for batches of up to `batch_size` rows; on a GPU, this captures their graphs."""
         inputs = self.assembly.probe_inputs()
         capture_stages(self.assembly.stages, inputs, batch_size)
         self.executor.prepare(inputs, batch_size)
 
     def forward(self, *given: object, **named: object) -> Any:
-        """Return what the user's model would, with (B, K) scores, and note it in `log`.
+        """Return (B, K) scores in the form of the user's model's output, and add the call to `log`.
 
         Raises:
-            InputError: the inputs are not the backbone's in number, shape or dtype.
+            InputError: the inputs differ from the backbone's in number, shape or dtype.
         """
         self.log.ends()
         description = self.assembly.description
@@ -70,7 +70,7 @@ class EarlyExitModel(nn.Module):
             self.log.ends()
             return description.output.output(scores)
         with torch.no_grad():
-            rate = self.shadow.rate  # the monitor may change it while the call is in flight
+            rate = self.shadow.rate  # the monitor may change the rate while the call is in flight
             shadow, position = self.shadow.draw(len(inputs[0])), self.switch.read()
             execution = self._bypassing.run(inputs, self._level_at(position), shadow, self._anytime(inputs))
             served = self._served(inputs, execution, rate, position)
@@ -85,7 +85,7 @@ class EarlyExitModel(nn.Module):
 
     @property
     def takes_exits(self) -> bool:
-        """Whether monitor and operator let calls leave early, as far as the latest call knew."""
+        """Whether monitor and operator let requests leave early, with the switch as the latest call read it."""
         return self._level_at(self.switch.position) < self.assembly.last_level
 
     def _level_at(self, position: Position) -> int:
@@ -93,13 +93,13 @@ class EarlyExitModel(nn.Module):
         return max(self.level, position.level(self.assembly.last_level))
 
     def _anytime(self, inputs: Live) -> Tensor | None:
-        """Return which rows ask for every exit, or None where none does."""
+        """Return a (B,) bool mask of the rows that ask for every exit, or None if no row does."""
         n_rows = len(inputs[0])
         asks = [True] * n_rows if self._always_anytime else self.log.anytime_rows(n_rows)
         return torch.tensor(asks) if any(asks) else None
 
     def _served(self, inputs: Live, execution: Execution, sampling_rate: float, position: Position) -> ServedBatch:
-        """Return what was served, with what the backbone in fp32 says of the shadow rows."""
+        """Return the served batch, with the fp32 scores of the backbone as the reference of the shadow rows."""
         answers = execution.answers
         full_class = answers.reference.argmax(dim=1)
         reference = self.assembly.reference(inputs, answers.shadow)
@@ -111,7 +111,7 @@ class EarlyExitModel(nn.Module):
                            position)
 
     def _as_the_users(self, answers: Answers) -> Any:
-        """Return answers as the user's model returns its own."""
+        """Return answers in the form of the user's model's output."""
         description = self.assembly.description
         if description.detector is not None:
             return images_of(description.detector, answers.outputs, answers.stages.tolist(),

@@ -1,4 +1,4 @@
-"""From an archive's folder to a model that serves: which parts a version gets, by its plan and its configuration."""
+"""Builds the model of a version from an archive's folder, with the parts that its plan and configuration require."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ def build_model(backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping
     """Return a model that serves a backbone.
 
     Args:
-        backbone: on the device that serves.
-        plan: the exits; None answers every row in full.
-        heads: by layer path, one for each exit of the plan.
-        engine: how the backbone is executed; a name in `ENGINES`, or an identity.
-        answers: when answers leave: `PLAIN`, with their batch, or `EARLY`, each as soon as it is ready.
-        sampling_rate: share of rows that are shadow rows.
-        sampling_rate_in_full: the same once the exits are given up; by default as before.
-        record_layers: how many candidate layers are recorded at most, besides those with an exit; 0 records nothing.
-        record_pool: side to which they are pooled.
-        control_rate: share of batches that find out whether the exits save time.
-        anytime: whether every request is told the scores of every exit.
+        backbone: the backbone, on the device that serves.
+        plan: the plan with the exits, or None to answer every row in full.
+        heads: the heads by layer path, one for each exit of the plan.
+        engine: the engine that executes the backbone: a name in `ENGINES`, or an identity.
+        answers: when answers are sent: with `PLAIN`, with their batch; with `EARLY`, each as soon as it is ready.
+        sampling_rate: the share of rows that are shadow rows.
+        sampling_rate_in_full: the same after the last fallback level is reached; by default it does not change.
+        record_layers: the largest number of candidate layers that are recorded, besides those with an exit; with 0,
+            nothing is recorded.
+        record_pool: the side to which recorded activations are pooled.
+        control_rate: the share of batches that measure whether the exits save time.
+        anytime: whether every request gets the scores of every exit.
 
     Raises:
         PlanError: the plan's heads and certificate are about another engine.
-        ConfigError: a detector is to be executed by an engine that has none.
+        ConfigError: the backbone is that of a detector, which the engine does not execute.
     """
     assembly = Assembly(backbone, plan, heads, engine=engine, record_layers=record_layers)
     record = assembly.recorder(record_pool) if record_layers else None
@@ -59,11 +60,11 @@ def build_model(backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping
 
 
 def load_model(layout: ArchiveLayout, config: ServingConfig, device: torch.device | str = "cpu") -> EarlyExitModel:
-    """Load the model of an extracted archive, to serve and to record as configured.
+    """Load the model of an extracted archive, so that it serves and records as configured.
 
     Raises:
-        EarlyExitError: a file of the archive is damaged, too new, or of another backbone, or the engine does not
-            run on the device.
+        EarlyExitError: a file of the archive is damaged, too new, or belongs to another backbone, or the engine does
+            not run on the device.
     """
     if torch.device(device).type != "cpu" and not ENGINES[config.engine].on_gpu:
         raise ConfigError(f"early_exit.engine is {config.engine!r}, which runs on the CPU, but this worker was "

@@ -1,4 +1,4 @@
-"""How exact the scores are of a model that computes in half precision, as under autocast."""
+"""The precision of the scores of a model that computes in half precision, as it does under autocast."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from early_exit.handler.backbone.scores import score_error
 from early_exit.handler.backbone.signature import HALF_PRECISION
 
 _MARGIN = 3.0
-"""Two processors, which add in other orders, may both be off, and a probe may be off less than other inputs."""
+"""The factor on the error of the probe: two processors, which sum in different orders, may both have an error, and the
+error on other inputs may be larger than on the probe."""
 
 
 def rounding_error(backbone: Backbone) -> float:
-    """Return how far processors may be apart in a backbone's scores because it rounds to half precision; 0 if it does
-    not.
+    """Return how far the scores of two processors may differ because the backbone rounds to half precision.
 
-    It is measured on the probe: the same operations in float32 give the scores without that rounding.
+    The result is 0 if the backbone does not compute in half precision. It is measured on the probe: the same operations
+    in float32 give the scores without rounding.
     """
     values = map(tensor_of, backbone.graph.graph.nodes)
     if not any(value is not None and value.dtype in HALF_PRECISION for value in values):
@@ -37,5 +38,5 @@ def rounding_error(backbone: Backbone) -> float:
 
 
 def _raised(argument: Argument) -> Argument:
-    """Return float32 where an operation was told to compute in half precision."""
+    """Return float32 for an argument that is a half-precision dtype, and any other argument as it is."""
     return torch.float32 if argument in HALF_PRECISION else argument

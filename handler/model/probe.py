@@ -1,4 +1,4 @@
-"""A request that needs no input: does this version compute what it computed where it was made?"""
+"""The answer to a probe: does this version compute the scores that it computed when its archive was made?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 
 
 def answer_probe(model: EarlyExitModel) -> dict[str, Any]:
-    """Run the archive's probe through every stage and head and compare it with the stored scores.
+    """Run the archive's probe through every stage and head, and compare the scores with the stored ones.
 
     Raises:
         ArchiveError: the scores are not those that the archive was made with.

@@ -15,13 +15,13 @@ class ShadowSampler:
         """Begin to draw.
 
         Args:
-            rate: probability that a row is drawn.
-            rate_without_exits: the same once a version answers without exits; by default as before.
+            rate: the probability that a row is drawn.
+            rate_without_exits: the same after `exits_are_off` was called; by default it does not change.
         """
         self.rate = rate
-        """The probability with which rows are drawn now."""
+        """The current probability that a row is drawn."""
         self._rate_without_exits = rate if rate_without_exits is None else rate_without_exits
-        # The system seeds it: the sample must not repeat in each worker, nor depend on the input.
+        # The system seeds the generator: workers must not draw the same sample, nor one that depends on the input.
         self._random = torch.Generator().manual_seed(int.from_bytes(os.urandom(6), "big"))
 
     def draw(self, n_rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which shadow samples are evidence together: those of one block, and in it those of one content, count once."""
+"""Groups shadow samples into blocks. A block counts once, and within a block each content counts once."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from typing import Any
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 
 _MOST_CONTENTS = 1000
-"""A block counts with its first contents only: a camera may look at one scene for days."""
+"""How many contents of a block count at most, the first ones: a camera may look at one scene for days."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is known of a request that ran on to the end though it was answered at some level."""
+    """What the monitor knows of a request of the shadow sample."""
 
     level: int
     """The fallback level that answered."""
     loss: float
-    """In [0, 1]."""
+    """The loss of the answer, in [0, 1]."""
     content: int | None = None
-    """Equal where two requests held the same; None where that is not known."""
+    """A hash that is equal for requests with equal contents, or None if the content is not known."""
     time: float = 0.0
     """Unix time in seconds."""
     requests: float = 1.0
-    """How many requests it stands for: 1 / sampling rate."""
+    """The number of requests that it stands for: 1 / sampling rate."""
     components: tuple[float, ...] = ()
-    """Of its state, by which neighbours are compared; empty where records are each evidence of its own."""
+    """See `Likeness.components`: neighbouring samples are compared by them. Empty if each sample is a block of its
+    own."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sample:
-        """Read a sample of a state.
+        """Read a sample from the JSON of a monitor's state.
 
         Raises:
-            KeyError, TypeError: it is none.
+            KeyError, TypeError: the JSON is not a sample.
         """
         return cls(**{**data, "components": tuple(data["components"])})
 
@@ -44,36 +45,36 @@ class Block:
     """A block that has ended."""
 
     n: int
-    """Contents that count."""
+    """The number of contents that count."""
     lost: float
-    """The sum of their losses; of samples of one content the largest counts."""
+    """The sum of their losses. A content with several samples counts with the largest of their losses."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The block that is going on, and what is needed to tell where it ends.
+    """The open block, and what is needed to tell where it ends.
 
-    It ends as `training.selection.blocks` says: where none of the next three samples is like any of the last three,
-    and not before half of the usual length.
+    A block ends by the rule of `training.selection.blocks`: where none of the next three samples is like any of the
+    last three, but not before it has half of the usual length.
     """
 
     open: tuple[tuple[int | None, float], ...] = ()
-    """Content and loss of what counts in the block that is going on."""
+    """Content and loss of each content that counts in the open block."""
     requests: float = 0.0
-    """How many have been served since that block began."""
+    """The number of requests that have been served since the open block began."""
     before: tuple[tuple[float, ...], ...] = ()
-    """Components of the last samples that are in a block."""
+    """Components of the last samples that were assigned to a block."""
     undecided: tuple[Sample, ...] = ()
-    """Those behind them, of which it takes more samples to tell whether a block begins with the first."""
+    """The samples after those. More samples are needed to tell whether a new block begins with the first of them."""
     counted: tuple[int, ...] = ()
-    """The contents that were counted last in blocks that have ended; they do not count again."""
+    """The contents that were counted most recently in blocks that have ended; they do not count again."""
 
     def after(self, sample: Sample, likeness: Likeness | None, n_remembered: int) -> tuple[Blocks, Block | None]:
-        """Return what is going on after one more sample, and the block that has ended, if one has.
+        """Return the blocks after one more sample, and the block that has ended, if one has.
 
         Args:
-            sample: the next one.
-            likeness: how samples are compared; None where each is a block of its own.
+            sample: the next sample.
+            likeness: how samples are compared, or None if each sample is a block of its own.
             n_remembered: how many contents are remembered as counted.
         """
         if likeness is None:
@@ -94,10 +95,10 @@ class Blocks:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Blocks:
-        """Read the blocks of a state.
+        """Read the blocks from the JSON of a monitor's state.
 
         Raises:
-            KeyError, TypeError: they are none.
+            KeyError, TypeError: the JSON does not describe blocks.
         """
         return cls(tuple((content, loss) for content, loss in data["open"]), data["requests"],
                    tuple(map(tuple, data["before"])), tuple(map(Sample.from_json, data["undecided"])),
@@ -108,7 +109,7 @@ class Blocks:
                    for one in self.before for other in behind)
 
     def _with(self, sample: Sample) -> Blocks:
-        """Return these with a sample in the block that is going on."""
+        """Return these blocks with a sample added to the open block."""
         content, loss = sample.content, sample.loss
         if content is not None and content in self.counted:
             return self
@@ -118,7 +119,7 @@ class Blocks:
         return self if len(self.open) >= _MOST_CONTENTS else replace(self, open=(*self.open, (content, loss)))
 
     def _closed(self, n_remembered: int) -> tuple[Blocks, Block | None]:
-        """Return these without the block that is going on, and that block, if anything in it counts."""
+        """Close the open block: return the blocks without it, and that block, if any content in it counts."""
         if not self.open:
             return self, None
         counted = [content for content, _ in self.open if content is not None]

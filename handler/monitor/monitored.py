@@ -1,4 +1,4 @@
-"""What is watched of a certificate while a version serves."""
+"""The part of a certificate that the monitor watches while a version serves."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
 
 _REQUESTS_PER_LOSS = 20
-"""A round about requests has so many samples as at the tolerated rate show that many losses."""
+"""The bets on requests take rounds of as many samples as have this many losses at the tolerated rate."""
 _REMEMBERED_PER_LOSS = 2
-"""A content counts once while at the tolerated rate that many others are lost: one that comes for ever adds T / 2."""
+"""A content counts again only after as many others as have this many losses at the tolerated rate. A content that is
+sent for ever therefore adds at most T / 2."""
 
 
 @dataclass(frozen=True)
 class Monitored:
-    """What is watched: the loss, how much of it is tolerated, and how sure an alarm is."""
+    """The loss that is watched, how much of it is tolerated, and the false-alarm rate."""
 
     risk: Risk
     tolerance: float
     """The expected loss that is tolerated."""
     delta: float
-    """Probability of ever raising a false alarm at one level."""
+    """False-alarm rate: the probability of ever raising a false alarm at one fallback level."""
     likeness: Likeness | None = None
-    """By which samples make blocks; None where each is one of its own."""
+    """How samples are compared to form blocks, or None if each sample is a block of its own."""
 
     @classmethod
     def of(cls, certificate: Certificate, likeness: Likeness | None = None) -> Monitored:
         """Return what can be watched of a certificate without labels.
 
-        For the risk of accuracy there are none in serving, so the disagreement is watched, against the upper
-        confidence limit of what it was when the accuracy was certified. An alarm then says that the traffic is not
-        like that of the certificate; a loss of accuracy at the same disagreement stays unseen. Records that were
-        certified in blocks count for it as the number of blocks that would hold them if all had the largest size.
+        The risk `accuracy` needs labels, and serving has none. The monitor therefore watches the disagreement, against
+        the upper confidence limit of the disagreement at the time of the certificate. An alarm then says that the
+        traffic is not like that of the certificate; a loss of accuracy at the same disagreement is not noticed. For
+        this limit, records that were certified in blocks count as the number of blocks that would hold them if all
+        blocks had the largest size.
         """
         delta = 1 - certificate.confidence
         if certificate.risk == Risk.ACCURACY:
@@ -48,45 +50,45 @@ class Monitored:
 
     @property
     def samples_per_round(self) -> int:
-        """How many samples a bet on the requests is about."""
+        """The number of samples in a round of the bets on requests."""
         return max(1, round(_REQUESTS_PER_LOSS / self.tolerance))
 
     @property
     def n_remembered(self) -> int:
-        """How many contents do not count again, as they were counted last."""
+        """The number of most recently counted contents that do not count again."""
         return max(1, math.ceil(_REMEMBERED_PER_LOSS / self.tolerance))
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
-        """Return what each answer lost, in [0, 1]; where that is no number, as the scores are none, it counts as 1.
+        """Return the loss of each answer, in [0, 1]. A loss that is not a number, because the scores are not, is 1.
 
         Args:
             outputs: (S, K) served scores of the shadow rows.
-            reference: (S, K) the backbone's.
-            kind: of both.
+            reference: (S, K) scores of the backbone.
+            kind: the kind of both scores.
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
         losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        # An exit that names a class where the backbone has none differs from it, whatever argmax makes of NaN.
+        # An exit that predicts a class where the backbone has none differs from it, whatever argmax returns for NaN.
         is_other = outputs.isfinite().all(dim=1) & ~reference.isfinite().all(dim=1)
         return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:
-        """Return by what each of S samples is compared with its neighbours; nothing where none are.
+        """Return the components by which each of S samples is compared with its neighbours; () if they are not.
 
         Args:
-            reference: (S, K) the backbone's scores.
-            kind: of them.
+            reference: (S, K) scores of the backbone.
+            kind: the kind of these scores.
         """
         if self.likeness is None:
             return [()] * len(reference)
-        # As they are recorded.
+        # Records hold float16 as well, so the monitor and the certificate compare the same values.
         states = kind.log_probabilities(reference.float()).cpu().half()
         components = self.likeness.components(states).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return [tuple(round(value, 4) for value in row) for row in components.tolist()]
 
 
 def upper_limit(k: int, n: int, delta: float) -> float:
-    """Return the p with P(Binomial(n, p) <= k) = delta: a larger one would seldom show so few (Clopper-Pearson).
+    """Return the p with P(Binomial(n, p) <= k) = delta, the upper confidence limit of Clopper and Pearson.
 
     >>> round(upper_limit(0, 299, 0.05), 5)
     0.00997

@@ -1,16 +1,20 @@
-"""The risk alarm: do the shadow samples still say what the certificate says?
+"""The monitor's sequential test: does the certificate still hold on the shadow samples?
 
-The certificate says two things, and bets are placed against both (see `betting`): that of contents, and that of
-requests, a share above the tolerance T is answered differently. Of contents the bets are on the blocks that the
-certificate counts: a block with a loss of k in n contents gains k - T n, in parts of the size that 95 % of the blocks
-before it had at most. Of requests they are on the mean loss of 20 / T samples at a time, so that neither a burst nor a
-client who asks again and again is an alarm by itself. Nine tenths of the capital are for the contents, which tell
-sooner; one tenth is for the requests, which alone tell of a popular file that is answered wrongly.
+The certificate makes two statements: at most the share T, the tolerance, of the contents is answered differently, and
+at most the share T of the requests. The test bets against both (see `betting`):
 
-While in every block the expected loss, given the past, is at most T, the probability of ever raising an alarm is at
-most delta, however long it runs and however often one looks (Ville's inequality). Half of a capital is put down at the
-first bet, the rest is kept and put down in ever smaller parts: a gambler who has lost all in a long quiet time would
-notice a change late.
+- Contents. Each bet is on one of the blocks that the certificate counts. A block with a loss of k in n contents gains
+  k - T n, divided by the size that 95 % of the blocks before it did not exceed (or by n, if that is larger).
+- Requests. Each bet is on the mean loss of 20 / T samples, so that neither a burst nor a client who sends one request
+  again and again raises an alarm by itself.
+
+Nine tenths of the capital are bet on contents, which show a change sooner. One tenth is bet on requests, which alone
+show that a popular file is answered wrongly.
+
+As long as the expected loss of every block, given the past, is at most T, the probability of ever raising an alarm is
+at most delta, however long the test runs and however often one looks (Ville's inequality). Half of a capital is put
+down at the first bet. The rest is kept and put down later, in ever smaller parts: a gambler who has lost everything in
+a long quiet time would notice a change late.
 """
 
 from __future__ import annotations
@@ -28,21 +32,22 @@ from early_exit.handler.monitor.monitored import Monitored
 
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 ON_CONTENTS, ON_REQUESTS = 0.9, 0.1
-"""The shares of the capital."""
+"""The shares of the capital that are bet on contents and on requests."""
 _STAKE_EVERY, _STAKE_EVERY_OF_REQUESTS = 100, 10
-"""After so many rounds more of the capital is put down."""
+"""The number of rounds after which more of the capital is put down."""
 _SETTLED_S = 2.0
-"""Samples that workers saw in this time may still come in another order: each worker shares every second."""
+"""Samples that are newer than this may still be overtaken by older ones of another worker: each worker shares its
+samples every second."""
 _MOST_WAITING = 1000
 
 
 @dataclass(frozen=True)
 class Capital:
-    """What one gambler has, who bets against one statement."""
+    """The capital of one gambler, who bets against one statement."""
 
     rounds: int = 0
     stakes: tuple[float, ...] = (0.0,) * len(BETS)
-    """What the stakes put down so far have become, by bet."""
+    """For each bet, the current value of all stakes that have been put down."""
 
     def after(self, gain: float, tolerance: float, stake_every: int) -> Capital:
         """Return the capital after a round with a gain in [-T, 1 - T]."""
@@ -52,13 +57,13 @@ class Capital:
         return Capital(self.rounds + 1, after_round(self.stakes, bets, gain, put_down=put_down))
 
     def wealth(self, stake_every: int) -> float:
-        """Return the capital in all, kept or put down; it began with 1."""
+        """Return the whole capital, kept and put down; it began with 1."""
         return wealth(self.stakes, kept=1 / (-(-self.rounds // stake_every) + 1))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the shadow samples of one level say against the certificate."""
+    """The evidence of the shadow samples of one fallback level against the certificate."""
 
     n: int = 0
     """The number of samples."""
@@ -67,9 +72,9 @@ class Evidence:
     contents: Capital = field(default_factory=Capital)
     requests: Capital = field(default_factory=Capital)
     lost_in_rounds: float = 0.0
-    """The part of that sum which bets on the requests were placed on."""
+    """The part of `lost` that the finished rounds of the bets on requests have counted."""
     sizes: tuple[int, ...] = ()
-    """How many blocks had at most 1, 2, 4, ... contents, and more than the number before."""
+    """The number of blocks by size: with 1 content, with 2, with 3 or 4, with 5 to 8, and so on."""
     blocks: Blocks = field(default_factory=Blocks)
 
     def after(self, sample: Sample, monitored: Monitored) -> Evidence:
@@ -90,12 +95,12 @@ class Evidence:
         return found
 
     def wealth(self) -> float:
-        """Return the capital in all; it began with 1."""
+        """Return the whole capital, on contents and on requests; it began with 1."""
         return (ON_CONTENTS * self.contents.wealth(_STAKE_EVERY)
                 + ON_REQUESTS * self.requests.wealth(_STAKE_EVERY_OF_REQUESTS))
 
     def _after_block(self, block: Block, tolerance: float) -> Evidence:
-        # The size that counts depends on the blocks before only, as a bet must.
+        # The size depends only on the blocks before: a bet must be fixed before its round.
         largest = self._largest()
         gain = (block.lost - tolerance * block.n) / max(block.n, largest)
         number = (block.n - 1).bit_length()
@@ -104,7 +109,7 @@ class Evidence:
         return replace(self, contents=self.contents.after(gain, tolerance, _STAKE_EVERY), sizes=tuple(sizes))
 
     def _largest(self) -> int:
-        """Return the power of two that 95 % of the blocks so far have at most as contents."""
+        """Return the smallest power of two that the size of 95 % of the blocks so far does not exceed."""
         total, sum_so_far = sum(self.sizes), 0
         for number, count in enumerate(self.sizes):
             sum_so_far += count
@@ -117,7 +122,7 @@ class Evidence:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
-        """Read what `to_json` gave, or what the last release wrote: it had one capital, for samples."""
+        """Read the output of `to_json`, or the state of the previous release, which had one capital for samples."""
         if "capital" in data:
             return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])),
                        lost_in_rounds=float(data["lost"]))
@@ -132,7 +137,7 @@ class Alarm:
     """Why a fallback level was left."""
 
     step: int
-    """The level that was left; state files call it so."""
+    """The fallback level that was left. The name is that of the field in state files."""
     time: float
     """Unix time in seconds."""
     n: int
@@ -143,20 +148,21 @@ class Alarm:
 
 @dataclass(frozen=True)
 class MonitorState:
-    """Where a version stands; each step back begins with fresh evidence."""
+    """The fallback level of a version and the evidence at that level. Each step back begins with fresh evidence."""
 
     step: int = 0
-    """The fallback level; state files call it so. 0 is the plan as deployed, then its safer settings in order, then no
-    exits."""
+    """The fallback level: 0 is the plan as deployed; the plan's safer settings follow in order, then no exits. The name
+    is that of the field in state files."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
     """One for each step back; the first voids the certificate."""
 
     waiting: tuple[Sample, ...] = ()
-    """Samples that are too new to be in their order, where blocks make it count."""
+    """Samples that are too new for their order to be certain. Only blocks depend on the order, so this is empty if each
+    sample is a block of its own."""
 
     def after(self, samples: Iterable[Sample], monitored: Monitored, last_level: int, now: float) -> MonitorState:
-        """Return the state after some samples; those answered at another level do not count."""
+        """Return the state after some samples; samples that were answered at another level do not count."""
         level, evidence, alarms = self.step, self.evidence, self.alarms
         settled, waiting = _settled((*self.waiting, *samples), monitored, now)
         for sample in settled:
@@ -173,11 +179,11 @@ class MonitorState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str) -> MonitorState:
-        """Read a state.
+        """Read a monitor's state.
 
         Raises:
-            FormatError: its format is not one that this version reads.
-            ValueError: it is none.
+            FormatError: this version does not read its format.
+            ValueError: the data is not a monitor's state.
         """
         MONITOR_STATE.require(data, source)
         try:
@@ -192,11 +198,11 @@ class MonitorState:
 
 
 def _settled(samples: Sequence[Sample], monitored: Monitored, now: float) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Return the samples whose turn it is, in order, and those that wait."""
+    """Return the samples whose order is certain, in that order, and those that must wait."""
     if monitored.likeness is None:
         return samples, ()
     ordered = sorted(samples, key=lambda sample: sample.time)
-    # Those from the future were seen before somebody set the clock back.
+    # Samples from the far future do not wait: they were taken before somebody set the clock back.
     waits = [abs(sample.time - now) < _SETTLED_S for sample in ordered]
     first = max(0, len(ordered) - _MOST_WAITING)
     return ([sample for place, sample in enumerate(ordered) if place < first or not waits[place]],

@@ -1,4 +1,4 @@
-"""Keeps the monitor's state in the records folder: shared by the workers of a version, and kept over restarts."""
+"""The monitor's state in the records folder. The workers of a version share it, and it survives restarts."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _MOST_UNSHARED = 10_000
 
 
 def monitor_file(folder: Path, version: str, plan: ExitPlan) -> Path:
-    """Return where the workers of a version that serve a plan keep their monitor's state.
+    """Return the file in which the workers of a version that serve a plan keep their monitor's state.
 
     Args:
-        folder: of the records of the plan's backbone.
-        version: of the model.
-        plan: what they serve.
+        folder: folder with the records of the plan's backbone.
+        version: version of the model.
+        plan: the plan that the workers serve.
     """
     return folder / f"monitor-{version}-{plan.digest()}.json"
 
 
 def read_state(path: Path) -> MonitorState | None:
-    """Return the state in a file, none where there is no file.
+    """Return the state in a file, or None if there is no file.
 
     Raises:
-        OSError: it cannot be read, or it is a link or belongs to somebody else.
-        FormatError: its format is not one that this version reads.
-        ValueError: it is not the state of a monitor.
+        OSError: the file cannot be read, is a link, or belongs to somebody else.
+        FormatError: this version does not read the file's format.
+        ValueError: the file does not hold the state of a monitor.
     """
     try:
         return MonitorState.from_json(json.loads(read_private(path)), str(path))
@@ -54,20 +54,21 @@ def read_state(path: Path) -> MonitorState | None:
 class SharedMonitor:
     """Takes shadow samples from the serving thread and adds them to the state from a thread of its own.
 
-    Every second each worker locks the file, adds its samples to what it finds there and renames the result into
-    place. So all workers feed one test and every sample is in it once, in an order that its loss has no part in: where
-    requests come in blocks, in that of their times, for which the newest wait two seconds in the state. The kernel
-    frees the lock of a killed worker, who loses the samples of a second. While the folder cannot be written, or where
-    there is none, a worker goes on alone with the last state it knows, and adds what it saw when it can.
+    Every second, each worker locks the file, adds its samples to the state in it and renames the result into place. So
+    all workers feed one test, and every sample counts once, in an order that does not depend on its loss. If samples
+    form blocks, this is the order of their times, and the newest samples wait in the state for two seconds. The kernel
+    releases the lock of a killed worker, which loses the samples of at most one second. A worker without a folder, or
+    whose folder cannot be written, continues alone from the last state that it knows, and adds its samples to the file
+    as soon as it can.
     """
 
     def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:
-        """Read the state where there is one and start.
+        """Read the state, if there is one, and start the thread.
 
         Args:
-            monitored: what is tested.
+            monitored: the loss that is tested.
             last_level: the fallback level without exits, at which nothing is left to test.
-            path: of the shared state; none keeps it in memory.
+            path: file of the shared state, or None to keep the state in memory.
         """
         self.monitored = monitored
         self._last_level, self._path = last_level, path
@@ -80,11 +81,11 @@ class SharedMonitor:
         self._thread.start()
 
     def note(self, samples: Sequence[Sample]) -> None:
-        """Take shadow samples; never waits."""
+        """Queue shadow samples; this never blocks."""
         self._queue.put(samples)
 
     def close(self) -> None:
-        """Share what was noted and stop."""
+        """Share the queued samples and stop the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -98,8 +99,9 @@ class SharedMonitor:
             if noted is None or time.monotonic() >= share_at:
                 try:
                     self._share()
-                except Exception:  # nothing on the side may end this thread
-                    logger.exception("the monitor fails; answers go on at step %d", self.state.step)
+                except Exception:  # no side task may end this thread
+                    logger.exception("the monitor failed; requests are still answered, at fallback level %d",
+                                     self.state.step)
                 share_at = time.monotonic() + _SHARE_EVERY_S
             if noted is None:
                 return
@@ -114,20 +116,20 @@ class SharedMonitor:
             self.state, self._failing = self._shared, False
         except (OSError, ValueError, FormatError) as error:
             if not self._failing:
-                logger.warning("cannot share the monitor's state in %s: %s. This worker watches alone.",
-                               self._path, error)
+                logger.warning("cannot share the monitor's state in %s: %s. Until it can be shared, this worker "
+                               "watches alone.", self._path, error)
             self._failing = True
             self.state = self._advanced(self._shared)
             if len(self._unshared) > _MOST_UNSHARED:
                 self._shared, self._unshared = self.state, []
         for alarm in self.state.alarms[len(before.alarms):]:
-            logger.error("ALARM: the mean loss of %d shadow samples is %.4f, certified was at most %.4f: the "
-                         "certificate is void, exits step back to step %d of %d", alarm.n, alarm.mean_loss,
-                         self.monitored.tolerance, alarm.step + 1, self._last_level)
+            logger.error("ALARM: the mean loss of %d shadow samples is %.4f, and the certificate allows at most %.4f: "
+                         "the certificate is void, and the version goes to fallback level %d of %d", alarm.n,
+                         alarm.mean_loss, self.monitored.tolerance, alarm.step + 1, self._last_level)
 
     def _share_in(self, path: Path) -> None:
         if not self._unshared:
-            # The file is replaced as a whole, so it can be read without the lock.
+            # Writers replace the whole file, so it can be read without the lock.
             self._shared = read_state(path) or self._shared
             return
         private_folder(path.parent)
@@ -135,7 +137,7 @@ class SharedMonitor:
             try:
                 written = read_state(path)
             except ValueError as error:
-                logger.warning("%s is replaced: %s", path, error)
+                logger.warning("the monitor's state in %s is damaged and will be replaced: %s", path, error)
                 written = None
             state = self._advanced(written or self._shared)
             with replacing(path) as scratch:
@@ -147,12 +149,12 @@ class SharedMonitor:
 
 
 def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMonitor | None:
-    """Start to watch what a plan promises; none where it promises nothing, for lack of a certificate or of exits.
+    """Start to watch the certificate of a plan; return None if the plan has no certificate or no exits.
 
     Args:
-        plan: what is served, if there are exits.
-        folder: of the records of the plan's backbone; without one this worker watches alone.
-        version: of the model.
+        plan: the plan that is served, or None if the version serves without one.
+        folder: folder with the records of the plan's backbone, or None to let this worker watch alone.
+        version: version of the model.
     """
     if plan is None or plan.certificate is None or not plan.exits:
         return None

@@ -1,4 +1,4 @@
-"""Time by clocks that are set while records are made: what can be known of it, and what is not to be believed."""
+"""Times on a machine whose clock may be set: times of records are corrected, and a clock that jumped is not trusted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from early_exit.handler.files.private import read_private, replacing
 
 _JUMP_S = 3600.0
-"""A clock that is set by no more than this has only been corrected."""
+"""A change of the clock up to this size is taken for a correction, not for a jump."""
 _PROBATION_S = 24 * 3600.0
-"""For how long a clock has to go on from where it is after a gap, before it is believed."""
+"""How long a clock must run on after a jump before it is trusted. A larger gap than this counts as a jump."""
 _JITTER_S = 60.0
-"""Times of what happened one after the other may be out of order by so much without anybody having set the clock."""
+"""Times of consecutive events may be out of order by this much although nobody set the clock."""
 _STATE_FILE = "clock.json"
 
 
@@ -26,16 +26,17 @@ def _since_boot() -> float:
 
 
 class ProcessClock:
-    """Goes on as the clock was set when this process began, until another setting has held for a day."""
+    """The system clock, except that a jump ahead is ignored until the new setting has held for a day."""
 
     def __init__(self) -> None:
         self._booted = time.time() - _since_boot()
-        """Unix time at which the machine was started, by the setting that is believed."""
+        """Unix time at which the machine was started, by the setting of the clock that is trusted."""
         self._ahead_since: float | None = None
-        """Seconds since the machine was started at which the clock was first seen ahead of that."""
+        """When the clock was first found ahead of the trusted setting, in seconds since the machine was started, or
+        None if it is not ahead."""
 
     def now(self) -> float:
-        """Return the Unix time in seconds; that of the clock, unless it was set ahead less than a day ago."""
+        """Return the Unix time in seconds: that of the clock, unless the clock was set ahead less than a day ago."""
         now, since_boot = time.time(), _since_boot()
         steady = self._booted + since_boot
         if now - steady <= _JUMP_S:
@@ -52,11 +53,11 @@ _PROCESS = ProcessClock()
 
 
 def in_order(times: Sequence[float]) -> list[float]:
-    """Return the times of what happened one after the other as they were by a clock that nobody set meanwhile.
+    """Correct the times of consecutive events for changes of the clock between them.
 
-    A longest subsequence that does not descend is taken for right: a clock that jumps and comes back leaves it for a
-    while. Each other time that is off by more than a minute is replaced by the one before it in that subsequence, or
-    behind it where there is none.
+    A longest non-decreasing subsequence is taken to be right: a clock that jumps and comes back leaves it only for a
+    while. Every other time that is off by more than a minute is replaced by the time before it in that subsequence, or
+    by the first time of the subsequence if there is none before it.
 
     >>> in_order([1000.0, 2000.0, 90000.0, 91000.0, 3000.0, 4000.0, 5000.0])
     [1000.0, 2000.0, 2000.0, 2000.0, 3000.0, 4000.0, 5000.0]
@@ -73,7 +74,7 @@ def in_order(times: Sequence[float]) -> list[float]:
 
 
 def _longest_ascent(times: Sequence[float]) -> list[int]:
-    """Return the positions of a longest subsequence that does not descend, by patience sorting."""
+    """Return the positions of a longest non-decreasing subsequence, by patience sorting."""
     ends: list[float] = []
     last: list[int] = []
     before: list[int] = []
@@ -90,31 +91,32 @@ def _longest_ascent(times: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Believed:
-    """What the processes that share a folder believe of its clock."""
+    """The time that the processes sharing a folder trust."""
 
     time: float
-    """Unix time in seconds: the last that was believed."""
+    """The last trusted Unix time in seconds."""
     doubted_since: float | None = None
-    """The clock when it was first seen more than a day ahead of that; none where it is not."""
+    """The Unix time that the clock showed when it was first found more than a day ahead of `time`, or None if it is
+    not."""
 
 
 class SharedClock:
-    """Says what time it is at least, for the deletion of what is old: a clock that jumped ahead is not believed.
+    """The time by which old records are deleted. A clock that jumped ahead is not trusted.
 
-    A process knows when the clock is set while it runs. What it was before the process began is known from a file, or,
-    where there is none, by the newest of what may be deleted: when the clock is a day ahead of that, it may have been
-    set, or nothing may have run for a day. It is believed once it has gone on for another day.
+    A process notices when the clock is set while it runs. The time before the process began is known from a file or, if
+    there is none, from the newest of the records that may be deleted. If the clock is more than a day ahead of that
+    time, either it was set, or nothing ran for a day. It is therefore trusted only after it has run on for another day.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the folder of what may be deleted."""
+        """Keep the trusted time in a folder, the one that holds the records that may be deleted."""
         self._path = folder / _STATE_FILE
 
     def now(self, newest: float | None = None) -> float:
-        """Return the Unix time, in seconds, by which something is old; at most what the clock says.
+        """Return the Unix time, in seconds, by which the age of records is computed; it is never ahead of the clock.
 
         Args:
-            newest: Unix time of the newest of what may be deleted, if there is anything.
+            newest: Unix time of the newest record that may be deleted, or None if there is none.
         """
         now = _PROCESS.now()
         noted = self._read()
@@ -138,12 +140,12 @@ class SharedClock:
         try:
             with replacing(self._path) as scratch:
                 scratch.write_text(json.dumps(asdict(believed)))
-        except OSError:  # the disk is full, or it is a watcher's view of the folder
+        except OSError:  # the disk is full, or a watcher sees the folder read-only
             return
 
 
 def _after(before: _Believed | None, now: float) -> _Believed:
-    """Return what is believed once the clock says a time."""
+    """Return the trusted time after the clock has shown `now`."""
     if before is None or now - before.time <= _PROBATION_S:
         return _Believed(now)
     since = now if before.doubted_since is None or now < before.doubted_since else before.doubted_since

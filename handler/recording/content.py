@@ -1,4 +1,4 @@
-"""Which records have the same content, told by a keyed hash, so that a record does not tell what the content is."""
+"""A keyed hash that tells which records have the same content without revealing the content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from early_exit.handler.files.private import NO_LINKS, SCRATCH_SUFFIX, open_priv
 KEY_FILE = "content.key"
 """Name of the file with the key in a records folder."""
 UNKNOWN_CONTENT = -2**63
-"""Stands for the content of a record of which it is not known."""
+"""The hash of a record whose content is not known."""
 _KEY_BYTES = 32
 _RAW = (bytes, bytearray)
 _SCALARS = frozenset((str, int, float, bool, type(None)))
@@ -27,33 +27,36 @@ _SCALARS = frozenset((str, int, float, bool, type(None)))
 class ContentKey:
     """The secret with which the contents of one records folder are hashed, shared by all workers that record there.
 
-    Who does not have it cannot try out whether a content that he guesses was recorded. Hosts whose records are used
-    together should be given one key: contents that were hashed with different keys cannot be compared.
+    Without the key, nobody can test whether a guessed content was recorded. Hosts whose records are used together
+    should share one key: contents that were hashed with different keys cannot be compared.
     """
 
     def __init__(self, root: Path | None) -> None:
-        """Take a records folder; the key is read, or made, when it is needed first. Without a folder it is this
-        process's own."""
+        """Use the key of a records folder, which is read or created when it is first needed.
+
+        Args:
+            root: the records folder, or None for a key that only this process has.
+        """
         self._path = None if root is None else root / KEY_FILE
         self._key: bytes | None = None
 
     def hash(self, item: Any) -> int:
-        """Return a uniform signed 64-bit hash of what a handler gets for a request, or for one of its instances.
+        """Return a uniform signed 64-bit hash of the handler's input for a request, or for one of its instances.
 
-        The order of the keys of objects does not count, nor whether bytes can be changed.
+        Neither the order of the keys of an object nor the type of bytes (bytes or bytearray) changes the hash.
 
         Args:
             item: JSON in which bytes may stand anywhere.
 
         Returns:
-            `UNKNOWN_CONTENT` where the item holds something else.
+            The hash, or `UNKNOWN_CONTENT` if the item holds anything else.
 
         Raises:
-            RecordError: the file of the key does not hold one.
+            RecordError: the key's file does not hold a key.
             ForeignFileError: the file, or its folder, belongs to somebody else.
-            OSError: the key cannot be read or made.
+            OSError: the key cannot be read or created.
         """
-        digest = hmac.new(self._read(), digestmod="sha256")  # which processors have instructions for
+        digest = hmac.new(self._read(), digestmod="sha256")  # SHA-256 because processors have instructions for it
         try:
             for piece in _pieces(item):
                 digest.update(piece)
@@ -63,13 +66,13 @@ class ContentKey:
 
     @property
     def name(self) -> str:
-        """A name of the key that does not tell it, by which records know which key they were hashed with.
+        """A name that identifies the key without revealing it; records say with which key they were hashed.
 
         Raises:
-            RecordError, OSError: as of `hash`.
+            RecordError, OSError: as for `hash`.
         """
         key = self._read()
-        # Where somebody emptied the folder, whoever comes to it next is to have the same key.
+        # If somebody emptied the folder, the next process that uses it must find the same key.
         if self._path is not None and not self._path.exists():
             private_folder(self._path.parent)
             _publish(key, self._path)
@@ -88,13 +91,13 @@ def _shared_key(path: Path) -> bytes:
     with open_private(path, "rb") as file:
         key: bytes = file.read(_KEY_BYTES + 1)
     if len(key) != _KEY_BYTES:
-        raise RecordError(f"{path} holds {len(key)} bytes, expected a key of {_KEY_BYTES}: delete it, and another one "
-                          "is made, by which contents recorded before are not known")
+        raise RecordError(f"{path} holds {len(key)} bytes, expected a key of {_KEY_BYTES}: delete it, and a new key is "
+                          "created; repeats of contents that were recorded before are then not recognized")
     return key
 
 
 def _publish(key: bytes, path: Path) -> None:
-    """Write a key, unless another worker is faster; it appears complete or not at all where files can be linked."""
+    """Write a key, unless another worker is faster. If files can be linked, it appears complete or not at all."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
     try:
         with open_private(scratch, "xb") as file:
@@ -102,13 +105,13 @@ def _publish(key: bytes, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(scratch, path)  # unlike a rename it leaves the key of another worker in its place
+            os.link(scratch, path)  # unlike a rename, a link never replaces the key of another worker
         except FileExistsError:
             return
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            # Who reads it before it is written finds none, and asks again for the next request.
+            # A worker that reads the file before it is written finds no key, and tries again at its next request.
             with suppress(FileExistsError), open_private(path, "xb") as file:
                 file.write(key)
     finally:
@@ -116,7 +119,7 @@ def _publish(key: bytes, path: Path) -> None:
 
 
 def _pieces(value: Any) -> Iterator[bytes | bytearray]:
-    """Yield bytes from which a value could be read again, so that different values give different bytes.
+    """Yield an unambiguous encoding of a value: different values give different bytes.
 
     Raises:
         TypeError, ValueError, RecursionError: the value is not JSON with bytes.
@@ -134,7 +137,7 @@ def _pieces(value: Any) -> Iterator[bytes | bytearray]:
             yield from _pieces(value[key])
     elif kind is list:
         kinds = set(map(type, value))
-        if kinds == {float}:  # an image as lists of numbers must not be walked through number by number
+        if kinds == {float}:  # an image as lists of numbers would take long number by number
             yield b"f%d:" % len(value)
             yield struct.pack(f"<{len(value)}d", *value)
         elif kinds <= _SCALARS:
@@ -143,7 +146,7 @@ def _pieces(value: Any) -> Iterator[bytes | bytearray]:
             yield b"l%d:" % len(value)
             for inner in value:
                 yield from _pieces(inner)
-    elif kind is str:  # which may be an image too, in base64
+    elif kind is str:  # may be an image in base64, so it is not escaped as JSON
         written = value.encode("utf-8", "surrogatepass")
         yield b"s%d:" % len(written)
         yield written

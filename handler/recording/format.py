@@ -1,4 +1,4 @@
-"""The record format: what is kept of a request for training, in shards that appear complete or not at all."""
+"""The record format: what is stored of a request for training. A shard appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ from early_exit.handler.sample_request import BODY
 SUFFIX = ".safetensors"
 _ACTIVATION = "activation/"
 _KEPT, _BODY = "kept", "body"
-"""What the tensors with requests are called, and with the bodies that the last release kept instead."""
+"""Names of the tensors with kept requests, and with the bodies that the previous release kept instead."""
 _SIZES, _BYTES = "_sizes", "_bytes"
 _SYSTEMS_NUMBER = re.compile(r"os error (\d+)")
 ANONYMOUS = -2**63
-"""Stands for the request of a record where it is not known which request the recorded row belongs to.
+"""The request of a record if it is not known to which request the recorded row belongs.
 
-Such records are no repeats of each other. Nothing is kept of their requests, and no label belongs to them. Some of them
-may be of one request, so they are no independent evidence of anything: heads may learn from them, and that is all.
+Such records do not count as repeats of each other. Their requests are not kept, and no label belongs to them. Several
+of them may come from one request, so they are not independent evidence: exit heads learn from them, but neither the
+choice of exits nor the certificate counts them.
 """
 
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """What is known of N records besides activations and kept requests; shards hold every column by its name.
+    """The columns of N records: everything but activations and kept requests. A shard holds each under its name.
 
     Class numbers are int32 and exits int16 in a shard, and int64 where training reads them.
     """
@@ -55,22 +56,22 @@ class RecordColumns:
     backbone_class: Tensor
     """(N,) int32: the class the backbone predicts."""
     full_class: Tensor
-    """(N,) int32: the class that the engine that served predicts without exits: the same where it is exact."""
+    """(N,) int32: the class that the serving engine predicts without exits; the backbone's if the engine is exact."""
     answered_class: Tensor
     """(N,) int32: the class that was served."""
     exit: Tensor
-    """(N,) int16: position in the shard's layers of the exit that answered, or -1 for the backbone."""
+    """(N,) int16: the exit that answered, as a position in the shard's layers, or -1 for the backbone."""
     request: Tensor
     """(N,) int64: a uniform hash of the request id, or `ANONYMOUS`."""
     row: Tensor
-    """(N,) int32: which instance of the request it is; 0 unless the request had several in an envelope."""
+    """(N,) int32: the number of the instance in its request; 0 unless the request had several in an envelope."""
     content: Tensor
-    """(N,) int64: a keyed hash of what the handler got, equal for equal contents, or `UNKNOWN_CONTENT`."""
+    """(N,) int64: a keyed hash of the handler's input, equal for equal contents, or `UNKNOWN_CONTENT`."""
     sequence: Tensor
-    """(N,) int64: the number of requests, recorded or not, that the worker had answered before; it grows whatever the
-    clock does."""
+    """(N,) int64: the number of requests, recorded or not, that the worker had answered before this one. It grows even
+    if the clock is set back."""
     time: Tensor
-    """(N,) float64: Unix time in seconds, the same for all that were served together."""
+    """(N,) float64: Unix time in seconds, the same for all requests that were served together."""
     sampling_rate: Tensor
     """(N,) float32: the probability with which the request was drawn."""
 
@@ -84,30 +85,31 @@ class RecordColumns:
 
 COLUMNS = tuple(field.name for field in fields(RecordColumns))
 _NEW = {"row": 0, "content": UNKNOWN_CONTENT, "sequence": 0}
-"""The columns that shards of the last release lack, and what is in their place."""
+"""The columns that shards of the previous release lack, with the values that replace them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Records(RecordColumns):
-    """N records: shadow samples, each with what the whole backbone said of it."""
+    """N records: requests of the shadow sample, each with the output of the whole backbone."""
 
     activations: Mapping[str, Tensor]
-    """By layer path: (N, ...) float16, pooled."""
+    """Pooled activations by layer path: (N, ...) float16."""
     kept: Sequence[bytes] | None = None
-    """N times what the handler got, as `KeptRequest.to_bytes` writes it, where requests are kept; empty where it is not
-    known which request it is."""
+    """The N kept requests, as `KeptRequest.to_bytes` writes them, or None if requests are not kept. The bytes are empty
+    if the request of the record is not known, or if it is not JSON with bytes."""
 
     def where(self, chosen: Tensor) -> Records:
-        """Return the records that a (N,) bool mask chooses."""
+        """Return the records that a (N,) bool mask selects."""
         kept = None if self.kept is None else [*compress(self.kept, chosen.tolist())]
         activations = {path: activation[chosen] for path, activation in self.activations.items()}
         return Records(activations=activations, kept=kept,
                        **{name: column[chosen] for name, column in self.columns().items()})
 
     def are_finite(self) -> Tensor:
-        """Return a (N,) bool mask of the records of which the model's scores and all activations were finite.
+        """Return a (N,) bool mask of the records whose scores and activations were all finite.
 
-        What was not is NaN; infinity is only too large for float16, and all records tell what is to be done about that.
+        A value that was not finite is stored as NaN. Infinity in a record only means that the value is too large for
+        float16, which training deals with.
         """
         finite = ~self.log_probabilities.isnan().any(dim=1)
         for activation in self.activations.values():
@@ -134,18 +136,18 @@ class ShardHeader:
     """sha256 of the backbone."""
     pool: Side
     layers: tuple[str, ...]
-    """Layers at which the backbone was cut, in order; all are recorded, and `Records.exit` counts in them."""
+    """Layers at which the backbone was cut, in order. All are recorded, and `Records.exit` is a position in this
+    tuple."""
     engine: str = "folded"
     """Identity of the engine that computed the activations."""
     traffic: str = ""
-    """Identity of the traffic that was recorded, see `user_handler.traffic`; empty where it is not known."""
+    """Identity of the traffic that was recorded, see `user_handler.traffic`; empty if it is not known."""
     worker: str = ""
-    """Name of the worker that wrote the shard, by which records know whose sequence theirs is; empty where it has
-    none."""
+    """Name of the worker that wrote the shard, whose requests `Records.sequence` counts; empty if it has no name."""
     content_key: str = ""
-    """Name of the key that contents were hashed with; empty where none were."""
+    """Name of the key that contents were hashed with; empty if none were hashed."""
     n_not_finite: int = 0
-    """How many requests the worker passed over before it wrote the shard, and after the one before, because their
+    """The number of requests that the worker did not record between its previous shard and this one, because their
     scores or activations were not finite."""
 
     def __post_init__(self) -> None:
@@ -162,11 +164,11 @@ def request_hash(request_id: str) -> int:
 
 
 def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
-    """Publish records as a shard that nobody else may read: written beside, synced, renamed.
+    """Publish records as a shard that no other user can read. It is written to a scratch file, synced and renamed.
 
     Raises:
         ForeignFileError: the folder belongs to somebody else.
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the shard cannot be written; nothing is left behind.
     """
     tensors = records.columns() | {_ACTIVATION + layer: tensor for layer, tensor in records.activations.items()}
     if records.kept is not None:
@@ -177,7 +179,7 @@ def write_shard(path: Path, header: ShardHeader, records: Records) -> None:
     with replacing(path) as scratch:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
-        except SafetensorError as error:  # how the library reports a full disk or a missing permission
+        except SafetensorError as error:  # safetensors reports a full disk or a missing permission in this way
             number = _SYSTEMS_NUMBER.search(str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         with scratch.open("rb+") as file:
@@ -192,10 +194,10 @@ def list_shards(folder: Path) -> list[Path]:
             about = path.stat()
         except FileNotFoundError:  # deleted by the retention of a worker in the meantime
             continue
-        except OSError:  # a link to itself, or a folder that is not ours to look into: who reads it says so
+        except OSError:  # a link to itself, or a folder without permission: the reader of the shard reports it
             dated.append((0.0, path))
             continue
-        if stat.S_ISREG(about.st_mode):  # whoever opened a pipe would wait for ever
+        if stat.S_ISREG(about.st_mode):  # opening a pipe would block for ever
             dated.append((about.st_mtime, path))
     return [path for _, path in sorted(dated)]
 
@@ -205,7 +207,7 @@ def read_header(path: Path) -> ShardHeader:
 
     Raises:
         RecordError: the file is damaged.
-        FormatError: its format is not one that this version reads.
+        FormatError: this version does not read its format.
     """
     with _opened(path) as shard:
         header = json.loads(shard.metadata()["header"])
@@ -213,11 +215,11 @@ def read_header(path: Path) -> ShardHeader:
 
 
 def read_shard(path: Path, layers: Sequence[str], *, kept: bool = False) -> Records:
-    """Return the records of a shard with the activations of some layers only, and the kept requests if asked.
+    """Return the records of a shard with the activations of the given layers, and with the kept requests if `kept`.
 
     Raises:
         RecordError: the file is damaged or lacks a layer.
-        FormatError: its format is not one that this version reads.
+        FormatError: this version does not read its format.
     """
     with _opened(path) as shard:
         present = set(shard.keys())
@@ -236,11 +238,11 @@ def read_shard(path: Path, layers: Sequence[str], *, kept: bool = False) -> Reco
 
 
 def read_times(path: Path) -> Tensor:
-    """Return (N,) float64, the Unix times of a shard's records, and read nothing else.
+    """Return the (N,) float64 Unix times of a shard's records without reading anything else.
 
     Raises:
         RecordError: the file is damaged.
-        FormatError: its format is not one that this version reads.
+        FormatError: this version does not read its format.
     """
     with _opened(path) as shard:
         times: Tensor = shard.get_tensor("time")
@@ -248,11 +250,11 @@ def read_times(path: Path) -> Tensor:
 
 
 def read_sequence(path: Path) -> Tensor:
-    """Return (N,) int64, the sequence of a shard's records, 0 where it has none, and read nothing else.
+    """Return the (N,) int64 sequence of a shard's records, or zeros if it has none, without reading anything else.
 
     Raises:
         RecordError: the file is damaged.
-        FormatError: its format is not one that this version reads.
+        FormatError: this version does not read its format.
     """
     with _opened(path) as shard:
         name = "sequence" if "sequence" in set(shard.keys()) else None
@@ -262,7 +264,7 @@ def read_sequence(path: Path) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a shard for reading: the one place where its format is checked, whoever reads it."""
+    """Open a shard for reading and check its format; every reader of shards uses this function."""
     try:
         with safe_open(path, "pt") as shard:
             RECORDS.require(shard.metadata(), path)
@@ -272,7 +274,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _cut(shard: Any, name: str) -> Iterator[bytes]:
-    """Yield the pieces of one tensor of bytes, of which another holds the sizes."""
+    """Yield the pieces of a tensor of bytes; a second tensor holds their sizes."""
     joined, start = shard.get_tensor(name + _BYTES).numpy().tobytes(), 0
     for size in shard.get_tensor(name + _SIZES).tolist():
         yield joined[start:start + size]

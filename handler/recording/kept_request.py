@@ -1,4 +1,4 @@
-"""What a handler got for a recorded request, in a form that a shard holds and from which the same is made again."""
+"""The handler's input for a recorded request, in a form that a shard can hold and that restores the same input."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class KeptRequest:
-    """What a handler got for a request, or for one instance of it.
+    """The handler's input for a request, or for one instance of it.
 
     >>> KeptRequest.from_bytes(KeptRequest({"image": b"...", "k": 3}, {"image": "image/png"}).to_bytes())
     KeptRequest(item={'image': b'...', 'k': 3}, content_types={'image': 'image/png'})
     """
 
     item: Any
-    """A dict of named parts, or what an envelope made of an instance: JSON, in which bytes may stand anywhere."""
+    """A dict of named parts, or an instance as an envelope passes it on: JSON, in which bytes may stand anywhere."""
     content_types: Mapping[str, str] = field(default_factory=dict)
-    """Those of the request's parts by their names, as far as they are known."""
+    """The content types of the request's parts by their names, as far as they are known."""
 
     def call(self, id_: str) -> Call:
-        """Return the request once more."""
+        """Return a call that repeats the request."""
         return Call(id_, self.item, headers_with(self.content_types))
 
     def to_bytes(self) -> bytes:
-        """Return a line of JSON and, behind it, all bytes of the item as they are.
+        """Return a line of JSON, followed by all bytes of the item as they are.
 
         Raises:
-            TypeError, ValueError, RecursionError: the item holds something else than JSON and bytes.
+            TypeError, ValueError, RecursionError: the item holds anything but JSON and bytes.
         """
         raw: list[tuple[_Path, bytes | bytearray]] = []
         form = {"item": _without_raw(self.item, (), raw), "content_types": dict(self.content_types),
@@ -46,10 +46,10 @@ class KeptRequest:
 
     @classmethod
     def from_bytes(cls, kept: bytes) -> KeptRequest:
-        """Return what `to_bytes` wrote.
+        """Read the output of `to_bytes`.
 
         Raises:
-            ValueError, KeyError, TypeError, IndexError: it is damaged.
+            ValueError, KeyError, TypeError, IndexError: the bytes are damaged.
         """
         start = kept.index(b"\n") + 1
         form = json.loads(kept[:start])
@@ -66,7 +66,7 @@ class KeptRequest:
 
 
 def _without_raw(value: Any, path: _Path, raw: list[tuple[_Path, bytes | bytearray]]) -> Any:
-    """Return JSON with null in the places of bytes, which are appended to a list with their paths."""
+    """Return JSON with null in place of bytes, and append the bytes with their paths to `raw`."""
     kind = type(value)
     if kind in _SCALARS:
         return value

@@ -1,4 +1,4 @@
-"""Deletes records that are too old or too many: a worker does, and `ee-watch` where no worker runs."""
+"""Deletes records that are too old or too many. The workers use it, and so does `ee-watch` where no worker runs."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from early_exit.handler.recording.clock import SharedClock, in_order
 from early_exit.handler.recording.format import SUFFIX
 
 _ABANDONED_S = 3600.0
-"""What a worker has not finished writing after so many seconds, it never will."""
+"""A file that a worker has not finished after this many seconds is taken to be abandoned."""
 _BACKBONE = re.compile(r"[0-9a-f]+")
 _SHARD = re.compile(r"(?P<worker>.+-\d+-\d+)-(?P<number>\d+)" + re.escape(SUFFIX))
 _SCRATCH = re.compile(rf"\.{_SHARD.pattern}\.\w+" + re.escape(SCRATCH_SUFFIX))
 _File = tuple[Path, float, int]
-"""The path of a file, the Unix time of its last change and its bytes."""
+"""The path of a file, the Unix time of its last change and its size in bytes."""
 
 
 def shard_name(version: str, process: int, began_ns: int, number: int) -> str:
-    """Return the file name of a shard, by which it is known for one when it is too old.
+    """Return the file name of a shard. `enforce_limits` recognizes shards by this name.
 
     Args:
-        version: of the model.
-        process: id of the worker's.
-        began_ns: when the worker began to record.
-        number: of the worker's shards before.
+        version: version of the model.
+        process: process id of the worker.
+        began_ns: Unix time in nanoseconds at which the worker began to record.
+        number: the number of shards that the worker has written before.
     """
     return f"{version}-{process}-{began_ns}-{number}{SUFFIX}"
 
 
 def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> None:
-    """Delete the shards of a model that are too old, and the oldest beyond the size.
+    """Delete the shards of a model that are too old, and the oldest ones while all of them together are too large.
 
-    Only files in the folders of the model's backbones that have the names of shards, or of shards that a killed worker
-    did not finish, are counted and deleted. What cannot be deleted stays for the next time: workers share the folder,
-    and a watcher may see it read-only. A clock that jumps deletes nothing, see `SharedClock`; the shards of a worker
-    are dated by their order too.
+    Only files in the folders of the model's backbones are counted and deleted, and only those that have the name of a
+    shard, or of a shard that a killed worker did not finish. A file that cannot be deleted is left for the next time:
+    workers share the folder, and a watcher may see it read-only. A jump of the clock deletes nothing, see
+    `SharedClock`; besides, the times of a worker's shards are corrected by their order.
 
     Args:
         root: the records folder.
         model: name of the model.
-        max_age_s: seconds since a shard was written.
-        max_bytes: size of all shards together.
+        max_age_s: the largest age of a shard, in seconds since it was written.
+        max_bytes: the largest size of all shards together.
 
     Raises:
         RecordError: the name of the model leads out of the records folder.
@@ -66,7 +66,7 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
 
 
 def _dated(shards: Sequence[_File]) -> Iterator[_File]:
-    """Yield shards with the times at which they were written by a clock that nobody set in the meantime."""
+    """Yield shards with the times at which they were written, corrected for changes of the clock."""
     by_worker: dict[tuple[Path, str], list[tuple[int, _File]]] = defaultdict(list)
     for shard in shards:
         if name := _SHARD.fullmatch(shard[0].name):
@@ -78,7 +78,7 @@ def _dated(shards: Sequence[_File]) -> Iterator[_File]:
 
 
 def _files(folder: Path, name: re.Pattern[str]) -> Iterator[_File]:
-    """Yield the files of some name."""
+    """Yield the files whose names match a pattern."""
     for backbone in _entries(folder):
         if _BACKBONE.fullmatch(backbone.name):
             for path in _entries(backbone):
@@ -92,10 +92,10 @@ def _files(folder: Path, name: re.Pattern[str]) -> Iterator[_File]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder; nothing where there is none, or a link to one."""
+    """Return the entries of a folder; none if it does not exist or is a link."""
     try:
         return [] if folder.is_symlink() else list(folder.iterdir())
-    except OSError:  # nothing was recorded yet, it has gone, or it is no folder
+    except OSError:  # nothing was recorded yet, the folder was deleted, or this is not a folder
         return []
 
 

@@ -30,13 +30,14 @@ class RecordWriter:
     """Takes records from the serving thread and writes them as shards from a thread of its own.
 
     TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, shards
-    wait in memory, up to a bound, and are tried again; where the folder cannot be written at all, they are dropped.
+    wait in memory, up to a bound, and writing is retried. If the folder cannot be written for another reason, they are
+    dropped.
     """
 
     def __init__(self, root: Path, header: ShardHeader, config: ServingConfig) -> None:
         self._root, self._config = root, config
         self.contents = ContentKey(root)
-        """Hashes the contents of what is offered."""
+        """Hashes the contents of the offered records."""
         self._queue: queue.SimpleQueue[Records | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
@@ -46,18 +47,18 @@ class RecordWriter:
         self._not_finite_told = False
         self._failing_since: float | None = None
         self._lost = 0
-        """The records dropped since writing began to fail."""
+        """The number of records dropped since writing began to fail."""
         self._told = -math.inf
         self._retry_at = math.inf
         self._sealed: deque[Records] = deque()
-        """Shards that are to be written, oldest first."""
+        """Shards that wait to be written, oldest first."""
         self._began_ns, self._n_shards = time.time_ns(), 0
         self._header = replace(header, worker=f"{os.getpid()}-{self._began_ns}")
         self._thread = threading.Thread(target=self._run, name="early-exit-records", daemon=True)
         self._thread.start()
 
     def offer(self, records: Records) -> None:
-        """Queue records; they are dropped, and counted, when the disk does not keep up."""
+        """Queue records; if the disk does not keep up, they are dropped and counted."""
         with self._lock:
             is_full = self._waiting >= _SHARDS_IN_MEMORY * self._config.records_per_shard
             if is_full:
@@ -69,27 +70,27 @@ class RecordWriter:
             self._queue.put(records)
 
     def take_not_finite(self) -> int:
-        """Return the records passed over since the last call because their scores or activations are not finite."""
+        """Return how many records had scores or activations that are not finite, since the last call."""
         with self._lock:
             count, self._not_finite_counted = self._not_finite_counted, 0
         return count
 
     def drop(self, n_records: int, error: Exception) -> None:
-        """Count records that could not be made, and log why."""
+        """Count records that could not be created, and log the error."""
         self._tell(error, n_records)
         with self._lock:
             self._dropped += n_records
             self._lost += n_records
 
     def take_counts(self) -> tuple[int, int]:
-        """Return the records written and dropped since the last call."""
+        """Return how many records were written, and how many were dropped, since the last call."""
         with self._lock:
             counts = self._written, self._dropped
             self._written = self._dropped = 0
         return counts
 
     def close(self) -> None:
-        """Seal what is queued and stop; what cannot be written now is dropped."""
+        """Seal the queued records and stop; records that cannot be written now are dropped."""
         self._queue.put(None)
         self._thread.join()
 
@@ -102,7 +103,7 @@ class RecordWriter:
                 item = self._queue.get(timeout=max(0.0, min(wake_at - time.monotonic(), 3600.0)))
             except queue.Empty:
                 if not parts and wake_at == math.inf:
-                    self._enforce_limits()  # records grow too old without traffic, too
+                    self._enforce_limits()  # records become too old without traffic, too
             else:
                 if item is None:
                     self._seal(parts)
@@ -121,19 +122,19 @@ class RecordWriter:
         if n_records := sum(map(len, parts)):
             try:
                 self._sealed.append(self._finite(Records.concatenate(parts)))
-            except Exception as error:  # nothing on the side may stop this thread
+            except Exception as error:  # no error may stop this thread
                 self._tell(error, n_records)
                 self._done(n_records, written=False)
         self._write_sealed()
 
     def _finite(self, records: Records) -> Records:
-        """Return the records of which all values are finite, and count the others: these teach nothing."""
+        """Return the records whose values are all finite, and count the others: nothing can be learned from them."""
         finite = records.are_finite()
         if not (n := len(finite) - int(finite.sum())):
             return records
         if not self._not_finite_told:
-            logger.warning("%d of %d requests gave scores or activations that are not finite: such requests are "
-                           "answered as the model answers them, counted, and not recorded", n, len(finite))
+            logger.warning("%d of %d requests have scores or activations that are not finite: such requests are "
+                           "answered with the model's output and counted, but not recorded", n, len(finite))
         self._not_finite_told = True
         with self._lock:
             self._waiting -= n
@@ -142,7 +143,7 @@ class RecordWriter:
         return records.where(finite)
 
     def _write_sealed(self) -> None:
-        """Write the shards that wait, until one cannot be written."""
+        """Write the waiting shards, oldest first, until the disk is full."""
         self._retry_at = math.inf
         while self._sealed:
             records = self._sealed[0]
@@ -154,7 +155,7 @@ class RecordWriter:
                 passed_over = self._not_finite
                 header = replace(self._header, content_key=self.contents.name, n_not_finite=passed_over)
                 write_shard(header.folder(self._root) / name, header, records)
-            except Exception as error:  # nothing on the side may stop this thread
+            except Exception as error:  # no error may stop this thread
                 if isinstance(error, OSError) and error.errno in _FULL:
                     self._retry_at = time.monotonic() + _RETRY_S
                     self._tell(error)
@@ -183,18 +184,18 @@ class RecordWriter:
         self._sealed.clear()
 
     def _tell(self, error: Exception, n_lost: int = 0) -> None:
-        """Log that records cannot be written, once a minute for as long as that lasts."""
+        """Log that records cannot be written, at most once a minute."""
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         if now - self._told >= _TELL_EVERY_S:
             self._told = now
-            logger.warning("cannot write records to %s: %s. %d records wait in memory, %d were dropped so far; answers "
-                           "go on, and so does recording once this is mended.", self._root, error, self._waiting,
-                           self._lost + n_lost)
+            logger.warning("cannot write records to %s: %s. %d records wait in memory, and %d were dropped so far. "
+                           "Requests are still answered, and recording resumes as soon as records can be written.",
+                           self._root, error, self._waiting, self._lost + n_lost)
 
     def _tell_if_mended(self) -> None:
         if self._failing_since is not None:
-            logger.warning("records are written to %s again, after %.0f s in which %d were dropped", self._root,
+            logger.warning("records are written to %s again, after %.0f s in which %d records were dropped", self._root,
                            time.monotonic() - self._failing_since, self._lost)
             self._failing_since, self._lost, self._told = None, 0, -math.inf
 
@@ -202,5 +203,5 @@ class RecordWriter:
         try:
             enforce_limits(self._root, self._header.model, self._config.records_max_age_s,
                            self._config.records_max_bytes)
-        except Exception:  # nothing on the side may stop this thread
-            logger.exception("records that are too old or too many are not deleted")
+        except Exception:  # no error may stop this thread
+            logger.exception("cannot delete records that are too old or too many")

@@ -1,1 +1,1 @@
-"""What a worker does for any host: answers, isolation of bad items, telemetry, the probe."""
+"""The worker, for any host: answers, isolation of bad items, telemetry and the probe."""

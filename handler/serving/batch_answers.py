@@ -1,4 +1,4 @@
-"""Answers that leave with their batch: the user's handler gets all requests at once, as before it was repackaged."""
+"""Answers that are sent with their batch: the user's handler gets all requests at once, as in the original archive."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class BatchAnswers:
 
     def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, ownership: RowOwnership,
                  telemetry: Telemetry) -> None:
-        """Begin.
+        """Begin without batches.
 
         Args:
-            model: what the handler calls.
-            handler: the user's.
-            context: the handler's.
-            ownership: what is known of the handler's rows.
-            telemetry: notes what is served.
+            model: the model that the handler calls.
+            handler: the user's handler.
+            context: the handler's context.
+            ownership: says which rows belong to which request.
+            telemetry: is told everything that is served.
         """
         self._model, self._handler, self._context = model, handler, context
         self._ownership, self._telemetry = ownership, telemetry
@@ -52,7 +52,7 @@ class BatchAnswers:
             return self._answered(calls)
         with self._model.log.watched(drawn.keep):
             parts = self._answered(calls)
-        if len(parts) > 1 or self._check.check(drawn, parts[0]):  # in parts, each request is alone
+        if len(parts) > 1 or self._check.check(drawn, parts[0]):  # with several parts, each request was alone
             return parts
         return [replace(parts[0], owners=None)]
 

@@ -1,4 +1,4 @@
-"""Answers that leave when they are ready: each request waits in a call of the user's handler of its own."""
+"""Answers that are sent as soon as they are ready: each request waits in its own call of the user's handler."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class EarlyAnswers:
         """Begin without requests.
 
         Args:
-            model: whose executor is a `ContinuousExecutor` and whose bypass is an `EpochBypass`.
-            handler: the user's.
-            context: the handler's.
-            telemetry: notes what is served.
+            model: a model whose executor is a `ContinuousExecutor` and whose bypass is an `EpochBypass`.
+            handler: the user's handler.
+            context: the handler's context.
+            telemetry: is told everything that is served.
         """
         executor, bypass = model.executor, model.bypass
         if not isinstance(executor, ContinuousExecutor) or not isinstance(bypass, EpochBypass):
@@ -39,12 +39,12 @@ class EarlyAnswers:
         self._attributes = HandlerAttributes(handler, context)
         executor.waiting = self._attributes.waiting
         self._in_flight: dict[str, Coroutine] = {}
-        """By id of a call that has not been answered: the user's handler at work on it."""
+        """The coroutine of each call that has not been answered, by the id of the call."""
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:
-        """Let new calls join, run one stage, and return for each call its reply, or None while it has none.
+        """Add new calls, run one stage, and return for each call its reply, or None if it has none yet.
 
-        Calls that were there before and are not any more are forgotten.
+        Earlier calls that are missing from `calls` are dropped.
         """
         if share_instances(calls):
             return self._at_once(calls)
@@ -62,7 +62,7 @@ class EarlyAnswers:
         return replies
 
     def _at_once(self, calls: Sequence[Call]) -> list[Reply | None]:
-        """Answer requests whose instances are in one list."""
+        """Answer requests at once if the first of them has the instances of all."""
         [served] = answer_calls(calls, self._handler, self._context, self._model, None, alone=False)
         self._telemetry.note(served)
         return [*served.replies]

@@ -1,4 +1,4 @@
-"""What a worker needs of the server that it works for."""
+"""The interface of the server that a worker belongs to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class MetricKind(Enum):
-    """How the values of a metric are put together."""
+    """How the values of a metric are combined."""
 
     COUNTER = "counter"
     """Values are added up."""
@@ -27,7 +27,7 @@ class Metric(Protocol):
         """Report a value.
 
         Args:
-            value: in the metric's unit.
+            value: the value, in the metric's unit.
             label_values: one for each label of the metric, in order.
         """
 
@@ -53,18 +53,18 @@ class Host(Protocol):
 
     @property
     def model_config(self) -> Mapping[str, Any]:
-        """The parsed model-config.yaml of the archive; empty where it has none."""
+        """The parsed model-config.yaml of the archive; empty if it has none."""
 
     @property
     def context(self) -> Any:
-        """What the context of the user's handler is built on, such as a `ToolContext`."""
+        """The host's context, such as a `ToolContext`, from which the context of the user's handler is built."""
 
     def metric(self, kind: MetricKind, name: str, unit: str, labels: Sequence[str] = ()) -> Metric:
         """Register a metric of the version.
 
         Args:
-            kind: how its values are put together.
-            name: without prefix.
+            kind: how its values are combined.
+            name: the name without its prefix.
             unit: "count", "ratio", "bool" or "seconds".
             labels: names of its labels, besides model and version.
         """

@@ -1,4 +1,4 @@
-"""One bad item must not fail its batch: answer what can be answered, and say of the rest what is wrong."""
+"""Isolation of bad items: every other request of the batch is answered, and the bad one gets an error reply."""
 
 from __future__ import annotations
 
@@ -25,59 +25,60 @@ logger = logging.getLogger(__name__)
 
 
 _CLIENTS = (ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-"""Exceptions that tell before the model of something wrong with a request: a text that is no JSON, a list instead of an
-object, a missing key, bytes that end too early. Others tell of the handler."""
+"""Exceptions that show an error in the request if they are raised before the model is called: a text that is not JSON,
+a list instead of an object, a missing key, bytes that end too early. Other exceptions show an error in the handler."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""Where an object lies in memory, which Python writes into many messages."""
+"""The memory address of an object, which Python writes into many messages."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What one call of the user's handler gave for some calls of a batch."""
+    """The result of one call of the user's handler, for some calls of a batch."""
 
     positions: tuple[int, ...]
-    """Where the calls stand in the batch."""
+    """The positions of the calls in the batch."""
     calls: Sequence[Call]
     replies: list[Reply]
     """One for each call, in order."""
     batches: list[ServedBatch]
-    """The calls of the model that were made."""
+    """The calls of the model that the handler made."""
     owners: Sequence[Sequence[int]] | None = None
     """For each call of the model, and for each row of its input: the position in `calls` of the request that the row
-    belongs to. None where there are no rows, or where it is not known whose they are."""
+    belongs to. None if there are no rows, or if it is not known to which requests they belong."""
     rows_per_item: int | None = None
-    """How many rows each item of the requests became, side by side in their order; None where that is not known."""
+    """The number of rows that each item of the requests became, side by side in the order of the items; None if that is
+    not known."""
     error: Exception | None = None
-    """What the handler raised, where the reply is an error of ours."""
+    """The exception of the handler, if the reply is an error reply of this worker."""
 
     @property
     def refused(self) -> bool:
-        """Whether the reply is an error of ours."""
+        """Whether the reply is an error reply of this worker."""
         return self.error is not None
 
 
 def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerContext, model: EarlyExitModel,
                  rows_per_request: int | None = 1, *, alone: bool = True) -> list[Served]:
-    """Return the replies to all calls: together when that works, else one by one.
+    """Answer all calls together or, if that fails, one by one.
 
-    A handler that raises fails all requests that it was given. Here a call that makes the handler raise gets an error
-    reply of its own: 400 when the client sent what cannot be read, 500 when the handler or the model failed. Where a
-    status of its own does not reach the client, the batch fails as it did before.
+    By itself, a handler that raises an exception fails all requests that it was given. Here, a call that makes the
+    handler raise gets an error reply of its own: 400 if the request cannot be read, 500 if the handler or the model
+    failed. If clients cannot receive a status of their own, the batch fails as it would by itself.
 
     Args:
-        calls: of the batch.
-        handler: the user's.
-        context: the handler's.
-        model: what the handler calls.
-        rows_per_request: how many rows of the model's input the handler makes of each of several requests, in their
-            order; None where that is not known.
-        alone: whether no other call of the handler is going on.
+        calls: the calls of the batch.
+        handler: the user's handler.
+        context: the handler's context.
+        model: the model that the handler calls.
+        rows_per_request: the number of rows of the model's input that the handler makes from each of several requests,
+            in the order of the requests; None if that is not known.
+        alone: whether no other call of the handler is in progress.
 
     Raises:
         MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
-        Exception: what the handler raised for a call whose client does not hear of a status of its own.
+        Exception: the handler raised it, for a call whose client cannot receive a status of its own.
     """
-    in_one = share_instances(calls)  # what belongs to whom is not known
+    in_one = share_instances(calls)  # then it is not known which instance belongs to which request
     try:
         return [_call(tuple(range(len(calls))), calls, handler, context, model, rows_per_request, alone)]
     except Exception as error:
@@ -99,23 +100,23 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
 
 def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandler, context: HandlerContext,
           model: EarlyExitModel, rows_per_request: int | None, alone: bool) -> Served:
-    # Calls of an attempt that failed were never answered, so they are forgotten, not recorded.
+    # The model's calls in an attempt that failed were never answered, so they are forgotten, not recorded.
     model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls], rows_per_request, alone=alone)
     context.begin(calls)
-    # Copies: what a handler changes in a request is as it was when it is asked alone, and for what is recorded.
+    # Copies, so that a handler's changes to a request reach neither a second attempt nor the records.
     items = [own_copy(item) for call in calls for item in call.items]
     results = handler.handle(items, context)
     if calls[0].instances is None and (not isinstance(results, list) or len(results) != len(items)):
         returned = f"{len(results)} responses" if isinstance(results, list) else type(results).__name__
         raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(items)} requests")
-    # In an envelope one call has all items, and what is returned for them is the envelope's to judge, as it was before.
+    # In an envelope, one call has all items, and the envelope itself checks the result for them.
     bodies = [results[number] if call.instances is None else results if call.instances else []
               for number, call in enumerate(calls)]
     replies = [context.reply(number, body) for number, body in enumerate(bodies)]
     here, elsewhere = model.log.take(), model.log.take_elsewhere()
     batches = [*here, *elsewhere]
     owners = None
-    # Threads of the handler's end as they please, so several of their calls have no order that would tell.
+    # Threads of the handler end in any order, so the order of several calls in them says nothing about the rows.
     if not elsewhere or (alone and 1 in (len(batches), len(calls))):
         n_rows = [len(batch.answers.outputs) for batch in batches]
         owners = _owners(n_rows, calls, rows_per_request, are_its_own=not elsewhere)
@@ -126,11 +127,11 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
 
 def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int | None, *, are_its_own: bool
             ) -> list[list[int]] | None:
-    """Return the owners of the rows of each call of the model, given their numbers; see `Served.owners`."""
+    """Return the owners of the rows of each call of the model, given the numbers of rows; see `Served.owners`."""
     n_calls = len(calls)
     if not sum(n_rows) or share_instances(calls):
         return None
-    if n_calls == 1 and are_its_own:  # whatever the handler does, there is nobody else whose they could be
+    if n_calls == 1 and are_its_own:  # whatever the handler does, the rows can belong to no other request
         return [[0] * n for n in n_rows]
     if rows_per_request is None or sum(n_rows) != rows_per_request * sum(len(call.items) for call in calls):
         return None
@@ -141,27 +142,27 @@ def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int 
 def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) -> Served:
     """Return the error reply to a call."""
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # By its type, never by its text, which may be a client's.
+    # The type decides, never the text: a client may have written parts of the text.
     if isinstance(error, torch.AcceleratorError) or (out_of_memory and model.log.is_computing):
         raise error  # the host knows what to do with a worker in this state
     reached_model = bool([*model.log.take(), *model.log.take_elsewhere()]) or model.log.is_computing
     status, kind = _status_of(error, reached_model)
-    # TorchServe's PredictionException says in `message` what a client is to read.
+    # TorchServe's PredictionException has the text for the client in `message`.
     message = getattr(error, "message", None) if hasattr(error, "error_code") else None
     message = message if isinstance(message, str) else f"{type(error).__name__}: {_ADDRESS.sub('', str(error))}"
     log = logger.info if status < 500 else logger.error
-    log("request %s answered %d", call.id, status, exc_info=error)
+    log("request %s was answered with status %d", call.id, status, exc_info=error)
     body = call.body([{"code": status, "type": kind, "message": message}])
     return Served((position,), [call], [Reply(body, status, kind, {"content-type": "application/json"})], [],
                   error=error)
 
 
 def _status_of(error: Exception, reached_model: bool) -> tuple[int, str]:
-    """Return the status for an exception, and TorchServe's name of such an error."""
+    """Return the status for an exception, and TorchServe's name for such an error."""
     status = getattr(error, "error_code", None)
-    if type(status) is int and 400 <= status < 600:  # those of other libraries are numbers of their own
-        return status, "InternalServerException"  # as TorchServe calls it, whatever the status
-    # Pillow raises an OSError without a number for bytes that are no image; the system's own have one.
+    if type(status) is int and 400 <= status < 600:  # other libraries use `error_code` for other numbers
+        return status, "InternalServerException"  # TorchServe uses this name whatever the status
+    # Pillow raises an OSError without `errno` for bytes that are not an image; those of the system have one.
     is_clients = (isinstance(error, _CLIENTS) or (isinstance(error, OSError) and error.errno is None)
                   or _is_of_too_many_pixels(error))
     if isinstance(error, InputError) or (is_clients and not reached_model):
@@ -170,6 +171,6 @@ def _status_of(error: Exception, reached_model: bool) -> tuple[int, str]:
 
 
 def _is_of_too_many_pixels(error: Exception) -> bool:
-    """Tell whether Pillow, if the handler uses it, refuses to open a picture so large."""
+    """Tell whether the error is Pillow's refusal to open an image with too many pixels, if the handler uses Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(error, pillow.DecompressionBombError)

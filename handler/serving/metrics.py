@@ -1,4 +1,4 @@
-"""The metrics of a version, for whatever host reports them."""
+"""The metrics of a version, reported by any host."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from early_exit.handler.serving.host import Host, MetricKind
 from early_exit.handler.serving.isolation import Served
 
 STAGE_REPORT_S = 0.1
-"""Least seconds between two batches whose stage times are reported: a line of output costs more than it tells."""
+"""Stage times are reported for one batch in this many seconds at most, because a line of output for each batch would
+cost too much."""
 
 
 class ServingMetrics:
-    """Counts what is served."""
+    """Counts requests, records and failures."""
 
     def __init__(self, host: Host, assembly: Assembly) -> None:
         """Register the metrics.
 
         Args:
-            host: reports them.
-            assembly: of the version.
+            host: reports the metrics.
+            assembly: the assembly of the version.
         """
         self._assembly = assembly
         self._answers = host.metric(MetricKind.COUNTER, "answers_total", "count", ["Exit"])
@@ -44,12 +45,12 @@ class ServingMetrics:
         self._switched = host.metric(MetricKind.GAUGE, "exits_switched", "count")
         self._seconds = host.metric(MetricKind.HISTOGRAM, "stage_seconds", "seconds", ["Stage"])
         for counter in (self._written, self._dropped, self._not_finite, self._shadow, self._anytime, self._refused):
-            counter.update(0)  # a rate needs a value to begin with
+            counter.update(0)  # a rate needs a first value
         self._stages_reported = 0.0
         self._was_bypassed: dict[int, bool] = {}
 
     def served(self, served: Served) -> None:
-        """Count what a call of the user's handler served."""
+        """Count the requests and batches of one call of the user's handler."""
         if served.refused:
             self._refused.update(len(served.calls))
         for batch in served.batches:
@@ -74,7 +75,7 @@ class ServingMetrics:
             self._not_finite.update(count)
 
     def monitor(self, state: MonitorState) -> None:
-        """Report where the monitor stands."""
+        """Report the state of the monitor."""
         evidence = state.evidence
         self._level.update(state.step)
         self._samples.update(evidence.n)
@@ -82,22 +83,22 @@ class ServingMetrics:
         self._mean_loss.update(evidence.lost / max(1, evidence.n))
 
     def bypassed(self, bypassed: dict[int, bool]) -> None:
-        """Report by batch size whether the exits are bypassed, where that has changed."""
+        """Report, for each batch size for which it has changed, whether the exits are bypassed."""
         for size, is_bypassed in bypassed.items():
             if self._was_bypassed.get(size) != is_bypassed:
                 self._bypassed.update(int(is_bypassed), str(size))
         self._was_bypassed = bypassed
 
     def switched(self, position: Position) -> None:
-        """Report what the operator's switch is set to: 0 is on, -1 off, any other number the least fallback level."""
+        """Report the operator's switch: 0 is on, -1 is off, and any other number is the lowest fallback level."""
         self._switched.update(-1 if position.least_level is None else position.least_level)
 
     def rows_unknown(self, because: str) -> None:
-        """Report that it is not known, or not of all batches, whose the rows are."""
+        """Report that for some or all batches it is not known which rows belong to which request."""
         self._rows_unknown.update(1, because)
 
     def side_errors(self, kind: str, count: int) -> None:
-        """Count failures of something that goes on beside the answers."""
+        """Count failures of side work, such as records or the monitor."""
         self._side_errors.update(count, kind)
 
     def _stage_seconds(self, batch: ServedBatch) -> None:

@@ -1,4 +1,4 @@
-"""What is recorded of what is served."""
+"""Makes records of the shadow rows that are served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from early_exit.handler.serving.shadow_items import Sampling, ShadowItems, Shado
 logger = logging.getLogger(__name__)
 
 class Recording:
-    """Offers the shadow rows that were served to the writer of records."""
+    """Makes records of served shadow rows and offers them to the writer."""
 
     def __init__(self, model: EarlyExitModel, writer: RecordWriter, sampling: Sampling, *, keep_requests: bool) -> None:
         self._model, self._writer, self._sampling, self._keep_requests = model, writer, sampling, keep_requests
@@ -28,22 +28,22 @@ class Recording:
         """The number of requests that this worker has answered."""
 
     def note(self, served: Served) -> None:
-        """Record one shadow row of each item; where it is not known whose rows are, all of them, without request."""
+        """Record one shadow row of each item, or all shadow rows without a request if their owners are not known."""
         sample = self._sampling.of(served)
         for part in sample.parts:
             try:
                 self._writer.offer(self._records(part, sample))
-            except (OSError, RecordError) as error:  # the key of the contents can neither be read nor made
+            except (OSError, RecordError) as error:  # the key for contents can be neither read nor created
                 self._writer.drop(len(part.places), error)
         self._n_calls += len(served.calls)
 
     def _records(self, part: ShadowItems, sample: ShadowSample) -> Records:
-        """Return the records of some items; all that one call of the handler served have one time."""
+        """Return the records of some items; all items of one call of the handler have the same time."""
         batch, served = part.batch, sample.served
         answers, rows = batch.answers, part.at(batch.answers.shadow)
         scores = self._model.assembly.description.scores
         reference = part.at(answers.reference).float()
-        # NaN wherever a score is not finite: those of a backbone that says so are known by it.
+        # NaN wherever a score is not finite, so that the writer recognizes such a record.
         log_probabilities = torch.add(scores.log_probabilities(reference), reference, alpha=0).cpu()
         known = sample.calls(part)
         n_unknown = len(part.places) - len(known)
@@ -66,12 +66,12 @@ class Recording:
         )
 
     def _kept(self, call: Call, number: int) -> bytes:
-        """Return an item of a request as shards hold it; nothing where it is no JSON with bytes."""
+        """Return an item of a request in the form of shards; empty if the item is not JSON with bytes."""
         try:
             return KeptRequest(call.items[number], content_types_in(call.headers)).to_bytes()
         except (TypeError, ValueError, RecursionError) as error:
             if not self._refused_to_keep:
-                logger.warning("%s. Such requests are recorded without what the handler got, so they cannot be run "
+                logger.warning("%s. Such requests are recorded without the handler's input, so they cannot be run "
                                "again", error)
             self._refused_to_keep = True
             return b""

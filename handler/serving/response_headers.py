@@ -1,4 +1,4 @@
-"""The headers that tell a client where its answer left, and in the anytime mode what every exit would have said."""
+"""The headers that tell a client at which exit its request left and, in the anytime mode, what every exit predicted."""
 
 from __future__ import annotations
 
@@ -27,35 +27,36 @@ from early_exit.handler.serving.isolation import Served
 
 
 class _Row(NamedTuple):
-    """What is told of one row of the model's input."""
+    """The facts about one row of the model's input that headers tell."""
 
     stage: int
-    """After which it was answered, or `FULL`."""
+    """The stage after which the row was answered, or `FULL`."""
     confidence: float
     level: int
     """The fallback level that answered."""
     per_exit: str | None
-    """What every exit would have said, where the request asked for it."""
+    """The prediction of every exit, as JSON, or None if the request did not ask for it."""
 
 
 class ResponseHeaders:
     """Sets the headers of replies."""
 
     def __init__(self, model: EarlyExitModel, version: str, labels: Any = None) -> None:
-        """Take what the headers tell.
+        """Take the sources of the headers.
 
         Args:
-            model: answered.
-            version: of the archive.
+            model: the model that answers.
+            version: the version of the archive.
             labels: the user's handler's `mapping` from class numbers to names, if it has one.
         """
         self._model, self._version, self._labels = model, version, labels
 
     def set(self, served: Served) -> None:
-        """Set the headers of replies where it is known whose the rows are.
+        """Set the headers of replies, if it is known which rows belong to which request.
 
-        A request of several rows left where the last of them left, and is as sure as the least sure of them, whose
-        exits are also those that it hears of. What the operator's switch was set to is told whosever the rows are.
+        For a request of several rows, the exit is that of the row that left last, and the confidence is the lowest of
+        all rows. The predictions of the exits are also those of the row with the lowest confidence. The position of the
+        operator's switch is set even if the owners of the rows are not known.
         """
         for batch in served.batches:
             if batch.switch != ON:
@@ -74,8 +75,8 @@ class ResponseHeaders:
         answers, assembly = batch.answers, self._model.assembly
         scores = assembly.description.scores
         confidences = scores.log_probabilities(answers.outputs.float()).exp().amax(dim=1).tolist()
-        # A control batch, and one that the operator wants so, goes without exits whatever the monitor says, and a call
-        # in flight keeps its level.
+        # The minimum, because a control batch, or one that the operator's switch affects, has a higher level than that
+        # of the monitor, and because a call in flight keeps its level when the monitor changes it.
         level = min(batch.level, self._model.level)
         per_exit: dict[int, str] = {}
         if answers.exit_scores:
@@ -100,15 +101,15 @@ class ResponseHeaders:
 
 
 def per_exit_predictions(exits: Sequence[str], scores: Sequence[Tensor], kind: ScoreKind, labels: Any) -> list[str]:
-    """Return what each request that asked is told: JSON, some 60 bytes an exit.
+    """Return the predictions of every exit for each request that asked for them, as JSON of about 60 bytes per exit.
 
-    A list of {"exit", "class", "confidence"} in the order of the backbone, the whole backbone last, with "label" where
-    the handler has names for the classes.
+    Each is a list of {"exit", "class", "confidence"} in the order of the backbone, the whole backbone last, with
+    "label" if the handler has names for the classes.
 
     Args:
         exits: names of the exits, in order.
-        scores: for each exit the (A, K) scores of the A requests.
-        kind: of the scores.
+        scores: for each exit, the (A, K) scores of the A requests.
+        kind: the kind of the scores.
         labels: the handler's `mapping` from class numbers, as strings, to names; anything else is left out.
     """
     by_request = torch.stack(list(scores), dim=1).float().flatten(0, 1)  # (A * exits, K)

@@ -1,4 +1,4 @@
-"""Which shadow rows stand for what was asked: one of each item, whose content is known by its hash."""
+"""Selects the shadow rows that records and monitor look at: one row of each item, with a hash of the item's content."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from early_exit.handler.recording.content import UNKNOWN_CONTENT, ContentKey
 from early_exit.handler.serving.isolation import Served
 
 _Item = tuple[int, int]
-"""Position of a request in its batch, and which of its instances is meant; 0 unless it has several."""
+"""The position of a request in its batch, and the number of an instance in it, which is 0 unless it has several."""
 
 
 @dataclass
 class ShadowItems:
-    """The shadow rows of one call of the model that stand for items."""
+    """The selected shadow rows of one call of the model."""
 
     batch: ServedBatch
     places: list[int]
-    """Which of the shadow rows they are."""
+    """The positions of the selected rows among the shadow rows."""
     items: list[_Item] | None
-    """The request that each of them belongs to, and which of its instances; None where that is not known."""
+    """The item that each selected row belongs to; None if that is not known."""
     sampling_rate: list[float]
-    """The probability with which the request of each was drawn."""
+    """For each selected row, the probability with which its item was drawn."""
 
     def at(self, x: Tensor) -> Tensor:
-        """Return these of (S, ...) shadow rows, without a copy where these are all."""
+        """Return the selected ones of (S, ...) shadow rows, without a copy if all are selected."""
         return x if self.places == [*range(len(x))] else x[torch.tensor(self.places, dtype=torch.int64)]
 
 
 class ShadowSample:
-    """What was sampled of one call of the user's handler, for all who look at it: records and monitor see the same."""
+    """The shadow sample of one call of the user's handler. Records and monitor use the same sample."""
 
     def __init__(self, served: Served, random: Random) -> None:
-        """Draw one shadow row of each item; where it is not known whose rows are, all of them stand for one."""
+        """Draw one shadow row of each item, or select all shadow rows if it is not known whose they are."""
         self.served = served
         items = _items_of(served)
         drawn = _all_of(served) if items is None else _one_of_each(served, items, random)
@@ -49,17 +49,17 @@ class ShadowSample:
         self._contents: dict[int, list[int]] = {}
 
     def calls(self, part: ShadowItems) -> list[tuple[Call, int]]:
-        """Return the request of each item, and which of its instances; nothing where that is not known."""
+        """Return the request of each item, and the number of the instance in it; empty if that is not known."""
         return [] if part.items is None else [(self.served.calls[position], number) for position, number in part.items]
 
     def contents(self, part: ShadowItems, key: ContentKey) -> list[int]:
-        """Return the hash of what each item held, computed once.
+        """Return the hash of each item's content, which is computed once.
 
-        Where it is not known which of the instances of the one request that was served a row is of, it is the hash of
-        all of them.
+        If a single request with several instances was served, and it is not known to which instance a row belongs, the
+        hash is that of all its instances.
 
         Raises:
-            RecordError, OSError: the key cannot be read or made.
+            RecordError, OSError: the key cannot be read or created.
         """
         if id(part) not in self._contents:
             known = self.calls(part)
@@ -72,23 +72,23 @@ class ShadowSample:
 
 
 class Sampling:
-    """Gives the sample of what was served to all who ask for it, and draws it once."""
+    """Draws the shadow sample of each call of the handler once, for all users of the sample."""
 
     def __init__(self, key: ContentKey) -> None:
-        """Take the key that contents are hashed with."""
+        """Take the key with which contents are hashed."""
         self.key = key
         self._random = Random()
         self._last: ShadowSample | None = None
 
     def of(self, served: Served) -> ShadowSample:
-        """Return the sample of what one call of the handler served."""
+        """Return the shadow sample of one call of the handler."""
         if self._last is None or self._last.served is not served:
             self._last = ShadowSample(served, self._random)
         return self._last
 
 
 def _one_of_each(served: Served, items: Sequence[Sequence[_Item]], random: Random) -> list[ShadowItems]:
-    # Not the first: training takes a record for an item, and each of its rows must be as likely to be the one.
+    # A random row, not the first one: a record stands for its item, so each row must have the same probability.
     shadow: dict[_Item, list[tuple[int, int]]] = {}
     for number, (batch, of_batch) in enumerate(zip(served.batches, items)):
         for place, row in enumerate(batch.answers.shadow.tolist()):
@@ -105,12 +105,12 @@ def _one_of_each(served: Served, items: Sequence[Sequence[_Item]], random: Rando
 
 
 def _items_of(served: Served) -> Sequence[Sequence[_Item]] | None:
-    """Return whose each row of each call of the model is; None where that is not known."""
+    """Return the item of each row of each call of the model, or None if that is not known."""
     if served.owners is None:
         return None
     if all(call.instances is None for call in served.calls):
         return [[(owner, 0) for owner in of_batch] for of_batch in served.owners]
-    # All are of one request: of several with instances the owners are not known.
+    # All rows belong to one request: with instances of several requests, the owners would not be known.
     n_rows = [len(of_batch) for of_batch in served.owners]
     per_item = served.rows_per_item or 1
     return [[(0, row // per_item) for row in range(end - n, end)] for n, end in zip(n_rows, accumulate(n_rows))]

@@ -1,6 +1,7 @@
-"""What happens beside the answers of a batch: response headers, metrics, records, the monitor.
+"""The side work for each batch, besides its answers: response headers, metrics, records, the monitor.
 
-Each of them fails for itself: a header that cannot be set must not blind the monitor, and none may fail an answer.
+A failure of one kind does not affect the others: a header that cannot be set must not blind the monitor. No failure may
+affect an answer.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from early_exit.handler.serving.shadow_items import Sampling, ShadowItems, Shado
 logger = logging.getLogger(__name__)
 
 SideWork = Callable[[Served], None]
-"""Does something with what a call of the user's handler served, besides answering it."""
+"""Does side work for one call of the user's handler."""
 
 
 class Telemetry:
-    """Runs every kind of side work for all that is served, and counts the failures of each."""
+    """Runs every kind of side work for each call of the user's handler, and counts the failures of each kind."""
 
     def __init__(self, metrics: ServingMetrics, work: dict[str, SideWork]) -> None:
-        """Take the work.
+        """Take the side work.
 
         Args:
             metrics: counts failures.
-            work: by kind, in the order in which it is done.
+            work: the side work by kind, in the order in which it is done.
         """
         self._metrics, self._work = metrics, work
         self._failing: set[str] = set()
-        """The kinds that failed the last time, which are not logged again."""
+        """The kinds that failed the last time; they are not logged again."""
         for kind in work:
-            metrics.side_errors(kind, 0)  # a rate needs a value to begin with
+            metrics.side_errors(kind, 0)  # a rate needs a first value
 
     def note(self, served: Served) -> None:
-        """Do all side work for what one call of the user's handler served; never raises."""
+        """Do all side work for one call of the user's handler; this never raises."""
         for kind, work in self._work.items():
             try:
                 work(served)
@@ -55,21 +56,21 @@ class Telemetry:
 
     def _failed(self, kind: str) -> None:
         if kind not in self._failing:
-            logger.exception("%s fails; answers, and everything else beside them, go on", kind)
+            logger.exception("the side work '%s' failed; answers and all other side work continue", kind)
         self._failing.add(kind)
-        with contextlib.suppress(Exception):  # the metrics may be what fails
+        with contextlib.suppress(Exception):  # the failure may be that of the metrics
             self._metrics.side_errors(kind, 1)
 
 
 class Monitoring:
-    """Feeds the losses of shadow items to the monitor, and lets the model fall back when it says so."""
+    """Feeds the losses of shadow items to the monitor, and sets the model to the monitor's fallback level."""
 
     def __init__(self, model: EarlyExitModel, monitor: SharedMonitor, sampling: Sampling) -> None:
         self._model, self._monitor, self._sampling = model, monitor, sampling
         model.fall_back(monitor.state.step)
 
     def note(self, served: Served) -> None:
-        """Feed what was served; the level of the monitor's state answers from the next batch on."""
+        """Feed the shadow items of one call of the handler; the monitor's level counts from the next batch on."""
         sample = self._sampling.of(served)
         for part in sample.parts:
             self._monitor.note(self._samples(part, sample))
@@ -79,7 +80,7 @@ class Monitoring:
     def _samples(self, part: ShadowItems, sample: ShadowSample) -> list[Sample]:
         try:
             contents = sample.contents(part, self._sampling.key)
-        except (OSError, RecordError):  # which the records tell of; a sample of unknown content counts by itself
+        except (OSError, RecordError):  # `Recording` reports it; a sample of unknown content counts as a new content
             contents = [UNKNOWN_CONTENT] * len(part.places)
         batch, answers = part.batch, part.batch.answers
         scores = self._model.assembly.description.scores
@@ -92,7 +93,7 @@ class Monitoring:
 
 
 class Reporting:
-    """Reports what was served, recorded and watched as metrics."""
+    """Reports requests, records and the monitor's state as metrics."""
 
     def __init__(self, model: EarlyExitModel, metrics: ServingMetrics, writer: RecordWriter | None,
                  monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
@@ -104,7 +105,7 @@ class Reporting:
         self._turned(model.switch.read())
 
     def note(self, served: Served) -> None:
-        """Report what has changed with a call of the user's handler."""
+        """Report the changes by one call of the user's handler."""
         self._metrics.served(served)
         self._metrics.bypassed(self._model.bypass.bypassed())
         for batch in served.batches:

@@ -1,4 +1,4 @@
-"""A worker: it answers the calls that a host hands to it, and needs nothing else of the host."""
+"""A worker answers the calls that a host hands to it; it needs nothing else from the host."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ class Worker:
 
     def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, config: ServingConfig,
                  host: Host, description: HandlerDescription, traffic: str = "") -> None:
-        """Put the parts together, and begin the side work that the configuration asks for.
+        """Combine the parts, and begin the side work that the configuration requires.
 
         Args:
-            model: answers; ready for batches.
-            handler: the user's, which calls the model.
-            context: the handler's.
+            model: the model, prepared for batches.
+            handler: the user's handler, which calls the model.
+            context: the handler's context.
             config: how the version serves and records.
-            host: hands calls over.
-            description: what is known of the handler.
-            traffic: identity of the traffic that the version gets; empty where it is not known.
+            host: the host that hands over calls.
+            description: the description of the handler.
+            traffic: identity of the traffic that the version gets; empty if it is not known.
         """
         self.model = model
         if (plan := model.assembly.plan) is not None and plan.certificate and not plan.is_certified_for(traffic):
             logger.error("the plan's certificate is about other traffic than this version gets: the handler, its files "
-                         "or its configuration have changed since. So there are no exits until a plan is made from "
-                         "records of this traffic; ee-watch does that")
+                         "or its configuration have changed since. Therefore, no request leaves early until a plan is "
+                         "made from records of this traffic, as ee-watch does")
             model.fall_back(model.assembly.last_level)
         model.switch = ExitSwitch.of_environment(host.model)
         ownership = RowOwnership(description)
         telemetry, self._closing = _telemetry(model, config, host, ownership, getattr(handler, "mapping", None),
                                               traffic)
         self.is_early = config.answers == EARLY
-        """Whether each request leaves as soon as it is ready, so that calls of the handler go on side by side."""
+        """Whether each answer is sent as soon as it is ready, so that several calls of the handler are in progress."""
         self._answers = (EarlyAnswers(model, handler, context, telemetry) if self.is_early else
                          BatchAnswers(model, handler, context, ownership, telemetry))
         self._headers = OperatorHeaders.of_environment(are_open=config.open_headers)
@@ -80,8 +80,8 @@ class Worker:
         """Load backbone, plan and the user's handler from an extracted archive.
 
         Args:
-            folder: the archive; it is the working directory, and on `sys.path`, as the user's handler expects.
-            host: hands calls over.
+            folder: the archive's folder; it is the working directory, and on `sys.path`, as the user's handler expects.
+            host: the host that hands over calls.
 
         Raises:
             EarlyExitError: the configuration or a file of the archive is wrong.
@@ -90,33 +90,34 @@ class Worker:
         layout = ArchiveLayout(folder)
         model = load_model(layout, config, host.device)
         return_freed_memory()
-        # Before anything comes through: graphs follow each other only in the order in which they are captured.
+        # Before the first batch: the graphs of stages can follow each other only if they are captured in that order.
         model.prepare(host.batch_size)
         manifest = read_manifest(layout.original_manifest)
         context = HandlerContext(host.context, manifest, host.model_config)
         description = HandlerDescription.load(layout.handler_description)
-        # Before the handler, which may write into its folder.
+        # Before the handler is loaded, because it may write into its folder.
         digests = digests_of(folder, description.files or ())
         if changed := [name for name, digest in digests.items() if digest != (description.files or {})[name]]:
-            logger.warning("%s changed since the archive was made, so what is recorded counts as other traffic: a "
-                           "handler that writes files should write them elsewhere", ", ".join(changed))
+            logger.warning("%s changed since the archive was made, so records count as other traffic: a handler that "
+                           "writes files should write them elsewhere", ", ".join(changed))
         traffic = traffic_identity(model.assembly.description.sha256, manifest, description, digests,
                                    host.model_config)
         handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
-        answer_probe(model)  # after the handler, which may have changed weights or what torch computes with
+        answer_probe(model)  # after the handler, which may have changed weights or settings of torch
         return cls(model, handler, context, config, host, description, traffic)
 
     def step(self, calls: Sequence[Call]) -> list[Reply | None]:
         """Return a reply for each call, in order.
 
-        With early answers a call that cannot be answered yet has None, and the host hands it over again in the next
-        step, with new ones; a call that it does not hand over any more is cancelled. Otherwise every call is answered.
+        With early answers, the reply to a call that cannot be answered yet is None. The host hands this call over again
+        in the next step, together with new calls; a call that it does not hand over again is cancelled. Without early
+        answers, every call is answered.
 
         Raises:
             MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
         """
         calls = [self._headers.admit(call) for call in calls]
-        is_one_list = share_instances(calls)  # in which a probe cannot be told from the others
+        is_one_list = share_instances(calls)  # a probe cannot be recognized in the common list
         replies: list[Reply | None] = [
             self.probe(call) if call.has_header(PROBE_HEADER) and not is_one_list else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
@@ -126,7 +127,7 @@ class Worker:
         return replies
 
     def probe(self, call: Call) -> Reply:
-        """Return whether this version computes what it computed where its archive was made."""
+        """Answer a probe: does this version compute the scores that it computed when its archive was made?"""
         try:
             return Reply(call.body([answer_probe(self.model)]))
         except ArchiveError as error:
@@ -134,7 +135,7 @@ class Worker:
             return Reply(call.body([body]), 500, "ProbeFailed")
 
     def close(self) -> None:
-        """Write what is recorded and share what is watched, and stop the threads that do it."""
+        """Write the remaining records, share the monitor's state, and stop the threads that do so."""
         for part in self._closing:
             part.close()
 
@@ -148,7 +149,7 @@ class Worker:
 
 
 def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: UserHandler) -> None:
-    """Let a handler answer a request that the archive carries along."""
+    """Let a handler answer the archive's first sample request, if it has one."""
     for sample in samples_in(layout)[:1]:
         call = Call("sample", sample.inputs(), headers_with({part.name: part.content_type for part in sample.parts}))
         context.begin([call])
@@ -157,7 +158,7 @@ def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: User
 
 def _telemetry(model: EarlyExitModel, config: ServingConfig, host: Host, ownership: RowOwnership,
                labels: Any, traffic: str) -> tuple[Telemetry, list[RecordWriter | SharedMonitor]]:
-    """Return the side work that a configuration asks for, and what is closed in the end."""
+    """Return the side work that a configuration requires, and the parts that must be closed at the end."""
     assembly, root = model.assembly, config.records_folder()
     header = ShardHeader(host.model, host.version, assembly.description.sha256, config.pool_side, assembly.layers,
                          assembly.engine_identity, traffic)

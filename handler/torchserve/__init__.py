@@ -1,1 +1,1 @@
-"""TorchServe as the host of a worker; the only room of the handler that knows its server."""
+"""TorchServe as the host of a worker; only this package and `user_handler` know the server."""

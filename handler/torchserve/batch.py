@@ -1,4 +1,4 @@
-"""A batch of TorchServe as calls, and replies as TorchServe takes them."""
+"""Converts a batch of TorchServe to calls, and replies to TorchServe's responses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from early_exit.handler.call import Call, Reply
 
 _ENVELOPES = "ts.torch_handler.request_envelope.base"
 _NEAR = 8
-"""Frames between an envelope and what it calls."""
+"""The largest number of stack frames between an envelope and the code that it calls."""
 _NODE = "__"
-"""Between a workflow's name and a node's in the name under which TorchServe serves the node."""
+"""The separator between the names of a workflow and of its node, in the name under which TorchServe serves the node."""
 
 
 def is_in_envelope() -> bool:
     """Tell whether an envelope calls this code.
 
-    With `service_envelope`, TorchServe puts an envelope around what it calls of an archive, which gets instances
-    instead of requests, and is not told so.
+    With `service_envelope`, TorchServe puts an envelope around the entry point of an archive. The entry point then gets
+    instances instead of requests, but is not told so.
     """
     envelope: type | None = getattr(sys.modules.get(_ENVELOPES), "BaseEnvelope", None)
     frame = inspect.currentframe()
@@ -37,8 +37,8 @@ def calls_of(data: Sequence[Any], context: Any, *, in_envelope: bool = False) ->
     """Return the calls of a batch, one for each request.
 
     Args:
-        data: what TorchServe hands to `handle()`: one dict of named parts a request, or what an envelope made of them.
-        context: TorchServe's, which knows ids and headers of the requests.
+        data: the first argument of `handle()`: one dict of named parts per request, or the instances of an envelope.
+        context: TorchServe's context, which has the ids and headers of the requests.
         in_envelope: whether an envelope calls `handle()`.
     """
     calls = []
@@ -51,28 +51,31 @@ def calls_of(data: Sequence[Any], context: Any, *, in_envelope: bool = False) ->
 
 
 def answer(replies: Sequence[Reply | None], context: Any, *, in_envelope: bool = False) -> list[Any]:
-    """Set status and headers of the replies, and return what `handle()` returns.
+    """Set status and headers of the replies, and return the result of `handle()`.
 
     Args:
-        replies: to the requests of the batch, in order; None where a request is not answered yet.
-        context: TorchServe's.
+        replies: the replies to the requests of the batch, in order; None for a request that is not answered yet.
+        context: TorchServe's context.
         in_envelope: whether an envelope calls `handle()`.
     """
     responses: list[Any] = []
     for item, reply in enumerate(replies):
         if reply is None:
-            del context.request_ids[item]  # TorchServe answers those that are in there
+            del context.request_ids[item]  # TorchServe answers the requests that are in there
             responses.append(None)
             continue
         context.set_response_status(reply.status, reply.phrase, item)
         for name, value in reply.headers.items():
             context.set_response_header(item, name, value)
         responses.append(reply.body)
-    return responses[0] if in_envelope else responses  # the first has what is returned for all
+    return responses[0] if in_envelope else responses  # the first one has the results for all instances
 
 
 def _hears_status(headers: Mapping[str, Any], model: str) -> bool:
-    """Tell whether a status of its own reaches a request's client: calls over gRPC have no HTTP headers, and a workflow
-    takes what its nodes return for a success, whatever the status."""
+    """Tell whether a request's client can receive a status for this request alone.
+
+    It cannot over gRPC, whose calls have no HTTP headers, nor in a workflow, which treats every response of its nodes
+    as a success, whatever the status.
+    """
     return _NODE not in model and any(
         name.lower() == "host" and isinstance(value, str) for name, value in headers.items())

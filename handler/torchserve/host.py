@@ -1,4 +1,4 @@
-"""TorchServe as a host: what a worker needs to know, read from the context of TorchServe's worker process."""
+"""TorchServe as a host: all facts about it are read from the context of TorchServe's worker process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TorchServeHost:
     """The TorchServe that loaded this worker; a `Host`."""
 
     def __init__(self, context: Any) -> None:
-        """Read what does not change, and make the worker's GPU torch's current device.
+        """Read the facts that do not change, and make the worker's GPU torch's current device.
 
         Args:
             context: TorchServe's `ts.context.Context`.
@@ -27,7 +27,7 @@ class TorchServeHost:
         on_gpu = gpu is not None and torch.cuda.is_available()
         self.device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
         if on_gpu:
-            torch.cuda.set_device(self.device)  # streams and graphs are made there
+            torch.cuda.set_device(self.device)  # streams and graphs are created on the current device
         self.batch_size = int(context.system_properties.get("batch_size", 1))
         self.model_config: Mapping[str, Any] = context.model_yaml_config or {}
 

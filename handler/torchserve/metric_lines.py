@@ -1,4 +1,4 @@
-"""A metric in TorchServe's metrics cache, which writes a log line for each value that its frontend reads."""
+"""A metric in TorchServe's metrics cache, which writes each value as a log line that TorchServe's frontend reads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class MetricLines:
 
         Args:
             cache: the `metrics` of TorchServe's context.
-            kind: how its values are put together.
-            name: without prefix.
-            unit: of its values.
+            kind: how its values are combined.
+            name: the name without its prefix.
+            unit: the unit of its values.
             labels: names of its labels, besides model and version.
             own: the names of model and version.
         """

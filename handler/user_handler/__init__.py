@@ -1,1 +1,1 @@
-"""The user's own handler around a replaced model."""
+"""The user's own handler, whose model is replaced."""

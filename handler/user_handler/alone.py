@@ -1,4 +1,4 @@
-"""What a user's handler calls its model with for a request alone, found out without a trace in the handler."""
+"""The model's input that a user's handler prepares for a request alone, found without changes to the handler."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _LOCK = type(threading.Lock())
 
 
 class ModelReached(BaseException):
-    """Ends a handler's work where it calls its model, past any 'except Exception' of its own."""
+    """Ends a handler's work where it calls its model; an 'except Exception' in the handler does not catch it."""
 
     def __init__(self, given: tuple[object, ...], named: dict[str, object]) -> None:
-        """Take the arguments of the call, positional and by name."""
+        """Take the positional and the named arguments of the call."""
         self.given, self.named = given, named
 
 
 def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model: EarlyExitModel) -> Rows | None:
-    """Return what a handler calls its model with first for one request, or None where it does not come so far.
+    """Return the inputs of a handler's first call of its model for one request, or None if it does not call the model.
 
-    The model computes nothing, unless the handler catches everything and calls it again, calls it in a thread of its
-    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay as they are; what it
-    logs and counts as TorchServe's metrics is dropped.
+    The model does not compute, unless the handler catches everything and calls it again, calls it in a thread of its
+    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay unchanged. Its log
+    lines and its metrics of TorchServe are dropped.
 
     Args:
         call: the request; the handler may change its inputs.
-        handler: the user's, between two calls.
-        context: the handler's, which has no replies to give any more.
-        model: what the handler calls.
+        handler: the user's handler, between two calls.
+        context: the handler's context, from which no more replies are needed.
+        model: the model that the handler calls.
     """
     reached: list[Rows] = []
     here = threading.get_ident()
 
     def stop(inputs: Live) -> None:
-        if not reached:  # a handler that catches everything may try again, and must come to an end
+        if not reached:  # a handler that catches everything may call again, and must then be able to end
             reached.append(copied(inputs))
-            # Who works for others too, or has a lock to give back, goes on.
+            # A thread that also works for other calls, or a handler that must release a lock, continues.
             if threading.get_ident() == here and not _holds_a_lock(handler):
                 raise ModelReached(inputs, {})
 
@@ -61,7 +61,7 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
 
 
 def copied(inputs: Live) -> Rows:
-    """Return the inputs of a call as they are now: stages and handlers may write into their tensors."""
+    """Return copies of the inputs of a call: stages and handlers may write into the tensors later."""
     return tuple(x.detach().clone() for x in inputs)
 
 
@@ -71,9 +71,10 @@ def _holds_a_lock(handler: UserHandler) -> bool:
 
 @contextmanager
 def _containers_kept(handler: UserHandler) -> Iterator[None]:
-    """Put back what the lists, dictionaries, sets and queues among a handler's attributes hold.
+    """Restore the contents of the lists, dictionaries, sets and queues among a handler's attributes after the block.
 
-    A copy of the handler has the same ones, and must: a thread of the handler's may wait for what is put into them.
+    A copy of the handler shares these objects. It must do so, because a thread of the handler may wait for items in
+    them.
     """
     before = [(value, copy.copy(value)) for value in vars(handler).values()
               if isinstance(value, (dict, list, set, deque))]
@@ -92,7 +93,7 @@ def _identities(container: Any) -> list[Any]:
 
 
 def _copy_for(call: Call, context: HandlerContext) -> HandlerContext:
-    context.begin([call])  # a handler may have kept it, and ask it instead of the one that it is given
+    context.begin([call])  # a handler may have kept this context, and use it instead of its argument
     view = context.view()
     view.begin([call])
     view.metrics = NoMetrics()
@@ -101,7 +102,7 @@ def _copy_for(call: Call, context: HandlerContext) -> HandlerContext:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Let nothing come through that this thread logs, which is how TorchServe's metrics leave; other threads log on."""
+    """Drop this thread's log lines inside the block, and with them TorchServe's metrics; other threads still log."""
     here = threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:

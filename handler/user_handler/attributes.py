@@ -1,4 +1,4 @@
-"""The attributes of a handler, of which each of several calls that go on side by side has its own."""
+"""The attributes of a handler: each of several calls in progress sees its own values of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _State = list[dict[str, Any]]
 
 
 class HandlerAttributes:
-    """Lets calls of one handler wait in their middle, in threads of which one runs at a time.
+    """Lets calls of one handler wait in the middle, in threads of which only one runs at a time.
 
-    What a call sets on the handler, on its context, in a global name or on an object of the user's that these reach
-    before it waits is there for that call alone when it goes on, and for later calls once it has ended. All calls have
-    the same handler, as its methods may be known elsewhere: to a hook in its model, say.
+    Before it waits, a call may set attributes on the handler, on its context, on its module (global names) or on
+    objects of the user that these reach. When the call continues, it finds its own values, which no other call sees.
+    Calls that begin after it has ended see them too. All calls use the same handler object, because its methods may be
+    known elsewhere, for example to a hook in its model.
     """
 
     def __init__(self, handler: UserHandler, context: HandlerContext) -> None:
@@ -52,7 +53,7 @@ class HandlerAttributes:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let other calls run inside the block, which a call of the handler enters."""
+        """Let other calls run inside the block; a call of the handler enters it while it waits."""
         own = self._state()
         self._restore(self._call.shared)
         try:
@@ -73,8 +74,11 @@ class HandlerAttributes:
 
 
 def _helpers(module: ModuleType, handler: UserHandler) -> list[object]:
-    """Return the objects beside a handler that its names reach and whose attributes are the user's to set: those of
-    classes that come with the handler, and of TorchServe's handlers."""
+    """Return the objects that the names of a handler reach and whose attributes the user's code may set.
+
+    These are objects of classes that come with the handler, and of TorchServe's handlers; the handler itself is not
+    among them.
+    """
     found: dict[int, object] = {id(handler): handler}
     waiting: list[object] = [handler, module]
     while waiting:
@@ -88,7 +92,7 @@ def _helpers(module: ModuleType, handler: UserHandler) -> list[object]:
 
 
 def _is_helper(value: object, module: ModuleType) -> bool:
-    # A thread's attributes are what it works with, whoever waits.
+    # A thread works with its own attributes at any time, whichever call waits.
     if isinstance(value, (type, nn.Module, threading.Thread, HandlerContext)) or not isinstance(
             getattr(value, "__dict__", None), Mapping):
         return False

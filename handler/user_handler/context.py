@@ -1,4 +1,4 @@
-"""The context that the user's handler sees: TorchServe's API, over calls of any host."""
+"""The context that the user's handler sees: TorchServe's API for the calls of any host."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 from early_exit.handler.call import Call, Reply
 
 _HIDDEN = ("pt2", "early_exit")
-"""Blocks of model-config.yaml that the handler does not see: torch.compile, which "pt2" asks for, would specialise our
-stages on every batch size that the exits leave behind."""
+"""Blocks of model-config.yaml that the handler does not see: "pt2" asks for torch.compile, which would specialise the
+stages for every batch size that the exits produce."""
 
 
 _SET_BY_TORCHSERVE = frozenset({"request_ids", "_request_processor", "cl_socket"})
-"""Attributes of its context that TorchServe sets for each batch."""
+"""Attributes that TorchServe sets on its context for each batch."""
 
 
 class RequestState:
-    """What a handler reads and sets of one request, as TorchServe's `RequestProcessor` has it."""
+    """The properties of one request that a handler reads and sets, with the interface of TorchServe's
+    `RequestProcessor`."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._request_headers = dict(headers)
@@ -51,25 +52,25 @@ class RequestState:
 
 
 class HandlerContext:
-    """The context of a worker, as the user's handler finds it before it was repackaged.
+    """The context of a worker, as the user's handler would see it in the original archive.
 
-    It answers for the archive's original manifest and configuration and for the requests of the current call; all else
-    is read from, and set on, the context that the host gives.
+    It holds the archive's original manifest and configuration, and the requests of the current call. Everything else is
+    read from, and set on, the context of the host.
     """
 
     _OWN = frozenset({"_base", "_of_host", "manifest", "model_yaml_config", "request_ids", "request_processor"})
     request_ids: dict[int, str]
-    """By position in the call: the id of the request."""
+    """The ids of the requests by their positions in the call."""
     request_processor: list[RequestState]
-    """For each position in the call: what is read and set of the request."""
+    """The properties of each request of the call, by position."""
 
     def __init__(self, base: Any, manifest: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Hide what was changed when the archive was repackaged.
+        """Wrap the host's context, and hide the changes that `ee-archive` made to the archive.
 
         Args:
             base: the host's context.
             manifest: the archive's original manifest.
-            config: the archive's model-config.yaml; what concerns our model is hidden from the handler.
+            config: the archive's model-config.yaml; blocks that concern our model are hidden from the handler.
         """
         self._base, self.manifest = base, manifest
         self._of_host = frozenset(vars(base)) | _SET_BY_TORCHSERVE
@@ -77,7 +78,7 @@ class HandlerContext:
         self.request_ids, self.request_processor = {}, []
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._OWN:  # not set yet, as in a copy that is being made
+        if name in self._OWN:  # not set yet, for example in a copy that is being made
             raise AttributeError(name)
         return getattr(self._base, name)
 
@@ -98,19 +99,19 @@ class HandlerContext:
         return self.request_processor
 
     def begin(self, calls: Sequence[Call]) -> None:
-        """Let the requests of a call of the handler be these."""
+        """Begin a call of the handler with these requests."""
         self.request_ids = {position: call.id for position, call in enumerate(calls)}
         self.request_processor = [RequestState(call.headers) for call in calls]
 
     def view(self) -> HandlerContext:
-        """Return a context of the same worker, for a call of the handler that goes on beside others.
+        """Return a context of the same worker for one of several calls of the handler in progress.
 
-        What the handler sets on it is seen by that call alone.
+        Attributes that the handler sets on it are visible to that call alone.
         """
         return HandlerContext(copy.copy(self._base), self.manifest, self.model_yaml_config)
 
     def put_on_it(self) -> tuple[dict[str, Any], frozenset[str]]:
-        """Return the attributes of the host's context, and the names of those that no handler has put there."""
+        """Return the attributes of the host's context, and the names of those that were not set by a handler."""
         return vars(self._base), self._of_host
 
     def reply(self, position: int, body: Any) -> Reply:
@@ -156,7 +157,7 @@ class HandlerContext:
 
 
 class ToolContext:
-    """The host's side of a context where there is no host: for tools that load a handler, and for hosts in memory."""
+    """The host's context if there is no host: for tools that load a handler, and for hosts in memory."""
 
     header_key_sequence_id = "ts_request_sequence_id"
     header_key_sequence_start = "ts_request_sequence_start"
@@ -171,7 +172,7 @@ class ToolContext:
 
 
 class NoMetrics:
-    """Takes whatever a handler reports."""
+    """Accepts all metrics of a handler and ignores them."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

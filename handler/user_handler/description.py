@@ -1,4 +1,4 @@
-"""What `ee-archive` found out about a user's handler: where its model is, and whose the rows of its input are."""
+"""The description of a user's handler, found by `ee-archive`: the place of its model, and the owners of its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from early_exit.handler.formats import HANDLER
 
 
 class Root(str, Enum):
-    """Where the way to a model begins."""
+    """The object from which a place is reached."""
 
     HANDLER = "handler"
     """The object whose `handle()` TorchServe calls."""
@@ -28,7 +28,7 @@ class Place:
 
     root: Root
     steps: tuple[tuple[str, str | int], ...]
-    """From the root on: ("attribute", name), or ("item", key or index)."""
+    """The steps from the root: ("attribute", name), or ("item", key or index)."""
 
     def __str__(self) -> str:
         steps = "".join(f".{step}" if kind == "attribute" else f"[{step!r}]" for kind, step in self.steps)
@@ -36,44 +36,44 @@ class Place:
 
 
 class Loading(str, Enum):
-    """Who loads what the handler finds in place of its model until it has been initialized."""
+    """How a handler gets a model while it is initialized."""
 
     GIVEN = "given"
     """TorchServe's base handler is given our model instead of reading a file, so the archive holds no weights."""
     OWN = "own"
-    """The handler loads the user's model, which is let go once ours has taken its place."""
+    """The handler loads the user's model, which is freed after our model has replaced it."""
     KEPT = "kept"
-    """As `OWN`, but the user's model stays: the handler asks it for more than its answers."""
+    """As `OWN`, but the user's model is kept, because the handler asks it for more than its answers."""
 
 
 @dataclass(frozen=True)
 class HandlerDescription:
-    """What is known of a handler; the defaults are those of archives that were made before this was written down."""
+    """The description of a handler; the defaults are those for older archives, which have no such description."""
 
     model: tuple[Place, ...] = (Place(Root.HANDLER, (("attribute", "model"),)),)
     """All places of the model that the handler calls."""
     loading: Loading = Loading.GIVEN
     rows_per_request: int | None = 1
-    """How many rows of the model's input each request becomes, those of a request side by side in the order of the
-    requests; None where it is not known which rows belong to which request."""
+    """The number of rows of the model's input that each request becomes, side by side in the order of the requests;
+    None if it is not known which rows belong to which request."""
     rows_unknown_because: str = ""
-    """Why it is not known: what follows a 'because'."""
+    """The reason why it is not known, as a clause that can follow 'because'."""
     service_envelope: str | None = None
-    """TorchServe's envelope around the handler, which takes the samples; a request may then be several instances, each
-    of which counts as one in `rows_per_request`."""
+    """TorchServe's envelope around the handler, which receives the samples. A request may then have several instances,
+    and `rows_per_request` is the number of rows of each instance."""
     files: Mapping[str, str] | None = None
-    """The user's files by name, with the sha256 of each where the archive was made; see `traffic`."""
+    """The user's files by name, with the sha256 of each at the time the archive was made; see `traffic`."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(HANDLER.stamped(asdict(self)), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> HandlerDescription:
-        """Read a description; where the file is missing, that of an archive of before.
+        """Read a description; if the file is missing, return the description for older archives.
 
         Raises:
-            FormatError: its format is not one that this version reads.
-            ArchiveError: it cannot be read, or is not a description.
+            FormatError: this version does not read its format.
+            ArchiveError: the file cannot be read, or is not a description.
         """
         if not path.exists():
             return cls()
@@ -84,11 +84,11 @@ class HandlerDescription:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str) -> HandlerDescription:
-        """Read what `save` wrote; errors name the source.
+        """Read the output of `save`; errors name the source.
 
         Raises:
-            FormatError: its format is not one that this version reads.
-            ArchiveError: it is not a description.
+            FormatError: this version does not read its format.
+            ArchiveError: the data is not a description.
         """
         HANDLER.require(data, source)
         try:

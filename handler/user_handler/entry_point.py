@@ -1,4 +1,4 @@
-"""What TorchServe calls of a handler file: a function, or an object of the one class in it."""
+"""The entry point of a handler file, which TorchServe calls: a function, or an object of the only class in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from early_exit.handler.user_handler.places import Roots
 
 
 class UserHandler(Protocol):
-    """What a handler file is called through."""
+    """The entry point of a handler file."""
 
     def initialize(self, context: Any) -> None: ...
 
@@ -43,7 +43,7 @@ def load_entry_point(name: str) -> tuple[UserHandler, Roots]:
         name: the manifest's `handler`: a file, a built-in handler of TorchServe, or either with ":function".
 
     Returns:
-        What is called, not initialized, and where its names begin.
+        The entry point, which is not initialized, and the roots of its names.
 
     Raises:
         ArchiveError: there is no such handler.
@@ -65,10 +65,10 @@ def import_handler(name: str) -> ModuleType:
     """Import the module of a handler file or of a built-in handler of TorchServe.
 
     Raises:
-        ArchiveError: there is none, or it needs something that is not installed.
+        ArchiveError: there is no such module, or it needs a module that is not installed.
     """
-    # TorchServe's base handler imports OpenVINO's backend of torch.compile wherever that is installed: five seconds of
-    # CPU at every start, for a compiler that never sees our model.
+    # TorchServe's base handler imports OpenVINO's backend of torch.compile if that is installed. This takes five
+    # seconds of CPU time at every start, for a compiler that never sees our model.
     sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What a model computes with beside its inputs, so that a change of it is noticed."""
+"""The state of a model that its answers depend on besides the inputs, so that changes of it are noticed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _State = dict[str, object]
 
 
 class ModelState:
-    """A model's plain attributes, parts and weights at one moment; it keeps none of them alive."""
+    """A model's plain attributes, parts and weights at one moment; it does not keep any of them alive."""
 
     def __init__(self, model: nn.Module, *, tensors: bool = False) -> None:
         """Take the state of a model and of all its parts.
@@ -19,14 +19,14 @@ class ModelState:
         Args:
             model: the model.
             tensors: whether tensors count that are neither parameters nor buffers; some models keep intermediate
-                values of a request as such.
+                values of a request in such tensors.
         """
         self._kinds = (*_PLAIN, Tensor) if tensors else _PLAIN
         self._parts = [(name, weakref.ref(part), part.training, _state_of(part, self._kinds))
                        for name, part in model.named_modules()]
 
     def changes(self) -> list[str]:
-        """Return what is not as it was, by name; a part that is no longer in training mode is no change."""
+        """Return everything that has changed, by name; leaving training mode does not count as a change."""
         found: list[str] = []
         for name, reference, was_training, before in self._parts:
             part = reference()
@@ -51,7 +51,7 @@ def _state_of(part: nn.Module, kinds: tuple[type, ...]) -> _State:
 
 
 def _value(value: object) -> object:
-    """Return what is equal as long as a value is the same: of a tensor, the object and how often it was written to."""
+    """Return a key that stays equal while a value is unchanged: for a tensor, its id and its number of writes."""
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
     return value if type(value) in _PLAIN else id(value)

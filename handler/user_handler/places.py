@@ -1,4 +1,4 @@
-"""Where a user's code keeps its model: found in what its names reach, and replaced there."""
+"""The places in which a user's code keeps its model: they are found by following names, and the model is replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.description import Place, Root
 
 _DEEPEST = 6
-"""Steps from a root: `_service.pipelines["cats"].model` has three."""
+"""The largest number of steps from a root; `_service.pipelines["cats"].model` has four."""
 _MOST_OBJECTS = 100_000
 _OPAQUE = (str, bytes, bytearray, int, float, complex, type(None), Tensor, type, ModuleType, FunctionType, MethodType,
            BuiltinFunctionType, HandlerContext)
@@ -25,15 +25,15 @@ Roots = Mapping[Root, object]
 
 
 def modules_reached(roots: Roots) -> list[tuple[Place, nn.Module]]:
-    """Return every torch module that names reach, nearest first, a module once for each of its places.
+    """Return every torch module that names reach, nearest first, each module once for each of its places.
 
-    What is inside a module is a part of it, and not returned beside it.
+    Modules inside of a module are its parts, and are not returned separately.
     """
     return [(place, value) for place, value in _walk(roots) if isinstance(value, nn.Module)]
 
 
 def places_of(roots: Roots, model: nn.Module) -> tuple[Place, ...]:
-    """Return all places of a model: where names reach it, or as a part of a module that they reach."""
+    """Return all places of a model, also those inside of a module that names reach."""
     reached = modules_reached(roots)
     places = [place for place, module in reached if module is model]
     for place, module in reached:
@@ -43,10 +43,10 @@ def places_of(roots: Roots, model: nn.Module) -> tuple[Place, ...]:
 
 
 def at(roots: Roots, place: Place) -> Any:
-    """Return what is at a place.
+    """Return the object at a place.
 
     Raises:
-        LookupError: there is no such place, or nothing is there yet.
+        LookupError: there is no such place, or it is still None.
     """
     value = roots[place.root]
     for kind, step in place.steps:
@@ -60,10 +60,10 @@ def at(roots: Roots, place: Place) -> Any:
 
 
 def put(roots: Roots, place: Place, value: object) -> None:
-    """Put something at a place, whatever is there.
+    """Put an object at a place, in place of any other.
 
     Raises:
-        ArchiveError: what holds the place does not let it be changed, as a tuple does not.
+        ArchiveError: the object that contains the place cannot be changed, such as a tuple.
     """
     holder = at(roots, Place(place.root, place.steps[:-1]))
     kind, step = place.steps[-1]
@@ -102,24 +102,24 @@ def _inside(value: object) -> Iterator[tuple[tuple[str, str | int], object]]:
         yield from ((("item", index), inner) for index, inner in enumerate(value))
     else:
         attributes: object = getattr(value, "__dict__", None)
-        if isinstance(attributes, Mapping):  # of a class it is a view
+        if isinstance(attributes, Mapping):  # a mappingproxy if `value` is a class
             yield from ((("attribute", name), inner) for name, inner in list(attributes.items())
                         if not name.startswith("__"))
 
 
 def folder_of(module: object) -> Path | None:
-    """Return the folder of a module's file, None where it has none."""
+    """Return the folder of a module's file, or None if it has no file."""
     file = getattr(module, "__file__", None)
     return Path(file).parent if file else None
 
 
 def _is_of(folder: Path | None, value: object) -> bool:
-    """Tell whether something is a module in a folder, or a class of one: there a user's code may keep a model too."""
+    """Tell whether an object is a module in a folder, or a class of such a module: these may also hold a model."""
     if isinstance(value, type):
         value = sys.modules.get(value.__module__)
     return folder is not None and isinstance(value, ModuleType) and folder_of(value) == folder
 
 
 def names_of(places: Sequence[Place]) -> str:
-    """Return places for a message."""
+    """Return the text for places in a message."""
     return " and ".join(map(str, places))

@@ -1,4 +1,4 @@
-"""Whose are the rows that a user's handler gives its model? Two requests, together and alone, show it."""
+"""Finds out which rows of the model's input belong to which request, from two requests, together and alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Rows = tuple[Tensor, ...]
 """Some rows of the model's input: (R, ...) tensors, one for each input of the model, in order."""
 
 _RELATIVE, _OF_LARGEST = 1e-4, 1e-5
-"""How far a value may be from itself: pre-processing of several requests at once rounds in another way than of one.
-The second is a fraction of the largest value, for differences that cancel out to nearly 0."""
+"""The tolerances for equal values, relative to the value and to the largest value: pre-processing of several requests
+at once rounds differently than that of one. The second is for differences that cancel out to nearly 0."""
 ANOTHER_ORDER = ("the rows that the handler makes of several requests at once are not those that it makes of each "
                  "alone, in the order of the requests: it reorders, mixes or changes them")
-"""Why it may not be known whose rows are."""
+"""The reason if rows of several requests differ from those of each request alone."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class RowsPerRequest:
     """How the rows of the model's input belong to requests."""
 
     count: int | None
-    """Each request becomes that many rows, side by side, in the order of the requests; None where it is not known."""
+    """The number of rows that each request becomes, side by side in the order of the requests; None if not known."""
     unknown_because: str = ""
-    """Why it is not known: what follows a 'because'."""
+    """The reason why it is not known, as a clause that can follow 'because'."""
 
 
 def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], ba: Sequence[Rows]) -> RowsPerRequest:
-    """Return how rows belong to requests, by what a handler called its model with for two different requests.
+    """Return how rows belong to requests, from the inputs of a handler's calls of its model for two different requests.
 
     The handler may call its model once for all requests, once for each, or for a few at a time, as long as all rows
     together follow the order of the requests. A handler that orders requests by something in which the two are equal,
-    such as their length, is not found out.
+    such as their length, is not detected.
 
     Args:
         a: the calls of the model for the first request alone, in order.
@@ -55,7 +55,7 @@ def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], b
         return RowsPerRequest(None, f"the handler makes {n_rows} rows of one request and {n_rows_of(of_b)} of another")
     if not (_has_a_row_of_its_own(of_a, of_b) and _has_a_row_of_its_own(of_b, of_a)):
         return RowsPerRequest(None, "the handler makes the same rows of both sample requests, so they do not show "
-                                    "which row is whose: give two that differ")
+                                    "which row belongs to which request: give two requests that differ")
     for both, first, second in ((ab, of_a, of_b), (ba, of_b, of_a)):
         n_of_both = sum(map(n_rows_of, both))
         if n_of_both != 2 * n_rows:
@@ -66,7 +66,7 @@ def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], b
 
 
 def called_often(n_calls: int) -> RowsPerRequest:
-    """Return what is known where a handler calls its model several times for one request, or never."""
+    """Return the result for a handler that calls its model several times for one request, or never."""
     return RowsPerRequest(None, f"the handler calls its model {n_calls} times for one request")
 
 
@@ -76,13 +76,13 @@ def n_rows_of(rows: Rows) -> int:
 
 
 def joined(calls: Sequence[Rows]) -> Rows | None:
-    """Return the rows of several calls of the model, or None where these are too different to follow each other."""
+    """Concatenate the rows of several calls of the model, or return None if their dtypes or shapes differ."""
     kinds = {tuple((x.dtype, x.shape[1:]) for x in rows) for rows in calls}
     return tuple(map(torch.cat, zip(*calls))) if len(kinds) == 1 else None
 
 
 def is_equal(found: Rows | None, expected: Rows | None) -> bool:
-    """Tell whether rows are the same, in number, shape, dtype and, but for rounding, values; None is like nothing."""
+    """Tell whether rows are equal in number, shape, dtype and, up to rounding, values; None equals nothing."""
     if found is None or expected is None or len(found) != len(expected):
         return False
     return all(x.shape == y.shape and x.dtype == y.dtype and _is_close(x, y) for x, y in zip(found, expected))
@@ -97,7 +97,7 @@ def _is_close(x: Tensor, y: Tensor) -> bool:
 
 
 def _has_a_row_of_its_own(rows: Rows, others: Rows) -> bool:
-    """Tell whether one of some rows is not among the others."""
+    """Tell whether at least one of the rows is not among the others."""
     def row(of: Rows, number: int) -> Rows:
         return tuple(x[number:number + 1] for x in of)
 

@@ -1,4 +1,4 @@
-"""What the user's handler holds in place of its model."""
+"""The object that the user's handler holds in place of its model."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from early_exit.handler.user_handler.model_state import ModelState
 
 
 class NotExported(AttributeError, TypeError):
-    """A handler wants something of its model that the exported one cannot give: no client's fault."""
+    """A handler uses something of its model that the exported model does not have; the client is not at fault."""
 
     error_code = 500
 
 
 class StandIn(nn.Module):
-    """Answers like the user's model, by another one, and gives what else a handler asks a model for.
+    """Replaces the user's model: another model answers its calls, and its other attributes remain available.
 
-    Where the user's own model is kept, everything else is that model's, its parameters and their names too; its methods
-    work on this object, so what they call is answered by the other model. Where it is not, parameters, buffers, device
-    and dtype are those of the model that answers.
+    If the user's own model is kept, all attributes are those of that model, including parameters and their names. Its
+    methods are bound to this object, so the other model answers the calls in them. If the user's model is not kept,
+    parameters, buffers, device and dtype are those of the model that answers.
     """
 
     def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False,
                  replaced: nn.Module | None = None) -> None:
-        """Stand in for a model.
+        """Replace a model.
 
         Args:
-            model: answers.
-            original: the user's own; none where it is not kept.
-            is_fixed: whether to refuse what is set on it that the user's own model may compute with, such as a
-                temperature: `model` would answer as if it had not been set.
-            replaced: the user's own, kept or not, whose parts the handler may still have: once one of them is changed,
-                no call is answered.
+            model: the model that answers.
+            original: the user's own model, or None if it is not kept.
+            is_fixed: whether to refuse setting attributes that the user's own model may compute with, such as a
+                temperature: `model` would answer as if they had not been set.
+            replaced: the user's own model, kept or not. The handler may still hold parts of it; after a change of one
+                of them, no call is answered.
         """
         super().__init__()
         self.answering = model
-        # Not registered: its parameters would be listed, moved and converted with ours.
+        # Not registered as a submodule: its parameters would be listed, moved and converted with ours.
         object.__setattr__(self, "_original", original and original.requires_grad_(False))
         self.train(model.training)
         object.__setattr__(self, "_is_fixed", is_fixed)
         object.__setattr__(self, "_state", replaced and ModelState(replaced, tensors=True))
 
     def forward(self, *given: object, **named: object) -> Any:
-        """Return what the user's model would.
+        """Answer as the user's model would.
 
-        A hook in the user's model sees an activation only if the model runs, so a model with hooks runs beside. Where a
-        hook puts in values that it wants gradients for, as explanations by the activations of a layer do, the answer
-        is that model's: nothing else in it asks for gradients.
+        A hook in the user's model sees activations only if that model runs, so a model with hooks is run as well. If a
+        hook inserts values that require gradients, as explanations by the activations of a layer do, the answer is the
+        output of the user's model. Nothing else in that model requires gradients.
 
         Raises:
             NotExported: the handler has changed a part of the user's model.
@@ -67,12 +67,12 @@ class StandIn(nn.Module):
         return self.answering(*given, **named)
 
     def named_modules(self, *given: Any, **named: Any) -> Any:
-        """Yield the parts of the user's own model by name, where it is kept; parameters and buffers follow from it."""
+        """Yield the parts of the user's own model by name, if it is kept; parameters and buffers follow from them."""
         known: Any = super() if self._original is None else self._original
         return known.named_modules(*given, **named)
 
     def state_dict(self, *given: Any, **named: Any) -> Any:
-        """Return the weights of the user's own model by name, where it is kept."""
+        """Return the weights of the user's own model by name, if it is kept."""
         known: Any = super() if self._original is None else self._original
         return known.state_dict(*given, **named)
 
@@ -92,7 +92,7 @@ class StandIn(nn.Module):
         if self._original is None:
             raise NotExported("the handler asks its model for its parts by number, which the exported model does not "
                               "have: make the archive again with a --request whose answer needs them, so that "
-                              "ee-archive sees it")
+                              "ee-archive keeps the original model")
         return self._original
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -101,7 +101,7 @@ class StandIn(nn.Module):
         super().__setattr__(name, value)
 
     def _is_as_it_was(self, name: str, value: object) -> bool:
-        """Tell whether the user's own model, where it is known, has that value, or nothing of that name."""
+        """Tell whether the user's own model, if it is kept, has this value already, or no attribute of this name."""
         if self._original is None:
             return False
         before = getattr(self._original, name, value)
@@ -121,12 +121,13 @@ class StandIn(nn.Module):
         if name in ("device", "dtype"):
             return getattr(next(self.answering.parameters()), name)
         raise NotExported(f"the handler asks its model for .{name}, which the exported model does not have: make "
-                          "the archive again with a --request whose answer needs it, so that ee-archive sees it")
+                          "the archive again with a --request whose answer needs it, so that ee-archive keeps the "
+                          "original model")
 
 
 def _changed(names: str) -> NotExported:
-    return NotExported(f"the handler changes {names} of its model while it answers, and the exported model computes as "
-                       "it did when the archive was made: let initialize() set it, once, or make it an input of the "
+    return NotExported(f"the handler changes {names} of its model while it answers, but the exported model computes as "
+                       "it did when the archive was made: set it once, in initialize(), or make it an input of the "
                        "model")
 
 

@@ -1,4 +1,4 @@
-"""Which traffic a model gets: the requests that clients send, and what the user's own code makes of them."""
+"""The traffic of a model: the requests that clients send, and the inputs that the user's code makes from them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ _SERVERS = frozenset((
     "deviceIds", "parallelLevel", "parallelType", "torchrun", "maxRetryTimeoutInSec", "clientTimeoutInMills",
     "jobQueueSize", "useJobTicket", "useVenv", "asyncCommunication", "continuousBatching", "sequenceBatching",
     "sequenceMaxIdleMSec", "sequenceTimeoutMSec", "maxNumSequence", "maxSequenceJobQueueSize"))
-"""What TorchServe itself reads of a model-config.yaml: how a model is run, and not what its requests mean."""
+"""The settings in model-config.yaml that TorchServe itself reads: they affect how a model is run, not what its requests
+mean."""
 
 
 def digests_of(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """Return the sha256 of the files of an archive by their names; an empty text for one that is not there.
+    """Return the sha256 of the files of an archive by their names; it is an empty string for a missing file.
 
-    In a locale without Unicode, such as a container's that sets none, TorchServe unpacks an archive with a question
-    mark for each other letter of a name.
+    In a locale without Unicode, such as that of a container that sets none, TorchServe unpacks an archive with a
+    question mark in place of each non-ASCII character of a name.
     """
     unpacked_as = {name: name.encode("ascii", "replace").decode() for name in sorted(names)}
     return {name: _sha256(folder / name) or _sha256(folder / found) for name, found in unpacked_as.items()}
 
 
 def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file: str | None) -> list[str]:
-    """Return the names of the files in an unpacked archive that decide what the model is given for a request.
+    """Return the names of the files in an unpacked archive that determine the model's input for a request.
 
-    These are the user's: neither ours, nor the manifest, nor the weights, of which the backbone tells, nor the
-    configuration, of which only a part counts, nor compiled Python, which no archive of ours holds.
+    These are the user's files, except for: the weights, which are part of the backbone's identity; the configuration,
+    of which only a part counts; and compiled Python, which no archive of `ee-archive` contains. The manifest and the
+    files of this project are not among them either.
 
     Args:
-        folder: the archive.
+        folder: the folder of the archive.
         original_manifest: the manifest that the user's handler expects.
         config_file: name of the archive's model-config.yaml, if it has one.
     """
@@ -51,17 +53,17 @@ def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file:
 
 def traffic_identity(backbone: str, original_manifest: Mapping[str, Any], description: HandlerDescription,
                      digests: Mapping[str, str], model_config: Mapping[str, Any] | None) -> str:
-    """Return what is equal for two versions of a model if their records are of the same traffic.
+    """Return the identity of a version's traffic: it is equal for two versions whose records are of the same traffic.
 
     Args:
         backbone: sha256 of the backbone.
         original_manifest: the manifest that the user's handler expects.
-        description: of the handler.
-        digests: of the user's files.
+        description: the description of the handler.
+        digests: the sha256 of the user's files by their names.
         model_config: the whole model-config.yaml.
 
     Returns:
-        A hash; empty where the archive was made before this was told apart.
+        A hash, or an empty string for an older archive, which does not contain the names of the user's files.
     """
     if description.files is None:
         return ""
@@ -72,10 +74,10 @@ def traffic_identity(backbone: str, original_manifest: Mapping[str, Any], descri
 
 
 def _ordered(value: Any) -> Any:
-    """Return what YAML can hold in a form that is the same whatever the order of keys, which need not be texts."""
+    """Return a YAML value in a form that does not depend on the order of keys, which need not be strings."""
     if isinstance(value, Mapping):
         return sorted([repr(key), _ordered(inner)] for key, inner in value.items())
-    if isinstance(value, set):  # texts in it come in another order in each process
+    if isinstance(value, set):  # the order of strings in a set differs from process to process
         return ["set", *sorted(map(repr, value))]
     return [*map(_ordered, value)] if isinstance(value, list) else repr(value)
 

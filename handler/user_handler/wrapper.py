@@ -1,4 +1,4 @@
-"""The user's own handler, which keeps doing pre- and post-processing around a replaced model."""
+"""Loads the user's own handler and replaces its model; the handler still does pre- and post-processing."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _LOADERS = ("_load_pickled_model", "_load_torchscript_model", "_load_torch_expor
 def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, model: nn.Module,
                       description: HandlerDescription, first: Callable[[UserHandler], object] | None = None
                       ) -> UserHandler:
-    """Create the handler that a manifest names, with `model` in place of its own.
+    """Create the handler that a manifest names, with `model` in place of its own model.
 
     Args:
         manifest: the archive's original manifest.
-        context: what the handler sees of the worker.
-        model: what answers in place of the handler's own model.
-        description: where that is, and who loads it.
-        first: lets a handler answer a request, for one that loads its model when the first comes.
+        context: the context that the handler sees.
+        model: the model that answers in place of the handler's own model.
+        description: says where the handler's own model is, and how it is loaded.
+        first: lets a handler answer a request; it is called if the handler loads its model at the first request.
 
     Raises:
-        ArchiveError: the handler cannot be found, or does not keep its model where it kept it when it was archived.
+        ArchiveError: the handler cannot be found, or its model is not in the place where `ee-archive` found it.
     """
     handler, roots = load_entry_point(manifest["model"]["handler"])
     if description.loading is Loading.GIVEN:
@@ -49,11 +49,11 @@ def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, mode
 
 @contextmanager
 def given_to_loaders(handler: object, model: Callable[[], object]) -> Iterator[None]:
-    """Let TorchServe's base handler find a model where it would read a file.
+    """Give TorchServe's base handler a model, inside the block, instead of letting it read a file.
 
     Args:
-        handler: whose own loaders are replaced too, where it has any; for good.
-        model: returns what is found.
+        handler: the handler; if it has loaders of its own, they are replaced as well, permanently.
+        model: returns the model that the loaders return.
     """
     def load(*args: object, **kwargs: object) -> object:
         return model()
@@ -61,7 +61,7 @@ def given_to_loaders(handler: object, model: Callable[[], object]) -> Iterator[N
     for name in _LOADERS:
         if hasattr(handler, name):
             setattr(handler, name, load)
-    # A handler of another kind may hold an object of the base handler's.
+    # A handler that is not a base handler may hold an object that is one.
     base = getattr(sys.modules.get("ts.torch_handler.base_handler"), "BaseHandler", None)
     before = {name: getattr(base, name) for name in _LOADERS if hasattr(base, name)}
     for name in before:
@@ -87,7 +87,7 @@ def _replace(roots: Roots, description: HandlerDescription, model: nn.Module) ->
         raise ArchiveError(f"the handler does not keep its model in {names_of(description.model)} after initialize(), "
                            f"so it cannot be given one with early exits: {error}") from error
     original = found[0] if description.loading is Loading.KEPT else None
-    # A handler that was given its model has no other one.
+    # A handler that was given our model has no model of its own.
     replaced = None if description.loading is Loading.GIVEN else found[0]
     stand_in = StandIn(model, original, is_fixed=True, replaced=replaced)
     for place in description.model:

@@ -199,5 +199,5 @@ def test_an_original_of_which_no_request_is_known_serves_only_if_it_is_told_to(t
 def test_an_archive_of_ours_that_is_damaged_is_not_taken_for_an_original(tmp_path: Path) -> None:
     ours = rewritten(plain_mar(tmp_path, "1.0"), tmp_path / "ours.mar",
                      **{MANIFEST: lambda text: text.replace("handler.py", HANDLER)})
-    with pytest.raises(ArchiveError, match="is not an early-exit archive, it has no early_exit/"):
+    with pytest.raises(ArchiveError, match="is not an early-exit archive: it has no early_exit/"):
         registered_archive(ours)

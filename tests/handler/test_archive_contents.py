@@ -73,7 +73,7 @@ def test_what_an_archive_may_lack_is_none(entries: dict[str, bytes], tmp_path: P
 def test_an_archive_that_is_not_ours_is_refused_with_what_it_lacks(entries: dict[str, bytes], missing: str,
                                                                    tmp_path: Path) -> None:
     mar = written(tmp_path / "digits.mar", {name: content for name, content in entries.items() if name != missing})
-    with pytest.raises(ArchiveError, match=f"is not an early-exit archive, it has no {missing}: make one"):
+    with pytest.raises(ArchiveError, match=f"is not an early-exit archive: it has no {missing}. Make one"):
         read_archive(mar)
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_captured_is_launched_kernel_by_kernel(caplog: pytest.Log
     function = Graphed(depends_on_values, torch.cuda.graph_pool_handle())
     for _ in range(2):
         torch.testing.assert_close(function(torch.ones(3, 2, device=CUDA)), (torch.ones(3, 2, device=CUDA),))
-    assert caplog.text.count("cannot be a CUDA graph") == 1
+    assert caplog.text.count("cannot be captured as a CUDA graph") == 1
     assert torch.rand(5, device=CUDA).unique().numel() == 5, "torch is not usable any more"
 
 

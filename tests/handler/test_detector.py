@@ -146,10 +146,10 @@ def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
         require_same(found, own, 1e-5)
     del TAILS[tail]
     (tmp_path / "small_detector.py").write_text(source.replace("box_detections_per_img=5", "box_score_thresh=0.2"))
-    with pytest.raises(ArchiveError, match="not what the archive was made with"):
+    with pytest.raises(ArchiveError, match="not the file that the archive was made with"):
         load_backbone(folder)
     (tmp_path / "small_detector.py").write_text(source.replace("num_classes=4", "num_classes=5"))
-    with pytest.raises(ArchiveError, match="cannot make the detector of small_detector.py: RuntimeError"):
+    with pytest.raises(ArchiveError, match="cannot create the detector of small_detector.py: RuntimeError"):
         load_backbone(folder)
 
 

@@ -101,7 +101,7 @@ def test_the_user_gets_back_the_kind_of_object_that_the_model_returned(
 @pytest.mark.parametrize(("given", "named", "message"), [
     ((texts(2)[0],), {}, "expected the inputs tokens, mask"),
     (texts(2), {"labels": torch.zeros(2)}, "expected the inputs tokens, mask"),
-    ((texts(2)[0], texts(3)[1]), {}, "as many rows of each input"),
+    ((texts(2)[0], texts(3)[1]), {}, "the same number of rows of each input"),
     ((texts(2)[0], texts(2)[1].float()), {}, "expected int64 input"),
 ])
 def test_a_call_with_other_inputs_is_the_clients_mistake(

@@ -103,7 +103,7 @@ def test_a_policy_without_its_values_is_refused(backbone: Backbone) -> None:
 
 def test_a_policy_that_this_version_does_not_know_is_refused_by_name(backbone: Backbone) -> None:
     data = plan_by_entropy(backbone)[0].to_json()
-    with pytest.raises(PlanError, match="expected a policy of confidence, found 'entropy'"):
+    with pytest.raises(PlanError, match="expected one of the policies confidence, found 'entropy'"):
         ExitPlan.from_json(data, "plan.json")
 
 

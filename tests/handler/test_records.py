@@ -229,7 +229,7 @@ def test_a_full_disk_is_told_once_a_minute_and_when_it_is_over(
         assert len([line for line in caplog.messages if "cannot write records" in line]) == 3
         disk.is_full = False
         writer._write_sealed()
-    assert "are written" in caplog.messages[-1] and "after 130 s in which 0 were dropped" in caplog.messages[-1]
+    assert "are written" in caplog.messages[-1] and "after 130 s in which 0 records were dropped" in caplog.messages[-1]
 
 
 def test_a_full_disk_is_known_by_what_the_library_says_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_what_two_samples_miss_the_worker_finds_in_the_batch_that_shows_it(
         assert [reply.body for reply in batch] == [reply.body for reply in alone(model, handler, calls)]
     worker.close()
     assert {hashed for records in recorded(tmp_path) for hashed in records.request.tolist()} == {ANONYMOUS}
-    assert caplog.text.count("In batches, from now on, of several requests") == 1
+    assert caplog.text.count("In batches of several requests from now on") == 1
     assert host.metrics["rows_unknown"].values == {("check",): 1}
 
 

@@ -144,7 +144,7 @@ def test_a_handler_that_shuffles_is_known_only_by_chance_and_then_rightly(rows: 
 @FEW
 @given(request=REQUESTS)
 def test_samples_that_look_alike_tell_nothing(request: Request) -> None:
-    assert "give two that differ" in found(at_once, request, request.clone()).unknown_because
+    assert "give two requests that differ" in found(at_once, request, request.clone()).unknown_because
 
 
 def test_a_filter_of_duplicates_is_found_out_by_two_requests_that_share_rows() -> None:

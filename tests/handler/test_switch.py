@@ -228,7 +228,7 @@ def test_where_the_folder_cannot_be_made_the_exits_are_off(
     folder.parent.mkdir()
     folder.write_text("in its place")
     assert exits(answered(worker_of(served(backbone, plan)))) == {"full"}
-    assert "cannot make the folder of the exits' switch" in caplog.text
+    assert "cannot create the folder of the exits' switch" in caplog.text
 
 
 def test_a_full_disk_keeps_nobody_from_switching_off(

@@ -78,5 +78,5 @@ def test_what_fails_beside_the_answers_is_counted_and_stops_nothing_else(
     assert [reply.status for reply in replies] == [200] * 64
     assert working == expected
     assert host.metrics["side_errors_total"].values == {(other,): n_steps * (other == kind) for other in BREAKS}
-    assert caplog.text.count(f"{kind} fails") == 1, "a failure is logged once while it lasts"
+    assert caplog.text.count(f"side work '{kind}' failed") == 1, "a failure is logged once while it lasts"
     serving.close()

@@ -84,5 +84,5 @@ def test_an_engine_that_registers_itself_is_planned_with_and_served(
 def test_without_it_nobody_knows_it() -> None:
     with pytest.raises(ConfigError, match="engine.*expected one of folded, .* found 'nothing'"):
         ServingConfig(engine=NOTHING)
-    with pytest.raises(ConfigError, match="expected an engine of folded, .* found 'nothing@12ab'"):
+    with pytest.raises(ConfigError, match="expected one of the engines folded, .* found 'nothing@12ab'"):
         engine_of(NOTHING + "@12ab")

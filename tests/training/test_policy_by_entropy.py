@@ -97,5 +97,5 @@ def test_what_is_timed_is_the_policy_that_is_planned(monkeypatch: pytest.MonkeyP
 
 
 def test_a_policy_that_this_version_does_not_know_is_refused_before_training() -> None:
-    with pytest.raises(PlanError, match="expected a policy of confidence, entropy, found 'entropie'"):
+    with pytest.raises(PlanError, match="expected one of the policies confidence, entropy, found 'entropie'"):
         TrainingOptions(policy="entropie")

@@ -149,7 +149,7 @@ def test_what_a_handler_gives_its_model_besides_tensors_is_asked_for_and_not_rep
         assert inputs.shape == (1, *SHAPE) and positions == [0] and not skipped.counts
         assert handler.model_inputs([request], replace(backbone.description, constants={"scale": 3.0}),
                                     skipped) == ([], ())
-        assert ["expected {'scale': 3.0} beside the tensors" in reason for reason in skipped.counts] == [True]
+        assert ["expected {'scale': 3.0} besides the tensors" in reason for reason in skipped.counts] == [True]
 
 
 def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_reason(
