@@ -221,7 +221,7 @@ def test_the_builtin_image_classifier_tells_the_input_shape_itself(tmp_path: Pat
 
 
 def test_a_handler_that_keeps_image_sizes_needs_the_shape(digits_mar: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArchiveError, match="at their own size.*--input-shape"):
+    with pytest.raises(ArchiveError, match="inputs of different sizes.*--input-shape"):
         build_archive(ArchiveRequest(str(digits_mar), tmp_path))
 
 
