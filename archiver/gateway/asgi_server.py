@@ -85,7 +85,7 @@ class _Requests(_ReadInTime, H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # writing pauses while data waits to be read, closing or not
+        transport.set_write_buffer_limits(0)  # writing pauses while the client has data to read
         if len(self.connections) > self._most:
             transport.abort()
         else:

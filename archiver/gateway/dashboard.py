@@ -72,7 +72,7 @@ class Live:
             await asyncio.sleep(EVERY_S)
 
     async def look(self) -> None:
-        """Look once at all models; the state tells which look failed, at one model or at all."""
+        """Look once at all models; the state tells what failed: the look at one model, or at all of them."""
         try:
             models = await self._upstream.models()
             scrape = await self._upstream.metrics()

@@ -114,7 +114,7 @@ class Share:
         self._held += n_bytes
 
     def give_back(self, n_bytes: int | None = None) -> None:
-        """Release so many bytes; by default all of them."""
+        """Release a number of bytes; by default all of them."""
         returned = self._held if n_bytes is None else min(n_bytes, self._held)
         self._held -= returned
         self._of_all.add(-returned)

@@ -26,7 +26,7 @@ from early_exit.archiver.gateway.upstream import Upstream, answer_item
 logger = logging.getLogger(__name__)
 
 Seen = Callable[[str, dict[str, Any]], None]
-"""Is called with the model and the message of every answer."""
+"""A function that receives the model and the message of every answer."""
 
 
 async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits: Limits, in_all: asyncio.Semaphore,

@@ -47,7 +47,7 @@ def publish(draft: Path, target: Path) -> None:
         _appear(draft, target)
     except FileExistsError:
         if not _is_same(draft, target):
-            raise ArchiveError(f"{target} is there already and holds something else, which may be served: pass another "
+            raise ArchiveError(f"{target} exists already with other contents, and a server may serve it: pass another "
                                "--version, or remove it") from None
 
 

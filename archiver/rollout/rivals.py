@@ -93,7 +93,7 @@ class Candidate:
         """Register the version from an archive of the model store.
 
         Raises:
-            ServerError: the server refuses; the version may be registered all the same.
+            ServerError: the server refuses or does not answer; the version may be registered nevertheless.
         """
         self._server.register(file_name, settings, model=self._model, claim=self._claim)
         self._registered = self._clock.now()

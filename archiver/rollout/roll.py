@@ -148,7 +148,7 @@ class _Roll:
         except BaseException as error:
             self.candidate.take_back(self.log)
             if isinstance(error, ServerError) and old is not None:
-                raise ServerError(f"{error}\n{self.model} {old.version} goes on serving") from error
+                raise ServerError(f"{error}\n{self.model} {old.version} keeps serving") from error
             raise
         self.log(f"{version} is the default")
         return ready_s, _BUSY_FACTOR * (old.settings.batch_size or 1) * alone_s if old else 0.0

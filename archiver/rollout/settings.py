@@ -17,7 +17,7 @@ _WORDS = {"batch_size": ("batch size", "{}"), "max_batch_delay_ms": ("batch dela
 
 @dataclass(frozen=True)
 class SettingsPlan:
-    """The settings of a new version, by what becomes of the old version's."""
+    """The settings of a new version, and how they differ from the old version's."""
 
     to_register: RunSettings
     """The settings to give the server when the new version is registered; the others are in its configuration."""

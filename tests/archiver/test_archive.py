@@ -114,7 +114,7 @@ def test_another_archive_of_that_name_is_not_replaced(recorder_mar: Path, tmp_pa
     made = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="7.0"))
     before = made.read_bytes()
     plan = write_plan(tmp_path / "run", recorder_mar)
-    with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar is there already .* pass another --version"):
+    with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar exists already .* pass another --version"):
         build_untried(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan, version="7.0"))
     assert made.read_bytes() == before
 

@@ -66,7 +66,7 @@ def test_a_version_gets_the_workers_that_the_old_one_was_given_while_it_served(s
 
 def test_a_version_that_fails_its_probe_is_removed_and_the_old_one_goes_on(store: Path) -> None:
     server = serving("a", store, probe_error="the weights are damaged")
-    with pytest.raises(ServerError, match="the weights are damaged\ndigits 2.0 goes on serving"):
+    with pytest.raises(ServerError, match="the weights are damaged\ndigits 2.0 keeps serving"):
         rolled(server, store / "digits-3.0.mar")
     assert (server.default, list(server.registered)) == ("2.0", ["2.0"])
     assert "set_default" not in [call[0] for call in server.calls]

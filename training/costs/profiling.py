@@ -68,8 +68,8 @@ class Profile:
     def shrink_from(self, layers: Sequence[str], batch_size: int) -> tuple[int, ...]:
         """Return for each exit the number of answered rows of a full batch from which copying the other rows pays.
 
-        The copy must pay before the next exit, where there is another chance to copy. A batch of which all rows are
-        answered just ends.
+        The copy must pay before the next exit, which is another chance to copy. If all rows of a batch are answered,
+        the batch just ends.
 
         Args:
             layers: paths of the exits of a plan, in order.

@@ -134,8 +134,8 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         log: receives a line for each reason why requests are passed over.
 
     Raises:
-        RecordError: no requests were kept, requests that are not images are to be augmented, the handler fails on all
-            requests, or the backbone does not answer them as it did when it served.
+        RecordError: no requests were kept, the requests to augment are not images, the handler fails on all requests,
+            or the backbone does not answer them as it did when it served.
     """
     transform = augmentation(replay, backbone.description.inputs)
     every, train = torch.ones(len(traffic), dtype=torch.bool), traffic.part == Part.TRAIN.number

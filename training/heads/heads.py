@@ -83,7 +83,7 @@ def find_architectures(evaluators: Sequence[Evaluator], run: RunPaths, space: Se
 
 
 def _require_known(given: Iterable[str], layers: Sequence[str]) -> None:
-    """Check that heads are given only for layers of which there are records."""
+    """Check that heads are given only for layers that have records."""
     for path in given:
         if path not in layers:
             raise ConfigError(f"a head is given for {path!r}, but this run has no records of that layer (--layers and "

@@ -71,7 +71,7 @@ def most_failures(n: int, tolerance: float, delta: float) -> int:
 
 
 def records_needed(tolerance: float, delta: float) -> int:
-    """Return the smallest number of records that can certify a tolerance: so many suffice if no answer differs.
+    """Return the smallest number of records that can certify a tolerance, if no answer differs.
 
     >>> records_needed(0.01, 0.05)
     299
