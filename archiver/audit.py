@@ -1,6 +1,6 @@
-"""What a watcher, or an operator, decided about a model and why: one JSON line each, only ever appended.
+"""The audit of a model: the decisions of a watcher or an operator and their reasons, one JSON line each, only appended.
 
-`ee-watch` and `ee-exits` write one each, and the gateway's page shows both.
+`ee-watch` and `ee-exits` write one audit each, and the gateway's page shows both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def audit_of(folder: Path, model: str) -> Audit:
-    """Return the decisions about a model that are kept below a folder: that of a watcher, or of the switches.
+    """Return the audit of a model below a folder, which is that of a watcher or that of the switches.
 
     Raises:
         ServerError: the name of the model leads out of the folder.
@@ -37,17 +37,17 @@ class Audit:
         self.path = path
 
     def append(self, event: str, **evidence: Any) -> Event:
-        """Write a decision down, with its evidence and the time; it is on disk when this returns.
+        """Append a decision, with its evidence and the time; it is on disk when this returns.
 
-        Errors in the evidence may name URLs, and the gateway's page shows them: credentials in these are left out.
+        Errors in the evidence may name URLs, and the gateway's page shows them, so credentials in URLs are left out.
 
         Raises:
-            OSError: it cannot be written, or its file or folder belongs to somebody else.
+            OSError: the line cannot be written, or the file or its folder belongs to somebody else.
         """
         line = all_without_credentials({"time": time.time(), "event": event, **evidence})
         private_folder(self.path.parent)
         with open_private(self.path, "a+b") as file:
-            # A line that a crash cut short stays, on a line of its own.
+            # An incomplete line, which a crash has left, stays on a line of its own.
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 cut_short = file.read(1) != b"\n"
@@ -59,7 +59,7 @@ class Audit:
         return line
 
     def read(self) -> list[Event]:
-        """Return all decisions but lines that a crash cut short.
+        """Return all decisions, without lines that a crash left incomplete.
 
         Raises:
             OSError: the file cannot be read, or belongs to somebody else.
@@ -71,9 +71,9 @@ class Audit:
         events = []
         for line in text.splitlines():
             with contextlib.suppress(ValueError):
-                events.append(all_without_credentials(json.loads(line)))  # audits of before hold them
+                events.append(all_without_credentials(json.loads(line)))  # older audits hold credentials
         return events
 
     def latest(self, *names: str) -> Event | None:
-        """Return the latest decision of some kinds."""
+        """Return the latest decision of the given kinds; None if there is none."""
         return next((event for event in reversed(self.read()) if event["event"] in names), None)

@@ -1,4 +1,4 @@
-"""What rollout and watch need of a server of models, whichever server it is."""
+"""The interface of a model server that rollout and watch need, independent of the kind of server."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from early_exit.handler.sample_request import SampleRequest
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a version is run: what the configuration of its archive may say, and otherwise who registers it."""
+    """The settings that a version runs with. They come from the configuration of its archive, or else from the roll or
+    user that registers it. None stands for a setting that is not given."""
 
     batch_size: int | None = None
-    """Most requests that a worker takes at once; None where nobody has said."""
+    """The largest number of requests that a worker takes at once."""
     max_batch_delay_ms: int | None = None
-    """How long a request may wait for others to be batched with."""
+    """How long a request may wait for others that are put into the same batch."""
     response_timeout_s: int | None = None
     """How long a worker may take for a batch."""
     workers: tuple[int, int] | None = None
-    """The least and the most workers."""
+    """The smallest and the largest number of workers."""
 
 
 @dataclass(frozen=True, order=True)
 class Claim:
-    """The mark that a roll leaves on the version that it registers, so that it knows it from those of its rivals."""
+    """The mark that a roll leaves on the version that it registers, to distinguish it from the versions of rivals."""
 
     ticket: int
     """One above every ticket that the roll saw when it began."""
     nonce: str
-    """Random; letters and digits."""
+    """A random text of letters and digits."""
 
 
 @dataclass(frozen=True)
 class VersionStatus:
-    """What a server tells of one model version."""
+    """The status of one model version, as its server reports it."""
 
     version: str
     is_default: bool
@@ -47,13 +48,13 @@ class VersionStatus:
     pending_requests: int
     """Requests in the version's queue; those that a worker has taken are not counted."""
     settings: RunSettings
-    """How it is run; all of them are known."""
+    """The settings that the version runs with; none of them is missing."""
     file_name: str
-    """Name of the version's archive in the server's model store."""
+    """The name of the version's archive in the server's model store."""
     is_downloaded: bool = False
     """Whether the server fetched the archive into its store by a URL; TorchServe deletes it there with the version."""
     claim: Claim | None = None
-    """Of the roll that registered it; none where no roll did, or the server has been restarted since."""
+    """The claim of the roll that registered the version; None if no roll did, or the server was restarted since."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +63,31 @@ class Prediction:
 
     status: int
     headers: Mapping[str, str]
-    """Response headers by their names in lower case."""
+    """The response headers, by their names in lower case."""
     body: bytes
     error: str | None
-    """Why there is no answer, in the server's words; none where the status is 200."""
+    """Why there is no answer, in the server's words; None if the status is 200."""
 
 
 class ModelServer(Protocol):
-    """One server of models with its model store; `str()` of it names it in messages.
+    """A model server with its model store; `str()` returns its name for messages.
 
-    Each method raises a ServerError where the server does not answer, or refuses.
+    Each method raises a ServerError if the server does not answer or refuses.
     """
 
     @property
     def has_secret(self) -> bool:
-        """Whether the secret is known with which the server's workers let themselves be probed and requests run to the
-        end."""
+        """Whether the secret of the server's workers is known, which they require for probes and for requests that run
+        to the end."""
 
     def models(self) -> list[str]:
         """Return the names of the models that are registered."""
 
     def versions(self, model: str) -> list[VersionStatus]:
-        """Return the registered versions of a model, none when it is not registered.
+        """Return the registered versions of a model; none if the model is not registered.
 
-        The default is asked for first: a version that becomes the default meanwhile may still be told as none.
+        The default version is read first: a version that becomes the default in the meantime may be returned as one
+        that is not.
         """
 
     def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
@@ -93,41 +95,41 @@ class ModelServer(Protocol):
         """Load an archive of the model store as a new version; its workers start in the background.
 
         Args:
-            file_name: of the archive.
-            settings: what the server is told; the rest is left to the archive's configuration and the server's.
-            model: name to serve it under, by default what the archive says.
-            claim: the mark by which the version is known from then on.
+            file_name: the file name of the archive.
+            settings: the settings to give the server; the others follow from the configurations of archive and server.
+            model: the name to serve it under; by default the name in the archive.
+            claim: the mark by which the version can be recognised from then on.
         """
 
     def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
-        """Let a version have at least and at most so many workers; they start in the background."""
+        """Set the smallest and the largest number of workers of a version; they start in the background."""
 
     def set_default(self, model: str, version: str, *, limit_s: float) -> None:
         """Send the requests that name no version to this one from now on.
 
         Args:
-            model: name of a served model.
-            version: a registered version of it.
-            limit_s: how long the server may take for it; after that a ServerError says that it gave no answer, and
-                whether it did it is not known.
+            model: the name of a served model.
+            version: a registered version of the model.
+            limit_s: how long the server may take. After that, a ServerError says that there was no answer, and it is
+                not known whether the version is the default.
         """
 
     def unregister(self, model: str, version: str) -> None:
-        """Remove a version at once, with whatever it has not answered."""
+        """Remove a version at once, with the requests that it has not answered."""
 
     def probe(self, model: str, version: str) -> dict[str, Any]:
-        """Let a version check itself; return what its probe says: 'backbone' (sha256) and 'plan' (digest or None).
+        """Let a version check itself; return the result of its probe: 'backbone' (sha256) and 'plan' (digest or None).
 
-        It takes the secret.
+        This requires the secret.
         """
 
     def predict(self, model: str, version: str, request: SampleRequest, *, to_the_end: bool = False) -> Prediction:
         """Return a version's answer to a request; one that is refused raises a ServerError.
 
         Args:
-            model: name of a served model.
-            version: a registered version of it.
-            request: what is sent.
-            to_the_end: whether the request runs through the whole backbone, whatever the exits say; it takes the
-                secret.
+            model: the name of a served model.
+            version: a registered version of the model.
+            request: the request to send.
+            to_the_end: whether the request runs through the whole backbone, whatever the exits decide; this requires
+                the secret.
         """

@@ -1,4 +1,4 @@
-"""What a server has counted for the versions of its models."""
+"""The metrics of a server for the versions of its models."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 NO_VERSION = "default"
-"""Stands for the version of requests that named none, where a server counts them apart."""
+"""Stands for the version of requests that named none, if a server counts them separately."""
 
 
 @dataclass
 class VersionMetrics:
-    """What was counted for one version of a model since its server was started."""
+    """The metrics of one version of a model since its server was started."""
 
     answers: dict[str, float] = field(default_factory=dict)
-    """Number of answers by exit."""
+    """The number of answers by exit."""
     shadow: float = 0.0
-    """Number of answers of the shadow sample."""
+    """The number of answers of the shadow sample."""
     anytime: float = 0.0
-    """Number of answers that came with what every exit would have said."""
+    """The number of answers in anytime mode, which come with the answers of all exits."""
     monitor: dict[str, float] = field(default_factory=dict)
-    """The monitor's step, samples, wealth and mean_loss, where a certificate is watched."""
+    """The monitor's step, samples, wealth and mean_loss, if a certificate is watched."""
     bypassed: set[int] = field(default_factory=set)
-    """Batch sizes at which the exits do not save time."""
+    """The batch sizes at which the exits do not save time."""
     switched: float = 0.0
-    """What the operator's switch is set to: 0 is on, -1 off, any other number the least fallback level."""
+    """The setting of the operator's switch: 0 is on, -1 is off, any other number is the least fallback level."""
     requests: float = 0.0
-    """Number of requests that the server answered, whichever way they came."""
+    """The number of requests that the server answered, through a gateway or directly."""
     seconds: float = 0.0
-    """Seconds that all answered requests took together, waiting included."""
+    """The sum of the seconds that all answered requests took, waiting included."""
 
     def since(self, before: VersionMetrics) -> VersionMetrics:
-        """Return what was counted between two looks; the rest is as it is now.
+        """Return the counts between two scrapes; values that are no counters are the present ones.
 
-        A counter that has fallen belongs to a server that was started again.
+        A counter that has fallen belongs to a server that was restarted.
         """
         def grown(now: float, then: float) -> float:
             return now - then if now >= then else now

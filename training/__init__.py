@@ -1,1 +1,1 @@
-"""Turns what the handler recorded into exits: heads, temperatures, thresholds, a subset, a certificate."""
+"""Turns recorded traffic into exits: exit heads, temperatures, confidence thresholds, a subset and a certificate."""

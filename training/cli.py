@@ -1,4 +1,4 @@
-"""`ee-train`: build exits from what the handler recorded."""
+"""`ee-train`: build exits from recorded traffic."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work, options = (_report, report_parser().parse_args(arguments[1:])) if arguments[:1] == ["report"] else (
         _train, parser().parse_args(arguments))
     return run_command("ee-train", lambda: work(options),
-                       when_interrupted="interrupted; the same command goes on where this one was")
+                       when_interrupted="interrupted; the same command continues where this one stopped")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -53,8 +53,8 @@ def _train(options: argparse.Namespace) -> int:
         report = train(contents.model, archive, shards, options_of(options, archive), run, mar=options.archive,
                        labels=options.labels, log=_log)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text().rstrip())
-    print_next(f"ee-train report {options.to} for a page about it, "
-               f"ee-archive {options.archive} --plan {run.plan} to serve it")
+    print_next(f"ee-train report {options.to} for a page about this run, "
+               f"ee-archive {options.archive} --plan {run.plan} to serve the plan")
     return 0
 
 
@@ -93,9 +93,9 @@ def parser() -> argparse.ArgumentParser:
         "subset of exits to use, and a certificate. The same command continues a run that was stopped. 'ee-train "
         "report runs/NAME' evaluates a finished run.", """
         ee-train records --archive model-store/cifar-2.0.mar --to runs/first
-        stricter, and surer:
+        stricter, and with more confidence:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/strict --tolerance 0.01 --confidence 0.99
-        more from the same records, where requests were kept:
+        more training data from the same records, if requests were kept:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/replayed --replay
         by the paper's rules, without a guarantee:
           ee-train records --archive model-store/cifar-2.0.mar --to runs/paper --thresholds paper --cost flops""")
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a run can be asked for; `options_of` reads it."""
+    """Add the options of a run; `options_of` reads them."""
     defaults = TrainingOptions()
     promise = parser.add_argument_group("guarantee")
     promise.add_argument("--tolerance", type=_fraction, metavar="T", default=defaults.tolerance,
@@ -119,8 +119,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     promise.add_argument("--risk", type=Risk, choices=list(Risk), default=defaults.risk, metavar="RISK",
                          help="what counts as a loss: disagreement, confidence-gap or accuracy (disagreement)")
     promise.add_argument("--labels", type=Path, metavar="FILE.csv",
-                         help="a file of request ids and true classes, for --risk accuracy and for the report; for "
-                              "requests of several instances: request id, instance from 0, and class")
+                         help="a file of request ids and true classes, for --risk accuracy and for the report; where "
+                              "requests have several instances, each line is: request id, instance (from 0), class")
     promise.add_argument("--thresholds", choices=("certified", "paper", "equal"), default=defaults.thresholds,
                          help="how confidence thresholds are set: certified, or without a guarantee by the paper's "
                               "budgets T/2^n (paper) or by T/exits (equal) (%(default)s)")
@@ -165,7 +165,7 @@ def options_of(asked: argparse.Namespace, archive: ArchiveLayout) -> TrainingOpt
     """Return the options that were asked for, with the batch size that an extracted archive is served with.
 
     Raises:
-        ConfigError: they contradict each other, or a file cannot be read.
+        ConfigError: the options contradict each other, or a file cannot be read.
     """
     searches, in_service = asked.search in ("nni", "nni-service"), asked.search == "nni-service"
     if asked.service and not in_service:

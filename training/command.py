@@ -1,4 +1,4 @@
-"""What the commands have in common: help with examples, shell completion, and how they end."""
+"""The parts that all commands share: help with examples, shell completion, and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ def command_parser(name: str, description: str, examples: str) -> argparse.Argum
     """Return a parser whose help ends with examples and which prints completion scripts for shells.
 
     Args:
-        name: of the command.
-        description: what it does.
+        name: the name of the command.
+        description: what the command does.
         examples: command lines, each after a line that says what it is for.
     """
     parser = argparse.ArgumentParser(
         name, description=textwrap.fill(description, 100), formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "))
-    if " " not in name:  # of subcommands shells would ask the command itself
+    if " " not in name:  # shells ask the command itself to complete its subcommands
         shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell, and exit")
     return parser
 
 
 def run_command(name: str, work: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
-    """Do a command's work; return its exit status: 0 done, 1 failed with a message, and 2, by argparse, misused."""
+    """Do a command's work and return its exit status: 0 for success, 1 for a failure that is reported.
+
+    argparse exits with 2 where the command is misused.
+    """
     try:
         return work()
     except (EarlyExitError, OSError) as error:
@@ -42,9 +45,9 @@ def run_command(name: str, work: Callable[[], int], *, when_interrupted: str = "
 
 
 def raise_on_terminate() -> None:
-    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that what was started is stopped.
+    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that everything the command started is stopped.
 
-    Ctrl-C is named too: a shell starts background commands with SIGINT ignored, and Python leaves it so.
+    SIGINT gets a handler, too: a shell starts background commands with SIGINT ignored, and Python leaves it ignored.
     """
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -54,7 +57,7 @@ def raise_on_terminate() -> None:
 
 
 def log_to_stderr(line: str) -> None:
-    """Print a line for the user at once, without the credentials of the URLs in it."""
+    """Print a line for the user immediately, without the credentials in its URLs."""
     print(without_credentials(line), file=sys.stderr, flush=True)
 
 

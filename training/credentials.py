@@ -1,4 +1,4 @@
-"""Credentials in URLs, which are for the server that the URL names and for no log, error message or page."""
+"""Hides credentials in URLs: they are for the server that the URL names, not for a log, an error message or a page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ _USER_INFO = re.compile(
     r"(?<=://)(?:[^\s/?#\"<>]*@"
     r"|[^\s/?#\"<>:@]+:(?!\d+(?:[/?#]|$))[^\s\"<>]*@)"
     r"|(?<![\w/.:@-])[\w.+-]+:[^\s/\"<>:]+@(?=[\w.-]+:\d)")
-"""What stands before the host: also where a password holds an '@', or what should be quoted in it, or the scheme is
-forgotten before a host with a port."""
+"""The user information before the host. It is also found if the password contains an '@' or a character that should be
+quoted, and if the scheme is missing before a host with a port."""
 _SECRET_PARAMETER = re.compile(r"([?&][\w.-]*(?:token|secret|sig|password|credential|key)[\w.-]*=)[^\s&#'\"<>]+", re.I)
 
 
 def without_credentials(text: str) -> str:
-    """Return a text whose URLs name neither a user with a password or token, nor a signature or key as a parameter.
+    """Return the text without user names, passwords and tokens in its URLs, and without signatures and keys in their
+    parameters.
 
     >>> without_credentials("no answer from https://me:secret@host:8081/ping?n=1 or https://a/b?sig=ab12&n=2")
     'no answer from https://***@host:8081/ping?n=1 or https://a/b?sig=***&n=2'
@@ -26,7 +27,7 @@ def without_credentials(text: str) -> str:
 
 
 def all_without_credentials(value: T) -> T:
-    """Return data as JSON has it, with every text in it, keys aside, as `without_credentials` returns it."""
+    """Return JSON data with `without_credentials` applied to every string in it except keys."""
     redacted: object = value
     if isinstance(value, str):
         redacted = without_credentials(value)

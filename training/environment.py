@@ -1,4 +1,4 @@
-"""The environment of processes that run an archive's code: what it takes to compute, and no secret of the user's."""
+"""The environment of processes that run an archive's code: variables that it needs, and none of the user's secrets."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NEEDED = re.compile(
 def minimal_environment() -> dict[str, str]:
     """Return the variables of this process that are no secrets, and those that the user named in EE_ARCHIVE_ENV.
 
-    A list of what is passed, since nobody can list what is secret: keys of clouds, registries, proxies and databases
-    have names of their own.
+    The list names the variables that are passed, because nobody can list all secrets: keys of clouds, registries,
+    proxies and databases have names of their own.
     """
     named = {name.strip() for name in os.environ.get(MORE_VARIABLES, "").split(",")}
     return {name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name) or name in named}
@@ -33,8 +33,8 @@ def minimal_environment() -> dict[str, str]:
 def without_other_variables() -> Iterator[None]:
     """Run an archive's code in this process with the variables of `minimal_environment`.
 
-    It keeps what the code would read by itself, such as the settings of a client of a cloud, from the secrets of the
-    user. Code that looks for them finds them in this process's memory: only a process of its own has none.
+    Libraries that read their settings from the environment, such as cloud clients, then do not see the user's secrets.
+    Code that looks for the secrets still finds them in this process's memory; only a separate process has none.
     """
     before = dict(os.environ)
     kept = minimal_environment()

@@ -1,4 +1,4 @@
-"""What `ee-train` was asked for."""
+"""The options of an `ee-train` run."""
 
 from __future__ import annotations
 
@@ -67,25 +67,31 @@ class TrainingOptions:
     it, so that a renewed plan is certified on records that certified no plan before."""
 
     def __post_init__(self) -> None:
-        policy_class(self.policy)  # an unknown one is refused before anything is trained
+        policy_class(self.policy)  # an unknown policy is refused before anything is trained
 
     @property
     def delta(self) -> float:
         return 1 - self.confidence
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a stopped run has to be continued with: where its trials run may change, and may be secret."""
+        """Return the options with which a stopped run must be continued.
+
+        The place where trials run is left out: it may change, and it may be secret.
+        """
         return {**asdict(self), "service": self.service is not None}
 
     @classmethod
     def to_choose_with(cls, data: Mapping[str, Any]) -> TrainingOptions:
-        """Return, of what `to_json` gave, the options that the choice of exits depends on; the others are defaults."""
+        """Return the options that the choice of exits depends on, from the result of `to_json`.
+
+        The others have their default values.
+        """
         return cls(risk=Risk(data["risk"]), **{name: data[name] for name in (
             "tolerance", "confidence", "thresholds", "measure", "batch_size", "measure_device")})
 
     @property
     def trial_recipe(self) -> Distillation:
-        """Trials are trained briefly, as they are compared with each other only; yet long enough for convolutions to
-        overtake linear heads."""
+        """The recipe of a trial. Trials are trained briefly, because they are only compared with each other, but long
+        enough for convolutions to overtake linear heads."""
         return replace(self.recipe, epochs=max(1, self.recipe.epochs // 3),
                        max_steps=min(_TRIAL_STEPS, self.recipe.max_steps))

@@ -1,4 +1,4 @@
-"""Where things lie in the folder of a run; the only owner of these names."""
+"""The files in the folder of a run. Only this module knows their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TrainingSetPaths:
 
     @property
     def index(self) -> Path:
-        """Appears when everything else is there."""
+        """The index of the training set. It is written last, when all other files are complete."""
         return self.root / "index.json"
 
     @property
@@ -26,7 +26,7 @@ class TrainingSetPaths:
 
     @property
     def progress(self) -> Path:
-        """How far a replay has come."""
+        """The progress of a replay."""
         return self.root / "replayed.json"
 
     def activations(self, layer: str) -> Path:
@@ -41,7 +41,7 @@ class RunPaths:
 
     @property
     def inputs(self) -> Path:
-        """What the run was started with."""
+        """The inputs and options that the run was started with."""
         return self.root / "run.json"
 
     @property
@@ -58,12 +58,12 @@ class RunPaths:
 
     @property
     def predictions(self) -> Path:
-        """What the heads say about the records that they were not trained on."""
+        """The predictions of the heads for the records that they were not trained on."""
         return self.root / "judged.safetensors"
 
     @property
     def evaluation(self) -> Path:
-        """What `ee-train report` found, for machines."""
+        """The figures of `ee-train report`, as JSON."""
         return self.root / "evaluation.json"
 
     @property
@@ -106,17 +106,17 @@ class RunPaths:
 
     @property
     def task(self) -> Path:
-        """What NNI's trials have to know, alone in its folder, which NNI copies to the machine of a trial."""
+        """The input of NNI's trials. NNI copies its folder, which holds nothing else, to the machine of a trial."""
         return self.root / "nni" / "task" / "task.json"
 
     @property
     def experiments(self) -> Path:
-        """Folder that NNI keeps its experiments in."""
+        """The folder in which NNI keeps its experiments."""
         return self.root / "nni" / "experiments"
 
     @property
     def running(self) -> Path:
-        """Id and port of the NNI experiment that runs."""
+        """The id and port of the NNI experiment that is running."""
         return self.root / "nni" / "running.json"
 
 

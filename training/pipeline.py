@@ -1,4 +1,4 @@
-"""The steps from records to a plan, in order; what a stopped run has finished is not done again."""
+"""The steps from records to a plan, in order. A run that was stopped does not repeat the steps that it has finished."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
           log: Callable[[str], None] = lambda line: None) -> RunReport:
     """Make heads, plan and report from records, and write them into the folder of the run.
 
-    A run that was stopped goes on with the records it was started with, and with what it has finished.
+    A run that was stopped continues with the records it was started with, after its last finished step.
 
     Args:
-        model: name, for the report.
+        model: the name of the model, for the report.
         archive: the extracted archive that was recorded.
         shards: the records.
-        options: what was asked for.
-        run: where everything is written.
-        mar: where the archive lies, remembered for reports.
-        labels: CSV of request ids and true classes, for the risk of accuracy and for the report.
+        options: the options of the run.
+        run: the folder to write into.
+        mar: the path of the archive, which is stored for `ee-train report`.
+        labels: CSV of request ids and true classes, for the risk `accuracy` and for the report.
         log: receives lines for the user.
 
     Raises:
-        RecordError: too few records, records of different kinds, or a folder of another run.
+        RecordError: there are too few records, records of different kinds, or the folder belongs to another run.
     """
     backbone = load_backbone(archive.folder)
     description = backbone.description
@@ -99,10 +99,10 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
 
 def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, identity: str, shards: list[Path],
                   options: TrainingOptions, run: RunPaths, log: Callable[[str], None]) -> tuple[TrainingSet, list[str]]:
-    """Return the training set of the run and the candidates that are not in it, with the reason."""
+    """Return the training set of the run, and a line with the reason for each candidate that is not in it."""
     description = backbone.description
     shards, inputs = _inputs(run, description, identity, shards, options, log)
-    if run.training_set.index.exists():  # the shards may have gone in the meantime
+    if run.training_set.index.exists():  # the shards may have been deleted in the meantime
         training_set = TrainingSet.load(run.training_set)
     else:
         shards = of_traffic(shards, identity, log)
@@ -113,8 +113,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         for reason, count in traffic.passed_over.items():
             log(f"{count} requests are passed over: {reason}")
         if traffic.split.is_trend:
-            log("requests are alike for longer than a tenth of the records: a trend, which the certificate assumes to "
-                "go on as in the records that certify")
+            log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
+                "assumes that it continues as in the records that certify")
         others = _no_evidence(traffic)
         if options.replay is not None:
             traffic = traffic.of_known_requests()
@@ -139,40 +139,40 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         _require_enough({part: len(training_set.rows(part)) for part in Part}, tested, options,
                         f". {n_skipped} requests are passed over", in_blocks=training_set.likeness is not None)
     kept = {layer.path for layer in training_set.layers}
-    return training_set, [f"{layer.path}: not recorded, too large for float16, or passed over for {options.layers} "
-                          "that cover the cost evenly"
+    return training_set, [f"{layer.path}: not recorded, too large for float16, or not one of the {options.layers} "
+                          "layers that cover the cost evenly"
                           for layer in description.candidates if layer.path not in kept]
 
 
 def _no_evidence(traffic: RecordedTraffic) -> str:
-    """Return the end of a message about the records that count in no part but the train part."""
-    why = ((traffic.n_anonymous, "it is not known which request they belong to; the log of the workers says why"),
-           (traffic.n_without_content,
-            "the content is not known: an earlier version wrote them, or what the handler got is no JSON with bytes"))
-    told = [f". Of {n} more records {because}. So they train heads and prove nothing" for n, because in why if n]
+    """Return the end of a message about the records that belong only to the train part."""
+    why = ((traffic.n_anonymous, "their requests are not known; the log of the workers says why"),
+           (traffic.n_without_content, "their contents are not known: an earlier version wrote these records, or the "
+            "handler received something other than JSON and bytes"))
+    told = [f". {n} more records train heads but prove nothing, because {because}" for n, because in why if n]
     return "".join(told)
 
 
 def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
-    """Return the shards that can be used together, and say how many records the others hold."""
+    """Return the shards that can be used together, and log how many records the others hold."""
     alike = of_newest_setting(shards)
     others = [shard for shard in shards if shard not in alike]
     if others:
-        log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were made with another "
-            "early_exit.pool, or at other layers, than the newest ones; --replay would use them, where requests were "
-            "kept")
+        log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were recorded with "
+            "another early_exit.pool, or at other layers, than the newest ones. With --replay they can be used, if "
+            "their requests were kept")
     return alike
 
 
 def _require_enough(sizes: Mapping[Part, int], n_tested: int, options: TrainingOptions, others: str, *,
                     in_blocks: bool) -> None:
-    """Check that each part has records enough; the error ends with a sentence about records that count in none."""
+    """Check that each part has enough records; the error ends with `others`, about records that prove nothing."""
     if options.thresholds == "certified":
         require_enough(n_tested, Part.CERTIFY.share, options.tolerance, options.delta, others, sizes[Part.CERTIFY],
                        in_blocks=in_blocks)
     if not all(sizes.values()):
         raise RecordError(f"{sum(sizes.values())} records are too few to split into "
-                          f"{', '.join(part.name.lower() for part in Part)}, or repeat too few contents{others}")
+                          f"{', '.join(part.name.lower() for part in Part)}, or have too few distinct contents{others}")
 
 
 def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: TrainingOptions) -> None:
@@ -194,7 +194,7 @@ def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: Tr
 
 def _inputs(run: RunPaths, backbone: BackboneDescription, traffic: str, shards: list[Path], options: TrainingOptions,
             log: Callable[[str], None]) -> tuple[list[Path], dict[str, Any]]:
-    """Return the shards to use and what to remember of the run: those it was started with, if it was.
+    """Return the shards to use and the content of run.json. A run that was started keeps the shards of its start.
 
     Raises:
         RecordError: the folder holds a run of another backbone, of other traffic or with other options.
@@ -209,14 +209,14 @@ def _inputs(run: RunPaths, backbone: BackboneDescription, traffic: str, shards: 
         raise RecordError(f"{run.root} holds a run of another backbone, of other traffic or with other options: pass "
                           "another --to, or delete it")
     if started["shards"] != present:
-        log(f"{run.root} goes on with the {len(started['shards'])} shards it was started with, of {len(present)} that "
-            "there are now: pass another --to to use them all")
+        log(f"{run.root} continues with the {len(started['shards'])} shards it was started with, although there are "
+            f"{len(present)} now: pass another --to to use them all")
     return [Path(shard) for shard in started["shards"]], started
 
 
 def _profile(run: RunPaths, archive: ArchiveLayout, backbone: Backbone, layers: Sequence[CandidateLayer],
              options: TrainingOptions) -> Profile | None:
-    """Return the measured times of the backbone's stages, where time is what counts."""
+    """Return the measured times of the backbone's stages; None if the run minimises FLOPs."""
     if options.measure == "flops":
         return None
     if not run.profile.exists():

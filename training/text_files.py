@@ -1,4 +1,4 @@
-"""Text and YAML that users give: read in one encoding, and refused with the file's name where that is another."""
+"""Reads text and YAML files of users as UTF-8. Errors name the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from early_exit.handler.errors import ConfigError
 
 
 def read_text(path: Path, what: str) -> str:
-    """Return the text of a UTF-8 file, without the mark with which some editors begin one.
+    """Return the text of a UTF-8 file, without the byte order mark that some editors write.
 
     Args:
         path: the file.
-        what: names its kind in messages, such as "the configuration".
+        what: the kind of file, for messages, such as "the configuration".
 
     Raises:
-        ConfigError: it cannot be read, or is in another encoding.
+        ConfigError: the file cannot be read, or has another encoding.
     """
     try:
         return path.read_text("utf-8-sig")
@@ -30,21 +30,21 @@ def read_text(path: Path, what: str) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return what YAML says.
+    """Return the value of a YAML text.
 
     Args:
-        text: is parsed.
-        source: names it in messages.
+        text: the YAML.
+        source: the name of the text in messages.
 
     Raises:
-        ConfigError: it is no YAML.
+        ConfigError: the text is not YAML.
     """
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise ConfigError(f"cannot read {source}: {error}") from error
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Return what a YAML file says; for arguments and errors see `read_text` and `parse_yaml`."""
+    """Return the value of a YAML file; for arguments and errors see `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path, what), f"{what} {path}")

@@ -1,4 +1,4 @@
-"""A gateway in front of TorchServe: answers of a batch one by one over a WebSocket, and a live page.
+"""A gateway in front of TorchServe: sends the answers of a batch one by one over a WebSocket, and serves a live page.
 
-It needs the extra `[gateway]` and is no part of an archive: a process of its own, beside the server.
+It needs the extra `[gateway]`, is not part of an archive, and runs as a process of its own beside the server.
 """

@@ -1,4 +1,4 @@
-"""Who may ask the gateway: checked in one place and for all ways in alike, before a body is read."""
+"""Checks who may use the gateway: in one place, alike for all kinds of requests, and before a body is read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from starlette.websockets import WebSocket
 
 SUBPROTOCOL = "early-exit"
 TOKEN_SUBPROTOCOL = "early-exit.token."
-"""A page's WebSocket cannot send a header; it offers `early-exit` and this with the token as its subprotocols."""
+"""The prefix of a subprotocol with the token. A page's WebSocket cannot send a header, so it offers `early-exit` and
+this prefix with the token as its subprotocols."""
 
 
 class Access:
-    """Middleware that lets in who knows the token, by a name of this gateway, and no page of another site."""
+    """Middleware that admits requests with the token, to a name of this gateway, but not from pages of other sites."""
 
     def __init__(self, app: ASGIApp, token: str, names: Collection[str] = ()) -> None:
         """Wrap an application.
 
         Args:
-            app: answers what is let in.
-            token: secret that every client sends; only the live page's own files are had without.
+            app: the application that answers the admitted requests.
+            token: the secret that every client sends; only the live page's own files need none.
             names: host names of the gateway, besides 'localhost' and all IP addresses.
 
         Raises:
@@ -49,10 +50,10 @@ class Access:
     def _refusal(self, connection: HTTPConnection) -> JSONResponse | None:
         host, origin = connection.headers.get("host", "").lower(), connection.headers.get("origin")
         if not self._is_ours(host):
-            return _refused(400, f"{host[:200]!r} is no name of this gateway: ask it by its address, or start it with "
+            return _refused(400, f"{host[:200]!r} is not a name of this gateway: use its IP address, or start it with "
                                  "--host-name")
         if origin is not None and (urlsplit(origin).scheme not in ("http", "https") or urlsplit(origin).netloc != host):
-            return _refused(403, "a page of another site may not ask this gateway")
+            return _refused(403, "a page of another site may not use this gateway")
         path = connection.scope["path"]
         if path == "/" or path.startswith("/page/") or self._has_token(connection):
             return None
@@ -61,7 +62,8 @@ class Access:
     def _is_ours(self, host: str) -> bool:
         """Tell whether a Host header names this gateway.
 
-        A name that an attacker's DNS points at this machine must not let his page in; an address cannot be pointed.
+        A name that an attacker's DNS points at this machine must not admit the attacker's page. An IP address cannot be
+        pointed elsewhere.
         """
         with contextlib.suppress(ValueError):
             name = urlsplit(f"//{host}").hostname
@@ -79,5 +81,5 @@ class Access:
 
 
 def _refused(status: int, error: str) -> JSONResponse:
-    # The connection is closed, so that what a stranger sends after this is not read.
+    # The connection is closed, so that nothing that a stranger sends after this is read.
     return JSONResponse({"status": status, "error": error}, status, {"Connection": "close"})

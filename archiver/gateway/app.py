@@ -24,7 +24,7 @@ from early_exit.archiver.gateway.websocket import serve_socket
 
 PAGE = Path(__file__).with_name("page")
 _HEADERS = {
-    # The page needs nothing from elsewhere, and nothing that a server says can make it ask for anything.
+    # The page loads nothing from elsewhere, and no answer of a server can make it do so.
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer"}
 
@@ -36,12 +36,12 @@ def create_app(upstream: Upstream, *, token: str, names: Collection[str] = (), l
 
     Args:
         upstream: the server behind the gateway; it is closed with the application.
-        token: secret that clients must send.
+        token: the secret that clients must send.
         names: host names of the gateway, besides 'localhost' and IP addresses.
-        limits: limits of what a client may ask for.
-        in_flight: counts the bytes that are held; the server that reads them counts with it too.
-        plans: tells the live page what an archive promises.
-        decisions: tells the live page what a model's watcher and operator decided.
+        limits: the limits for clients.
+        in_flight: counts the bytes that are held; the server that reads them uses the same counter.
+        plans: returns what the live page shows of an archive's plan.
+        decisions: returns the decisions of a model's watcher and operator for the live page.
 
     Raises:
         ValueError: the token is empty.
@@ -57,7 +57,7 @@ def create_app(upstream: Upstream, *, token: str, names: Collection[str] = (), l
         return JSONResponse(live.state(request.query_params.get("model")))
 
     async def answered(request: Request, share: Share) -> Response:
-        """Answer one body with what every exit would have said; the answer counts in the share until it is read."""
+        """Answer one body with the answers of all exits; the response counts in the share until it is read."""
         body = bytearray()
         try:
             async for part in request.stream():
@@ -100,7 +100,7 @@ def create_app(upstream: Upstream, *, token: str, names: Collection[str] = (), l
 
 
 class _Ask:
-    """What is asked by a body: all that it holds is given back when its client has read the answer, or has gone."""
+    """Handles requests with a body; their bytes are released when the client has read the answer or has gone."""
 
     def __init__(self, held: BytesInFlight, answered: Callable[[Request, Share], Awaitable[Response]]) -> None:
         self._held, self._answered = held, answered
@@ -112,10 +112,10 @@ class _Ask:
 
 
 async def _parts(whole: Response) -> AsyncIterator[bytes | memoryview]:
-    # The end of a response that is sent in parts is sent when the client has read what came before.
+    # The end of a response in parts is sent only when the client has read the parts before it.
     yield whole.body
 
 
 def _refusal(status: int, error: str) -> Response:
-    # What is still to come of the body is not read.
+    # The rest of the body is not read.
     return JSONResponse({"status": status, "error": error}, status, {"Connection": "close"})

@@ -1,4 +1,4 @@
-"""The process that serves the gateway, and what it reads of a connection before the application sees it."""
+"""The server that runs the gateway, with limits on what it reads from a connection before the application sees it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from early_exit.archiver.gateway.upstream import PREDICTION_S
 _PING_S = 20.0
 _GRACE_S = 10
 HEADERS_S, BODY_S = 10.0, 60.0
-"""How long the headers of a request may take to arrive, counted from the connection or their first byte, then its body,
-and then a client to read what waits for it."""
+"""The seconds that the headers of a request may take to arrive, counted from the connection or their first byte, and
+those that its body may take after that. A client may also take the second time to read an answer that waits for it."""
 _BESIDE = 64
-"""Connections without a WebSocket that may be open: of the page, of `/ask`, and those that have sent nothing yet."""
+"""The number of connections without a WebSocket that may be open: of the page, of `/ask`, and those that have sent
+nothing yet."""
 _FRAME_BYTES = 64
-"""What a fragment of a message takes in memory beside its bytes."""
+"""The bytes that a fragment of a message takes in memory beside its content."""
 
 
 class GatewayServer(uvicorn.Server):
-    """A server that says when it can be reached."""
+    """A server that reports when clients can connect."""
 
     def __init__(self, config: uvicorn.Config, when_started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -44,19 +45,19 @@ class GatewayServer(uvicorn.Server):
 
 
 class _ReadInTime(asyncio.Protocol):
-    """A connection that ends where its client does not read what waits for it, be it closed already or not."""
+    """A connection that ends if its client does not read the data that waits for it, whether it is closing or not."""
 
     transport: asyncio.Transport
     loop: asyncio.AbstractEventLoop
     _unread: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """Give the client so long to read what waits for it."""
+        """Start the time within which the client must read the data that waits for it."""
         super().pause_writing()
         self._unread = self.loop.call_later(self._read_within_s(), self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on, as the client has read everything."""
+        """Continue, because the client has read everything."""
         super().resume_writing()
         self._end_unread()
 
@@ -73,7 +74,7 @@ class _ReadInTime(asyncio.Protocol):
 
 
 class _Requests(_ReadInTime, H11Protocol):
-    """HTTP for so many connections, each with a limit on how long a request may take to arrive and its answer to be
+    """HTTP for a limited number of connections, with limits on the time in which a request arrives and its answer is
     read."""
 
     def __init__(self, *arguments: Any, most: int, **more: Any) -> None:
@@ -84,7 +85,7 @@ class _Requests(_ReadInTime, H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # writing is paused while anything waits to be read, closed or not
+        transport.set_write_buffer_limits(0)  # writing pauses while the client has data to read
         if len(self.connections) > self._most:
             transport.abort()
         else:
@@ -138,7 +139,7 @@ class _Messages(_ReadInTime, WebSocketsSansIOProtocol):
         super().handle_cont(event)
 
     async def receive(self) -> Any:
-        """Return what comes next; from then on the application counts it."""
+        """Return the next event; from then on, the application counts its bytes."""
         event = await super().receive()
         if self.queue.empty():
             self._share.give_back()
@@ -153,7 +154,7 @@ class _Messages(_ReadInTime, WebSocketsSansIOProtocol):
 
     def _hold(self, n_bytes: int) -> None:
         if self.close_sent:
-            return  # whatever still comes is thrown away
+            return  # later data is thrown away
         try:
             self._share.take(n_bytes)
         except NoRoom as reason:
@@ -164,8 +165,9 @@ class _Messages(_ReadInTime, WebSocketsSansIOProtocol):
             self.frames = []
             self._share.give_back()
             self.queue.put_nowait({"type": "websocket.disconnect", "code": TRY_LATER, "reason": str(reason)})
-            # Closed at once with bytes unread, the connection would be reset, and the client would not learn why.
-            self.loop.call_soon(self.transport.write_eof)  # after the answers to what came with this
+            # If the connection were closed at once with unread bytes, it would be reset, and the client would not learn
+            # the reason.
+            self.loop.call_soon(self.transport.write_eof)  # after the answers to messages that came with this one
             self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
 
 
@@ -174,14 +176,14 @@ def make_server(app: Starlette, host: str, port: int, limits: Limits, in_flight:
     """Return a server that pings its clients and reads no more than the limits allow.
 
     Args:
-        app: the application that it serves.
-        host: address to listen on.
-        port: port to listen on.
-        limits: limits of the messages.
-        in_flight: counts what is read, together with what the application holds.
+        app: the application to serve.
+        host: the address to listen on.
+        port: the port to listen on.
+        limits: the limits of messages.
+        in_flight: counts the bytes that are read, together with those that the application holds.
         when_started: called once, when clients can connect.
     """
-    # While a message waits for its turn nothing is read, not even a pong: who is silent for longer than that has gone.
+    # While a message waits for its turn, nothing is read, not even a pong. A client that is silent for longer has gone.
     longest_s = PREDICTION_S * (1 + limits.items_per_message / limits.in_flight)
     return GatewayServer(uvicorn.Config(
         app, host, port, log_level="warning", ws_ping_interval=_PING_S, ws_ping_timeout=longest_s,

@@ -1,4 +1,4 @@
-"""What the plan in an archive promises."""
+"""The certificates of the plans in a model store, for the live page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from early_exit.handler.monitor.monitored import Monitored
 
 
 class Promises:
-    """What the plans of the archives in a model store promise, each read once."""
+    """The plans and certificates of the archives in a model store; each archive is read once."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
         self._read: dict[tuple[str, int], dict[str, Any] | None] = {}
 
     def of(self, file_name: str) -> dict[str, Any] | None:
-        """Return what the live page shows of an archive's plan; none where it has none or cannot be read here."""
+        """Return what the live page shows of an archive's plan; None if it has no plan or cannot be read here."""
         mar = self._store / Path(file_name).name
         try:
             if not mar.is_file():
@@ -35,7 +35,7 @@ class Promises:
 def _read(mar: Path) -> dict[str, Any] | None:
     try:
         plan = read_archive(mar).plan
-    except EarlyExitError:  # none of ours, or made by another version of this software
+    except EarlyExitError:  # the archive is not ours, or was made by another version of this software
         return None
     if plan is None:
         return None

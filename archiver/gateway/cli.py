@@ -53,7 +53,7 @@ def _serve(options: argparse.Namespace) -> int:
                      decisions=lambda model: _decisions(options, model))
     server = make_server(app, options.host, options.port, limits, in_flight,
                          lambda: _print_addresses(options, None if is_given else token))
-    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped in good order
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly stop
         server.run()
         if not server.started:
             raise ServerError(f"cannot listen on {options.host}:{options.port}: choose another --port")
@@ -63,8 +63,8 @@ def _serve(options: argparse.Namespace) -> int:
 def _token(host: str) -> tuple[str, bool]:
     """Return the token that clients must send, and whether the user gave it.
 
-    The gateway signs what it sends on with TorchServe's keys, so every user of this machine who reaches its port would
-    have them; on loopback, too, there is a token.
+    The gateway signs the requests that it passes on with TorchServe's keys, so every user of this machine who reaches
+    its port could use these keys. That is why clients need a token on loopback, too.
     """
     given = os.environ.get(GATEWAY_TOKEN, "").strip()
     if not given and host not in LOOPBACK:
@@ -74,9 +74,11 @@ def _token(host: str) -> tuple[str, bool]:
 
 
 def _secret_file(options: argparse.Namespace) -> Path | None:
-    """Return where the secret lies that clients of the gateway get every exit's opinion with, if they do.
+    """Return the file with the secret that opens the answers of all exits to clients of the gateway; None if they are
+    not open.
 
-    Each such request costs a full pass. On loopback the gateway is the operator's own; off it, clients may be anyone's.
+    Each such request costs a full pass. On loopback, the gateway serves the operator; elsewhere, its clients may be
+    anyone.
     """
     if options.secret is not None:
         if not options.secret.is_file():
@@ -86,7 +88,7 @@ def _secret_file(options: argparse.Namespace) -> Path | None:
 
 
 def _decisions(options: argparse.Namespace, model: str) -> list[Event]:
-    """Return what the watcher of a model and its operator decided, oldest first."""
+    """Return the decisions of a model's watcher and operator, oldest first."""
     switches = options.switches or options.tokens.with_name(SWITCHES_FOLDER)
     events = [event for folder in (options.watch, switches) for event in audit_of(folder, model).read()]
     return sorted(events, key=itemgetter("time"))
@@ -94,13 +96,13 @@ def _decisions(options: argparse.Namespace, model: str) -> list[Event]:
 
 def _print_addresses(options: argparse.Namespace, made: str | None) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
-    # A browser sends nothing of what comes after '#', and the page takes it out of the address bar.
+    # A browser does not send the part after '#', and the page removes it from the address bar.
     addresses = {"page": f"http://{host}:{options.port}/" + (f"#token={made}" if made else ""),
                  "websocket": f"ws://{host}:{options.port}/ws/MODEL"}
     if options.json:
         print(json.dumps(addresses | ({"token": made} if made else {})), flush=True)
     else:
-        token = f"{made}  (of this start; {GATEWAY_TOKEN} sets one)" if made else f"that of {GATEWAY_TOKEN}"
+        token = f"{made}  (for this start; {GATEWAY_TOKEN} sets a lasting one)" if made else f"set by {GATEWAY_TOKEN}"
         print(f"live page   {addresses['page']}\nwebsocket   {addresses['websocket']}\ntoken       {token}\n"
               "Ctrl-C stops it", flush=True)
 
@@ -112,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         "and sends each answer as soon as it is ready.", """
         beside the server that ee-serve started here:
           ee-gateway
-        for other machines, which call this one gpu1, with a token of its own:
+        for other machines, which know this one as gpu1, with a token of your own:
           EE_GATEWAY_TOKEN=secret ee-gateway --host 0.0.0.0 --host-name gpu1 --port 9000""")
     parser.add_argument("--server", default="http://127.0.0.1:8080", metavar="URL[,URL]",
                         help="TorchServe's inference address, and its management address unless that is the next port "

@@ -1,4 +1,4 @@
-"""What the live page shows: gathered every two seconds, for as long as the gateway runs."""
+"""The data of the live page, collected every two seconds for as long as the gateway runs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ EVERY_S = 2.0
 SHOWN_S = 600.0
 """The page shows the looks of the last ten minutes."""
 _LOOKS = int(SHOWN_S / EVERY_S)
-"""Looks that are kept of each model: they are never closer than `EVERY_S`, so no fewer than are shown."""
+"""The number of looks that are kept of each model. Looks are at least `EVERY_S` apart, so these cover all that is
+shown."""
 _EVENTS = 40
 
 Decisions = Callable[[str], Sequence[Mapping[str, Any]]]
-"""Returns what was decided about a model with `ee-watch` and `ee-exits`: objects with 'time', 'event' and evidence,
-oldest first."""
+"""Returns the decisions about a model of `ee-watch` and `ee-exits`: objects with 'time', 'event' and evidence, oldest
+first."""
 Plans = Callable[[str], dict[str, Any] | None]
-"""Returns what the page shows of the plan in an archive of the model store, by file name; none where there is none."""
+"""Returns what the page shows of the plan in an archive of the model store, by file name; None if there is no plan."""
 
 
 @dataclass
 class History:
-    """What has been seen of one model since the gateway started."""
+    """The history of one model since the gateway started."""
 
     looks: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_LOOKS))
     metrics: Mapping[str, VersionMetrics] | None = None
@@ -47,16 +48,16 @@ class History:
 
 
 class Live:
-    """Remembers what TorchServe tells of its models."""
+    """Collects what TorchServe reports about its models."""
 
     def __init__(self, upstream: Upstream, plans: Plans = lambda file_name: None,
                  decisions: Decisions = lambda model: []) -> None:
-        """Begin with nothing.
+        """Begin with an empty history.
 
         Args:
-            upstream: the server that is looked at.
-            plans: tells what an archive promises.
-            decisions: tells what a model's watcher and operator decided.
+            upstream: the server to look at.
+            plans: returns what the page shows of an archive's plan.
+            decisions: returns the decisions of a model's watcher and operator.
         """
         self._upstream, self._plans, self._decisions = upstream, plans, decisions
         self._histories: dict[str, History] = defaultdict(History)
@@ -71,12 +72,12 @@ class Live:
             await asyncio.sleep(EVERY_S)
 
     async def look(self) -> None:
-        """Look once at all models; the state says what failed, for one model or for all."""
+        """Look once at all models; the state tells what failed: the look at one model, or at all of them."""
         try:
             models = await self._upstream.models()
             scrape = await self._upstream.metrics()
             self._trouble = None
-        except Exception as error:  # one look that fails must not be the last
+        except Exception as error:  # a look that fails must not be the last
             self._trouble = _in_a_sentence(error)
             return
         for model in models:
@@ -84,7 +85,7 @@ class Live:
             try:
                 await self._look_at(model, history, scrape.get(model, {}))
                 history.trouble = None
-            except Exception as error:  # nor hide the other models
+            except Exception as error:  # and must not hide the other models
                 history.trouble = _in_a_sentence(error)
         self._models, self._looked_at = models, time.time()
 
@@ -94,7 +95,7 @@ class Live:
             self._histories[model].latencies.add(message)
 
     def state(self, model: str | None) -> dict[str, Any]:
-        """Return everything the page shows of a model, by default the first that has exits or records."""
+        """Return everything that the page shows of a model; by default of the first one with exits or records."""
         ours = [name for name in self._models
                 if any(version.answers for version in (self._histories[name].metrics or {}).values())]
         name = model if model in self._models else next(iter([*ours, *self._models]), None)
@@ -126,7 +127,7 @@ class Live:
                     for status, plan in zip(registered, plans)]
         served = next((version["version"] for version in versions if version["serves"]), NO_VERSION)
         history.events += ({"time": now, "text": text} for text in changes(history.versions, versions))
-        if before is not None:  # what was counted before the first look has no time
+        if before is not None:  # counts from before the first look have no time
             history.looks.append({
                 "time": now, "versions": {version["version"]: _stage(version) for version in versions},
                 "answers": {name: counts.answers for name, counts in grown.items() if any(counts.answers.values())},
@@ -140,7 +141,7 @@ class Live:
 
 def _in_a_sentence(error: Exception) -> str:
     return without_credentials(str(error) if isinstance(error, EarlyExitError) else (
-        f"The gateway cannot read what TorchServe tells: {type(error).__name__}: {error}"))
+        f"The gateway cannot read TorchServe's answer: {type(error).__name__}: {error}"))
 
 
 def in_words(decision: Mapping[str, Any]) -> str:
@@ -169,7 +170,7 @@ def _stage(version: Mapping[str, Any]) -> str:
 
 
 def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what has happened to the versions of a model between two looks."""
+    """Return the events of a model's versions between two looks."""
     had, has = ({version["version"]: version for version in versions} for versions in (before, now))
     served = next((version["version"] for version in before if version["serves"]), None)
     events = []
@@ -182,5 +183,5 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
             events.append(f"version {name} is ready")
         monitor, monitor_before = ((versions.get(name) or {}).get("monitor") or {} for versions in (has, had))
         if monitor.get("step", 0.0) > monitor_before.get("step", 0.0):
-            events.append(f"alarm: version {name} has stepped back to a safer setting ({monitor['step']:.0f})")
+            events.append(f"alarm: version {name} has gone to fallback level {monitor['step']:.0f}")
     return events + [f"version {name} is removed" for name in had.keys() - has.keys()]

@@ -1,4 +1,4 @@
-"""What travels over the gateway's WebSocket.
+"""The messages of the gateway's WebSocket.
 
 A client sends batches of items, each with an id of its own choice. As text:
 
@@ -8,15 +8,15 @@ or as bytes: the length of a JSON header (4 bytes, big-endian), the header, and 
 
     {"items": [{"id": "a", "size": 3012}, ...], "anytime": false}
 
-For every item comes one message as soon as its answer is there, in whatever order:
+For every item, one message is sent as soon as its answer is ready, in any order:
 
     {"id": "a", "status": 200, "exit": "layer2.0", "confidence": 0.97, "version": "3.0", "latency_ms": 41.3,
      "answer": ...}
 
-`answer` is the JSON that the model's handler gave, or text; `answer_base64` where it is neither. With "anytime" there
-is `opinions` too: what every exit would have said. An item that cannot be answered has a status of 4xx or 5xx and an
-`error`, and costs the others nothing. A client that was cut off sends again what it has no answer to: the gateway keeps
-nothing.
+`answer` is the JSON or the text that the model's handler returned; for other bytes, there is `answer_base64` instead.
+With "anytime" there are also `opinions`, the answers of all exits. An item that cannot be answered has a status of 4xx
+or 5xx and an `error`; the other items are not affected. A client that was cut off sends again the items for which it
+has no answer: the gateway keeps nothing.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ UNSUPPORTED, TOO_BIG, TRY_LATER = 1003, 1009, 1013
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for."""
+    """The limits for clients."""
 
     items_per_message: int = 64
     bytes_per_item: int = 10 * 2**20
     in_flight: int = 32
-    """Items of one connection that the server works at; while there are so many, nothing more is read."""
+    """The number of one connection's items that the server processes at once; until one of them is answered, nothing
+    more is read."""
     in_flight_in_all: int = 256
-    """Items of all connections that the server works at."""
+    """The number of all connections' items that the server processes at once."""
     connections: int = 64
-    """Connections that are open at once; each may hold two messages that wait for their turn."""
+    """The number of connections that are open at once; each may hold two messages that wait for their turn."""
     bytes_in_all: int = 128 * 2**20
-    """Bytes of messages and answers that are held at once, of all connections. A text may take four times its bytes
-    in memory, as may what its JSON holds while it is read, so the process needs six times as much."""
+    """The bytes of messages and answers that are held at once, over all connections. A text may take four times its
+    bytes in memory, and so may the values of its JSON while it is read: the process needs six times as much."""
 
     @property
     def bytes_per_message(self) -> int:
-        """Largest message: a few large items, or many small ones."""
+        """The largest size of a message: a few large items, or many small ones."""
         return 4 * self.bytes_per_item
 
     @property
     def signs_per_message(self) -> int:
-        """Largest number of commas, colons and brackets in a message's JSON, outside of base64: those of ids, too."""
+        """The largest number of commas, colons and brackets in a message's JSON, ids included; base64 has none."""
         return (_ID_LENGTH + 24) * (self.items_per_message + 1)
 
     @property
     def bytes_per_header(self) -> int:
-        """Largest header of a message in bytes: an id may take twelve bytes for each of its characters."""
+        """The largest size of a message's header, in bytes: an id may take twelve bytes for each of its characters."""
         return (12 * _ID_LENGTH + 200) * (self.items_per_message + 1)
 
 
@@ -87,10 +88,10 @@ class BytesInFlight:
             share.give_back()
 
     def add(self, n_bytes: int) -> None:
-        """Count bytes that come, or go where the number is negative.
+        """Count bytes that are now held, or released if the number is negative.
 
         Raises:
-            NoRoom: there would be more than the limit.
+            NoRoom: the bytes would exceed the limit.
         """
         if n_bytes > 0 and self._held + n_bytes > self._limit:
             raise NoRoom(f"the gateway holds {self._held} of {self._limit} bytes: try again later")
@@ -104,16 +105,16 @@ class Share:
         self._of_all, self._held = of_all, 0
 
     def take(self, n_bytes: int) -> None:
-        """Hold more.
+        """Hold more bytes.
 
         Raises:
-            NoRoom: all connections together would hold too many.
+            NoRoom: all connections together would hold too many bytes.
         """
         self._of_all.add(n_bytes)
         self._held += n_bytes
 
     def give_back(self, n_bytes: int | None = None) -> None:
-        """Hold so many bytes less, or none at all."""
+        """Release a number of bytes; by default all of them."""
         returned = self._held if n_bytes is None else min(n_bytes, self._held)
         self._held -= returned
         self._of_all.add(-returned)
@@ -140,7 +141,7 @@ def read_message(message: str | bytes, limits: Limits) -> list[Item]:
     """Return the items of a message.
 
     Raises:
-        Malformed: it is not one of the two kinds, or has too many items.
+        Malformed: the message is not one of the two kinds, or has too many items.
     """
     if len(message) > limits.bytes_per_message:
         raise Malformed(f"a message may have {limits.bytes_per_message} bytes, this one has {len(message)}", TOO_BIG)

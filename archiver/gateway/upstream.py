@@ -1,4 +1,4 @@
-"""The server behind the gateway, and what the gateway's messages say of its answers."""
+"""The server behind the gateway, and how its answers become messages of the gateway."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from early_exit.handler.protocol import (
 )
 
 PREDICTION_S = 120.0
-"""Limit for a prediction, waiting in the server's queue included."""
+"""The time limit for a prediction, waiting in the server's queue included."""
 
 
 class Upstream(Protocol):
-    """A server of models, asked without blocking; each method raises a ServerError where it does not answer.
+    """The asynchronous interface of a model server; each method raises a ServerError if the server does not answer.
 
-    All but `predict` raise one where it refuses, too.
+    All methods except `predict` also raise one if the server refuses.
     """
 
     async def predict(self, model: str, body: bytes, *, anytime: bool) -> Prediction:
-        """Return the answer of a model's default version; with `anytime` it hears what every exit would have said."""
+        """Return the answer of a model's default version; with `anytime`, together with the answers of all exits."""
 
     async def models(self) -> list[str]:
         """Return the names of the models that are registered."""
 
     async def versions(self, model: str) -> list[VersionStatus]:
-        """Return the registered versions of a model, none when it is not registered."""
+        """Return the registered versions of a model; none if the model is not registered."""
 
     async def metrics(self) -> Scrape:
-        """Return what the server has counted.
+        """Return the metrics of the server.
 
         Raises:
-            ValueError: it answers with something else than metrics.
+            ValueError: the server answers with something other than metrics.
         """
 
     async def close(self) -> None:
-        """Give back what the connections hold."""
+        """Close the connections."""
 
 
 async def answer_item(upstream: Upstream, model: str, body: bytes, *, anytime: bool) -> dict[str, Any]:
-    """Return what the messages of the protocol say of an item, but for its id; trouble is a status and an error."""
+    """Return the protocol's message about an item, without its id; a failure becomes a status and an error."""
     started = time.perf_counter()
     try:
         prediction = await upstream.predict(model, body, anytime=anytime)
@@ -77,7 +77,7 @@ def _exit_facts(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float | None:
-    """Return a number, None for one that JSON has no word for.
+    """Return a number; None if JSON cannot express it.
 
     >>> _finite("0.5"), _finite("NaN"), _finite("1e999")
     (0.5, None, None)

@@ -26,12 +26,12 @@ from early_exit.archiver.gateway.upstream import Upstream, answer_item
 logger = logging.getLogger(__name__)
 
 Seen = Callable[[str, dict[str, Any]], None]
-"""Is called with the model and the message of every answer."""
+"""A function that receives the model and the message of every answer."""
 
 
 async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits: Limits, in_all: asyncio.Semaphore,
                        held: BytesInFlight, seen: Seen) -> None:
-    """Serve one client, whose connection is accepted, until it leaves or sends what cannot be read."""
+    """Serve one client, whose connection is accepted, until it leaves or sends a message that cannot be read."""
     with held.share() as share:
         await _serve(socket, model, upstream, limits, in_all, share, seen)
 
@@ -39,7 +39,7 @@ async def serve_socket(socket: WebSocket, model: str, upstream: Upstream, limits
 async def _serve(socket: WebSocket, model: str, upstream: Upstream, limits: Limits, in_all: asyncio.Semaphore,
                  share: Share, seen: Seen) -> None:
     own = asyncio.Semaphore(limits.in_flight)
-    sending = asyncio.Lock()  # one answer at a time lies in the connection's buffer; the others are counted here
+    sending = asyncio.Lock()  # one answer at a time is in the connection's buffer; the others are counted here
     tasks: set[asyncio.Task[None]] = set()
     left = False
 
@@ -75,7 +75,7 @@ async def _serve(socket: WebSocket, model: str, upstream: Upstream, limits: Limi
             own.release()
 
     def with_room(item: Item, message: str) -> str:
-        """Return the message where it may be held until the client has read it, else one that says why not."""
+        """Return the message if it may be held until the client has read it, or else an error message."""
         try:
             share.take(len(message))
         except NoRoom as error:
@@ -89,7 +89,7 @@ async def _serve(socket: WebSocket, model: str, upstream: Upstream, limits: Limi
                 return
             text, data = received.get("text"), received.get("bytes")
             waiting = deque(read_message(text if text is not None else data or b"", limits))
-            del received, text, data  # what is no longer counted must not be kept
+            del received, text, data  # bytes that are no longer counted must not be kept
             share.take(sum(len(item.body) for item in waiting))
             while waiting:
                 await own.acquire()  # back-pressure: as long as this waits, nothing more is read
@@ -99,7 +99,7 @@ async def _serve(socket: WebSocket, model: str, upstream: Upstream, limits: Limi
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
     except (Malformed, NoRoom) as reason:
-        await asyncio.gather(*tasks, return_exceptions=True)  # what was asked before is answered
+        await asyncio.gather(*tasks, return_exceptions=True)  # earlier items are answered
         code = reason.code if isinstance(reason, Malformed) else TRY_LATER
         # A close frame has room for 123 bytes of reason.
         await socket.close(code, str(reason).encode()[:120].decode(errors="ignore"))

@@ -1,4 +1,4 @@
-"""Writes an early-exit .mar: self-contained, the same bytes for the same input, compared before anyone sees it."""
+"""Writes an early-exit .mar: self-contained, the same bytes for the same input, and compared before it is published."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
     """Build, compare and publish an archive; return its path.
 
     Args:
-        request: what is wanted.
-        log: called with a line about what the user should know of the archive.
-        skipped: counts recorded requests that could not calibrate it.
+        request: the archive to build.
+        log: receives lines that the user should know about the archive.
+        skipped: counts recorded requests that could not be used to calibrate the archive.
 
     Raises:
         EarlyExitError: the source, the plan or the configuration cannot be used, the archive does not answer as its
@@ -78,7 +78,7 @@ def _advance(progress: Any, to: str) -> None:
 
 def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: Source, engine: str, aside: Path,
                       log: Callable[[str], None], skipped: Skipped) -> None:
-    """Replace what lies in the archive's own folder: handler code, engine's pieces, plan."""
+    """Replace the contents of the archive's own folder: the handler code, the engine's pieces and the plan."""
     backbone = load_backbone(layout.folder)
     if ENGINES[engine].needs_calibration:
         _keep_or_quantize(request, engine, layout, source, backbone, aside, log, skipped)
@@ -95,15 +95,15 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
         plan, tensors = load_plan(request.plan)
         require_engine(plan.engine, ENGINES[engine].identity(layout.folder))
         if plan.certificate and not plan.is_certified_for(traffic):
-            log("the plan's certificate is about other traffic: the handler, its files or its configuration are others "
-                "than those of the archive that it was trained for. The new archive answers every request in full "
-                "until it has a plan from records of its own")
+            log("the plan's certificate is about other traffic: the handler, its files or its configuration differ "
+                "from those of the archive that the plan was trained for. The new archive answers every request in "
+                "full until it has a plan from records of its own")
         save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
 
 
 def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayout, source: Source, backbone: Backbone,
                       aside: Path, log: Callable[[str], None], skipped: Skipped) -> None:
-    """Put the source's quantized pieces aside, which a plan may belong to, or make new ones where that is asked for."""
+    """Keep the source's quantized pieces, to which a plan may belong, or make new ones if the request asks for them."""
     if request.calibrate is not None:
         inputs = recorded_inputs(request.calibrate, layout, source.manifest, backbone, skipped, log)
         quantize(backbone, inputs, aside, log)
@@ -120,7 +120,7 @@ def _all_but_python(folder: str, names: list[str]) -> list[str]:
 
 
 def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, configuration: Configuration) -> None:
-    """Replace what TorchServe reads in the archive's root, configuration and manifest, and note what else is there."""
+    """Replace the configuration and the manifest in the archive's root, and note the user's other files there."""
     layout.original_manifest.write_text(json.dumps(source.manifest, indent=1, sort_keys=True))
     config_file = None if configuration.text is None else source.configuration or CONFIG_FILE
     if config_file is not None and configuration.text is not None:
@@ -139,21 +139,21 @@ def _file_name(layout: ArchiveLayout) -> str:
 
 
 def _zip_and_check(layout: ArchiveLayout, draft: Path, source: Source, aside: Path, log: Callable[[str], None]) -> None:
-    """Zip a folder and compare its answers; where the user's own model must be loaded is found out by trying.
+    """Zip a folder and compare the archive's answers; whether the user's own model must be loaded is found by trying.
 
     Raises:
-        ArchiveError: it does not answer as its source does, whoever loads the model.
+        ArchiveError: the archive does not answer as its source does, however the model is loaded.
     """
     layout.sample_answers.unlink(missing_ok=True)
     answers = _checked(layout, draft, source, aside, log)
-    if answers:  # by which ee-roll knows the archive where it may not probe
+    if answers:  # ee-roll recognises the archive by them if it may not probe
         layout.sample_answers.write_text(json.dumps(answers, indent=1, sort_keys=True))
         zip_folder(layout.root, draft)
 
 
 def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
              log: Callable[[str], None]) -> dict[str, Any]:
-    """Zip a folder and return how the archive answers its first sample, by the exit that answers."""
+    """Zip a folder, and return the archive's answers to its first sample, by the exit that gives them."""
     expected = layout.answers if layout.answers.exists() else None
     if source.is_ours:
         zip_folder(layout.root, draft)
@@ -163,7 +163,7 @@ def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
     weights = layout.root / source.weights if source.weights else None
     for way in ways:
         replace(description, loading=way).save(layout.handler_description)
-        # Without the user's own weights if it can do without them: the exported backbone has them already.
+        # The user's own weights are left out if they are not needed: the exported backbone has them already.
         zip_folder(layout.root, draft, without=weights if way is Loading.GIVEN else None)
         try:
             answers = check(draft, expected)
@@ -183,9 +183,10 @@ def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
 
 
 def _for_want_of_outputs(error: ArchiveError, layout: ArchiveLayout) -> ArchiveError:
-    """Return why an archive does not answer as its source does, with what its model returned besides scores."""
+    """Return the error of an archive that answers differently from its source, with the model's further outputs."""
     beside = BackboneDescription.load(layout.folder / DESCRIPTION_FILE).output.beside
     if not beside:
         return error
-    return ArchiveError(f"{error}\nThe model returns more than its scores ({', '.join(beside)}), which an exit cannot: "
-                        "a handler whose answers need that cannot have exits", Unsupported.SEVERAL_SCORES)
+    return ArchiveError(f"{error}\nThe model returns more than its scores ({', '.join(beside)}), but an exit returns "
+                        "scores only: a handler whose answers need the other outputs cannot have exits",
+                        Unsupported.SEVERAL_SCORES)

@@ -45,12 +45,12 @@ def _build(options: argparse.Namespace) -> int:
                         lambda line: log_to_stderr(f"ee-archive: {line}"), skipped)
     _print_contents(mar, as_json=options.json, more={"skipped": skipped.counts} if options.calibrate else {})
     print_next(f"ee-roll {mar}" if options.plan else
-               f"ee-serve {mar.name} --model-store {mar.parent}, or ee-roll {mar} where a server runs")
+               f"ee-serve {mar.name} --model-store {mar.parent}, or ee-roll {mar} if a server runs already")
     return 0
 
 
 def _print_contents(mar: Path, *, as_json: bool, more: Mapping[str, Any]) -> None:
-    """Print what is in an archive; as JSON with more that is known of how it was made."""
+    """Print the contents of an archive; as JSON, together with further data about how it was made."""
     print(json.dumps({**describe(mar), **more}, indent=1) if as_json else in_words(mar))
 
 
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
                      --handler image_classifier --model-name photos
         a text model of two inputs:
           ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128
-        one whose requests have several parts:
+        a model whose requests have several parts:
           ee-archive ranker.mar --form "image=cat.jpg;type=image/jpeg" --form options=options.json""")
     parser.add_argument("source",
                         help="the model: a .mar, a .tar.gz or a folder that torch-model-archiver made, a factory "

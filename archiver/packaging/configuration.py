@@ -1,4 +1,4 @@
-"""The model-config.yaml of an archive: the user's, with what the engine and the answers need."""
+"""The model-config.yaml of an archive: the user's file, with the settings that the engine and early answers need."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Configuration:
     """A model-config.yaml that has been checked."""
 
     text: str | None
-    """Content of the file; none where the archive needs no file."""
+    """The content of the file; None if the archive needs no file."""
     engine: str
-    """Name of the engine that the archive is executed by."""
+    """The name of the engine that executes the archive."""
 
 
 def serving_config(text: str) -> ServingConfig:
-    """Return how an archive serves by the text of its model-config.yaml, which may be empty.
+    """Return the serving configuration in the text of an archive's model-config.yaml, which may be empty.
 
     Raises:
-        ConfigError: it is not YAML, or holds a wrong setting.
+        ConfigError: the text is not YAML, or holds a wrong setting.
     """
     return ServingConfig.from_model_config(parse_yaml(text, f"the archive's {CONFIG_FILE}"))
 
@@ -39,8 +39,8 @@ def read_configuration(file: Path | None, engine: str | None, log: Callable[[str
 
     Args:
         file: the user's model-config.yaml, if there is one.
-        engine: name of the engine that is to replace the user's.
-        log: called with a line about what was changed for TorchServe's sake.
+        engine: the name of the engine that replaces the user's; None keeps it.
+        log: receives a line about the settings that were changed for TorchServe.
 
     Raises:
         ConfigError: the file cannot be read, or holds a wrong setting.
@@ -55,8 +55,8 @@ def read_configuration(file: Path | None, engine: str | None, log: Callable[[str
     needed = {name: value for name, value in SERVER_SETTINGS.items() if changed.get(name) != value}
     if serving.answers == EARLY and needed:
         changed |= needed
-        log("early answers need TorchServe's continuous batching with one worker: the archive's model-config.yaml says "
-            + ", ".join(f"{name}: {str(value).lower()}" for name, value in needed.items()))
+        log("early answers need TorchServe's continuous batching with one worker, so the archive's model-config.yaml "
+            "sets " + ", ".join(f"{name}: {str(value).lower()}" for name, value in needed.items()))
     if changed != (content or {}):
         text = yaml.safe_dump(changed, sort_keys=False)
     return Configuration(None if file is None and engine is None else text, serving.engine)

@@ -1,4 +1,4 @@
-"""Tells what is in an early-exit archive."""
+"""Describes the contents of an early-exit archive."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def describe(mar: Path) -> dict[str, Any]:
     """Return the contents of an archive as JSON-ready data.
 
     Raises:
-        ArchiveError: it is not an early-exit archive.
-        PlanError: its plan cannot be read.
+        ArchiveError: the file is not an early-exit archive.
+        PlanError: the archive's plan cannot be read.
     """
     return _as_data(mar, read_archive(mar))
 
@@ -50,8 +50,8 @@ def in_words(mar: Path) -> str:
     """Return the contents of an archive for a reader.
 
     Raises:
-        ArchiveError: it is not an early-exit archive.
-        PlanError: its plan cannot be read.
+        ArchiveError: the file is not an early-exit archive.
+        PlanError: the archive's plan cannot be read.
     """
     archive = read_archive(mar)
     contents, plan = _as_data(mar, archive), archive.plan

@@ -1,4 +1,4 @@
-"""What is to be known of a source before an archive is made of it: its backbone, and how its handler uses it."""
+"""Finds out what an archive needs from its source: the backbone, samples with answers, and how the handler works."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside:
     """Fill the archive's own folder with the backbone, the samples and their answers, and the handler's description.
 
     Args:
-        request: what is wanted.
+        request: the archive to build.
         layout: the user's files.
-        source: what they are.
+        source: the source of these files.
         aside: an existing folder for files that do not go into the archive.
-        log: called with a line about what the user should know.
+        log: receives lines that the user should know.
 
     Raises:
         EarlyExitError: the source does not load or does not answer, or its model cannot be exported.
@@ -36,7 +36,7 @@ def learn(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside:
         layout.samples.unlink(missing_ok=True)
         layout.answers.unlink(missing_ok=True)
         log("no sample request is known, so the new archive's answers cannot be compared with the original's, and "
-            "ee-roll asks for --untried: --request FILE gives one")
+            "ee-roll will ask for --untried: pass --request FILE to give a sample")
 
 
 def _own_samples(request: ArchiveRequest) -> list[SampleRequest]:
@@ -44,12 +44,12 @@ def _own_samples(request: ArchiveRequest) -> list[SampleRequest]:
 
 
 def _varied(own: list[SampleRequest]) -> list[SampleRequest]:
-    """Return a second request where there is only one."""
+    """Return a second, varied request if there is only one."""
     return varied(own[0]) if len(own) == 1 else []
 
 
 def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[str], None]) -> None:
-    """Keep what an archive of ours holds; other samples are answered by it once more."""
+    """Keep the contents of an archive of ours; if new samples are given, the archive answers them."""
     own = _own_samples(request)
     samples = own + _varied(own) or list(samples_in(layout))
     if samples:
@@ -68,7 +68,7 @@ def _adopt(request: ArchiveRequest, layout: ArchiveLayout, source: Source, aside
     shutil.copytree(layout.root, files)  # the handler may write into its folder
     found.mkdir()
     for batch in adopt(request, files, source.manifest, samples, len(own), found):
-        log(f"your archive answers {batch} otherwise each time, so nothing of that answer can be compared")
+        log(f"your archive answers {batch} differently each time, so that answer cannot be compared")
     shutil.rmtree(files)
     ArchiveLayout(found).folder.rename(layout.folder)
     for file in found.iterdir():

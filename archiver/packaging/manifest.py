@@ -9,7 +9,7 @@ from early_exit.handler.archive_layout import HANDLER
 from early_exit.handler.errors import ArchiveError
 
 _CREATED = "01/01/1980 00:00:00"
-"""Every archive has this time of creation: the clock must not change its bytes."""
+"""The time of creation of every archive: the clock must not change its bytes."""
 
 
 def manifest_text(original: dict[str, Any], *, name: str | None, version: str | None, config_file: str | None) -> str:
@@ -17,12 +17,12 @@ def manifest_text(original: dict[str, Any], *, name: str | None, version: str | 
 
     Args:
         original: the manifest that the user's handler expects.
-        name: name of the model, by default the original's.
-        version: version of the model, by default one above the original's.
-        config_file: name of the archive's model-config.yaml, if it has one.
+        name: the name of the model; by default the original's.
+        version: the version of the model; by default one above the original's.
+        config_file: the name of the archive's model-config.yaml, if it has one.
 
     Raises:
-        ArchiveError: there is no version, and the original's cannot be counted up.
+        ArchiveError: no version is given, and the original's is not a number.
     """
     from model_archiver.manifest_components.manifest import Manifest
     from model_archiver.manifest_components.model import Model
@@ -43,4 +43,5 @@ def _next_version(version: str | None) -> str:
     try:
         return f"{int(float(version)) + 1}.0"
     except (ValueError, OverflowError):  # as for "inf"
-        raise ArchiveError(f"the source has version {version!r}, which cannot be counted up: pass --version") from None
+        raise ArchiveError(f"the source has version {version!r}, which is not a number to count up from: pass "
+                           "--version") from None

@@ -1,4 +1,4 @@
-"""Archives as files: the same contents give the same bytes, and none takes the place of another."""
+"""Archives as files: the same contents give the same bytes, and no archive replaces another one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
     """Zip a folder so that the same files give the same bytes; compiled Python is left out.
 
     Args:
-        folder: whose files are zipped.
+        folder: the folder whose files are zipped.
         target: the archive.
-        without: a file of the folder that is left out too.
+        without: a file of the folder that is also left out.
     """
     files = sorted(path for path in folder.rglob("*")
                    if path.is_file() and COMPILED not in path.parts and path != without)
@@ -29,7 +29,7 @@ def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
         for path in files:
             entry = zipfile.ZipInfo(str(path.relative_to(folder)), _EPOCH)
             entry.external_attr = 0o644 << 16
-            entry.file_size = path.stat().st_size  # beyond 2 GiB the entry must be made for it
+            entry.file_size = path.stat().st_size  # zipfile must know in advance of entries above 2 GiB
             with path.open("rb") as source, archive.open(entry, "w") as sink:
                 shutil.copyfileobj(source, sink)
     with target.open("rb+") as file:
@@ -37,22 +37,26 @@ def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
 
 
 def publish(draft: Path, target: Path) -> None:
-    """Let an archive appear in a model store, complete, where nothing has its name; the draft is left.
+    """Put an archive into a model store. It appears when it is complete, under a name that is free; the draft stays.
 
     Raises:
-        ArchiveError: another one has its name: a server may serve that, and would get this one when it restarts.
-        OSError: it cannot be written.
+        ArchiveError: another archive has the name. A server may serve it, and would load this one after a restart.
+        OSError: the archive cannot be written.
     """
     try:
         _appear(draft, target)
     except FileExistsError:
         if not _is_same(draft, target):
-            raise ArchiveError(f"{target} is there already and holds something else, which may be served: pass another "
+            raise ArchiveError(f"{target} exists already with other contents, and a server may serve it: pass another "
                                "--version, or remove it") from None
 
 
 def _appear(draft: Path, target: Path) -> None:
-    """Raise FileExistsError where there is a target; the file system decides, so of two publishers one is refused."""
+    """Link or copy a draft to a target.
+
+    Raises:
+        FileExistsError: the target exists. The file system decides this, so one of two publishers is refused.
+    """
     try:
         os.link(draft, target)
     except FileExistsError:
@@ -60,8 +64,8 @@ def _appear(draft: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        # A store without hard links, such as one on FAT or SMB: the name is taken first, so an archive that is being
-        # copied can be seen, but no other one is overwritten.
+        # The store has no hard links, as on FAT or SMB. The name is taken first: an incomplete archive is visible
+        # during the copy, but no other archive is overwritten.
         with target.open("xb") as sink:
             try:
                 with draft.open("rb") as source:
@@ -75,5 +79,5 @@ def _appear(draft: Path, target: Path) -> None:
 def _is_same(draft: Path, target: Path) -> bool:
     try:
         return filecmp.cmp(draft, target, shallow=False)
-    except OSError:  # a link to nothing
+    except OSError:  # a dangling link
         return False

@@ -1,4 +1,4 @@
-"""Makes the 8-bit pieces that the engine openvino-int8 executes, from what the model saw in service."""
+"""Makes the 8-bit pieces that the engine openvino-int8 executes, calibrated with recorded requests."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.ate
 
 def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, Any], backbone: Backbone,
                     skipped: Skipped, log: Callable[[str], None] = lambda line: None) -> Live:
-    """Return the (N, ...) inputs that the user's handler makes of recorded requests, N at most 300.
+    """Return the (N, ...) inputs that the user's handler makes from recorded requests; N is at most 300.
 
-    They are requests of the train part: those that certify what is made here are used for nothing else.
+    The requests are those of the train part, because the requests that certify a plan must not be used for anything
+    else.
 
     Args:
-        records: folder with the records.
+        records: the folder with the records.
         layout: the archive with the user's files.
         original: the manifest that the user's handler expects.
         backbone: the backbone that was recorded.
         skipped: counts the requests on which the handler fails; others are taken in their place.
-        log: called with a line about each shard that cannot be read, and about each reason to pass over requests.
+        log: receives a line for each shard that cannot be read, and for each reason why requests are passed over.
 
     Raises:
         RecordError: no requests of this backbone were recorded, or the handler fails on all of them.
@@ -68,15 +69,15 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
 
 def quantize(backbone: Backbone, inputs: Live, folder: Path,
              log: Callable[[str], None] = lambda line: None) -> None:
-    """Write the pieces of a backbone in 8 bits below an existing folder; what is there is replaced.
+    """Write the 8-bit pieces of a backbone into a folder below an existing one; earlier pieces are replaced.
 
-    Ranges of activations are those of the inputs' own, piece by piece, in float32.
+    The ranges of activations are those that the inputs lead to, piece by piece, in float32.
 
     Args:
         backbone: the backbone to quantize.
-        inputs: (N, ...) each, inputs of the backbone like those that it will serve.
-        folder: where the folder of the pieces is made.
-        log: called with a line about each piece.
+        inputs: (N, ...) tensors, inputs of the backbone like those that it will serve.
+        folder: the folder in which the folder of the pieces is made.
+        log: receives a line for each piece.
 
     Raises:
         ConfigError: NNCF or OpenVINO is not installed.

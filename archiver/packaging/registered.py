@@ -1,4 +1,4 @@
-"""What a server learns of an archive that it registers: of one that `ee-archive` made, or of the user's own."""
+"""The data that a server reads from an archive that it registers, whether `ee-archive` or the user made the archive."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from early_exit.handler.errors import ArchiveError
 from early_exit.training.text_files import parse_yaml
 
 _FIRST_VERSION = "1.0"
-"""What TorchServe takes where a manifest names no version."""
+"""The version that TorchServe assumes if a manifest names none."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +34,34 @@ class RegisteredArchive:
     """An archive as a server sees it, read without unpacking it."""
 
     model: str
-    """The name that it is served under unless another is given."""
+    """The name that the model is served under unless another is given."""
     version: str
     configured: RunSettings
-    """What its model-config.yaml says, as far as TorchServe takes it."""
+    """The settings in its model-config.yaml, as far as TorchServe accepts them."""
     may_have_more_workers: bool
-    """Whether it may have more workers than its configuration says; early answers need exactly one."""
+    """Whether the model may have more workers than its configuration says; early answers need exactly one."""
     ours: ArchiveContents | None
-    """What `ee-archive` noted; none for an archive of torch-model-archiver."""
+    """The contents that `ee-archive` has written; None for an archive of torch-model-archiver."""
 
     @property
     def made_from(self) -> str | None:
-        """Name and version of the archive that it was made from; none where it was made from a model, or not by us."""
+        """The name and version of the archive from which `ee-archive` made this one; None if there is none."""
         if self.ours is None or not (version := self.ours.original_manifest["model"].get("modelVersion")):
             return None
         return f"{self.ours.original_manifest['model']['modelName']} {version}"
 
 
 def registered_archive(mar: Path) -> RegisteredArchive:
-    """Read what a server will learn of an archive.
+    """Read an archive as a server will see it.
 
     Args:
         mar: an archive, in any of the formats of torch-model-archiver.
 
     Raises:
-        ArchiveError: it is no such archive, or it is damaged.
-        ConfigError: it is one of `ee-archive`, and its configuration holds a wrong setting.
-        FormatError: it is one of `ee-archive`, in a format that this version does not read.
-        PlanError: its plan is incomplete.
+        ArchiveError: the file is not such an archive, or is damaged.
+        ConfigError: `ee-archive` made the archive, and its configuration holds a wrong setting.
+        FormatError: `ee-archive` made the archive, in a format that this version does not read.
+        PlanError: the archive's plan is incomplete.
     """
     manifest, configuration = _read(mar) if mar.suffix == ".mar" and not mar.is_dir() else _unpacked(mar)
     model = manifest["model"]
@@ -76,7 +76,8 @@ def registered_archive(mar: Path) -> RegisteredArchive:
 
 
 def _configured(content: dict[str, Any]) -> RunSettings:
-    """Return what TorchServe takes of a configuration: whole numbers above 0, and workers only as a pair that fits."""
+    """Return the settings of a configuration that TorchServe accepts: whole numbers above 0, and workers as a pair in
+    ascending order."""
     def number(name: str) -> int | None:
         value = content.get(name)
         return value if type(value) is int and value > 0 else None
@@ -98,13 +99,13 @@ def _read(mar: Path) -> tuple[dict[str, Any], str]:
             file = manifest["model"].get("configFile")
             has_file = bool(file) and file in archive.namelist()
             return manifest, archive.read(file).decode() if has_file else ""
-    # What zipfile raises for entries that are damaged, cut short, encrypted or compressed in a way it does not know.
+    # zipfile raises these for entries that are damaged, truncated, encrypted, or compressed in a way it does not know.
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
         raise ArchiveError(f"cannot read {mar}: {error}. Is it a .mar, and complete?") from error
 
 
 def _unpacked(source: Path) -> tuple[dict[str, Any], str]:
-    """Return the same of a .tar.gz or of a folder."""
+    """Return the manifest and the text of the model-config.yaml of a .tar.gz or of a folder."""
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         unpack(source, layout.root)

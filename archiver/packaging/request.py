@@ -1,4 +1,4 @@
-"""What `ee-archive` is asked for."""
+"""The options of `ee-archive`: the archive to build."""
 
 from __future__ import annotations
 
@@ -13,57 +13,58 @@ from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.files.names import bare_name
 
 ENVELOPES = ("json", "kserve", "kservev2")
-"""TorchServe's, by what `service_envelope` calls them."""
+"""TorchServe's envelopes, by their names in `service_envelope`."""
 
 
 @dataclass(frozen=True)
 class ArchiveRequest:
-    """An archive that is to be built: from what, where to, and what is to be in it.
+    """An archive to build: its source, its place and its contents.
 
     Raises:
-        ArchiveError: its name or version leads out of the folder that it is published into.
+        ArchiveError: the model name or version leads out of the folder into which the archive is published.
     """
 
     source: str
-    """A .mar, the same as .tar.gz or as a folder, a .pt2, or a factory as package.module:function."""
+    """A .mar, a .tar.gz or a folder of torch-model-archiver, a .pt2, or a factory as package.module:function."""
     to: Path
-    """Folder that the archive is published into; it is created where it is missing."""
+    """The folder into which the archive is published; it is created if it is missing."""
     plan: Path | None = None
-    """File with the exit plan; without one the archive answers every request in full."""
+    """The file with the exit plan; without one, the archive answers every request in full."""
     version: str | None = None
-    """Version of the model, by default one above the source's."""
+    """The version of the model; by default one above the source's."""
     model_name: str | None = None
-    """Name of the model, by default the source's."""
+    """The name of the model; by default the source's."""
     weights: Path | None = None
-    """State dict for a factory."""
+    """The state dict for a factory."""
     input_shape: tuple[int, ...] | None = None
-    """Shape of one item; by default that of what the handler makes of the sample request."""
+    """The shape of one item; by default the shape that the handler makes of the sample request."""
     inputs: tuple[InputSpec, ...] = ()
     """Specifications instead of a shape, for a model with several inputs or with integers."""
     handler: str | None = None
-    """File or name of a built-in handler, for a factory or .pt2."""
+    """The file, or the name of a built-in handler, for a factory or .pt2."""
     extra_files: Sequence[Path] = field(default_factory=tuple)
-    """Files that the handler needs beside it, for a factory or .pt2."""
+    """Further files that the handler needs, for a factory or .pt2."""
     config: Path | None = None
-    """File that replaces the source's model-config.yaml."""
+    """The file that replaces the source's model-config.yaml."""
     engine: str | None = None
-    """Engine to write into model-config.yaml, its only owner: an archive without a plan is executed by one too."""
+    """The engine to write into model-config.yaml. Only that file names the engine, which archives without a plan have,
+    too."""
     calibrate: Path | None = None
-    """Folder with recorded requests, for an engine that is made from them."""
+    """The folder with recorded requests, for an engine that is made from them."""
     requests: Sequence[Path] = field(default_factory=tuple)
-    """Files with the bodies of typical requests, best two that differ."""
+    """Files with the bodies of typical requests, preferably two that differ."""
     content_type: str | None = None
-    """Of the requests; by default what the names of their files say."""
+    """The content type of the requests; by default their file names tell it."""
     service_envelope: str | None = None
-    """TorchServe's envelope around the handler where it serves, which takes the requests."""
+    """TorchServe's envelope around the handler in service; the sample requests are in this envelope."""
     form: Sequence[FormFile] = field(default_factory=tuple)
     """Files with the parts of one more request."""
     output: str | None = None
-    """Name or index of the scores in what the model returns, where several of its outputs could be them."""
+    """The name or index of the scores in the model's output, if several outputs could be the scores."""
     strategy: Strategy | None = None
-    """What the class of an image is, for a detector; by default its most confident object."""
+    """For a detector: how the class of an image is defined; by default as the class of its most confident object."""
     pedestrian: int = PEDESTRIAN
-    """Label of pedestrians, for a detector."""
+    """For a detector: the label of pedestrians."""
 
     def __post_init__(self) -> None:
         for what, name in (("model name", self.model_name), ("version", self.version)):

@@ -1,4 +1,4 @@
-"""The clock of a roll: the machine's, or in tests one that passes no real time."""
+"""The clock of a roll: the machine's, or, in tests, one that takes no real time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Tells how much time has passed, and lets it pass; what it shows means nothing to any other clock."""
+    """Measures time and waits; its times cannot be compared with those of another clock."""
 
     def now(self) -> float:
         """Return the seconds since some moment; they never decrease."""

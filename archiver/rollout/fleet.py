@@ -1,4 +1,4 @@
-"""Several servers of one model: rolled one at a time, and put back together when one fails."""
+"""Rolls several servers of one model, one at a time, and puts the old version back on all of them if one fails."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, name: str | None = No
              log: Callable[[str], None] = lambda line: None, **limits: Any) -> list[RollReport]:
     """Roll an archive into servers, one after the other; stop at the first that fails.
 
-    All are looked at first, so that a roll from elsewhere that has reached one of them meanwhile is noticed there.
+    The versions of all servers are read first, so that a roll from elsewhere that reaches one of them in the meantime
+    is noticed there.
 
     Args:
         servers: the servers, each with the archive in its model store.
         mar: the archive.
-        name: of the model on the servers, by default what the archive says.
-        put_back: when one fails, roll the version before into those that have the new one. Its archive must lie
-            beside the new one.
-        log: called with a line about each step.
+        name: the name of the model on the servers; by default the name in the archive.
+        put_back: whether to roll the previous version into the servers that have the new one, if a server fails. The
+            previous archive must be in the folder of the new one.
+        log: receives a line for each step.
         limits: keyword arguments of `roll`.
 
     Raises:
@@ -44,14 +45,14 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, name: str | None = No
                 raise
             if not put_back:
                 names = ", ".join(str(rolled) for rolled, _ in done)
-                raise ServerError(f"{server}: {error}\n{names} already serve {mar.name} and are left so") from error
+                raise ServerError(f"{server}: {error}\n{names} already serve {mar.name} and keep it") from error
             outcomes = [_put_back(rolled, report, mar.parent, log, limits) for rolled, report in reversed(done)]
             raise ServerError("\n".join([f"{server}: {error}", *outcomes])) from error
     return [report for _, report in done]
 
 
 def _versions(server: ModelServer, model: str) -> list[VersionStatus] | None:
-    """Return the versions of a model, None where the server cannot tell: its roll will."""
+    """Return the versions of a model; None if the server does not answer, which its roll will report."""
     with contextlib.suppress(ServerError):
         return server.versions(model)
     return None
@@ -59,13 +60,13 @@ def _versions(server: ModelServer, model: str) -> list[VersionStatus] | None:
 
 def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callable[[str], None],
               limits: dict[str, Any]) -> str:
-    """Roll the version before into a server again, run as it was; return a sentence about what came of it."""
+    """Roll the previous version into a server again, with its old settings; return a sentence about the outcome."""
     if report.replaced_archive is None:
         return f"{server} served no {report.model} before, so it keeps {report.version}"
     try:
         serves = next((status.version for status in server.versions(report.model) if status.is_default), None)
         if serves != report.version:
-            return f"{server} serves {serves} by now, which somebody else brought in, and is left so"
+            return f"{server} now serves {serves}, which somebody else has brought in, and keeps it"
         roll(server, store / report.replaced_archive, log=log, **{
             **limits, "name": report.model, "settings": report.replaced_settings, "request": None, "untried": True,
             "longest_batch_s": report.longest_batch_s})

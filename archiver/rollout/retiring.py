@@ -1,4 +1,4 @@
-"""Removes a version that gets no requests any more, once it has answered those that it got."""
+"""Removes a version that no longer gets requests, once it has answered those that it has."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import SECRET_VARIABLE
 
 POLL_S = 0.2
-"""How often a server is asked whether something has happened."""
+"""The seconds between two checks of a server's state."""
 LONGEST_BATCH_S = 5.0
-"""How long a worker may at least still work on the batch that it took before its queue was seen empty: a server does
-not tell, and removing a version ends its workers."""
+"""The least time, in seconds, that a worker gets for the batch that it took before its queue was seen empty: a server
+does not report such batches, and removing a version ends its workers."""
 
 
 def require_known_batch(server: ModelServer, longest_batch_s: float | None) -> None:
-    """Check that it is known, or can be measured, how long a batch takes on a server.
+    """Check that the time of a batch on a server is known, or can be measured.
 
     Raises:
-        ServerError: it is neither.
+        ServerError: the time is not known and cannot be measured.
     """
     if longest_batch_s is None and not server.has_secret:
         raise ServerError(f"the secret of the workers of {server} is not known, so no request can be run to the end to "
                           "tell how long a batch takes: pass --longest-batch-s, the seconds that the served version "
-                          "may take for one, or --secret FILE, with which the new version is probed and measured "
-                          "(ee-serve makes the file; another server needs what it holds in the variable "
+                          "may take for a batch, or --secret FILE, with which the new version is probed and its time "
+                          "measured (ee-serve writes the file; another server needs its content in the variable "
                           f"{SECRET_VARIABLE})")
 
 
 def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_limit_s: float = 300.0,
            longest_batch_s: float | None = None, clock: Clock = MACHINE_CLOCK) -> None:
-    """Remove a version that gets no requests any more once it has answered those that it got.
+    """Remove a version that no longer gets requests, once it has answered those that it has.
 
     Args:
-        server: the server that has it.
-        model: name of the model.
-        version: a version of it that is not the default.
-        drain_limit_s: how long it may take to answer what it has.
-        longest_batch_s: how long its workers may take for one batch, by default `LONGEST_BATCH_S`.
-        clock: of who waits.
+        server: the server that has the version.
+        model: the name of the model.
+        version: a version of the model that is not the default.
+        drain_limit_s: how long the version may take to answer its requests.
+        longest_batch_s: how long its workers may take for one batch; by default `LONGEST_BATCH_S`.
+        clock: the clock to wait with.
 
     Raises:
-        ServerError: it still has requests; it is left registered.
+        ServerError: the version still has requests; it stays registered.
     """
     longest_batch_s = LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s
     _drain(server, model, version, drain_limit_s, longest_batch_s, clock)
@@ -61,7 +61,7 @@ def kept_in_store(archive: Path) -> Iterator[bool]:
     aside = archive.with_name(f".{archive.name}.{secrets.token_hex(4)}")
     try:
         _link_or_copy(archive, aside)
-    except OSError:  # it is not here, or the store is full, or not ours to write
+    except OSError:  # the archive is not here, or the store is full or read-only
         aside.unlink(missing_ok=True)
         yield False
         return
@@ -83,7 +83,7 @@ def _link_or_copy(archive: Path, to: Path) -> None:
 
 def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, longest_batch_s: float,
            clock: Clock) -> None:
-    """Wait until the old version's queue is empty and the batches that its workers took have passed."""
+    """Wait until the old version's queue is empty, and then for the batches that its workers have taken."""
     deadline = clock.now() + limit_s
     empty_since: float | None = None
     settle_s = longest_batch_s + (old.settings.max_batch_delay_ms or 0) / 1000

@@ -1,7 +1,7 @@
 """Brings a new model version into service without losing a request.
 
 The order loses nothing: register beside the old version, wait until the workers are ready, try the new
-version out, make it the default, let the old version finish what it has, and only then remove it.
+version out, make it the default, let the old version finish its requests, and only then remove it.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ _BUSY_FACTOR = 2
 
 @dataclass(frozen=True)
 class RollReport:
-    """What a roll did."""
+    """The result of a roll."""
 
     model: str
     version: str
     replaced: str | None
-    """The version that was removed; none when the model was new."""
+    """The version that was removed; None if the model was new."""
     ready_s: float
-    """Seconds from registration until every worker was ready."""
+    """The seconds from registration until every worker was ready."""
     drained_s: float
-    """Seconds from the switch until the old version was removed."""
+    """The seconds from the switch until the old version was removed."""
     longest_batch_s: float
-    """How long a batch was taken to last."""
+    """The time for which a batch was assumed to last at most."""
     replaced_archive: str | None = None
-    """File name of the removed version's archive in the model store; none when the model was new."""
+    """The file name of the removed version's archive in the model store; None if the model was new."""
     replaced_settings: RunSettings | None = None
-    """How the removed version was run."""
+    """The settings of the removed version."""
     kept: RunSettings | None = None
-    """Which of these settings the new version has; none when the model was new."""
+    """The settings of the removed version that the new version has; None if the model was new."""
     changed: RunSettings | None = None
-    """Which its own configuration says otherwise."""
+    """The settings that the new version's own configuration changes."""
     warning: str | None = None
-    """What is done, and probably not what was meant."""
+    """A warning that the roll did what was asked for, but probably not what was meant."""
 
 
 def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequence[VersionStatus] | None = None,
@@ -58,26 +58,26 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
     """Replace the served version of a model by the one in an archive, of `ee-archive` or of torch-model-archiver.
 
     Args:
-        server: the server to bring it into.
+        server: the server to bring the version into.
         mar: an archive in the server's model store.
-        name: of the model on the server, by default what the archive says.
-        found: the versions that were registered when the roll began, by default those that are registered now; it
-            fails where another version has become the default since.
-        settings: how the new version is to be run where its configuration does not say so, by default as the old one.
-        request: body of a request that the new version must answer before it gets any traffic; by default
+        name: the name of the model on the server; by default the name in the archive.
+        found: the versions that were registered when the roll began; by default those that are registered now. The roll
+            fails if another version has become the default since.
+        settings: the settings that the new version's configuration leaves open; by default those of the old version.
+        request: a request that the new version must answer before it gets any traffic; by default
             the archive's sample request.
-        untried: whether the version may serve though no request is known that tries it out.
-        ready_limit_s: how long the new workers may take to start, and what is rolled in at the same time to be done.
-        drain_limit_s: how long the old version may take to answer what it has.
-        longest_batch_s: how long the old version's workers may take for one batch, by default `LONGEST_BATCH_S`; longer
-            where the request that tries out the new version, run to the end, says so. Without the server's secret no
-            request says so, and it has to be given.
-        clock: of this roll.
-        log: called with a line about each step.
+        untried: whether the version may serve although no request is known to try it out with.
+        ready_limit_s: how long the new workers may take to start, and rolls at the same time to end.
+        drain_limit_s: how long the old version may take to answer its requests.
+        longest_batch_s: how long the old version's workers may take for one batch; by default `LONGEST_BATCH_S`, or
+            longer if the request that tries out the new version, run to the end, shows so. Without the server's secret,
+            no request can show it, and the time must be given.
+        clock: the clock of this roll.
+        log: receives a line for each step.
 
     Raises:
-        ServerError: a step failed, or another roll of the model comes first. Before the switch the old version goes on
-            serving and the new one is removed; after it the new version serves and the old one is left as it is.
+        ServerError: a step failed, or another roll of the model comes first. Before the switch, the old version keeps
+            serving and the new one is removed; after it, the new version serves and the old one is left as it is.
     """
     archive = registered_archive(mar)
     model, version = name or archive.model, archive.version
@@ -111,7 +111,7 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
 
 @dataclass(frozen=True)
 class _Roll:
-    """A roll that has looked at what is there."""
+    """A roll that knows the state of its server."""
 
     server: ModelServer
     model: str
@@ -124,7 +124,7 @@ class _Roll:
     log: Callable[[str], None]
 
     def bring_in(self, file_name: str, ready_limit_s: float) -> tuple[float, float]:
-        """Make the new version the default; return the seconds until it was ready, and of a batch of the old one.
+        """Make the new version the default; return the seconds until it was ready, and those of a batch of the old one.
 
         Raises:
             ServerError: a step failed; the version is removed.
@@ -148,7 +148,7 @@ class _Roll:
         except BaseException as error:
             self.candidate.take_back(self.log)
             if isinstance(error, ServerError) and old is not None:
-                raise ServerError(f"{error}\n{self.model} {old.version} goes on serving") from error
+                raise ServerError(f"{error}\n{self.model} {old.version} keeps serving") from error
             raise
         self.log(f"{version} is the default")
         return ready_s, _BUSY_FACTOR * (old.settings.batch_size or 1) * alone_s if old else 0.0
@@ -176,7 +176,7 @@ class _Roll:
 
 
 def _archive_of(old: VersionStatus | None, store: Path) -> RegisteredArchive | None:
-    """Return what is in the archive of the version that serves, if it is here."""
+    """Return the archive of the version that serves; None if it cannot be read here."""
     try:
         return None if old is None else registered_archive(store / old.file_name)
     except EarlyExitError:
@@ -185,16 +185,16 @@ def _archive_of(old: VersionStatus | None, store: Path) -> RegisteredArchive | N
 
 def _plan(archive: RegisteredArchive, old: VersionStatus | None, old_archive: RegisteredArchive | None,
           settings: RunSettings | None) -> SettingsPlan:
-    if settings is not None:  # of this very archive, when it served before
+    if settings is not None:  # those of this archive, when it served before
         return plan_settings(settings, archive.configured, archive)
     return plan_settings(old.settings if old else None, old_archive.configured if old_archive else None, archive)
 
 
 def _warning(server: ModelServer, mar: Path, model: str, archive: RegisteredArchive) -> str | None:
-    """Return what to say where an archive replaces nothing, though it was made from another one."""
+    """Return a warning if an archive replaces nothing, although it was made from another one."""
     if archive.made_from is None:
         return None
     others = ", ".join(sorted(server.models()))
     return (f"no version of {model} was registered on {server}, so {mar.name} replaces nothing there, though it was "
-            f"made from {archive.made_from}. " + (f"If it is to replace {others}, remove it and pass --as NAME"
+            f"made from {archive.made_from}. " + (f"If it should replace {others}, remove it and pass --as NAME"
                                                   if others else "The server had no models at all"))

@@ -1,8 +1,8 @@
-"""What stands in for a version's probe where the server's secret is not known: its answer to the sample request.
+"""Replaces a version's probe, if the server's secret is not known, by the version's answer to the sample request.
 
-`ee-archive` notes how the new archive answers its sample request, at every fallback level. A version that answers the
-same has very likely been loaded from that archive, and computes what was computed where it was made as far as one
-request shows: a probe goes through every stage and head, a sample leaves at one exit.
+`ee-archive` notes the new archive's answers to its sample request, at every fallback level. A version that gives the
+same answer has very likely been loaded from that archive, and computes the same as the machine that made it, as far as
+one request shows: a probe goes through every stage and exit head, but a sample leaves at one exit.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ def require_same_answer(contents: ArchiveContents, engine: str, prediction: Pred
     """Check that a version answers its archive's sample request as the archive did where it was made.
 
     Args:
-        contents: of the archive; it has sample answers.
-        engine: name of the archive's engine, whose tolerance for the probe holds for the numbers of an answer, too.
+        contents: the contents of the archive, with sample answers.
+        engine: the name of the archive's engine, whose tolerance for the probe holds for the numbers of an answer, too.
         prediction: the version's answer.
 
     Raises:
-        ServerError: it answers otherwise; the message names the first difference.
+        ServerError: the answers differ; the message names the first difference.
     """
     left_at = prediction.headers.get(EXIT_HEADER.lower(), "")
     if left_at not in contents.sample_answers:
-        raise ServerError(f"the sample request left at {left_at or 'no exit that is told'}, and at "
+        raise ServerError(f"the sample request left at {left_at or 'an unknown exit'}, but at "
                           f"{' or '.join(contents.sample_answers)} where the archive was made: is this archive in the "
                           "server's model store?")
     difference = first_difference(contents.sample_answers[left_at], as_read(prediction.body),
                                   ENGINES[engine].max_probe_error)
     if difference is not None:
-        raise ServerError(f"the sample request is answered otherwise than where the archive was made: {difference}. Is "
-                          "this archive in the server's model store, and does this machine compute as that one did?")
+        raise ServerError(f"the sample request is answered differently than where the archive was made: {difference}. "
+                          "Is this archive in the server's model store, and does this machine compute like the one "
+                          "that made it?")
 
 
 def first_difference(expected: Any, found: Any, tolerance: float, place: str = "answer") -> str | None:
-    """Return where two answers differ, None where they agree.
+    """Return where two answers differ; None if they agree.
 
     Args:
         expected: parsed JSON.
-        found: the same.
-        tolerance: by which numbers with a fraction may differ, relative to the larger one or to 1.
-        place: names what is compared.
+        found: parsed JSON.
+        tolerance: the difference that numbers with a fraction may have, relative to the larger one or to 1.
+        place: the name of the compared value.
 
     >>> first_difference({"cat": 0.61, "dog": 0.2}, {"cat": 0.6101, "dog": 0.2}, 1e-3)
     >>> first_difference({"class": 3}, {"class": 4}, 0.5)

@@ -1,4 +1,4 @@
-"""How the new version is to be run: as the old one is, unless its own configuration says otherwise."""
+"""The settings of the new version: those of the old one, unless its own configuration differs."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from early_exit.handler.errors import ServerError
 
 _WORDS = {"batch_size": ("batch size", "{}"), "max_batch_delay_ms": ("batch delay", "{} ms"),
           "response_timeout_s": ("response timeout", "{} s"), "workers": ("workers", "{0[0]} to {0[1]}")}
-"""What each is called, and how it is written."""
+"""The name of each setting in words, and the format of its value."""
 
 
 @dataclass(frozen=True)
 class SettingsPlan:
-    """What becomes of the old version's settings."""
+    """The settings of a new version, and how they differ from the old version's."""
 
     to_register: RunSettings
-    """What the server is told when the new version is registered; the rest is its configuration's."""
+    """The settings to give the server when the new version is registered; the others are in its configuration."""
     workers: tuple[int, int] | None
-    """What the new version is to be scaled to once it is registered; none where it starts as it is to be."""
+    """The numbers of workers to which the new version is scaled after registration; None if it needs no scaling."""
     kept: RunSettings
-    """What stays as it was."""
+    """The settings that stay as they were."""
     changed: RunSettings
-    """What the new version's configuration says otherwise."""
+    """The settings that the new version's configuration changes."""
 
 
 def plan_settings(was: RunSettings | None, before: RunSettings | None, new: RegisteredArchive) -> SettingsPlan:
-    """Decide how a new version is run.
+    """Decide the settings of a new version.
 
-    What its configuration leaves open is as it was. What its configuration says holds, but for workers: a version that
-    was given others while it served keeps them where the new configuration says the same as the old one's.
+    Settings that its configuration leaves open stay as they were. The settings in its configuration hold, except for
+    workers: if the old version was scaled while it served, the new one keeps that number, provided that both
+    configurations name the same workers.
 
     Args:
-        was: how the old version is run; None where there is none.
-        before: what the old version's configuration says; None where that is not known.
+        was: the settings of the old version; None if there is no old version.
+        before: the settings in the old version's configuration; None if it is not known.
         new: the archive of the new version.
     """
     if was is None:
         return SettingsPlan(RunSettings(workers=None if new.configured.workers else (1, 1)), None, RunSettings(),
                             RunSettings())
     least, most = was.workers or (1, 1)
-    least = max(1, least)  # a version that was given none gets one: it could not be tried out
+    least = max(1, least)  # a version without workers gets one, to be tried out
     has, says = {**_values(was), "workers": (least, max(least, most))}, _values(new.configured)
     may_scale = new.may_have_more_workers and before is not None and before.workers == says["workers"]
     kept = {name: value for name, value in has.items()
@@ -57,31 +58,31 @@ def plan_settings(was: RunSettings | None, before: RunSettings | None, new: Regi
 
 
 def require_kept(plan: SettingsPlan, has: RunSettings, new: str, old: str) -> None:
-    """Check that a server runs a new version as it was told.
+    """Check that a server runs a new version with the settings that it was given.
 
-    TorchServe 0.12 gives a version whose model-config.yaml names no response timeout one of 120 s, whatever it is
-    registered with; only without that file it takes the one of the registration.
+    If a version's model-config.yaml names no response timeout, TorchServe 0.12 uses 120 s, whatever the registration
+    says; only without that file, it uses the timeout of the registration.
 
     Raises:
-        ServerError: it does not.
+        ServerError: the server runs the version with other settings.
     """
     given = _values(has)
     lost = [_instead(name, given[name], value) for name, value in _values(plan.kept).items()
             if value not in (None, given[name])]
     if lost:
-        raise ServerError(f"the server gives {new} {' and '.join(lost)} as {old} has it: say in the new archive's "
-                          "model-config.yaml what it shall be (ee-archive --config FILE)")
+        raise ServerError(f"the server gives {new} {' and '.join(lost)}, which {old} has: set it in the new archive's "
+                          "model-config.yaml (ee-archive --config FILE)")
 
 
 def in_words(plan: SettingsPlan, was: RunSettings, old: str) -> Iterator[str]:
-    """Tell what is kept of an old version's settings, and what is not."""
+    """Yield lines about the settings that are kept from the old version, and about those that are not."""
     kept = [" ".join(_WORDS[name]).format(value) for name, value in _values(plan.kept).items() if value is not None]
     if kept:
-        yield f"as {old} has it: {', '.join(kept)}"
+        yield f"kept from {old}: {', '.join(kept)}"
     had = _values(was)
     changed = [_instead(name, value, had[name]) for name, value in _values(plan.changed).items() if value is not None]
     if changed:
-        yield f"as its own model-config.yaml says: {', '.join(changed)}"
+        yield f"set by its own model-config.yaml: {', '.join(changed)}"
 
 
 def _instead(name: str, value: Any, other: Any) -> str:

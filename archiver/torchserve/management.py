@@ -1,4 +1,4 @@
-"""The clients of one TorchServe: one that waits, for rolls and watchers, and an asynchronous one, for the gateway."""
+"""The clients of one TorchServe: a synchronous one for rolls and watchers, and an asynchronous one for the gateway."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from early_exit.handler.sample_request import Part, SampleRequest
 from early_exit.training.credentials import without_credentials
 
 _ROLL_S = 30.0
-"""Limit for any answer that a roll waits for."""
+"""The time limit for any answer that a roll waits for."""
 _LOOK_S = 10.0
-"""Limit for what the gateway asks, but for predictions."""
+"""The time limit for requests of the gateway, except for predictions."""
 
 
 class Management:
-    """A TorchServe as rollout and watch know it, a `ModelServer`."""
+    """The client of a TorchServe for rollout and watch, a `ModelServer`."""
 
     def __init__(self, addresses: Addresses, key_file: Path | None, secret_file: Path | None = None) -> None:
-        """Remember where the server is and where its tokens are.
+        """Remember the addresses of the server and the files with its tokens and its secret.
 
         Args:
-            addresses: where the server listens.
-            key_file: TorchServe's key_file.json; none when its token authorisation is off.
-            secret_file: holds the secret of the server's workers, while there is such a file; read for each request,
-                as a server that starts anew makes a new one.
+            addresses: the addresses on which the server listens.
+            key_file: TorchServe's key_file.json; None if its token authorisation is off.
+            secret_file: the file with the secret of the server's workers, which need not exist. It is read for each
+                request, because a server makes a new secret at each start.
         """
         self._secret_file = secret_file
         self._addresses, self._api, self._auth = addresses, Api(addresses), _auth(addresses, key_file)
@@ -53,7 +53,7 @@ class Management:
         return self._hold(self._api.models())
 
     def versions(self, model: str) -> list[VersionStatus]:
-        """Return the registered versions of a model, none when it is not registered."""
+        """Return the registered versions of a model; none if the model is not registered."""
         return self._hold(self._api.versions(model))
 
     def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
@@ -62,7 +62,7 @@ class Management:
         self._hold(self._api.register(file_name, settings, model, claim))
 
     def scale(self, model: str, version: str, workers: tuple[int, int]) -> None:
-        """Let a version have at least and at most so many workers; they start in the background."""
+        """Set the smallest and the largest number of workers of a version; they start in the background."""
         self._hold(self._api.scale(model, version, workers))
 
     def set_default(self, model: str, version: str, *, limit_s: float) -> None:
@@ -70,7 +70,7 @@ class Management:
         self._hold(self._api.set_default(model, version), limit_s)
 
     def unregister(self, model: str, version: str) -> None:
-        """Remove a version at once, with whatever it has not answered."""
+        """Remove a version at once, with the requests that it has not answered."""
         self._hold(self._api.unregister(model, version))
 
     def probe(self, model: str, version: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Management:
         """Return a version's answer to a request.
 
         Raises:
-            ServerError: it is not answered with 200.
+            ServerError: the status of the answer is not 200.
         """
         prediction = self._hold(self._api.predict(model, request, version=version, anytime=to_the_end))
         if prediction.error is not None:
@@ -106,18 +106,18 @@ class Management:
 
 
 class AsyncManagement:
-    """A TorchServe as the gateway knows it, an `Upstream`."""
+    """The client of a TorchServe for the gateway, an `Upstream`."""
 
     def __init__(self, addresses: Addresses, key_file: Path | None, secret_file: Path | None = None, *,
                  connections: int, prediction_s: float) -> None:
-        """Remember where the server is and where its tokens are.
+        """Remember the addresses of the server and the files with its tokens and its secret.
 
         Args:
-            addresses: where the server listens.
-            key_file: TorchServe's key_file.json; none when its token authorisation is off.
-            secret_file: holds the secret of the server's workers, while there is such a file.
-            connections: most predictions at once.
-            prediction_s: limit for a prediction, waiting in TorchServe's queue included.
+            addresses: the addresses on which the server listens.
+            key_file: TorchServe's key_file.json; None if its token authorisation is off.
+            secret_file: the file with the secret of the server's workers, which need not exist.
+            connections: the largest number of predictions at once.
+            prediction_s: the time limit for a prediction, waiting in TorchServe's queue included.
         """
         self._secret_file = secret_file
         self._api, self._auth, self._prediction_s = Api(addresses), _auth(addresses, key_file), prediction_s
@@ -137,11 +137,11 @@ class AsyncManagement:
         return await self._hold(self._api.models())
 
     async def versions(self, model: str) -> list[VersionStatus]:
-        """Return the registered versions of a model, none when it is not registered."""
+        """Return the registered versions of a model; none if the model is not registered."""
         return await self._hold(self._api.versions(model))
 
     async def metrics(self) -> Scrape:
-        """Return what the server has counted; a ValueError where it answers with something else."""
+        """Return the metrics of the server; raises a ValueError if the server answers with something else."""
         return await self._hold(self._api.metrics())
 
     async def _hold(self, conversation: Conversation[T], limit_s: float = _LOOK_S) -> T:
@@ -168,7 +168,7 @@ def _auth(addresses: Addresses, key_file: Path | None) -> dict[TokenKind, TokenA
 
 def _as_httpx(request: ApiRequest, secret_file: Path | None) -> dict[str, Any]:
     secret = read_secret(secret_file) if request.needs_secret else None
-    # With a file name each, as TorchServe passes on the content types of files only.
+    # Each part has a file name, because TorchServe passes on the content types of files only.
     sent = {"files": [(part.name, (part.name, part.value, part.content_type)) for part in request.form]} if (
         request.form) else {"content": request.body}
     return {"method": request.method, "url": request.url, "params": request.params or None,

@@ -15,9 +15,9 @@ def read_metrics(text: str) -> Scrape:
     """Read the Prometheus text; TorchServe counts requests that name no version under `NO_VERSION`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text has another format.
     """
-    # Only the gateway, which has an extra of its own, reads metrics.
+    # This is imported here, because only the gateway reads metrics, and it is an extra.
     from prometheus_client.parser import text_string_to_metric_families
 
     scrape: dict[str, dict[str, VersionMetrics]] = defaultdict(lambda: defaultdict(VersionMetrics))

@@ -1,4 +1,4 @@
-"""A user's metrics file, with what TorchServe and the live page need of it."""
+"""Completes a user's metrics file with the entries that TorchServe and the live page need."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _SERVER, _MODEL, _COUNTERS = "ts_metrics", "model_metrics", "counter"
 
 
 class _Plain(yaml.SafeDumper):
-    """Repeats what is there twice: TorchServe changes lists as it reads them, and one that is shared changes twice."""
+    """Writes shared lists twice: TorchServe changes lists as it reads them, and would change a shared one twice."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def complete_metrics_file(users: Path, place: Path, log: Callable[[str], None]) -> Path:
-    """Return the metrics file to serve with: the user's, or a copy with what it lacks.
+    """Return the metrics file to serve with: the user's, or a copy with the entries that it lacks.
 
-    TorchServe shows the counters alone that its metrics file names, and starts no worker where the file has nothing for
-    models. The metrics of early exits need no mention: TorchServe finds them by itself.
+    TorchServe shows only the counters that its metrics file names, and starts no worker if the file has no metrics of
+    models. The metrics of early exits need not be named, because TorchServe finds them by itself.
 
     Args:
         users: the user's file.
-        place: where the copy is put.
-        log: called with a line about what was added.
+        place: the path of the copy.
+        log: receives a line about the entries that were added.
 
     Raises:
-        ConfigError: the user's file cannot be read, or is no metrics file.
+        ConfigError: the user's file cannot be read, or is not a metrics file.
         OSError: the copy cannot be written.
     """
     metrics = read_yaml(users, "TorchServe's metrics file")

@@ -47,8 +47,8 @@ THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def default_threads() -> int:
-    """Return the threads of one worker: half the cores, since a parallel step waits for its slowest thread and
-    the server needs cores too. On two cores one thread answered more requests than two."""
+    """Return the number of threads of one worker: half the cores, because a parallel step waits for its slowest thread
+    and the server needs cores, too. On two cores, one thread answered more requests than two."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
@@ -68,16 +68,16 @@ class TorchServe:
         """Describe the server; entering the context starts it.
 
         Args:
-            model_store: folder of .mar files; archives may be loaded from nowhere else.
-            state: created, private to the user.
-            addresses: where the server listens.
-            records: where handlers record unless their configuration says otherwise.
-            models: .mar file names to load at the start.
-            token_minutes: how long TorchServe's tokens are valid; by default what the configuration says, else an hour.
-            threads: threads of one worker; by default what OMP_NUM_THREADS says, else `default_threads()`.
-            config: a config.properties with further settings. With one TorchServe also keeps snapshots, as it does by
-                itself, among the logs.
-            log: called with a line about each setting there that does not count.
+            model_store: the folder of .mar files; archives may be loaded from nowhere else.
+            state: the state folder; it is created, private to the user.
+            addresses: the addresses on which the server listens.
+            records: the folder into which handlers record unless their configuration names another one.
+            models: the .mar file names to load at the start.
+            token_minutes: how long TorchServe's tokens are valid; by default as the configuration says, or an hour.
+            threads: the threads of one worker; by default OMP_NUM_THREADS, or `default_threads()`.
+            config: a config.properties with further settings. With it, TorchServe also keeps its snapshots, among the
+                logs.
+            log: receives a line for each setting in it that does not count.
 
         Raises:
             ConfigError: the configuration cannot be read.
@@ -108,7 +108,7 @@ class TorchServe:
 
     @property
     def grpc_addresses(self) -> dict[str, str]:
-        """Where the server listens for gRPC, "inference" and "management"; known once it is started."""
+        """The gRPC addresses, "inference" and "management"; they are known once the server is started."""
         return {kind: f"{self._settings[f'grpc_{kind}_address']}:{self._settings[f'grpc_{kind}_port']}"
                 for kind in ("inference", "management")}
 
@@ -127,18 +127,18 @@ class TorchServe:
             return []
 
     def stop(self) -> None:
-        """End the server and its workers; does nothing when it does not run."""
+        """End the server and its workers, if the server runs."""
         if self._process is None:
             return
         with _undisturbed():
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_S)
-            # The server leads a session of its own: whatever is left in it, workers included, ends now.
+            # The server has a session of its own: all processes left in it, workers included, end now.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        for file in (self.key_file, self.secret_file):  # what they hold died with the server
+        for file in (self.key_file, self.secret_file):  # they are of no use without the server
             file.unlink(missing_ok=True)
         self._process = None
 
@@ -160,20 +160,20 @@ class TorchServe:
         environment.pop(CONFIG_VARIABLE, None)  # TorchServe would prefer it to ours
         environment.pop(GATEWAY_TOKEN, None)  # both may be started from one shell
         if self._records is not None:
-            if not self._records.is_dir():  # one that is there may be a volume, with an owner of its own
+            if not self._records.is_dir():  # an existing one may be a volume with another owner
                 private_folder(self._records)
             environment[RECORDS_VARIABLE] = str(self._records)
         with open_private(self.state / "logs" / "server.out", "wb") as output:
-            # A session of its own: Ctrl-C reaches us, and we end it in order.
+            # The server gets a session of its own: Ctrl-C reaches only this process, which ends the server in order.
             self._process = subprocess.Popen(self._command(), cwd=self.state, env=environment, stdout=output,
                                              stderr=subprocess.STDOUT, start_new_session=True)
         self._wait_until_healthy(60.0)
 
     def _make_secret(self) -> str:
-        """Return the secret of the workers, that of the environment where it has one, and write it into its file."""
+        """Return the secret of the workers, from the environment if it has one, and write it into its file."""
         secret = os.environ.get(SECRET_VARIABLE, "").strip() or secrets.token_hex(24)
         self.secret_file.unlink(missing_ok=True)
-        # A file of our own, for us alone from the beginning, and not what a link of this name points to.
+        # The file is new and private from the beginning; a link of this name is not followed.
         with os.fdopen(os.open(self.secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secret + "\n")
         return secret
@@ -193,8 +193,8 @@ class TorchServe:
         return [*command, "-m", *self._models] if self._models else command
 
     def _configured(self) -> dict[str, str]:
-        """Return TorchServe's settings: the user's, but for what has to be ours."""
-        store, metrics = "the model store, from which alone archives are loaded", "the metrics of early exits"
+        """Return TorchServe's settings: the user's, except for those that we must decide."""
+        store, metrics = "the model store, the only source of archives", "the metrics of early exits"
         decided = {
             "inference_address": Decided(self.addresses.inference, "--host and --port"),
             "management_address": Decided(self.addresses.management, "--management-host and --port"),
@@ -203,7 +203,7 @@ class TorchServe:
             # TorchServe refuses "..", and then decodes "%2e%2e".
             "allowed_urls": Decided(f"file://{re.escape(str(self.model_store))}/[^%]*", store),
             "use_env_allowed_urls": Decided("false", store),
-            # Rolls register and unregister versions; the management token is needed.
+            # Rolls register and unregister versions, which needs the management token.
             "enable_model_api": Decided("true", "rolls"),
             "disable_token_authorization": Decided("false", "the tokens of ee-serve"),
             "enable_metrics_api": Decided("true", metrics), "metrics_mode": Decided("prometheus", metrics),
@@ -276,7 +276,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _log_configuration(folder: Path) -> str:
-    """Return a log4j2 configuration: size-limited files, the handlers' lines, no line per request."""
+    """Return a log4j2 configuration: size-limited files with the handlers' lines, and without a line per request."""
     def appender(name: str) -> str:
         path = escape(str(folder / name))
         return (f'<RollingFile name="{name}" fileName="{path}.log" filePattern="{path}.%i.log">'
@@ -290,7 +290,7 @@ def _log_configuration(folder: Path) -> str:
         '</Appenders><Loggers>'
         '<Logger name="ACCESS_LOG" level="off"/><Logger name="TS_METRICS" level="off"/>'
         '<Logger name="MODEL_METRICS" level="off"/>'
-        # What a handler logs arrives at level info, whatever its own level; the worker's line per batch is noise.
+        # A handler's lines arrive at level info, whatever their own level; the worker's line per batch is noise.
         '<Logger name="MODEL_LOG" level="info" additivity="false"><AppenderRef ref="model"/>'
         '<RegexFilter regex=".*Backend received inference.*" onMatch="DENY" onMismatch="NEUTRAL"/></Logger>'
         '<Root level="warn"><AppenderRef ref="server"/></Root></Loggers></Configuration>'

@@ -1,4 +1,4 @@
-"""The configuration of a TorchServe of ours: a user's config.properties, but for what `ee-serve` decides itself."""
+"""The configuration of TorchServe: a user's config.properties, except for the settings that `ee-serve` decides."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ import javaproperties
 from early_exit.handler.errors import ConfigError
 
 CONFIG_VARIABLE = "TS_CONFIG_FILE"
-"""The `config.properties` that `ee-serve` uses where `--config` is not given, as TorchServe itself does."""
+"""The `config.properties` that `ee-serve` uses without `--config`, as TorchServe itself does."""
 METRICS_FILE = "metrics_config"
 PLUGINS = "plugins_path"
 VM_ARGUMENTS = "vmargs"
 _PATHS = (METRICS_FILE, PLUGINS, "keystore", "private_key_file", "certificate_file", "workflow_store", "cpp_log_config")
-"""Settings that TorchServe takes as paths in the folder in which it is started, which is not that of `ee-serve`."""
+"""Settings with paths, which TorchServe takes relative to the folder it is started in, not to that of `ee-serve`."""
 _GRPC = "grpc_"
-"""How settings begin that tell where TorchServe listens for gRPC, which `ee-serve` prints."""
+"""The beginning of the settings with TorchServe's gRPC addresses, which `ee-serve` prints."""
 _VARIABLES = "enable_envvars_config"
-"""Setting with which TorchServe's environment variables count before its configuration."""
+"""The setting with which TorchServe's environment variables override its configuration."""
 _NAMED_OTHERWISE = {"TS_TOKEN_EXPIRATION_TIME_MIN": "token_expiration_min",
                     "TS_OPEN_INFERENCE_PROTOCOL": "ts_open_inference_protocol"}
-"""By variable: its setting, where that is not what comes after TS_."""
+"""The settings of the variables whose names after TS_ are not those of their settings."""
 _VARIABLE = re.compile(r"\$\$([^$]+)\$\$")
-"""How an environment variable stands in a value."""
+"""The form of an environment variable in a value."""
 _SHOWN = 100
-"""Characters of a value that is told."""
+"""The number of characters of a value that a message shows."""
 
 
 @dataclass(frozen=True)
 class Decided:
-    """A setting that is not the user's."""
+    """A setting that the user's configuration does not decide."""
 
     value: str | None
-    """What it is; None leaves it out."""
+    """The value of the setting; None leaves the setting out."""
     because_of: str
-    """What decides it, in words."""
+    """The reason for the value, in words."""
 
 
 def read_config(path: Path | None) -> dict[str, str]:
-    """Return the settings of a config.properties as TorchServe reads them: with what its environment variables say,
-    where it asks for that, and with absolute paths.
+    """Return the settings of a config.properties as TorchServe reads them: with absolute paths and, if the file asks
+    for it, with those of TorchServe's environment variables.
 
     Args:
-        path: the file; without one there are no settings.
+        path: the file; without one, there are no settings.
 
     Raises:
-        ConfigError: it cannot be read, or a path in it holds a variable that is not set.
+        ConfigError: the file cannot be read, or a path in it holds a variable that is not set.
     """
     if path is None:
         return {}
@@ -70,13 +70,13 @@ def read_config(path: Path | None) -> dict[str, str]:
 
 def merged(settings: Mapping[str, str], decided: Mapping[str, Decided], source: Path | None,
            log: Callable[[str], None]) -> dict[str, str]:
-    """Return a user's settings with those that are decided in the place of the user's own.
+    """Return the user's settings, with the decided settings in place of the user's own.
 
     Args:
-        settings: the user's.
-        decided: what is not the user's to set.
+        settings: the user's settings.
+        decided: the settings that the user cannot decide.
         source: the user's file.
-        log: called with a line about each setting of the user's that does not count.
+        log: receives a line for each setting of the user that does not count.
     """
     for name, decision in decided.items():
         if name in settings and settings[name] != decision.value:
@@ -89,13 +89,13 @@ def merged(settings: Mapping[str, str], decided: Mapping[str, Decided], source: 
 
 def vm_arguments(settings: Mapping[str, str], ours: Mapping[str, str], source: Path | None,
                  log: Callable[[str], None]) -> list[str]:
-    """Return Java's arguments: the user's, and the system properties that are ours.
+    """Return Java's arguments: the user's, and our own system properties.
 
     Args:
-        settings: the user's.
-        ours: system properties by name.
+        settings: the user's settings.
+        ours: our own system properties, by name.
         source: the user's file.
-        log: called with a line about each argument of the user's that does not count.
+        log: receives a line for each argument of the user that does not count.
     """
     arguments = []
     for argument in settings.get(VM_ARGUMENTS, "").split():
@@ -109,7 +109,7 @@ def vm_arguments(settings: Mapping[str, str], ours: Mapping[str, str], source: P
 
 
 def class_path(settings: Mapping[str, str], own: str) -> str:
-    """Return Java's class path, given that of TorchServe: with the user's plugins, where there are some."""
+    """Return Java's class path: TorchServe's own and, if there are any, the user's plugins."""
     plugins = settings.get(PLUGINS)
     return own if plugins is None else f"{own}:{plugins if '*' in plugins else plugins + '/*'}"
 
@@ -120,7 +120,7 @@ def as_properties(settings: Mapping[str, str]) -> str:
 
 
 def _expanded(value: str, source: Path) -> str:
-    """Return a value with what its variables hold."""
+    """Return a value with its variables replaced by their values."""
     try:
         return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
     except KeyError as error:

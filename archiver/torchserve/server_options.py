@@ -1,4 +1,4 @@
-"""Which servers a command works on: the options of `ee-roll` and `ee-watch`, and the clients that they stand for."""
+"""The servers of a command: the options of `ee-roll` and `ee-watch` that name them, and their clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from early_exit.handler.errors import ServerError
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the servers are; `servers_of` reads it."""
+    """Add the options that name the servers; `servers_of` reads them."""
     parser.add_argument("--port", type=int, default=8080,
                         help="the inference port of a server on this machine; the next port is the management port "
                              "(%(default)s)")
@@ -30,11 +30,11 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def servers_of(options: argparse.Namespace) -> list[Management]:
-    """Return the servers that were asked for.
+    """Return the servers that the options name.
 
     Raises:
-        ServerError: an address is wrong, there are neither one key file nor as many as servers, or a secret that is
-            named is not there.
+        ServerError: an address is wrong, there is neither one key file nor one for each server, or a file that is named
+            as a secret does not exist.
     """
     addresses = [Addresses.of_server(text) for text in options.server] or [
         Addresses.on_loopback(options.port, options.port + 1, options.port + 2)]

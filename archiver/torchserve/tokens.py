@@ -1,4 +1,4 @@
-"""What lets a client of TorchServe in: its tokens, renewed when they are refused, and the secret of its workers."""
+"""The credentials of TorchServe's clients: its tokens, renewed when they are refused, and the secret of its workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from early_exit.handler.errors import ForeignFileError, ServerError
 from early_exit.handler.files.private import read_private
 
 KEY_FILE = "key_file.json"
-"""TorchServe writes its tokens into this file, in the folder it is started in."""
+"""TorchServe writes its tokens into this file, in the folder in which it is started."""
 SECRET_FILE = "secret"
 """`ee-serve` writes the secret of its workers into this file, beside the tokens."""
 TokenKind = Literal["inference", "management"]
 _RENEWING = "API"
-"""Kind of the token that new tokens are asked for with."""
+"""The kind of token with which new tokens are requested."""
 _REFUSED = "Token either incorrect, expired"
 """TorchServe's answer to a token that is wrong or has expired contains these words."""
 
@@ -33,19 +33,19 @@ def read_token(key_file: Path, kind: str) -> str:
     try:
         key: str = json.loads(read_private(key_file))[kind]["key"]
     except ForeignFileError as error:
-        raise ServerError(f"cannot take the {kind} token: {error}") from error
+        raise ServerError(f"cannot use the {kind} token: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ServerError(f"cannot read the {kind} token from {key_file}: {error!r}. TorchServe writes {KEY_FILE} "
-                          "into the folder it is started in; pass it with --tokens") from error
+                          "into the folder in which it is started; pass it with --tokens") from error
     return key
 
 
 def read_secret(secret_file: Path | None) -> str | None:
-    """Return the secret of a server's workers, or None where there is no such file.
+    """Return the secret of a server's workers; None if there is no such file.
 
     Raises:
-        ServerError: the file cannot be read, does not hold what a header can carry, is a link, or is somebody else's:
-            a server that was taken over would be told the secret of another, or its keys.
+        ServerError: the file cannot be read, holds something that a header cannot carry, is a link, or is somebody
+            else's. Such a file could make us send the secret or the keys of another server to one that was taken over.
     """
     if secret_file is None:
         return None
@@ -54,7 +54,7 @@ def read_secret(secret_file: Path | None) -> str | None:
     except FileNotFoundError:
         return None
     except ForeignFileError as error:
-        raise ServerError(f"cannot take the secret of a server's workers: {error}") from error
+        raise ServerError(f"cannot use the secret of a server's workers: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ServerError(f"cannot read the secret of a server's workers from {secret_file}: {type(error).__name__}. "
                           "Expected one line of ASCII") from error
@@ -65,19 +65,19 @@ def read_secret(secret_file: Path | None) -> str | None:
 
 
 class TokenAuth(httpx.Auth):
-    """Signs requests with one kind of token and gets a new one where TorchServe says that the old one is refused.
+    """Signs requests with one kind of token, and gets a new token when TorchServe refuses the old one.
 
-    A watcher outlives its tokens. TorchServe writes the new one into its key file, and accepts the token for this from
-    that file only.
+    A watcher runs for longer than its tokens are valid. TorchServe writes the new token into its key file, which also
+    has the token that a renewal needs.
     """
 
     requires_response_body = True
 
     def __init__(self, key_file: Path, kind: TokenKind, management: str) -> None:
-        """Remember where tokens are and where new ones are had.
+        """Remember the file with the tokens, and the address that gives new ones.
 
         Args:
-            key_file: TorchServe's; read for each request, as other clients renew tokens too.
+            key_file: TorchServe's key file; it is read for each request, because other clients renew tokens, too.
             kind: 'inference' or 'management'.
             management: TorchServe's management address.
         """
@@ -85,7 +85,7 @@ class TokenAuth(httpx.Auth):
         self._renewing = asyncio.Lock()
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Send a request, and once more with a new token where the first is refused."""
+        """Send a request, and once more with a new token if the first one is refused."""
         sent = self._sign(request)
         response = yield request
         response.read()
@@ -96,7 +96,7 @@ class TokenAuth(httpx.Auth):
             yield request
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        """Do the same; of all requests that are refused at once, the first gets the new token."""
+        """Do the same asynchronously; if several requests are refused at once, the first one gets the new token."""
         sent = self._sign(request)
         response = yield request
         await response.aread()

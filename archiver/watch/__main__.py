@@ -12,9 +12,10 @@ from early_exit.handler.allocator import restart_with_allocator
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ee-watch` with the allocator of the server's workers; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # What is measured must hold for the server's workers. First, because all that is imported is imported anew.
+    # Times that are measured here must hold for the server's workers, which have this allocator. The restart comes
+    # first, because it repeats every import.
     restart_with_allocator()
-    os.nice(10)  # the requests come first
+    os.nice(10)  # requests have priority
     from early_exit.archiver.watch.cli import main as run
 
     return run(arguments)

@@ -1,4 +1,4 @@
-"""`ee-watch`: keeps a served model's exits right; renews them when there is reason to, and takes them back."""
+"""`ee-watch`: watches the exits of a served model, renews them when there is reason to, and takes bad ones back."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def _watch(options: argparse.Namespace) -> int:
     try:
         with only_watcher(options.model_store / f".ee-watch-{options.model}.lock"):
             return _keep_looking(watched, options)
-    except KeyboardInterrupt:  # that is how it is ended
+    except KeyboardInterrupt:  # the usual way to end it
         return 0
 
 
 def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
-    """Look again and again; return the exit status of a single look."""
+    """Look again and again; with --once, look once and return the exit status."""
     watcher = Watcher(watched, log_to_stderr)
     n_known = len(watched.audit.read())
     while True:
@@ -69,9 +69,9 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "ee-watch", "Watch a served model. ee-watch trains a new plan and rolls it in when a fifth of the records are "
         "new, the backbone or the traffic has changed, the monitor has raised an alarm, or the certificate is too old. "
-        "It rolls a version back that raises an alarm on trial. 'ee-watch status ...' shows the state of a model.", """
+        "It rolls back a version that raises an alarm on trial. 'ee-watch status ...' shows the state of a model.", """
         ee-watch cifar --records records --tolerance 0.02
-        what it would do now, and where the model stands:
+        show what it would do now, and the state of the model:
           ee-watch cifar --dry-run
           ee-watch status cifar --json""")
     parser.add_argument("model", help="the name of the served model")
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _watched(options: argparse.Namespace) -> Watched:
-    bare_name(options.model, "MODEL", ConfigError)  # of folders and the lock
+    bare_name(options.model, "MODEL", ConfigError)  # it becomes the name of folders and of the lock
     return Watched(
         model=options.model, servers=servers_of(options), store=options.model_store, sources=options.records,
         state=options.state or Path(".ee-watch") / options.model, options=lambda archive: options_of(options, archive),

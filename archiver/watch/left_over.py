@@ -1,4 +1,4 @@
-"""Removes what renewals read and made, once they are over, and records that are too old or too many."""
+"""Removes the files of renewals that are over, and records that are too old or too many."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _RUN = re.compile(r"\d{8}-\d{6}")
 
 
 def run_name() -> str:
-    """Return the name of the folder of a run that begins now, by which it is known for one afterwards."""
+    """Return a name for the folder of a run that begins now; such names mark the folders of runs."""
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 
 
 def remove_left_over(runs: Path, events: Sequence[Event], unfinished: str | None) -> None:
-    """Remove what runs that are over need no more; other folders beside them stay.
+    """Remove the files that runs no longer need when they are over; other folders beside them stay.
 
-    Of a run that made a plan the copy of the records goes, which would outlive their own age and size limits there; a
-    run that came to none goes as a whole.
+    If a run made a plan, its copy of the records is removed, which would otherwise outlive the age and size limits of
+    the records. A run that made no plan is removed as a whole.
 
     Args:
-        runs: folder of a watcher's runs.
+        runs: the folder of a watcher's runs.
         events: all decisions of the watcher, oldest first.
-        unfinished: name of the run that goes on, if there is one.
+        unfinished: the name of the run that will continue, if there is one.
     """
     with_plan = _runs_with_plan(events)
     for folder in runs.iterdir() if runs.is_dir() else ():
@@ -47,12 +47,12 @@ def remove_left_over(runs: Path, events: Sequence[Event], unfinished: str | None
 
 
 def limit_records(sources: Sequence[str], model: str, archive: Path) -> None:
-    """Delete what a worker of an archive would delete of its records, as there may be no worker.
+    """Delete the records that a worker of an archive would delete, because there may be no worker.
 
     Args:
-        sources: records folders and URLs; what lies behind a URL is left to the workers there.
-        model: name of the model.
-        archive: tells for how long, and how many, records are kept.
+        sources: records folders and URLs; records at a URL are left to the workers there.
+        model: the name of the model.
+        archive: the archive whose configuration limits the age and the size of records.
 
     Raises:
         EarlyExitError: the archive cannot be read.

@@ -17,8 +17,8 @@ def only_watcher(path: Path) -> Iterator[None]:
     """Hold a lock while the block runs; the kernel frees it when the process ends, however it ends.
 
     Raises:
-        ServerError: another process holds it.
-        ForeignFileError: it is a link, or belongs to somebody else.
+        ServerError: another process holds the lock.
+        ForeignFileError: the file is a link, or belongs to somebody else.
     """
     with open_private(path, "a+") as file:
         try:

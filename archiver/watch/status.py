@@ -1,4 +1,4 @@
-"""Where a served model stands: its plan, its records, and what its monitor says."""
+"""The state of a served model: its plan, its records and its monitors."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class ModelStatus:
     backbone: BackboneDescription
     plan: ExitPlan | None
     traffic: str
-    """Identity of the traffic that the archive gets; empty where it is not known."""
+    """The identity of the archive's traffic; empty if it is not known."""
     shards: tuple[Path, ...]
-    """Shards of this traffic that can be read: a damaged one must not stop the loop."""
+    """The shards of this traffic that can be read: a damaged one must not stop the loop."""
     times: Tensor
-    """(N,) float64 Unix times in seconds, ascending, at which those records were made that can prove something."""
+    """(N,) float64 Unix times in seconds, ascending, of the records that can prove something."""
     monitors: tuple[MonitorState, ...]
-    """States of the monitors of this version and plan, one for each records folder that has one."""
+    """The states of the monitors of this version and plan, one for each records folder that has one."""
 
     @property
     def alarm_times(self) -> tuple[float, ...]:
@@ -49,12 +49,12 @@ class ModelStatus:
 
     @property
     def first_alarm(self) -> float | None:
-        """Unix time at which the certificate became void; none while it holds."""
+        """The Unix time at which the certificate became void; None while it holds."""
         return self.alarm_times[0] if self.alarm_times else None
 
     @property
     def n_watched(self) -> int:
-        """Shadow samples that the monitors have seen of this version."""
+        """The number of shadow samples of this version that the monitors have seen."""
         return sum(state.evidence.n + sum(alarm.n for alarm in state.alarms) for state in self.monitors)
 
     def n_newer(self, than: float) -> int:
@@ -63,19 +63,19 @@ class ModelStatus:
 
 def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], cache: Path,
          log: Callable[[str], None] = lambda line: None) -> ModelStatus:
-    """Return where a model stands.
+    """Return the state of a served model.
 
     Args:
         server: the server that serves the model.
-        model: name of the model.
+        model: the name of the model.
         store: the server's model store.
         sources: records folders and URLs.
-        cache: folder for copies of records from URLs.
-        log: called with a line about shards that are passed over.
+        cache: the folder for copies of records from URLs.
+        log: receives lines about shards that are passed over.
 
     Raises:
-        EarlyExitError: the server does not answer or serve the model, its archive is not one of ours, no folder of
-            records is there, or a monitor's state cannot be read.
+        EarlyExitError: the server does not answer or does not serve the model, its archive is not one of ours, there is
+            no records folder, or a monitor's state cannot be read.
     """
     versions = server.versions(model)
     served = next((registered for registered in versions if registered.is_default), None)
@@ -85,11 +85,11 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
     contents = read_archive(archive)
     if (contents.model, contents.version) != (model, served.version):
         raise ServerError(f"{server} says that it serves {model} {served.version} from {archive.name}, but that is "
-                          f"{contents.model} {contents.version}: what is renewed would be made of another archive")
+                          f"{contents.model} {contents.version}: a renewal would start from the wrong archive")
     backbone, plan = contents.description, contents.plan
     folders = [folder for folder in local_folders(sources, cache) if folder.is_dir()]
     if not folders:
-        raise RecordError(f"none of the records folders {', '.join(sources)} is there: pass those that the servers "
+        raise RecordError(f"none of the records folders {', '.join(sources)} exists: pass the folders that the servers "
                           "write to")
     traffic = traffic_of(contents)
     shards, times = _records(folders, model, backbone, traffic, log)
@@ -101,7 +101,7 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
 
 def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription, traffic: str,
              log: Callable[[str], None]) -> tuple[list[Path], list[Tensor]]:
-    """Return the shards of some traffic, and when those of their records were made that can prove something."""
+    """Return the shards of the given traffic, and the times of their records that can prove something."""
     try:
         found = find_shards(folders, model, backbone)
     except RecordError:  # there are none yet
@@ -109,7 +109,7 @@ def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription,
     try:
         shards = of_traffic(readable_shards(found, log), traffic, log)
         times = times_of(shards)
-    except RecordError as error:  # all are damaged or of other traffic, or one has just gone
+    except RecordError as error:  # all are damaged or of other traffic, or one was just deleted
         log(str(error))
         return [], []
     return shards, [times[shard] for shard in shards if read_header(shard).content_key]

@@ -1,4 +1,4 @@
-"""When a plan is to be renewed, and when the new one is better than the old one."""
+"""Decides when a plan is renewed, and whether the new plan is better than the old one."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from early_exit.training.data.split import Part
 from early_exit.training.selection.certify import records_needed
 
 NEW_SHARE = 0.2
-"""Share of new records at which the paper retrains (section 3.6)."""
+"""The share of new records at which the paper retrains (section 3.6)."""
 ATTEMPT, KEPT, ROLLING = "attempt", "kept", "rolling"
 CLOCK = "clock set back"
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """Why a plan is to be renewed."""
+    """The reason to renew a plan."""
 
     reason: str
     """One of 'alarm', 'backbone', 'traffic', 'expired' and 'records'."""
     fresh_after: float
     """Records up to this Unix time are not used to certify the new plan."""
     evidence: dict[str, Any]
-    """Numbers and digests that the reason is drawn from, as the audit keeps them."""
+    """The numbers and digests behind the reason, for the audit."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What triggers are judged by."""
+    """The terms by which triggers are judged."""
 
     tolerance: float
-    """Largest expected loss that a new plan is certified for."""
+    """The largest expected loss for which a new plan is certified."""
     delta: float
-    """Largest chance that a certificate is wrong."""
+    """The largest probability that a certificate is wrong."""
     max_age_s: float
-    """Age of its newest record at which a certificate is renewed."""
+    """The age of a certificate's newest record, in seconds, at which the certificate is renewed."""
 
     @property
     def n_enough(self) -> int:
-        """Fresh records with which a new plan can be certified even if some answers differ."""
+        """The number of fresh records with which a new plan can be certified even if some answers differ."""
         return math.ceil(2 * records_needed(self.tolerance, self.delta) / Part.CERTIFY.share)
 
 
 def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigger | None:
-    """Return why the plan is to be renewed now, if it is; never with fewer fresh records than can certify one."""
+    """Return the reason to renew the plan now; None if there is none, or too few fresh records to certify a plan."""
     plan = status.plan
     since = fresh_after(status, audit, now)
     n_new, n_total = status.n_newer(since), len(status.times)
@@ -73,8 +73,8 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
 def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
     """Return the Unix time after which records are fresh: no plan was certified, or refused, on any later one.
 
-    A clock that was ahead when they were recorded would make all that comes later look old: then what is recorded
-    after a watcher noticed this is fresh.
+    If a clock was ahead while records were made, all later records would look old. In that case, the records are fresh
+    that were made after a watcher noticed this.
     """
     since = newest_mark(status, audit)
     if since <= now:
@@ -86,9 +86,9 @@ def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
 def newest_mark(status: ModelStatus, audit: Audit) -> float:
     """Return the Unix time of the newest record that a plan was certified or refused on, or of the first alarm since.
 
-    The first, because traffic that has changed makes the safer settings alarm too, one after the other, and each
-    would put the renewal off. Counting from the first keeps the fresh records free of what the later alarms saw: they
-    only say that the served plan is worse still.
+    The first alarm counts, because changed traffic makes the fallback levels raise alarms, too, one after the other,
+    and each alarm would put the renewal off. The fresh records may have led to the later alarms, which does no harm:
+    those alarms only show that the served plan is even worse.
     """
     plan = status.plan
     marks = [0.0]
@@ -107,18 +107,18 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
         new: the plan as it was trained.
         current: the plan that serves, if there is one.
         reason: why the plan was renewed, the `reason` of its trigger.
-        current_cost: what `current` costs on the records and by the clock that `new` was made with, if these tell.
+        current_cost: the cost of `current`, on the records and by the measurements of `new`; None if it is not known.
     """
     if new.certificate is None:
         return False, "it has no certificate"
     if not new.exits:
         return False, "no exit pays within the tolerance"
     if reason in ("alarm", "traffic", "expired"):
-        return True, f"it is certified, and the current plan is not any more ({reason})"
+        return True, f"it is certified, and the current plan no longer is ({reason})"
     if current is None or not current.exits:
-        return True, "it is certified, and nothing exits now"
+        return True, "it is certified, and no request leaves early now"
     if current_cost is None:
-        return False, "the new records do not tell what the current plan costs: they lack one of its layers"
+        return False, "the cost of the current plan is not known: the new records lack one of its layers"
     if new.expected_cost >= current_cost:
-        return False, f"on the new records it costs {new.expected_cost:.3f}, the current plan {current_cost:.3f}"
+        return False, f"on the new records it costs {new.expected_cost:.3f}, and the current plan {current_cost:.3f}"
     return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current_cost:.3f} on the new records"

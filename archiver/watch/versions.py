@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def stored_versions(store: Path, model: str) -> dict[float, Path]:
-    """Return the archives of a model in a store whose version is a number, by that number."""
+    """Return the archives of a model in a store by version, if the version is a number."""
     versions = {mar.stem.removeprefix(f"{model}-"): mar for mar in store.glob("*.mar")}
     return {float(version): mar for version, mar in versions.items() if _is_number(version)}
 
 
 def next_version(store: Path, model: str, registered: Sequence[str]) -> str:
-    """Return a version above all that a server has registered and the store holds: none of them is replaced."""
+    """Return a version above all versions that a server has registered or the store holds, so that it replaces none."""
     numbers = [float(version) for version in registered if _is_number(version)]
     return f"{int(max([*stored_versions(store, model), *numbers], default=0)) + 1}.0"
 

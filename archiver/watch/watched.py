@@ -1,4 +1,4 @@
-"""What a watcher watches, and how."""
+"""The model that a watcher watches, with the settings of the watch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from early_exit.training.options import TrainingOptions
 
 @dataclass(frozen=True)
 class Watched:
-    """What is watched, and how."""
+    """The model that is watched, with the settings of the watch."""
 
     model: str
     servers: Sequence[ModelServer]
@@ -24,16 +24,16 @@ class Watched:
     sources: Sequence[str]
     """Folders and URLs with the servers' records."""
     state: Path
-    """Folder for the audit, runs and copies of records from URLs."""
+    """The folder for the audit, the runs and copies of records from URLs."""
     options: Callable[[ArchiveLayout], TrainingOptions]
-    """Returns what to train for an extracted archive."""
+    """Returns the training options for an extracted archive."""
     labels: Path | None
-    """CSV of request ids and true classes, for the risk of accuracy."""
+    """A CSV file of request ids and true classes, for the risk `accuracy`."""
     terms: Terms
     trial_samples: int
-    """Shadow samples that a new version must pass before it is accepted."""
+    """The number of shadow samples that a new version must pass before it is accepted."""
     longest_batch_s: float | None
-    """How long an old version may take for one batch; None where a roll may measure it."""
+    """How long an old version may take for one batch; None if a roll may measure it."""
 
     @property
     def audit(self) -> Audit:

@@ -1,4 +1,4 @@
-"""Keeps one model right: renews its plan when there is reason to, tries the new one out, and takes it back."""
+"""Watches one model: renews its plan when there is reason to, tries the new version out, and takes a bad one back."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TROUBLE = "trouble"
 
 
 class Watcher:
-    """Looks, decides and acts; all it knows lies in the audit, so it goes on where a killed one was."""
+    """Looks, decides and acts. Its whole state is in the audit, so it continues where a killed watcher stopped."""
 
     def __init__(self, watched: Watched, log: Callable[[str], None] = lambda line: None) -> None:
         self._watched, self._log, self._audit = watched, log, watched.audit
@@ -54,9 +54,9 @@ class Watcher:
         self._told = set[str]()
 
     def tick(self) -> None:
-        """Look once and do what is to be done; trouble is noted in the audit, once while it lasts.
+        """Look once and act; trouble is noted in the audit, once for as long as it lasts.
 
-        What a renewal that is over has left is removed, and records that are too old or too many are, whatever happens.
+        In any case, the files of renewals that are over are removed, and records that are too old or too many.
         """
         try:
             try:
@@ -77,18 +77,18 @@ class Watcher:
                     self._tell_once)
 
     def _tell_once(self, line: str) -> None:
-        if (said := line.lstrip("0123456789")) not in self._told:  # though the number of records has grown
+        if (said := line.lstrip("0123456789")) not in self._told:  # apart from the number of records, which grows
             self._told.add(said)
             self._log(line)
 
     def trigger(self, status: ModelStatus) -> Trigger | None:
-        """Return why the plan is to be renewed; nothing while a new version is on trial or taken back."""
+        """Return the reason to renew the plan; None while a new version is on trial or being taken back."""
         if self.on_trial(status) is not None or self._taken_back_in_part() is not None:
             return None
         return fired(status, self._audit, self._watched.terms, time.time())
 
     def on_trial(self, status: ModelStatus) -> Event | None:
-        """Return the decision that brought the served version in, while it is not accepted yet."""
+        """Return the decision that brought the served version in, if the version is not accepted yet."""
         event = self._audit.latest(ROLLING, ROLLED, ACCEPTED, TAKING_BACK, ROLLED_BACK, GIVEN_UP)
         if event is None or event["event"] not in (ROLLING, ROLLED) or event["version"] != status.version:
             return None
@@ -117,12 +117,12 @@ class Watcher:
             self._note(CLOCK, ahead_until=mark)
 
     def _finish(self, trial: Event) -> None:
-        """Complete a roll that was cut short after the first switch."""
+        """Complete a roll that was interrupted after the first switch."""
         self._replace(trial["replaces"], trial["version"], trial["archive"])
         self._note(ROLLED, **{key: value for key, value in trial.items() if key not in ("time", "event")})
 
     def _taken_back_in_part(self) -> Event | None:
-        """Return the decision to take a version back that was not carried out to the end."""
+        """Return the decision to take a version back, if it was not carried out to the end."""
         event = self._audit.latest(ROLLING, TAKING_BACK, ROLLED_BACK)
         return event if event is not None and event["event"] == TAKING_BACK else None
 
@@ -131,7 +131,7 @@ class Watcher:
         self._note(ROLLED_BACK, version=begun["version"], version_now=begun["to"])
 
     def _replace(self, version: str, by: str, archive: str) -> None:
-        """Let every server that serves a version serve another, whatever a roll that was cut short left there."""
+        """Let every server that serves a version serve another one, whatever an interrupted roll has left there."""
         for server in self._watched.servers:
             versions = server.versions(self._watched.model)
             serves = next((registered.version for registered in versions if registered.is_default), None)
@@ -142,19 +142,19 @@ class Watcher:
                 roll_all([server], self._watched.store / archive, longest_batch_s=self._watched.longest_batch_s,
                          log=self._log)
             else:  # somebody else decided
-                self._log(f"{server} serves {serves}, neither {version} nor {by}, and is left so")
+                self._log(f"{server} serves {serves}, neither {version} nor {by}, and keeps it")
 
     def _retire(self, server: ModelServer, version: str) -> None:
-        """Remove a version that gets no new requests, unless it is not there."""
+        """Remove a version that gets no new requests, if it is registered."""
         for registered in server.versions(self._watched.model):
             if registered.version == version and not registered.is_default:
                 retire(server, self._watched.model, registered, longest_batch_s=self._watched.longest_batch_s)
 
     def _require_agreement(self, status: ModelStatus) -> None:
-        """Check that all servers serve the version that is looked at: one that was restarted may not.
+        """Check that all servers serve the version of the first one; a server that was restarted may not.
 
         Raises:
-            ServerError: one serves another.
+            ServerError: a server serves another version.
         """
         for server in self._watched.servers:
             if not any(registered.version == status.version and registered.is_default
@@ -163,7 +163,7 @@ class Watcher:
                                   f"{self._watched.servers[0]} does: bring one version into all of them with ee-roll")
 
     def _judge(self, status: ModelStatus, trial: Event) -> None:
-        """Accept a new version, take it back, or let it go on."""
+        """Accept a new version, take it back, or let its trial continue."""
         evidence = {"version": status.version, "samples": status.n_watched,
                     "plan": status.plan.digest() if status.plan else None}
         if status.first_alarm is not None:
@@ -175,19 +175,19 @@ class Watcher:
             self._note(ACCEPTED, **evidence)
 
     def _pending(self, status: ModelStatus) -> Event | None:
-        """Return a roll that failed or was cut short before the switch and is worth another try; give up any other."""
+        """Return a roll that failed or was interrupted before the switch and gets another try; give up any other."""
         event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED, GIVEN_UP)
         if event is None or event["event"] in (ROLLED, GIVEN_UP):
             return None
         if event["replaces"] != status.version or event["tries"] >= _TRIES:
             self._give_up(event)
             return None
-        for server in self._watched.servers:  # what was left half done
+        for server in self._watched.servers:  # which the earlier try may have left there
             self._retire(server, event["version"])
         return event
 
     def _give_up(self, rolled: Event) -> None:
-        """Remove a version that could not be rolled in: from all servers, and then its archive from the store."""
+        """Remove a version that could not be rolled in from all servers, and then its archive from the store."""
         for server in self._watched.servers:
             self._retire(server, rolled["version"])
         if not any(registered.version == rolled["version"] for server in self._watched.servers
@@ -196,10 +196,10 @@ class Watcher:
         self._note(GIVEN_UP, **{key: rolled[key] for key in ("version", "archive", "replaces", "tries")})
 
     def _attempt(self, status: ModelStatus) -> Event | None:
-        """Return the renewal that was cut short, or a new one that there is reason for."""
+        """Return the renewal that was interrupted, or a new one if there is a reason."""
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
         if (event is not None and event["event"] == ATTEMPT and event["version"] == status.version
-                and event.get("tries", _TRIES) < _TRIES):  # audits of before do not count them
+                and event.get("tries", _TRIES) < _TRIES):  # older audits do not count tries
             return {key: value for key, value in event.items() if key not in ("time", "event")}
         if (trigger := self.trigger(status)) is None:
             return None
@@ -228,13 +228,13 @@ class Watcher:
         try:
             facts = self._note_roll({"version": version, "archive": mar.name, "replaces": status.version,
                                      "replaced_archive": status.archive.name, "tries": 0, **evidence})
-        except OSError:  # nobody would know whose it is
+        except OSError:  # without the note, the archive would belong to no roll
             mar.unlink()
             raise
         self._roll(facts)
 
     def _train(self, status: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
-        """Train a new plan; return it and what the current one costs on its records."""
+        """Train a new plan; return it, and the cost of the current one on the same records."""
         with tempfile.TemporaryDirectory() as scratch:
             layout = ArchiveLayout(Path(scratch))
             extract(status.archive, layout.root)
@@ -249,7 +249,7 @@ class Watcher:
         return load_plan(run.plan)[0], current_cost
 
     def _note_roll(self, decision: Event) -> Event:
-        """Note that a version is rolled in, once more or for the first time; return what is known of it."""
+        """Note that a version is being rolled in, for the first time or again; return the facts about the roll."""
         facts = {key: decision[key] for key in ("version", "archive", "replaces", "replaced_archive", "why", "new",
                                                 "current", "current_cost_now")}
         facts["tries"] = decision["tries"] + 1
@@ -276,7 +276,7 @@ class Watcher:
                 limit_records(self._watched.sources, self._watched.model, archive)
 
     def _unfinished_run(self) -> str | None:
-        """Return the name of the run that the next tick goes on with, if there is one."""
+        """Return the name of the run that the next tick continues, if there is one."""
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
         if event is None or event["event"] != ATTEMPT or event.get("tries", _TRIES) >= _TRIES:
             return None
@@ -289,7 +289,7 @@ class Watcher:
 
 
 def _summary(plan: ExitPlan | None) -> dict[str, Any] | None:
-    """Return what the audit keeps of a plan."""
+    """Return the summary of a plan for the audit."""
     if plan is None:
         return None
     certificate = plan.certificate

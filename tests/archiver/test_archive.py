@@ -114,7 +114,7 @@ def test_another_archive_of_that_name_is_not_replaced(recorder_mar: Path, tmp_pa
     made = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="7.0"))
     before = made.read_bytes()
     plan = write_plan(tmp_path / "run", recorder_mar)
-    with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar is there already .* pass another --version"):
+    with pytest.raises(ArchiveError, match=r"digits-7\.0\.mar exists already .* pass another --version"):
         build_untried(ArchiveRequest(str(recorder_mar), tmp_path, plan=plan, version="7.0"))
     assert made.read_bytes() == before
 
@@ -221,7 +221,7 @@ def test_the_builtin_image_classifier_tells_the_input_shape_itself(tmp_path: Pat
 
 
 def test_a_handler_that_keeps_image_sizes_needs_the_shape(digits_mar: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArchiveError, match="at their own size.*--input-shape"):
+    with pytest.raises(ArchiveError, match="inputs of different sizes.*--input-shape"):
         build_archive(ArchiveRequest(str(digits_mar), tmp_path))
 
 

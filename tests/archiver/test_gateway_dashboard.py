@@ -112,4 +112,4 @@ def test_a_roll_is_told_step_by_step() -> None:
     assert [changes(before, now) for before, now in pairwise(looks)] == [
         ["version 2.0 serves"], ["version 3.0 is being loaded"], ["version 3.0 is ready"],
         ["version 3.0 serves instead of 2.0"], ["version 2.0 is removed"],
-        ["alarm: version 3.0 has stepped back to a safer setting (1)"], []]
+        ["alarm: version 3.0 has gone to fallback level 1"], []]

@@ -134,7 +134,7 @@ def test_a_model_that_cannot_be_read_hides_no_other_and_says_so_itself() -> None
     first, second = looked(said, versions("broken") | {"/models/digits": "no JSON"})
     assert first["model"] == "digits" and first["trouble"] is None
     assert [one["version"] for one in first["versions"]] == ["3.0"]
-    assert second["trouble"].startswith("The gateway cannot read what TorchServe tells: JSONDecodeError")
+    assert second["trouble"].startswith("The gateway cannot read TorchServe's answer: JSONDecodeError")
     assert second["looked_at"] == first["looked_at"], "what is shown of it is old"
 
 

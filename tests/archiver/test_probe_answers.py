@@ -34,7 +34,7 @@ def test_a_probe_that_was_taken_tells_backbone_and_plan_in_any_envelope(answer: 
 
 @pytest.mark.parametrize(("status", "answer"), [(200, {"cat": 0.9}), (200, [0.9]), (400, {"message": "?"})])
 def test_an_ordinary_answer_is_no_probe_and_the_secret_is_asked_for(status: int, answer: Any) -> None:
-    with pytest.raises(ServerError, match=f"with {status}: .*\nIf that is .*EARLY_EXIT_SECRET .*--secret"):
+    with pytest.raises(ServerError, match=f"with {status}: .*\nIf it gives this answer .*EARLY_EXIT_SECRET .*--secret"):
         probed(status, answer)
 
 

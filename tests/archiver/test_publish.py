@@ -73,14 +73,14 @@ def test_an_archive_appears_and_once_more_with_the_same_contents(store: Path) ->
 
 def test_another_archive_of_that_name_stays(store: Path) -> None:
     (store / "a.mar").write_text("old")
-    with pytest.raises(ArchiveError, match="is there already and holds something else"):
+    with pytest.raises(ArchiveError, match="exists already with other contents"):
         publish(store / "draft", store / "a.mar")
     assert (store / "a.mar").read_text() == "old"
 
 
 def test_a_link_in_the_place_of_an_archive_is_not_written_through(store: Path) -> None:
     (store / "a.mar").symlink_to(store / "nothing")
-    with pytest.raises(ArchiveError, match="is there already"):
+    with pytest.raises(ArchiveError, match="exists already"):
         publish(store / "draft", store / "a.mar")
     assert not (store / "nothing").exists()
 

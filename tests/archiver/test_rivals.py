@@ -89,7 +89,7 @@ def test_a_roll_that_would_take_longer_to_switch_than_its_rivals_wait_gives_up(s
     server = slow(store, 1, is_first=False, most_s=0.0, ready_s=0.0)
     look = server.versions
     server.versions = lambda model: (server.clock.sleep(SWITCH_S), look(model))[1]  # type: ignore[method-assign]
-    with pytest.raises(ServerError, match="takes longer than 4 s to tell its versions"):
+    with pytest.raises(ServerError, match="takes longer than 4 s to report its versions"):
         rolled(server, "2.0", ready_limit_s=30)
     assert (server.default, list(server.registered)) == ("1.0", ["1.0"])
 

@@ -66,7 +66,7 @@ def test_a_version_gets_the_workers_that_the_old_one_was_given_while_it_served(s
 
 def test_a_version_that_fails_its_probe_is_removed_and_the_old_one_goes_on(store: Path) -> None:
     server = serving("a", store, probe_error="the weights are damaged")
-    with pytest.raises(ServerError, match="the weights are damaged\ndigits 2.0 goes on serving"):
+    with pytest.raises(ServerError, match="the weights are damaged\ndigits 2.0 keeps serving"):
         rolled(server, store / "digits-3.0.mar")
     assert (server.default, list(server.registered)) == ("2.0", ["2.0"])
     assert "set_default" not in [call[0] for call in server.calls]
@@ -89,7 +89,7 @@ def test_when_a_server_fails_those_that_are_done_get_their_old_version_again(sto
 
 def test_without_being_told_to_a_failed_roll_puts_nothing_back(store: Path) -> None:
     done, failing = serving("a", store), serving("b", store, probe_error="out of memory")
-    with pytest.raises(ServerError, match="a already serve digits-3.0.mar and are left so"):
+    with pytest.raises(ServerError, match="a already serve digits-3.0.mar and keep it"):
         roll_all([done, failing], store / "digits-3.0.mar", **LIMITS)
     assert (done.default, failing.default) == ("3.0", "2.0")
 
@@ -105,15 +105,15 @@ def test_without_the_secret_the_sample_must_be_answered_as_where_the_archive_was
     server, said = serving("a", store, has_secret=False, answer=answer), list[str]()
     roll(server, store / "digits-4.0.mar", **LIMITS, log=said.append)
     assert server.calls == [("register", "4.0"), ("predict", "4.0", ""), ("set_default", "4.0"), ("unregister", "2.0")]
-    assert "answered as where the archive was made" in "".join(said)
+    assert "answered as it was where the archive was made" in "".join(said)
 
 
 @pytest.mark.parametrize(("answer", "difference"), [
     (left_at("layer1.0", three=0.72, rank=3), "answer.three is 0.72, expected 0.7"),
     (left_at("layer1.0", three=0.7, rank=4), "answer.rank is 4, expected 3"),
     (left_at("layer1.0", four=0.7, rank=3), "answer is {'four': 0.7, 'rank': 3}, expected {'three': 0.7, 'rank': 3}"),
-    (left_at("layer2.0", three=0.7, rank=3), "left at layer2.0, and at layer1.0 or full"),
-    (Prediction(200, {}, b"no JSON", None), "left at no exit that is told")])
+    (left_at("layer2.0", three=0.7, rank=3), "left at layer2.0, but at layer1.0 or full"),
+    (Prediction(200, {}, b"no JSON", None), "left at an unknown exit")])
 def test_without_the_secret_a_sample_that_is_answered_otherwise_stops_the_roll(
         store: Path, answer: Prediction, difference: str) -> None:
     server = serving("a", store, has_secret=False, answer=answer)

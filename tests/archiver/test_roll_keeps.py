@@ -42,7 +42,7 @@ def test_what_the_new_configuration_leaves_open_is_as_it_was(tmp_path: Path) -> 
     server.scale("digits", "1.0", (2, 3))
     report = rolled(server, plain_mar(tmp_path, "2.0"), said)
     assert server.registered["2.0"].settings == report.kept == RunSettings(3, 37, 77, (2, 3))
-    assert "as 1.0 has it: batch size 3, batch delay 37 ms, response timeout 77 s, workers 2 to 3" in said
+    assert "kept from 1.0: batch size 3, batch delay 37 ms, response timeout 77 s, workers 2 to 3" in said
 
 
 def test_what_the_new_configuration_says_holds_and_is_told(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_the_new_configuration_says_holds_and_is_told(tmp_path: Path) -> No
                                                               "maxWorkers: 2\n"), said)
     assert server.registered["2.0"].settings == RunSettings(8, 37, 90, (2, 2))
     assert report.changed == RunSettings(8, None, 90, (2, 2)) and report.kept == RunSettings(max_batch_delay_ms=37)
-    assert ("as its own model-config.yaml says: batch size 8 instead of 3, response timeout 90 s instead of 77 s, "
+    assert ("set by its own model-config.yaml: batch size 8 instead of 3, response timeout 90 s instead of 77 s, "
             "workers 2 to 2 instead of 1 to 1") in said
 
 
@@ -70,7 +70,7 @@ def test_workers_that_a_version_was_given_while_it_served_are_kept_unless_the_co
 def test_a_setting_that_the_server_does_not_keep_stops_the_roll(tmp_path: Path) -> None:
     """TorchServe 0.12 takes 120 s for every archive with a configuration that does not say how long."""
     server = serving(tmp_path)
-    with pytest.raises(ServerError, match="gives 2.0 response timeout 120 s instead of 77 s as 1.0 has it: say in "
+    with pytest.raises(ServerError, match="gives 2.0 response timeout 120 s instead of 77 s, which 1.0 has: set it in "
                                           "the new archive's model-config.yaml"):
         rolled(server, plain_mar(tmp_path, "2.0", config="batchSize: 8\n"))
     assert (server.default, list(server.registered)) == ("1.0", ["1.0"])
@@ -114,7 +114,7 @@ def test_an_archive_that_was_made_from_another_and_replaces_nothing_is_a_warning
     printed = capsys.readouterr()
     assert "digits 2.0 serves" in printed.out
     assert ("warning: no version of digits was registered on server, so digits-2.0.mar replaces nothing there, though "
-            "it was made from digits 1.0. If it is to replace photos, remove it and pass --as NAME") in printed.err
+            "it was made from digits 1.0. If it should replace photos, remove it and pass --as NAME") in printed.err
 
 
 def test_an_archive_that_was_made_from_no_other_may_be_the_first(
@@ -169,7 +169,7 @@ def test_a_failed_roll_of_several_servers_puts_nothing_back_over_what_somebody_e
         raise ServerError("no room")
 
     failing.register = meanwhile  # type: ignore[method-assign]
-    with pytest.raises(ServerError, match="no room\n.*\nserver serves 3.0 by now"):
+    with pytest.raises(ServerError, match="no room\n.*\nserver now serves 3.0"):
         roll_all([done, failing], plain_mar(tmp_path, "2.0"), put_back=True, untried=True, longest_batch_s=0.0,
                  clock=VirtualClock())
     assert list(done.registered) == ["3.0"]

@@ -99,7 +99,7 @@ def test_an_audit_that_cannot_be_written_holds_nothing_up(folder: Path, capsys: 
     assert main(["cifar", "off"]) == 1
     assert ExitSwitch(folder, "cifar").read() == Position(None)
     told = capsys.readouterr().err
-    assert "the exits of cifar are off from the next batch on, but that cannot be kept or noted" in told
+    assert "the exits of cifar are off from the next batch on, but this setting could not be saved" in told
 
 
 def test_switching_loads_neither_torch_nor_an_archive(folder: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_new_plan_must_be_certified_and_cheaper_or_safer() -> None:
     assert is_better(replace(PLAN, expected_cost=0.9), PLAN, "expired", 0.7)[0]
     assert is_better(PLAN, None, "backbone", None)[0]
     for refused, cost, why in ((replace(cheaper, certificate=None), 0.7, "no certificate"),
-                               (replace(cheaper, exits=()), 0.7, "no exit"), (cheaper, None, "do not tell")):
+                               (replace(cheaper, exits=()), 0.7, "no exit"), (cheaper, None, "is not known")):
         better, found = is_better(refused, PLAN, "records", cost)
         assert not better and why in found
 

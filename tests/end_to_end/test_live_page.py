@@ -126,7 +126,7 @@ def let_go(held: list[Route]) -> None:
 def work_told(page: Page) -> int:
     """Return the percentage of the full model's work that the page tells."""
     lead = page.locator("#lead").inner_text()
-    found = re.search(r"so it did (\d+) % of the work", lead)
+    found = re.search(r"so the model did (\d+) % of the work", lead)
     assert found is not None, lead
     return int(found.group(1))
 
@@ -154,7 +154,7 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
         page.emulate_media(color_scheme="dark" if dark else "light")
         page.goto(f"http://{address}/#token={TOKEN}")
         see(page, f"of the last {number} requests left the model early", "watched answers differ",
-            "took on average", "with version 3.0")
+            "On average, the requests", "with version 3.0")
         expect(page.locator("#lead")).to_contain_text(f"{100 * early:.0f} %")
         page.set_input_files("#file", tmp_path / "digit.png")
         see(page, "answered", "opinions together took")
@@ -238,7 +238,7 @@ def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_
     with page.expect_request("**/state*"):
         pass  # the page looks again every two seconds
     page.select_option("#model", "other")
-    see(page, "other 3.0", "Every exit then says")
+    see(page, "other 3.0", "Every exit then shows")
     expect_unseen(page, "opinions together took")  # they were the other model's
     let_go(held)
     for _ in range(20):
@@ -263,11 +263,11 @@ def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(
     audit.append("rolled", version="4.0", replaces="3.0", why="it is cheaper")
     page.goto(f"http://{address}/#token={TOKEN}")
     deadline = time.monotonic() + 60
-    while "stepped back" not in page.locator("#serving").inner_text():
+    while "fallback level" not in page.locator("#serving").inner_text():
         assert time.monotonic() < deadline, page.locator("body").inner_text()
         assert failed(send(server, "digits", BODIES)) == 0
     see(page, "version 4.0 serves instead of 3.0", "ee-watch: rolled 4.0 instead of 3.0 (it is cheaper)",
-        "alarm: version 4.0 has stepped back", "no longer holds", "version 3.0 is removed")
+        "alarm: version 4.0 has gone to fallback level", "no longer holds", "version 3.0 is removed")
     (tmp_path / "digit.png").write_bytes(BODIES[0])
     page.set_input_files("#file", tmp_path / "digit.png")
     see(page, "No exit was asked: the whole model answered")
@@ -286,10 +286,10 @@ def test_the_page_says_what_is_wrong_and_recovers(page: Page, server: TorchServe
     see(page, "The gateway does not answer")
     with gateway(server.addresses, server.key_file) as closed:
         page.goto(f"http://{closed}/")
-        see(page, "wants its token")
+        see(page, "needs a token")
         page.screenshot(path=pictures / "token.png", full_page=True)
-        for given, answer in (("wrong", "That was not it"), (TOKEN, "digits 4.0")):
+        for given, answer in (("wrong", "This token is wrong"), (TOKEN, "digits 4.0")):
             page.fill("#token input", given)
             page.click("#token button")
             see(page, answer)
-        expect_unseen(page, "wants its token")
+        expect_unseen(page, "needs a token")

@@ -51,7 +51,7 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(
         assert set(read_archive(store / "yours-2.0.mar").sample_answers) == {"full"}
         with BackgroundLoad(server, "yours", bodies) as load:
             printed = reader.check("ee-roll")
-        assert "its sample request is answered as where the archive was made" in printed
+        assert "its sample request is answered as it was where the archive was made" in printed
         [after] = send(server, "yours", bodies[:1])
         clients_force_no_full_pass(server, bodies[0])
         assert switch_exits(["yours", "off"]) == 0

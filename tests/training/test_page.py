@@ -183,7 +183,7 @@ def test_a_moved_archive_has_to_be_given(finished: tuple[RunPaths, RunReport], m
     shutil.copytree(finished[0].root, run.root)
     inputs = json.loads(run.inputs.read_text())
     run.inputs.write_text(json.dumps({**inputs, "archive": str(tmp_path / "gone.mar")}))
-    with pytest.raises(ArchiveError, match="not at .*gone.mar: say with --archive"):
+    with pytest.raises(ArchiveError, match="not at .*gone.mar, and memory .*: pass its path with --archive"):
         evaluate(run)
     assert evaluate(run, mar, max_seconds=0).summary.exits
 
@@ -199,5 +199,5 @@ def test_a_plan_that_was_changed_is_refused(finished: tuple[RunPaths, RunReport]
     plan = json.loads(run.plan.read_text())
     plan["exits"][0]["threshold"] = 0.1
     run.plan.write_text(json.dumps(plan))
-    with pytest.raises(RecordError, match="not what the run's own figures lead to"):
+    with pytest.raises(RecordError, match="does not follow from the figures of its run"):
         evaluate(run)

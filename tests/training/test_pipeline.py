@@ -163,7 +163,7 @@ def test_records_that_name_no_request_certify_nothing_and_the_error_says_that_th
     (tmp_path / "records").mkdir()
     unknown = tmp_path / "records" / shard.name
     write_shard(unknown, header, replace(known, request=torch.full_like(known.request, ANONYMOUS)))
-    with pytest.raises(RecordError, match=f"Of {len(known)} more records it is not known which request they belong to"):
+    with pytest.raises(RecordError, match=f"{len(known)} more records .* their requests are not known"):
         train("model", archive, [unknown], replace(OPTIONS, thresholds=rule), RunPaths(tmp_path / "run"))
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_goes_on_with_fewer_records_than_there_are_says_so(
     train("model", archive, shards[:5], OPTIONS, run)
     lines: list[str] = []
     train("model", archive, shards, OPTIONS, run, log=lines.append)
-    assert "goes on with the 5 shards" in lines[0] and "another --to" in lines[0]
+    assert "continues with the 5 shards" in lines[0] and "another --to" in lines[0]
 
 
 def test_an_impossible_tolerance_gives_a_plan_without_exits(
@@ -235,7 +235,7 @@ def test_a_head_for_a_layer_without_records_is_refused_with_the_one_that_was_mea
         backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     layer = backbone.description.candidates[0].path
     options = replace(OPTIONS, space=SearchSpace(heads={f"{layer}x": HeadSpec()}))
-    with pytest.raises(ConfigError, match=f"for '{layer}x', which is no layer .* did you mean '{layer}'"):
+    with pytest.raises(ConfigError, match=f"for '{layer}x', but this run has no records .* did you mean '{layer}'"):
         train("model", archive, find_shards(records, "model", backbone.description), options, RunPaths(tmp_path))
 
 
@@ -248,7 +248,7 @@ def test_records_of_an_older_setting_are_passed_over_and_counted(
     lines: list[str] = []
     report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
     assert sum(report.records.values()) == 900
-    assert any("100 records are passed over: they were made with another early_exit.pool" in line for line in lines)
+    assert any("100 records are passed over: they were recorded with another early_exit.pool" in line for line in lines)
 
 
 def test_shards_with_layers_in_common_are_used_together(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_r
         replayed = replay_records(paths, everything, layers, backbone, handler, Replay(ROUNDS, pool=None),
                                   log=said.append)
         with pytest.raises(RecordError, match="none of the 12 recorded requests can be run again. The most common "
-                                              "reason, of 12: raw_images.py fails on a request with RuntimeError"):
+                                              "reason, for 12 of them: raw_images.py fails on a request with "):
             replay_records(TrainingSetPaths(tmp_path / "none"), everything.where(_chosen(short)), layers, backbone,
                            handler, Replay(0))
     answered = everything.where(~_chosen([*short, *unkept]))
@@ -186,7 +186,7 @@ def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_r
     torch.testing.assert_close(replayed.log_probabilities[:75].float(), expected, atol=0.01, rtol=0.01)
     assert list(replayed.skipped.values()) == [12, 3] and len(said) == 2
     assert said[0].startswith("12 of 90 recorded requests are passed over: raw_images.py fails on a request with")
-    assert said[1].startswith("3 of 90 recorded requests are passed over: what the handler got was not kept")
+    assert said[1].startswith("3 of 90 recorded requests are passed over: the request was not kept")
 
 
 def _chosen(records: Iterable[int]) -> Tensor:
@@ -247,6 +247,6 @@ def test_records_without_requests_are_passed_over_and_where_there_are_no_others_
     replayed = replay_records(TrainingSetPaths(tmp_path / "set"), load_traffic(shards), layers, backbone, handler,
                               Replay(0))
     assert torch.equal(replayed.request, load_traffic(shards[1:]).request) and [*replayed.skipped.values()] == [20]
-    with pytest.raises(RecordError, match="of 20: what the handler got was not kept: record .*keep_requests: true"):
+    with pytest.raises(RecordError, match="for 20 of them: the request was not kept: record .*keep_requests: true"):
         replay_records(TrainingSetPaths(tmp_path / "none"), load_traffic(shards[:1]), layers, backbone, handler,
                        Replay(0))

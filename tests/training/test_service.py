@@ -133,7 +133,7 @@ def test_results_are_gathered_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("trialConcurency: 2", "did you mean 'trialConcurrency'"),
-    ("searchSpace: {}", "not a setting of NNI that is yours to make"),
+    ("searchSpace: {}", "not a setting of NNI that you can make"),
     ("port: 70000", "1 to 65535"),
     ("trialConcurrency: 0", "NNI refuses"),
     ("trainingService: {platform: remote}", "NNI refuses"),

@@ -54,9 +54,10 @@ def test_no_two_sides_mean_the_same(shape: tuple[int, ...], recorded: int | None
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("widht: [3]", "did you mean 'width'"), ("kernel: [2]", "2 is no value for kernel"),
-    ("convolutions: [3]", "3 is no value for convolutions"), ("pool: []", "needs a list"), ("pool: 4", "needs a list"),
-    ("separable: [1]", "1 is no value for separable"), ("- 3", "expected keys and values"),
+    ("widht: [3]", "did you mean 'width'"), ("kernel: [2]", "2 is not a possible value for kernel"),
+    ("convolutions: [3]", "3 is not a possible value for convolutions"), ("pool: []", "needs a list"),
+    ("pool: 4", "needs a list"),
+    ("separable: [1]", "1 is not a possible value for separable"), ("- 3", "expected keys and values"),
     ("heads: {layer1: {pool: 4, widhts: [3], widths: yes}}", "expected a head with"), ("a: [", "cannot read"),
 ])
 def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:

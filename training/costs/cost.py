@@ -21,9 +21,9 @@ class StepCosts:
     """The mean costs of L candidate exits for one share of requests that still travel."""
 
     until: tuple[float, ...]
-    """(L + 2 numbers) The cost of the backbone's stages before the k-th; the last is that of the whole backbone."""
+    """L + 2 numbers: the k-th, from 0, is the cost of the first k stages; the last is that of the whole backbone."""
     exits: tuple[float, ...]
-    """(L numbers) The cost of head, decision and shrinking after each candidate."""
+    """L numbers: the cost of head, decision and shrinking after each candidate."""
 
     def between(self, start: int, end: int) -> float:
         """Return the cost of the stages after candidate `start` (-1: input) up to candidate `end` (L: output)."""
@@ -49,7 +49,7 @@ class Costs:
 
     @property
     def saved(self) -> tuple[float, ...]:
-        """What of the backbone a full batch saves that leaves after each candidate."""
+        """For each candidate, the share of the backbone that a full batch saves by leaving after it."""
         full = self.at(1.0)
         return tuple(full.between(layer, self.n_layers) for layer in range(self.n_layers))
 
@@ -63,7 +63,7 @@ class Costs:
 
 
 def flop_costs(layers: Sequence[CandidateLayer], heads: Sequence[float]) -> Costs:
-    """Return the costs of the paper's K(S).
+    """Return the costs as in the paper's K(S).
 
     Args:
         layers: the candidates.
@@ -77,7 +77,7 @@ def flop_costs(layers: Sequence[CandidateLayer], heads: Sequence[float]) -> Cost
 
 @dataclass(frozen=True)
 class FlopCost:
-    """What a head costs as a fraction of the backbone's FLOPs."""
+    """The cost of a head as a fraction of the backbone's FLOPs."""
 
     flops: int
     """The FLOPs of the backbone."""

@@ -34,7 +34,8 @@ _ROUNDS = 15
 _LEAST_ROUNDS = 3
 _SECONDS_PER_SIZE = 4.0
 _OTHERS = 2**22
-"""The stages before an exit leave about so many numbers, 16 MB, in the caches in place of its weights."""
+"""The number of float32 values, 16 MB, that are written before an exit is timed. In service, the stages before the exit
+displace its weights from the caches with about as many."""
 
 T = TypeVar("T")
 Loop = Callable[[Tensor], Tensor]
@@ -65,13 +66,14 @@ class Profile:
         return float(sum(for_counts(self.sizes, stage, size)[size] for stage in self.stages))
 
     def shrink_from(self, layers: Sequence[str], batch_size: int) -> tuple[int, ...]:
-        """Return for each exit from how many answered rows of a full batch on a copy of the others pays.
+        """Return for each exit the number of answered rows of a full batch from which copying the other rows pays.
 
-        It must pay by the next exit, where there is another chance. A batch that is answered whole just ends.
+        The copy must pay before the next exit, which is another chance to copy. If all rows of a batch are answered,
+        the batch just ends.
 
         Args:
             layers: paths of the exits of a plan, in order.
-            batch_size: of full batches.
+            batch_size: the size of full batches.
         """
         positions = [self.layers.index(path) for path in layers]
         least = []
@@ -84,12 +86,12 @@ class Profile:
         return tuple(least)
 
     def costs(self, layers: Sequence[str], exits: Sequence[Sequence[float]], batch_size: int) -> Costs:
-        """Return the costs for batches of a size.
+        """Return the costs for batches of one size.
 
         Args:
             layers: paths of the candidates that have an exit, in order.
             exits: for each of them, the seconds of the exit for each size.
-            batch_size: of full batches.
+            batch_size: the size of full batches.
         """
         whole = self.seconds(batch_size)
         steps = np.stack([for_counts(self.sizes, stage, batch_size) for stage in self.stages]) / whole
@@ -101,15 +103,15 @@ class Profile:
 
 def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, engine: str = DEFAULT_ENGINE,
                      device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> Profile:
-    """Time every stage between the layers, one thread, stage after stage and size after size in each round.
+    """Time every stage between the layers on one thread; each round times all stages for all sizes.
 
-    What counts is how the sizes compare, and a machine that is busy for a while is so for all of them. On a GPU stages
-    and copies are launched one by one here, which takes longer than in the one launch that serves.
+    The comparison of the sizes counts, and if the machine is busy for a while, all of them are affected. On a GPU,
+    stages and copies are launched one by one here, which takes longer than the single launch that serves.
 
     Args:
-        backbone: on the device.
-        layers: where it is cut.
-        engine: that executes it.
+        backbone: the backbone, on the device.
+        layers: the layers at which it is cut.
+        engine: the engine that executes it.
         device: a torch device.
         sizes: batch sizes, ascending.
     """
@@ -134,15 +136,15 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
 
 def profile_exit(head: Head, layer: CandidateLayer, policy: str, *, engine: str = DEFAULT_ENGINE,
                  device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
-    """Return the seconds of an exit for each batch size: head, decision, and half of the batch leaves.
+    """Return the seconds of an exit for each batch size: the head, the decision, and half of the batch leaving.
 
-    What serves is what is timed: the loop with the exit, less the loop without it.
+    The loop that serves is timed, with the exit and without it; the result is the difference.
 
     Args:
-        head: trained or not.
-        layer: that it stands after.
-        policy: the kind of the exit's policy; how long it takes does not depend on its values.
-        engine: that executes the backbone.
+        head: an exit head, trained or not.
+        layer: the layer that the exit follows.
+        policy: the kind of the exit's policy; its time does not depend on its values.
+        engine: the engine that executes the backbone.
         device: a torch device.
         sizes: batch sizes, ascending.
     """
@@ -150,7 +152,7 @@ def profile_exit(head: Head, layer: CandidateLayer, policy: str, *, engine: str 
         return decide(logits) & (torch.arange(len(logits), device=logits.device) % 2 == 0)
 
     def loop(end: Exit | None) -> Loop:
-        # The scores at the end are cheap: what comes after the exit is timed elsewhere.
+        # The scores at the end are cheap: the stages after the exit are timed elsewhere.
         stages = [Stage(lambda x: (x,), end), Stage(lambda x: (x.flatten(1)[:, :2],))]
         levels, first = [graphed(stages, torch.device(device))], (arranged[0][0][:1],)
         executor = plain_executor(levels)
@@ -178,7 +180,7 @@ def profile_exit(head: Head, layer: CandidateLayer, policy: str, *, engine: str 
 
 @dataclass(frozen=True)
 class TimeCost:
-    """What a head costs as a fraction of the measured time of the backbone, for one batch size."""
+    """The cost of a head as a fraction of the measured time of the backbone, for one batch size."""
 
     profile: Profile
     batch_size: int
@@ -206,7 +208,7 @@ def for_counts(sizes: Sequence[int], seconds: Sequence[float], batch_size: int) 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: what counts is the CPU time of a request, whoever else has work."""
+    """Run torch on one thread: the CPU time of a request counts, whatever else the machine is doing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -216,11 +218,11 @@ def one_thread() -> Iterator[None]:
 
 
 def _medians(measures: Sequence[Callable[[], list[float]]], desc: str | None = None) -> list[list[float]]:
-    """Return the medians of what each measure returns, over rounds of them all, fewer when they take long.
+    """Return the medians of the values that each measure returns in several rounds; slow measures get fewer rounds.
 
     Args:
-        measures: take measurements.
-        desc: name of a progress bar; none by default.
+        measures: functions that take measurements.
+        desc: the name of a progress bar; by default there is none.
     """
     for measure in measures:
         measure()  # warms up
@@ -234,7 +236,7 @@ def _medians(measures: Sequence[Callable[[], list[float]]], desc: str | None = N
 
 
 def timed(step: Callable[..., T], live: Live, device: str) -> tuple[float, T]:
-    # On a CPU the time that this process works, whoever else keeps the machine busy.
+    # On a CPU, only the time for which this process works counts, however busy the machine is.
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     started = clock()
     result = step(*live)

@@ -1,4 +1,4 @@
-"""Activations of many records in one file per layer, of which only the rows in use are in memory."""
+"""Activations of many records, in one file per layer. Only the rows in use are in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096
 
 
 class Activations:
-    """The (N, ...) activations of one layer, in a .npy file; indexing reads the asked rows only.
+    """The (N, ...) activations of one layer, in a .npy file; indexing reads only the rows asked for.
 
     Rows are read, not mapped: mapped pages would count as memory of the process for as long as it runs.
     """
@@ -29,10 +29,10 @@ class Activations:
         """Open a file.
 
         Raises:
-            RecordError: it is no .npy file, or was cut short.
+            RecordError: the file is not a .npy file, or is truncated.
         """
         try:
-            mapped = np.lib.format.open_memmap(path, mode="r")  # of which nothing but the header is read
+            mapped = np.lib.format.open_memmap(path, mode="r")  # reads nothing but the header
         except ValueError as error:
             raise RecordError(f"cannot read the activations {path}: {error}. Delete the run's folder and train "
                               "again") from error
@@ -43,7 +43,7 @@ class Activations:
     @classmethod
     def create(cls, path: Path, n_rows: int, shape: Sequence[int],
                dtype: type[np.generic] = np.float16) -> Activations:
-        """Make a file of zeros for N rows of a shape."""
+        """Create a file of zeros for `n_rows` rows of a shape."""
         private_folder(path.parent)
         open_private(path, "w").close()  # NumPy would make it readable for others
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(n_rows, *shape)).flush()
@@ -56,13 +56,13 @@ class Activations:
         """Return the (M, ...) rows with the (M,) indices.
 
         Raises:
-            RecordError: the file was cut short.
+            RecordError: the file is truncated.
         """
         wanted = rows.numpy()
         values = np.empty((len(wanted), *self._row_shape), self._dtype)
         target = values.data.cast("B") if values.size else memoryview(b"")
         starts = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
-        for start, end in pairwise(starts):  # runs of neighbours are read at once
+        for start, end in pairwise(starts):  # consecutive rows are read in one call
             if end > start:
                 place = slice(start * self._row_bytes, end * self._row_bytes)
                 at = self._offset + int(wanted[start]) * self._row_bytes
@@ -77,20 +77,20 @@ class Activations:
         self._file.write(values.contiguous().numpy().astype(self._dtype, copy=False).tobytes())
 
     def finite_rows(self) -> Tensor:
-        """Return a (N,) bool mask of the rows that are finite: what is too large for float16 was stored as infinity."""
+        """Return a (N,) bool mask of the rows that are finite; values too large for float16 were stored as infinity."""
         starts = range(0, len(self), _ROWS_AT_ONCE)
         pieces = [self[torch.arange(start, min(start + _ROWS_AT_ONCE, len(self)))].flatten(1).isfinite().all(dim=1)
                   for start in starts]
         return torch.cat(pieces) if pieces else torch.ones(0, dtype=torch.bool)
 
     def flush(self) -> None:
-        """See that what was written is on the disk."""
+        """Make sure that everything written is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 class Selected:
-    """Some rows of activations or of a tensor, as if they were all there are."""
+    """A view of some rows of activations or of a tensor."""
 
     def __init__(self, rows: Activations | Tensor, selected: Tensor) -> None:
         self._rows, self._selected = rows, selected

@@ -30,15 +30,15 @@ NOT_FINITE = "the model's scores or activations were not finite"
 class RecordedTraffic(RecordColumns):
     """N records without their activations, which are read layer by layer.
 
-    Each instance of a known request is in it once, and outside of the train part there is one record of a request:
-    records of one request are alike, and a certificate counts independent ones. Which one is drawn by a hash.
+    Each instance of a known request occurs once. Outside the train part, each request has one record, which is drawn by
+    a hash: records of one request are alike, and a certificate counts independent records.
     """
 
     shards: tuple[Path, ...]
     sizes: tuple[int, ...]
     """The number of records in each shard."""
     rows: Tensor
-    """(N,) int64, ascending: positions of the records used in the concatenated shards."""
+    """(N,) int64, ascending: positions, in the concatenated shards, of the records in use."""
     split: Split
     """The parts of the records."""
     passed_over: Mapping[str, int] = field(default_factory=dict)
@@ -48,25 +48,25 @@ class RecordedTraffic(RecordColumns):
     def part(self) -> Tensor:
         """(N,) int8: number of each record's part.
 
-        Where the request or its content is not known it is the train part: what is chosen and certified rests on
+        A record whose request or content is not known is in the train part: exits are chosen and certified on
         independent records.
         """
         return self.split.part
 
     @property
     def is_evidence(self) -> Tensor:
-        """(N,) bool: whether it is known which request each record is of, and which content that has: what may be a
-        repeat proves nothing."""
+        """(N,) bool: whether the request of each record and its content are known. A record that may be a repeat
+        proves nothing."""
         return (self.request != ANONYMOUS) & (self.content != UNKNOWN_CONTENT)
 
     @property
     def n_anonymous(self) -> int:
-        """The number of records of which the request is not known."""
+        """The number of records whose request is not known."""
         return int((self.request == ANONYMOUS).sum())
 
     @property
     def n_without_content(self) -> int:
-        """The number of records of which the request is known, but not its content."""
+        """The number of records whose request is known, but not its content."""
         return int((~self.is_evidence).sum()) - self.n_anonymous
 
     def where(self, chosen: Tensor) -> RecordedTraffic:
@@ -75,10 +75,10 @@ class RecordedTraffic(RecordColumns):
         return replace(self, rows=self.rows[chosen], split=self.split.where(chosen), **columns)
 
     def of_known_requests(self) -> RecordedTraffic:
-        """Return the records of which it is known which request they belong to.
+        """Return the records whose request is known.
 
         Raises:
-            RecordError: there are none.
+            RecordError: there are no such records.
         """
         known = self.request != ANONYMOUS
         if not bool(known.any()):
@@ -91,12 +91,12 @@ class RecordedTraffic(RecordColumns):
         return int((self.part == part.number).sum())
 
     def n_tested(self) -> int:
-        """Return how many blocks of new contents there are to certify with."""
+        """Return the number of blocks with new contents in the certify part."""
         proves = (self.part == Part.CERTIFY.number) & self.split.is_new
         return len(torch.unique(self.split.block[proves]))
 
     def activation(self, layer: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield the (M, ...) float16 pooled activations of a layer, shard by shard, and where in N they begin.
+        """Yield for each shard where in N its records begin, and their (M, ...) float16 pooled activations of a layer.
 
         Raises:
             RecordError: a shard is damaged or has gone.
@@ -105,7 +105,7 @@ class RecordedTraffic(RecordColumns):
             yield start, read_shard(shard, [layer]).activations[layer][inside]
 
     def kept(self) -> Iterator[tuple[int, list[KeptRequest | None]]]:
-        """Yield what the handler got, shard by shard, and where in N it begins; None where that was not kept.
+        """Yield for each shard where in N its records begin, and their requests; None if a request was not kept.
 
         Raises:
             RecordError: a shard is damaged or has gone.
@@ -128,12 +128,12 @@ class RecordedTraffic(RecordColumns):
 
 def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
                  rule: SplitRule = SplitRule.TIME) -> RecordedTraffic:
-    """Read everything but the activations.
+    """Read everything except the activations.
 
     Args:
-        shards: of one backbone.
-        fresh_after: Unix time up to which all records are of the train part.
-        rule: how the others are split.
+        shards: shards of one backbone.
+        fresh_after: Unix time up to which all records belong to the train part.
+        rule: how the other records are split.
 
     Raises:
         RecordError: a shard is damaged or has gone.
@@ -167,8 +167,10 @@ def _split(traffic: RecordedTraffic, worker: Tensor, fresh_after: float | None, 
 
 
 def _first_of_each(request: Tensor, row: Tensor) -> Tensor:
-    """Return the positions of the first record of each row of a request, as TorchServe may run one twice, and all
-    others of unknown requests."""
+    """Return the positions of the first record of each row of a request, and of all records of unknown requests.
+
+    TorchServe may run a request twice.
+    """
     order = torch.argsort(row, stable=True)
     order = order[torch.argsort(request[order], stable=True)]
     same = _as_before(request[order]) & _as_before(row[order]) & (request[order] != ANONYMOUS)
@@ -176,15 +178,15 @@ def _first_of_each(request: Tensor, row: Tensor) -> Tensor:
 
 
 def _drawn_of_each(request: Tensor, row: Tensor) -> Tensor:
-    """Return a (N,) bool mask of one record of each request; each of its rows is as likely to be the one."""
-    drawn = (request ^ (row + 1) * _SPREAD) * _SPREAD  # request is a hash: this is another for each row
+    """Return a (N,) bool mask that draws one record of each request; all rows of a request are equally likely."""
+    drawn = (request ^ (row + 1) * _SPREAD) * _SPREAD  # request is a hash; this is a different hash for each row
     order = torch.argsort(drawn)
     order = order[torch.argsort(request[order], stable=True)]
     return torch.zeros(len(request), dtype=torch.bool).scatter(0, order, ~_as_before(request[order]))
 
 
 def _as_before(ordered: Tensor) -> Tensor:
-    """Return a (N,) bool mask of the values that are those before them."""
+    """Return a (N,) bool mask of the values that equal the value before them."""
     same = torch.zeros(len(ordered), dtype=torch.bool)
     same[1:] = ordered[1:] == ordered[:-1]
     return same

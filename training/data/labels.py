@@ -19,12 +19,12 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
     """Return the (N,) int64 class of each record, -1 where the file has none.
 
     Args:
-        path: CSV lines 'request id,class index' in UTF-8; the id is what TorchServe returned as x-request-id. Of a
-            request with several instances 'request id,instance,class index', where the first instance is 0.
+        path: CSV lines 'request id,class index' in UTF-8; the id is the one that TorchServe returned as x-request-id.
+            For a request with several instances, lines 'request id,instance,class index'; the first instance is 0.
         request: (N,) hashes of the records' request ids.
         row: (N,) which instance of its request each record is.
         n_classes: K.
-        log: called with a line where most ids belong to no record.
+        log: receives a line if most ids belong to no record.
 
     Raises:
         RecordError: the file cannot be read, a line is wrong or contradicts another, or no line belongs to a record.
@@ -39,7 +39,7 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
         labelled = request_hash(name), int(instance)
         if labels.setdefault(labelled, int(label)) != int(label):
             raise RecordError(f"{path}, line {number}: the request {name!r} has the class {label}, but "
-                              f"{labels[labelled]} in line {line_of[labelled]}: leave one of them")
+                              f"{labels[labelled]} in line {line_of[labelled]}: delete the wrong line")
         line_of.setdefault(labelled, number)
     recorded = list(zip(request.tolist(), row.tolist()))
     classes = torch.tensor([labels.get(record, -1) for record in recorded])
@@ -54,7 +54,8 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
 
 
 def _parsed(fields: list[str]) -> tuple[str, str, str]:
-    """Return the request id, the instance and the class of a line; what is not there is empty."""
+    """Return the request id, the instance (by default '0') and the class of a line; all are empty if it has neither two
+    nor three fields."""
     if len(fields) not in (2, 3):
         return "", "", ""
     name, *instance, label = (field.strip() for field in fields)
@@ -62,7 +63,7 @@ def _parsed(fields: list[str]) -> tuple[str, str, str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the lines of a CSV file that hold something, but for a header."""
+    """Yield the line numbers and fields of a CSV file, except for empty lines and a header."""
     try:
         lines = read_text(path, "the labels").splitlines()
         for number, row in enumerate(csv.reader(lines), start=1):

@@ -1,4 +1,4 @@
-"""What the user's handler makes of recorded requests, without a server."""
+"""Runs the user's handler on recorded requests up to the call of its model, without a server."""
 
 from __future__ import annotations
 
@@ -41,36 +41,38 @@ class Preprocessing:
 
     def __init__(self, handler: UserHandler, name: str, context: HandlerContext, folder: Path, *,
                  one_by_one: bool) -> None:
-        """Take a handler that is loaded.
+        """Use a handler that is loaded.
 
         Args:
-            handler: the user's, around a model that ends its work.
-            name: of the handler, for errors.
-            context: the handler's.
-            folder: the archive.
-            one_by_one: whether its rows of several requests cannot be told apart.
+            handler: the user's handler, whose model raises `ModelReached` when it is called.
+            name: the name of the handler, for errors.
+            context: the context of the handler.
+            folder: the folder of the extracted archive.
+            one_by_one: whether each request must be run alone, because the handler's rows cannot be assigned to its
+                requests.
         """
         self._handler, self._name, self._context, self._folder = handler, name, context, folder
         self._one_by_one = one_by_one
 
     def model_inputs(self, requests: Sequence[KeptRequest | None], model: BackboneDescription,
                      skipped: Skipped) -> tuple[list[int], Live]:
-        """Return what the handler gives its model for requests as they were handed to it when they were recorded.
+        """Return the model inputs that the handler makes from recorded requests.
 
         Args:
-            requests: None stands for one that could not be kept.
-            model: that the handler calls.
-            skipped: counts those for which the handler fails, or calls its model otherwise than with one row.
+            requests: requests as the handler received them; None for a request that was not kept.
+            model: the model that the handler calls.
+            skipped: counts the requests that were not kept, and those for which the handler fails or does not call its
+                model with one row.
 
         Returns:
             The M positions of the other requests, ascending, and (M, ...) tensors, in the order of the model's inputs;
-            none where M is 0.
+            no tensors if M is 0.
         """
         known = [(position, request) for position, request in enumerate(requests) if request is not None]
         for _ in range(len(requests) - len(known)):
             skipped.count(NOT_KEPT)
         if len(known) > 1 and not self._one_by_one:
-            with suppress(ArchiveError, InputError):  # alone it is seen which of them is to blame
+            with suppress(ArchiveError, InputError):  # running them one by one below shows which of them fails
                 return [position for position, _ in known], self._given([request for _, request in known], model)
         positions, rows = list[int](), list[Live]()
         for position, request in known:
@@ -83,13 +85,13 @@ class Preprocessing:
         return positions, tuple(torch.cat(parts) for parts in zip(*rows))
 
     def _given(self, requests: Sequence[KeptRequest], model: BackboneDescription) -> Live:
-        """Return the (B, ...) tensors that the handler gives its model for B requests.
+        """Return the (B, ...) tensors that the handler passes to its model for B requests.
 
         Raises:
-            ArchiveError: the handler fails, or does not make one row of each request.
-            InputError: it gives its model something else.
+            ArchiveError: the handler fails, or does not make one row from each request.
+            InputError: the handler passes something that does not fit the model's inputs.
         """
-        # A handler may change what it is given, and is given it again.
+        # A handler may modify its input, and may receive the same requests again: it gets copies.
         calls = [copy.deepcopy(request).call(f"request-{number}") for number, request in enumerate(requests)]
         self._context.begin(calls)
         try:
@@ -102,8 +104,8 @@ class Preprocessing:
         else:
             raise ArchiveError(f"{self._name} answers a request without calling self.model")
         if len(batch[0]) != len(requests):
-            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows of {len(requests)} requests, where one of "
-                               "each is expected")
+            raise ArchiveError(f"{self._name} makes {len(batch[0])} rows from {len(requests)} requests: expected one "
+                               "row for each request")
         return batch
 
 
@@ -118,7 +120,7 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
     Raises:
         ArchiveError: the handler cannot be loaded.
     """
-    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every optional backend that is not installed
+    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns about every optional backend that is missing
     context = tool_context(folder, manifest)
     description = HandlerDescription.load(ArchiveLayout(folder).handler_description)
     with importing_from(folder), without_other_variables():
@@ -130,7 +132,7 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
 
 @contextmanager
 def _working_in(folder: Path) -> Iterator[None]:
-    """Be where a TorchServe worker runs, in the folder of its model, and no longer: our own paths may be relative."""
+    """Run in the folder of the model, as a TorchServe worker does, and return afterwards: our paths may be relative."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -140,10 +142,10 @@ def _working_in(folder: Path) -> Iterator[None]:
 
 
 def tool_context(folder: Path, manifest: Mapping[str, Any]) -> HandlerContext:
-    """Return the context of a worker of an extracted archive, in a tool.
+    """Return the context that the handler of an extracted archive gets when a command runs it without a server.
 
     Args:
-        folder: the archive.
+        folder: the folder of the extracted archive.
         manifest: the manifest that the user's handler expects.
     """
     model = manifest["model"]
@@ -152,10 +154,10 @@ def tool_context(folder: Path, manifest: Mapping[str, Any]) -> HandlerContext:
 
 
 def archived_config(archive: ArchiveLayout) -> dict[str, Any]:
-    """Return the model-config.yaml of an extracted archive; empty where it has none.
+    """Return the model-config.yaml of an extracted archive; empty if it has none.
 
     Raises:
-        ConfigError: it cannot be read, or holds no keys and values.
+        ConfigError: the file cannot be read, or does not hold keys and values.
     """
     return _config(archive.root, read_manifest(archive.manifest)["model"])
 
@@ -170,11 +172,11 @@ def _config(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def importing_from(folder: Path, *, forget: bool = True) -> Iterator[None]:
-    """Import as a TorchServe worker does in that folder.
+    """Import modules from a folder as a TorchServe worker does.
 
     Args:
-        folder: first on sys.path inside the block.
-        forget: whether modules of the folder are removed afterwards, for one that is about to disappear.
+        folder: the folder, first on sys.path inside the block.
+        forget: whether modules of the folder are forgotten afterwards, as needed for a folder that will be deleted.
     """
     before = set(sys.modules)
     sys.path.insert(0, str(folder))

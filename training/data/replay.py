@@ -1,7 +1,7 @@
-"""More from the same records: their requests once more through the frozen backbone, augmented.
+"""Replay: run recorded requests through the frozen backbone again, with augmentations, to get more training data.
 
-The target of a replayed image is what the backbone says about that very image, so no label is needed, and
-heads see many times the recorded activations. Only the train part is augmented.
+The target of a replayed image is the backbone's output for that image, so no label is needed, and heads see many times
+the recorded activations. Only the train part is augmented.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Replay:
     """How records are replayed."""
 
     rounds: int = 6
-    """How often each record of the train part is replayed with augmentations; 0 replays all as they are."""
+    """How often each record of the train part is replayed with augmentations; 0 replays records only as they are."""
     pool: Side = 8
-    """The side to which the activations are pooled, whatever was recorded."""
+    """The side to which the activations are pooled, independent of the side in the records."""
     augmentations: tuple[str, ...] = AUGMENTATIONS
-    """How images are changed: only in ways whose results a request could be, so digits, say, should not be flipped.
-    'mixup' averages half of the images with others: the backbone answers between the classes, which teaches a head more
-    than few requests can (Beyer et al., Knowledge distillation: a good teacher is patient and consistent, CVPR 2022).
-    """
+    """How images are changed. The results should be images that could be requests: digits, for example, should not be
+    flipped. 'mixup' averages half of the images with others: the backbone's answers then lie between classes, which
+    teaches a head more than a few requests can (Beyer et al., Knowledge distillation: a good teacher is patient and
+    consistent, CVPR 2022)."""
     seed: int = 0
 
 
@@ -58,14 +58,14 @@ def augmentation(replay: Replay, inputs: Sequence[InputSpec]) -> Callable[[Tenso
     """Return the random transform of the (B, C, H, W) input of a model.
 
     Raises:
-        RecordError: its inputs are not images.
+        RecordError: the model's inputs are not images.
     """
     if not replay.rounds or not replay.augmentations:
         return lambda batch: batch
     if len(inputs) != 1 or len(inputs[0].shape) != 3:
         described = ", ".join(f"{spec.name} {spec.shape}" for spec in inputs)
         raise RecordError(f"a replay augments images, but the model's inputs are {described}: train without --replay")
-    from torchvision.transforms import v2  # takes seconds, which only a replay should cost
+    from torchvision.transforms import v2  # this import takes seconds, and only a replay needs it
 
     height, width = inputs[0].shape[1:]
     known: dict[str, v2.Transform] = {
@@ -85,7 +85,7 @@ def augmentation(replay: Replay, inputs: Sequence[InputSpec]) -> Callable[[Tenso
 
 
 def _mixed(batch: Tensor) -> Tensor:
-    """Return (B, ...) images of any dtype, half of them weighted means with another image of the batch."""
+    """Return (B, ...) images of any dtype; half of them are weighted means with another image of the batch."""
     weight = torch.rand(len(batch)).where(torch.rand(len(batch)) < 0.5, 1.0)[:, None, None, None]
     mixed = weight * batch + (1 - weight) * batch[torch.randperm(len(batch))]
     return (mixed if batch.is_floating_point() else mixed.round()).to(batch.dtype)
@@ -93,14 +93,14 @@ def _mixed(batch: Tensor) -> Tensor:
 
 @dataclass
 class _Progress:
-    """How far a replay has come."""
+    """The progress of a replay."""
 
     rounds: int = -1
-    """The last round that is finished; the first is 0, in which all are run as they are."""
+    """The last round that is finished. In the first round, number 0, all requests are run as they are."""
     n_rows: int = 0
     """The number of rows that the finished rounds have written."""
     failed: list[int] = field(default_factory=list)
-    """Which records could not be run as they are; they are not tried again."""
+    """The records that could not be run as they are; they are not tried again."""
     skipped: dict[str, int] = field(default_factory=dict)
     """The number of requests that were passed over, by reason."""
 
@@ -117,25 +117,25 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
                    backbone: Backbone, handler: Preprocessing, replay: Replay, *, engine: str = DEFAULT_ENGINE,
                    on_batch: Callable[[int], object] = lambda n: None,
                    log: Callable[[str], None] = lambda line: None) -> TrainingSet:
-    """Run the recorded requests through the backbone: all of them as they are, those of the train part augmented.
+    """Run all recorded requests through the backbone as they are, and those of the train part with augmentations, too.
 
-    A replay that was stopped goes on after its last full round. A request on which the handler fails is not in the
-    training set; the set and the log say how many there are, and why.
+    A replay that was stopped continues after its last complete round. A request on which the handler fails is not in
+    the training set; the training set and the log tell how many such requests there are, and why.
 
     Args:
-        paths: where the training set is written.
-        traffic: records with what the handler got.
-        layers: whose activations are kept.
-        backbone: of the records.
+        paths: the files to write.
+        traffic: the records, whose requests were kept.
+        layers: the layers whose activations are stored.
+        backbone: the backbone of the records.
         handler: turns requests into the model's input.
-        replay: how.
-        engine: that will serve.
+        replay: the options of the replay.
+        engine: the engine that will serve.
         on_batch: receives the number of requests that were run.
         log: receives a line for each reason why requests are passed over.
 
     Raises:
-        RecordError: no requests were kept, they are to be augmented and no images, the handler fails on all of
-            them, or the backbone does not answer them as it did when it served.
+        RecordError: no requests were kept, the requests to augment are not images, the handler fails on all requests,
+            or the backbone does not answer them as it did when it served.
     """
     transform = augmentation(replay, backbone.description.inputs)
     every, train = torch.ones(len(traffic), dtype=torch.bool), traffic.part == Part.TRAIN.number
@@ -181,7 +181,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         progress.save(paths.progress)
     traffic = traffic.where(_without(every, progress.failed))
     rows, as_recorded = torch.arange(progress.n_rows), torch.arange(len(traffic))
-    # What was served is the truth about the records; a replay in other batches may round differently.
+    # For records, the class from serving counts: a replay in other batches may round differently.
     backbone_class = torch.cat([traffic.backbone_class, classes[rows[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,
@@ -191,7 +191,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
 
 
 def _without(mask: Tensor, records: Sequence[int]) -> Tensor:
-    """Return a (N,) bool mask in which some of N records are not chosen."""
+    """Return a (N,) bool mask without some of its N records."""
     return mask.index_fill(0, torch.tensor(records, dtype=torch.int64), False)
 
 
@@ -201,7 +201,7 @@ def _open(path: Path, n_rows: int, shape: tuple[int, ...], dtype: type[np.generi
 
 
 def _batches(traffic: RecordedTraffic, wanted: Tensor) -> Iterator[tuple[list[int], list[KeptRequest | None]]]:
-    """Yield which records they are, and what the handler got for them."""
+    """Yield batches: the numbers of the records, and their requests as the handler received them."""
     for start, requests in traffic.kept():
         chosen = [(record, request) for record, request in enumerate(requests, start) if wanted[record]]
         for first in range(0, len(chosen), _BATCH):
@@ -210,7 +210,7 @@ def _batches(traffic: RecordedTraffic, wanted: Tensor) -> Iterator[tuple[list[in
 
 
 def _require_same(replayed: Tensor, recorded: Tensor) -> None:
-    """Check that the requests mean today what they meant when they were served."""
+    """Check that the backbone predicts the (N,) classes that it predicted when it served the requests."""
     same = (replayed == recorded).double().mean().item()
     if same < _LEAST_AGREEMENT:
         raise RecordError(f"the backbone answers {1 - same:.1%} of the recorded requests differently from when it "

@@ -22,7 +22,7 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
     """Return the shards of one backbone below some records folders, oldest first.
 
     Raises:
-        RecordError: there are none; the message tells what there is.
+        RecordError: there are no such shards; the message lists the ones that were found.
     """
     folders = [records] if isinstance(records, Path) else records
     for folder in folders:
@@ -42,11 +42,11 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
 def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[Path]:
     """Return the shards that can be read.
 
-    Of each other file, such as one that is empty, was cut short, is no shard or one of a newer format, or has been
-    deleted in the meantime, a line is logged.
+    A line is logged for each file that cannot be read: one that is empty, truncated, not a shard, of a newer format, or
+    deleted in the meantime.
 
     Raises:
-        RecordError: there are none.
+        RecordError: no shard can be read.
     """
     readable, reasons = [], []
     for shard in shards:
@@ -60,21 +60,21 @@ def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[
         else:
             readable.append(shard)
     if not readable:
-        raise RecordError(f"none of the {len(shards)} record shards can be read: record again. Of the first it is "
-                          f"said: {reasons[0]}" if reasons else "there are no record shards: record first")
+        raise RecordError(f"none of the {len(shards)} record shards can be read: record again. The error of the first "
+                          f"is: {reasons[0]}" if reasons else "there are no record shards: record first")
     return readable
 
 
 def of_traffic(shards: Sequence[Path], traffic: str, log: Callable[[str], None]) -> list[Path]:
-    """Return the shards of some traffic, and those of which it is not known, as an earlier version wrote them.
+    """Return the shards of the given traffic, and shards of an earlier version, whose traffic is not known.
 
     Args:
-        shards: of one backbone.
-        traffic: identity of the traffic; where it is empty, it is not known of the archive either.
-        log: called with a line that says how many records the others hold.
+        shards: shards of one backbone.
+        traffic: the identity of the archive's traffic; empty if it is not known.
+        log: receives a line that says how many records the other shards hold.
 
     Raises:
-        RecordError: all of them are of other traffic.
+        RecordError: all shards are of other traffic.
     """
     known = {shard: read_header(shard).traffic for shard in shards}
     usable = [shard for shard in shards if known[shard] in ("", traffic)]
@@ -82,9 +82,9 @@ def of_traffic(shards: Sequence[Path], traffic: str, log: Callable[[str], None])
     if not others:
         return usable
     n_others = sum(len(read_times(shard)) for shard in others)
-    why = ("they are of other traffic: the handler, its files or its configuration were others than those of this "
-           "archive when they were made" if traffic else
-           "the archive was made by an earlier version, which does not tell what traffic is: make it again with "
+    why = ("they are of other traffic: they were recorded with another handler, other files or another configuration "
+           "than this archive has" if traffic else
+           "the archive was made by an earlier version and does not identify its traffic: make it again with "
            "ee-archive")
     if not usable:
         raise RecordError(f"all {n_others} records are passed over: {why}. Record with this archive")
@@ -93,15 +93,15 @@ def of_traffic(shards: Sequence[Path], traffic: str, log: Callable[[str], None])
 
 
 def tell_keys(shards: Sequence[Path], log: Callable[[str], None]) -> None:
-    """Log a line where contents were hashed with several keys, so that repeats among them are not known."""
+    """Log a line if contents were hashed with several keys, because repeats with different keys are not recognised."""
     keys = {read_header(shard).content_key for shard in shards} - {""}
     if len(keys) > 1:
-        log(f"the contents of these records were hashed with {len(keys)} keys, so equal ones are not known as equal: "
-            f"give all hosts one {KEY_FILE}, in their records folders, before they record")
+        log(f"the contents of these records were hashed with {len(keys)} keys, so equal contents are not recognised as "
+            f"equal: give all hosts the same {KEY_FILE}, in their records folders, before they record")
 
 
 def times_of(shards: Sequence[Path]) -> dict[Path, Tensor]:
-    """Return for each shard the (N,) float64 Unix times of its records, by a clock that nobody set meanwhile.
+    """Return for each shard the (N,) float64 Unix times of its records, corrected if a clock was set in the meantime.
 
     Raises:
         RecordError: a shard is damaged or has gone.
@@ -120,11 +120,11 @@ def times_of(shards: Sequence[Path]) -> dict[Path, Tensor]:
 
 
 def corrected_times(sequence: Tensor, time: Tensor) -> Tensor:
-    """Return the (N,) float64 Unix times of a worker's records as a clock would have them that nobody set meanwhile.
+    """Return the (N,) float64 Unix times of a worker's records, corrected if the clock was set in the meantime.
 
     Args:
-        sequence: (N,) int64, in which the records were made.
-        time: (N,) float64, as the worker's clock had it.
+        sequence: (N,) int64: the order in which the records were made.
+        time: (N,) float64: Unix times by the worker's clock.
     """
     order = torch.argsort(sequence, stable=True)
     ordered = torch.tensor(in_order(time[order].tolist()), dtype=torch.float64)
@@ -140,7 +140,7 @@ def recorded_layers(shards: Sequence[Path]) -> tuple[set[str], Side]:
 def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
     """Return the shards that can be used together with the newest: pooled alike, and with layers in common.
 
-    Shards that hold layers besides the common ones stay: what is recorded depends on the plan that serves.
+    Shards that also hold other layers stay: the recorded layers depend on the plan that serves.
     """
     headers, times = {shard: read_header(shard) for shard in shards}, times_of(shards)
     newest_first = sorted(shards, key=lambda shard: times[shard].max().item(), reverse=True)
@@ -154,20 +154,20 @@ def of_newest_setting(shards: Sequence[Path]) -> list[Path]:
 
 
 def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
-    """Return the shards whose activations are those that heads will read.
+    """Return the shards whose activations are like those that heads will read in service.
 
     Args:
-        shards: of one backbone.
-        engine: identity of the one that will serve.
+        shards: shards of one backbone.
+        engine: the identity of the engine that will serve.
 
     Raises:
-        RecordError: other engines computed all of them.
+        RecordError: other engines made all shards.
     """
     made_on = {shard: read_header(shard).engine for shard in shards}
     alike = [shard for shard in shards if are_alike(made_on[shard], engine)]
     if not alike:
         others = ", ".join(sorted(set(made_on.values())))
         raise RecordError(f"the archive is executed by {engine}, but {others} made the records, and heads would read "
-                          "other activations: record with this archive, or run the recorded requests again with "
-                          "--replay, for which they must have been recorded with 'keep_requests: true'")
+                          "other activations in service: record with this archive, or run the recorded requests again "
+                          "with --replay, for which they must have been recorded with 'keep_requests: true'")
     return alike

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 
 from early_exit.handler.errors import RecordError
 
-NOT_KEPT = ("what the handler got was not kept: record with 'early_exit: {keep_requests: true}' in model-config.yaml, "
-            "or, if that was so, it was something else than JSON and bytes, as the log of the workers says")
+NOT_KEPT = ("the request was not kept: record with 'early_exit: {keep_requests: true}' in model-config.yaml. If that "
+            "was set, the handler received something other than JSON and bytes, as the log of the workers says")
 _Kind = tuple[type, str, int]
-"""Type of an error, and the file and line that raised it."""
+"""The type of an error, and the file and line that raised it."""
 
 
 class Skipped:
-    """Counts requests by the reason why they were passed over."""
+    """Counts the requests that were passed over, by reason."""
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
-        """Go on counting.
+        """Start counting.
 
         Args:
-            counts: what `counts` said before.
+            counts: an earlier value of `counts` to continue from.
         """
         self._counts = Counter(counts or {})
         self._reason_of: dict[_Kind, str] = {}
@@ -37,27 +37,27 @@ class Skipped:
     def count_error(self, error: Exception) -> None:
         """Count one more request for which an error was raised.
 
-        Messages may quote the request, so two errors are the same reason where one line of code raised both of one
-        type; the reason is told in the words of the first.
+        Messages may quote the request. Two errors therefore count as one reason if they have the same type and the same
+        line of code raised both; the message of the first error names the reason.
         """
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         self.count(self._reason_of.setdefault(_kind_of(cause), str(error)))
 
     def report(self, n_requests: int, log: Callable[[str], None]) -> None:
-        """Say in a line for each reason how many requests were passed over.
+        """Log for each reason how many requests were passed over.
 
         Args:
-            n_requests: that were tried.
-            log: called with each line.
+            n_requests: the number of requests that were tried.
+            log: receives a line for each reason.
 
         Raises:
-            RecordError: all of them were; the message shows the most common reason.
+            RecordError: all requests were passed over; the message shows the most common reason.
         """
         counts = self.counts
         if n_requests and sum(counts.values()) >= n_requests:
             reason, count = next(iter(counts.items()))
             raise RecordError(f"none of the {n_requests} recorded requests can be run again. The most common reason, "
-                              f"of {count}: {reason}. Is this the archive that was recorded?")
+                              f"for {count} of them: {reason}. Is this the archive that was recorded?")
         for reason, count in counts.items():
             log(f"{count} of {n_requests} recorded requests are passed over: {reason}")
 

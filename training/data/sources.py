@@ -16,7 +16,7 @@ from early_exit.training.credentials import without_credentials
 
 
 def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
-    """Return a folder for each source; what lies behind a URL is copied into the cache, and kept up to date there.
+    """Return a local folder for each source; records at a URL are copied into the cache, or updated there.
 
     Raises:
         RecordError: a URL cannot be read.
@@ -44,7 +44,7 @@ def _copied(url: str, cache: Path) -> Path:
                 continue  # a shard never changes; the monitor's state does
             with replacing(target) as scratch:
                 filesystem.get_file(source, str(scratch))
-    except Exception as error:  # each kind of storage has its own
+    except Exception as error:  # each kind of storage has its own exceptions
         raise RecordError(without_credentials(f"cannot read the records at {url}: {type(error).__name__}: {error}")
                           ) from error
     for kept in folder.rglob("*" + SUFFIX):
@@ -54,7 +54,7 @@ def _copied(url: str, cache: Path) -> Path:
 
 
 def _wanted(filesystem: Any, root: str, folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Yield the remote name, local path and size of each shard and each monitor's state."""
+    """Yield the remote name, local path and size in bytes of each shard and of each monitor's state."""
     for name, about in filesystem.find(root, detail=True).items():
         path = PurePosixPath(os.path.relpath(name, root))
         if ".." not in path.parts and (path.suffix == SUFFIX or path.match(MONITOR_FILES)):

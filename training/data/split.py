@@ -1,4 +1,4 @@
-"""Which records train, which choose and which certify: by the order in which they came, or at random."""
+"""Splits records, by time or at random, into those that train, those that choose and those that certify."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from early_exit.handler.exits.likeness import Likeness
 from early_exit.training.selection.blocks import blocks_of, likeness
 
 GAP = -1
-"""Stands for the part of records that are in none: they lie between two parts, or repeat what *tune* chooses with."""
+"""Marks records that belong to no part: they lie between two parts, or repeat a content of the tune part."""
 
 
 class Part(Enum):
-    """The disjoint parts of the records; the values are where each begins in [0, 1).
+    """The disjoint parts of the records. The value of each is the fraction in [0, 1) of the records at which it begins.
 
-    They are named by what is done on them: calibration would mean two things, as temperatures are calibrated on one
-    part and the risk on another.
+    The parts are named after their use. "Calibration" would be ambiguous: temperatures are calibrated on one part, and
+    the risk on another.
     """
 
     TRAIN = 0.0
-    """Heads are trained on it."""
+    """The part on which heads are trained."""
     TUNE = 0.5
-    """It is the validation split: architectures, temperatures, exits and thresholds are chosen on it."""
+    """The validation split, on which architectures, temperatures, exits and thresholds are chosen."""
     CERTIFY = 0.7
-    """It is held out for the certificate; what a plan does is reported on it."""
+    """The part that is held out for the certificate and for the figures that are reported."""
 
     @property
     def share(self) -> float:
-        """Fraction of the records, as in section 3.2.2 of the paper."""
+        """The fraction of the records in the part, as in section 3.2.2 of the paper."""
         ends = [*(part.value for part in Part), 1.0]
         return float(ends[ends.index(self.value) + 1] - self.value)
 
     @property
     def number(self) -> int:
-        """How the part is told in tensors."""
+        """The number of the part in tensors."""
         return list(Part).index(self)
 
 
@@ -46,15 +46,15 @@ class SplitRule(str, Enum):
     """How records are split."""
 
     TIME = "time"
-    """Train on the past, choose on what came after, certify on what came last."""
+    """Train on the oldest records, choose on later ones, and certify on the newest."""
     RANDOM = "random"
-    """By a hash of the request, as in the paper. It assumes that no record is like another one: twins of what was
-    trained on, as frames or retries are, would be in all parts."""
+    """Split by a hash of the request, as in the paper. This assumes that no record is like another one: near-copies of
+    training records, such as frames or retries, would be in all parts."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of N records, and what of them is evidence together."""
+    """The parts of N records, and the blocks that count as one piece of evidence each."""
 
     part: Tensor
     """(N,) int8: number of each record's part, or `GAP`."""
@@ -63,11 +63,11 @@ class Split:
     is_new: Tensor
     """(N,) bool: whether the record's content was first recorded in its block."""
     likeness: Likeness | None = None
-    """By which blocks were told; None where each record is one of its own."""
+    """The likeness by which blocks were formed; None if each record is a block of its own."""
     is_trend: bool = False
     """Whether requests stay alike for longer than a tenth of the records."""
     knows_contents: bool = True
-    """Whether records of one content are known as such, and not taken for different ones."""
+    """Whether records with the same content are recognised. Otherwise each record counts as a content of its own."""
 
     @classmethod
     def of_nothing(cls, n: int) -> Split:
@@ -75,7 +75,7 @@ class Split:
         return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.ones(n, dtype=torch.bool))
 
     def where(self, chosen: Tensor) -> Split:
-        """Return that of the records that a (N,) bool mask chooses."""
+        """Return the split of the records that a (N,) bool mask chooses."""
         return replace(self, part=self.part[chosen], block=self.block[chosen], is_new=self.is_new[chosen])
 
 
@@ -84,7 +84,7 @@ def split_at_random(request: Tensor, trains: Tensor) -> Split:
 
     Args:
         request: (N,) int64 hashes.
-        trains: (N,) bool: records that prove nothing.
+        trains: (N,) bool: records that can only train, because they prove nothing.
     """
     starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
     part = (torch.searchsorted(starts, request.double() / 2.0**64 + 0.5, right=True) - 1).to(torch.int8)
@@ -94,16 +94,16 @@ def split_at_random(request: Tensor, trains: Tensor) -> Split:
 
 def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tensor, position: Tensor,
                   is_evidence: Tensor, is_fresh: Tensor) -> Split:
-    """Split by time, with a block between two parts where records come in blocks.
+    """Split by time. If records come in blocks, the block at the border of two parts is in neither.
 
     Args:
-        states: (N, K) what the backbone said.
-        request: (N,) int64 hashes; all records of a request are where the first of them is.
-        content: (N,) int64 hashes of what the requests held.
+        states: (N, K) log-probabilities of the backbone.
+        request: (N,) int64 hashes; all records of a request are in the part and block of its first record.
+        content: (N,) int64 hashes of the contents of the requests.
         order: (N,) int64: the records in the order in which they came.
         position: (N,) float64: how many requests were served before each.
-        is_evidence: (N,) bool: other records train.
-        is_fresh: (N,) bool: others train, too.
+        is_evidence: (N,) bool: the records that can prove something; all others train.
+        is_fresh: (N,) bool: the records that are newer than the last certificate; all others train, too.
     """
     evidence = order[is_evidence[order]]
     _, first, index = np.unique(request[evidence].numpy(), return_index=True, return_inverse=True)
@@ -129,11 +129,11 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
 
 
 def _new(content: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (N,) bool masks: of records whose content came first in their block, and of the first of each content.
+    """Return two (N,) bool masks: records whose content first occurred in their block, and the first of each content.
 
     Args:
-        content: (N,) hashes.
-        block: (N,) numbers.
+        content: (N,) hashes of contents.
+        block: (N,) numbers of blocks.
         proving: (M,) the records that are compared, in their order.
     """
     _, first, index = np.unique(content[proving].numpy(), return_index=True, return_inverse=True)
@@ -146,15 +146,15 @@ def _new(content: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tenso
 
 
 def in_time_order(time: Tensor, worker: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order of N records, and how many requests were served before each as far as they tell.
+    """Return the order of N records, and how many requests were served before each, as far as the records tell.
 
     Args:
-        time: (N,) float64 Unix seconds, by clocks that nobody set.
+        time: (N,) float64 Unix seconds, corrected if a clock was set in the meantime.
         worker: (N,) int64 number of the worker that recorded each.
         sequence: (N,) int64 number of requests that the worker had answered before.
 
     Returns:
-        (N,) int64 positions of the records, and (N,) float64.
+        The (N,) int64 positions of the records in time order, and the (N,) float64 numbers of requests.
     """
     by_worker = torch.from_numpy(np.lexsort((sequence.numpy(), worker.numpy())))
     steps = torch.ones(len(time), dtype=torch.float64)

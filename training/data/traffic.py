@@ -1,4 +1,4 @@
-"""The traffic that an archive gets, by what is in it."""
+"""The identity of an archive's traffic, computed from the content of the archive."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from early_exit.training.text_files import parse_yaml
 
 
 def traffic_of(contents: ArchiveContents) -> str:
-    """Return the identity of the traffic of an archive; empty where the archive was made before there was one.
+    """Return the identity of the traffic of an archive; empty if a version that did not write one made the archive.
 
     Raises:
-        ConfigError: its configuration cannot be read.
+        ConfigError: the archive's configuration cannot be read.
     """
     config = parse_yaml(contents.configuration, "the configuration of the archive")
     return _identity(contents.description, contents.original_manifest, contents.handler, config)
 
 
 def traffic_in(layout: ArchiveLayout, backbone: BackboneDescription) -> str:
-    """Return the same for an extracted archive.
+    """Return the identity of the traffic of an extracted archive; also empty if the archive has no handler.
 
     Raises:
-        ArchiveError: its manifest or the description of its handler cannot be read.
-        FormatError: the format of that description is not one that this version reads.
-        ConfigError: its configuration cannot be read.
+        ArchiveError: the archive's manifest or the description of its handler cannot be read.
+        FormatError: this version does not read the format of that description.
+        ConfigError: the archive's configuration cannot be read.
     """
-    if not layout.original_manifest.exists():  # no archive of a handler
+    if not layout.original_manifest.exists():  # the archive has no handler
         return ""
     description = HandlerDescription.load(layout.handler_description)
     return _identity(backbone, read_manifest(layout.original_manifest), description, archived_config(layout))

@@ -1,4 +1,4 @@
-"""What heads are made of: the records of a run and replays of them, in files of which little is in memory."""
+"""The training set of a run: its records and their replays, in files of which only a small part is in memory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from early_exit.training.paths import TrainingSetPaths
 from early_exit.training.selection.evidence import Evidence
 
 _MOST_EXCEPTIONS = 0.01
-"""The largest share of rows that float16 cannot hold of a layer that is used."""
+"""The largest share of rows that float16 cannot hold in a layer that is used."""
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """N records, and after them R replays of those of the train part."""
+    """N records, followed by R replays of the train part."""
 
     layers: tuple[CandidateLayer, ...]
-    """The candidates that there are activations of, in order."""
+    """The candidates that have activations, in order."""
     recorded: Side
     """The side to which the activations are pooled."""
     n_classes: int
@@ -48,9 +48,9 @@ class TrainingSet:
     row: Tensor
     """(N,) int64: which instance of its request each record is."""
     content: Tensor
-    """(N,) int64: equal where records are of one content, as far as the split tells."""
+    """(N,) int64: equal for records with the same content, as far as the split recognises it."""
     block: Tensor
-    """(N,) int64: number of the block that each record is evidence with, see `selection.evidence`."""
+    """(N,) int64: number of the block in which each record is evidence, see `selection.evidence`."""
     is_new: Tensor
     """(N,) bool: whether the record's content was first recorded in its block."""
     time: Tensor
@@ -58,22 +58,22 @@ class TrainingSet:
     finite: Tensor
     """(N + R,) bool: whether float16 can hold the activations at all layers, and the scores are numbers."""
     likeness: Likeness | None
-    """By which blocks were told; None where each record is one of its own."""
+    """The likeness by which blocks were formed; None if each record is a block of its own."""
     skipped: Mapping[str, int]
-    """How many requests were passed over, by the server that recorded or by a replay, by reason."""
+    """How many requests the recording server or a replay passed over, by reason."""
 
     @property
     def n_records(self) -> int:
         return len(self.part)
 
     def evidence(self, rows: Tensor) -> Evidence:
-        """Return what the (M,) rows prove something with."""
+        """Return the evidence of the (M,) rows."""
         return Evidence(self.block[rows], self.content[rows], self.is_new[rows])
 
     def rows(self, part: Part) -> Tensor:
         """Return the (M,) rows of a part; replays belong to the train part.
 
-        Those that float16 cannot hold are in the certify part only, where they count against every exit.
+        Rows that float16 cannot hold are in the certify part only, where they count against every exit.
         """
         rows = (self.part == part.number).nonzero().flatten()
         if part is Part.TRAIN:
@@ -97,7 +97,7 @@ class TrainingSet:
 
 def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
             n_classes: int, recorded: Side) -> TrainingSet:
-    """Bring together the records of each layer; what is there already is kept.
+    """Collect the activations of each layer, unless the training set is complete already.
 
     Afterwards the run no longer needs the shards, which the servers may delete.
     """
@@ -123,16 +123,16 @@ def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
            columns: Mapping[str, Tensor], skipped: Mapping[str, int], likeness: Likeness | None) -> None:
-    """Write the columns, and then the index, which says that all is there.
+    """Write the columns, and then the index, which marks the training set as complete.
 
-    Layers with activations that float16 cannot hold on ordinary rows are left out: a head would read something else of
-    them in service. A row that is such an exception costs itself only.
+    A layer is left out if float16 cannot hold its activations for more than a few rows: a head would read other values
+    in service. If they are few, only these rows are lost.
     """
     finite = {layer: Activations(paths.activations(layer.path)).finite_rows() for layer in layers}
     layers = [layer for layer in layers if (~finite[layer]).double().mean() <= _MOST_EXCEPTIONS]
-    all_finite = ~columns["log_probabilities"].isnan().any(dim=1)  # a replay may give an image without values
+    all_finite = ~columns["log_probabilities"].isnan().any(dim=1)  # a replayed image may have no finite scores
     for layer in layers:
-        all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some
+        all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some records
     tensors = {**columns, "finite": all_finite, **(likeness.to_tensors() if likeness else {})}
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)

@@ -18,7 +18,7 @@ _STATISTICS_ROWS = 4096
 
 
 class Rows(Protocol):
-    """Activations of N records; a tensor is one, and so is a file."""
+    """Activations of N records, in a tensor or in a file."""
 
     def __len__(self) -> int: ...
 
@@ -34,7 +34,7 @@ class Distillation:
 
     epochs: int = 40
     max_steps: int = 5000
-    """The most updates there are, so that many records or replays are seen less often than `epochs`."""
+    """The largest number of updates. If there are many records or replays, each is seen fewer than `epochs` times."""
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.3
@@ -53,7 +53,7 @@ def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: 
 
     Args:
         spec: the head's architecture.
-        shape: one row of the layer's activation, before pooling.
+        shape: the shape of one row of the layer's activation, before pooling.
         recorded: (N, ...) activations, as recorded.
         teacher: (N, K) log-probabilities of the backbone.
         recipe: how to train.
@@ -92,16 +92,16 @@ def train_head(spec: HeadSpec, shape: tuple[int, ...], recorded: Rows, teacher: 
 
 
 def _sample(n_records: int) -> Tensor:
-    """Return the rows that statistics are taken from: all, or evenly spread ones."""
+    """Return the rows from which statistics are computed: all rows, or evenly spread ones."""
     return torch.linspace(0, n_records - 1, min(n_records, _STATISTICS_ROWS)).long()
 
 
 class _Trainee(nn.Module):
-    """A head as it is trained: inputs standardised, convolutions normalised, linear inputs dropped out."""
+    """A head in training: standardised inputs, normalised convolutions, and dropout before linear layers."""
 
     def __init__(self, head: Head, pooled: Tensor, dropout: float, seed: int) -> None:
         super().__init__()
-        # Channels_last: depthwise convolutions learn in half the time.
+        # With channels_last, training depthwise convolutions takes half the time.
         self.head = head.to(memory_format=torch.channels_last)
         self.dropout = dropout
         self._noise = np.random.Generator(np.random.SFC64(abs(seed)))
@@ -129,16 +129,16 @@ class _Trainee(nn.Module):
         return x
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Return x with a share of its elements zero and the others as much larger."""
+        """Return x with a share of its elements set to zero, and the others scaled up so that the mean stays."""
         if x.device.type != "cpu":
             return functional.dropout(x, self.dropout)
-        # A byte of noise for each: torch's own takes half of the time of a linear head's step.
+        # A byte of noise for each element: torch's own dropout takes half of the time of a linear head's step.
         noise = torch.frombuffer(bytearray(self._noise.bytes(x.numel())), dtype=torch.uint8).view(x.shape)
         dropped = round(256 * self.dropout)
         return x * (noise >= dropped) * (256 / (256 - dropped))
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Return (B, K) logits in evaluation mode, for one look during the training."""
+        """Return (B, K) logits in evaluation mode, to evaluate the head during training."""
         self.eval()
         with torch.no_grad():
             logits: Tensor = self(pooled.to(self.scale.device)).cpu()
@@ -146,7 +146,7 @@ class _Trainee(nn.Module):
         return logits
 
     def fold(self) -> Head:
-        """Fold what training added into the head's own layers and return it."""
+        """Fold standardisation and normalisation into the head's own layers, and return the head."""
         head = self.cpu().head.to(memory_format=torch.contiguous_format)
         first = next(layer for layer in head.layers if isinstance(layer, (nn.Conv2d, nn.Linear)))
         with torch.no_grad():
@@ -154,7 +154,7 @@ class _Trainee(nn.Module):
                 first.weight /= self.scale.flatten()
                 first.bias.sub_(first.weight @ self.mean.flatten())
             else:
-                # A depthwise layer has one input channel for each output channel, others all of them.
+                # A depthwise layer has one input channel for each output channel; other layers have all of them.
                 scale = self.scale.view(-1, 1, 1, 1) if first.groups > 1 else self.scale.view(1, -1, 1, 1)
                 first.weight /= scale
         for index, norm in self.norms.items():

@@ -31,7 +31,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A head and how it came about."""
+    """A trained head, and the trials that led to it."""
 
     layer: CandidateLayer
     head: Head
@@ -46,10 +46,10 @@ def find_architectures(evaluators: Sequence[Evaluator], run: RunPaths, space: Se
 
     Args:
         evaluators: one for each layer, in the order of the backbone.
-        run: where trials are kept.
-        space: what is searched, and the heads that the user gives.
-        search: how much is tried; without one every layer gets the default head, but for those that are given one.
-        service: where trials run, when not in this process.
+        run: the folder in which trials are kept.
+        space: the search space, and the heads that the user gives.
+        search: the extent of the search; without one, every layer gets the default head unless the user gives one.
+        service: NNI's service, if trials do not run in this process.
         log: receives lines for the user.
 
     Raises:
@@ -76,32 +76,31 @@ def find_architectures(evaluators: Sequence[Evaluator], run: RunPaths, space: Se
                 if best is None:
                     n_stopped = sum(trial.stopped for trial in trials)
                     dropped.append(f"{path}: none of {len(trials)} heads is better than chance"
-                                   + (f", {n_stopped} of which were given up early" if n_stopped else ""))
+                                   + (f", {n_stopped} of which were stopped early" if n_stopped else ""))
                 else:
                     architectures[path] = Architecture(best.head, tuple(trials))
     return architectures, dropped
 
 
 def _require_known(given: Iterable[str], layers: Sequence[str]) -> None:
-    """Check that heads are given only for layers that there are records of."""
+    """Check that heads are given only for layers that have records."""
     for path in given:
         if path not in layers:
-            raise ConfigError(f"a head is given for {path!r}, which is no layer that this run has records of "
-                              "(--layers and early_exit.layers say how many there are): "
-                              f"{did_you_mean(path, layers)}")
+            raise ConfigError(f"a head is given for {path!r}, but this run has no records of that layer (--layers and "
+                              f"early_exit.layers limit the number of layers): {did_you_mean(path, layers)}")
 
 
 def train_heads(evaluators: Sequence[Evaluator], architectures: Mapping[str, Architecture],
                 run: RunPaths) -> tuple[list[TrainedHead], list[str]]:
-    """Train the chosen heads in full, whoever chose them; those that are trained already are read.
+    """Train the chosen heads in full; heads that were trained already are read from the run.
 
     Args:
         evaluators: one for each layer, in the order of the backbone, with the recipe for the final training.
-        architectures: by layer path; layers that have none are passed over.
-        run: where heads are kept.
+        architectures: by layer path; layers without one are passed over.
+        run: the folder in which heads are kept.
 
     Returns:
-        The heads that are better than chance, in the order of the backbone, and why the others are not kept.
+        The heads that are better than chance, in the order of the backbone, and why the others are dropped.
     """
     chosen = [evaluator for evaluator in evaluators if evaluator.layer.path in architectures]
     heads, dropped = list[TrainedHead](), list[str]()

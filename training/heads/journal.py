@@ -1,4 +1,4 @@
-"""The trials of a layer on disk: a journal of one JSON line each, and trials elsewhere that are not in it yet."""
+"""The trials of a layer on disk: a journal with one JSON line per trial, and files of trials that are not in it yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from early_exit.training.paths import RunPaths
 
 
 def read_journal(run: RunPaths, layer: str) -> list[Trial]:
-    """Return the trials in a layer's journal; a line that a kill cut short is dropped."""
+    """Return the trials in a layer's journal; a last line that is incomplete after a kill is dropped."""
     path = run.trials(layer)
     if not path.exists():
         return []
@@ -20,7 +20,7 @@ def read_journal(run: RunPaths, layer: str) -> list[Trial]:
 
 
 def append(run: RunPaths, layer: str, trial: Trial) -> None:
-    """Add a trial to its layer's journal, in place of a line that a kill cut short."""
+    """Add a trial to its layer's journal, in place of a last line that is incomplete after a kill."""
     path = run.trials(layer)
     private_folder(path.parent)
     with open_private(path, "a+") as file:
@@ -30,24 +30,24 @@ def append(run: RunPaths, layer: str, trial: Trial) -> None:
 
 
 def save_trained(run: RunPaths, layer: str, trial: Trial, head: Head) -> None:
-    """Keep the weights of a trial."""
+    """Save the weights of a trial's head."""
     with replacing(run.trial(layer, trial.number)) as scratch:
         save_file(head.state_dict(), scratch)
 
 
 def write_result(run: RunPaths, layer: str, trial: Trial) -> None:
-    """Write what a trial that runs beside others has found so far; `gather` brings it into the journal."""
+    """Write the result so far of a trial that runs beside others; `gather` adds it to the journal."""
     with replacing(run.trial_result(layer, trial.number)) as scratch:
         scratch.write_text(trial.to_json())
 
 
 def read_result(run: RunPaths, layer: str, number: int) -> Trial:
-    """Return what a trial wrote."""
+    """Return the result that a trial wrote."""
     return Trial.from_json(run.trial_result(layer, number).read_text())
 
 
 def gather(run: RunPaths, layer: str) -> list[Trial]:
-    """Bring the results of a layer's trials into its journal; return all that it holds."""
+    """Add the results of a layer's trials to its journal; return all trials in the journal."""
     trials = read_journal(run, layer)
     known = {trial.number for trial in trials}
     for number in sorted(run.trial_results(layer)):

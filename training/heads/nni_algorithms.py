@@ -1,4 +1,4 @@
-"""What NNI's tuner and assessor lack; one search uses them in this process, the other in NNI's service."""
+"""Extensions of NNI's tuner and assessor; one search uses them in this process, the other in NNI's service."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from early_exit.training.heads.trial import Trial
 from early_exit.training.paths import RunPaths
 
 _PATIENCE = 1000
-"""When so many changes at random have led to no new head, there is none."""
+"""The number of random changes without a new head after which no new head is expected."""
 
 
 class MedianOfAll(MedianstopAssessor):  # type: ignore[misc]
-    """Gives up trials that are worse than the median of all, the given-up ones included.
+    """Stops trials that are worse than the median of all trials, including those that were stopped.
 
-    A median of the survivors alone would stop nearly everybody.
+    The median of the surviving trials alone would stop nearly every trial.
     """
 
     def trial_end(self, trial_job_id: int | str, success: bool) -> None:
@@ -32,7 +32,7 @@ class MedianOfAll(MedianstopAssessor):  # type: ignore[misc]
 
 
 class HeadTpe(TpeTuner):  # type: ignore[misc]
-    """TPE that begins with the default head, and asks for no head twice."""
+    """TPE that begins with the default head and proposes no head twice."""
 
     def __init__(self, seed: int, startup: int) -> None:
         super().__init__("minimize", seed=seed, tpe_args={"n_startup_jobs": startup})
@@ -54,14 +54,14 @@ class HeadTpe(TpeTuner):  # type: ignore[misc]
         return parameters
 
     def resume(self, trials: Iterable[Trial]) -> None:
-        """Learn of trials of an earlier attempt."""
+        """Learn from the trials of an earlier attempt."""
         self.import_data([{"parameter": trial.parameters, "value": trial.objective} for trial in trials])
 
 
 class _NewHeads:
-    """In place of NNI's `Deduplicator`, to which choices differ that mean the same head.
+    """Replaces NNI's `Deduplicator`, for which choices differ although they describe the same head.
 
-    Of 20 choices of plain TPE for a feature map a quarter to two fifths were heads that had been tried.
+    Of 20 choices of plain TPE for a feature map, a quarter to two fifths were heads that had been tried before.
     """
 
     def __init__(self, space: Mapping[tuple[str, ...], ParameterSpec], random: Generator) -> None:
@@ -69,10 +69,10 @@ class _NewHeads:
         self._known: set[str] = set()
 
     def __call__(self, choice: dict[tuple[str, ...], int]) -> dict[tuple[str, ...], int]:
-        """Return a choice, with parameters changed at random one after the other until it is a new head.
+        """Return the choice, with parameters changed at random, one after the other, until it is a new head.
 
         Raises:
-            NoMoreTrialError: it found none, as all heads of the space have been tried.
+            NoMoreTrialError: no new head was found, because all heads of the space have been tried.
         """
         keys = list(self._space)
         for _ in range(_PATIENCE):
@@ -94,9 +94,9 @@ class _NewHeads:
 
 
 class JournalTpe(HeadTpe):
-    """The tuner for NNI's service, which knows the trials of the journal and believes only what a trial wrote itself.
+    """The tuner for NNI's service. It knows the trials in the journal, and trusts only the file that a trial wrote.
 
-    NNI hands a trial the parameters of another when trials ask out of order (its issues 5689 and 5726).
+    NNI gives a trial the parameters of another one when trials ask out of order (NNI's issues 5689 and 5726).
     """
 
     def __init__(self, run: str, layer: str, seed: int, startup: int) -> None:

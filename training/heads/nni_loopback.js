@@ -1,5 +1,5 @@
-// Whoever reaches a port of NNI's service has it run code. Its process loads this before anything else, and from then
-// on listens on loopback alone, and hears only processes of its own user and pages of its own.
+// Anyone who reaches a port of NNI's service can make it run code. The service's process loads this file first. From
+// then on it listens on loopback only, and answers only processes of its own user and its own pages.
 "use strict";
 const fs = require("node:fs");
 const net = require("node:net");
@@ -25,15 +25,15 @@ function isOwnUser(socket) {
         if (line) {
             const columns = line.trim().split(/\s+/);
             const [user, inode] = [columns[7], columns[9]];
-            // Of a socket that its process has closed already Linux tells neither: both are 0, as if it were root's.
+            // For a socket that its process has closed, Linux reports neither: both are 0, as if root owned it.
             return Number(user) === process.geteuid() && inode !== "0";
         }
     }
     return false;
 }
 
-// A page from elsewhere reaches loopback through the browser: under a name that it has resolve to 127.0.0.1, or through
-// a WebSocket, which any page may open.
+// A page from elsewhere can reach loopback through the browser: under a name that it makes resolve to 127.0.0.1, or
+// through a WebSocket, which any page may open.
 function isOwnPage({ host, origin }) {
     return OWN_HOST.test(host) && (origin === undefined || origin === `http://${host}`);
 }

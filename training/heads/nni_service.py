@@ -1,7 +1,8 @@
-"""The search for heads in NNI's service: one experiment per layer, its trials on the machines that NNI runs them on.
+"""The search for heads in NNI's service: one experiment per layer, with trials on the machines that NNI is given.
 
-Whoever reaches a port of the service runs code as who started it: NNI's tuner and trials unpickle what they are sent.
-`nni_loopback.js` keeps the service to this machine and this user, unless trials run on other machines.
+Anyone who reaches a port of the service can run code as the user who started it, because NNI's tuner and trials
+unpickle what they receive. `nni_loopback.js` restricts the service to this machine and this user, unless trials run on
+other machines.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ _KNOWN = ("trialConcurrency", "trialGpuNumber", "maxExperimentDuration", "maxTri
 _LOCAL = {"trialConcurrency": 1, "maxExperimentDuration": "12h", "trainingService": {"platform": "local"}}
 _LOOPBACK = Path(__file__).with_name("nni_loopback.js")
 _USERS = Path("/proc/net/tcp")
-"""Where the script finds out whose a connection is."""
+"""The file in which the script looks up which user a connection belongs to."""
 _POLL_SECONDS = 2.0
 _STARTS = 3
-"""An experiment is started at most so often: NNI gives its tuner ten seconds to connect, which a busy machine may not
-keep."""
+"""How often an experiment is started at most: NNI gives its tuner ten seconds to connect, which may be too short on a
+busy machine."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,27 @@ class Service:
 
     settings: Mapping[str, Any] = field(default_factory=lambda: dict(_LOCAL))
     port: int = 8088
-    """The port of NNI's web page; 8080 to 8082 are those of a server."""
+    """The port of NNI's web page; TorchServe uses 8080 to 8082."""
     exposed: bool = False
-    """Whether the service answers on all interfaces: other machines' trials need it, and nothing else."""
+    """Whether the service answers on all interfaces, which only trials on other machines need."""
 
     def __post_init__(self) -> None:
         if self.local and self.exposed:
             raise ConfigError("--expose-nni is for a service file with other machines, whose trials must reach NNI's "
-                              "service; here they run on this machine: leave it out")
+                              "service, but here all trials run on this machine: leave it out")
         if not self.local and not self.exposed:
             raise ConfigError(
-                "the service file has trials run on other machines, so NNI's service must answer on all interfaces of "
-                "this one, without a password: whoever reaches its ports runs code as you. Pass --expose-nni if a "
-                "firewall lets only those machines in, or leave trainingService out to run the trials here")
+                "the service file runs trials on other machines, so NNI's service must answer on all interfaces of "
+                "this machine, without a password: anyone who reaches its ports runs code as you. Pass --expose-nni if "
+                "a firewall lets only those machines in, or leave trainingService out to run the trials here")
 
     @classmethod
     def load(cls, path: Path, *, exposed: bool = False) -> Service:
-        """Read a YAML file; what it does not name is as for one trial at a time on this machine.
+        """Read a YAML file; keys that it does not name have the values for one trial at a time on this machine.
 
         Raises:
-            ConfigError: it cannot be read, has a key that is not for here, NNI refuses it, or `exposed` is not what its
-                trials need.
+            ConfigError: the file cannot be read, has a key that is not allowed here, NNI refuses it, or `exposed` does
+                not fit the machines of its trials.
         """
         data = read_yaml(path, "the service file") or {}
         if not isinstance(data, dict):
@@ -79,7 +80,7 @@ class Service:
         known = (*_KNOWN, "port")
         for key in data:
             if key not in known:
-                raise ConfigError(f"{key!r} in the service file {path} is not a setting of NNI that is yours to make, "
+                raise ConfigError(f"{key!r} in the service file {path} is not a setting of NNI that you can make, "
                                   f"{did_you_mean(key, known)}")
         port = data.pop("port", cls.port)
         if not isinstance(port, int) or not 0 < port < 65536:
@@ -98,30 +99,31 @@ class Service:
 
     @property
     def python(self) -> str:
-        """Command of the interpreter of a trial: this one here, elsewhere the one that `pythonPath` leads to."""
+        """The command of a trial's interpreter: on this machine this interpreter, on others `python3`, which is found
+        through `pythonPath`."""
         return shlex.quote(sys.executable) if self.local else "python3"
 
     @property
     def reach(self) -> str:
-        """Who reaches the service, and can thereby run code, as a sentence for the user."""
+        """A sentence for the user about who can reach the service, and can therefore run code."""
         if self.exposed:
-            return (f"--expose-nni: until the search ends, whoever reaches port {self.port} or {self.port + 1} of this "
-                    "machine, from anywhere, runs code as you: let a firewall keep all but the trials' machines out")
+            return (f"--expose-nni: until the search ends, anyone who reaches port {self.port} or {self.port + 1} of "
+                    "this machine, from anywhere, runs code as you: let a firewall admit only the trials' machines")
         if _USERS.exists():
-            return f"only your own processes on this machine reach NNI's service on port {self.port}"
-        return (f"other machines do not reach NNI's service on port {self.port}, but other users of this machine do, "
-                "and can run code as you: this system does not tell whose a connection is")
+            return f"only your own processes on this machine can reach NNI's service on port {self.port}"
+        return (f"other machines cannot reach NNI's service on port {self.port}, but other users of this machine can, "
+                "and can run code as you: this system does not tell which user a connection belongs to")
 
 
 def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, service: Service, run: RunPaths,
                       log: Callable[[str], None], on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
-    """Return the trials of a layer, those of an earlier attempt included.
+    """Return the trials of a layer, including those of an earlier attempt.
 
-    The same trials as in this process, and the same files: a journal and the heads beside it. Trials find the
-    records in the folder of the run and write their results there, so every machine has to see it under one path.
+    Trials and files are the same as for a search in this process: a journal, and the heads beside it. Trials read the
+    records in the folder of the run and write their results there, so every machine must see it under the same path.
 
     Raises:
-        ServerError: NNI cannot be started, or no trial of the layer came to a result.
+        ServerError: NNI cannot be started, or no trial of the layer produced a result.
     """
     layer, root = evaluator.layer, run.root.resolve()
     _stop_left_over(run)
@@ -157,16 +159,16 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
             break
     if died is not None:
         raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
-                          "ee-train again, which goes on where it was") from died
+                          "ee-train again, which continues where it stopped") from died
     trials = gather(run, layer.path)
     if not trials:
-        raise ServerError(f"none of NNI's trials at {layer.path} came to a result: see the logs in "
+        raise ServerError(f"none of NNI's trials at {layer.path} produced a result: see the logs in "
                           f"{run.experiments / experiment.id}, and stderr in its folders trials and environments")
     return trials
 
 
 def _config(settings: Mapping[str, Any], command: str, space: Mapping[str, Any], code: Path) -> ExperimentConfig:
-    """Return NNI's configuration of an experiment; the tuner is still to be set."""
+    """Return NNI's configuration of an experiment; the caller sets the tuner."""
     return ExperimentConfig(**settings, trialCommand=command, trialCodeDirectory=str(code), searchSpace=space,
                             tuner={"name": "Random"}, logLevel="warning")
 
@@ -194,9 +196,9 @@ def _start(config: ExperimentConfig, service: Service, run: RunPaths) -> Experim
 
 @contextmanager
 def _closed_to_others(service: Service, run: RunPaths) -> Iterator[None]:
-    """Have the processes that are started in the block write for this user alone and, unless it is exposed, the service
-    listen to this user alone."""
-    run.experiments.parent.chmod(0o700)  # an earlier attempt may have made it otherwise
+    """Let processes that are started in the block write files that only this user can read and, unless the service is
+    exposed, let the service answer only this user."""
+    run.experiments.parent.chmod(0o700)  # an earlier attempt may have created it with other permissions
     before, umask = os.environ.get("NODE_OPTIONS"), os.umask(0o077)
     if not service.exposed:
         os.environ["NODE_OPTIONS"] = f"{before or ''} --require {json.dumps(str(_LOOPBACK), ensure_ascii=False)}"
@@ -210,8 +212,11 @@ def _closed_to_others(service: Service, run: RunPaths) -> Iterator[None]:
 
 
 def _wait(experiment: Experiment, n_results: Callable[[], int], on_trials: Callable[[int], object]) -> str:
-    """Return NNI's status when it has ended: 'NO_MORE_TRIAL' comes before the last trial does, and a deadline is among
-    the settings."""
+    """Return NNI's status when the experiment has ended.
+
+    The status 'NO_MORE_TRIAL' comes before the last trial has ended, so it is not the end. The settings hold the
+    deadline.
+    """
     before = n_results()
     while True:
         status, now = str(experiment.get_status()), n_results()
@@ -223,17 +228,17 @@ def _wait(experiment: Experiment, n_results: Callable[[], int], on_trials: Calla
 
 
 def _stop_left_over(run: RunPaths) -> None:
-    """Stop the experiment that a killed search has left behind: nobody else would."""
+    """Stop the experiment that a killed search has left behind: nothing else would stop it."""
     if not run.running.exists():
         return
     left = json.loads(run.running.read_text())
     try:
-        # Asked first: whoever else listens on its port by now would say which process is to be ended.
+        # The process is checked first: another program that uses the port by now would name the process to stop.
         if psutil.Process(left["process"]).create_time() != left["started"]:
             return
         experiment = Experiment.connect(left["port"])
     except (requests.RequestException, RuntimeError, KeyError, psutil.Error):
-        return  # it is gone
+        return  # the experiment has ended
     if experiment.id == left["id"]:
         experiment.stop()
     run.running.unlink()

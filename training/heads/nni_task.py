@@ -1,4 +1,4 @@
-"""What a trial of NNI's service must know; it reads the records and writes its result in the folder of the run."""
+"""The input of a trial in NNI's service. The trial reads records and writes its result in the folder of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from early_exit.training.paths import RunPaths
 class Task:
     """The parts of an evaluator that are the same for every layer.
 
-    Heads cost FLOPs here: the machines of trials differ, and neighbours keep each other from being timed.
+    The cost of heads is counted in FLOPs here: the machines of trials differ, and trials that run side by side disturb
+    each other's timing.
     """
 
     tolerance: float

@@ -13,8 +13,8 @@ import nni
 
 def main() -> None:
     """Train and evaluate the head that the tuner asks for; write the result into the folder of the run."""
-    # First of all: NNI gives trials that ask in another order than they were started the parameters of others,
-    # and the imports below take seconds that differ.
+    # This comes first: if trials ask in another order than they were started, NNI gives them the parameters of others,
+    # and the imports below take seconds, which vary.
     parameters = nni.get_next_parameter()
 
     from early_exit.training.heads.journal import save_trained, write_result
@@ -28,7 +28,7 @@ def main() -> None:
                  "the folder has to be shared, under the same path on every machine")
 
     def report(trial: Trial) -> dict[str, float]:
-        write_result(run, layer, trial)  # before NNI knows of it, and may stop the trial
+        write_result(run, layer, trial)  # first, because NNI may stop the trial once it knows the result
         return {"default": trial.objective, "number": trial.number, "agreement": trial.agreement}
 
     def goes_on(trial: Trial) -> bool:

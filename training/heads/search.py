@@ -19,28 +19,28 @@ from early_exit.training.paths import RunPaths
 
 @dataclass(frozen=True)
 class Search:
-    """How much is tried for each layer."""
+    """The extent of the search for each layer."""
 
     trials: int = 20
     startup: int = 8
-    """The number of trials, the default head and others at random, before the tuner models what it has seen."""
+    """The number of trials, with the default head and random heads, before the tuner models the results."""
     seed: int = 0
 
     def seed_for(self, layer: str, n_done: int) -> int:
-        """Return a seed that differs by layer, and after a restart, where the tuner would draw the same heads again."""
+        """Return a seed that differs by layer and after a restart, so that the tuner does not draw the same heads."""
         return zlib.crc32(f"{self.seed} {layer} {n_done}".encode())
 
 
 def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: RunPaths,
                  on_trials: Callable[[int], object] = lambda n: None) -> list[Trial]:
-    """Return the trials of a layer, those of an earlier attempt included.
+    """Return the trials of a layer, including those of an earlier attempt.
 
-    Each trial's result is one line of the layer's journal, and its head lies beside, so a killed search
-    loses at most the trial that was running. `on_trials` receives the number of trials that were done since.
+    Each trial's result is one line of the layer's journal, and its head is stored beside it, so a killed search loses
+    at most the trial that was running. `on_trials` receives the number of trials done since its last call.
     """
     layer, recorded = evaluator.layer, evaluator.training_set.recorded
     trials = read_journal(run, layer.path)
-    logging.getLogger("nni").setLevel(logging.ERROR)  # it tells its seed at every layer
+    logging.getLogger("nni").setLevel(logging.ERROR)  # it logs its seed for every layer
     tuner = HeadTpe(search.seed_for(layer.path, len(trials)), search.startup)
     tuner.update_search_space(space.choices(layer.shape, recorded))
     tuner.resume(trials)
@@ -71,7 +71,8 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
 def best_trial(trials: list[Trial]) -> Trial | None:
     """Return the trial with the least objective, or None when no head is better than chance.
 
-    A trial that was stopped early counts only where no finished one is better than chance: it will be trained in full.
+    A trial that was stopped early counts only if no finished one is better than chance; its head is trained in full
+    later.
     """
     return min((trial for trial in trials if trial.better_than_chance),
                key=lambda trial: (trial.stopped, trial.objective), default=None)

@@ -1,4 +1,4 @@
-"""Which heads a search may try; data that users may extend in a YAML file."""
+"""The heads that a search may try; users may change the search space in a YAML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SearchSpace:
     """The values that each part of a head may take (section 3.2.1 of the paper).
 
     Raises:
-        ConfigError: a value that no head can have; the message names it.
+        ConfigError: no head can have one of the values; the message names it.
     """
 
     pool: tuple[int | str, ...] = (1, 2, 4, RAW)
@@ -51,14 +51,14 @@ class SearchSpace:
                 raise ConfigError(f"search space: {name} needs a list of values, found {values!r}")
             for value in values:
                 if not _fits(name, value, limits.get(name)):
-                    raise ConfigError(f"search space: {value!r} is no value for {name}")
+                    raise ConfigError(f"search space: {value!r} is not a possible value for {name}")
 
     @classmethod
     def load(cls, path: Path) -> SearchSpace:
-        """Read a YAML file; what it does not name keeps its default.
+        """Read a YAML file; parts that it does not name keep their defaults.
 
         Raises:
-            ConfigError: it cannot be read, or has an unknown key or a wrong value.
+            ConfigError: the file cannot be read, or has an unknown key or a wrong value.
         """
         data = read_yaml(path, "the search space") or {}
         known = [part.name for part in fields(cls)]
@@ -76,17 +76,17 @@ class SearchSpace:
         return cls(**values, heads=heads)
 
     def choices(self, shape: tuple[int, ...], recorded: Side) -> dict[str, dict[str, Any]]:
-        """Return NNI's description of the space for one layer, flat as its tuners want it.
+        """Return NNI's description of the space for one layer, in the flat form that NNI's tuners need.
 
         Args:
-            shape: one row of the layer's activation.
-            recorded: side to which the records were pooled.
+            shape: the shape of one row of the layer's activation.
+            recorded: the side to which the records were pooled.
         """
         layers = {f"width{number}": self.width for number in range(1, max(self.linears) + 1)}
         values: dict[str, tuple[Any, ...]] = {"linears": self.linears, **layers}
         if len(shape) == 3:
             side = max(pooled_shape(shape, recorded)[1:])
-            # Sides that pool nothing are one choice, the raw one.
+            # All sides that pool nothing are one choice, `raw`.
             pools = tuple(dict.fromkeys(RAW if pool == RAW or int(pool) >= side else pool for pool in self.pool))
             values |= {"pool": pools, "convolutions": self.convolutions}
             for number in range(1, max(self.convolutions) + 1):
@@ -96,12 +96,12 @@ class SearchSpace:
 
 
 def default_head(recorded: Side) -> HeadSpec:
-    """Return the head that is taken where nothing is searched for, on records pooled to a side."""
+    """Return the head that a layer gets without a search, for records pooled to a side."""
     return HeadSpec(pool=recorded, recorded=recorded)
 
 
 def default_choice(choices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the tuner's choice that stands for the default head, or None where the space has no such head."""
+    """Return the tuner's choice that stands for the default head, or None if the space has no such head."""
     default = default_head(None)
     wanted = {"pool": RAW, "convolutions": len(default.convolutions), "linears": len(default.widths),
               **{f"width{number}": width for number, width in enumerate(default.widths, 1)}}
@@ -110,7 +110,7 @@ def default_choice(choices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] |
 
 
 def used(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a tuner's choice shows in the head: not the second width of a head with one linear layer.
+    """Return the parameters of a tuner's choice that the head uses: not the second width if it has one linear layer.
 
     >>> used({"linears": 1, "width1": 64, "width2": 32})
     {'linears': 1, 'width1': 64}
@@ -126,7 +126,7 @@ def used(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spec_of(parameters: Mapping[str, Any], shape: tuple[int, ...], recorded: Side) -> HeadSpec:
-    """Return the head that a tuner's choice stands for; what the choice leaves unused does not show.
+    """Return the head that a tuner's choice stands for; unused parameters have no effect.
 
     >>> spec_of({"linears": 1, "width1": 64, "width2": 32}, (128,), None).widths
     (64,)
@@ -143,7 +143,7 @@ def spec_of(parameters: Mapping[str, Any], shape: tuple[int, ...], recorded: Sid
 
 
 def _is_wide(parameters: Mapping[str, Any], number: int | str) -> bool:
-    """Tell whether a convolution has neighbours to read, so that taking them apart from the channels saves anything."""
+    """Tell whether a convolution reads neighbours, so that splitting it into depthwise and pointwise saves anything."""
     return bool(parameters[f"kernel{number}"] > 1)
 
 
@@ -151,7 +151,7 @@ def given_head(spec: HeadSpec, recorded: Side) -> HeadSpec:
     """Return a user's head for records pooled to a side; 'raw' reads them as they are.
 
     Raises:
-        ConfigError: it wants more than was recorded.
+        ConfigError: the head reads a larger side than was recorded.
     """
     if spec.pool is None:
         return replace(spec, pool=recorded, recorded=recorded)

@@ -1,4 +1,4 @@
-"""One trial of a search: train a head, and tell what an exit with it alone would cost."""
+"""One trial of a search: trains a head, and computes the cost of serving with an exit at this head alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ HeadCost = Callable[[Head, CandidateLayer], float]
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one head."""
+    """The result of a trial of one head."""
 
     number: int
     parameters: Mapping[str, Any]
-    """What the tuner asked for."""
+    """The parameters that the tuner asked for."""
     head: HeadSpec
     agreement: float
     """The share of the tune part on which the head's class is the backbone's."""
@@ -50,12 +50,12 @@ class Trial:
 
     @property
     def objective(self) -> float:
-        """Cost of serving with this exit alone, as a fraction of the backbone's; smaller is better."""
+        """The cost of serving with this exit alone, as a fraction of the backbone's; smaller is better."""
         return self.history[-1]
 
     @property
     def stopped(self) -> bool:
-        """Whether it was given up before its end."""
+        """Whether the trial was stopped before its end."""
         return len(self.history) < LOOKS
 
     def to_json(self) -> str:
@@ -93,15 +93,15 @@ class Evaluator:
         """Train and evaluate one head.
 
         Args:
-            number: of the trial.
-            parameters: what the tuner asks for.
-            goes_on: given the trial so far, tells whether it is worth its end.
+            number: the number of the trial.
+            parameters: the parameters that the tuner asks for.
+            goes_on: receives the trial so far, and tells whether to continue it.
         """
         started = time.monotonic()
         spec = spec_of(parameters, self.layer.shape, self.training_set.recorded)
         cost = self.head_cost(Head(spec, self.layer.shape, self.training_set.n_classes).eval(), self.layer)
         looks = {round(self.n_steps() * look / LOOKS) for look in range(1, LOOKS)}
-        trials: list[Trial] = []  # this one, at each look
+        trials: list[Trial] = []  # this trial, at each look
         stopped = False
 
         def look(classify: Classify) -> Trial:
@@ -137,7 +137,7 @@ class Evaluator:
         return logits, self.training_set.backbone_class[rows]
 
     def _objective(self, logits: Tensor, agrees: Tensor, teacher: Tensor, head_cost: float) -> float:
-        """Return the mean cost with this exit alone over budgets around the tolerance, which one alone is noisy."""
+        """Return the mean cost with this exit alone over budgets around the tolerance; a single budget is noisy."""
         confidence = fit_policy(self.policy, logits, teacher).confidence(logits)
         costs = []
         for budget in (self.tolerance / 2, self.tolerance, 2 * self.tolerance):

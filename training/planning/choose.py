@@ -1,4 +1,4 @@
-"""From the predictions of heads to a plan: choose exits and thresholds on *tune*, prove them on *certify*."""
+"""From the predictions of heads to a plan: choose exits and thresholds on *tune*, and certify them on *certify*."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from early_exit.training.selection.thresholds import (
 
 
 def path_to_certify(predictions: HeadPredictions, options: TrainingOptions) -> list[OperatingPoint]:
-    """Return the operating points that a certified one is chosen among, from "never exit" to aggressive."""
+    """Return the operating points among which a certified one is chosen, from "never exit" to aggressive."""
     tune = predictions.tune.candidates
     expected = replace(tune, losses=expected_losses(options.risk, tune.losses, tune.error_chance))
     return certified_path(expected, options.tolerance, options.delta, predictions.certify.evidence.n_tested)
@@ -34,12 +34,12 @@ def path_to_certify(predictions: HeadPredictions, options: TrainingOptions) -> l
 
 def choose(predictions: HeadPredictions, options: TrainingOptions,
            path: Sequence[OperatingPoint] | None = None) -> OperatingPoint:
-    """Return the exits and thresholds to deploy; none where they would not pay.
+    """Return the exits and thresholds to deploy; no exits if they would not pay.
 
     Args:
-        predictions: of the heads.
-        options: what was asked for.
-        path: what `path_to_certify` returned, where that is known already.
+        predictions: the predictions of the heads.
+        options: the options of the run.
+        path: the result of `path_to_certify`, if it is known already.
     """
     tune = predictions.tune.candidates
     if options.thresholds == "paper":
@@ -57,13 +57,13 @@ def choose(predictions: HeadPredictions, options: TrainingOptions,
 
 def _p_value(point: OperatingPoint, predictions: HeadPredictions, options: TrainingOptions,
              largest: tuple[float, float]) -> float:
-    """Return how likely what the certify part shows is where the expected loss is above the tolerance."""
+    """Return the p-value, on the certify part, of the hypothesis that the expected loss is above the tolerance."""
     losses = outcome(point, predictions.certify.candidates).losses
     return predictions.certify.evidence.p_value(options.risk, losses, options.tolerance, options.delta, largest)
 
 
 def pays(point: OperatingPoint, tune: Candidates) -> bool:
-    """Tell whether exits cost less than the plain backbone, by more than the draw of the batches could feign."""
+    """Tell whether exits cost less than the plain backbone, by more than the random draw of batches can explain."""
     drawn = batch_costs(point, outcome(point, tune).exit, tune.costs)
     return bool(drawn.mean() + 1.645 * drawn.std() / len(drawn) ** 0.5 < 1)
 
@@ -74,13 +74,13 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
     """Return the plan for an operating point, with its certificate.
 
     Args:
-        point: what `choose` returned.
-        predictions: of the heads.
+        point: the result of `choose`.
+        predictions: the predictions of the heads.
         heads: all candidates, in the order of the backbone.
         training_set: the records of the predictions.
-        backbone: that the plan is for.
-        options: what was asked for.
-        profile: measured times; without them every answered row leaves its batch.
+        backbone: the backbone that the plan is for.
+        options: the options of the run.
+        profile: measured times; without them, every answered row leaves its batch.
     """
     chosen = [heads[index] for index in point.layers]
     paths = [trained.layer.path for trained in chosen]

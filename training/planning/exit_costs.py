@@ -1,4 +1,4 @@
-"""What exits with trained heads cost: measured where time is what counts, otherwise in FLOPs."""
+"""The costs of exits with trained heads, in measured time or in FLOPs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from early_exit.training.heads.heads import TrainedHead
 
 def exit_costs(profile: Profile | None, heads: Sequence[TrainedHead], policies: Sequence[str],
                backbone: BackboneDescription, batch_size: int) -> Costs:
-    """Return the costs of exits with some heads.
+    """Return the costs of exits with the given heads.
 
     Args:
-        profile: measured times of the backbone's stages; without one FLOPs are counted.
-        heads: in the order of the backbone.
+        profile: measured times of the backbone's stages; without one, FLOPs are counted.
+        heads: the heads, in the order of the backbone.
         policies: the kind of each exit's policy, which is timed with it.
-        backbone: of the heads.
-        batch_size: of full batches, where time is measured.
+        backbone: the backbone of the heads.
+        batch_size: the size of full batches, if time is measured.
     """
     layers = [trained.layer for trained in heads]
     if profile is None:

@@ -1,4 +1,4 @@
-"""What trained heads predict for the records that they were not trained on: the ground of every choice and report."""
+"""The predictions of trained heads for records that they were not trained on: the basis of every choice and report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OF_EVIDENCE = ("block", "content", "is_new")
 
 @dataclass(frozen=True)
 class PartPredictions:
-    """What L heads predict for the N records of one part."""
+    """The predictions of L heads for the N records of one part."""
 
     candidates: Candidates
     """The heads as candidates for exits."""
@@ -43,7 +43,7 @@ class PartPredictions:
     labels: Tensor
     """(N,) int64: the true class, -1 where unknown."""
     evidence: Evidence
-    """What the records prove something with."""
+    """The blocks and contents by which the records are evidence."""
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -51,7 +51,7 @@ class PartPredictions:
 
 @dataclass(frozen=True)
 class HeadPredictions:
-    """What heads predict for *tune*, where they were calibrated, and for *certify*."""
+    """The predictions of heads for *tune*, on which they were calibrated, and for *certify*."""
 
     layers: tuple[str, ...]
     """The paths of the L candidates, in order."""
@@ -91,13 +91,13 @@ class HeadPredictions:
 
 def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Costs, risk: Risk, policy: str,
             labels: Tensor | None = None) -> HeadPredictions:
-    """Calibrate the heads on *tune*, and return what they predict for *tune* and *certify*.
+    """Calibrate the heads on *tune*, and return their predictions for *tune* and *certify*.
 
     Args:
         training_set: the records.
-        heads: one for each of the costs' candidates.
-        costs: of the candidates.
-        risk: what an answer may lose; for accuracy, records without a label are left out.
+        heads: one for each candidate of the costs.
+        costs: the costs of the candidates.
+        risk: the measure of the losses; for `accuracy`, records without a label are left out.
         policy: the kind of policy that is fitted to each head.
         labels: (N,) true classes, -1 where unknown.
     """
@@ -113,7 +113,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
 
     def predictions_for(rows: Tensor, logits: Tensor) -> PartPredictions:
         teacher, full = training_set.backbone_class[rows], training_set.full_class[rows]
-        # The very formulas that will serve.
+        # These are the formulas that will serve.
         confidence = torch.stack([fitted.confidence(logits[:, index]) for index, fitted in enumerate(policies)], dim=1)
         error_chance = torch.stack([fitted.error_chance(logits[:, index]) for index, fitted in enumerate(policies)],
                                    dim=1)
@@ -121,7 +121,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         losses = risk.losses(torch.cat([answers, full[:, None]], dim=1), teacher, training_set.log_probabilities[rows],
                              known[rows])
         agrees, of_heads = answers == teacher[:, None], losses[:, :-1]
-        # What a head says in service of activations that were too large to record is not known: it counts as the worst.
+        # It is unknown what a head would answer for activations that were too large to record: it counts as the worst.
         unknown = ~training_set.finite[rows][:, None]
         candidates = Candidates(confidence.masked_fill(unknown, 1.0), error_chance.masked_fill(unknown, 1.0),
                                 agrees & ~unknown, of_heads.masked_fill(unknown, 1.0), full == teacher, losses[:, -1],

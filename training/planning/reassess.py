@@ -1,4 +1,4 @@
-"""What a plan that serves costs now: on a new run's records, by the same stopwatch as the plan that may replace it."""
+"""The present cost of a plan that serves, on a new run's records and timed like the plan that may replace it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def cost_on_run(plan: ExitPlan, heads: Mapping[str, Head], run: RunPaths, backbo
     """Return the expected cost of a request as a fraction of the backbone's, on the certify part of a finished run.
 
     Args:
-        plan: of the same backbone.
-        heads: its heads, by layer path.
-        run: with its training set and, where time is what counts, its profile.
-        backbone: of both.
-        options: of the run.
+        plan: a plan of the same backbone.
+        heads: the heads of the plan, by layer path.
+        run: the folder of the run, with its training set and, if the run measures time, its profile.
+        backbone: the backbone of the plan and of the run.
+        options: the options of the run.
 
     Returns:
-        None where the run's records do not tell: a layer of the plan is not in them, or is pooled otherwise.
+        The cost; None if a layer of the plan is not in the run's records, or is pooled to another side there.
     """
     training_set = TrainingSet.load(run.training_set)
     layers = {layer.path: layer for layer in training_set.layers}

@@ -1,1 +1,1 @@
-"""What a run led to and what it is worth, for readers and machines."""
+"""Reports on a run and the evaluation of a run, for readers and machines."""

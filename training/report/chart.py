@@ -1,7 +1,7 @@
-"""Charts as SVG that an HTML page holds: no script, colours from the page's style, readable without seeing them.
+"""Charts as SVG inside an HTML page: without scripts, in the page's colours, and with a description in words.
 
-Matplotlib's SVG keeps its own colours when the page turns dark, names its parts alike in every chart of a page, and is
-three times as large, for 80 MB of packages: these few shapes are drawn here.
+The few shapes are drawn here, because Matplotlib's SVG keeps its own colours when the page turns dark, uses the same
+ids in every chart of a page, is three times as large, and needs 80 MB of packages.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """A line; where a value is none it is interrupted."""
+    """A line, which is interrupted where a value is None."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
     marked: tuple[float, float] | None = None
-    """The point of the line that is circled, where there is one."""
+    """The point of the line that is circled, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def line_chart(identity: str, title: str, summary: str, x: Axis, y: Axis, series
     """Return a figure with lines over shares in [0, 1].
 
     Args:
-        identity: unique in the page.
-        title: what is shown.
-        summary: what a reader who cannot see it should know.
-        x: to the right.
-        y: upwards.
-        series: at most three.
-        limits: named in the chart.
+        identity: an id that is unique in the page.
+        title: the title of the chart.
+        summary: a description for readers who cannot see the chart.
+        x: the horizontal axis.
+        y: the vertical axis.
+        series: the lines, at most three.
+        limits: straight lines, which are named in the chart.
     """
     def at_x(value: float) -> float:
         share = (value - x.low) / (x.high - x.low)
@@ -127,11 +127,11 @@ def bar_chart(identity: str, title: str, summary: str, bars: Sequence[tuple[str,
     """Return a figure with a horizontal bar for each (label, value, value in words).
 
     Args:
-        identity: unique in the page.
-        title: what is shown.
-        summary: what a reader who cannot see it should know.
-        bars: from the top.
-        limit: value of a vertical line.
+        identity: an id that is unique in the page.
+        title: the title of the chart.
+        summary: a description for readers who cannot see the chart.
+        bars: the bars, from top to bottom.
+        limit: the value of a vertical line.
     """
     top = max([value for _, value, _ in bars] + ([limit] if limit is not None else [])) or 1.0
     scale = (_WIDTH - _BAR_LABEL - 52) / top
@@ -168,7 +168,7 @@ def _runs(points: Sequence[tuple[float, float | None]]) -> Iterator[list[tuple[f
 
 
 def _shortened(label: str) -> str:
-    """Return the end of a label, which tells layers apart, as far as there is room."""
+    """Return as much of the end of a label as there is room for; layers differ at the end."""
     return label if len(label) <= _LABEL_LENGTH else "…" + label[1 - _LABEL_LENGTH:]
 
 

@@ -1,4 +1,4 @@
-"""What a finished run is worth: everything that `ee-train report` tells, from the folder of the run and the archive."""
+"""The evaluation of a finished run by `ee-train report`, from the folder of the run and the archive."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BATCH_SIZES = (1, 8, 32)
 
 @dataclass(frozen=True)
 class Resources:
-    """What the model needs, without exits or with them."""
+    """The resources that the model needs, without exits or with them."""
 
     flops: float
     """The mean FLOPs of a request."""
@@ -50,18 +50,18 @@ class Resources:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The worth of a run; hit rates, agreement, accuracy and costs are those on its certify part."""
+    """The evaluation of a run; hit rates, agreement, accuracy and costs are those on its certify part."""
 
     summary: RunReport
-    """What the run itself reported."""
+    """The report of the run itself."""
     frontier: tuple[Setting, ...]
-    """The settings from "never exit" to aggressive, of the deployed exits or, where none pay, those tried on *tune*."""
+    """Settings from "never exit" to aggressive: of the deployed exits or, if none pay, of the exits tried on *tune*."""
     curves: tuple[Curve, ...]
-    """What every head does alone, at all thresholds."""
+    """The figures of every head alone, at all thresholds."""
     plain: Resources
-    """What the backbone needs without exits."""
+    """The resources that the backbone needs without exits."""
     with_exits: Resources
-    """What the backbone needs with the exits of the plan."""
+    """The resources that the backbone needs with the exits of the plan."""
     latencies: tuple[Latency, ...]
     asked: dict[str, Any]
     """The options of the run."""
@@ -85,14 +85,14 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
     """Evaluate a finished run; nothing is trained.
 
     Args:
-        run: its folder.
-        archive: the archive that was recorded, where it is not where it was when the run started.
-        max_seconds: for the latencies on each device.
-        log: receives a line before what takes long.
+        run: the folder of the run.
+        archive: the archive that was recorded, if it has moved since the run started.
+        max_seconds: the time for the latencies on each device.
+        log: receives a line before each long step.
 
     Raises:
         RecordError: the folder is not that of a finished run.
-        ArchiveError: the archive is not there, or has another backbone.
+        ArchiveError: the archive does not exist, or has another backbone.
     """
     _require_finished(run)
     inputs, reported = json.loads(run.inputs.read_text()), json.loads(run.report_json.read_text())
@@ -131,25 +131,25 @@ def evaluate(run: RunPaths, archive: Path | None = None, *, max_seconds: float =
 def _require_finished(run: RunPaths) -> None:
     for path in (run.inputs, run.predictions, run.plan, run.report_json):
         if not path.exists():
-            raise RecordError(f"{run.root} is not the folder of a finished run, {path.name} is missing: pass what "
-                              "'ee-train --to' was given, and let it finish")
+            raise RecordError(f"{run.root} is not the folder of a finished run, {path.name} is missing: pass the "
+                              "folder that 'ee-train --to' was given, and let that run finish")
 
 
 def _require_planned(run: RunPaths, plan: ExitPlan, point: OperatingPoint, predictions: HeadPredictions) -> None:
-    """Check that the plan is what the run's predictions lead to."""
+    """Check that the plan follows from the run's predictions."""
     planned = [(planned.layer, planned.threshold) for planned in plan.exits]
     if planned != [(predictions.layers[index], threshold) for index, threshold in zip(point.layers, point.thresholds)]:
-        raise RecordError(f"{run.plan} is not what the run's own figures lead to: another version of this software "
+        raise RecordError(f"{run.plan} does not follow from the figures of its run: another version of this software "
                           "wrote it, or it was changed. Train again into another folder")
 
 
 def _archive(run: RunPaths, inputs: dict[str, Any], given: Path | None) -> Path:
-    """Return where the archive is that the run was made for."""
+    """Return the path of the archive that the run was made for."""
     remembered = inputs.get("archive")
     mar = given or (Path(remembered) if remembered else None)
     if mar is None or not mar.exists():
-        raise ArchiveError(f"the archive of {run.root} is not at {mar or 'a place that is known'}: say with "
-                           "--archive X.mar where it is, memory and time cannot be measured without it")
+        raise ArchiveError(f"the archive of {run.root} is not at {mar or 'a known place'}, and memory and time cannot "
+                           "be measured without it: pass its path with --archive X.mar")
     description = read_archive(mar).description
     if description.sha256 != inputs["backbone"]:
         raise ArchiveError(f"{mar} has the backbone {description.sha256[:12]}, but {run.root} is a run of "
@@ -159,7 +159,7 @@ def _archive(run: RunPaths, inputs: dict[str, Any], given: Path | None) -> Path:
 
 def _resources(backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head], taken: Tensor,
                flops_ratio: float) -> tuple[Resources, Resources]:
-    """Return what the model needs without exits and with them."""
+    """Return the resources that the model needs without exits and with them."""
     held = [*backbone.parameters(), *backbone.graph.buffers()]
     parameters, size = sum(p.numel() for p in backbone.parameters()), sum(tensor.nbytes for tensor in held)
     flops = backbone.description.flops

@@ -69,17 +69,17 @@ def html_page(evaluation: Evaluation) -> str:
 def _head(evaluation: Evaluation) -> str:
     run = evaluation.summary
     deployed, accuracy = run.deployed, run.deployed.accuracy
-    cards = [("exits", str(len(run.exits))), (f"{_cost(run)}, of the backbone's", f"{deployed.cost:.2f}")]
+    cards = [("exits", str(len(run.exits))), (f"{_cost(run)}, relative to the backbone", f"{deployed.cost:.2f}")]
     if run.plan.measure != "flops":
-        cards.append(("FLOPs, of the backbone's", f"{deployed.flops:.2f}"))
+        cards.append(("FLOPs, relative to the backbone", f"{deployed.flops:.2f}"))
     memory = evaluation.with_exits.ltma_bytes / evaluation.plain.ltma_bytes
-    cards.append(("live tensor memory, of the backbone's", f"{memory:.2f}"))
+    cards.append(("live tensor memory, relative to the backbone", f"{memory:.2f}"))
     cards.append(("answers that differ", _share(deployed.disagreement)))
     if accuracy is not None:
         cards.append((f"accuracy; the backbone's is {_share(accuracy.backbone)}", _share(accuracy.served)))
     records = ", ".join(f"{count} {name}" for name, count in run.records.items())
     return (f'<p class="note">backbone {run.plan.backbone[:12]} · records: {records}. Hit rates, agreement, accuracy '
-            "and costs below are those on the <em>certify</em> records, which nothing was chosen with.</p>"
+            "and costs below are those on the <em>certify</em> records, which no choice has used.</p>"
             f'<p class="promise">{escape(guarantee(run.plan))}</p><dl class="cards">'
             + "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in cards) + "</dl>\n")
 
@@ -96,9 +96,9 @@ def _exits(run: RunReport) -> str:
     rows = [[exit.layer, f"{exit.cost:.2f}", f"{exit.threshold:.4f}", *chain.from_iterable(
         (_share(_FIGURES[name](exit.together)), _share(_FIGURES[name](exit.alone))) for name in names)]
         for exit in run.exits]
-    words = ("<p>A request leaves at the first exit that is confident enough. Each figure is given for the exit behind "
-             "those before it, and for the exit alone. <em>Cost</em> is the share of the backbone's FLOPs before the "
-             "exit; <em>agreement</em> is with the backbone; <em>effect</em> is the change of the accuracy on all "
+    words = ("<p>A request leaves at the first exit that is confident enough. Each figure is given for the exit after "
+             "the exits before it, and for the exit alone. <em>Cost</em> is the share of the backbone's FLOPs before "
+             "the exit; <em>agreement</em> is with the backbone; <em>effect</em> is the change of the accuracy on all "
              "requests, and no exit can lower it by more than the <em>bound</em>, hits (1 - agreement).</p>")
     leaves = ", ".join(f"{share} at {name}" for name, _, share in bars)
     return _section("Exits", f'<div class="wide">{chart.bar_chart("leave", "Where requests leave", leaves, bars)}</div>'
@@ -119,14 +119,14 @@ def _categories(run: RunReport) -> str:
         return ""
     header = ["exit", "labelled hits", "BC: both right", "¬(BC): same mistake", "B¬C: only the backbone right",
               "¬BC: only the exit right", "¬B¬C: different mistakes"]
-    return _section("Who is right", "<p>B is the backbone's class, C the exit's. Only B¬C costs accuracy; ¬BC gains "
-                    "some.</p>" + _table("Answers of exits with a known label, by category", header, rows))
+    return _section("Who is right", "<p>In B, the backbone is right; in C, the exit is. Only B¬C costs accuracy; ¬BC "
+                    "gains accuracy.</p>" + _table("Answers of exits with a known label, by category", header, rows))
 
 
 def _frontier(evaluation: Evaluation) -> str:
     run, path, tolerance = evaluation.summary, evaluation.frontier, float(evaluation.asked["tolerance"])
     deployed = run.deployed
-    # What lies far beyond the tolerance would press the rest into a corner.
+    # Points far beyond the tolerance would press the others into a corner.
     shown = [point for point in path if point.loss <= 4 * tolerance]
     series = [Series(_cost(run), [(point.cost, point.loss) for point in shown], (deployed.cost, deployed.loss))]
     if run.plan.measure != "flops":
@@ -140,14 +140,14 @@ def _frontier(evaluation: Evaluation) -> str:
                f"{deployed.flops:.2f}; tolerance {tolerance:.2%}.")
     figure = chart.line_chart(
         "frontier", f"{loss.capitalize()} against cost", summary,
-        Axis("cost of a request, of the backbone's", min(costs) - 0.02, max(costs) + 0.02),
+        Axis("cost of a request, relative to the backbone", min(costs) - 0.02, max(costs) + 0.02),
         Axis(loss, min(losses), max(losses)), series, [Limit(f"tolerance {100 * tolerance:.6g}%", y=tolerance)])
     header = ["first threshold", _cost(run), "FLOPs", "answers that differ", "mean loss", "accuracy"]
     rows = [[f"{point.thresholds[0]:.4f}" if point.thresholds and point.thresholds[0] <= 1 else "never",
              f"{point.cost:.3f}", f"{point.flops:.3f}", _share(point.disagreement), _share(point.loss),
              _share(point.accuracy.served if point.accuracy else None)] for point in path[::4]]
-    return _section("What more risk would save", "<p>The exits of the plan with ever lower thresholds; the "
-                    f'circles are what is deployed.</p><div class="wide">{figure}</div>'
+    return _section("What more risk would save", "<p>The exits of the plan with ever lower confidence thresholds. The "
+                    f'circles mark the deployed setting.</p><div class="wide">{figure}</div>'
                     + _folded("the settings as a table", _table("Every fourth setting", header, rows)))
 
 
@@ -160,7 +160,7 @@ def _curves(evaluation: Evaluation) -> str:
         if any(value is not None for value in curve.accuracy):
             series.append(Series("accuracy", list(zip(curve.thresholds, curve.accuracy))))
         deployed = thresholds.get(curve.layer)
-        first = f"Without a threshold {_share(curve.agreement[0])} agree with the backbone"
+        first = f"Without a threshold, {_share(curve.agreement[0])} of the answers agree with the backbone"
         title = curve.layer + ("" if deployed is not None else " (no exit)")
         figures.append(chart.line_chart(f"curve{number}", title, first, Axis("confidence threshold", 0, 1),
                                         Axis("share", 0, 1), series,
@@ -195,11 +195,12 @@ def _latencies(evaluation: Evaluation) -> str:
     bars = [(f"{latency.device}, batch {latency.batch_size}", latency.ratio, f"{latency.ratio:.2f}")
             for latency in evaluation.latencies]
     summary = ", ".join(f"{words} on {name}" for name, _, words in bars)
-    figure = chart.bar_chart("time", "Time with exits, of the backbone's (line: 1)", summary, bars, limit=1.0)
+    figure = chart.bar_chart("time", "Time with exits, relative to the backbone (line: 1)", summary, bars, limit=1.0)
     return _section("Latency", f'<div class="wide">{figure}</div>' + _table(
-        "Mean time of a batch; taking turns, one thread on a CPU",
+        "Mean time of a batch; the two models take turns, with one thread on a CPU",
         ["device", "batch", "backbone ms", "with exits ms", "ratio", "repeats"], rows)
-        + '<p class="note">Rows leave where recorded requests did, drawn at random for each batch.</p>')
+        + '<p class="note">Rows leave at the exits of recorded requests, which are drawn at random for each '
+        "batch.</p>")
 
 
 def _heads(run: RunReport) -> str:
@@ -209,9 +210,10 @@ def _heads(run: RunReport) -> str:
     skipped = "".join(f"<li>{count}: {escape(reason)}</li>" for reason, count in run.skipped.items())
     return _section("Heads, and what was dropped", _table(
         "Trained heads; agreement on the tune records",
-        ["layer", "architecture", "agreement", "FLOPs, of the backbone's", "trials", "outcome"], rows, words=(1, 5))
+        ["layer", "architecture", "agreement", "FLOPs, relative to the backbone", "trials", "outcome"], rows,
+        words=(1, 5))
         + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else "")
-        + (f"<p>Requests that are passed over:</p><ul>{skipped}</ul>" if skipped else ""))
+        + (f"<p>Requests that were passed over:</p><ul>{skipped}</ul>" if skipped else ""))
 
 
 def _asked(evaluation: Evaluation) -> str:
@@ -220,7 +222,7 @@ def _asked(evaluation: Evaluation) -> str:
     rows, more = ([[name, value if isinstance(value, str) else json.dumps(value)] for name, value in options.items()]
                   for options in (plain, {name: asked[name] for name in asked if name not in plain}))
     header = ["option", "value"]
-    return _section("What was asked for", _table("Options", header, rows, words=(1,)) + _folded(
+    return _section("Options of the run", _table("Options", header, rows, words=(1,)) + _folded(
         "search, heads and training", _table("Options of search and training", header, more, words=(1,))))
 
 

@@ -1,4 +1,4 @@
-"""How long batches take without and with exits, on the devices that this machine has."""
+"""The time of batches without and with exits, on the devices of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEAST_REPEATS = 3
 
 @dataclass(frozen=True)
 class Latency:
-    """Mean time of a batch on a device; on a CPU that of one thread."""
+    """The mean time of a batch on a device; on a CPU, with one thread."""
 
     device: str
     batch_size: int
@@ -33,21 +33,21 @@ class Latency:
 
 
 def devices() -> list[str]:
-    """Return the torch devices that are here."""
+    """Return the torch devices of this machine."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def latencies(backbone: nn.Module, with_exits: ScriptedModel, exit_taken: Tensor, sizes: Sequence[int], device: str, *,
               max_seconds: float = 60.0) -> Iterator[Latency]:
-    """Yield the latency for each batch size, the plain backbone and the one with exits taking turns.
+    """Yield the latency for each batch size; the plain backbone and the one with exits take turns.
 
     Args:
         backbone: the plain backbone, on the device.
-        with_exits: the same with exits.
+        with_exits: the same backbone with exits.
         exit_taken: (N,) position of the exit that each record takes, or -1; batches are drawn from them.
         sizes: batch sizes.
         device: a torch device.
-        max_seconds: for all sizes together; large models are repeated less often, thrice at least.
+        max_seconds: the time for all sizes together; large models are repeated less often, but at least three times.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), one_thread():
@@ -59,7 +59,7 @@ def latencies(backbone: nn.Module, with_exits: ScriptedModel, exit_taken: Tensor
                 if number >= _LEAST_REPEATS and time.perf_counter() - started > max_seconds / len(sizes):
                     break
                 batch = with_exits.script(exit_taken[torch.randint(len(exit_taken), (size,), generator=generator)])
-                # Who goes first alternates: the second finds warm caches.
+                # The order alternates, because the second one finds warm caches.
                 for turn in ((plain, exits), (exits, plain))[number % 2]:
                     run = backbone if turn is plain else with_exits
                     turn.append(timed(run, batch, device)[0])

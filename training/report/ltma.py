@@ -16,9 +16,9 @@ from early_exit.training.report.scripted_model import ScriptedModel
 
 
 class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make while it is entered; views and in-place results are none.
+    """Counts the bytes of the tensors that operations allocate inside the block, without views and in-place results.
 
-    Workspaces inside an operation are not counted: they are no tensors of the model, and differ between libraries.
+    Workspaces inside an operation do not count: they are not tensors of the model, and differ between libraries.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def ltma(run: Callable[..., object], inputs: Live) -> int:
-    """Return the bytes of all tensors between a batch and its answers: the inputs, what is computed, the answers."""
+    """Return the bytes of all tensors from a batch to its answers: inputs, intermediate results and answers."""
     counter = AllocationCounter()
     with torch.no_grad(), counter:
         run(*inputs)

@@ -1,4 +1,4 @@
-"""How exits answer: hits, agreement, accuracy and the categories of Table 1; at one threshold, at all, on a path."""
+"""The performance of exits: hits, agreement, accuracy and the categories of Table 1, at one or at many thresholds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ CURVE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
 @dataclass(frozen=True)
 class Categories:
-    """How many answers with a known label fall in each category of Table 1: B is the backbone's class, C the exit's."""
+    """The numbers of answers with a known label by category of Table 1: in B, the backbone is right, in C, the exit."""
 
     both_right: int
     """BC: both are right."""
     same_mistake: int
     """Not (BC): both give the same class, which is wrong."""
     only_backbone: int
-    """B and not C: what the exit costs in accuracy."""
+    """B and not C: these answers cost accuracy."""
     only_exit: int
-    """C and not B: what the exit gains in accuracy."""
+    """C and not B: these answers gain accuracy."""
     other_mistake: int
     """Neither B nor C: they give different classes, both wrong."""
 
@@ -55,29 +55,30 @@ def categorize(answer: Tensor, backbone_class: Tensor, truth: Tensor) -> Categor
 
 @dataclass(frozen=True)
 class Performance:
-    """How an exit answers those of N records that leave at it (Tables 1 and 2)."""
+    """The performance of an exit on those of N records that leave at it (Tables 1 and 2)."""
 
     hit_rate: float
     """The share of the records that leave here."""
     agreement: float | None
-    """The share of the records leaving here that are answered like the backbone; none when nobody leaves."""
+    """The share of the records leaving here whose answer is the backbone's; None if no record leaves."""
     accuracy: float | None
-    """The share of the labelled records leaving here that are answered right; none when there are none."""
+    """The share of the labelled records leaving here that are answered correctly; None if there are no such records."""
     effect: float | None
-    """F(theta), equation 2: the change of the accuracy on all labelled records that the answers given here make."""
+    """F(theta), equation 2: the change that the answers given here make to the accuracy on all labelled records; None
+    if no record has a label."""
     bound: float
     """Hit rate x (1 - agreement), equation 3: this exit cannot lower the accuracy by more."""
     categories: Categories | None
-    """The categories of the labelled records leaving here; none where no record has a label."""
+    """The categories of the labelled records leaving here; None if no record has a label."""
 
 
 def performance(leaves: Tensor, answers: Tensor, predictions: PartPredictions) -> Performance:
-    """Return how those records are answered that leave.
+    """Return the performance of an exit on the records that leave at it.
 
     Args:
-        leaves: (N,) bool.
+        leaves: (N,) bool: the records that leave.
         answers: (N,) int64 classes of the exit.
-        predictions: for the part with the N records.
+        predictions: the predictions for the part with the N records.
     """
     n_hits, n_known = int(leaves.sum()), int((predictions.labels >= 0).sum())
     n_agree = int((answers == predictions.teacher)[leaves].sum())
@@ -91,7 +92,7 @@ def performance(leaves: Tensor, answers: Tensor, predictions: PartPredictions) -
 
 @dataclass(frozen=True)
 class Curve:
-    """One head alone at every threshold (Figure 2); an entry is none where nobody leaves."""
+    """One head alone at every threshold (Figure 2); agreement and accuracy are None where no record leaves."""
 
     layer: str
     thresholds: tuple[float, ...]
@@ -101,7 +102,7 @@ class Curve:
 
 
 def curve(layer: str, index: int, predictions: PartPredictions) -> Curve:
-    """Return the curve of the candidate with an index, on the records of a part."""
+    """Return the curve of the candidate with the given index, on the records of a part."""
     confidence, answers = predictions.candidates.confidence[:, index], predictions.answers[:, index]
     points = [performance(confidence >= threshold, answers, predictions) for threshold in CURVE_THRESHOLDS]
     return Curve(layer, CURVE_THRESHOLDS, tuple(point.hit_rate for point in points),
@@ -110,7 +111,7 @@ def curve(layer: str, index: int, predictions: PartPredictions) -> Curve:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The shares of right answers to the records with a known label."""
+    """The shares of correct answers to the records with a known label."""
 
     n: int
     """The number of records with a known label."""
@@ -120,7 +121,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Setting:
-    """What exits with thresholds do to the records of a part."""
+    """The figures of exits with thresholds on the records of a part."""
 
     thresholds: tuple[float, ...]
     cost: float
@@ -128,15 +129,15 @@ class Setting:
     flops: float
     """The mean FLOPs of a request as a fraction of the backbone's, heads included."""
     disagreement: float
-    """The share of records that are answered differently from the backbone."""
+    """The share of records whose answer is not the backbone's."""
     loss: float
     """The mean loss under the risk of the run."""
     accuracy: Accuracy | None
-    """The accuracy; none where no record has a label."""
+    """The accuracy; None if no record has a label."""
 
 
 def setting(point: OperatingPoint, predictions: PartPredictions, flops: Costs) -> Setting:
-    """Return what an operating point does to the records of a part; `flops` are the candidates' costs in FLOPs."""
+    """Return the figures of an operating point on the records of a part; `flops` are the candidates' costs in FLOPs."""
     simulated = outcome(point, predictions.candidates)
     accuracy, known = None, predictions.labels >= 0
     if bool(known.any()):
@@ -149,7 +150,7 @@ def setting(point: OperatingPoint, predictions: PartPredictions, flops: Costs) -
 
 
 def exit_performances(point: OperatingPoint, predictions: PartPredictions) -> Sequence[tuple[Performance, Performance]]:
-    """Return how each exit of an operating point does alone, and after the exits before it."""
+    """Return the performance of each exit of an operating point: alone, and after the exits before it."""
     candidates, answers = predictions.candidates, predictions.answers
     taken = outcome(point, candidates).exit
     return [(performance(candidates.confidence[:, layer] >= threshold, answers[:, layer], predictions),

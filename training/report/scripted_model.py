@@ -1,4 +1,4 @@
-"""The served model on inputs that are at hand, with rows that leave where recorded requests did."""
+"""The served model on the inputs of a probe, with rows that leave at the exits where recorded requests left."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from early_exit.handler.protocol import FULL
 
 
 class ScriptedModel:
-    """A backbone and the exits of a plan that decide as they serve, but let rows leave where a script says.
+    """A backbone and the exits of a plan, which decide as in service but let rows leave where a script says.
 
-    What dense operations cost does not depend on the values, so no request is needed to measure it.
+    The cost of dense operations does not depend on values, so no request is needed to measure it.
     """
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, heads: Mapping[str, Head],
                  device: torch.device | str = "cpu") -> None:
-        """Prepare the model on a device, where the backbone is already."""
+        """Prepare the model on a device; the backbone must be there already."""
         assembly = Assembly(backbone, plan, heads, engine=plan.engine).to(device)
         self._device = device
         self._leaves: list[Tensor] = []
@@ -36,7 +36,7 @@ class ScriptedModel:
             for number, stage in enumerate(assembly.stages)]
 
     def script(self, exits: Tensor) -> Live:
-        """Say at which exit, or `FULL`, each of (B,) rows will leave, and return the inputs of a batch of B rows."""
+        """Set the (B,) exits at which rows will leave, or `FULL`, and return the inputs of a batch of B rows."""
         travels = [exits[(exits == FULL) | (exits >= number)] for number in range(self._n_exits)]
         self._leaves = [(still == number).to(self._device) for number, still in enumerate(travels)]
         return tuple(item.expand(len(exits), *item.shape[1:]).contiguous() for item in self._items)
@@ -47,7 +47,7 @@ class ScriptedModel:
 
     def _scripted(self, number: int, policy: ExitPolicy) -> ExitPolicy:
         def decide(logits: Tensor) -> Tensor:
-            policy(logits)  # it costs what it costs
+            policy(logits)  # for its cost only
             return self._leaves[number]
 
         return decide

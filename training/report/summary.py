@@ -27,9 +27,9 @@ class ExitReport:
     threshold: float
     temperature: float
     alone: Performance
-    """How it would answer if it were the only exit."""
+    """The performance of the exit as the only one."""
     together: Performance
-    """How it answers after the exits before it."""
+    """The performance of the exit after the exits before it."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class HeadReport:
     layer: str
     architecture: str
     n_trials: int
-    """The number of trials of the search that found it; 0 for a head that was given."""
+    """The number of trials of the search that found the head; 0 for a head that was given."""
     agreement: float
-    """The share of records on which its class is the backbone's."""
+    """The share of records on which the head's class is the backbone's."""
     temperature: float
     flops_ratio: float
     """The FLOPs of the head alone as a fraction of the backbone's."""
     used: bool
-    """Whether the plan has an exit with it."""
+    """Whether the plan has an exit with this head."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RunReport:
     """The number of records by part; replays belong to the train part."""
     plan: ExitPlan
     deployed: Setting
-    """What the plan does to the certify part."""
+    """The figures of the plan on the certify part."""
     exits: tuple[ExitReport, ...]
     heads: tuple[HeadReport, ...]
     left_out: tuple[str, ...]
@@ -106,7 +106,7 @@ class RunReport:
 
 
 def guarantee(plan: ExitPlan) -> str:
-    """Return in words what is certified about a plan."""
+    """Return the guarantee of a plan in words."""
     if plan.certificate is not None:
         return plan.certificate.in_words()
     return (f"Thresholds by the rule '{plan.thresholds}' carry no guarantee: the disagreement above is an estimate on "
@@ -126,25 +126,25 @@ def head_reports(heads: Sequence[TrainedHead], predictions: HeadPredictions, poi
 
 
 def flops_of(heads: Sequence[HeadReport], backbone: BackboneDescription) -> Costs:
-    """Return what exits with reported heads cost in FLOPs."""
+    """Return the costs, in FLOPs, of exits with the reported heads."""
     return flop_costs([backbone.layer(head.layer) for head in heads], [head.flops_ratio for head in heads])
 
 
 def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: OperatingPoint,
                 predictions: HeadPredictions, heads: Sequence[HeadReport], left_out: Sequence[str],
                 skipped: Mapping[str, int], backbone: BackboneDescription) -> RunReport:
-    """Put together what a run led to.
+    """Return the report of a run.
 
     Args:
-        model: name of the model.
-        records: number of records by part.
-        plan: made from the operating point.
-        point: that was chosen.
-        predictions: it was chosen by.
-        heads: all that were trained.
-        left_out: candidates without a head, and why.
-        skipped: numbers of requests that were passed over, by reason.
-        backbone: of the plan.
+        model: the name of the model.
+        records: the number of records by part.
+        plan: the plan that was made from the operating point.
+        point: the operating point that was chosen.
+        predictions: the predictions by which it was chosen.
+        heads: all heads that were trained.
+        left_out: the candidates without a head, and why.
+        skipped: the numbers of requests that were passed over, by reason.
+        backbone: the backbone of the plan.
     """
     certify = predictions.certify
     exits = tuple(

@@ -1,12 +1,12 @@
-"""Which records are evidence of their own: neighbours that are alike, as frames of one scene are, become one block.
+"""Groups records into blocks: neighbours that are alike, such as frames of one scene, count as one piece of evidence.
 
-A block begins where the content changes: a record is then no more like those before it than records are that lie far
-apart. How long a block is, and which distance is alike, is fixed on earlier records: the smallest distance of a few for
-which neighbouring blocks are no more alike than others, so that frames of one scene need little, and requests of one
-class, as a client may send them in a row, more. Whether neighbours are alike at all is told by the autocorrelation of
-the states, with the band of Politis and White (2004, Automatic block-length selection for the dependent bootstrap):
-lags are noise from the first on of which K in a row stay below 2 sqrt(log10 n / n).
-What is alike for longer than a tenth of the records is a trend: it is taken out, and told.
+A block begins where the content changes: there, a record is no more like those before it than records far apart are.
+The length of a block, and the distance up to which records are alike, are fixed on earlier records. The distance is
+the smallest of a few for which neighbouring blocks are no more alike than others. Frames of one scene need a small
+distance; requests of one class, which a client may send in a row, need a larger one. The autocorrelation of the states
+shows whether neighbours are alike at all, with the band of Politis and White (2004, Automatic block-length selection
+for the dependent bootstrap): lags are noise from the first one on of which K in a row stay below 2 sqrt(log10 n / n).
+Likeness that lasts for longer than a tenth of the records is a trend: it is removed, and reported.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 
 _COMPONENTS = 16
-"""Directions of the largest variance that states are compared in."""
+"""The number of directions, those of the largest variance, in which states are compared."""
 _ALIKE = (0.01, 0.03, 0.1)
-"""The share of records far apart that count as alike, from strict on."""
+"""The shares of pairs of distant records that count as alike, from strict to loose."""
 _NEAR = 5
-"""Lags that have to be noise before all are taken for noise."""
+"""The number of lags in a row that must be noise before all further lags count as noise."""
 _PAIRS = 20_000
 _TREND = 0.1
 _FEWEST = 100
-"""Of fewer records nothing can be told; so few certify nothing either."""
+"""The fewest records from which likeness can be found; fewer records certify nothing either."""
 
 
 def blocks_of(alike: Likeness, states: Tensor, position: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def blocks_of(alike: Likeness, states: Tensor, position: Tensor) -> Tensor:
 
     Args:
         alike: how records are compared.
-        states: (N, K) of records in their order.
+        states: (N, K) states of the records, in their order.
         position: (N,) float64, how many requests were served before each.
     """
     n = len(states)
@@ -59,10 +59,10 @@ def blocks_of(alike: Likeness, states: Tensor, position: Tensor) -> Tensor:
 
 
 def likeness(states: Tensor, position: Tensor) -> Likeness:
-    """Return how alike neighbouring records are, by earlier ones than those that are to prove something.
+    """Return how alike neighbouring records are; the records must be earlier than those that are to prove something.
 
     Args:
-        states: (N, K) what the backbone said of records, in their order.
+        states: (N, K) log-probabilities of the backbone for the records, in their order.
         position: (N,) float64, how many requests were served before each.
     """
     x = states.float()
@@ -81,7 +81,7 @@ def likeness(states: Tensor, position: Tensor) -> Likeness:
     requests = float((position[-1] - position[0]) / max(1, n - 1))
     found = [Likeness(mean, directions, float(torch.quantile(far, share)), 0.0, is_trend) for share in _ALIKE]
     n_changes = int(_changes(components, found[0].distance).sum())
-    # Neighbours alike by more than chance could make them, whatever the lags say: exact repeats are few and far away.
+    # Neighbours may be alike more often than by chance although all lags are noise, as with rare exact repeats.
     n_by_chance = REACH**2 * float((far < found[0].distance).double().mean())
     if not lag and 1 - (n_changes + 1) / n <= n_by_chance + 5 * math.sqrt(n_by_chance / n):
         return found[0]
@@ -94,11 +94,11 @@ def likeness(states: Tensor, position: Tensor) -> Likeness:
 
 
 def _neighbours_alike(components: Tensor, block: Tensor) -> bool:
-    """Tell whether the means of blocks near each other are more alike than noise is, whatever the trend.
+    """Tell whether the means of neighbouring blocks are more alike than noise, with the trend removed.
 
     Args:
-        components: (N, D) of records.
-        block: (N,) numbers, ascending from 0.
+        components: (N, D) components of the records.
+        block: (N,) numbers of their blocks, ascending from 0.
     """
     n = int(block[-1]) + 1
     means = torch.zeros(n, components.shape[1]).index_add(0, block, components) / torch.bincount(block)[:, None]
@@ -130,7 +130,7 @@ def _band(n: int) -> float:
 
 
 def _without_trend(components: Tensor, window: int) -> Tensor:
-    """Return (N, D) components less their mean over a window around each."""
+    """Return (N, D) components minus their mean over a window around each."""
     total = torch.nn.functional.pad(components.double().cumsum(dim=0), (0, 0, 1, 0))
     at = torch.arange(len(components))
     first, last = (at - window).clamp_min(0), (at + window + 1).clamp_max(len(components))
@@ -138,14 +138,14 @@ def _without_trend(components: Tensor, window: int) -> Tensor:
 
 
 def _changes(components: Tensor, distance: float) -> Tensor:
-    """Return a (N - 1,) bool mask of the records behind which content changes."""
+    """Return a (N - 1,) bool mask of the records after which the content changes."""
     n = len(components)
     alike = torch.zeros(max(0, n - 1), dtype=torch.bool)
     for gap in range(1, 2 * REACH):
         if gap >= n:
             break
         near = (components[gap:] - components[:-gap]).square().sum(dim=1) < distance  # [i]: i and i + gap
-        for before in range(min(gap, REACH)):  # of i + before and the record behind it, i is before, i + gap behind
+        for before in range(min(gap, REACH)):  # at the border after i + before, i lies before it and i + gap after it
             if gap - before > REACH:
                 continue
             alike[before:before + len(near)] |= near[:len(alike) - before]
@@ -161,7 +161,7 @@ def _run_lengths(changes: Tensor, position: Tensor) -> Tensor:
 
 
 def _far_pairs(components: Tensor) -> Tensor:
-    """Return the squared distances of records that lie at least a tenth of all apart."""
+    """Return the squared distances of random pairs of records that lie at least a tenth of all records apart."""
     n, generator = len(components), torch.Generator().manual_seed(0)
     first = torch.randint(n, (_PAIRS,), generator=generator)
     apart = torch.randint(max(1, n // 10), max(2, n - n // 10), (_PAIRS,), generator=generator)

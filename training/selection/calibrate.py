@@ -1,4 +1,4 @@
-"""Fits an exit's policy to what its head says, by temperature scaling with the backbone's class as the label."""
+"""Fits an exit's policy to the output of its head, by temperature scaling with the backbone's class as the label."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
 def fit_policy(kind: str, logits: Tensor, teacher: Tensor) -> PlannedPolicy:
-    """Return the calibrated policy of a head, by which nobody leaves before it is given another threshold.
+    """Return the calibrated policy of a head. Until it gets another threshold, no request leaves by it.
 
     Args:
-        kind: by which the policy is registered.
+        kind: the name under which the policy is registered.
         logits: (N, K) head logits on records the head was not trained on.
         teacher: (N,) class the backbone predicted for the same records.
     """

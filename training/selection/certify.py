@@ -1,7 +1,7 @@
 """A guarantee: the expected loss of the served answers is at most T, with probability 1 - delta.
 
 Fixed-sequence testing (Angelopoulos et al. 2021, Learn then Test): the path of ever more aggressive
-settings is laid down on other records; the first setting whose hypothesis "risk > T" cannot be rejected
+settings is fixed on other records; the first setting whose hypothesis "risk > T" cannot be rejected
 ends the walk, and the one before it is deployed. No correction for the number of tests is needed.
 """
 
@@ -30,9 +30,9 @@ def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> 
 
     Args:
         risk: what the losses measure.
-        losses: (N,) of independent records.
+        losses: (N,) losses of independent records.
         tolerance: T.
-        delta: level that the p-value will be compared with; it tunes the bets and nothing else.
+        delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
     """
     if risk is Risk.DISAGREEMENT:
         return p_value(int(losses.sum()), len(losses), tolerance)
@@ -41,15 +41,15 @@ def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> 
 
 
 def p_value(k: int, n: int, tolerance: float) -> float:
-    """Return P(Binomial(n, tolerance) <= k): how likely so few differences are at exactly the tolerated rate."""
+    """Return P(Binomial(n, tolerance) <= k): the probability of so few differences at exactly the tolerated rate."""
     return float(bdtr(min(k, n), n, tolerance)) if k >= 0 else 0.0
 
 
 def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float:
     """Return a p-value of "mean > T" for losses in [0, 1], valid for any distribution.
 
-    Bets are placed on every record that the mean is below T (see `betting`): the gain is T - loss. They adapt to the
-    variance of the losses so far (Waudby-Smith and Ramdas 2024, section 4.2).
+    On every record, a bet is placed that the mean is below T (see `betting`): the gain is T - loss. The bets adapt to
+    the variance of the losses so far (Waudby-Smith and Ramdas 2024, section 4.2).
     """
     n = len(losses)
     count = np.arange(1, n + 1)
@@ -71,7 +71,7 @@ def most_failures(n: int, tolerance: float, delta: float) -> int:
 
 
 def records_needed(tolerance: float, delta: float) -> int:
-    """Return the fewest records that can certify a tolerance: those on which not one answer differs.
+    """Return the smallest number of records that can certify a tolerance, if no answer differs.
 
     >>> records_needed(0.01, 0.05)
     299
@@ -80,7 +80,7 @@ def records_needed(tolerance: float, delta: float) -> int:
 
 
 def blocks_needed(tolerance: float, delta: float) -> int:
-    """Return the fewest blocks of one size that can certify a tolerance: those in which not one answer differs.
+    """Return the smallest number of blocks of one size that can certify a tolerance, if no answer differs.
 
     >>> blocks_needed(0.02, 0.05)
     159
@@ -96,16 +96,16 @@ def require_enough(n: int, share: float, tolerance: float, delta: float, others:
     """Check that the certify part can certify anything.
 
     Args:
-        n: records in the certify part; of those that are alike, as frames of a scene are, one counts.
-        share: its fraction of all records.
+        n: the number of records in the certify part; records that are alike, such as frames of a scene, count as one.
+        share: the certify part as a fraction of all records.
         tolerance: T.
         delta: 1 - confidence.
-        others: ends the message, with a sentence about records that are not among them.
-        n_records: all records in the certify part, where some do not count; by default n.
-        in_blocks: whether n are blocks of records that are alike.
+        others: the end of the message, with a sentence about records that do not count.
+        n_records: the number of all records in the certify part, if some do not count; by default n.
+        in_blocks: whether n counts blocks of records that are alike.
 
     Raises:
-        RecordError: it is too small; the message says how many records are needed.
+        RecordError: the part is too small; the message says how many records are needed.
     """
     least = (blocks_needed if in_blocks else records_needed)(tolerance, delta)
     if n < least:
@@ -129,7 +129,7 @@ def walk(p_values: Iterable[float], delta: float) -> int:
         The index before the first setting that fails its test.
 
     Raises:
-        RecordError: already the first setting fails: too few records.
+        RecordError: even the first setting fails, because there are too few records.
     """
     certified = -1
     for index, p in enumerate(p_values):

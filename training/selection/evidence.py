@@ -1,8 +1,8 @@
-"""What the records of a part prove about a setting: of all requests, and of contents that were not seen before.
+"""The evidence of a part's records about a setting: on all requests, and on contents that were not seen before.
 
-A certificate says two things of the blocks that came after everything that it was chosen with: of their requests, and
-of their contents that are new, at most the tolerated share is answered differently. Each is tested at delta, and a
-setting is accepted only where both are shown, so delta is not divided (Berger 1982, Multiparameter hypothesis testing
+A certificate makes two statements about the blocks that came after all records by which the setting was chosen: at most
+the tolerated share of their requests, and of their new contents, is answered differently. Each statement is tested at
+delta. A setting is accepted only if both pass, so delta is not divided (Berger 1982, Multiparameter hypothesis testing
 and acceptance sampling: an intersection-union test).
 """
 
@@ -20,32 +20,32 @@ from early_exit.training.selection.certify import betting_p_value, risk_p_value
 
 @dataclass(frozen=True)
 class Evidence:
-    """Which of N records prove something, and together with which others."""
+    """The blocks and contents of N records, by which they count as evidence."""
 
     block: Tensor
     """(N,) int64: number of the block that each record is in."""
     content: Tensor
-    """(N,) int64: a hash of what the record's request held."""
+    """(N,) int64: a hash of the content of the record's request."""
     is_new: Tensor
     """(N,) bool: whether the content was first recorded in this block."""
 
     @classmethod
     def of_independent(cls, n: int) -> Evidence:
-        """Return that of N records of which each is one of its own."""
+        """Return the evidence of N records, each with a block and a content of its own."""
         return cls(torch.arange(n), torch.arange(n), torch.ones(n, dtype=torch.bool))
 
     def where(self, chosen: Tensor) -> Evidence:
-        """Return that of the records that a (N,) bool mask chooses."""
+        """Return the evidence of the records that a (N,) bool mask chooses."""
         return Evidence(self.block[chosen], self.content[chosen], self.is_new[chosen])
 
     @property
     def n_contents(self) -> int:
-        """The number of contents that are new."""
+        """The number of new contents."""
         return len(torch.unique(self.content[self.is_new]))
 
     @property
     def n_tested(self) -> int:
-        """The number of blocks with contents that are new: so many pieces of evidence there are."""
+        """The number of blocks with new contents, which is the number of pieces of evidence."""
         return len(torch.unique(self.block[self.is_new]))
 
     @property
@@ -53,7 +53,7 @@ class Evidence:
         return len(torch.unique(self.block))
 
     def largest(self) -> tuple[float, float]:
-        """Return how many requests, and how many new contents, a later block is to count for at most."""
+        """Return the largest number of requests, and of new contents, for which a later block counts."""
         of_requests = torch.unique(self.block, return_counts=True)[1]
         of_contents = torch.unique(self._of_new(torch.zeros(len(self.block)))[1], return_counts=True)[1]
         return _quantile(of_requests), _quantile(of_contents)
@@ -64,19 +64,19 @@ class Evidence:
 
         Args:
             risk: what the losses measure.
-            losses: (N,) of the records.
+            losses: (N,) losses of the records.
             tolerance: T.
-            delta: level that the p-value will be compared with; it tunes the bets and nothing else.
-            largest: what `largest` said of earlier records.
+            delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
+            largest: the result of `largest` for earlier records.
         """
         of_new, blocks_of_new = self._of_new(losses.double())
         return max(_p_value(risk, losses.double(), self.block, tolerance, delta, largest[0]),
                    _p_value(risk, of_new, blocks_of_new, tolerance, delta, largest[1]))
 
     def _of_new(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the (M,) losses of the contents that are new, and the blocks they are in.
+        """Return the (M,) losses of the new contents, and their (M,) blocks.
 
-        Of several records of a content the largest counts, whatever their order.
+        If a content has several records, the largest of their losses counts, whatever their order.
         """
         content, index = torch.unique(self.content[self.is_new], return_inverse=True)
         lowest = torch.full((len(content),), -torch.inf, dtype=losses.dtype)

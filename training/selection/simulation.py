@@ -1,4 +1,4 @@
-"""What exits do to records, simulated as they would serve: who leaves where, what is answered, what a batch costs."""
+"""Simulates exits on records as in service: the exit that each record takes, its answer, and the cost of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _N_BATCHES = 400
 
 @dataclass(frozen=True)
 class Candidates:
-    """What L calibrated heads say about N records."""
+    """The outputs of L calibrated heads for N records."""
 
     confidence: Tensor
     """(N, L) confidences of the heads' policies, in [0, 1]."""
@@ -41,7 +41,7 @@ class Candidates:
         return self.confidence.shape[1]
 
     def option(self, layer: int, threshold: float) -> Option:
-        """Return one candidate at one threshold, as the search for a subset wants it."""
+        """Return one candidate at one threshold, in the form that the search for a subset needs."""
         hits = self.confidence[:, layer] >= threshold
         return Option(bit_mask(hits), loss_masks((self.losses[:, layer] - self.full_losses) * hits))
 
@@ -53,14 +53,14 @@ class OperatingPoint:
     layers: tuple[int, ...]
     """The indices of the chosen candidates, in order."""
     thresholds: tuple[float, ...]
-    """The least confidence that leaves, for each chosen candidate."""
+    """The confidence threshold of each chosen candidate."""
     safer: tuple[tuple[float, ...], ...] = ()
-    """Thresholds of the same exits to step back to on alarm, the nearest first."""
+    """The thresholds of the fallback levels, for the same exits, the nearest level first."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an operating point does to N records."""
+    """The effect of an operating point on N records."""
 
     exit: Tensor
     """(N,) int64: position of the exit taken among those of the operating point, or -1 for none."""
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def outcome(point: OperatingPoint, records: Candidates) -> Outcome:
-    """Return what an operating point does to records; what later exits would have answered does not count."""
+    """Return the effect of an operating point on records; each record is answered by the first exit where it leaves."""
     n_records = len(records)
     exit_taken = torch.full((n_records,), -1, dtype=torch.int64)
     differs, losses = ~records.full_agrees, records.full_losses.clone()
@@ -90,7 +90,7 @@ def served_classes(point: OperatingPoint, exit_taken: Tensor, answers: Tensor, f
         point: the exits.
         exit_taken: (N,) position of the exit that each record takes, or -1.
         answers: (N, L) int64 classes of the candidates.
-        full_class: (N,) int64 classes of those that leave nowhere.
+        full_class: (N,) int64 classes for records that leave at no exit.
     """
     served = full_class.clone()
     for position, layer in enumerate(point.layers):
@@ -105,8 +105,8 @@ def batch_costs(point: OperatingPoint, exit_taken: Tensor, costs: Costs, *, seed
     Args:
         point: the exits.
         exit_taken: (N,) position of the exit that each record takes, or -1.
-        costs: of the candidates.
-        seed: of the draw.
+        costs: the costs of the candidates.
+        seed: the seed of the draw.
     """
     drawn = torch.randint(len(exit_taken), (_N_BATCHES, costs.batch_size),
                           generator=torch.Generator().manual_seed(seed))
@@ -126,7 +126,7 @@ def mean_cost(point: OperatingPoint, exit_taken: Tensor, costs: Costs) -> float:
     Args:
         point: the exits.
         exit_taken: (N,) position of the exit that each record takes, or -1.
-        costs: of the candidates.
+        costs: the costs of the candidates.
     """
     total = 0.0
     for position, (start, end) in enumerate(pairwise([-1, *point.layers, costs.n_layers])):

@@ -21,7 +21,7 @@ class Option:
     hits: int
     """The mask of the records that would leave here."""
     loss: tuple[tuple[float, int], ...]
-    """The losses of the records that would leave, as weighted masks: a record loses the weights of its masks."""
+    """The losses of the records that would leave, as weighted masks: a record loses the sum of its masks' weights."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
 
     Args:
         option: gives candidate `layer` (0-based) as the `position`-th exit (1-based) of a plan.
-        costs: of the candidates, in the order of the backbone.
+        costs: the costs of the candidates, in the order of the backbone.
         n_records: N.
         max_loss: subsets that lose more over all records are not allowed.
         size: only subsets of exactly this many exits, besides the empty one.
         among: candidates to choose from; all by default.
-        best: returned unless something costs less; the better it is, the faster the search.
+        best: a subset that is returned unless another one costs less; the better it is, the faster the search.
     """
     n_layers = costs.n_layers
     open_to = sorted(among) if among is not None else list(range(n_layers))
@@ -80,9 +80,9 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
 
 def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *,
                     max_loss: float | None = None, best: Subset = Subset((), 1.0)) -> Subset:
-    """Return a good subset of any number of candidates: exact up to 16, from there on by exact steps.
+    """Return a good subset of any number of candidates: the best one of up to 16, and of more one found in steps.
 
-    Each step solves exactly for the exits chosen so far and as many others, in turn, as make 16.
+    Each step searches exactly among 16 candidates: the exits chosen so far, and some of the others in turn.
     """
     n_layers = costs.n_layers
     if n_layers <= MAX_EXACT:

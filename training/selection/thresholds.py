@@ -19,13 +19,15 @@ from early_exit.training.selection.subset import Option, Subset, best_subset, im
 _MOST_SAFER = 8
 _RATES = (0.0, *torch.logspace(-4, 1, 157, dtype=torch.float64).tolist())
 _DECIMALS = 6
-"""The decimals of thresholds: other processors, whose sums may differ in the last bit, find the same ones again."""
+"""The decimals to which thresholds are rounded, so that other processors, whose sums may differ in the last bit, find
+the same thresholds."""
 
 
 def least_agreeing(confidence: Tensor, agrees: Tensor) -> float:
-    """Return the least confidence at which a head was seen to agree; no threshold is chosen below it.
+    """Return the least confidence at which a head agrees; no threshold is chosen below it.
 
-    What is less sure than all that was seen, as other traffic may be, was never judged, and does not leave.
+    Requests with a lower confidence, which other traffic may bring, do not leave: no record shows how the head answers
+    them.
 
     Args:
         confidence: (N,) confidences on validation records.
@@ -37,12 +39,12 @@ def least_agreeing(confidence: Tensor, agrees: Tensor) -> float:
 def budget_threshold(confidence: Tensor, agrees: Tensor, budget: float) -> float:
     """Return the smallest threshold with hit rate x (1 - agreement) <= budget (section 3.3, equation 3).
 
-    It is a confidence that was seen, and not below all at which the head agrees.
+    It is the confidence of a record, and at least the lowest confidence at which the head agrees.
 
     Args:
         confidence: (N,) confidences on validation records.
         agrees: (N,) bool.
-        budget: tolerated share of all records that leave here with another answer.
+        budget: the tolerated share, of all records, that leave here with another answer.
 
     >>> budget_threshold(torch.tensor([.9, .8, .7, .6]), torch.tensor([True, True, False, True]), 0.0)
     0.800000011920929
@@ -95,11 +97,11 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         tune: records of the tune part.
         tolerance: T.
         delta: 1 - confidence.
-        n_certify: how many records there are to certify with.
+        n_certify: the number of records to certify with.
     """
-    # So many failures the binomial test would accept. For the other risks it is a guess: the walk on the certify part
-    # picks the rate again, and a budget made for their test chose subsets that cost the same.
-    # What the engine loses without exits is spent already.
+    # The binomial test would accept this many failures. For the other risks the number is a guess, and that suffices:
+    # the walk on the certify part chooses the rate again, and a budget made for their test chose subsets of equal cost.
+    # The losses of the engine without exits are spent already.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
     by_rate = list(zip(*(_thresholds(tune, layer) for layer in range(tune.n_layers))))
@@ -111,23 +113,23 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
 
 
 def _thresholds(tune: Candidates, layer: int) -> list[float]:
-    """Return for each rate the least confidence that leaves at a candidate when risk buys time at that rate.
+    """Return the confidence threshold of a candidate for each rate at which risk buys time.
 
-    The chances of an error of all that leave are, in sum, as far as they can be below the rate times what of the
-    backbone these save: the first exit may risk more than the last. At the rate 0 nobody leaves, and at none those that
-    are less sure than all that agree.
+    A threshold maximises the rate times the share of the backbone that is saved minus the chance of an error, in sum
+    over all records that leave, so the first exit may risk more than the last. At the rate 0, no record leaves. At no
+    rate do records leave whose confidence is below that of all records on which the head agrees.
     """
     least = least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer])
     confidence, order = tune.confidence[:, layer].sort(descending=True)
     confidence = confidence[confidence >= least]
     risked = functional.pad(tune.error_chance[order, layer].double().cumsum(dim=0), (1, 0))  # [n] when n leave
-    # Equal rows leave together.
+    # Records of equal confidence leave together.
     n_leaving = torch.tensor([0, *(confidence[1:] < confidence[:-1]).nonzero().flatten().add(1).tolist(),
                               len(confidence)])
     saved, rounding = tune.costs.saved[layer], len(tune) * 10.0**-_DECIMALS
     thresholds = [NEVER]
     for rate in _RATES[1:]:
-        # Where the confidence is the chance of no error, this is the best threshold for all records, seen or not.
+        # If the confidence is the chance of no error, this is the best threshold for all requests, recorded or not.
         threshold = max(_rounded_down(least), round(1 - rate * saved, _DECIMALS))
         n_leave = int((confidence >= threshold).sum())
         gains = rate * saved * n_leaving - risked[n_leaving]
@@ -143,11 +145,11 @@ def _rounded_down(confidence: float) -> float:
 
 
 def safer_settings(path: Sequence[OperatingPoint], deployed: int, tune: Candidates) -> tuple[tuple[float, ...], ...]:
-    """Return some settings that come before the deployed one on a certified path, the nearest first.
+    """Return the thresholds of the fallback levels: the settings before the deployed one, nearest first.
 
-    Each loses at most half as much on *tune* as the one after it, beyond what is lost without exits, so a few reach
-    from any drift to safety; the last loses nothing there, and yet lets requests leave. Each was certified before the
-    deployed one was tried.
+    Beyond the losses without exits, each level loses at most half as much on *tune* as the setting before it in this
+    order, so a few levels suffice for any drift. The levels end with one that loses nothing there and still lets
+    requests leave, if there is one. Each was certified before the deployed setting was tried.
     """
     settings: list[tuple[float, ...]] = []
     least = tune.full_losses.sum().item()
@@ -165,20 +167,20 @@ def safer_settings(path: Sequence[OperatingPoint], deployed: int, tune: Candidat
 
 
 def confidence_levels(count: int = 121) -> list[float]:
-    """Return confidences from 0.9999 down to 0.3, denser near 1 where they matter."""
+    """Return confidences from 0.9999 down to 0.3, denser near 1, where differences matter."""
     return (1 - torch.logspace(-4, torch.log10(torch.tensor(0.7)).item(), count, dtype=torch.float64)).tolist()
 
 
 def expected_losses(risk: Risk, losses: Tensor, error_chance: Tensor) -> Tensor:
-    """Return the (N, L) losses to choose exits by, which a few records tell more surely than those that occurred.
+    """Return the (N, L) losses by which exits are chosen, which are less noisy than the observed ones.
 
-    Whether an answer differs is the toss of a coin whose weight the calibrated chance of an error tells: among hundreds
-    of subsets of exits, the best by what occurred is too often the one that was lucky. The confidence gap is such a
-    weight already, and what labels say cannot be foreseen.
+    Whether an answer differs is random, and the calibrated chance of an error is its expected value. Among hundreds of
+    subsets of exits, the best one by observed losses is too often just a lucky one. The confidence gap is such an
+    expected value already, and for labels there is none.
 
     Args:
         risk: what the losses measure.
-        losses: (N, L) that occurred.
-        error_chance: (N, L) calibrated.
+        losses: (N, L) observed losses.
+        error_chance: (N, L) calibrated chances of an error.
     """
     return error_chance if risk is Risk.DISAGREEMENT else losses

@@ -1,4 +1,4 @@
-// Building elements, and how numbers are told.
+// Builds elements, and formats numbers.
 
 export const FULL = "full";
 export const get = (id) => document.getElementById(id);

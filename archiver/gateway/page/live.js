@@ -10,7 +10,7 @@ let chosen = null, state = null, drawnAt = 0;
 let looks = 0, questions = 0, asked = null;  // replies to any but the latest look or question come too late
 const unasked = [...get("opinions").children];
 
-// The token is kept for this tab, and taken out of its address, which others see and the browser remembers.
+// The token is kept for this tab, and removed from its address, which others may see and the browser remembers.
 function takeToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
   if (!given) return;
@@ -27,7 +27,7 @@ function ask(path, options = {}) {
   return fetch(path, { ...options, headers: token ? { Authorization: `Bearer ${token}` } : {} });
 }
 
-// The exits in the order of the model, by the plans; those of no plan that is known come last.
+// The exits in the order of the model, which the plans tell; exits of unknown plans come last.
 function exitNames(current) {
   const depth = {};
   for (const version of [...state.versions, current ?? {}]) {
@@ -40,8 +40,8 @@ function exitNames(current) {
   return { names: [...names, FULL], cost: depth };
 }
 
-// The share of the model's FLOPs that was spent: a request pays up to its exit, the heads that it asked, and the rest
-// all the same where it is of the shadow sample, which is drawn by chance, or where it asked for every exit's opinion.
+// The share of the model's FLOPs that was spent: a request pays for the stages up to its exit and for the heads on the
+// way. It also pays for the rest if it is in the shadow sample, which is drawn at random, or asked for all opinions.
 function workDone(current, names, counts) {
   const plan = current?.plan, all = sum(Object.values(counts));
   if (!plan?.exits.length || !all || names.some((name) => counts[name] && name !== FULL
@@ -66,12 +66,12 @@ function tell(current, names, counts) {
   } else if (!all) {
     lead.append("No requests in the last ten minutes.", exits ? "" : " This version answers in full.");
   } else if (!exits && !early) {
-    lead.append("Every request goes through the whole model. This version records what its exits will be made of; ",
-      make("code", "ee-train"), " makes them.");
+    lead.append("Every request goes through the whole model. This version records the requests from which ",
+      make("code", "ee-train"), " makes its exits.");
   } else {
     lead.append(make("b", percent(early)), ` of the last ${all.toLocaleString()} requests left the model early`,
       ...(work === null ? ["."]
-        : [", so it did ", make("b", percent(work)), " of the work it would have done without exits."]));
+        : [", so the model did ", make("b", percent(work)), " of the work that it would have done without exits."]));
   }
   drawFigures(get("figures"), [
     [all.toLocaleString(), "requests in ten minutes"],
@@ -91,7 +91,7 @@ function lost(watched, monitor) {
 
 function drawAll() {
   showTrouble(state.trouble ? `${state.trouble}. `
-    + `${state.looked_at ? `What follows is of ${clock(state.looked_at)}. ` : ""}This page goes on trying.` : null);
+    + `${state.looked_at ? `The figures are from ${clock(state.looked_at)}. ` : ""}This page keeps trying.` : null);
   const select = get("model"), pill = get("serving");
   if ([...select.options].map((option) => option.value).join() !== state.models.join()) {
     select.replaceChildren(...state.models.map((name) => make("option", name, { value: name })));
@@ -101,7 +101,7 @@ function drawAll() {
   if (!state.model) {
     pill.textContent = state.trouble ? "no news" : state.looked_at ? "no model yet" : "looking";
     pill.className = `pill ${state.trouble ? "bad" : ""}`;
-    if (!state.trouble && state.looked_at) showTrouble("TorchServe serves no model yet: ee-roll MODEL.mar brings one.");
+    if (!state.trouble && state.looked_at) showTrouble("TorchServe serves no model yet. Add one: ee-roll MODEL.mar");
     return;
   }
   select.value = state.model;
@@ -110,8 +110,8 @@ function drawAll() {
   const current = state.versions.find((one) => one.serves), step = current?.monitor?.step;
   const exits = current?.plan?.exits.length ?? 0, switched = current?.switched ?? 0;
   pill.textContent = `${state.model} ${current ? current.version : ""} · ` + (state.trouble ? "no news"
-    : !current ? "does not serve" : switched < 0 ? "exits off" : switched ? "switched back" : step ? "stepped back"
-    : exits ? `${exits} exits` : "answers in full");
+    : !current ? "does not serve" : switched < 0 ? "exits off" : switched ? `switched to level ${switched}`
+    : step ? `fallback level ${step}` : exits ? `${exits} exits` : "answers in full");
   pill.className = `pill ${!current || switched || step || state.trouble ? "bad" : exits ? "good" : ""}`;
   const { names, cost } = exitNames(current), color = colors(names);
   const counts = Object.fromEntries(names.map((name) => [name, total(state.looks, current?.version, name)]));
@@ -120,11 +120,11 @@ function drawAll() {
   get("switched").hidden = !switched;
   get("switched").textContent = (switched < 0
     ? "An operator has switched the exits off, so the whole model answers every request."
-    : `An operator lets exits answer at setting ${switched} or a safer one alone.`)
-    + ` "ee-exits ${state.model} on" turns that back.`;
+    : `An operator has set fallback level ${switched}: exits answer at this level or a safer one only.`)
+    + ` "ee-exits ${state.model} on" undoes that.`;
   get("bypassed").hidden = !current?.bypassed.length;
-  get("bypassed").textContent = `In batches of ${current?.bypassed.join(", ")} the exits save no time on this machine, `
-    + "so those are answered in full.";
+  get("bypassed").textContent = `In batches of ${current?.bypassed.join(", ")}, the exits save no time on this `
+    + "machine, so such batches are answered in full.";
   drawTimeline(get("timeline"), state, names, color);
   drawEvents(get("events"), state.events, clock);
   drawPromise(get("promise"), current);
@@ -153,7 +153,7 @@ async function look() {
       drawAll();
     }
   } catch (error) {
-    if (number === looks) showTrouble(`The gateway does not answer (${error.message}). This page goes on trying.`);
+    if (number === looks) showTrouble(`The gateway does not answer (${error.message}). This page keeps trying.`);
   }
 }
 

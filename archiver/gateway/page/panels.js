@@ -1,4 +1,4 @@
-// What is promised, how long answers take, and what every exit thinks of one request.
+// The panels: the promise, the latency of answers, and the opinions of all exits about one request.
 
 import { draw, FULL, get, label, length, make, milliseconds, percent, shown, sum } from "./dom.js";
 import { byNumber } from "./timeline.js";
@@ -10,22 +10,22 @@ export function drawPromise(place, current) {
   const plan = current?.plan, certificate = plan?.certificate, monitor = current?.monitor;
   if (!certificate) {
     place.replaceChildren(make("p", !current ? "No version serves."
-      : plan?.exits.length ? "Its thresholds follow the paper's rule, which promises nothing. Train with "
-        + "--thresholds certified for a guarantee."
-      : "This version answers every request in full: its answers are the model's own, so nothing needs a promise."));
+      : plan?.exits.length ? "The thresholds of this version follow a rule of the paper, which promises nothing. Train "
+        + "with --thresholds certified for a guarantee."
+      : "This version answers every request in full: its answers are the model's own and need no promise."));
     return;
   }
   const step = monitor?.step ?? 0, last = plan.safer.length + 1;
   const parts = [make("p", certificate.words, { class: step ? "struck" : "" })];
   if (step) {
-    parts.push(make("p", "The monitor has alarmed, so this no longer holds. The version has stepped back to setting "
-      + `${step} of ${last}${step === last ? ", which is without exits" : ""}.`, { class: "notice bad" }));
+    parts.push(make("p", "The monitor has raised an alarm, so this no longer holds. The version has gone to fallback "
+      + `level ${step} of ${last}${step === last ? ", which has no exits" : ""}.`, { class: "notice bad" }));
   }
   if (step < last && monitor?.samples) {
     parts.push(...watched(plan.watched, monitor));
   } else if (step < last) {
-    parts.push(make("p", "The monitor has not seen a shadow sample yet: a few requests, drawn at random, that run on "
-      + "to the end.", { class: "quiet" }));
+    parts.push(make("p", "The monitor has not seen a shadow sample yet: a request, drawn at random, that runs to the "
+      + "end.", { class: "quiet" }));
   }
   place.replaceChildren(...parts);
 }
@@ -36,7 +36,7 @@ function watched(terms, monitor) {
     ? `${Math.round(loss * n).toLocaleString()} of ${n.toLocaleString()} watched answers differ`
     : `${n.toLocaleString()} answers watched`;
   const span = Math.max(2 * bound, 1.2 * loss);
-  // Logarithmic: the left end is a hundredth of what alarms.
+  // The scale is logarithmic: its left end is a hundredth of the evidence that raises an alarm.
   const needle = Math.min(1, Math.max(0.02, 1 + Math.log10(monitor.wealth / alarm) / 2));
   return [
     gauge("What the shadow sample shows", `${found}: ${percent(loss, 2)}`, loss / span, loss > bound, bound / span,
@@ -70,10 +70,10 @@ export function drawLatency(place, state) {
     .map(([version, one]) => `${milliseconds((1000 * one.seconds) / one.requests)} with version ${version}`);
   place.replaceChildren(rows.length ? distributions(rows, place.clientWidth)
     : make("p", "No answer has come over this gateway's WebSocket yet. Times by exit are measured there, on answers "
-      + "without every exit's opinion: those with it run to the end.", { class: "empty" }));
+      + "without opinions, because a request that asks for opinions runs to the end.", { class: "empty" }));
   if (means.length) {
-    place.append(make("p", "Everything TorchServe answered in these ten minutes, whichever way it came, took on "
-      + `average ${means.join(", ")}.`, { class: "quiet below" }));
+    place.append(make("p", "On average, the requests that TorchServe answered in these ten minutes, through this "
+      + `gateway or not, took ${means.join(", ")}.`, { class: "quiet below" }));
   }
 }
 
@@ -109,11 +109,12 @@ function distributions(rows, width) {
 const titleOf = (row) => `v ${row.version} ${row.early ? "left early" : "in full"}`;
 const timesOf = (row) => `half in ${milliseconds(row.p50)}, 95 % in ${milliseconds(row.p95)}`;
 
-// told: a message of the gateway with every exit's opinion. plan: of the version that answered.
+// told: a message of the gateway with the opinions of all exits. plan: the plan of the version that answered.
 export function drawOpinions(place, told, plan) {
   if (!told.opinions) {
-    place.replaceChildren(make("p", told.error ?? "This version does not tell what its exits think: it is no "
-      + "archive of ee-archive, or the gateway does not have the secret of its server (ee-gateway --secret).", { class: "notice bad" }));
+    place.replaceChildren(make("p", told.error ?? "This version does not report the opinions of its exits: it was not "
+      + "made by ee-archive, or the gateway does not have the secret of its server (ee-gateway --secret).",
+    { class: "notice bad" }));
     return;
   }
   const answered = told.opinions.findIndex((one) => one.exit === told.exit), planned = plan?.exits ?? [];
@@ -134,13 +135,13 @@ export function drawOpinions(place, told, plan) {
   });
   const alone = told.opinions.every((opinion) => opinion.exit === FULL);
   place.replaceChildren(verdict(told.opinions[answered], planned, alone), list,
-    make("p", `${alone ? "The answer" : "The mark on a bar is how sure the exit must be. All opinions together"} took `
-      + `${milliseconds(told.latency_ms)}.`, { class: "quiet" }));
+    make("p", (alone ? "The answer" : "The mark on a bar shows how sure the exit must be. All opinions together")
+      + ` took ${milliseconds(told.latency_ms)}.`, { class: "quiet" }));
 }
 
 const nameOf = (opinion) => String(opinion.label ?? `class ${opinion.class}`);
 
-// alone: whether the whole model is the only one that was asked, without exits, switched off or stepped back for good.
+// alone: whether only the whole model was asked: there are no exits, or they are off, or at the last fallback level.
 function verdict(opinion, planned, alone) {
   const told = make("p", null, { class: "verdict" });
   if (!opinion || opinion.exit === FULL) {
@@ -150,8 +151,8 @@ function verdict(opinion, planned, alone) {
   }
   const cost = planned.find((exit) => exit.layer === opinion.exit)?.cost;
   told.append(make("b", opinion.exit), " was sure enough and answered ", make("b", nameOf(opinion)),
-    `${cost === undefined ? "" : ` after ${percent(cost)} of the work`}. What comes after is saved, unless every exit `
-    + "is asked as here.");
+    `${cost === undefined ? "" : ` after ${percent(cost)} of the work`}. The rest of the work is saved, unless every `
+    + "exit is asked, as here.");
   return told;
 }
 

@@ -14,7 +14,7 @@ export function drawRiver(place, names, counts, color, cost) {
   const width = place.clientWidth, room = (width - LEFT - RIGHT) / Math.max(1, names.length - 1);
   streams = [];
   if (!all) {
-    place.replaceChildren(make("p", "Nothing came in during the last ten minutes. Send a request, or drop one below.",
+    place.replaceChildren(make("p", "No request came in during the last ten minutes. Send one, or drop one below.",
       { class: "empty" }));
   } else if (width < NARROW || room < 64) {
     place.replaceChildren(rows(names, share, color, cost));
@@ -78,7 +78,7 @@ function river(names, share, color, cost, width, room) {
   return picture;
 }
 
-// Lets dots flow for what came in since the last look: as many as there are requests, up to a limit.
+// Lets dots flow for the requests since the last look: one for each request, up to a limit.
 export function flow(place, counts, seconds) {
   const picture = place.querySelector("svg"), all = sum(Object.values(counts));
   if (!picture || !all || still.matches || document.hidden) return;

@@ -1,4 +1,4 @@
-// One time line: traffic by exit above, each version's life below, and what happened as lines through both.
+// One time line: traffic by exit above, the life of each version below, and events as lines through both.
 
 import { clock, draw, FULL, label, make, sum } from "./dom.js";
 
@@ -19,7 +19,7 @@ export function drawTimeline(place, state, names, color) {
   const peak = areas(picture, smoothed(looks, names, state.every_s), names, color, x);
   picture.setAttribute("aria-label", `answers a second, at most ${told(peak)}; versions ${versions.join(", ")}`);
   picture.append(label(peak > QUIET ? `${told(peak)} / s` : "none", { x: 0, y: TOP + 10, class: "strong" }),
-    label(peak > QUIET ? "at the most" : "so far", { x: 0, y: TOP + 25 }),
+    label(peak > QUIET ? "at most" : "so far", { x: 0, y: TOP + 25 }),
     draw("path", { class: "axis", d: `M${LEFT},${TOP + HEIGHT + 0.5} H${width}` }));
   versions.forEach((version, number) => lane(picture, looks, version, lanes + LANE * number, x, state.every_s));
   for (const event of state.events.filter((one) => one.time > state.time - span)) {

@@ -31,28 +31,29 @@ def backbone_of_detector(detector: nn.Module, shape: Sequence[int] | None, strat
     Args:
         detector: a detector of torchvision with two stages and a feature pyramid.
         shape: (C, H, W) of its images.
-        strategy: what the class of an image is; by default its most confident object.
-        pedestrian: label of pedestrians.
-        model_file: name of the file in the user's archive with the class that makes the detector.
+        strategy: how the class of an image is defined; by default as the class of its most confident object.
+        pedestrian: the label of pedestrians.
+        model_file: the name of the file in the user's archive with the class that makes the detector.
 
     Raises:
         GraphError: the detector is of another kind, or cannot be exported.
     """
     if shape is None:
-        raise GraphError("a detector takes images of any size, its stages those of one: pass --input-shape C,H,W")
+        raise GraphError("a detector takes images of any size, but its stages take images of one size: pass "
+                         "--input-shape C,H,W")
     model = ImageClass(detector, shape, strategy or Strategy.OBJECT, pedestrian, model_file)
     return Backbone.from_module(model, shape, detector=model.spec)
 
 
 class ImageClass(nn.Module):
-    """A detector that tells the class of each image, and what it detected beside it; all images have one size."""
+    """A detector that returns the class of each image together with its detections; all images have one size."""
 
     def __init__(self, detector: Any, shape: Sequence[int], strategy: Strategy, pedestrian: int,
                  model_file: str) -> None:
-        """Take a detector apart.
+        """Take the parts of a detector.
 
         Raises:
-            GraphError: it is not one of torchvision's with a feature pyramid and boxes or masks alone.
+            GraphError: the detector is not one of torchvision with a feature pyramid and only boxes or masks.
         """
         super().__init__()
         detector.eval()
@@ -87,7 +88,7 @@ class ImageClass(nn.Module):
         return scores, detections
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """Return what the body returns; its stages are called here, so that each is a component of its own."""
+        """Return the output of the body; its stages are called here, so that each is a component of its own."""
         maps = []
         for name, stage in self.body.items():
             x = stage(x)

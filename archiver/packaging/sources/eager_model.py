@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ArchiveError(f"cannot read the weights {path}: {error}") from error
-    except Exception as error:  # what unpickling raises depends on what it met
+    except Exception as error:  # unpickling may raise anything
         raise ArchiveError(f"{path.name} is damaged, or holds more than tensors, and unpickling that could run any "
                            f"code: save model.state_dict() instead ({type(error).__name__})") from error
     if not isinstance(state, dict):

@@ -12,10 +12,10 @@ _LISTS = ("instances", "inputs")
 
 
 def in_one(first: SampleRequest, second: SampleRequest) -> SampleRequest:
-    """Return one request for what two hold.
+    """Return one request with the contents of two.
 
     Raises:
-        ArchiveError: one of them is in no envelope.
+        ArchiveError: one of them is not in an envelope.
     """
     (name, content), (_, others) = _read(first), _read(second)
     both = {**content, name: [*content[name], *others[name]]}
@@ -27,7 +27,7 @@ def n_instances(sample: SampleRequest) -> int:
     """Return how many instances a request holds.
 
     Raises:
-        ArchiveError: it is in no envelope.
+        ArchiveError: the request is not in an envelope.
     """
     name, content = _read(sample)
     return len(content[name])

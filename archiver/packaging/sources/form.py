@@ -1,4 +1,4 @@
-"""Parts of a request as they are named on a command line, in curl's syntax."""
+"""Parts of a request as they are given on a command line, in curl's syntax."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class FormFile:
     name: str
     file: Path
     content_type: str | None
-    """By default what the name of the file says."""
+    """The content type; None means the one that the file name tells."""
 
 
 def form_file(text: str) -> FormFile:
-    """Return what NAME=FILE;type=TYPE names; as in curl an @ may stand before the file.
+    """Return the part that NAME=FILE;type=TYPE describes; as in curl, an @ may precede the file.
 
     Raises:
-        argparse.ArgumentTypeError: it has another form.
+        argparse.ArgumentTypeError: the text has another form.
 
     >>> form_file("image=@cat.jpg;type=image/jpeg")
     FormFile(name='image', file=PosixPath('cat.jpg'), content_type='image/jpeg')
@@ -38,7 +38,7 @@ def form_file(text: str) -> FormFile:
 
 
 def add_form_option(parser: argparse.ArgumentParser) -> None:
-    """Add --form, whose values together are one request; `samples_of` reads it."""
+    """Add --form, whose values together make one request, which `samples_of` reads."""
     parser.add_argument("--form", type=form_file, action="append", default=[], metavar="NAME=FILE[;type=TYPE]",
                         help="one part of the sample request, as in curl, instead of --request; pass it once for each "
                              "part")

@@ -1,4 +1,4 @@
-"""Sample requests: they show what a handler gives its model, and prove a new archive."""
+"""Sample requests, which show what a handler passes to its model, and with which a new archive is checked."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def samples_of(files: Sequence[Path], content_type: str | None, form: Sequence[F
 
     Args:
         files: the bodies of requests.
-        content_type: of all of them; by default what the names of the files say.
-        form: the parts of one more request; none where there is none.
+        content_type: the content type of all bodies; by default the file names tell it.
+        form: the parts of one more request; empty if there is none.
 
     Raises:
         ArchiveError: a file cannot be read.
@@ -44,11 +44,11 @@ def _part(name: str, file: Path, content_type: str | None) -> Part:
 
 
 def sample_images(shape: Sequence[int] | None = None) -> list[SampleRequest]:
-    """Return two images.
+    """Return two requests with an image each.
 
     Args:
-        shape: whose last two sizes are their height and width, as long as there are so many; by default they are of two
-            sizes, for handlers that bring all to one.
+        shape: a shape whose last two sizes are the height and width of both images; if it has one size only, the images
+            are square. By default, the images have two sizes, for handlers that bring all images to one size.
     """
     shapes = _SHAPES if shape is None else (tuple(shape),) * 2
     return [SampleRequest((Part(_image(*shapes[number][-2:], inverted=number == 1), OCTETS, BODY),))
@@ -56,9 +56,10 @@ def sample_images(shape: Sequence[int] | None = None) -> list[SampleRequest]:
 
 
 def varied(sample: SampleRequest) -> list[SampleRequest]:
-    """Return a request of the same kind with another content, in a list that is empty where none can be made.
+    """Return a request of the same kind with other content, in a list, which is empty if none can be made.
 
-    Of several parts the largest that can be is varied; the others, which may be options, stay as they are.
+    If a request has several parts, the largest one that can be varied is varied. The others, which may be options, stay
+    as they are.
     """
     for number in sorted(range(len(sample.parts)), key=lambda number: len(sample.parts[number].value), reverse=True):
         value = _varied_bytes(sample.parts[number].value)
@@ -83,7 +84,7 @@ def _varied_bytes(value: bytes) -> bytes | None:
     try:
         text = value.decode()
     except UnicodeDecodeError:
-        # Numbers of four bytes, say: the same ones in another order.
+        # The bytes may be numbers of four bytes each: return the same numbers in another order.
         words = [value[start:start + 4] for start in range(0, len(value), 4)]
         return b"".join(reversed(words)) if len(value) % 4 == 0 and words != words[::-1] else None
     try:
@@ -103,7 +104,7 @@ def _varied_json(value: Any) -> Any:
     if isinstance(value, float):
         return value / 2 - 0.1
     if isinstance(value, int) and not isinstance(value, bool):
-        return value - 1 if value > 1 else value  # a number of something, or of a row of a table
+        return value - 1 if value > 1 else value  # it may be a count, or the number of a row in a table
     if isinstance(value, str):
         return _varied_base64(value) or _varied_text(value)
     return value
@@ -132,7 +133,7 @@ def _varied_image(value: bytes) -> bytes | None:
                 return None
             inverted = ImageOps.invert(ImageOps.mirror(image.convert("L" if mode in ("1", "L") else "RGB")))
             return _saved(inverted.convert(mode), kind)
-    except Exception:  # each format of images has its own errors, and most bodies are none
+    except Exception:  # each image format has its own errors, and most bodies are not images
         return None
 
 

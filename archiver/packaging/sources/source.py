@@ -16,7 +16,7 @@ from early_exit.handler.errors import ArchiveError
 
 @dataclass(frozen=True)
 class Source:
-    """What an archive is made of; the user's files lie in its layout."""
+    """The source of an archive. The user's files are in the archive's layout."""
 
     manifest: dict[str, Any]
     """The manifest that the user's handler expects."""
@@ -28,22 +28,22 @@ class Source:
 
     @property
     def weights(self) -> str | None:
-        """Name of the file with the user's own weights, where there is one."""
+        """The name of the file with the user's own weights, if there is one."""
         name: str | None = self.manifest["model"].get("serializedFile")
         return name
 
     @property
     def configuration(self) -> str | None:
-        """Name of the user's model-config.yaml, where there is one."""
+        """The name of the user's model-config.yaml, if there is one."""
         name: str | None = self.manifest["model"].get("configFile")
         return name
 
 
 def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
-    """Lay out the user's files and return what is known of them.
+    """Lay out the user's files and return their description.
 
     Raises:
-        ArchiveError: there is no such source, or something that it needs was not given.
+        ArchiveError: there is no such source, or an option that it needs is missing.
     """
     if is_packaged_model(request.source):
         return _from_mar(request, layout)

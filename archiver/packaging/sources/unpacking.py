@@ -1,4 +1,4 @@
-"""Models as TorchServe loads them: a .mar, the same as .tar.gz, or a folder that was never archived."""
+"""Unpacks models in all forms that TorchServe loads: a .mar, a .tar.gz, or a folder that was never archived."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from early_exit.handler.errors import ArchiveError
 
 _TARS = (".tar.gz", ".tgz")
 _SMALL_BYTES = 2 * 2**30
-"""What any archive may unpack to."""
+"""The size to which any archive may unpack."""
 _MOST_EXPANSION = 20
-"""What a larger one may unpack to, as a multiple of its size: weights are hardly compressible."""
+"""The size to which a larger archive may unpack, as a multiple of its own size: weights are hardly compressible."""
 
 
 def is_packaged_model(source: str) -> bool:
@@ -26,7 +26,8 @@ def unpack(source: Path, folder: Path) -> None:
     """Lay out the files of a model that torch-model-archiver packaged, in any of its formats, in an existing folder.
 
     Raises:
-        ArchiveError: it is damaged or has no manifest, or an entry of it is a link or would land outside the folder.
+        ArchiveError: the model is damaged or has no manifest, or one of its entries is a link or would land outside the
+            folder.
     """
     if source.is_dir():
         _copy(source, folder)
@@ -47,7 +48,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _extract_tar(source: Path, folder: Path) -> None:
-    """Unpack what TorchServe finds in a .tar.gz: the files, or one folder with the files."""
+    """Unpack the files that TorchServe finds in a .tar.gz, at its top or in one folder."""
     try:
         with tarfile.open(source, "r:gz") as archive:
             members = _harmless_members(archive, source)
@@ -70,7 +71,7 @@ def _extract_tar(source: Path, folder: Path) -> None:
 
 
 def _harmless_members(archive: tarfile.TarFile, source: Path) -> list[tarfile.TarInfo]:
-    """Return the entries of an archive, once all of them are known to be files and folders inside it, of sane size."""
+    """Return the entries of an archive, after checking that all are files and folders inside it, of a sane size."""
     allowed = max(_SMALL_BYTES, _MOST_EXPANSION * source.stat().st_size)
     members: dict[PurePosixPath, tarfile.TarInfo] = {}
     unpacked = 0
@@ -79,13 +80,13 @@ def _harmless_members(archive: tarfile.TarFile, source: Path) -> list[tarfile.Ta
         if path.is_absolute() or ".." in path.parts or "\\" in member.name or ":" in member.name.partition("/")[0]:
             raise ArchiveError(f"{source} holds the entry {member.name!r}, which leaves the archive: refused")
         if not member.isfile() and not member.isdir():
-            raise ArchiveError(f"{source} holds the entry {member.name!r}, which is a link or a device: refused, as "
-                               "expected are files and folders")
-        if path in members and not member.isdir():  # TorchServe may take the other one than we do
+            raise ArchiveError(f"{source} holds the entry {member.name!r}, which is a link or a device: refused, "
+                               "because only files and folders are expected")
+        if path in members and not member.isdir():  # TorchServe may take the other one of the two
             raise ArchiveError(f"{source} holds the entry {member.name!r} twice: refused, archive the model again")
         members[path] = member
         unpacked += member.size
-        if unpacked > allowed:  # before the rest of it is even read
+        if unpacked > allowed:  # checked before the rest of the archive is read
             raise ArchiveError(f"{source} would unpack to more than {allowed} bytes: refused. If that is your model, "
                                "archive it as a .mar")
     return list(members.values())

@@ -1,1 +1,1 @@
-"""Archives tried out in processes of their own: what the original answers, and whether the new one answers the same."""
+"""Tries archives out in separate processes: notes the answers of the original, and checks those of the new archive."""

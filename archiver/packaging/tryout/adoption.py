@@ -1,4 +1,4 @@
-"""Which model a loaded handler calls, with what, and what stands in the way of exporting it."""
+"""Finds the model that a loaded handler calls, the model's inputs, and what prevents its export."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from early_exit.handler.user_handler.model_state import ModelState
 from early_exit.handler.user_handler.places import Roots, at, modules_reached, places_of
 
 _SMALL = 0.05
-"""Share of the largest model's parameters below which a module is a part of pre- or post-processing."""
+"""The share of the largest model's parameters below which a module counts as pre- or post-processing."""
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-"""Modules that answer otherwise in training mode."""
+"""Modules that answer differently each time in training mode."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class CalledModel:
     """The model of a handler."""
 
     module: nn.Module
-    """What is called."""
+    """The module that is called."""
     places: tuple[Place, ...]
-    """Where the handler keeps it."""
+    """The places where the handler keeps the module."""
 
     @property
     def exported(self) -> nn.Module:
-        """The module without what compiles it or spreads it over devices."""
+        """The module without wrappers that compile it or spread it over devices."""
         module = self.module
         while (inner := getattr(module, "_orig_mod", None) or
                (isinstance(module, nn.DataParallel) and module.module)):
@@ -43,7 +43,7 @@ class CalledModel:
         return module
 
     def calls(self, calls: Sequence[ModelCall]) -> list[ModelCall]:
-        """Return its calls among others."""
+        """Return the calls of this model among other calls."""
         return [call for call in calls if call.module is self.module]
 
 
@@ -51,11 +51,11 @@ def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
     """Return the model that answers a handler's requests.
 
     Args:
-        calls: of modules, that a sample request led to.
-        roots: where the handler's names begin.
+        calls: the calls of modules that a sample request led to.
+        roots: the objects at which the handler's names begin.
 
     Raises:
-        ArchiveError: there is none, or there are several.
+        ArchiveError: there is no such model, or there are several.
     """
     sizes = {call.module: n_parameters(call.module) for call in calls}
     if any(isinstance(module, torch.jit.ScriptModule) for module in sizes):
@@ -65,7 +65,7 @@ def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
         for module in sizes:
             _require_unpacked(module)
         raise _no_module(roots)
-    # A part of a model that is called by itself too, for an embedding say, is no other model.
+    # A part of a model that is also called by itself, for an embedding say, is not another model.
     parts = {part for module in sizes for part in module.modules() if part is not module}
     models = [module for module, size in sizes.items() if size >= _SMALL * largest and module not in parts]
     if len(models) > 1:
@@ -73,21 +73,21 @@ def called_model(calls: Sequence[ModelCall], roots: Roots) -> CalledModel:
         whole = next((module for _, module in modules_reached(roots) if set(models) <= set(module.modules())), None)
         if whole is not None:
             raise ArchiveError(f"the handler calls parts of its {type(whole).__name__} by themselves, {names}, so no "
-                               "one call returns the scores: let it call the whole, with self.model(x)",
+                               "single call returns the scores: let it call the whole model, with self.model(x)",
                                Unsupported.SEVERAL_SCORES)
-        raise ArchiveError(f"the handler calls {len(models)} models for a request, {names}, and an exit can stand for "
+        raise ArchiveError(f"the handler calls {len(models)} models for a request, {names}, but an exit can replace "
                            "the answer of one only: put them into one module that returns the scores",
                            Unsupported.SEVERAL_SCORES)
     last = _last_layer(calls, models[0])
     if last is not None:
-        raise ArchiveError(f"the handler gives what its {type(models[0]).__name__} returns to a {type(last).__name__}, "
-                           "which makes the scores of it, and an exit can stand for scores only: put both into one "
-                           "module that returns the scores", Unsupported.SEVERAL_SCORES)
+        raise ArchiveError(f"the handler passes the output of its {type(models[0]).__name__} to a "
+                           f"{type(last).__name__}, which computes the scores, but an exit can replace scores only: "
+                           "put both into one module that returns the scores", Unsupported.SEVERAL_SCORES)
     return _with_places(models[0], roots)
 
 
 def _last_layer(calls: Sequence[ModelCall], model: nn.Module) -> nn.Module | None:
-    """Return a module with a matrix of weights that is called with what the model returned, where there is one."""
+    """Return a module with a weight matrix that is called with the model's output; None if there is none."""
     widths: frozenset[int] = frozenset()
     for call in calls:
         given = [value for value in (*call.given, *call.named.values()) if isinstance(value, Tensor) and value.dim()]
@@ -100,10 +100,10 @@ def _last_layer(calls: Sequence[ModelCall], model: nn.Module) -> nn.Module | Non
 
 
 def held_model(roots: Roots) -> CalledModel:
-    """Return the model of a handler of which no request is known: in `self.model`, or the only one that it has.
+    """Return the model of a handler for which no request is known: the one in `self.model`, or the only one it has.
 
     Raises:
-        ArchiveError: it is not clear which one that is.
+        ArchiveError: it is not clear which model the handler calls.
     """
     reached = {module: n_parameters(module) for _, module in modules_reached(roots)}
     try:
@@ -123,14 +123,14 @@ def held_model(roots: Roots) -> CalledModel:
 
 
 def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[InputSpec], dict[str, Any]]:
-    """Return what a model is called with: tensors with a row for each item, and values that are always the same.
+    """Return the arguments of a model: tensors with a row for each item, and values that are always the same.
 
     Args:
         model: the model.
-        calls: of it, for different requests.
+        calls: the calls of the model, for different requests.
 
     Raises:
-        ArchiveError: it gets something else, or tensors of other sizes from request to request.
+        ArchiveError: the model gets something else, or tensors whose sizes differ from request to request.
     """
     bound = [_arguments(model, call) for call in calls]
     tensors = [[(name, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."))
@@ -141,38 +141,39 @@ def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[In
     for arguments, call in zip(bound, calls):
         given = {name: tuple(value.shape) for name, value in arguments.items() if isinstance(value, Tensor)}
         n_rows = next((shape[0] for shape in given.values() if shape), 0)
-        # Of one row a model may squeeze the first dimension away.
+        # For a single row, a model may squeeze the first dimension away.
         if n_rows > 1 and call.returned and all(len(shape) == 1 and shape[0] != n_rows for shape in call.returned):
             raise ArchiveError(f"the handler calls {kind} without a batch dimension: {given} gives {call.returned[0]}, "
                                "and an exit takes (batch, ...) tensors: let the handler call self.model(x[None]) and "
-                               "take the first row of what it returns")
+                               "take the first row of the result")
     for name, value in constants[0].items():
         if not isinstance(value, (bool, int, float, str)):
-            raise ArchiveError(f"expected the handler to give {kind} tensors, found {type(value).__name__} for "
+            raise ArchiveError(f"expected the handler to pass tensors to {kind}, found {type(value).__name__} for "
                                f"{name!r}")
     if any(other != constants[0] for other in constants):
-        raise ArchiveError(f"the handler calls {kind} with other settings from request to request, {constants}, so "
-                           "that it is another model each time", Unsupported.CHANGES)
+        raise ArchiveError(f"the handler calls {kind} with settings that differ from request to request, {constants}, "
+                           "so it is another model each time", Unsupported.CHANGES)
     if not tensors[0]:
-        raise ArchiveError(f"expected the handler to give {kind} tensors, found none")
+        raise ArchiveError(f"expected the handler to pass tensors to {kind}, found none")
     if any(other != tensors[0] for other in tensors):
         sizes = " and ".join(", ".join(f"{name} {shape}" for name, shape, _ in found) for found in tensors[:2])
-        raise ArchiveError(f"the handler gives {kind} inputs at their own size, {sizes}, so a sample does not tell the "
-                           "model's input shape: pass --input-shape C,H,W if all requests come at one size, or bring "
-                           "them to one in the handler")
+        raise ArchiveError(f"the handler passes inputs of different sizes to {kind}, {sizes}, so a sample does not "
+                           "show the model's input shape: pass --input-shape C,H,W if all requests come at one size, "
+                           "or bring them to one size in the handler")
     return [InputSpec(*found) for found in tensors[0]], constants[0]
 
 
 def probed(backbone: Backbone, model: CalledModel, calls: Sequence[ModelCall]) -> Backbone:
-    """Return a backbone whose probe is the first row of a real call, where one has the backbone's inputs.
+    """Return a backbone whose probe is the first row of a real call, if a call has the backbone's inputs.
 
     Args:
         backbone: the exported model.
         model: the model.
-        calls: of it.
+        calls: the calls of the model.
 
     Raises:
-        ArchiveError: no score of the probe is a number, so it could not tell damaged weights from sound ones.
+        ArchiveError: the scores of the probe are NaN or all infinite, so it could not tell damaged weights from sound
+            ones.
     """
     for call in calls[:1]:
         rows = tuple(value[:1].detach().cpu().clone() for value in _arguments(model, call).values()
@@ -189,16 +190,17 @@ def probed(backbone: Backbone, model: CalledModel, calls: Sequence[ModelCall]) -
 
 
 def require_fixed(model: CalledModel, calls: Sequence[ModelCall]) -> None:
-    """Check that a model answers alike from request to request.
+    """Check that a model answers equal requests alike.
 
     Raises:
-        ArchiveError: it is in training mode, where it draws at random or goes on learning.
+        ArchiveError: the model is in training mode, in which it draws at random or continues to learn.
     """
     if any(call.is_training for call in calls):
         random = [name for name, part in model.exported.named_modules() if part.training and isinstance(part, _RANDOM)]
         if random:
-            raise ArchiveError(f"the handler calls its model in training mode, where {', '.join(random[:3])} answer "
-                               "otherwise each time: call self.model.eval() in initialize()", Unsupported.CHANGES)
+            raise ArchiveError("the handler calls its model in training mode, in which parts of it answer differently "
+                               f"each time ({', '.join(random[:3])}): call self.model.eval() in initialize()",
+                               Unsupported.CHANGES)
 
 
 def require_same(before: ModelState, calls: Sequence[ModelCall]) -> None:
@@ -206,23 +208,23 @@ def require_same(before: ModelState, calls: Sequence[ModelCall]) -> None:
 
     Args:
         before: the model after its first answer.
-        calls: of it.
+        calls: the calls of the model.
 
     Raises:
-        ArchiveError: they have, if only for the time of a call; the message says what.
+        ArchiveError: requests have changed the model, if only during a call; the message names the parts.
     """
     changed = sorted({name for call in calls for name in call.changed} | set(before.changes()))
     if changed:
         raise ArchiveError(f"the handler changes its model while it answers ({', '.join(changed[:3])}), so "
-                           "there is no one model to export: let initialize() make it, once", Unsupported.CHANGES)
+                           "there is no single model to export: let initialize() make it, once", Unsupported.CHANGES)
 
 
 def _arguments(model: CalledModel, call: ModelCall) -> dict[str, Any]:
-    """Return the arguments of a call by the names of the parameters; what is None is not given."""
+    """Return the arguments of a call by parameter name, without those that are None."""
     try:
         bound = inspect.signature(model.exported.forward).bind(*call.given, **call.named)
     except TypeError as error:
-        raise ArchiveError(f"the handler calls {type(model.exported).__name__} with other arguments than it takes: "
+        raise ArchiveError(f"the handler calls {type(model.exported).__name__} with arguments that it does not take: "
                            f"{error}") from error
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -250,7 +252,7 @@ def _require_unpacked(module: nn.Module) -> None:
     """Check that no part of a module keeps its weights where torch.export does not see them.
 
     Raises:
-        GraphError: one does.
+        GraphError: a part does.
     """
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule) or "quantized" in type(part).__module__:
@@ -266,16 +268,17 @@ def _torchscript() -> ArchiveError:
 
 
 def _no_module(roots: Roots) -> ArchiveError:
-    """Return why a handler's model is none of torch's, as far as that can be seen."""
+    """Return the error of a handler whose model is not a torch module, with the kind of the model if it is known."""
     try:
         model = at(roots, Place(Root.HANDLER, (("attribute", "model"),)))
     except LookupError:
         model = None
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if model is None or isinstance(model, nn.Module):
-        return ArchiveError("no torch.nn.Module with weights answers the handler's requests, and only such a one can "
-                            "be exported; a method that the handler keeps, as in self.predict = self.model.forward, "
-                            "hides its model: let the handler call self.model", Unsupported.NO_MODULE)
+        return ArchiveError("no torch.nn.Module with weights answers the handler's requests, and only such a module "
+                            "can be exported. A method that the handler keeps, as in self.predict = "
+                            "self.model.forward, hides its model: let the handler call self.model",
+                            Unsupported.NO_MODULE)
     if "InferenceSession" in kind or "tensorrt" in kind.lower():
         return ArchiveError(f"the handler's model is a session ({kind}), and torch.export needs the eager model that "
                             "it was made from", Unsupported.SESSION)

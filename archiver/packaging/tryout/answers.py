@@ -1,4 +1,4 @@
-"""What an archive answered when it was tried out."""
+"""The answers of an archive that was tried out."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from early_exit.handler.formats import ANSWERS
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client gets for one request."""
+    """The response that a client gets for one request."""
 
     status: int
-    """HTTP status."""
+    """The HTTP status."""
     content_type: str
-    """As the handler set it; empty where TorchServe chooses one."""
+    """The content type that the handler set; empty if TorchServe chooses one."""
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Those of the response that the handler set, which are not kept."""
+    """The response headers that the handler set; they are not stored."""
 
     def to_json(self) -> dict[str, Any]:
         return {"status": self.status, "content_type": self.content_type, "body": base64.b64encode(self.body).decode()}
@@ -39,10 +39,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that are answered together, and how."""
+    """Samples that are answered together, and the kind of the answer."""
 
     samples: tuple[int, ...]
-    """Numbers of the samples, in order."""
+    """The numbers of the samples, in order."""
     explain: bool = False
     """Whether explanations are asked for instead of predictions."""
 
@@ -57,9 +57,9 @@ class AnsweredBatch:
 
     batch: Batch
     answers: tuple[Answer, ...]
-    """One for each sample of the batch, in order."""
+    """One answer for each sample of the batch, in order."""
     unstable: tuple[tuple[str, ...], ...] = ()
-    """For each sample, what the original answered differently when it was asked twice, as paths into the body."""
+    """For each sample, the paths in the body at which the original's answers to two equal requests differ."""
 
 
 def batches_of(n_samples: int) -> list[Batch]:
@@ -79,8 +79,8 @@ def load_answers(path: Path) -> list[AnsweredBatch]:
     """Read what `save_answers` wrote.
 
     Raises:
-        FormatError: its format is not one that this version reads.
-        ArchiveError: it cannot be read.
+        FormatError: this version does not read the format of the file.
+        ArchiveError: the file cannot be read.
     """
     try:
         content = json.loads(path.read_text())
@@ -93,7 +93,7 @@ def load_answers(path: Path) -> list[AnsweredBatch]:
 
 
 def as_read(body: bytes) -> Any:
-    """Return what the body of an answer says: parsed JSON, else text; None for bytes."""
+    """Return the body of an answer as parsed JSON, or else as text; None for other bytes."""
     try:
         text = body.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""A new archive in this process, loaded as TorchServe does: whether it answers its samples as it should."""
+"""Checks a new archive in this process, loaded as by TorchServe: whether it answers its samples as it should."""
 
 from __future__ import annotations
 
@@ -29,33 +29,34 @@ from early_exit.handler.sample_request import Part, SampleRequest, samples_in
 from early_exit.handler.user_handler.description import HandlerDescription, Root
 
 _IN_FULL = {"exits": False, "engine": "eager", "answers": "plain", "sampling_rate": 0, "control_rate": 0}
-"""The settings with which an archive answers exactly as its original."""
+"""The settings with which an archive answers exactly as its original does."""
 _AS_SERVED = {"sampling_rate": 0, "control_rate": 0}
 _SIDE_BY_SIDE_S = 60.0
-"""A request alone was answered before."""
+"""How long several requests at once may take, when a single one was answered before."""
 _CONFIGURATION, _USERS = "tried-out.yaml", "tried-out-users.yaml"
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """Compare what an archive answers in full to what is known, then try it out as it will serve.
+    """Compare an archive's full answers with the expected ones, then try the archive out as it will serve.
 
     Args:
-        job: "folder", of an extracted archive; "samples", a text of others than its own; "expected", a file of answers
-            to them; "out", where the archive's answers are written. All but the first may be None.
+        job: "folder", the folder of an extracted archive; "samples", a text with samples that replace its own;
+            "expected", a file with the expected answers; "out", the file into which the archive's answers are written.
+            All but the first may be None.
 
     Returns:
-        How it answers its first sample, by the exit that answers.
+        The archive's answers to its first sample, by the exit that gives them.
 
     Raises:
-        LoadingError: it does not load, does not answer, or answers otherwise.
+        LoadingError: the archive does not load, does not answer, or answers differently.
     """
     folder = Path(job["folder"])
     if job["samples"]:
         ArchiveLayout(folder).samples.write_text(job["samples"])
     if job["expected"] or job["out"]:
-        in_a_fork(lambda: _answer_in_full(folder, job))  # which has imported everything, and run nothing
+        in_a_fork(lambda: _answer_in_full(folder, job))  # this process has all imports, but has run nothing yet
     _configure(folder, _AS_SERVED)
-    secret = os.environ[SECRET_VARIABLE] = secrets.token_hex(24)  # of this run, before the worker loads
+    secret = os.environ[SECRET_VARIABLE] = secrets.token_hex(24)  # for this run, set before the worker loads
     archive = _loaded(folder)
     probed = SampleRequest((Part(PROBE_BODY, "application/json"),))
     [probe] = archive.answer([probed], {PROBE_HEADER: "1", SECRET_HEADER: secret})
@@ -70,36 +71,38 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_side_by_side(ask: Callable[[], Sequence[Answer]], limit_s: float = _SIDE_BY_SIDE_S) -> None:
-    """Refuse a handler that cannot begin with a request while another waits in its call of the model.
+    """Refuse a handler that cannot begin with a request while another request waits in its call of the model.
 
     Args:
-        ask: returns the answers to several requests that come at once.
-        limit_s: how long they may take.
+        ask: sends several requests at once and returns their answers.
+        limit_s: how long the answers may take.
 
     Raises:
-        LoadingError: they were not answered.
+        LoadingError: the requests were not answered.
     """
-    advice = ("with early answers calls of a handler go on side by side, which one that holds a lock or an event loop "
-              "of its own while it calls its model cannot. Take 'answers: plain', or call the model outside of it")
+    advice = ("with early answers, calls of a handler run side by side, which is not possible while a handler holds a "
+              "lock or an event loop of its own around the call of its model. Set 'answers: plain', or call the model "
+              "outside of the lock or loop")
     answers: list[Answer] = []
-    asking = threading.Thread(target=lambda: answers.extend(ask()), daemon=True)  # which is never joined if it hangs
+    asking = threading.Thread(target=lambda: answers.extend(ask()), daemon=True)  # if it hangs, it is never joined
     asking.start()
     asking.join(limit_s)
     if not answers:
         raise LoadingError(f"requests that came at once were not answered within {limit_s:.0f} s: {advice}")
     if wrong := [answer for answer in answers if answer.status != 200]:
-        raise LoadingError(f"of requests that came at once one was answered with {wrong[0]}: {advice}")
+        raise LoadingError(f"of several requests that came at once, one was answered with {wrong[0]}: {advice}")
 
 
 def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:
-    """Return how a sample is answered at every fallback level, the last of which answers in full."""
+    """Return the answers to a sample at every fallback level, by the exit that gives them; the last level answers in
+    full."""
     if not samples:
         return {}
     [first], [second] = archive.answer(samples), archive.answer(samples)
     if first.status != 200:
         raise LoadingError(f"a request was answered with {first}")
     if first != second or as_read(first.body) is None:
-        return {}  # what differs from call to call is nothing to compare a server's answer with
+        return {}  # an answer that differs from call to call cannot be compared with a server's
     service: Any = archive.roots[Root.HANDLER]
     model = service.worker.model
     answers: dict[str, Any] = {}
@@ -124,7 +127,8 @@ def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
         found.append(AnsweredBatch(batch, tuple(answers)))
         told += contradictions(expected[number], answers) if expected is not None else []
     if told:
-        raise LoadingError("without exits the new archive answers otherwise than the original:\n" + "\n".join(told[:3]))
+        raise LoadingError("without exits, the new archive answers differently from the original:\n"
+                           + "\n".join(told[:3]))
     if batches and not reached:
         raise LoadingError("the new archive answers without calling the exported model: the handler calls another one")
     if expected is None:
@@ -137,7 +141,7 @@ def _loaded(folder: Path) -> LoadedArchive:
 
 
 def _configure(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Let an archive be served with other settings than its own."""
+    """Set the settings of `early_exit` with which an archive is loaded next."""
     layout = ArchiveLayout(folder)
     manifest = json.loads(layout.manifest.read_text())
     kept = folder / _USERS

@@ -1,4 +1,4 @@
-"""Programs that run a user's code in a process of their own, where it may print, hang or crash."""
+"""Runs programs with a user's code in separate processes, where the code may print, hang or crash."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from early_exit.training.environment import MORE_VARIABLES, minimal_environment
 LIMIT_S = 600.0
 """How long a model may take to be loaded, exported and tried out."""
 _SHOWN = 2000
-"""Characters of what a program printed that a message ends with."""
+"""The number of characters of a program's output with which a message ends."""
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _running: list[Launcher] = []
 """The launcher of this process, while there is one."""
 
 
 class Launcher:
-    """The process from which try-outs are forked, started for the first of them.
+    """The process from which try-outs are forked; it is started for the first of them.
 
     It has a minimal environment and finds installed packages only.
     """
@@ -38,18 +38,18 @@ class Launcher:
         self._process: subprocess.Popen[str] | None = None
 
     def close(self) -> None:
-        """End it, with what it has forked."""
+        """End the process, with the processes that it has forked."""
         if self._process is not None:
             self._process.communicate()
 
     def run(self, program: Path, argument: Path, scratch: Path, limit_s: float) -> int | None:
-        """Run a program and return its status, None after the limit.
+        """Run a program and return its exit status; None if it is killed after the limit.
 
         Args:
-            program: a file.
-            argument: of the program.
-            scratch: a folder, into whose files `output` and `errors` the program prints.
-            limit_s: how long it may take.
+            program: the file of the program.
+            argument: the argument of the program.
+            scratch: a folder; the program prints into the files `output` and `errors` in it.
+            limit_s: how long the program may take.
 
         Raises:
             ArchiveError: the launcher does not start.
@@ -65,7 +65,7 @@ class Launcher:
             self._process.stdin.flush()
             process = json.loads(self._process.stdout.readline())["process"]
         except (OSError, ValueError) as error:
-            raise ArchiveError("torch and TorchServe cannot be imported in a process of their own, whose errors are "
+            raise ArchiveError("torch and TorchServe cannot be imported in a separate process; its errors are shown "
                                "above") from error
         in_time = bool(select.select([self._process.stdout], [], [], limit_s)[0])
         if not in_time:
@@ -77,7 +77,7 @@ class Launcher:
 
 @contextlib.contextmanager
 def launcher() -> Iterator[Launcher]:
-    """Keep one launcher until the block ends; a block inside another has that one's."""
+    """Keep one launcher until the block ends; a nested block uses the launcher of the outer block."""
     if _running:
         yield _running[0]
         return
@@ -94,14 +94,15 @@ def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float =
     The process has a minimal environment: it knows no secrets of the user's, and no folder to record into.
 
     Args:
-        program: a file; it finds installed packages only, nothing of the current folder or PYTHONPATH.
-        job: what the program's work is given, as JSON.
-        what: names the work in messages, such as "the new archive".
-        limit_s: how long it may take.
+        program: the file of the program; it imports installed packages only, nothing from the current folder or
+            PYTHONPATH.
+        job: the input of the program's work, as JSON.
+        what: the name of the work in messages, such as "the new archive".
+        limit_s: how long the program may take.
 
     Raises:
         EarlyExitError: as the work raised it.
-        ArchiveError: it crashed or took too long; the message ends with what the program printed.
+        ArchiveError: the program crashed or took too long; the message ends with its output.
     """
     with tempfile.TemporaryDirectory() as folder, launcher() as started:
         scratch = Path(folder)
@@ -118,10 +119,10 @@ def run_child(program: Path, job: Mapping[str, Any], what: str, limit_s: float =
 
 
 def answer_parent(work: Callable[[dict[str, Any]], Any]) -> None:
-    """Do the work that `run_child` asks for, tell it the result, and end this process, whatever threads it has.
+    """Do the work that `run_child` asks for, report the result, and end this process with all of its threads.
 
     Args:
-        work: takes the job and returns what JSON can hold.
+        work: a function that takes the job and returns a value that JSON can hold.
     """
     job = json.loads(Path(sys.argv[1]).read_text())
     result = _result_of(lambda: work(job))
@@ -134,18 +135,18 @@ def answer_parent(work: Callable[[dict[str, Any]], Any]) -> None:
 
 
 class LoadingError(ArchiveError):
-    """The user's code failed; what it printed says more."""
+    """The user's code failed; its output says more."""
 
 
 def in_a_fork(work: Callable[[], Any]) -> Any:
-    """Do something in a copy of this process, which has none of its other threads, and return the result.
+    """Do some work in a fork of this process, which has none of its other threads, and return the result.
 
     Args:
-        work: returns what JSON can hold.
+        work: a function that returns a value that JSON can hold.
 
     Raises:
         EarlyExitError: as the work raised it.
-        LoadingError: the copy crashed.
+        LoadingError: the fork crashed.
     """
     reading, writing = os.pipe()
     process = os.fork()
@@ -189,5 +190,5 @@ def _value_of(result: Mapping[str, Any], printed: str) -> Any:
 def _printed(folder: Path) -> str:
     files = [folder / "output", folder / "errors"]
     text = "\n".join(file.read_text(errors="replace") for file in files if file.exists()).strip()
-    return (f" (where its code misses a variable of yours, name that in {MORE_VARIABLES})"
+    return (f" (if its code needs an environment variable of yours, name it in {MORE_VARIABLES})"
             + (f":\n{text[-_SHOWN:]}" if text else ""))

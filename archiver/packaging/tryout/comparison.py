@@ -1,4 +1,4 @@
-"""Whether two answers are the same: numbers up to rounding, everything else exactly."""
+"""Compares two answers: numbers up to rounding, everything else exactly."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import numpy as np
 from early_exit.archiver.packaging.tryout.answers import Answer, AnsweredBatch
 
 TOLERANCE = 1e-4
-"""Largest difference of two numbers, relative to the largest number in their list."""
+"""The largest difference of two equal numbers, relative to the largest number in their list."""
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _NUMPY = b"\x93NUMPY"
 _LARGEST = 1e9
-"""Bytes that make larger float32 numbers are not taken for numbers."""
+"""Bytes that would be float32 numbers above this limit are not treated as numbers."""
 
 
 def differences(expected: Answer, found: Answer, ignored: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
     """Yield where two answers differ, as a path such as $.scores[2], and how.
 
     Args:
-        expected: what was answered before.
-        found: what is answered now.
-        ignored: paths of what is not compared.
+        expected: the earlier answer.
+        found: the present answer.
+        ignored: the paths that are not compared.
     """
     yield from _Comparison(frozenset(ignored)).of_answers(expected, found)
 
 
 def unstable(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[tuple[str, ...], ...]:
-    """Return for each answer where it differs from the second to the same request.
+    """Return for each answer the paths at which it differs from the second answer to the same request.
 
-    Single numbers are compared exactly: a clock moves by less than the rounding of so large a number.
+    Single numbers are compared exactly, because a clock advances by less than the rounding of so large a number.
     """
     comparison = _Comparison(frozenset(), is_exact=True)
     return tuple(tuple(dict.fromkeys(path for path, _ in comparison.of_answers(*pair))) for pair in zip(first, second))
 
 
 def contradictions(expected: AnsweredBatch, found: Sequence[Answer]) -> list[str]:
-    """Return how answers differ from those that were expected, as far as these are stable; empty if they do not."""
+    """Return how answers differ from the stable parts of the expected ones; empty if they do not differ."""
     told = []
     ignored = expected.unstable or ((),) * len(expected.answers)
     for number, before, now, paths in zip(expected.batch.samples, expected.answers, found, ignored):
@@ -55,7 +55,7 @@ def contradictions(expected: AnsweredBatch, found: Sequence[Answer]) -> list[str
 
 
 def _value(body: bytes) -> Any:
-    """Return what a body holds: parsed JSON, a text, an array of numbers, or the bytes."""
+    """Return the value of a body: parsed JSON, a text, an array of numbers, or the bytes."""
     if body.startswith(_NUMPY):
         return np.load(io.BytesIO(body), allow_pickle=False).tolist()
     try:
@@ -82,7 +82,7 @@ class _Comparison:
     """How answers are compared."""
 
     ignored: frozenset[str]
-    """Paths of what is not compared, nor taken for the largest number of its object."""
+    """The paths of values that are not compared and do not count as the largest number of their object."""
     is_exact: bool = False
     """Whether numbers outside of lists must be the same to the last digit."""
 
@@ -98,10 +98,10 @@ class _Comparison:
         """Yield where two values differ.
 
         Args:
-            expected: what was answered before.
-            found: what is answered now.
-            path: of the values.
-            scale: the largest number of the list or object that holds them; None where nothing holds them.
+            expected: the value in the earlier answer.
+            found: the value in the present answer.
+            path: the path of the values.
+            scale: the largest number of the list or object that holds the values; None if nothing holds them.
         """
         if path in self.ignored:
             return
@@ -124,7 +124,7 @@ class _Comparison:
         if expected.keys() != found.keys():
             yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}"
             return
-        # What is counted has nothing to do with the scores beside it: an id, a width, a number of words.
+        # Integers, such as an id, a width or a number of words, have nothing to do with the scores beside them.
         scale = _scale(value for key, value in expected.items()
                        if isinstance(value, float) and f"{path}.{key}" not in self.ignored)
         scale = 0.0 if self.is_exact else scale
@@ -167,7 +167,7 @@ class _Comparison:
 
 
 def _tied(one: Any, other: Any, scale: float) -> bool:
-    """Tell whether two items of a list have the same numbers, up to rounding, so that their order says nothing."""
+    """Tell whether two items of a list have the same numbers, up to rounding, so that their order does not matter."""
     if _is_number(one) and _is_number(other):
         return _near(one, other, scale)
     numbers, others = list(_numbers(one)), list(_numbers(other))

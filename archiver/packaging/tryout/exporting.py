@@ -1,4 +1,4 @@
-"""The model that a handler calls, exported for the inputs that it is called with."""
+"""Exports the model that a handler calls, for the inputs with which the handler calls it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.errors import ArchiveError
 
 _Inputs = Sequence[tuple[str, tuple[int, ...], str]]
-"""Name, shape of one item, and dtype of each input."""
+"""The name, the shape of one item, and the dtype of each input."""
 
 
 def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]) -> tuple[Backbone, bool]:
@@ -29,11 +29,12 @@ def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]
 
     Args:
         job: as `adopt` in `trials.py` makes it.
-        model: is exported.
-        calls: of it, by sample requests.
+        model: the model to export.
+        calls: the calls of the model by sample requests.
 
     Raises:
-        EarlyExitError: it cannot be exported, or the user's own samples do not fit what the user asked for.
+        EarlyExitError: the model cannot be exported, or the user's own samples do not fit the shape or the inputs that
+            the user asked for.
     """
     shape = job["input_shape"] and tuple(job["input_shape"])
     program = job["program"] or _program_of_archive(Path(job["folder"]), model)
@@ -44,7 +45,8 @@ def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]
     if is_detector(model.exported):
         return _exported_detector(job, model, calls, shape)
     if job["strategy"] is not None:
-        raise ArchiveError(f"{type(model.exported).__name__} is no detector of torchvision, so it has no --strategy")
+        raise ArchiveError(f"{type(model.exported).__name__} is not a detector of torchvision, so --strategy does not "
+                           "apply: leave it out")
     given = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in job["inputs"]]
     if calls:
         found, constants = input_specs(model, calls)
@@ -68,7 +70,8 @@ def images_of(call: ModelCall) -> list[Tensor]:
 def _exported_detector(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall],
                        shape: tuple[int, ...] | None) -> tuple[Backbone, bool]:
     if job["factory"] is not None:
-        raise ArchiveError("what a detector does cannot all be exported: give a .mar with its model file")
+        raise ArchiveError("a detector can be exported only in part, and its model file is needed for the rest: give a "
+                           ".mar with the model file")
     shapes = {tuple(image.shape) for call in calls for image in images_of(call)}
     shape = shape or (next(iter(shapes)) if len(shapes) == 1 else None)
     backbone = backbone_of_detector(model.exported, shape, job["strategy"] and Strategy(job["strategy"]),
@@ -79,17 +82,17 @@ def _exported_detector(job: dict[str, Any], model: CalledModel, calls: Sequence[
 
 
 def _fit(job: dict[str, Any], found: _Inputs, wanted: _Inputs) -> bool:
-    """Tell whether samples give a model the inputs that it is exported for.
+    """Tell whether samples lead to the inputs for which the model is exported.
 
     Raises:
-        ArchiveError: the user's own samples do not.
+        ArchiveError: the user's own samples lead to other inputs.
     """
     if list(found) == list(wanted):
         return True
     if job["own_samples"]:
         told, asked = (", ".join(f"{name} {dtype} {shape}".strip() for name, shape, dtype in inputs)
                        for inputs in (found, wanted))
-        raise ArchiveError(f"the handler gives its model {told} for the sample request, and {asked} was asked for: "
+        raise ArchiveError(f"the handler passes {told} to its model for the sample request, but {asked} was asked for: "
                            "leave out --input-shape and --input, or give a request that fits")
     return False
 
@@ -99,7 +102,7 @@ def _described(inputs: Sequence[InputSpec], *, names: bool = True) -> _Inputs:
 
 
 def _program_of_archive(folder: Path, model: CalledModel) -> Path | None:
-    """Return the exported program in the user's archive, where that is what the handler calls."""
+    """Return the exported program in the user's archive, if the handler calls it."""
     manifest = json.loads(ArchiveLayout(folder).manifest.read_text())["model"]
     file = str(manifest.get("serializedFile"))
     is_called = isinstance(model.module, fx.GraphModule) and not manifest.get("modelFile")

@@ -27,28 +27,28 @@ from early_exit.handler.user_handler.places import Roots
 EXPLAIN = {"explain": "True"}
 """The header with which TorchServe tells a handler that explanations are asked for."""
 _OF_HTTP = {"host": "localhost"}
-"""A header that every request over HTTP has, and none over gRPC."""
+"""A header that all requests over HTTP have, and no request over gRPC."""
 _NEVER_ANSWERED = 10_000
-"""After so many calls a request of an archive with early answers is taken for one that has no answer."""
+"""The number of calls after which a request to an archive with early answers counts as never answered."""
 
 
 class LoadedArchive:
-    """A model as a worker of TorchServe has it. This process works in its folder from then on."""
+    """A model as a worker of TorchServe has it. This process works in the model's folder from then on."""
 
     def __init__(self, folder: Path, envelope: str | None = None) -> None:
         """Load an extracted archive.
 
         Args:
-            folder: it.
-            envelope: TorchServe's around its handler, if any.
+            folder: the folder of the archive.
+            envelope: the name of TorchServe's envelope around the handler, if there is one.
 
         Raises:
-            LoadingError: its code fails.
+            LoadingError: the archive's code fails.
         """
         os.chdir(folder)
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-        logging.getLogger("ts.torch_handler").setLevel(logging.ERROR)  # warns of each backend that is not installed
+        logging.getLogger("ts.torch_handler").setLevel(logging.ERROR)  # it warns about missing backends
         manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
         self._metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
         self._metrics.initialize_cache()
@@ -59,14 +59,14 @@ class LoadedArchive:
             raise LoadingError(_why(manifest["handler"], error)) from error
         self._service.set_cl_socket(None)
         self.roots = _roots(manifest["handler"], self._service._entry_point, envelope)
-        """Where the handler's names begin."""
+        """The objects at which the handler's names begin."""
 
     def answer(self, samples: Sequence[SampleRequest], headers: dict[str, str] | None = None) -> list[Answer]:
         """Return the answers to a batch.
 
         Args:
             samples: the requests of the batch.
-            headers: of each of them.
+            headers: the headers of each request.
         """
         waiting = {f"sample-{number}": sample for number, sample in enumerate(samples)}
         answers: dict[str, Answer] = {}
@@ -89,7 +89,7 @@ class LoadedArchive:
             try:
                 told.append({id_: _answer(None if ret is None else ret[index], index, message, code, context)
                              for index, id_ in ids.items()})
-            except TypeError:  # as TorchServe does with what it cannot write
+            except TypeError:  # TorchServe answers so if it cannot write a value
                 told.append(dict.fromkeys(ids.values(), Answer(503, "", b"Unsupported model output data type.")))
             return b""
 
@@ -102,12 +102,13 @@ class LoadedArchive:
 
 
 def _why(handler: str, error: Exception) -> str:
-    """Return what stands in the way of loading a handler, and print where."""
+    """Return why a handler cannot be loaded; print the traceback if the reason is in the user's code."""
     if isinstance(error, ModuleNotFoundError) and isinstance(error.__context__, ImportError) and str(
             error.name).startswith("ts.torch_handler."):
-        error = error.__context__  # where a file does not import, TorchServe looks for a handler of its own
+        error = error.__context__  # if a file cannot be imported, TorchServe looks for a built-in handler
     if isinstance(error, ModuleNotFoundError) and error.name == Path(handler.partition(":")[0]).stem:
-        return f"there is no handler {handler}: neither is the file in the archive, nor has TorchServe one of that name"
+        return (f"there is no handler {handler}: the file is not in the archive, and TorchServe has no built-in "
+                "handler of that name")
     if isinstance(error, ModuleNotFoundError):
         return (f"{handler} needs {error.name!r}, which is not installed here: install it, and name it in the "
                 "archive's requirements file")
@@ -115,14 +116,14 @@ def _why(handler: str, error: Exception) -> str:
         return (f"{handler} reads weights that hold more than tensors, and unpickling that could run any code, which "
                 f"torch refuses: save model.state_dict() instead ({str(error).splitlines()[0]})")
     if isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)) and (files := _files_in_other_encodings()):
-        return (f"{handler} cannot read {', '.join(files)} ({error}): expected UTF-8 without a byte order mark, "
-                "in which TorchServe's own code reads it: save it so")
+        return (f"{handler} cannot read {', '.join(files)} ({error}): save it as UTF-8 without a byte order mark, as "
+                "TorchServe's own code expects it")
     traceback.print_exc()
-    return f"{handler} cannot be loaded as TorchServe does: {type(error).__name__}: {error}"
+    return f"{handler} cannot be loaded as TorchServe loads it: {type(error).__name__}: {error}"
 
 
 def _files_in_other_encodings() -> list[str]:
-    """Return the texts of the archive that Python's open() does not read as the JSON or YAML that they are."""
+    """Return the text files of the archive that are not UTF-8, and JSON files with a byte order mark."""
     wrong = []
     for file in sorted(path for path in Path().iterdir() if path.suffix in (".json", ".yaml", ".yml", ".txt", ".csv")):
         content = file.read_bytes()
@@ -155,10 +156,11 @@ def _answer(value: Any, index: int, message: str, code: int, context: Any) -> An
 
 
 def _encoded(value: Any) -> bytes:
-    """Return the body of a response as TorchServe writes it, and of a tensor what TorchServe would pickle.
+    """Return the body of a response as TorchServe writes it; a tensor, which TorchServe would pickle, is written as
+    JSON.
 
     Raises:
-        TypeError: TorchServe cannot write it.
+        TypeError: TorchServe cannot write the value.
     """
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)

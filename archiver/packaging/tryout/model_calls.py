@@ -1,4 +1,4 @@
-"""Which torch modules a handler calls, and with what."""
+"""Records which torch modules a handler calls, and with which arguments."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class ModelCall:
 
     module: nn.Module
     given: tuple[Any, ...]
-    """Positional arguments; their tensors are copies."""
+    """The positional arguments; their tensors are copies."""
     named: dict[str, Any]
     is_training: bool
     """Whether the module was in training mode."""
     returned: tuple[tuple[int, ...], ...] = ()
-    """Shapes of the tensors that it returned, of one dimension at least."""
+    """The shapes of the returned tensors that have at least one dimension."""
     changed: tuple[str, ...] = ()
-    """What of the module was no longer as it was before the first of the calls that were recorded with this one."""
+    """The parts of the module that had changed since before the first call of the same recording."""
 
 
 @contextmanager
@@ -74,10 +74,10 @@ def recorded_calls(reached: Sequence[nn.Module]) -> Iterator[list[ModelCall]]:
 
 
 def n_parameters(module: nn.Module) -> int:
-    """Return how many numbers a module has learned."""
+    """Return the number of a module's parameters; 0 if they cannot be counted."""
     try:
         return sum(parameter.numel() for parameter in module.parameters())
-    except Exception:  # modules that keep their weights elsewhere, such as packed ones
+    except Exception:  # packed modules, for example, keep their weights elsewhere
         return 0
 
 

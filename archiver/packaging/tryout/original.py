@@ -1,5 +1,5 @@
-"""Run by `adopt` in a fresh process: the user's archive is loaded as TorchServe does, its model exported, its answers
-kept.
+"""Run by `adopt` in a fresh process: loads the user's archive as TorchServe does, exports its model, and keeps its
+answers.
 
 Usage: original.py JOB.json
 """
@@ -49,7 +49,7 @@ class Original:
     """The user's archive in this process."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # what torch.compile makes of a model is not exported
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the result of torch.compile cannot be exported
         self.job = job
         self.folder = Path(job["folder"])
         self.given = _given_model(job)
@@ -64,11 +64,11 @@ class Original:
         return list({id(module): module for _, module in modules_reached(self.roots)}.values())
 
     def together(self, first: SampleRequest, second: SampleRequest) -> list[SampleRequest]:
-        """Return what is asked at once where two samples are: a batch, or in an envelope one request for both."""
+        """Return the requests that ask for two samples at once: a batch, or, in an envelope, one request for both."""
         return [first, second] if self.envelope is None else [in_one(first, second)]
 
     def of_an_instance(self, rows: RowsPerRequest, samples: Sequence[SampleRequest]) -> RowsPerRequest:
-        """Return how many rows each instance becomes, where it is known how many those of a request are."""
+        """Return the number of rows of each instance, if the number of rows of each request is known."""
         counts = {n_instances(sample) for sample in samples[:2]} if self.envelope else {1}
         if rows.count is None or counts == {1}:
             return rows
@@ -77,24 +77,24 @@ class Original:
         return RowsPerRequest(rows.count // max(counts))
 
     def calls(self, samples: Sequence[SampleRequest]) -> list[ModelCall]:
-        """Return the calls of modules that a batch leads to; none where the handler fails."""
+        """Return the calls of modules that a batch leads to; none if the handler fails."""
         with recorded_calls(self.reached()) as calls:
             answers = self.archive.answer(samples)
         return calls if all(answer.status == 200 for answer in answers) else []
 
 
 def adopt(job: dict[str, Any]) -> list[str]:
-    """Export the model of a user's archive and write down what is to be known of its handler.
+    """Export the model of a user's archive, and write the description of its handler.
 
     Args:
         job: as `adopt` in `trials.py` makes it.
 
     Returns:
-        Batches whose answers are other ones each time, so that they cannot be compared.
+        The batches whose answers differ each time, so that they cannot be compared.
     """
     original = Original(job)
     samples, first_calls = _samples_that_reach(original)
-    # A handler that remembers answers calls its model for the first of equal requests only.
+    # A handler that caches answers calls its model for the first of equal requests only.
     calls = original.calls(samples[:1]) or first_calls[0] if samples else []
     model = called_model(calls, original.roots) if samples else held_model(original.roots)
     before = ModelState(model.exported)
@@ -104,7 +104,7 @@ def adopt(job: dict[str, Any]) -> list[str]:
         alone = [model.calls(calls), *(_calls_of(model, original, [sample]) or model.calls(first)
                                        for sample, first in zip(samples[1:2], first_calls[1:]))]
         require_fixed(model, [call for calls in alone for call in calls])
-        # After the second sample: the last batch may end as this began.
+        # This is checked after the second sample, because the last batch may restore the state before the first one.
         require_same(before, [call for calls in (*first_calls, *alone) for call in model.calls(calls)])
     together: list[list[ModelCall]] = []
     if len(samples) > 1:
@@ -132,12 +132,12 @@ def adopt(job: dict[str, Any]) -> list[str]:
 
 def _exported(job: dict[str, Any], model: CalledModel, alone: Sequence[Sequence[ModelCall]],
               together: Sequence[Sequence[ModelCall]]) -> bool:
-    """Export a model; return whether its calls, by samples alone and by two together, fit it.
+    """Export a model; return whether its calls, by single samples and by two together, fit it.
 
-    It is done in a process of its own: threads of the handler's would call the model meanwhile, and what goes on
-    answering is the handler's model, which an export changes.
+    This runs in a separate process, because an export changes the model, which the handler still needs for answers, and
+    because threads of the handler could call the model during the export.
     """
-    torch.set_num_threads(1)  # OpenMP's threads are gone
+    torch.set_num_threads(1)  # OpenMP's threads do not exist in the fork
     backbone, fits = exported(job, model, [call for calls in (*alone, *together) for call in calls])
     probed(backbone, model, [call for calls in alone for call in calls] if fits else []).save(Path(job["out"]))
     return fits
@@ -147,7 +147,7 @@ def _samples_that_reach(original: Original) -> tuple[list[SampleRequest], list[l
     """Return the samples that the archive answers and whose answers need a model, and the calls that each led to.
 
     Raises:
-        ArchiveError: the user's own sample is not one of them.
+        LoadingError: the archive does not answer one of the user's own samples.
     """
     samples = parse_samples(original.job["samples"], "--request")
     if not original.job["own_samples"] and isinstance(original.given, fx.GraphModule):
@@ -172,31 +172,31 @@ def _calls_of(model: CalledModel, original: Original, samples: Sequence[SampleRe
 
 
 def _rows(call: ModelCall) -> Rows:
-    """Return the tensors of a call; of a detector's list of images those that can stand together."""
+    """Return the tensors of a call; if they are a detector's list of images, each image as a row."""
     values = [*call.given, *call.named.values()]
     tensors = tuple(value for value in values if isinstance(value, Tensor))
     return tensors or tuple(image.flatten()[None] for image in images_of(call))
 
 
 def _answers(original: Original, samples: list[SampleRequest]) -> list[AnsweredBatch]:
-    """Return the answers to all batches of the samples; each is asked for twice."""
+    """Return the answers to all batches of the samples; each batch is sent twice."""
     answered = []
     batches = batches_of(len(samples)) if samples else []
     for batch in [*batches, *(Batch(batch.samples, explain=True) for batch in batches[:1])]:
         chosen, headers = [samples[number] for number in batch.samples], EXPLAIN if batch.explain else {}
         first = original.archive.answer(chosen, headers)
         if batch.explain and any(answer.status != 200 for answer in first):
-            continue  # it has no explanations
+            continue  # the handler has no explanations
         second = original.archive.answer(chosen, headers)
         differing = unstable(first, second)
-        if original.envelope == "kservev2":  # it tells the version, which is to be another one
+        if original.envelope == "kservev2":  # it names the version, which will be another one
             differing = tuple((*paths, "$.model_version") for paths in differing)
         answered.append(AnsweredBatch(batch, tuple(first), differing))
     return answered
 
 
 def _given_model(job: dict[str, Any]) -> nn.Module | None:
-    """Return the model that does not come out of the archive's own files, where there is one."""
+    """Return the model that is given apart from the archive's files, if there is one."""
     if job["program"] is not None:
         return backbone_graph(load_program(Path(job["program"])))
     if job["factory"] is None:
@@ -207,7 +207,7 @@ def _given_model(job: dict[str, Any]) -> nn.Module | None:
 
 @contextlib.contextmanager
 def _found_by_loaders(model: nn.Module | None) -> Any:
-    """Let TorchServe's base handler find a model; without one, only note whether it reads any."""
+    """Let TorchServe's base handler load a given model; without one, only note whether it loads a model."""
     from ts.torch_handler.base_handler import BaseHandler
 
     called: list[str] = []

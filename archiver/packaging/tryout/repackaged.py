@@ -1,4 +1,4 @@
-"""Run by `check` in a fresh process: tries a new archive out, with the handler's code that lies in it.
+"""Run by `check` in a fresh process: tries a new archive out, with the handler code that the archive holds.
 
 Usage: repackaged.py JOB.json
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # First: what is imported of early_exit.handler from here on is the archive's, not what is installed.
+    # This comes first: from here on, early_exit.handler is imported from the archive, not from the installation.
     sys.path.insert(0, json.loads(Path(sys.argv[1]).read_text())["folder"])
     from early_exit.archiver.packaging.tryout.checking import check
     from early_exit.archiver.packaging.tryout.child import answer_parent

@@ -21,19 +21,19 @@ _ORIGINAL, _REPACKAGED = (Path(__file__).with_name(name) for name in ("original.
 
 def adopt(request: ArchiveRequest, folder: Path, manifest: dict[str, Any], samples: Sequence[SampleRequest],
           n_own: int, out: Path) -> list[str]:
-    """Let the user's handler load its model, export that, and note what it answers.
+    """Let the user's handler load its model, export the model, and note the handler's answers.
 
     Args:
-        request: what is wanted.
+        request: the archive to build.
         folder: the user's files, as TorchServe would extract them.
-        manifest: theirs.
+        manifest: the manifest of these files.
         samples: requests to try; those that lead to no answer are left out.
-        n_own: how many of them, at the beginning, the user gave, so that they must be answered.
-        out: an existing folder; the backbone is written into it, and into an archive's folder in there the samples that
-            were answered, the answers, and the description of the handler.
+        n_own: the number of samples, at the beginning, that the user gave; these must be answered.
+        out: an existing folder; the backbone is written into it. The samples that were answered, the answers, and the
+            description of the handler are written into the archive's own folder in it.
 
     Returns:
-        Batches of samples whose answers are other ones each time, so that they cannot be compared.
+        The batches of samples whose answers differ each time, so that they cannot be compared.
 
     Raises:
         EarlyExitError: the archive does not load, or its model cannot be exported.
@@ -59,14 +59,14 @@ def check(mar: Path, expected: Path | None = None) -> dict[str, Any]:
 
     Args:
         mar: the archive.
-        expected: what its samples were answered with before; with exits off it must answer the same.
+        expected: the file with earlier answers to its samples; with exits off, the archive must give the same answers.
 
     Returns:
-        How it answers its first sample as it will serve, as parsed JSON or a text, by the exit that answers; empty
-        where it has none, or where it answers otherwise each time.
+        The answers to its first sample in service, as parsed JSON or a text, by the exit that gives them; empty if the
+        archive has no sample, or if its answers differ each time.
 
     Raises:
-        ArchiveError: it does not load or does not answer, or not the same.
+        ArchiveError: the archive does not load, does not answer, or answers differently.
     """
     try:
         answers: dict[str, Any] = _run(mar, {"expected": expected and str(expected), "out": None, "samples": None},
@@ -78,10 +78,10 @@ def check(mar: Path, expected: Path | None = None) -> dict[str, Any]:
 
 
 def answer_in_full(mar: Path, samples: Sequence[SampleRequest], out: Path) -> None:
-    """Write what an archive of ours answers to some requests with exits off.
+    """Write the answers of an archive of ours to some requests, with exits off.
 
     Raises:
-        ArchiveError: it does not load or does not answer.
+        ArchiveError: the archive does not load or does not answer.
     """
     _run(mar, {"expected": None, "out": str(out), "samples": samples_text(samples)}, "the archive")
 
@@ -91,5 +91,5 @@ def _run(mar: Path, job: dict[str, Any], what: str) -> Any:
         folder = Path(scratch) / "model"
         folder.mkdir()
         unpack(mar, folder)
-        read_manifest(ArchiveLayout(folder).manifest)  # whose names are followed there
+        read_manifest(ArchiveLayout(folder).manifest)  # checks the names, which are followed there
         return run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
