@@ -68,7 +68,7 @@ def measure(subject: Subject, folder: Path, tolerance: float, n_rounds: int) -> 
         n_rounds: of replays that heads are trained with.
     """
     [recorder] = (folder / "store").glob("*.mar")
-    arms: dict[str, Callable[[Tensor], Any]] = {ORIGINAL: ENGINES["eager"].unsplit(subject.backbone)}
+    arms: dict[str, Callable[[Tensor], Any]] = {ORIGINAL: subject.backbone.graph}
     plans = {}
     for engine in (DEFAULT_ENGINE, INT8):
         if engine == INT8:
