@@ -28,7 +28,7 @@ from tests.support.loop import run_loop
 from tests.support.models.demo_resnet import DemoResNet
 from tests.support.original import original_mar
 
-N_FOR_BACKBONE, N_STEPS, N_MEASURE = 600, 80, 2000
+N_FOR_BACKBONE, N_STEPS, N_MEASURE = 600, 140, 2000
 OPTIONS = TrainingOptions(search=None)  # a search takes longer than this demonstration may
 PICTURE = ROOT / "build" / "demo" / "river.svg"
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"

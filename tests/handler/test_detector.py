@@ -188,7 +188,7 @@ def test_what_is_no_such_detector_is_refused_with_what_is(backbone: Backbone) ->
         backbone_of_detector(keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None), SHAPE, None, 1, "x.py")
     with pytest.raises(GraphError, match="pass --input-shape"):
         backbone_of_detector(SmallDetector(), None, None, 1, "x.py")
-    with pytest.raises(ConfigError, match="executed by folded or eager"):
+    with pytest.raises(ConfigError, match="needs the engine folded or eager"):
         build_model(backbone, engine="openvino")
 
 
