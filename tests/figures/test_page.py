@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmarks.page.page import PAGE, SECTIONS, page, read_results
+from tests.benchmarks.page.page import PAGE, PICTURE, SECTIONS, page, picture, read_results
 from tests.benchmarks.page.quotes import QUOTES, misquoted
 from tests.benchmarks.page.river import river
 from tests.benchmarks.published import PUBLISHED
 from tests.benchmarks.report import conditions, save
-from tests.support.documents import ROOT
+from tests.support.documents import README, ROOT
 
 RUN = {**conditions({"rounds": 3}), "seconds": 12}
 ROW = {"backbone": "ResNet-50", "data": "CIFAR-100", "heads": "searched", "labelled": False, "layers": 8,
@@ -26,6 +26,11 @@ ROW = {"backbone": "ResNet-50", "data": "CIFAR-100", "heads": "searched", "label
 
 def test_the_page_is_what_the_result_files_say() -> None:
     assert PAGE.read_text() == page(read_results()), "write it again: python -m tests.benchmarks.page"
+
+
+def test_the_readmes_picture_is_of_a_result_file() -> None:
+    assert PICTURE.read_text() == picture(read_results()), "write it again: python -m tests.benchmarks.page"
+    assert f"({PICTURE.relative_to(ROOT)})" in README.read_text()
 
 
 def test_the_area_of_the_river_is_the_work_that_is_done() -> None:

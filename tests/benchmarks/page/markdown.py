@@ -29,10 +29,19 @@ def ratio(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """Return a share in [0, 1] in percent.
 
-    >>> percent(0.0132)
-    '1.3 %'
+    >>> percent(0.0132), percent(-0.0002)
+    ('1.3 %', '0.0 %')
     """
-    return "" if value is None else f"{100 * value:.1f} %"
+    return "" if value is None else f"{unsigned_zero(f'{100 * value:.1f}')} %"
+
+
+def unsigned_zero(number: str) -> str:
+    """Return a number as it is written, without the sign of what was rounded to nothing.
+
+    >>> unsigned_zero("-0.0"), unsigned_zero("-0.1")
+    ('0.0', '-0.1')
+    """
+    return number.lstrip("-") if float(number) == 0 else number
 
 
 def by_batch(ratios: Mapping[str, float]) -> str:
