@@ -5,14 +5,14 @@ at most the share T of the requests. The test bets against both (see `betting`):
 
 - Contents. Each bet is on one of the blocks that the certificate counts. A block with a loss of k in n contents gains
   k - T n, divided by the size that 95 % of the blocks before it did not exceed (or by n, if that is larger).
-- Requests. Each bet is on the mean loss of 20 / T samples, so that neither a burst nor a client who sends one request
-  again and again raises an alarm by itself.
+- Requests. Each bet is on the mean loss of a round of 20 / T samples, so that a burst that is shorter than a round
+  raises no alarm by itself. A scene or a client whose requests fill several rounds can.
 
 Nine tenths of the capital are bet on contents, which show a change sooner. One tenth is bet on requests, which alone
 show that a popular file is answered wrongly.
 
-As long as the expected loss of every block, given the past, is at most T, the probability of ever raising an alarm is
-at most delta, however long the test runs and however often one looks (Ville's inequality). Half of a capital is put
+As long as the expected loss of every block and of every round, given the past, is at most T, the probability of ever
+raising an alarm is at most delta, however long the test runs and however often one looks (Ville's inequality). Half of a capital is put
 down at the first bet. The rest is kept and put down later, in ever smaller parts: a gambler who has lost everything in
 a long quiet time would notice a change late.
 """

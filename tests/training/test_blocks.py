@@ -96,6 +96,16 @@ def test_the_random_split_takes_frames_of_a_scene_for_independent_and_breaks_its
     assert int((risks[found[found >= 0]] > TOLERANCE).sum()) > 6
 
 
+def test_long_blocks_that_are_answered_wrongly_are_not_certified_away_though_they_are_few() -> None:
+    """What counts of a block is bounded by the sizes of earlier ones; what is lost of its requests is not."""
+    block = torch.cat([torch.arange(4000), torch.arange(4000, 4020).repeat_interleave(50)])
+    losses = (block >= 4000).double()
+    of_requests = Evidence(block, block, torch.ones(len(block), dtype=torch.bool))
+    assert of_requests.largest() == (1.0, 1.0) and losses.mean() == 0.2
+    assert of_requests.p_value(Risk.DISAGREEMENT, losses, TOLERANCE, DELTA, (1.0, 1.0)) == 1
+    assert of_requests.p_value(Risk.DISAGREEMENT, 0 * losses, TOLERANCE, DELTA, (1.0, 1.0)) < DELTA
+
+
 def test_a_block_of_scenes_begins_where_the_content_changes() -> None:
     frames = Frames(400, N_FRAMES, seed=1)
     position = torch.arange(len(frames.states)).double()

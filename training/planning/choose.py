@@ -14,7 +14,7 @@ from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.options import TrainingOptions
 from early_exit.training.planning.predictions import HeadPredictions
-from early_exit.training.selection.certify import METHODS, walk
+from early_exit.training.selection.certify import method_of, walk
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, batch_costs, mean_cost, outcome
 from early_exit.training.selection.thresholds import (
     certified_path,
@@ -99,7 +99,8 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
         certificate = Certificate(
             risk=options.risk, tolerance=options.tolerance, confidence=options.confidence, n=len(certify),
             k=int(simulated.differs.sum()), observed=simulated.losses.double().mean().item(),
-            p_value=_p_value(point, predictions, options, largest), method=METHODS[options.risk],
+            p_value=_p_value(point, predictions, options, largest),
+            method=method_of(options.risk, in_blocks=evidence.n_blocks < len(certify)),
             window=(certified_from, training_set.time.max().item()), contents=evidence.n_contents,
             blocks=evidence.n_blocks, block_length=training_set.likeness.length if training_set.likeness else 0.0,
             largest_block=largest[0])

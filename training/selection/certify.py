@@ -18,11 +18,19 @@ from early_exit.handler import betting
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.risk import Risk
 
-METHODS = {
-    Risk.DISAGREEMENT: "fixed-sequence test, exact binomial",
-    Risk.CONFIDENCE_GAP: "fixed-sequence test, betting",
-    Risk.ACCURACY: "fixed-sequence test, betting",
-}
+
+def method_of(risk: Risk, *, in_blocks: bool) -> str:
+    """Return the name of the test that certifies a plan.
+
+    Args:
+        risk: what the losses measure.
+        in_blocks: whether any block has several records.
+
+    >>> method_of(Risk.DISAGREEMENT, in_blocks=False), method_of(Risk.DISAGREEMENT, in_blocks=True)
+    ('fixed-sequence test, exact binomial', 'fixed-sequence test, betting')
+    """
+    is_exact = risk is Risk.DISAGREEMENT and not in_blocks
+    return f"fixed-sequence test, {'exact binomial' if is_exact else 'betting'}"
 
 
 def risk_p_value(risk: Risk, losses: Tensor, tolerance: float, delta: float) -> float:

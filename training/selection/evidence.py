@@ -94,6 +94,8 @@ def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta:
     span = 1 - risk.lowest
     share = (tolerance - risk.lowest) / span
     lost = torch.zeros(len(n), dtype=torch.float64).scatter_add(0, index, (losses - risk.lowest) / span)
+    if lost.sum() > share * n.sum():  # what long blocks lose beyond their size that counts must not be certified away
+        return 1.0
     counts = (largest / n.double()).clamp_max(1.0) / largest
     gains = (share * n - lost) * counts  # T n_b - k_b, in parts of the largest block that counts fully
     return betting_p_value((share - gains).numpy(), share, delta)
