@@ -69,7 +69,7 @@ def test_an_engine_that_registers_itself_is_planned_with_and_served(
     layout = ArchiveLayout(tmp_path / "archive")
     shutil.copytree(archive.folder, layout.folder)
     save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
-    model = load_model(layout, ServingConfig(engine=NOTHING))
+    model = load_model(layout, ServingConfig(engine=NOTHING, control_rate=0))
     calls.clear()
     batch = recorded_inputs()[:64]
     with torch.no_grad():

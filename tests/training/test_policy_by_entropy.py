@@ -70,7 +70,7 @@ def test_a_plan_by_another_policy_is_trained_certified_written_and_served(
     layout = ArchiveLayout(tmp_path / "archive")
     shutil.copytree(archive.folder, layout.folder)
     save_plan(layout.folder, plan, heads)
-    model = load_model(layout, ServingConfig())
+    model = load_model(layout, ServingConfig(control_rate=0))
     fresh = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         answers, full = model(fresh).argmax(dim=1), backbone.graph(fresh).argmax(dim=1)
