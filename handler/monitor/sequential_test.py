@@ -12,9 +12,9 @@ Nine tenths of the capital are bet on contents, which show a change sooner. One 
 show that a popular file is answered wrongly.
 
 As long as the expected loss of every block and of every round, given the past, is at most T, the probability of ever
-raising an alarm is at most delta, however long the test runs and however often one looks (Ville's inequality). Half of a capital is put
-down at the first bet. The rest is kept and put down later, in ever smaller parts: a gambler who has lost everything in
-a long quiet time would notice a change late.
+raising an alarm is at most delta, however long the test runs and however often one looks (Ville's inequality). Half of
+a capital is put down at the first bet. The rest is kept and put down later, in ever smaller parts: a gambler who has
+lost everything in a long quiet time would notice a change late.
 """
 
 from __future__ import annotations
