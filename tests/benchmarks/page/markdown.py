@@ -26,22 +26,16 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def percent(value: float | None) -> str:
-    """Return a share in [0, 1] in percent.
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a share in [0, 1] in percent, without the sign of what is rounded to nothing.
 
-    >>> percent(0.0132), percent(-0.0002)
-    ('1.3 %', '0.0 %')
+    >>> percent(0.0132), percent(-0.0002), percent(0.785, digits=0)
+    ('1.3 %', '0.0 %', '78 %')
     """
-    return "" if value is None else f"{unsigned_zero(f'{100 * value:.1f}')} %"
-
-
-def unsigned_zero(number: str) -> str:
-    """Return a number as it is written, without the sign of what was rounded to nothing.
-
-    >>> unsigned_zero("-0.0"), unsigned_zero("-0.1")
-    ('0.0', '-0.1')
-    """
-    return number.lstrip("-") if float(number) == 0 else number
+    if value is None:
+        return ""
+    number = f"{100 * value:.{digits}f}"
+    return f"{number.lstrip('-') if float(number) == 0 else number} %"
 
 
 def by_batch(ratios: Mapping[str, float]) -> str:
