@@ -45,9 +45,13 @@ class Block:
     """A block that has ended."""
 
     n: int
-    """The number of contents that count."""
+    """The number of contents in it."""
     lost: float
     """The sum of their losses. A content with several samples counts with the largest of their losses."""
+    n_new: int
+    """The number of those contents that were not among the contents counted most recently."""
+    lost_new: float
+    """The sum of the losses of those."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Blocks:
     """
 
     open: tuple[tuple[int | None, float], ...] = ()
-    """Content and loss of each content that counts in the open block."""
+    """Content and loss of each content in the open block."""
     requests: float = 0.0
     """The number of requests that have been served since the open block began."""
     before: tuple[tuple[float, ...], ...] = ()
@@ -67,7 +71,10 @@ class Blocks:
     undecided: tuple[Sample, ...] = ()
     """The samples after those. More samples are needed to tell whether a new block begins with the first of them."""
     counted: tuple[int, ...] = ()
-    """The contents that were counted most recently in blocks that have ended; they do not count again."""
+    """The contents that were counted as new most recently in blocks that have ended; they are not new again."""
+    last: int | None = None
+    """The content of the last sample, if each sample is a block of its own: a copy of that sample is no further
+    block."""
 
     def after(self, sample: Sample, likeness: Likeness | None, n_remembered: int) -> tuple[Blocks, Block | None]:
         """Return the blocks after one more sample, and the block that has ended, if one has.
@@ -78,7 +85,9 @@ class Blocks:
             n_remembered: how many contents are remembered as counted.
         """
         if likeness is None:
-            return self._with(sample)._closed(n_remembered)
+            if sample.content is not None and sample.content == self.last:
+                return self, None
+            return replace(self._with(sample), last=sample.content)._closed(n_remembered)
         undecided = (*self.undecided, sample)
         if len(undecided) < REACH:
             return replace(self, undecided=undecided), None
@@ -102,7 +111,7 @@ class Blocks:
         """
         return cls(tuple((content, loss) for content, loss in data["open"]), data["requests"],
                    tuple(map(tuple, data["before"])), tuple(map(Sample.from_json, data["undecided"])),
-                   tuple(data["counted"]))
+                   tuple(data["counted"]), data["last"])
 
     def _alike(self, behind: Sequence[Sample], distance: float) -> bool:
         return any(sum((a - b) ** 2 for a, b in zip(one, other.components)) < distance
@@ -111,17 +120,14 @@ class Blocks:
     def _with(self, sample: Sample) -> Blocks:
         """Return these blocks with a sample added to the open block."""
         content, loss = sample.content, sample.loss
-        if content is not None and content in self.counted:
-            return self
         if content is not None and any(content == other for other, _ in self.open):
             return replace(self, open=tuple(
                 (other, max(loss, found) if other == content else found) for other, found in self.open))
         return self if len(self.open) >= _MOST_CONTENTS else replace(self, open=(*self.open, (content, loss)))
 
-    def _closed(self, n_remembered: int) -> tuple[Blocks, Block | None]:
-        """Close the open block: return the blocks without it, and that block, if any content in it counts."""
-        if not self.open:
-            return self, None
-        counted = [content for content, _ in self.open if content is not None]
-        kept = (*self.counted, *counted)[-n_remembered:]
-        return replace(self, open=(), counted=kept), Block(len(self.open), sum(loss for _, loss in self.open))
+    def _closed(self, n_remembered: int) -> tuple[Blocks, Block]:
+        """Close the open block, which is not empty: return the blocks without it, and that block."""
+        new = [(content, loss) for content, loss in self.open if content is None or content not in self.counted]
+        kept = (*self.counted, *(content for content, _ in new if content is not None))[-n_remembered:]
+        return replace(self, open=(), counted=kept), Block(
+            len(self.open), sum(loss for _, loss in self.open), len(new), sum(loss for _, loss in new))

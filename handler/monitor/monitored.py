@@ -12,8 +12,8 @@ from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
 
-_REQUESTS_PER_LOSS = 20
-"""The bets on requests take rounds of as many samples as have this many losses at the tolerated rate."""
+_LOSSES_PER_ROUND = 20
+"""The bets on requests take rounds of as many contents as have this many losses at the tolerated rate."""
 _REMEMBERED_PER_LOSS = 2
 """A content counts again only after as many others as have this many losses at the tolerated rate. A content that is
 sent for ever therefore adds at most T / 2."""
@@ -49,9 +49,9 @@ class Monitored:
         return cls(certificate.risk, certificate.tolerance, delta, likeness)
 
     @property
-    def samples_per_round(self) -> int:
-        """The number of samples in a round of the bets on requests."""
-        return max(1, round(_REQUESTS_PER_LOSS / self.tolerance))
+    def contents_per_round(self) -> int:
+        """The least number of contents in a round of the bets on requests."""
+        return max(1, round(_LOSSES_PER_ROUND / self.tolerance))
 
     @property
     def n_remembered(self) -> int:

@@ -3,13 +3,13 @@
 The certificate makes two statements: at most the share T, the tolerance, of the contents is answered differently, and
 at most the share T of the requests. The test bets against both (see `betting`):
 
-- Contents. Each bet is on one of the blocks that the certificate counts. A block with a loss of k in n contents gains
-  k - T n, divided by the size that 95 % of the blocks before it did not exceed (or by n, if that is larger).
-- Requests. Each bet is on the mean loss of a round of 20 / T samples, so that a burst that is shorter than a round
-  raises no alarm by itself. A scene or a client whose requests fill several rounds can.
+- Contents. Each bet is on one of the blocks that the certificate counts. A block with a loss of k in n new contents
+  gains k - T n, divided by the size that 95 % of the blocks before it did not exceed (or by n, if that is larger).
+- Requests. Each bet is on the mean loss of a round of whole blocks that have 20 / T contents. One scene, however long,
+  is in one round. A content counts in each block in which it comes.
 
-Nine tenths of the capital are bet on contents, which show a change sooner. One tenth is bet on requests, which alone
-show that a popular file is answered wrongly.
+Within a block equal contents count once, for both. Nine tenths of the capital are bet on contents, which show a change
+sooner. One tenth is bet on requests, which alone show that a popular file is answered wrongly.
 
 As long as the expected loss of every block and of every round, given the past, is at most T, the probability of ever
 raising an alarm is at most delta, however long the test runs and however often one looks (Ville's inequality). Half of
@@ -71,8 +71,10 @@ class Evidence:
     """The sum of the losses."""
     contents: Capital = field(default_factory=Capital)
     requests: Capital = field(default_factory=Capital)
-    lost_in_rounds: float = 0.0
-    """The part of `lost` that the finished rounds of the bets on requests have counted."""
+    round_n: int = 0
+    """The number of contents in the blocks of the open round of the bets on requests."""
+    round_lost: float = 0.0
+    """The sum of their losses."""
     sizes: tuple[int, ...] = ()
     """The number of blocks by size: with 1 content, with 2, with 3 or 4, with 5 to 8, and so on."""
     blocks: Blocks = field(default_factory=Blocks)
@@ -86,27 +88,29 @@ class Evidence:
         """
         blocks, ended = self.blocks.after(sample, monitored.likeness, monitored.n_remembered)
         found = replace(self, n=self.n + 1, lost=self.lost + sample.loss, blocks=blocks)
-        if ended is not None:
-            found = found._after_block(ended, monitored.tolerance)
-        if found.n % monitored.samples_per_round == 0:
-            mean = (found.lost - found.lost_in_rounds) / monitored.samples_per_round
-            requests = found.requests.after(mean - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
-            found = replace(found, requests=requests, lost_in_rounds=found.lost)
-        return found
+        return found if ended is None else found._bet_on_contents(ended, monitored)._bet_on_requests(ended, monitored)
 
     def wealth(self) -> float:
         """Return the whole capital, on contents and on requests; it began with 1."""
         return (ON_CONTENTS * self.contents.wealth(_STAKE_EVERY)
                 + ON_REQUESTS * self.requests.wealth(_STAKE_EVERY_OF_REQUESTS))
 
-    def _after_block(self, block: Block, tolerance: float) -> Evidence:
+    def _bet_on_contents(self, block: Block, monitored: Monitored) -> Evidence:
+        if not block.n_new:
+            return self
         # The size depends only on the blocks before: a bet must be fixed before its round.
-        largest = self._largest()
-        gain = (block.lost - tolerance * block.n) / max(block.n, largest)
-        number = (block.n - 1).bit_length()
+        gain = (block.lost_new - monitored.tolerance * block.n_new) / max(block.n_new, self._largest())
+        number = (block.n_new - 1).bit_length()
         sizes = [*self.sizes, *[0] * (number + 1 - len(self.sizes))]
         sizes[number] += 1
-        return replace(self, contents=self.contents.after(gain, tolerance, _STAKE_EVERY), sizes=tuple(sizes))
+        return replace(self, contents=self.contents.after(gain, monitored.tolerance, _STAKE_EVERY), sizes=tuple(sizes))
+
+    def _bet_on_requests(self, block: Block, monitored: Monitored) -> Evidence:
+        n, lost = self.round_n + block.n, self.round_lost + block.lost
+        if n < monitored.contents_per_round:
+            return replace(self, round_n=n, round_lost=lost)
+        requests = self.requests.after(lost / n - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
+        return replace(self, requests=requests, round_n=0, round_lost=0.0)
 
     def _largest(self) -> int:
         """Return the smallest power of two that the size of 95 % of the blocks so far does not exceed."""
@@ -124,12 +128,11 @@ class Evidence:
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
         """Read the output of `to_json`, or the state of the previous release, which had one capital for samples."""
         if "capital" in data:
-            return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])),
-                       lost_in_rounds=float(data["lost"]))
+            return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])))
         contents, requests = (Capital(found["rounds"], tuple(found["stakes"]))
                               for found in (data["contents"], data["requests"]))
-        return cls(int(data["n"]), float(data["lost"]), contents, requests, float(data["lost_in_rounds"]),
-                   tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
+        return cls(int(data["n"]), float(data["lost"]), contents, requests, int(data["round_n"]),
+                   float(data["round_lost"]), tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
 
 
 @dataclass(frozen=True)

@@ -92,16 +92,17 @@ def test_blocks_end_sample_by_sample_where_they_end_for_the_certificate(
 def test_copies_and_permutations_of_a_content_within_its_block_change_nothing(
         data: st.DataObject, n: int, size: int) -> None:
     alike = alike_of(3)
-    states = scenes(n, size, seed=data.draw(st.integers(0, 99)))
-    states[:, 0] = 10.0 * torch.arange(n).repeat_interleave(size)  # no scene is like the one before by chance
+    states = scenes(n + 2, max(size, 3), seed=data.draw(st.integers(0, 99))).view(n + 2, -1, K)
+    states[:, :, 0] = 10.0 * torch.arange(n + 2)[:, None]  # no scene is like the one before by chance
     losses = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=n * size, max_size=n * size))
-    each = samples(states, losses, alike)
-    once = ended(each, alike)
-    assert len(once) == n - 2 + (size > 2), "of the last two samples it is not known yet whether they begin one"
+    each = samples(states[:n, :size].reshape(-1, K), losses, alike)
+    tail = [replace(sample, content=-1) for sample in samples(states[n:].reshape(-1, K), [0.0] * 10, alike)]
     copied = [copy for first in range(0, n * size, size) for copy in data.draw(st.permutations(
         [copy for sample in each[first:first + size] for copy in [sample] * data.draw(st.integers(1, 3))]))]
-    again = ended([*copied, *copied[-1:] * 2], alike)
-    assert again[:len(once)] == once
+    assert ended([*copied, *tail], alike) == ended([*each, *tail], alike)
+    often = replace(ALONE, likeness=alike, tolerance=0.5)  # rounds are short, so there are bets on requests, too
+    once, again = after([*each, *tail], often), after([*copied, *tail], often)
+    assert (once.contents, once.requests, once.wealth()) == (again.contents, again.requests, again.wealth())
 
 
 def test_of_samples_of_one_content_the_largest_loss_counts_in_whatever_order() -> None:
@@ -117,16 +118,19 @@ def test_where_records_stand_alone_copies_of_a_content_add_nothing_to_what_is_kn
         losses: list[float], copies: st.DataObject) -> None:
     each = [Sample(0, loss, number) for number, loss in enumerate(losses)]
     repeated = [copy for sample in each for copy in [sample] * copies.draw(st.integers(1, 4))]
-    assert after(repeated).contents == after(each).contents
+    assert (after(repeated).contents, after(repeated).requests) == (after(each).contents, after(each).requests)
 
 
 def test_a_client_that_retries_what_is_answered_wrongly_is_no_alarm_by_itself() -> None:
+    assert alarms([Sample(0, 1.0, -1)] * 20_000, ALONE) is None, "copies in a row are one block, however many"
+
+
+def test_what_a_client_retries_between_other_requests_is_no_alarm_within_a_round() -> None:
     draw = random.Random(0)
     for share in (0.02, 0.1, 0.3):
         stream = [Sample(0, 1.0, -1) if draw.random() < share else Sample(0, float(draw.random() < 0.008), number)
                   for number in range(900)]
         assert alarms(stream, ALONE) is None, share
-    assert alarms([Sample(0, 1.0, -1)] * 900, ALONE) is None, "and be it all that is asked"
 
 
 def test_a_popular_file_that_is_answered_wrongly_for_long_is_an_alarm() -> None:
@@ -134,7 +138,7 @@ def test_a_popular_file_that_is_answered_wrongly_for_long_is_an_alarm() -> None:
     stream = [Sample(0, 1.0, -1) if draw.random() < 0.3 else Sample(0, float(draw.random() < 0.008), number)
               for number in range(6000)]
     found = alarms(stream, ALONE)
-    assert found is not None and found <= 4000
+    assert found is not None
 
 
 @pytest.mark.parametrize("share", [1.0, 0.05])
@@ -194,10 +198,25 @@ def test_a_clock_that_is_set_back_leaves_no_sample_waiting() -> None:
     assert not state.after([], monitored, 2, now=5e5).waiting
 
 
-def test_a_scene_that_never_ends_keeps_the_state_small_and_is_still_watched() -> None:
+@pytest.mark.parametrize("size", [20, 100, 300])
+def test_bursts_that_are_answered_as_was_certified_raise_few_alarms(size: int) -> None:
+    """Each burst is answered wrongly as a whole, or not at all: 1.4 % of them, where 2 % are tolerated."""
+    alike, raised = alike_of(20), 0
+    monitored = replace(ALONE, likeness=replace(alike, length=float(size)))
+    for seed in range(20):
+        draw = random.Random(seed)
+        wrong = [float(draw.random() < 0.7 * TOLERANCE) for _ in range(6000 // size)]
+        stream = samples(scenes(len(wrong), size, seed), [loss for loss in wrong for _ in range(size)], alike)
+        raised += alarms(stream, monitored) is not None
+    assert raised <= 3, "P(Binomial(20, .05) > 3) is 1.6 %"
+
+
+def test_a_scene_that_never_ends_is_one_block_and_keeps_the_state_small() -> None:
     alike = alike_of(20)
     monitored = replace(ALONE, likeness=alike)
     frames = samples(scenes(1, 5000, 1), [1.0] * 5000, alike)
     evidence = after(frames, monitored)
     assert len(evidence.blocks.open) <= 1000 and not evidence.sizes
-    assert alarms(frames, monitored) is not None
+    others = samples(scenes(200, 20, 2), [0.0] * 4000, alike)
+    found = after(others, monitored, evidence)
+    assert found.sizes and alarms([*frames, *others], monitored) is None
