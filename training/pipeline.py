@@ -27,7 +27,7 @@ from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
 from early_exit.training.data.shards import of_engine, of_newest_setting, of_traffic, recorded_layers, tell_keys
-from early_exit.training.data.split import Part
+from early_exit.training.data.split import Part, Split
 from early_exit.training.data.traffic import traffic_in
 from early_exit.training.data.training_set import TrainingSet, prepare
 from early_exit.training.heads.heads import find_architectures, train_heads
@@ -38,7 +38,7 @@ from early_exit.training.planning.choose import choose, make_plan
 from early_exit.training.planning.exit_costs import exit_costs
 from early_exit.training.planning.predictions import predict
 from early_exit.training.report.summary import RunReport, head_reports, make_report
-from early_exit.training.selection.certify import records_needed, require_enough
+from early_exit.training.selection.certify import records_needed
 
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
@@ -118,8 +118,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         others = _no_evidence(traffic)
         if options.replay is not None:
             traffic = traffic.of_known_requests()
-        _require_enough({part: traffic.size(part) for part in Part}, traffic.n_tested(), options, others,
-                        in_blocks=traffic.split.likeness is not None)
+        _require_enough({part: traffic.size(part) for part in Part}, traffic.split, options, others)
         with replacing(run.inputs) as scratch:
             scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
         if options.replay is None:
@@ -135,9 +134,8 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
                 training_set = replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
                                               engine=options.engine, on_batch=progress.update, log=log)
     if n_skipped := sum(training_set.skipped.values()):
-        tested = training_set.evidence(training_set.rows(Part.CERTIFY)).n_tested
-        _require_enough({part: len(training_set.rows(part)) for part in Part}, tested, options,
-                        f". {n_skipped} requests are passed over", in_blocks=training_set.likeness is not None)
+        _require_enough({part: len(training_set.rows(part)) for part in Part}, training_set.split, options,
+                        f". {n_skipped} requests are passed over")
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or not one of the {options.layers} "
                           "layers that cover the cost evenly"
@@ -164,12 +162,10 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     return alike
 
 
-def _require_enough(sizes: Mapping[Part, int], n_tested: int, options: TrainingOptions, others: str, *,
-                    in_blocks: bool) -> None:
+def _require_enough(sizes: Mapping[Part, int], split: Split, options: TrainingOptions, others: str) -> None:
     """Check that each part has enough records; the error ends with `others`, about records that prove nothing."""
     if options.thresholds == "certified":
-        require_enough(n_tested, Part.CERTIFY.share, options.tolerance, options.delta, others, sizes[Part.CERTIFY],
-                       in_blocks=in_blocks)
+        split.evidence().require_enough(options.risk, options.tolerance, options.delta, Part.CERTIFY.share, others)
     if not all(sizes.values()):
         raise RecordError(f"{sum(sizes.values())} records are too few to split into "
                           f"{', '.join(part.name.lower() for part in Part)}, or have too few distinct contents{others}")

@@ -100,6 +100,8 @@ class Certificate:
     """The usual number of requests in a block; 0 if each record is a block of its own."""
     largest_block: float = 0.0
     """The number of records that the largest blocks count as, in the statement about requests."""
+    is_trend: bool = False
+    """Whether requests stay alike for longer than a tenth of the records."""
 
     def in_words(self) -> str:
         confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
@@ -118,11 +120,12 @@ class Certificate:
 
 
     def _evidence(self) -> str:
-        """Return the numbers of contents and blocks, if they are not simply the number of records."""
+        """Return the numbers of contents and blocks, if they are not simply the number of records, and the trend."""
         contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
         blocks = (f", {self.blocks} blocks of similar requests, none of which counts as more than "
                   f"{self.largest_block:.0f} records" if self.block_length else "")
-        return contents + blocks
+        trend = ", in traffic with a trend that must go on as it did there" if self.is_trend else ""
+        return contents + blocks + trend
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class ExitPlan:
         if not self.traffic:  # the digest of a plan of the previous release must stay the same
             del plan["traffic"]
         if self.certificate is not None and not self.certificate.blocks:
-            for name in ("contents", "blocks", "block_length", "largest_block"):
+            for name in ("contents", "blocks", "block_length", "largest_block", "is_trend"):
                 del plan["certificate"][name]
         return PLAN.stamped(plan)
 

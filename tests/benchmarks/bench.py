@@ -123,7 +123,7 @@ class Bench:
         """What the baselines get of all layers; a replay has the label of the request that it replays."""
         training_set = self.of_one_class
         labels = load_labels(self.subject.labels, training_set.request, training_set.row, training_set.n_classes)
-        originals = (training_set.part == Part.TRAIN.number).nonzero().flatten()
+        originals = training_set.split.rows(Part.TRAIN)
         n_rounds = (len(training_set.backbone_class) - training_set.n_records) // max(1, len(originals))
         layers = training_set.layers
         return LabelledRecords(

@@ -112,10 +112,10 @@ class Heads:
         policies = tuple(fit_policy(ConfidencePolicy.kind, self.logits[tune, layer], self.backbone_class[tune])
                          for layer in range(self.costs.n_layers))
         parts = (PartPredictions(self.candidates(rows, policies), self.logits[rows].argmax(dim=2),
-                                 self.backbone_class[rows], self.backbone_class[rows], self.labels[rows],
-                                 Evidence.of_independent(len(rows)))
+                                 self.backbone_class[rows], self.backbone_class[rows], self.labels[rows])
                  for rows in (tune, certify))
-        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), policies, *parts)
+        return HeadPredictions(tuple(map(str, range(self.costs.n_layers))), policies, *parts,
+                               Evidence.of_independent(len(certify)))
 
     def candidates(self, rows: Tensor, policies: Sequence[PlannedPolicy]) -> Candidates:
         """Return what heads with these policies predict for some rows."""

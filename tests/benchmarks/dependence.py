@@ -44,8 +44,6 @@ from early_exit.training.options import TrainingOptions
 from early_exit.training.planning.choose import choose
 from early_exit.training.planning.predictions import HeadPredictions, PartPredictions
 from early_exit.training.selection.calibrate import fit_policy
-from early_exit.training.selection.certify import require_enough
-from early_exit.training.selection.evidence import Evidence as Proof
 from early_exit.training.selection.simulation import Candidates, OperatingPoint, mean_cost, outcome
 from tests.benchmarks import frames
 from tests.benchmarks.frames import Bank
@@ -134,20 +132,19 @@ class Subject:
         records makes of one record of each scene."""
         drawn = _drawn(self.bank, self.stream, seed)
         in_time = _in_time(self.bank.states, drawn.records)
-        found = self.verdict(drawn, drawn.records.frame, drawn.records.content, in_time, watch=True)
+        found = self.verdict(drawn, drawn.records.frame, in_time, watch=True)
         if seed > _N_OLD:
             return found, None
         generator = np.random.default_rng([2, seed])
         alone = generator.choice(len(drawn.of_contents), len(np.unique(drawn.records.scene)), p=drawn.of_contents)
         split = split_at_random(torch.from_numpy(generator.integers(-2**63, 2**63, size=len(alone))),
                                 torch.zeros(len(alone), dtype=torch.bool))
-        return found, self.verdict(drawn, alone, np.arange(len(alone)), split)
+        return found, self.verdict(drawn, alone, split)
 
-    def verdict(self, drawn: Drawn, frame: np.ndarray, content: np.ndarray, split: Split, *,
-                watch: bool = False) -> Verdict:
+    def verdict(self, drawn: Drawn, frame: np.ndarray, split: Split, *, watch: bool = False) -> Verdict:
         """Choose a plan with the records of some frames, judge it by what comes after them, and watch it there."""
         try:
-            point, judged = self.plan(torch.from_numpy(frame), torch.from_numpy(content), split)
+            point, judged = self.plan(torch.from_numpy(frame), split)
         except RecordError:
             return REFUSED
         after = outcome(point, judged)
@@ -181,16 +178,15 @@ class Subject:
                 return number + 1
         return None
 
-    def plan(self, frame: Tensor, content: Tensor, split: Split) -> tuple[OperatingPoint, Candidates]:
+    def plan(self, frame: Tensor, split: Split) -> tuple[OperatingPoint, Candidates]:
         """Return the exits to deploy, and what the heads, calibrated, say of all frames.
 
         Raises:
             RecordError: nothing can be certified.
         """
-        tune, certify = ((split.part == part.number).nonzero().flatten() for part in (Part.TUNE, Part.CERTIFY))
-        evidence = [Proof(split.block[rows], content[rows], split.is_new[rows]) for rows in (tune, certify)]
-        require_enough(evidence[1].n_tested, Part.CERTIFY.share, _OPTIONS.tolerance, _OPTIONS.delta,
-                       in_blocks=split.likeness is not None)
+        tune, certify = split.rows(Part.TUNE), split.rows(Part.CERTIFY)
+        proof = split.evidence()
+        proof.require_enough(_OPTIONS.risk, _OPTIONS.tolerance, _OPTIONS.delta, Part.CERTIFY.share)
         if not len(tune):
             raise RecordError("no records to choose with")
         teacher = self.bank.states.argmax(dim=1)
@@ -207,9 +203,9 @@ class Subject:
                               torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows)), self.costs)
 
         parts = (PartPredictions(candidates(frame[rows]), answers[frame[rows]], teacher[frame[rows]],
-                                 teacher[frame[rows]], torch.full((len(rows),), -1), proves)
-                 for rows, proves in zip((tune, certify), evidence))
-        predictions = HeadPredictions(tuple(layer.path for layer in self.bank.layers), policies, *parts)
+                                 teacher[frame[rows]], torch.full((len(rows),), -1))
+                 for rows in (tune, certify))
+        predictions = HeadPredictions(tuple(layer.path for layer in self.bank.layers), policies, *parts, proof)
         return choose(predictions, _OPTIONS), candidates(torch.arange(len(teacher)))
 
 

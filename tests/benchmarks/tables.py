@@ -15,7 +15,6 @@ from early_exit.handler.protocol import FULL
 from early_exit.training.costs.cost import flop_costs
 from early_exit.training.planning.predictions import PartPredictions
 from early_exit.training.report.performance import Performance, curve, exit_performances, setting
-from early_exit.training.selection.evidence import Evidence
 from early_exit.training.selection.simulation import Candidates, OperatingPoint
 
 _LEVELS = tuple(step / 20 for step in range(21))
@@ -41,7 +40,7 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
     agrees, full_class = classes == teacher[:, None], served.argmax(dim=1)
     candidates = Candidates(confidence, 1 - confidence, agrees, (~agrees).float(), full_class == teacher,
                             (full_class != teacher).float(), flop_costs(layers, heads))
-    return PartPredictions(candidates, classes, teacher, full_class, truth, Evidence.of_independent(len(classes)))
+    return PartPredictions(candidates, classes, teacher, full_class, truth)
 
 
 def tables(predictions: PartPredictions, layers: Sequence[CandidateLayer],

@@ -34,8 +34,7 @@ def made_predictions(n_records: int = 200, n_layers: int = 3, *, labelled: float
         losses = Risk.DISAGREEMENT.losses(answers, teacher, torch.zeros(n_records, N_CLASSES))
         candidates = Candidates(confidence, 1 - confidence, answers == teacher[:, None], losses,
                                 torch.ones(n_records, dtype=torch.bool), torch.zeros(n_records), costs)
-        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels,
-                               Evidence.of_independent(n_records))
+        return PartPredictions(candidates, answers, teacher, teacher.clone(), labels)
 
     policies = tuple(ConfidencePolicy(1.0 + number, NEVER) for number in range(n_layers))
-    return HeadPredictions(layers, policies, drawn(), drawn())
+    return HeadPredictions(layers, policies, drawn(), drawn(), Evidence.of_independent(n_records))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.training.data.activation_file import Activations
-from early_exit.training.data.split import Part
+from early_exit.training.data.split import Part, Split
 from early_exit.training.data.training_set import TrainingSet, finish
 from early_exit.training.paths import TrainingSetPaths
 
@@ -38,8 +39,7 @@ def made_training_set(folder: Path, target: Callable[[Tensor], Tensor] | None = 
     part[n_records // 2:] = list(Part).index(Part.TUNE)
     finish(paths, [LAYER], None, 3, {
         "log_probabilities": logits.log_softmax(dim=1).half(), "backbone_class": logits.argmax(dim=1),
-        "full_class": logits.argmax(dim=1), "part": part,
+        "full_class": logits.argmax(dim=1),
         "request": torch.arange(n_records), "row": torch.zeros(n_records, dtype=torch.int64),
-        "content": torch.arange(n_records), "time": torch.zeros(n_records, dtype=torch.float64),
-        "block": torch.arange(n_records), "is_new": torch.ones(n_records, dtype=torch.bool)}, {}, 0.0)
+        "time": torch.zeros(n_records, dtype=torch.float64)}, replace(Split.of_nothing(n_records), part=part), {})
     return TrainingSet.load(paths)

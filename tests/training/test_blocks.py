@@ -57,15 +57,12 @@ def at_random(frames: Frames) -> Split:
 def certified(frames: Frames, split: Split) -> int:
     """Return the boldest level that the records certify, or -1."""
     learned = torch.isin(frames.scene, frames.scene[split.part == Part.TRAIN.number])
-    tune, certify = ((split.part == part.number).nonzero().flatten() for part in (Part.TUNE, Part.CERTIFY))
-    contents = torch.arange(len(split.part))
-    evidence, largest = (Evidence(split.block[rows], contents[rows], split.is_new[rows]) for rows in (certify, tune))
+    evidence, certify = split.evidence(), split.rows(Part.CERTIFY)
 
     def p_values() -> Iterator[float]:
         yield 0.0
         for level in LEVELS.tolist():
-            yield evidence.p_value(Risk.DISAGREEMENT, frames.losses(level, learned)[certify], TOLERANCE,
-                                   DELTA, largest.largest())
+            yield evidence.p_value(Risk.DISAGREEMENT, frames.losses(level, learned)[certify], TOLERANCE, DELTA)
 
     return walk(p_values(), DELTA) - 1
 
@@ -101,9 +98,9 @@ def test_long_blocks_that_are_answered_wrongly_are_not_certified_away_though_the
     block = torch.cat([torch.arange(4000), torch.arange(4000, 4020).repeat_interleave(50)])
     losses = (block >= 4000).double()
     of_requests = Evidence(block, block, torch.ones(len(block), dtype=torch.bool))
-    assert of_requests.largest() == (1.0, 1.0) and losses.mean() == 0.2
-    assert of_requests.p_value(Risk.DISAGREEMENT, losses, TOLERANCE, DELTA, (1.0, 1.0)) == 1
-    assert of_requests.p_value(Risk.DISAGREEMENT, 0 * losses, TOLERANCE, DELTA, (1.0, 1.0)) < DELTA
+    assert of_requests.sizes() == of_requests.largest == (1.0, 1.0) and losses.mean() == 0.2
+    assert of_requests.p_value(Risk.DISAGREEMENT, losses, TOLERANCE, DELTA) == 1
+    assert of_requests.p_value(Risk.DISAGREEMENT, 0 * losses, TOLERANCE, DELTA) < DELTA
 
 
 def test_a_block_of_scenes_begins_where_the_content_changes() -> None:

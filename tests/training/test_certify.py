@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,15 +15,18 @@ from hypothesis import strategies as st
 
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.risk import Risk
+from early_exit.training.options import TrainingOptions
+from early_exit.training.planning.choose import choose
 from early_exit.training.selection.certify import (
     betting_p_value,
     most_failures,
     p_value,
     records_needed,
-    require_enough,
     risk_p_value,
     walk,
 )
+from early_exit.training.selection.evidence import Evidence, blocks_needed
+from tests.support.predictions import made_predictions
 
 
 @given(n=st.integers(1, 60), k=st.integers(0, 60), percent=st.integers(1, 99))
@@ -55,8 +60,36 @@ def test_a_path_that_never_fails_is_deployed_to_its_end() -> None:
 
 def test_too_few_records_say_how_many_are_needed() -> None:
     with pytest.raises(RecordError, match=r"at least 149 .* collect about 596 records in all"):
-        require_enough(100, 0.3, 0.02, 0.05)
-    require_enough(149, 0.3, 0.02, 0.05)
+        Evidence.of_independent(100).require_enough(Risk.DISAGREEMENT, 0.02, 0.05, 0.3)
+    Evidence.of_independent(149).require_enough(Risk.DISAGREEMENT, 0.02, 0.05, 0.3)
+
+
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8), largest=st.sampled_from([1.0, 4.0, 12.0]),
+       tolerance=st.floats(0.01, 0.2), risk=st.sampled_from(list(Risk)))
+def test_too_few_blocks_are_refused_and_as_many_as_the_message_asks_for_are_not(
+        sizes: list[int], largest: float, tolerance: float, risk: Risk) -> None:
+    """Small blocks beside large ones count little, so more of them are needed than if all had one size."""
+    needed = blocks_needed(risk, torch.tensor(sizes), largest, tolerance, 0.05)
+
+    def evidence(n: int) -> Evidence:
+        block = torch.arange(n).repeat_interleave(torch.tensor((sizes * n)[:n]))
+        return Evidence(block, torch.arange(len(block)), torch.ones(len(block), dtype=torch.bool), (largest, largest))
+
+    evidence(needed).require_enough(risk, tolerance, 0.05, 0.3)
+    if needed > 1:
+        with pytest.raises(RecordError, match=r"needs at least (\d+) ") as refused:
+            evidence(needed - 1).require_enough(risk, tolerance, 0.05, 0.3)
+        asked = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+        assert needed <= asked <= needed + len(sizes), "the sizes begin anew after those that were found"
+
+
+def test_a_plan_that_cannot_be_certified_even_without_exits_says_why() -> None:
+    predictions = made_predictions(400)
+    of_engine = (torch.arange(400) % 10 == 0).float()
+    candidates = replace(predictions.certify.candidates, full_losses=of_engine)
+    predictions = replace(predictions, certify=replace(predictions.certify, candidates=candidates))
+    with pytest.raises(RecordError, match=r"400 records in 400 blocks cannot certify 2.00% .* loses 10.00% with the"):
+        choose(predictions, TrainingOptions(tolerance=0.02))
 
 
 def test_the_certificate_holds_as_often_as_it_says() -> None:

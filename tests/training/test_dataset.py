@@ -11,7 +11,7 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, Records, ShardHeader, request_hash, write_shard
 from early_exit.handler.recording.kept_request import KeptRequest
-from early_exit.training.data.dataset import RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import MAY_REPEAT, RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.split import Part
 
@@ -40,17 +40,25 @@ def activations(of: RecordedTraffic) -> list[float]:
 
 def test_a_request_that_ran_twice_counts_once_and_unknown_ones_count_each(tmp_path: Path) -> None:
     a, b = request_hash("a"), request_hash("b")
-    read = traffic(tmp_path, [ANONYMOUS, a, ANONYMOUS, b, a, ANONYMOUS], [1.0] * 6)
-    assert read.request.tolist() == [ANONYMOUS, a, ANONYMOUS, b, ANONYMOUS]
+    read = traffic(tmp_path, [ANONYMOUS, a, ANONYMOUS, ANONYMOUS, a, b], [1.0] * 6)
+    assert read.request.tolist() == [ANONYMOUS, a, ANONYMOUS, ANONYMOUS, b]
     assert activations(read) == [0, 1, 2, 3, 5]
 
 
 def test_unknown_requests_train_and_prove_nothing(tmp_path: Path) -> None:
     """Some of them may be rows of one request, and a certificate counts independent records."""
     known = [request_hash(str(number)) for number in range(200)]
-    read = traffic(tmp_path, known + [ANONYMOUS] * 100, [1.0] * 300)
+    read = traffic(tmp_path, [ANONYMOUS] * 100 + known, [1.0] * 300)
     assert read.part[read.request == ANONYMOUS].tolist() == [Part.TRAIN.number] * 100
     assert read.n_anonymous == 100 and all(0 < read.size(part) < 200 for part in (Part.TUNE, Part.CERTIFY))
+
+
+def test_unknown_requests_beside_those_that_choose_and_certify_do_not_even_train(tmp_path: Path) -> None:
+    """They may repeat these, and a certificate is about requests that no head was trained on."""
+    known = [request_hash(str(number)) for number in range(200)]
+    read = traffic(tmp_path, known + [ANONYMOUS] * 100, [1.0] * 300)
+    assert read.n_anonymous == 0 and read.passed_over == {MAY_REPEAT: 100}
+    assert len(read) == 200
 
 
 def test_each_instance_of_a_request_trains_and_one_of_them_drawn_by_a_hash_is_evidence(tmp_path: Path) -> None:
@@ -77,7 +85,7 @@ def test_a_label_names_the_instance_that_it_belongs_to(tmp_path: Path) -> None:
 
 def test_nothing_that_belongs_to_a_request_is_taken_for_an_unknown_one(tmp_path: Path) -> None:
     a = request_hash("a")
-    read = traffic(tmp_path, [ANONYMOUS, a, ANONYMOUS], [1.0, 2.0, 3.0])
+    read = traffic(tmp_path, [ANONYMOUS, a, ANONYMOUS], [1.0, 3.0, 2.0])
     (tmp_path / "labels.csv").write_text("a,2\nb,1\n")
     assert load_labels(tmp_path / "labels.csv", read.request, read.row, 3).tolist() == [-1, 2, -1]
     known = read.of_known_requests()

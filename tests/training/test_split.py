@@ -10,11 +10,9 @@ from scipy.stats import binom
 from torch import Tensor
 
 from early_exit.handler.exits.risk import Risk
-from early_exit.training.data.split import GAP, Part, Split, in_time_order, split_in_time
+from early_exit.training.data.split import GAP, REPEATED, Part, Split, in_time_order, split_in_time
 from early_exit.training.selection.certify import risk_p_value
 from early_exit.training.selection.evidence import Evidence
-
-ONCE = (1.0, 1.0)
 
 
 def split(states: Tensor, content: Tensor | None = None) -> Split:
@@ -56,9 +54,36 @@ def test_a_content_belongs_to_the_part_in_which_it_was_first_recorded() -> None:
     content = torch.arange(1000)
     content[600], content[610], content[900], content[950] = 5, 601, 7, 949
     found = split(states, content)
-    assert found.part[600] == GAP and found.part[610] == GAP, "what was seen before chooses nothing"
+    assert found.part[600] == REPEATED and found.part[610] == REPEATED, "what was seen before chooses nothing"
     assert not bool(found.is_new[900]) and found.part[900] == Part.CERTIFY.number, "it counts as a request"
     assert bool(found.is_new[949]) and not bool(found.is_new[950])
+
+
+def test_repeats_within_a_block_count_for_the_largest_block_though_they_choose_nothing() -> None:
+    """A burst of a content is as large as it is: counted without repeats, later bursts would count as single records.
+    """
+    n_bursts = 400
+    content = torch.arange(n_bursts).repeat_interleave(10)
+    looks = torch.randn(n_bursts, 6, generator=torch.Generator().manual_seed(0))
+    found = split(looks[content], content)
+    assert found.evidence().largest == (10.0, 1.0)
+    assert len(found.rows(Part.TUNE)) == len(content[found.rows(Part.TUNE)].unique())
+
+
+def test_records_of_which_the_content_is_not_known_train_only_if_they_came_before_what_chooses() -> None:
+    states = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    each = torch.arange(1000)
+    known = each % 4 != 3
+    found = split_in_time(states, each, each, each, each.double(), known, torch.ones(1000, dtype=torch.bool))
+    first = int(found.rows(Part.TUNE)[0])
+    assert bool((found.part[~known & (each < first)] == Part.TRAIN.number).all())
+    assert bool((found.part[~known & (each > first)] == GAP).all())
+
+
+def test_a_split_is_read_as_it_was_written() -> None:
+    for found in (split(scenes(600, 5)), split(torch.randn(600, 6, generator=torch.Generator().manual_seed(0)))):
+        again = Split.from_tensors(found.to_tensors())
+        assert str(again) == str(found) and again.evidence().largest == found.evidence().largest
 
 
 def test_all_records_of_a_request_are_in_one_part() -> None:
@@ -105,7 +130,7 @@ def test_copies_within_a_block_and_the_order_of_equal_contents_change_nothing_of
 def test_where_blocks_are_single_records_it_is_the_exact_binomial_test() -> None:
     losses = (torch.rand(900, generator=torch.Generator().manual_seed(0)) < 0.01).float()
     evidence = Evidence(torch.arange(900), torch.arange(900), torch.ones(900, dtype=torch.bool))
-    found = evidence.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05, ONCE)
+    found = evidence.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05)
     assert found == pytest.approx(binom.cdf(int(losses.sum()), 900, 0.02))
     assert found == risk_p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05)
 
@@ -114,14 +139,14 @@ def test_a_popular_file_that_is_answered_wrongly_counts_as_often_as_it_comes() -
     content = torch.where(torch.arange(1000) % 20 == 0, 0, torch.arange(1000))
     first = torch.cat([torch.tensor([True]), content[1:] != 0])
     evidence, losses = Evidence(torch.arange(1000), content, first), (content == 0).float()
-    assert evidence.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05, ONCE) > 0.5
-    assert evidence.p_value(Risk.DISAGREEMENT, 1 - losses, 0.02, 0.05, ONCE) > 0.99
+    assert evidence.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05) > 0.5
+    assert evidence.p_value(Risk.DISAGREEMENT, 1 - losses, 0.02, 0.05) > 0.99
 
 
 def test_few_files_that_are_always_right_prove_nothing_of_new_ones() -> None:
     content = torch.arange(1000) % 50
     evidence = Evidence(torch.arange(1000), content, torch.arange(1000) < 50)
-    assert evidence.p_value(Risk.DISAGREEMENT, torch.zeros(1000), 0.02, 0.05, ONCE) == pytest.approx(0.98**50)
+    assert evidence.p_value(Risk.DISAGREEMENT, torch.zeros(1000), 0.02, 0.05) == pytest.approx(0.98**50)
 
 
 def test_p_values_of_blocks_are_seldom_small_where_the_share_is_above_the_tolerance() -> None:
@@ -131,6 +156,7 @@ def test_p_values_of_blocks_are_seldom_small_where_the_share_is_above_the_tolera
         sizes = torch.randint(1, 12, (400,), generator=generator)
         wrong = torch.rand(400, generator=generator) < 0.02
         block = torch.arange(400).repeat_interleave(sizes)
-        evidence = Evidence(block, torch.arange(len(block)), torch.ones(len(block), dtype=torch.bool))
-        n_wrong += evidence.p_value(Risk.DISAGREEMENT, wrong[block].float(), 0.02, 0.05, (10.0, 10.0)) <= 0.05
+        evidence = Evidence(block, torch.arange(len(block)), torch.ones(len(block), dtype=torch.bool),
+                            largest=(10.0, 10.0))
+        n_wrong += evidence.p_value(Risk.DISAGREEMENT, wrong[block].float(), 0.02, 0.05) <= 0.05
     assert n_wrong <= 400 * 0.05 + 2.4 * (400 * 0.05 * 0.95) ** 0.5

@@ -23,6 +23,8 @@ _SPREAD = -7046029254386353131
 
 
 NOT_FINITE = "the model's scores or activations were not finite"
+MAY_REPEAT = ("their requests or contents are not known, so they may repeat those by which exits are chosen and "
+              "certified")
 """Why a request is not among the records."""
 
 
@@ -48,8 +50,8 @@ class RecordedTraffic(RecordColumns):
     def part(self) -> Tensor:
         """(N,) int8: number of each record's part.
 
-        A record whose request or content is not known is in the train part: exits are chosen and certified on
-        independent records.
+        A record whose request or content is not known is in the train part at most: exits are chosen and certified
+        on independent records.
         """
         return self.split.part
 
@@ -88,12 +90,7 @@ class RecordedTraffic(RecordColumns):
 
     def size(self, part: Part) -> int:
         """Return the number of a part's records."""
-        return int((self.part == part.number).sum())
-
-    def n_tested(self) -> int:
-        """Return the number of blocks with new contents in the certify part."""
-        proves = (self.part == Part.CERTIFY.number) & self.split.is_new
-        return len(torch.unique(self.split.block[proves]))
+        return len(self.split.rows(part))
 
     def activation(self, layer: str) -> Iterator[tuple[int, Tensor]]:
         """Yield for each shard where in N its records begin, and their (M, ...) float16 pooled activations of a layer.
@@ -148,11 +145,12 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     rows = rows[finite[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    n_not_finite = int((~finite).sum()) + sum(header.n_not_finite for header in headers)
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
-                              passed_over={NOT_FINITE: n_not_finite} if n_not_finite else {},
-                              split=Split.of_nothing(len(rows)), **columns)
+                              split=Split.of_nothing(len(rows)), passed_over={}, **columns)
     traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule))
+    passed_over = {NOT_FINITE: int((~finite).sum()) + sum(header.n_not_finite for header in headers),
+                   MAY_REPEAT: int((~traffic.is_evidence & (traffic.part == GAP)).sum())}
+    traffic = replace(traffic, passed_over={reason: count for reason, count in passed_over.items() if count})
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from early_exit.handler.exits.likeness import Likeness
 from early_exit.training.selection.blocks import blocks_of, likeness
+from early_exit.training.selection.evidence import Evidence
 
 GAP = -1
-"""Marks records that belong to no part: they lie between two parts, or repeat a content of the tune part."""
+"""Marks records that belong to no part: they lie between two parts, or may repeat a record of a later part."""
+REPEATED = -2
+"""Marks records that repeat a content among the records of the tune part: they show how large blocks are, and no more.
+"""
 
 
 class Part(Enum):
@@ -57,26 +62,58 @@ class Split:
     """The parts of N records, and the blocks that count as one piece of evidence each."""
 
     part: Tensor
-    """(N,) int8: number of each record's part, or `GAP`."""
+    """(N,) int8: number of each record's part, or `GAP` or `REPEATED`."""
     block: Tensor
     """(N,) int64: number of the block that each record is in; see `selection.blocks`."""
+    content: Tensor
+    """(N,) int64: equal for records with the same content, if records with the same content are recognised."""
     is_new: Tensor
     """(N,) bool: whether the record's content was first recorded in its block."""
     likeness: Likeness | None = None
     """The likeness by which blocks were formed; None if each record is a block of its own."""
     is_trend: bool = False
     """Whether requests stay alike for longer than a tenth of the records."""
-    knows_contents: bool = True
-    """Whether records with the same content are recognised. Otherwise each record counts as a content of its own."""
 
     @classmethod
     def of_nothing(cls, n: int) -> Split:
         """Return the split of N records that all train."""
-        return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.ones(n, dtype=torch.bool))
+        each = torch.arange(n)
+        return cls(torch.zeros(n, dtype=torch.int8), each, each, torch.ones(n, dtype=torch.bool))
 
     def where(self, chosen: Tensor) -> Split:
         """Return the split of the records that a (N,) bool mask chooses."""
-        return replace(self, part=self.part[chosen], block=self.block[chosen], is_new=self.is_new[chosen])
+        return replace(self, part=self.part[chosen], block=self.block[chosen], content=self.content[chosen],
+                       is_new=self.is_new[chosen])
+
+    def rows(self, part: Part) -> Tensor:
+        """Return the (M,) positions of a part's records."""
+        return (self.part == part.number).nonzero().flatten()
+
+    def evidence(self, counts: Tensor | None = None) -> Evidence:
+        """Return the evidence of the certify part. How large its blocks may be is fixed on the tune part.
+
+        Args:
+            counts: (N,) bool: the records that count; by default all.
+        """
+        counts = torch.ones(len(self.part), dtype=torch.bool) if counts is None else counts
+
+        def of(records: Tensor) -> Evidence:
+            rows = (records & counts).nonzero().flatten()
+            return Evidence(self.block[rows], self.content[rows], self.is_new[rows])
+
+        before = of((self.part == Part.TUNE.number) | (self.part == REPEATED))
+        return replace(of(self.part == Part.CERTIFY.number), largest=before.sizes())
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return tensors that `from_tensors` reads."""
+        return {"part": self.part, "block": self.block, "content": self.content, "is_new": self.is_new,
+                "is_trend": torch.tensor(self.is_trend), **(self.likeness.to_tensors() if self.likeness else {})}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Split:
+        """Read the output of `to_tensors`."""
+        return cls(tensors["part"], tensors["block"], tensors["content"], tensors["is_new"],
+                   Likeness.from_tensors(tensors), bool(tensors["is_trend"]))
 
 
 def split_at_random(request: Tensor, trains: Tensor) -> Split:
@@ -88,8 +125,7 @@ def split_at_random(request: Tensor, trains: Tensor) -> Split:
     """
     starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
     part = (torch.searchsorted(starts, request.double() / 2.0**64 + 0.5, right=True) - 1).to(torch.int8)
-    return replace(Split.of_nothing(len(request)), part=part.masked_fill(trains, Part.TRAIN.number),
-                   knows_contents=False)
+    return replace(Split.of_nothing(len(request)), part=part.masked_fill(trains, Part.TRAIN.number))
 
 
 def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tensor, position: Tensor,
@@ -102,7 +138,8 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
         content: (N,) int64 hashes of the contents of the requests.
         order: (N,) int64: the records in the order in which they came.
         position: (N,) float64: how many requests were served before each.
-        is_evidence: (N,) bool: the records that can prove something; all others train.
+        is_evidence: (N,) bool: the records that can prove something. Others train if they came before the tune part;
+            later ones may be copies of records by which exits are chosen or certified.
         is_fresh: (N,) bool: the records that are newer than the last certificate; all others train, too.
     """
     evidence = order[is_evidence[order]]
@@ -116,6 +153,10 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     early = proving[:len(proving) - (len(fresh) - begin_certify)]
     alike = likeness(states[early], position[early])
     later = fresh[begin_tune:]
+    if len(later):
+        place = torch.empty(n, dtype=torch.int64)
+        place[order] = torch.arange(n)
+        part[~is_evidence & (place >= place[later[0]])] = GAP
     block[later] = blocks = blocks_of(alike, states[later], position[later])
     n_tune = begin_certify - begin_tune
     part[later[:n_tune]], part[later[n_tune:]] = Part.TUNE.number, Part.CERTIFY.number
@@ -125,7 +166,8 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     part[evidence], block[evidence] = part[of_first], block[of_first]
     is_new, is_first = _new(content, block, evidence)
     repeats = (part == Part.TUNE.number) & ~is_first
-    return Split(part.masked_fill(repeats, GAP), block, is_new, alike if alike.length else None, alike.is_trend)
+    return Split(part.masked_fill(repeats, REPEATED), block, content, is_new, alike if alike.length else None,
+                 alike.is_trend)
 
 
 def _new(content: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from early_exit.handler.backbone.candidates import CandidateLayer
 from early_exit.handler.backbone.pooling import Side, pooled_shape
-from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.files.private import replacing
 from early_exit.training.data.activation_file import Activations
 from early_exit.training.data.dataset import RecordedTraffic
-from early_exit.training.data.split import Part
+from early_exit.training.data.split import Part, Split
 from early_exit.training.paths import TrainingSetPaths
-from early_exit.training.selection.evidence import Evidence
 
 _MOST_EXCEPTIONS = 0.01
 """The largest share of rows that float16 cannot hold in a layer that is used."""
@@ -41,41 +39,29 @@ class TrainingSet:
     """(N + R,) int64: the class the backbone predicts."""
     full_class: Tensor
     """(N,) int64: the class that the engine which serves predicts without exits."""
-    part: Tensor
-    """(N,) int8: index of each record's part."""
+    split: Split
+    """The parts of the records, and the blocks in which they are evidence."""
     request: Tensor
     """(N,) int64: hash of each record's request id."""
     row: Tensor
     """(N,) int64: which instance of its request each record is."""
-    content: Tensor
-    """(N,) int64: equal for records with the same content, as far as the split recognises it."""
-    block: Tensor
-    """(N,) int64: number of the block in which each record is evidence, see `selection.evidence`."""
-    is_new: Tensor
-    """(N,) bool: whether the record's content was first recorded in its block."""
     time: Tensor
     """(N,) float64: Unix seconds."""
     finite: Tensor
     """(N + R,) bool: whether float16 can hold the activations at all layers, and the scores are numbers."""
-    likeness: Likeness | None
-    """The likeness by which blocks were formed; None if each record is a block of its own."""
     skipped: Mapping[str, int]
     """How many requests the recording server or a replay passed over, by reason."""
 
     @property
     def n_records(self) -> int:
-        return len(self.part)
-
-    def evidence(self, rows: Tensor) -> Evidence:
-        """Return the evidence of the (M,) rows."""
-        return Evidence(self.block[rows], self.content[rows], self.is_new[rows])
+        return len(self.split.part)
 
     def rows(self, part: Part) -> Tensor:
         """Return the (M,) rows of a part; replays belong to the train part.
 
         Rows that float16 cannot hold are in the certify part only, where they count against every exit.
         """
-        rows = (self.part == part.number).nonzero().flatten()
+        rows = self.split.rows(part)
         if part is Part.TRAIN:
             rows = torch.cat([rows, torch.arange(self.n_records, len(self.log_probabilities))])
         return rows if part is Part.CERTIFY else rows[self.finite[rows]]
@@ -92,7 +78,7 @@ class TrainingSet:
         columns = {name: column for name, column in tensors.items() if name in cls.__dataclass_fields__}
         return cls(layers=tuple(CandidateLayer.from_json(layer) for layer in index["layers"]),
                    recorded=index["recorded"], n_classes=index["n_classes"], paths=paths, skipped=index["skipped"],
-                   likeness=Likeness.from_tensors(tensors), **columns)
+                   split=Split.from_tensors(tensors), **columns)
 
 
 def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
@@ -107,22 +93,18 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.passed_over, traffic.split.likeness)
+        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.split, traffic.passed_over)
     return TrainingSet.load(paths)
 
 
 def columns_of(traffic: RecordedTraffic) -> dict[str, Tensor]:
     """Return the columns of a training set that holds recorded traffic and no replays of it."""
-    columns = {name: getattr(traffic, name)
-               for name in ("log_probabilities", "backbone_class", "full_class", "request", "row", "content", "time")}
-    split = traffic.split
-    if not split.knows_contents:
-        columns["content"] = torch.arange(len(traffic))
-    return {**columns, "part": split.part, "block": split.block, "is_new": split.is_new}
+    return {name: getattr(traffic, name)
+            for name in ("log_probabilities", "backbone_class", "full_class", "request", "row", "time")}
 
 
 def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: Side, n_classes: int,
-           columns: Mapping[str, Tensor], skipped: Mapping[str, int], likeness: Likeness | None) -> None:
+           columns: Mapping[str, Tensor], split: Split, skipped: Mapping[str, int]) -> None:
     """Write the columns, and then the index, which marks the training set as complete.
 
     A layer is left out if float16 cannot hold its activations for more than a few rows: a head would read other values
@@ -133,7 +115,7 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
     all_finite = ~columns["log_probabilities"].isnan().any(dim=1)  # a replayed image may have no finite scores
     for layer in layers:
         all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some records
-    tensors = {**columns, "finite": all_finite, **(likeness.to_tensors() if likeness else {})}
+    tensors = {**columns, **split.to_tensors(), "finite": all_finite}
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
     index = {"layers": [layer.to_json() for layer in layers], "recorded": recorded, "n_classes": n_classes,

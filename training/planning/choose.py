@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.training.costs.cost import head_flops
 from early_exit.training.costs.profiling import Profile
@@ -29,7 +30,7 @@ def path_to_certify(predictions: HeadPredictions, options: TrainingOptions) -> l
     """Return the operating points among which a certified one is chosen, from "never exit" to aggressive."""
     tune = predictions.tune.candidates
     expected = replace(tune, losses=expected_losses(options.risk, tune.losses, tune.error_chance))
-    return certified_path(expected, options.tolerance, options.delta, predictions.certify.evidence.n_tested)
+    return certified_path(expected, options.tolerance, options.delta, predictions.evidence.n_tested)
 
 
 def choose(predictions: HeadPredictions, options: TrainingOptions,
@@ -40,6 +41,9 @@ def choose(predictions: HeadPredictions, options: TrainingOptions,
         predictions: the predictions of the heads.
         options: the options of the run.
         path: the result of `path_to_certify`, if it is known already.
+
+    Raises:
+        RecordError: the records cannot certify even that nobody leaves.
     """
     tune = predictions.tune.candidates
     if options.thresholds == "paper":
@@ -47,19 +51,22 @@ def choose(predictions: HeadPredictions, options: TrainingOptions,
     if options.thresholds == "equal":
         return equal_point(tune, options.tolerance)
     path = path or path_to_certify(predictions, options)
-    largest = predictions.tune.evidence.largest()
-    p_values = (_p_value(point, predictions, options, largest) for point in path)
-    index = walk(p_values, options.delta)
+    index = walk((_p_value(point, predictions, options) for point in path), options.delta)
+    if index < 0:
+        lost = outcome(path[0], predictions.certify.candidates).losses.double().mean().item()
+        raise RecordError(
+            f"{len(predictions.certify)} records in {predictions.evidence.n_blocks} blocks cannot certify "
+            f"{options.tolerance:.2%} at {options.confidence:.0%} confidence even for a plan without exits, which "
+            f"loses {lost:.2%} with the engine {options.engine}: collect more, or ask for a larger --tolerance")
     if not pays(path[index], tune):
         return OperatingPoint((), ())
     return replace(path[index], safer=safer_settings(path, index, tune))
 
 
-def _p_value(point: OperatingPoint, predictions: HeadPredictions, options: TrainingOptions,
-             largest: tuple[float, float]) -> float:
+def _p_value(point: OperatingPoint, predictions: HeadPredictions, options: TrainingOptions) -> float:
     """Return the p-value, on the certify part, of the hypothesis that the expected loss is above the tolerance."""
     losses = outcome(point, predictions.certify.candidates).losses
-    return predictions.certify.evidence.p_value(options.risk, losses, options.tolerance, options.delta, largest)
+    return predictions.evidence.p_value(options.risk, losses, options.tolerance, options.delta)
 
 
 def pays(point: OperatingPoint, tune: Candidates) -> bool:
@@ -94,17 +101,17 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
     simulated = outcome(point, certify)
     certificate = None
     if options.thresholds == "certified":
-        evidence, largest = predictions.certify.evidence, predictions.tune.evidence.largest()
+        evidence, alike = predictions.evidence, training_set.split.likeness
         certified_from = training_set.time[training_set.rows(Part.CERTIFY)].min().item()
         certificate = Certificate(
             risk=options.risk, tolerance=options.tolerance, confidence=options.confidence, n=len(certify),
             k=int(simulated.differs.sum()), observed=simulated.losses.double().mean().item(),
-            p_value=_p_value(point, predictions, options, largest),
+            p_value=_p_value(point, predictions, options),
             method=method_of(options.risk, in_blocks=evidence.n_blocks < len(certify)),
             window=(certified_from, training_set.time.max().item()), contents=evidence.n_contents,
-            blocks=evidence.n_blocks, block_length=training_set.likeness.length if training_set.likeness else 0.0,
-            largest_block=largest[0])
+            blocks=evidence.n_blocks, block_length=alike.length if alike else 0.0, largest_block=evidence.largest[0],
+            is_trend=training_set.split.is_trend)
     return ExitPlan(backbone.sha256, options.thresholds, exits, certificate, engine=options.engine,
                     measure=certify.costs.measure, batch_size=certify.costs.batch_size,
                     expected_cost=mean_cost(point, simulated.exit, certify.costs), safer=point.safer,
-                    likeness=training_set.likeness)
+                    likeness=training_set.split.likeness)

@@ -42,8 +42,6 @@ class PartPredictions:
     """(N,) int64: the class that is served without an exit."""
     labels: Tensor
     """(N,) int64: the true class, -1 where unknown."""
-    evidence: Evidence
-    """The blocks and contents by which the records are evidence."""
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -59,17 +57,20 @@ class HeadPredictions:
     """The policy of each head, fitted on *tune*; its threshold is not chosen yet."""
     tune: PartPredictions
     certify: PartPredictions
+    evidence: Evidence
+    """The blocks and contents by which the records of *certify* are evidence."""
 
     def save(self, path: Path) -> None:
         costs = self.tune.candidates.costs
         tensors = {"stages": torch.from_numpy(costs.stages).contiguous(),
                    "exits": torch.from_numpy(costs.exits).contiguous()}
         for part, predictions in ((Part.TUNE, self.tune), (Part.CERTIFY, self.certify)):
-            for owner, names in ((predictions.candidates, _OF_CANDIDATES), (predictions, _OF_PART),
-                                 (predictions.evidence, _OF_EVIDENCE)):
+            for owner, names in ((predictions.candidates, _OF_CANDIDATES), (predictions, _OF_PART)):
                 tensors |= {f"{part.name}.{name}": getattr(owner, name).contiguous() for name in names}
+        tensors |= {name: getattr(self.evidence, name).contiguous() for name in _OF_EVIDENCE}
         save_file(tensors, path, {"layers": json.dumps(self.layers), "measure": costs.measure,
                                   "batch_size": str(costs.batch_size),
+                                  "largest": json.dumps(self.evidence.largest),
                                   "policies": json.dumps([policy.to_json() for policy in self.policies])})
 
     @classmethod
@@ -80,13 +81,14 @@ class HeadPredictions:
         costs = Costs(about["measure"], int(about["batch_size"]), tensors["stages"].numpy(), tensors["exits"].numpy())
 
         def read(part: Part) -> PartPredictions:
-            of_part = {name: tensors[f"{part.name}.{name}"] for name in (*_OF_CANDIDATES, *_OF_PART, *_OF_EVIDENCE)}
+            of_part = {name: tensors[f"{part.name}.{name}"] for name in (*_OF_CANDIDATES, *_OF_PART)}
             candidates = Candidates(**{name: of_part[name] for name in _OF_CANDIDATES}, costs=costs)
-            evidence = Evidence(**{name: of_part[name] for name in _OF_EVIDENCE})
-            return PartPredictions(candidates, **{name: of_part[name] for name in _OF_PART}, evidence=evidence)
+            return PartPredictions(candidates, **{name: of_part[name] for name in _OF_PART})
 
+        evidence = Evidence(**{name: tensors[name] for name in _OF_EVIDENCE},
+                            largest=tuple(json.loads(about["largest"])))
         return cls(tuple(json.loads(about["layers"])), tuple(map(policy_of, json.loads(about["policies"]))),
-                   read(Part.TUNE), read(Part.CERTIFY))
+                   read(Part.TUNE), read(Part.CERTIFY), evidence)
 
 
 def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Costs, risk: Risk, policy: str,
@@ -102,10 +104,11 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         labels: (N,) true classes, -1 where unknown.
     """
     known = torch.full((training_set.n_records,), -1) if labels is None else labels
+    counts = known >= (0 if risk is Risk.ACCURACY else -1)
 
     def rows_of(part: Part) -> Tensor:
         rows = training_set.rows(part)
-        return rows[known[rows] >= 0] if risk is Risk.ACCURACY else rows
+        return rows[counts[rows]]
 
     def logits_for(rows: Tensor) -> Tensor:
         return torch.stack([logits_of(trained.head.classify, trained.head.spec, training_set.activations(trained.layer),
@@ -126,11 +129,12 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         candidates = Candidates(confidence.masked_fill(unknown, 1.0), error_chance.masked_fill(unknown, 1.0),
                                 agrees & ~unknown, of_heads.masked_fill(unknown, 1.0), full == teacher, losses[:, -1],
                                 costs)
-        return PartPredictions(candidates, answers, teacher, full, known[rows], training_set.evidence(rows))
+        return PartPredictions(candidates, answers, teacher, full, known[rows])
 
     tune, certify = rows_of(Part.TUNE), rows_of(Part.CERTIFY)
     tune_logits = logits_for(tune)
     policies = tuple(fit_policy(policy, tune_logits[:, index], training_set.backbone_class[tune])
                      for index in range(len(heads)))
     return HeadPredictions(tuple(trained.layer.path for trained in heads), policies,
-                           predictions_for(tune, tune_logits), predictions_for(certify, logits_for(certify)))
+                           predictions_for(tune, tune_logits), predictions_for(certify, logits_for(certify)),
+                           training_set.split.evidence(counts))

@@ -15,7 +15,6 @@ from scipy.special import bdtr
 from torch import Tensor
 
 from early_exit.handler import betting
-from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.risk import Risk
 
 
@@ -87,45 +86,6 @@ def records_needed(tolerance: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-tolerance))
 
 
-def blocks_needed(tolerance: float, delta: float) -> int:
-    """Return the smallest number of blocks of one size that can certify a tolerance, if no answer differs.
-
-    >>> blocks_needed(0.02, 0.05)
-    159
-    """
-    n = records_needed(tolerance, delta)
-    while betting_p_value(np.zeros(n), tolerance, delta) > delta:
-        n += 1
-    return n
-
-
-def require_enough(n: int, share: float, tolerance: float, delta: float, others: str = "",
-                   n_records: int | None = None, *, in_blocks: bool = False) -> None:
-    """Check that the certify part can certify anything.
-
-    Args:
-        n: the number of records in the certify part; records that are alike, such as frames of a scene, count as one.
-        share: the certify part as a fraction of all records.
-        tolerance: T.
-        delta: 1 - confidence.
-        others: the end of the message, with a sentence about records that do not count.
-        n_records: the number of all records in the certify part, if some do not count; by default n.
-        in_blocks: whether n counts blocks of records that are alike.
-
-    Raises:
-        RecordError: the part is too small; the message says how many records are needed.
-    """
-    least = (blocks_needed if in_blocks else records_needed)(tolerance, delta)
-    if n < least:
-        found = f"{n} records" if n_records in (None, n) else (
-            f"{n_records} records of {n} new scenes or contents")
-        share *= n / n_records if n and n_records else 1.0
-        raise RecordError(
-            f"{found} to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
-            f"even if no answer differs: collect about {math.ceil(1.2 * least / share)} records in all (twice that to "
-            f"tolerate differences), or ask for a larger --tolerance. No plan was written{others}")
-
-
 def walk(p_values: Iterable[float], delta: float) -> int:
     """Return the index of the last setting of a path that is certified.
 
@@ -134,17 +94,11 @@ def walk(p_values: Iterable[float], delta: float) -> int:
         delta: 1 - confidence.
 
     Returns:
-        The index before the first setting that fails its test.
-
-    Raises:
-        RecordError: even the first setting fails, because there are too few records.
+        The index before the first setting that fails its test; -1 if that is the first one.
     """
     certified = -1
     for index, p in enumerate(p_values):
         if p > delta:
             break
         certified = index
-    if certified < 0:
-        raise RecordError(f"the records cannot certify even a plan without exits at {1 - delta:.0%} confidence: "
-                          "collect more, or ask for a larger --tolerance")
     return certified

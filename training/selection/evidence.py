@@ -8,14 +8,19 @@ and acceptance sampling: an intersection-union test).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.likeness import COUNTS_FULLY
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.selection.certify import betting_p_value, risk_p_value
+
+ONE_RECORD = (1.0, 1.0)
+"""The largest numbers of requests and of new contents in a block, if each record is a block of its own."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class Evidence:
     """(N,) int64: a hash of the content of the record's request."""
     is_new: Tensor
     """(N,) bool: whether the content was first recorded in this block."""
+    largest: tuple[float, float] = ONE_RECORD
+    """The largest number of requests, and of new contents, for which a block counts. They must be fixed on earlier
+    records."""
 
     @classmethod
     def of_independent(cls, n: int) -> Evidence:
@@ -36,7 +44,7 @@ class Evidence:
 
     def where(self, chosen: Tensor) -> Evidence:
         """Return the evidence of the records that a (N,) bool mask chooses."""
-        return Evidence(self.block[chosen], self.content[chosen], self.is_new[chosen])
+        return replace(self, block=self.block[chosen], content=self.content[chosen], is_new=self.is_new[chosen])
 
     @property
     def n_contents(self) -> int:
@@ -52,14 +60,11 @@ class Evidence:
     def n_blocks(self) -> int:
         return len(torch.unique(self.block))
 
-    def largest(self) -> tuple[float, float]:
-        """Return the largest number of requests, and of new contents, for which a later block counts."""
-        of_requests = torch.unique(self.block, return_counts=True)[1]
-        of_contents = torch.unique(self._of_new(torch.zeros(len(self.block)))[1], return_counts=True)[1]
-        return _quantile(of_requests), _quantile(of_contents)
+    def sizes(self) -> tuple[float, float]:
+        """Return the numbers of requests, and of new contents, that most blocks do not exceed."""
+        return _quantile(_sizes(self.block)), _quantile(_sizes(self._blocks_of_new()))
 
-    def p_value(self, risk: Risk, losses: Tensor, tolerance: float, delta: float,
-                largest: tuple[float, float]) -> float:
+    def p_value(self, risk: Risk, losses: Tensor, tolerance: float, delta: float) -> float:
         """Return a p-value of the hypothesis that the expected loss of requests, or of new contents, is above T.
 
         Args:
@@ -67,11 +72,42 @@ class Evidence:
             losses: (N,) losses of the records.
             tolerance: T.
             delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
-            largest: the result of `largest` for earlier records.
         """
         of_new, blocks_of_new = self._of_new(losses.double())
-        return max(_p_value(risk, losses.double(), self.block, tolerance, delta, largest[0]),
-                   _p_value(risk, of_new, blocks_of_new, tolerance, delta, largest[1]))
+        return max(_p_value(risk, losses.double(), self.block, tolerance, delta, self.largest[0]),
+                   _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1]))
+
+    def require_enough(self, risk: Risk, tolerance: float, delta: float, share: float, others: str = "") -> None:
+        """Check that the records can certify anything.
+
+        Args:
+            risk: what the losses measure.
+            tolerance: T.
+            delta: 1 - confidence.
+            share: the certify part as a fraction of all records.
+            others: the end of the message, with a sentence about records that do not count.
+
+        Raises:
+            RecordError: even if no answer differs, nothing can be certified. The message says what is missing.
+        """
+        if self.p_value(risk, torch.zeros(len(self.block)), tolerance, delta) <= delta:
+            return
+        of_requests = _sizes(self.block), self.largest[0], "blocks of similar requests"
+        of_contents = _sizes(self._blocks_of_new()), self.largest[1], "new scenes or contents"
+        missing = [(blocks_needed(risk, sizes, largest, tolerance, delta), len(sizes), what)
+                   for sizes, largest, what in (of_contents, of_requests)]
+        least, n, what = max(missing, key=lambda one: one[0] / max(1, one[1]))
+        n_records = len(self.block)
+        found = f"{n_records} records" if n == n_records else f"{n_records} records of {n} {what}"
+        n_needed = 1.2 * least * (n_records / n if n else 1) / share
+        raise RecordError(
+            f"{found} to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
+            f"even if no answer differs: collect about {math.ceil(n_needed)} records in all (twice that to tolerate "
+            f"differences), or ask for a larger --tolerance. No plan was written{others}")
+
+    def _blocks_of_new(self) -> Tensor:
+        """Return the (M,) block of each new content."""
+        return self._of_new(torch.zeros(len(self.block)))[1]
 
     def _of_new(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Return the (M,) losses of the new contents, and their (M,) blocks.
@@ -99,6 +135,43 @@ def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta:
     counts = (largest / n.double()).clamp_max(1.0) / largest
     gains = (share * n - lost) * counts  # T n_b - k_b, in parts of the largest block that counts fully
     return betting_p_value((share - gains).numpy(), share, delta)
+
+
+def blocks_needed(risk: Risk, sizes: Tensor, largest: float, tolerance: float, delta: float) -> int:
+    """Return the smallest number of blocks that can certify a tolerance, if no answer differs.
+
+    Args:
+        risk: what the losses measure.
+        sizes: (B,) int64: numbers of records. The blocks have these sizes in turn; if B is 0, each has one record.
+        largest: the number of records for which a block counts at most.
+        tolerance: T.
+        delta: 1 - confidence.
+
+    >>> blocks_needed(Risk.DISAGREEMENT, torch.tensor([1]), 1.0, 0.02, 0.05)
+    149
+    >>> blocks_needed(Risk.DISAGREEMENT, torch.tensor([5]), 5.0, 0.02, 0.05)
+    159
+    """
+    sizes = sizes if len(sizes) else torch.ones(1, dtype=torch.int64)
+
+    def certify(n: int) -> bool:
+        block = torch.arange(n).repeat_interleave(sizes.repeat(-(-n // len(sizes)))[:n])
+        no_loss = torch.zeros(len(block), dtype=torch.float64)
+        return _p_value(risk, no_loss, block, tolerance, delta, largest) <= delta
+
+    too_few, enough = 0, 1
+    while not certify(enough):
+        too_few, enough = enough, 2 * enough
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if certify(middle) else (middle, enough)
+    return enough
+
+
+def _sizes(block: Tensor) -> Tensor:
+    """Return the (B,) numbers of records in each block of N."""
+    sizes: Tensor = torch.unique(block, return_counts=True)[1]
+    return sizes
 
 
 def _quantile(sizes: Tensor) -> float:

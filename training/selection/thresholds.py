@@ -120,6 +120,7 @@ def _thresholds(tune: Candidates, layer: int) -> list[float]:
     rate do records leave whose confidence is below that of all records on which the head agrees.
     """
     least = least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer])
+    lowest = math.ceil(least * 10.0**_DECIMALS) / 10.0**_DECIMALS
     confidence, order = tune.confidence[:, layer].sort(descending=True)
     confidence = confidence[confidence >= least]
     risked = functional.pad(tune.error_chance[order, layer].double().cumsum(dim=0), (1, 0))  # [n] when n leave
@@ -130,12 +131,12 @@ def _thresholds(tune: Candidates, layer: int) -> list[float]:
     thresholds = [NEVER]
     for rate in _RATES[1:]:
         # If the confidence is the chance of no error, this is the best threshold for all requests, recorded or not.
-        threshold = max(_rounded_down(least), round(1 - rate * saved, _DECIMALS))
+        threshold = max(lowest, round(1 - rate * saved, _DECIMALS))
         n_leave = int((confidence >= threshold).sum())
         gains = rate * saved * n_leaving - risked[n_leaving]
         n_best = int(n_leaving[gains.argmax()])
         if gains.max() > rate * saved * n_leave - risked[n_leave] + rounding:
-            threshold = _rounded_down(confidence[n_best - 1].item()) if n_best else NEVER
+            threshold = max(lowest, _rounded_down(confidence[n_best - 1].item())) if n_best else NEVER
         thresholds.append(min(threshold, thresholds[-1]))
     return thresholds
 
