@@ -53,10 +53,11 @@ from tests.benchmarks.streams import INDEPENDENT, STREAMS, Drawn, Records, Strea
 _OPTIONS = TrainingOptions(measure="flops")
 _LEAVE = 0.05
 """A plan from which fewer leave counts as refused."""
-_N_OLD = 100
+_N_OLD = 50
 """Repetitions in which the rule for independent records chooses too: their mean cost is enough."""
 _RECIPE = Distillation(max_steps=1500)
-_BANKS: dict[str, Callable[[Path], Bank]] = {"cifar": frames.cifar, "digits": frames.handwriting}
+_BANKS: dict[str, Callable[[Path], Bank]] = {
+    "cifar": frames.cifar, "cifar100": frames.cifar100, "digits": frames.handwriting}
 
 
 def main() -> int:
@@ -192,14 +193,14 @@ class Subject:
         teacher = self.bank.states.argmax(dim=1)
         policies = tuple(fit_policy(ConfidencePolicy.kind, self.logits[frame[tune], layer], teacher[frame[tune]])
                          for layer in range(self.costs.n_layers))
-        confidence, error_chance = (
-            torch.stack([says(self.logits[:, layer]) for layer, says in enumerate(by_head)], dim=1)
-            for by_head in ([one.confidence for one in policies], [one.error_chance for one in policies]))
+        # This policy's chance of an error is 1 - confidence, and the bank is large.
+        confidence = torch.stack([policy.confidence(self.logits[:, layer]) for layer, policy in enumerate(policies)],
+                                 dim=1)
         answers = self.logits.argmax(dim=2)
         agrees = answers == teacher[:, None]
 
         def candidates(rows: Tensor) -> Candidates:
-            return Candidates(confidence[rows], error_chance[rows], agrees[rows], (~agrees[rows]).float(),
+            return Candidates(confidence[rows], 1 - confidence[rows], agrees[rows], (~agrees[rows]).float(),
                               torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows)), self.costs)
 
         parts = (PartPredictions(candidates(frame[rows]), answers[frame[rows]], teacher[frame[rows]],

@@ -22,6 +22,8 @@ from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.model.loading import build_model
 from tests.support import digits
 from tests.support.cifar import as_batch, load_requests, load_weights
+from tests.support.models.cifar100_handler import Cifar100Classifier
+from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import factory_request, original_mar
 
 _CONFIG = "minWorkers: 1\nmaxWorkers: 1\n"
@@ -69,15 +71,34 @@ def cifar(folder: Path) -> Bank:
     return _bank(backbone, images, labels[chosen], n_training=2500, n_frames=4, quality=(70, 95), inputs=as_batch)
 
 
-def handwriting(folder: Path) -> Bank:
+def cifar100(folder: Path) -> Bank:
+    """Return CIFAR-100's test images, one frame of each, as a ResNet-50 sees them."""
+    mar = original_mar(folder / "original", "cifar100", "cifar100_resnet50.py", "cifar100_handler.py",
+                       load_weights("resnet50-cifar100"), _CONFIG)
+    backbone = _backbone(ArchiveRequest(str(mar), folder / "store", input_shape=(3, 32, 32)), folder)
+    bodies, labels = load_requests("cifar100-test")
+    chosen = slice(0, 6500)
+    normalize = Cifar100Classifier.image_processing.transforms[-1]
+
+    def inputs(bodies: Sequence[bytes]) -> Tensor:
+        images = torch.from_numpy(np.stack([_pixels(body, "RGB") for body in bodies]))
+        return normalize(images.permute(0, 3, 1, 2).float() / 255)
+
+    return _bank(backbone, [_pixels(body, "RGB") for body in bodies[chosen]], labels[chosen], n_training=2500,
+                 n_frames=1, quality=(70, 95), inputs=inputs)
+
+
+def handwriting(folder: Path, model: DigitsResNet | None = None, *, n_training: int = 2000, n_others: int = 4000,
+                n_frames: int = 8) -> Bank:
     """Return frames of scikit-learn's digits; those that heads are trained on are none of the others."""
-    asked = factory_request(folder / "original", folder / "store", "digits", digits.train_backbone(),
+    asked = factory_request(folder / "original", folder / "store", "digits", model or digits.train_backbone(),
                             "digits_handler.py", _CONFIG, input_shape=(1, 32, 32))
     middle = digits.N_FOR_BACKBONE + 400
-    requests = [*digits.traffic(2000, seed=1, digits=range(digits.N_FOR_BACKBONE, middle)),
-                *digits.traffic(4000, seed=2, digits=range(middle, digits.N_DIGITS))]
+    requests = [*digits.traffic(n_training, seed=1, digits=range(digits.N_FOR_BACKBONE, middle)),
+                *digits.traffic(n_others, seed=2, digits=range(middle, digits.N_DIGITS))]
     return _bank(_backbone(asked, folder), [_pixels(one.body, "L") for one in requests],
-                 [one.label for one in requests], n_training=2000, n_frames=8, quality=(80, 95), inputs=_grey)
+                 [one.label for one in requests], n_training=n_training, n_frames=n_frames, quality=(80, 95),
+                 inputs=_grey)
 
 
 def _backbone(asked: ArchiveRequest, folder: Path) -> Backbone:

@@ -95,31 +95,51 @@ def unequal(random: np.random.Generator) -> np.ndarray:
     return size
 
 
+def harder_longer(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
+    """Return scenes of one to nine frames, of which the harder last longer."""
+    n = N_SCENES // 2
+    difficulty, size_of = bank.difficulty.numpy(), np.zeros(bank.n_sources, dtype=int)
+    for sources in (np.arange(bank.n_training), np.arange(bank.n_training, bank.n_sources)):
+        rank = np.argsort(np.argsort(difficulty[sources])) / len(sources)
+        size_of[sources] = 1 + (9 * rank).astype(int)
+    source = np.concatenate([first.integers(bank.n_training, size=n), _others(bank, n, then)])
+    records = _recorded(bank, source, size_of[source], then)
+    later_source = _others(bank, n, then)
+    later = _recorded(bank, later_source, size_of[later_source], then)
+    by_frame = np.repeat(size_of * (np.arange(bank.n_sources) >= bank.n_training), bank.n_frames)
+    chances = by_frame / by_frame.sum()
+    return Drawn(records, later.until(N_LATER), chances, chances)
+
+
 def bursts(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
-    """Return single requests and, as many, bursts of one client: of nearly equal files, or of files of one class."""
+    """Return single requests and, as many, bursts of one client: of one file again and again, of nearly equal files,
+    or of files of one class."""
     n = N_REQUESTS
     size = np.where(then.random(n) < 0.03, then.integers(5, 60, size=n), 1)
     is_past = np.cumsum(size) - size < size.sum() / 2
     source = np.where(is_past, first.integers(bank.n_training, size=n), _others(bank, n, then))
-    records = _some_of_one_class(bank, _recorded(bank, source, size, then), source, is_past, size > 1, then)
+    records = _in_bursts(bank, _recorded(bank, source, size, then), source, is_past, size > 1, then)
     later_size = np.where(then.random(n) < 0.03, then.integers(5, 60, size=n), 1)
     source = _others(bank, n, then)
-    later = _some_of_one_class(bank, _recorded(bank, source, later_size, then).until(N_LATER), source,
-                               np.zeros(n, dtype=bool), later_size > 1, then)
+    later = _in_bursts(bank, _recorded(bank, source, later_size, then).until(N_LATER), source,
+                       np.zeros(n, dtype=bool), later_size > 1, then)
     return Drawn(records, later, _uniform(bank), _uniform(bank))
 
 
-def _some_of_one_class(bank: Bank, records: Records, source: np.ndarray, is_past: np.ndarray, is_burst: np.ndarray,
-                       random: np.random.Generator) -> Records:
-    """Return records in which half of the bursts show many sources of one class, and not frames of one source."""
-    label, frame = bank.label.numpy(), records.frame.copy()
-    of_one_class = is_burst & (random.random(len(is_burst)) < 0.5)
-    for scene in of_one_class.nonzero()[0]:
+def _in_bursts(bank: Bank, records: Records, source: np.ndarray, is_past: np.ndarray, is_burst: np.ndarray,
+               random: np.random.Generator) -> Records:
+    """Return records in which a third of the bursts repeat one frame, and a third show many sources of one class."""
+    label, frame, content = bank.label.numpy(), records.frame.copy(), records.content.copy()
+    kind = np.where(is_burst, random.integers(3, size=len(is_burst)), 2)
+    for scene in np.flatnonzero(kind < 2):
         rows = np.flatnonzero(records.scene == scene)
+        if kind[scene] == 0:
+            frame[rows], content[rows] = frame[rows[:1]], content[rows[:1]]
+            continue
         low, high = (0, bank.n_training) if is_past[scene] else (bank.n_training, bank.n_sources)
         alike = low + np.flatnonzero(label[low:high] == label[source[scene]])
         frame[rows] = random.choice(alike, len(rows)) * bank.n_frames + random.integers(bank.n_frames, size=len(rows))
-    return replace(records, frame=frame)
+    return replace(records, frame=frame, content=content)
 
 
 def repeated(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
@@ -211,6 +231,7 @@ STREAMS = {stream.name: stream for stream in (
     Stream("independent", "cifar", scenes(independent)),
     Stream("independent digits", "digits", scenes(independent)),
     Stream("scenes of 2", "cifar", scenes(constant(2))),
+    Stream("scenes of 2 at .05", "cifar", scenes(constant(2), 0.05), may_refuse=True),
     Stream("scenes of 5", "cifar", scenes(constant(5))),
     Stream("scenes of 5 at .05", "cifar", scenes(constant(5), 0.05), may_refuse=True),
     Stream("scenes of 20", "digits", scenes(constant(20))),
@@ -218,7 +239,8 @@ STREAMS = {stream.name: stream for stream in (
     Stream("scenes of 60", "digits", scenes(constant(60))),
     Stream("scenes of 60 at .05", "digits", scenes(constant(60), 0.05), may_refuse=True),
     Stream("unequal scenes", "digits", scenes(unequal)),
-    Stream("repeated files", "cifar", repeated, fixed_past=True),
+    Stream("harder scenes last longer", "digits", harder_longer),
+    Stream("repeated files", "cifar100", repeated, fixed_past=True),
     Stream("50 files, then others", "cifar", fifty_files, fixed_past=True, may_refuse=True),
     Stream("bursts", "cifar", bursts),
     Stream("slow change", "cifar", slow_change))}
