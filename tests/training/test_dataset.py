@@ -90,7 +90,7 @@ def test_nothing_that_belongs_to_a_request_is_taken_for_an_unknown_one(tmp_path:
     assert load_labels(tmp_path / "labels.csv", read.request, read.row, 3).tolist() == [-1, 2, -1]
     known = read.of_known_requests()
     assert [requests for _, requests in known.kept()] == [[KeptRequest(str(a))]]
-    assert activations(known) == [1] and known.time.tolist() == [2.0]
+    assert activations(known) == [1] and known.time.tolist() == [3.0]
 
 
 def test_a_replay_of_unknown_requests_alone_says_where_the_reason_is(tmp_path: Path) -> None:

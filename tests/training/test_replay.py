@@ -88,7 +88,7 @@ def test_a_row_of_which_a_replay_gave_no_scores_trains_nothing(
     scores = traffic.log_probabilities.clone()
     scores[train[0]] = torch.nan
     columns = {**columns_of(traffic), "log_probabilities": scores}
-    finish(paths, about.candidates, pool, about.n_classes, columns, {}, 0.0)
+    finish(paths, about.candidates, pool, about.n_classes, columns, traffic.split, {})
     assert torch.equal(TrainingSet.load(paths).rows(Part.TRAIN), train[1:])
 
 
@@ -177,7 +177,7 @@ def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_r
                            handler, Replay(0))
     answered = everything.where(~_chosen([*short, *unkept]))
     assert replayed.n_records == len(answered) == 75
-    assert torch.equal(replayed.request, answered.request) and torch.equal(replayed.part, answered.part)
+    assert torch.equal(replayed.request, answered.request) and torch.equal(replayed.split.part, answered.split.part)
     assert len(replayed.rows(Part.TRAIN)) == (1 + ROUNDS) * answered.size(Part.TRAIN) == len(
         replayed.log_probabilities) - 75 + answered.size(Part.TRAIN)
     right = images[~_chosen([*short, *unkept])]

@@ -77,8 +77,7 @@ class Split:
     @classmethod
     def of_nothing(cls, n: int) -> Split:
         """Return the split of N records that all train."""
-        each = torch.arange(n)
-        return cls(torch.zeros(n, dtype=torch.int8), each, each, torch.ones(n, dtype=torch.bool))
+        return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.arange(n), torch.ones(n, dtype=torch.bool))
 
     def where(self, chosen: Tensor) -> Split:
         """Return the split of the records that a (N,) bool mask chooses."""

@@ -20,7 +20,7 @@ _MOST_SAFER = 8
 _RATES = (0.0, *torch.logspace(-4, 1, 157, dtype=torch.float64).tolist())
 _DECIMALS = 6
 """The decimals to which thresholds are rounded, so that other processors, whose sums may differ in the last bit, find
-the same thresholds."""
+the same thresholds. The least agreeing confidence is not rounded."""
 
 
 def least_agreeing(confidence: Tensor, agrees: Tensor) -> float:
@@ -120,7 +120,6 @@ def _thresholds(tune: Candidates, layer: int) -> list[float]:
     rate do records leave whose confidence is below that of all records on which the head agrees.
     """
     least = least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer])
-    lowest = math.ceil(least * 10.0**_DECIMALS) / 10.0**_DECIMALS
     confidence, order = tune.confidence[:, layer].sort(descending=True)
     confidence = confidence[confidence >= least]
     risked = functional.pad(tune.error_chance[order, layer].double().cumsum(dim=0), (1, 0))  # [n] when n leave
@@ -131,12 +130,12 @@ def _thresholds(tune: Candidates, layer: int) -> list[float]:
     thresholds = [NEVER]
     for rate in _RATES[1:]:
         # If the confidence is the chance of no error, this is the best threshold for all requests, recorded or not.
-        threshold = max(lowest, round(1 - rate * saved, _DECIMALS))
+        threshold = max(least, round(1 - rate * saved, _DECIMALS))
         n_leave = int((confidence >= threshold).sum())
         gains = rate * saved * n_leaving - risked[n_leaving]
         n_best = int(n_leaving[gains.argmax()])
         if gains.max() > rate * saved * n_leave - risked[n_leave] + rounding:
-            threshold = max(lowest, _rounded_down(confidence[n_best - 1].item())) if n_best else NEVER
+            threshold = max(least, _rounded_down(confidence[n_best - 1].item())) if n_best else NEVER
         thresholds.append(min(threshold, thresholds[-1]))
     return thresholds
 
