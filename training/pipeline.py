@@ -147,7 +147,7 @@ def _no_evidence(traffic: RecordedTraffic) -> str:
     why = ((traffic.n_anonymous, "their requests are not known; the log of the workers says why"),
            (traffic.n_without_content, "their contents are not known: an earlier version wrote these records, or the "
             "handler received something other than JSON and bytes"))
-    told = [f". {n} more records train heads but prove nothing, because {because}" for n, because in why if n]
+    told = [f". {n} more records can train heads but prove nothing, because {because}" for n, because in why if n]
     return "".join(told)
 
 

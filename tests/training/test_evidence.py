@@ -34,7 +34,7 @@ def test_records_of_which_the_content_is_not_known_train_and_certify_nothing(
     (tmp_path / "records").mkdir()
     old = tmp_path / "records" / shards[0].name
     write_shard(old, header, replace(known, content=torch.full_like(known.content, UNKNOWN_CONTENT)))
-    with pytest.raises(RecordError, match=f"{len(known)} more records train heads but prove nothing, because "
+    with pytest.raises(RecordError, match=f"{len(known)} more records can train heads but prove nothing, because "
                                           "their contents are not known: an earlier version wrote these records"):
         train("model", archive, [old], OPTIONS, RunPaths(tmp_path / "alone"))
     with_others = train("model", archive, [old, *shards[1:]], OPTIONS, RunPaths(tmp_path / "run")).records
