@@ -117,6 +117,13 @@ def test_a_section_tells_which_run_it_comes_from() -> None:
     assert RUN["processor"] in text and str(RUN["commit"]) in text and "rounds 3" in text and "| sent | 5 |" in text
 
 
+def test_each_of_several_runs_of_one_benchmark_is_told_before_its_tables() -> None:
+    rows = [{**ROW, "method": "certified", "backbone": name} for name in ("small", "large")]
+    text = page({f"paper-{row['backbone']}": {"run": {**RUN, "commit": f"of {row['backbone']}"}, "rows": [row]}
+                 for row in rows})
+    assert text.index("of large") < text.index("large, ") < text.index("of small") < text.index("small, ")
+
+
 def test_a_file_of_no_benchmark_or_without_its_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(ValueError, match=r"mine\.json is the result of no benchmark"):

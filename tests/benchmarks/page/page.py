@@ -81,7 +81,7 @@ SECTIONS = {
     "fuzz": Section("Malformed requests", "tests.benchmarks.fuzz", "Good requests among malformed ones."),
     "gpu": Section("GPU", "tests.benchmarks.gpu", "ResNets at 224 px against the plain backbone in CUDA graphs."),
 }
-"""By the name of the result file."""
+"""By the name of the result file. Of one benchmark there may be several files, NAME-PART.json."""
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -92,7 +92,7 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for file in sorted(folder.glob("*.json")):
-        if file.stem not in SECTIONS:
+        if _section(file.stem) not in SECTIONS:
             raise ValueError(f"{file.name} is the result of no benchmark; expected one of {', '.join(SECTIONS)}")
         found[file.stem] = json.loads(file.read_text())
         if "run" not in found[file.stem]:
@@ -104,15 +104,26 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page for the results of some benchmarks."""
     parts = [INTRODUCTION]
     for name, section in SECTIONS.items():
-        if name in results:
-            figures = {key: value for key, value in results[name].items() if key != "run"}
-            parts += [f"## {section.title}", section.about, told(section, results[name]["run"]),
-                      *section.tables(figures)]
+        runs = [result for stem, result in sorted(results.items()) if _section(stem) == name]
+        if runs:
+            parts += [f"## {section.title}", section.about]
+        for result in runs:
+            figures = {key: value for key, value in result.items() if key != "run"}
+            parts += [told(section, result["run"]), *section.tables(figures)]
     missing = [f"- {section.title}: `python -m {section.command}`" for name, section in SECTIONS.items()
-               if name not in results]
+               if name not in map(_section, results)]
     if missing:
         parts += ["## Not measured", "There is no result yet of:", "\n".join(missing)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _section(stem: str) -> str:
+    """Return the section of a result file.
+
+    >>> _section("paper-resnet50")
+    'paper'
+    """
+    return stem.partition("-")[0]
 
 
 def picture(results: Mapping[str, Mapping[str, Any]]) -> str:
