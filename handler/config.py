@@ -11,9 +11,7 @@ from typing import Any
 from early_exit.handler.backbone.pooling import Side
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES
 from early_exit.handler.errors import ConfigError, did_you_mean
-
-RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
-"""The folder for the records, an absolute path, if the configuration names none. `ee-serve` sets this variable."""
+from early_exit.handler.protocol import RECORDS_VARIABLE
 
 RAW = "raw"
 POOL_SIDES = (1, 2, 4, 8, RAW)

@@ -1,4 +1,4 @@
-"""The names that a served model and its clients share: headers, the name of the whole backbone, the metrics' prefix.
+"""The names that a served model shares with its server and clients: headers, variables, metrics' prefix.
 
 This module imports nothing, so that a client can use it without loading torch.
 """
@@ -34,6 +34,8 @@ SECRET_HEADER = "X-Early-Exit-Secret"
 SECRET_VARIABLE = "EARLY_EXIT_SECRET"
 """The secret of the server, in the environment of its workers. `ee-serve` sets this variable. An empty value is no
 secret."""
+RECORDS_VARIABLE = "EARLY_EXIT_RECORDS"
+"""The folder for the records, an absolute path, if the configuration names none. `ee-serve` sets this variable."""
 
 FULL = -1
 """Exit number of an item that the whole backbone answered."""

@@ -35,11 +35,10 @@ from early_exit.archiver.torchserve.server_config import (
 )
 from early_exit.archiver.torchserve.tokens import KEY_FILE, SECRET_FILE, read_token
 from early_exit.handler.allocator import ALLOCATOR
-from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.errors import ServerError
 from early_exit.handler.exits.switch import SWITCHES_FOLDER, SWITCHES_VARIABLE
 from early_exit.handler.files.private import open_private, private_folder, replacing
-from early_exit.handler.protocol import SECRET_VARIABLE
+from early_exit.handler.protocol import RECORDS_VARIABLE, SECRET_VARIABLE
 from early_exit.training.environment import GATEWAY_TOKEN
 
 # Idle threads of one worker must not spin on cores that another worker needs.

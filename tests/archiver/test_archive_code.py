@@ -16,8 +16,8 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.tryout.trials import check
 from early_exit.archiver.watch import cli as watching
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.config import RECORDS_VARIABLE
 from early_exit.handler.detection.loading import load_backbone
+from early_exit.handler.protocol import RECORDS_VARIABLE
 from early_exit.training.cli import main as ee_train
 from early_exit.training.paths import RunPaths
 from early_exit.training.report.evaluate import evaluate

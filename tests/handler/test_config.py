@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from early_exit.handler.config import RECORDS_VARIABLE, ServingConfig
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ConfigError
+from early_exit.handler.protocol import RECORDS_VARIABLE
 
 
 def test_a_missing_block_gives_the_defaults() -> None:

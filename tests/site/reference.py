@@ -30,7 +30,7 @@ from early_exit.training.options import TrainingOptions
 PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     archive_parser, show_parser, serve_parser, train_parser, report_parser, roll_parser, watch_parser, exits_parser,
     gateway_parser)
-VARIABLES = {"handler.config": "RECORDS_VARIABLE", "handler.protocol": "SECRET_VARIABLE",
+VARIABLES = {"handler.protocol": "RECORDS_VARIABLE SECRET_VARIABLE",
              "handler.exits.switch": "SWITCHES_VARIABLE", "archiver.torchserve.server_config": "CONFIG_VARIABLE",
              "training.environment": "MORE_VARIABLES GATEWAY_TOKEN"}
 """The constants that name environment variables, by module."""
