@@ -116,7 +116,8 @@ def outcome(interpreter: Path, tests: list[str], folder: Path) -> Outcome:
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
     environment = {**os.environ, "PATH": f"{interpreter.parent}:{os.environ['PATH']}"}
-    done = subprocess.run([interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests],
+    done = subprocess.run([interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
+                           "--numprocesses", "auto", "--dist", "loadfile", *tests],
                           cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     if not report.exists():
         return Outcome(0, (f"pytest ended with status {done.returncode}: {last_line(done.stdout + done.stderr)}",), 0)
