@@ -1,4 +1,4 @@
-"""Archives: self-contained, reproducible, validated before they appear, and what is refused."""
+"""Archives are self-contained, reproducible and validated before they appear; bad sources are refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_entries_that_leave_the_archive_are_refused(digits_mar: Path, tmp_path: 
 
 
 class Anything:
-    """Stands for arbitrary code in a pickle."""
+    """A stand-in for arbitrary code in a pickle."""
 
 
 def test_an_entry_without_a_name_is_refused(digits_mar: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ class OwnHandler:
 
 
 def test_the_builtin_image_classifier_tells_the_input_shape_itself(tmp_path: Path) -> None:
-    """No shape is given: the handler's own preprocessing of a sample image tells it."""
+    """No shape is given: `ee-archive` takes it from what the handler's preprocessing makes of a sample image."""
     (tmp_path / "small_net.py").write_text(
         "from torch import nn\n\nclass SmallNet(nn.Sequential):\n    def __init__(self):\n"
         "        super().__init__(nn.Conv2d(3, 4, 7, 4), nn.ReLU(), nn.Conv2d(4, 8, 3, 2), nn.ReLU(),\n"

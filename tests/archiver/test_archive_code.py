@@ -1,4 +1,4 @@
-"""Which commands run the code of an archive, and what that code is told where it runs in a process of its own."""
+"""Which commands run the code of an archive, and which environment variables that code sees."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.untried import build_untried
 
 N_RECORDS = 192
 CODE = ("digits_handler.py", "digits_resnet.py", "early_exit/handler/service.py")
-"""The files of an archive that a worker imports by name: the user's handler and model, and our own copy."""
+"""The files of an archive that a worker imports by name: the user's handler and model, and the copy of our service."""
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "a", "HTTPS_PROXY": "http://me:secret@proxy", "EE_GATEWAY_TOKEN": "b",
            "GITHUB_TOKEN": "c", RECORDS_VARIABLE: "/records"}
 TRAINING = ["--search", "none", "--thresholds", "paper", "--cost", "flops", "--layers", "2"]
@@ -38,13 +38,13 @@ TRAINING = ["--search", "none", "--thresholds", "paper", "--cost", "flops", "--l
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each file of the archive that is run as code writes the variables that it sees into this folder."""
+    """The folder into which each module of the archive that runs writes the environment variables that it sees."""
     return tmp_path_factory.mktemp("made")
 
 
 @pytest.fixture(scope="module")
 def store(recorder_mar: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with digits 2.0 and with 3.0, which has exits and whose code tells that it was run."""
+    """A model store with digits 2.0 and digits 3.0. Version 3.0 has exits, and its code reports that it was run."""
     folder, plain = tmp_path_factory.mktemp("coded"), tmp_path_factory.mktemp("plain")
     plan = write_plan(plain / "run", recorder_mar)
     tell = ("\nimport json, os, pathlib\n"
@@ -72,7 +72,7 @@ def nothing_made(made: Path) -> None:
 
 
 def told(made: Path) -> dict[str, dict[str, str]]:
-    """Return the variables that each module of the archive saw, by its name; nothing of one that was not run."""
+    """Return the environment variables that each module of the archive saw. A module that did not run has no entry."""
     return {file.name: json.loads(file.read_text()) for file in made.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Answers before and after: what counts as the same, and what does not."""
+"""Which differences between the answers of the original and of the new archive count, and which do not."""
 
 from __future__ import annotations
 

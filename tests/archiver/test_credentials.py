@@ -1,4 +1,4 @@
-"""A URL with a user's password or token in it is asked, and told to nobody: not by logs, errors, audit or page."""
+"""Credentials in a URL are used for requests, and never appear in logs, errors, the audit or the live page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_whatever_a_password_holds_a_host_is_all_that_is_left(
         user: str, password: str, quoted: bool, around: str) -> None:
     if quoted:
         user, password = quote(user, safe=""), quote(password, safe="")
-    else:  # a URL holds no spaces, and these end what stands before the host
+    else:  # a URL holds no spaces, and each of the other characters would end the part before the host
         user, password = ("".join(re.split(r"[\s/?#\"<>]", text)) for text in (user, password))
     around = around.replace("@", "")
     assert without_credentials(f"{around} https://{user}:{password}@host/x") == (

@@ -1,4 +1,4 @@
-"""Classifiers of other people's libraries become archives with no code but a function that makes them."""
+"""Classifiers of third-party libraries are packaged from the function that makes them, without a model file."""
 
 from __future__ import annotations
 

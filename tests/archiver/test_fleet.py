@@ -1,4 +1,4 @@
-"""Which servers are meant, and with which tokens."""
+"""Which servers the options of a command name, and which tokens are used for each server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is let into the gateway, how long a stranger may take, and how much all clients together may ask for."""
+"""The gateway's access control, its time limits for slow clients, and its limits over all clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = Limits(bytes_per_item=100_000, bytes_in_all=500_000)
 
 
 class Server:
-    """A server of models that answers when it is let, and counts what it works at."""
+    """A model server that answers only when the test allows it, and counts the requests that it is working on."""
 
     def __init__(self) -> None:
         self.n_working = 0
@@ -70,11 +70,11 @@ def address() -> Iterator[str]:
 
 
 def status(address: str, way: str, headers: dict[str, str], query: str = "") -> int:
-    """Return the status of a client's first request, by one of the three ways in."""
+    """Return the status of a client's first request, which takes one of the three ways: websocket, ask or GET."""
     if way == "websocket":
         host = headers.get("Host", address)
         try:
-            with sockets.create_connection(address.split(":")) as plain:  # the port of a Host header is the client's
+            with sockets.create_connection(address.split(":")) as plain:  # a client may write any port into Host
                 more = {name: value for name, value in headers.items() if name != "Host"}
                 with connect(f"ws://{host}/ws/digits{query}", sock=plain, additional_headers=more):
                     return 200
@@ -92,7 +92,7 @@ def test_host_origin_and_token_are_checked_whichever_way_a_client_comes(address:
     for host in ("gpu1", "GPU1:9000", "[::1]:8090", "10.0.0.7"):
         assert status(address, way, ALLOWED | {"Host": host}) == 200
     for host in ("elsewhere.example", "127.0.0.1.elsewhere.example", "x@127.0.0.1", "localhost.", "[::1"):
-        if way != "websocket" or not {"[", "@"} & set(host):  # the client refuses to send these itself
+        if way != "websocket" or not {"[", "@"} & set(host):  # the websockets client itself refuses to send these
             assert status(address, way, ALLOWED | {"Host": host}) == 400
     for origin in ("http://elsewhere.example", "null", "", f"file://{address}", f"http://x@{address}"):
         assert status(address, way, ALLOWED | {"Origin": origin}) == 403
@@ -158,7 +158,7 @@ def test_who_asks_and_reads_no_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("then", [b"", b"\x81\x80\0\0\0\0"], ids=["nothing", "a message that is none"])
 def test_who_asks_by_websocket_and_reads_no_answer_is_cut_off(then: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also once the connection is closed, when nobody counts what waits in it any more."""
+    """The client is cut off even after the connection was closed and its waiting bytes are no longer counted."""
     monkeypatch.setattr(asgi_server, "PREDICTION_S", 0.3)
     monkeypatch.setattr(asgi_server, "_BESIDE", 0)
     server = Server()
@@ -176,7 +176,7 @@ def test_who_asks_by_websocket_and_reads_no_answer_is_cut_off(then: bytes, monke
 
 
 def test_clients_that_read_no_answer_hold_up_nobody() -> None:
-    """Each has read one answer; of the others it has asked for, as many as it may lie in the gateway."""
+    """Each client reads one answer. Its next answers wait in the gateway, up to the limit for one connection."""
     server = Server()
     server.answer = b'"' + bytes(8_000_000).replace(b"\0", b"x") + b'"'
     with gateway(Limits(in_flight=2, in_flight_in_all=4), server) as (address, in_flight), \
@@ -193,7 +193,7 @@ def test_clients_that_read_no_answer_hold_up_nobody() -> None:
 
 
 def reading_little(address: str) -> ClientConnection:
-    """Return a connection whose client reads a message ahead, and for which the system buffers little."""
+    """Return a connection whose client reads one message ahead, and for which the system buffers little."""
     plain = sockets.socket()
     plain.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
     plain.connect(("127.0.0.1", int(address.split(":")[1])))
@@ -225,8 +225,8 @@ def test_bytes_that_are_held_have_a_limit_over_all_connections_and_are_given_bac
             first.send(as_bytes({name: bytes(99_000) for name in "abc"}))
             second.send(as_bytes({name: bytes(90_000) for name in "de"}))
             wait_until(lambda: server.n_working == 5)
-            with pytest.raises(ConnectionClosed) as refused:  # at the second piece, or after it
-                third.send(iter([bytes(100_000), bytes(100_000)]))  # a message that is not finished counts as well
+            with pytest.raises(ConnectionClosed) as refused:  # it comes at the second piece or later
+                third.send(iter([bytes(100_000), bytes(100_000)]))  # an unfinished message counts as well
                 third.recv(timeout=30)
             assert refused.value.rcvd is not None and refused.value.rcvd.code == TRY_LATER
             assert requests.post(f"http://{address}/ask/digits", bytes(100_000), headers=ALLOWED,

@@ -1,4 +1,4 @@
-"""What the live page is told: counters become counts per look, latencies distributions, archives promises."""
+"""What the live page gets: counts per look from counters, distributions from latencies, promises from archives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two kinds of messages of the gateway's WebSocket, and what is refused."""
+"""The text and binary messages of the gateway's WebSocket, and which messages are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway in front of a TorchServe that says what no real one can be made to say."""
+"""The gateway in front of a stand-in for TorchServe, which gives answers that a real server cannot be made to give."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ee_answers_total{ModelName="digits",ModelVersion="3.0",Exit="full",} %d
 
 @contextmanager
 def stand_in(said: Mapping[str, str], headers: Mapping[str, str] | None = None) -> Iterator[Upstream]:
-    """Yield a TorchServe that answers with a text by path and query, 404 elsewhere."""
+    """Yield a stand-in for TorchServe: it answers a path and query in `said` with its text, and any other with 404."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = said.get(self.path)
@@ -66,7 +66,7 @@ def upstream_of(url: str) -> Upstream:
 
 
 def versions(*models: str) -> dict[str, str]:
-    """Return what the management API says of models with one version each."""
+    """Return the management API's answers about models with one version each."""
     told = json.dumps([{"modelVersion": "3.0", "modelUrl": "digits-3.0.mar", "workers": [{"status": "READY"}],
                         "minWorkers": 1, "maxWorkers": 1, "jobQueueStatus": {"pendingRequests": 0},
                         "maxBatchDelay": 100, "responseTimeout": 120, "batchSize": 1}])
@@ -82,7 +82,7 @@ FIRST = "/models?limit=100&next_page_token=0"
 
 
 def looked(said: dict[str, str], *later: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the page's state after a look, and after each change of what is said and another look."""
+    """Return the page's state after a first look, and after one more look for each change of the server's answers."""
     async def look() -> list[dict[str, Any]]:
         with stand_in(said) as upstream:
             live, states = Live(upstream), []

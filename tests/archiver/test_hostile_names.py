@@ -1,4 +1,4 @@
-"""Names in archives, shards, and answers of servers never lead out of archive, store, records or state."""
+"""Names in archives, shards and servers' answers never lead out of the archive, the store, the records or the state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHAPE = (1, 32, 32)
 
 
 def with_value(key: str, value: str) -> Callable[[str], str]:
-    """Return what changes a value of a manifest's model."""
+    """Return a function that changes one value of the model in a manifest."""
     def change(text: str) -> str:
         manifest = json.loads(text)
         manifest["model"][key] = value
@@ -144,7 +144,7 @@ def test_an_entry_that_is_a_link_is_refused(digits_mar: Path, tmp_path: Path) ->
 
 
 def test_an_entry_that_is_there_twice_is_refused(recorder_mar: Path, tmp_path: Path) -> None:
-    """TorchServe may read the one, and what checks the archive the other."""
+    """TorchServe might read one of the two entries, and the code that checks the archive the other."""
     evil = rewritten(recorder_mar, tmp_path / "evil.mar")
     with zipfile.ZipFile(evil, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(MANIFEST, archive.read(MANIFEST))
@@ -158,7 +158,7 @@ def test_an_archive_that_would_fill_the_disk_is_refused_before_it_is_unpacked(
     evil = rewritten(recorder_mar, tmp_path / "evil.mar")
     with zipfile.ZipFile(evil, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros", bytes(2**20))
-        archive.getinfo("zeros").file_size = 2**40  # as its directory says
+        archive.getinfo("zeros").file_size = 2**40  # the size that the zip's directory claims
     assert_refused(evil, tmp_path, "would unpack to 1099")
     with pytest.raises(ArchiveError, match="would unpack to 1099"):
         read_archive(evil)

@@ -1,4 +1,4 @@
-"""A renewal that fails leaves nothing behind, and records do not outlive their limits, also without a worker."""
+"""A failed renewal leaves nothing behind, and records do not outlive their limits even while no worker runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ServerThatIsDown(ServerInMemory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store and records of its archive, which answers in full."""
+    """A folder with a model store, whose archive has no exits, and with records of that archive."""
     folder, backbone = tmp_path_factory.mktemp("made"), residual_backbone()
     layout = ArchiveLayout(folder / "archive")
     layout.folder.mkdir(parents=True)
@@ -63,7 +63,7 @@ def watched(made: Path, tmp_path: Path) -> Iterator[Watched]:
     shutil.copytree(made / "store", tmp_path / "store")
     server = ServerInMemory("server", tmp_path / "store")
     server.register("digits-2.0.mar", RunSettings())
-    with mock.patch.object(packaging, "check", return_value={}):  # there is no handler to try out
+    with mock.patch.object(packaging, "check", return_value={}):  # the archive has no handler to try out
         yield Watched("digits", [server], tmp_path / "store", [str(made / "records")], tmp_path / "watch",
                       lambda archive: OPTIONS, None, Terms(0.05, 0.05, 30 * 24 * 3600.0), trial_samples=30,
                       longest_batch_s=0.0)
@@ -116,7 +116,7 @@ def test_records_that_are_too_old_go_though_no_server_runs(watched: Watched, tmp
 
 
 def test_of_a_run_that_was_cut_off_for_good_nothing_stays_and_folders_with_other_names_do(tmp_path: Path) -> None:
-    """Whatever ended the watcher: the next look tells from the audit."""
+    """However the watcher ended, the audit shows at its next look what has to be removed."""
     names = ("20260101-000000", "20260102-000000", "20260103-000000", "20260104-000000", "mine", "20260101")
     for name in names:
         RunPaths(tmp_path / name).training_set.root.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a server's answer to a probe means: the workers ignore a probe from those who do not know their secret."""
+"""What a server's answer to a probe means. Workers ignore a probe that comes without their secret."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from early_exit.handler.errors import ServerError
 
 
 def probed(status: int, answer: Any) -> dict[str, Any]:
-    """Return what is learnt of a version that answers so."""
+    """Return what the probe of a version learns from this status and answer."""
     conversation = Api(Addresses.on_loopback()).probe("digits", "3.0")
     asked = next(conversation)
     assert asked.needs_secret and asked.headers == {"X-Early-Exit-Probe": "1", "content-type": "application/json"}

@@ -1,4 +1,4 @@
-"""An archive appears in a store whole, and never in the place of another."""
+"""An archive appears in a store complete, and never replaces another archive."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def without_links(source: object, target: object) -> None:
 
 @pytest.fixture(params=["with hard links", "without"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model store on a file system with hard links, and one on a file system without."""
+    """A model store, once on a file system with hard links and once on one without."""
     if request.param == "without":
         monkeypatch.setattr(os, "link", without_links)
     (tmp_path / "draft").write_text("new")
@@ -87,7 +87,7 @@ def test_a_link_in_the_place_of_an_archive_is_not_written_through(store: Path) -
 
 def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", without_links)
-    (tmp_path / "draft").mkdir()  # cannot be read
+    (tmp_path / "draft").mkdir()  # a folder cannot be read as a file
     with pytest.raises(OSError):
         publish(tmp_path / "draft", tmp_path / "a.mar")
     assert not (tmp_path / "a.mar").exists()

@@ -1,4 +1,4 @@
-"""What 8 bits are calibrated with."""
+"""Which recorded inputs calibrate the quantization to 8 bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.zoo import text
 
 
 def trains(records: Path, n_requests: int) -> torch.Tensor:
-    """Return a (N,) bool mask of the requests of the train part, in the order in which they were recorded."""
+    """Return an (N,) bool mask of the requests in the train part, in the order in which they were recorded."""
     traffic = load_traffic(list_shards(records))
     chosen = torch.zeros(n_requests, dtype=torch.bool)
     chosen[traffic.rows[traffic.part == Part.TRAIN.number]] = True
@@ -93,7 +93,7 @@ def test_damaged_shards_and_those_of_other_traffic_do_not_calibrate_and_are_told
 def test_a_model_of_texts_is_calibrated_with_their_tokens_and_masks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = TextClassifier().eval()
-    model.blocks = model.blocks[:2]  # three pieces are enough
+    model.blocks = model.blocks[:2]  # a shorter model is enough, and faster
     backbone = Backbone.from_inputs(model, text(LENGTH))
     texts = [bytes(torch.randint(97, 123, (int(length),)).tolist()) for length in torch.randint(4, 20, (80,))]
     tokens, mask = TextHandler().preprocess([{"body": text} for text in texts])

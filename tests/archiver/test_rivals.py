@@ -1,4 +1,4 @@
-"""Two rolls of one model at once: one succeeds and stays the default, and none reports a success that is none."""
+"""Two rolls of one model at once: one succeeds and stays the default, and neither wrongly reports success."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def at_once(server: SlowServer, versions: tuple[str, str],
 
 
 def slow(store: Path, seed: int, *, is_first: bool, most_s: float, ready_s: float) -> SlowServer:
-    """Return a server without a model, or with one that no roll has brought in."""
+    """Return a slow server: without a model if `is_first`, else with digits 1.0, which no roll has registered."""
     server = SlowServer("server", store, clock=VirtualClock(), draw=random.Random(seed), ready_s=ready_s)
     if not is_first:
         server.register("digits-1.0.mar", RunSettings())

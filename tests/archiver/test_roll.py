@@ -1,4 +1,4 @@
-"""A roll needs of a server what `control.ModelServer` says, and no more: here it is one in memory."""
+"""A roll needs nothing of a server beyond `control.ModelServer`; these tests use a server in memory."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def left_at(exit_: str, **answer: object) -> Prediction:
 @pytest.mark.parametrize("answer", [left_at("layer1.0", three=0.7001, rank=3), left_at("full", three=0.9, rank=3)])
 def test_without_the_secret_the_sample_must_be_answered_as_where_the_archive_was_made(
         store: Path, answer: Prediction) -> None:
-    """At whichever exit: a batch that finds out whether exits pay, and a version that stepped back, answer in full."""
+    """The full answer counts too: a control batch runs without exits, and so may a version at a fallback level."""
     server, said = serving("a", store, has_secret=False, answer=answer), list[str]()
     roll(server, store / "digits-4.0.mar", **LIMITS, log=said.append)
     assert server.calls == [("register", "4.0"), ("predict", "4.0", ""), ("set_default", "4.0"), ("unregister", "2.0")]

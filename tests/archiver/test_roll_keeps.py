@@ -26,7 +26,7 @@ WAS = RunSettings(batch_size=3, max_batch_delay_ms=37, response_timeout_s=77, wo
 
 
 def serving(store: Path, settings: RunSettings = WAS, *, model: str = "digits", **more: Any) -> ServerInMemory:
-    """Return a server that was told by hand how to run digits 1.0, whose archive says nothing of it."""
+    """Return a server that runs digits 1.0 with settings that were given by hand; its archive contains none."""
     server = ServerInMemory("server", store, **more)
     server.register(plain_mar(store, "1.0").name, settings, model=model)
     return server
@@ -68,7 +68,7 @@ def test_workers_that_a_version_was_given_while_it_served_are_kept_unless_the_co
 
 
 def test_a_setting_that_the_server_does_not_keep_stops_the_roll(tmp_path: Path) -> None:
-    """TorchServe 0.12 takes 120 s for every archive with a configuration that does not say how long."""
+    """TorchServe 0.12 sets a response timeout of 120 s for every archive whose configuration names no timeout."""
     server = serving(tmp_path)
     with pytest.raises(ServerError, match="gives 2.0 response timeout 120 s instead of 77 s, which 1.0 has: set it in "
                                           "the new archive's model-config.yaml"):

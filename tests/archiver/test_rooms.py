@@ -1,4 +1,4 @@
-"""Who in `archiver` may know the server, and what a client of it need not load."""
+"""Which rooms of `archiver` may import the one for TorchServe, and which modules must not load torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `ee-serve --config` takes of a user's config.properties and metrics file, and what it says of the rest."""
+"""What `ee-serve --config` takes from a user's config.properties and metrics file, and what it says about the rest."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ADDRESSES = Addresses.on_loopback(9080, 9081, 9082)
 
 @pytest.fixture
 def said() -> list[str]:
-    """The lines for the user."""
+    """The lines that are logged for the user."""
     return []
 
 
 @pytest.fixture
 def configure(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """Returns what TorchServe would be started with, given the text of the user's configuration, and its command."""
+    """A function that returns TorchServe's settings and its command for the text of a user's configuration."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("early_exit.archiver.torchserve.process.find_java", lambda: "java")
 

@@ -1,4 +1,4 @@
-"""Handlers whose calls cannot go on side by side get no early answers: an archive of theirs is refused, not hung."""
+"""A handler whose calls cannot run side by side cannot give early answers: its archive is refused and does not hang."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class InALoopOfItsOwn(AtOnce):
 
 
 def ask(handler: type[AtOnce]) -> Sequence[Answer]:
-    """Return the answers to two requests at once, each with its status."""
+    """Return the answers to two requests that are made at once; each answer holds only its status."""
     backbone = backbone_of_rows()
     model = build_model(backbone, *random_exits(backbone), answers="early")
     worker = worker_of(model, handler(model), ServingConfig(answers="early"))

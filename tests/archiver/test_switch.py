@@ -1,4 +1,4 @@
-"""`ee-exits`: what it says, what it notes, and whom it refuses."""
+"""The command `ee-exits`: what it prints, what it writes into the audit, and which models it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from early_exit.handler.exits.switch import SWITCHES_VARIABLE, ExitSwitch, Posit
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A server's switches, for which a worker of cifar has looked."""
+    """The folder of a server's switches, in which a worker of cifar has looked for its own switch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(SWITCHES_VARIABLE, raising=False)
     folder = tmp_path / ".ee-serve" / "exits"
@@ -103,7 +103,7 @@ def test_an_audit_that_cannot_be_written_holds_nothing_up(folder: Path, capsys: 
 
 
 def test_switching_loads_neither_torch_nor_an_archive(folder: Path) -> None:
-    """Which would take seconds that an incident does not have, or run somebody's code."""
+    """Loading torch would take seconds that matter in an incident, and loading an archive could run its code."""
     script = "import sys; from early_exit.archiver.switch.cli import main; main(['cifar', 'off']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=folder.parents[1], capture_output=True, text=True,
                           check=True)

@@ -1,4 +1,4 @@
-"""Traffic is what a user's code makes of requests: archives, plans and records of other traffic are told apart."""
+"""Traffic is requests to one handler with one set of files; archives, plans and records of other traffic are found."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CERTIFICATE = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03,
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's archive with files beside its handler, and a configuration of its own name."""
+    """A user's archive with a file beside its handler, and a configuration that has a name of its own."""
     folder = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
     mar = original_mar(folder, "rows", "rows_model.py", "rows_model.py", rows_model().state_dict(), CONFIG)

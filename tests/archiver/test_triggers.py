@@ -1,4 +1,4 @@
-"""When a plan is renewed, on which records, and when the new one is taken."""
+"""When a plan is renewed, on which records, and when the new plan replaces the old one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_alarm_renews_on_what_was_recorded_after_it(backbone: BackboneDescrip
 
 
 def test_later_alarms_do_not_put_a_renewal_off(backbone: BackboneDescription, audit: Audit) -> None:
-    """Traffic that changed makes the safer settings alarm too, in the middle of what is to renew the plan."""
+    """Changed traffic raises alarms at the fallback levels too, while records for the renewal are being collected."""
     found = standing(backbone, 9000, 1000, alarm_at=94 * DAY)
     again = MonitorState(2, Evidence(), (*found.monitors[0].alarms, Alarm(1, 96 * DAY, 150, 0.07, 22.0)))
     found = replace(found, monitors=(again,))
@@ -102,7 +102,7 @@ def test_other_traffic_than_the_plan_is_certified_for_renews(backbone: BackboneD
 
 
 def test_no_record_certifies_twice(backbone: BackboneDescription, audit: Audit) -> None:
-    """Else a plan that failed its test would pass it one day, by trying again."""
+    """Otherwise a plan that failed its test could pass it by being tested again and again."""
     found = standing(backbone, 100, 2000)
     audit.append(ATTEMPT, backbone=backbone.sha256, newest_record=95 * DAY)
     assert reason(found, audit) is None

@@ -54,7 +54,7 @@ PLAIN = "        return scores.tolist()"
 
 
 class Net(nn.Module):
-    """The same as in `MODEL`."""
+    """The network of `MODEL`, which provides the weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def samples(tmp_path: Path) -> list[Path]:
 
 def archived(folder: Path, handler: str, samples: list[Path], told: list[str] | None = None, **more: Any
              ) -> dict[str, Any]:
-    """Return what an archive of that handler says of it."""
+    """Build an archive of that handler, and return what the archive says about the handler."""
     torch.manual_seed(0)
     (folder / "net.py").write_text(MODEL)
     (folder / "their_handler.py").write_text(handler)
@@ -116,7 +116,7 @@ def test_a_tensor_that_is_an_answer_is_compared_by_all_of_its_numbers(tmp_path: 
 
 def test_weights_that_initialize_reads_from_elsewhere_are_exported_though_the_archive_loads_without_them(
         tmp_path: Path, samples: list[Path]) -> None:
-    """The stand-in takes any state dict that is not strict, so only the answers tell."""
+    """The stand-in accepts any state dict if strict=False, so only the answers show the difference."""
     made = archived(tmp_path, HANDLER.format(
         initialize="        self.model.load_state_dict({'head.bias': torch.tensor([9.0, 0.0, 0.0])}, strict=False)",
         postprocess=PLAIN), samples)
@@ -211,7 +211,7 @@ def Both(net):
 
 def test_a_request_of_several_parts_is_tried_out_as_the_server_hands_it_over(
         tmp_path: Path, samples: list[Path]) -> None:
-    """The handler refuses any other option than it was given, so the second request has it too."""
+    """The handler refuses any option but the given one, so the second request has the same option."""
     (tmp_path / "mode.txt").write_text("fast")
     handler = HANDLER.format(initialize="", postprocess=PLAIN).replace('item["body"]', 'self.row(item)') + """
     def row(self, item):

@@ -1,4 +1,4 @@
-"""What the calls of a user's model show, and what disturbs them, when `ee-archive` runs a handler."""
+"""What the calls of a user's model show to `ee-archive` when it runs a handler, and what may disturb them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models as torch-model-archiver writes them, in each of its formats, and what archives of others may not hold."""
+"""Models are read in each format that torch-model-archiver writes, and archives with dangerous entries are refused."""
 
 from __future__ import annotations
 

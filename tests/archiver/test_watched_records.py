@@ -1,4 +1,4 @@
-"""Which records `ee-watch` sees, and what it says of the others."""
+"""Which records `ee-watch` counts, and what it says about the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ N = 20
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A model store with an archive of which the traffic is known, and no records."""
+    """A model store with an archive whose traffic is known, and without records."""
     layout, model = ArchiveLayout(tmp_path / "archive"), {"modelName": "digits", "modelVersion": "2.0"}
     layout.folder.mkdir(parents=True)
     residual_backbone().save(layout.folder)
@@ -47,7 +47,7 @@ def looked(store: Path, records: Path, lines: list[str]) -> ModelStatus:
 
 
 def shard_of(folder: Path, traffic: str, **header: str) -> Path:
-    """Record some requests and say that they are of some traffic; return the shard."""
+    """Record some requests, mark them as requests of that traffic, and return the shard."""
     record(residual_backbone(), recorded_inputs()[:N], folder, name="digits")
     shard = max(list_shards(folder), key=lambda path: path.stat().st_mtime_ns)
     found = read_header(shard)
@@ -89,7 +89,7 @@ def test_before_the_first_shard_there_is_nothing_to_say(store: Path, tmp_path: P
 @pytest.mark.parametrize("told", [("digits", "3.0"), ("faces", "2.0")])
 def test_a_server_that_names_another_archive_than_it_serves_is_not_believed(
         told: tuple[str, str], store: Path, tmp_path: Path) -> None:
-    """A server that was taken over could name an old archive, and have all servers get a new one that is made of it."""
+    """A compromised server could name an old archive, and all servers would then get a new one made from it."""
     (tmp_path / "records").mkdir()
     server, (model, version) = ServerInMemory("server", store), told
     server.register("digits-2.0.mar", RunSettings(), model=model)
