@@ -1,4 +1,4 @@
-"""What the modules share that start a server of their own."""
+"""A fixture that is shared by the modules that start a server of their own."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from early_exit.archiver.torchserve.process import TorchServe
 
 @pytest.fixture(scope="module")
 def management(server: TorchServe) -> Management:
-    """Of the module's server."""
+    """The management API of the module's server."""
     return Management(server.addresses, server.key_file, server.secret_file)

@@ -1,4 +1,4 @@
-"""The monitor in a real worker: exits that break their promise are given up, and a new worker knows that."""
+"""The monitor in a real worker gives up exits that break their certificate, and a new worker knows this."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODIES = [request.body for request in traffic(60, seed=15)]
 
 def test_exits_that_differ_too_often_are_given_up_and_stay_so_in_a_new_worker(
         recorder_mar: Path, tmp_path: Path) -> None:
-    """Heads that were never trained, with a certificate that says that they may differ in 2 %."""
+    """The heads are untrained, but the certificate says that at most 2 % of their answers differ."""
     certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "-", (0.0, 1.0))
     plan = write_plan(tmp_path / "run", recorder_mar, threshold=0.0, certificate=certificate)
     config = tmp_path / "config.yaml"

@@ -1,4 +1,4 @@
-"""The commands when they are used wrongly, or only asked what they do."""
+"""What the commands do when they are used wrongly, or are only asked for help."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMANDS = Path(sys.executable).parent
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """And with the handlers of signals put back, which commands set for their process."""
+    """Run each test in an empty folder, and restore the signal handlers that commands set for their process."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield

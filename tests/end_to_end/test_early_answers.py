@@ -75,7 +75,7 @@ def test_a_roll_under_load_to_early_answers_loses_nothing_and_changes_no_answer(
 
 
 def ask(server: TorchServe, version: str, body: bytes, headers: dict[str, str]) -> requests.Response:
-    """Send a request as any client of the server may, with headers of its own."""
+    """Send a request with the inference key and further headers, as any client of the server may."""
     token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
     reply = requests.post(f"{server.addresses.inference}/predictions/digits/{version}", data=body, timeout=20,
                           headers={**token, **headers})
@@ -84,14 +84,14 @@ def ask(server: TorchServe, version: str, body: bytes, headers: dict[str, str]) 
 
 
 def opinions(server: TorchServe, version: str, body: bytes) -> tuple[str, list[dict[str, object]]]:
-    """Ask a version what all its exits think; return the exit that answered and what they said."""
+    """Ask a version for the predictions of all its exits; return the exit that answered, and the predictions."""
     reply = ask(server, version, body, {"X-Early-Exit-Anytime": "1",
                                         "X-Early-Exit-Secret": SECRET})
     return reply.headers["X-Early-Exit"], json.loads(reply.headers["X-Early-Exit-Opinions"])
 
 
 def anytime_answers(server: TorchServe) -> list[str]:
-    """Return how often every version has told all opinions, once a reply that is sent now has been counted."""
+    """Return the counters of answers in anytime mode of all versions, once a request sent now has been counted."""
     ask(server, "4.0", BODIES[0], {})
     time.sleep(1)
     return sorted(line for line in metrics(server).splitlines() if line.startswith("ee_anytime_answers_total{"))
@@ -99,7 +99,7 @@ def anytime_answers(server: TorchServe) -> list[str]:
 
 def test_the_operator_hears_every_exit_whenever_answers_leave_and_clients_force_no_full_pass(
         server: TorchServe, management: Management, store: Path) -> None:
-    """The same exits with plain batching beside the early ones."""
+    """A version with the same exits and plain batching serves beside the version with early answers."""
     management.register("digits-3.0.mar", RunSettings(workers=(1, 1)))
     deadline = time.monotonic() + 120
     while not [one for one in management.versions("digits") if one.version == "3.0" and one.n_ready]:

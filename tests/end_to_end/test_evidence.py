@@ -1,4 +1,4 @@
-"""What a real server records under trouble trains and certifies what it would have without."""
+"""Records that a real server writes under trouble train and certify the same plan as records without trouble."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.slow
 MODEL = "spread"
 HANDLER = Path(__file__).parents[1] / "support" / "models" / "spread_handler.py"
 N_REQUESTS, PER_SHARD = 3000, 64
-"""Requests before and after the preprocessing changes, and records of a shard."""
+"""The number of requests before the preprocessing changes, and again after it, and the records of a shard."""
 DAY = 86400.0
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nearly_exit:\n  control_rate: 0\n  seal_after_s: 1\n"
           f"  records_per_shard: {PER_SHARD}\n  keep_requests: true\n")
@@ -72,16 +72,16 @@ def archive(folder: Path, version: str, handler: Path) -> Path:
 
 @dataclass(frozen=True)
 class Troubled:
-    """A server's records after everything went wrong that may."""
+    """A server's records after every kind of trouble that these tests cover."""
 
     archives: tuple[Path, Path]
     records: Path
     sent: tuple[dict[str, str], dict[str, str]]
-    """What was sent to each of the archives, by request id."""
+    """The bodies that were sent to each of the two archives. Keys are request ids."""
     lost: set[str]
     """The requests whose records the killed worker had not written."""
     times: tuple[float, float]
-    """When it began and ended."""
+    """The Unix times at which the requests began and ended."""
     log: str
     not_finite: float
 
@@ -107,11 +107,11 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Troubled]:
             began = time.time()
             at_risk = _first_half(client, rows[:N_REQUESTS], records / MODEL)
             management = Management(server.addresses, server.key_file, server.secret_file)
-            time.sleep(3)  # until what is left is sealed: a worker that goes writes nothing more
+            time.sleep(3)  # until the last records are sealed: a worker that is removed writes no more
             roll(management, archives[1], longest_batch_s=1)
             first, client.sent = client.sent, {}
             client.send(rows[N_REQUESTS:])
-            time.sleep(4)  # until what is left is sealed
+            time.sleep(4)  # until the last records are sealed
             not_finite = sum(float(line.split()[-1]) for line in metrics(server).splitlines()
                              if "records_not_finite_total{" in line)
             log = "".join(file.read_text(errors="replace") for file in (server.state / "logs").glob("*.log"))
@@ -122,14 +122,14 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Troubled]:
 
 
 def _first_half(client: Client, rows: Sequence[object], folder: Path) -> list[str]:
-    """Send the first half: with bad values, a clock that jumps, a disk that fills and a worker that is killed.
+    """Send the first half, with bad values, a clock that jumps, a disk that fills up and a worker that is killed.
 
     Returns:
-        The requests that were answered just before it was killed.
+        The ids of the requests that were answered just before the worker was killed.
     """
     client.send([*rows[:500], *BAD, *rows[500:1000]])
     client.send([{"clock": 40 * DAY}, *rows[1000:1000 + 2 * PER_SHARD]])
-    time.sleep(2)  # so that what is written meanwhile is judged by that clock
+    time.sleep(2)  # so that the shards that are written meanwhile are judged by this clock
     client.send([{"clock": 0.0}, *rows[1000 + 2 * PER_SHARD:1500]])
     client.send([{"clock": -40 * DAY}, *rows[1500:1500 + PER_SHARD], {"clock": 0.0}, *rows[1500 + PER_SHARD:2000]])
     time.sleep(2)
@@ -142,7 +142,7 @@ def _first_half(client: Client, rows: Sequence[object], folder: Path) -> list[st
     time.sleep(2)
     filler.unlink()
     client.send(rows[2000 + 3 * PER_SHARD:2500])
-    time.sleep(8)  # what waited is written
+    time.sleep(8)  # until the records that waited for room are written
     n_before = len(client.sent)
     client.send(rows[2500:2500 + PER_SHARD // 2])
     at_risk = [*client.sent][n_before:]
@@ -179,13 +179,13 @@ def _recorded(records: Path) -> set[int]:
 
 @dataclass(frozen=True)
 class Compared:
-    """The records of one archive's traffic, and those of the same requests without trouble."""
+    """The shards of one archive's traffic, and the shards of the same requests without trouble."""
 
     layout: ArchiveLayout
     troubled: list[Path]
     untroubled: list[Path]
     lines: list[str]
-    """What was said about the shards."""
+    """The lines that were logged about the shards."""
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["before the change", "after it"])

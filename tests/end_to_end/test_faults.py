@@ -1,4 +1,4 @@
-"""What goes wrong in production, done to a real TorchServe under load: no wrong answer, none lost, and it goes on."""
+"""Faults of production on a real TorchServe under load: no answer is wrong, few or none are lost, serving goes on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.workers import kill_worker, wait_until_ready
 pytestmark = pytest.mark.slow
 
 Answer = tuple[str, str]
-"""The class, and the exit that says so."""
+"""The class, and the exit that answered."""
 BODIES = [request.body for request in traffic(60, seed=15)]
 CLIENTS = 8
 RECORDS_PER_SHARD, BATCH = 32, 4
@@ -83,7 +83,7 @@ def default(management: Management) -> str:
 
 @contextlib.contextmanager
 def loaded(server: TorchServe, expected: list[Answer], *, may_fail: int = 0) -> Iterator[BackgroundLoad]:
-    """Load the server from 8 clients while the block runs; then no answer was wrong, and few or none lost."""
+    """Load the server from 8 clients while the block runs; no answer may be wrong, and at most `may_fail` may fail."""
     with BackgroundLoad(server, "digits", BODIES, clients=CLIENTS) as load:
         time.sleep(1)
         yield load
@@ -107,9 +107,9 @@ def test_the_management_api_asks_for_its_own_token(server: TorchServe) -> None:
 
 
 def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, expected: list[Answer]) -> None:
-    """And the records that it had not written: a shard, which ends with the batch that fills it."""
+    """It also costs the records that were not yet written: at most a shard, which ends with the batch that fills it."""
     records = server.state.parent / "records"
-    time.sleep(2.5)  # until those of before are on disk
+    time.sleep(2.5)  # until the earlier records are on disk
     before, counted = n_records(records), n_sampled(server)
     with loaded(server, expected, may_fail=4):
         kill_worker(server)
@@ -123,7 +123,7 @@ def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, exp
 
 
 def n_sampled(server: TorchServe) -> float:
-    """Return how many answers of the shadow sample the server has counted: its workers' ends do not reset that."""
+    """Return how many shadow samples the server has counted. The end of a worker does not reset this count."""
     return sum(version.shadow for version in read_metrics(metrics(server))["digits"].values())
 
 
@@ -171,7 +171,7 @@ def test_a_records_folder_that_goes_away_or_cannot_be_written_costs_no_answer_an
 
 
 def put_a_file_in_the_place_of(folder: Path) -> None:
-    """Let nobody write there, not even root; the worker makes the folder again and again."""
+    """Put a file there, so that not even root can write into the folder. The worker may recreate it meanwhile."""
     deadline = time.monotonic() + 30
     while not folder.is_file():
         assert time.monotonic() < deadline, "the worker is always faster"
@@ -185,7 +185,7 @@ def test_a_full_disk_costs_no_answer_and_recording_goes_on_when_there_is_room(
     records, log = server.state.parent / "records" / "digits", server.state / "logs" / "model.log"
     shutil.rmtree(records, ignore_errors=True)
     records.mkdir(parents=True, exist_ok=True)
-    written_before = len(log.read_text())  # the test before this one makes the worker complain, too
+    written_before = len(log.read_text())  # the previous test makes the worker complain, too
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(records)], capture_output=True,
                       check=False).returncode:
         pytest.skip(MAY_NOT_MOUNT)
@@ -219,7 +219,7 @@ def test_of_rolls_of_two_archives_at_once_one_succeeds_and_no_request_is_lost(
 
 
 def in_parallel(calls: list[object]) -> list[object]:
-    """Return what the calls returned or raised."""
+    """Run the calls at once; return what each returned or raised."""
     outcomes: list[object] = [None] * len(calls)
 
     def run(number: int) -> None:
@@ -239,7 +239,7 @@ def in_parallel(calls: list[object]) -> list[object]:
 def test_when_the_second_server_fails_the_first_is_put_back_with_the_workers_it_had(
         server: TorchServe, management: Management, store: Path, expected: list[Answer]) -> None:
     before = default(management)
-    management.scale("digits", before, (2, 2))  # its archive asks for one
+    management.scale("digits", before, (2, 2))  # its archive asks for one worker
     nobody = Management(Addresses.free(), None)
     with loaded(server, expected), pytest.raises(ServerError, match=f"no answer from .*\n.* was put back to {before}"):
         roll_all([management, nobody], store / "digits-6.0.mar", put_back=True, longest_batch_s=1.0)
@@ -260,7 +260,7 @@ def test_a_roll_waits_for_batches_that_take_longer_than_it_was_told(
 
 
 def slowed(handler: str) -> str:
-    """Return the code of a handler that takes 0.4 s an image."""
+    """Return the code of a handler that takes 0.4 s per image."""
     assert "class DigitsClassifier" in handler
     return handler + ("\n    def preprocess(self, data):\n"
                       "        import time\n"

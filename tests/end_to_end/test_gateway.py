@@ -92,7 +92,7 @@ def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: P
     torch.manual_seed(0)
     asked = factory_request(tmp_path / "original", tmp_path, "slow", SlowEnd(), "digits_handler.py",
                             WORKERS.format(n=1).replace("batchSize: 4", "batchSize: 16") + "  answers: early\n"
-                            "  sampling_rate: 0\n",  # a sampled request is answered at the end
+                            "  sampling_rate: 0\n",  # a shadow sample would be answered at the end only
                             input_shape=(1, 32, 32))
     without = build_untried(replace(asked, version="1.0"))
     plan = write_plan(tmp_path / "run", without, threshold=0.121, which=slice(3, 4))
@@ -104,7 +104,7 @@ def test_early_answers_overtake_a_full_one_that_was_sent_before_them(tmp_path: P
         early, full = ([BODIES[int(name)] for name, one in told.items() if (one["exit"] == "full") == is_full]
                        for is_full in (False, True))
         assert len(early) >= 4 and full
-        # While the worker is busy with these, the others arrive, so it takes them on together.
+        # The others arrive while the worker is busy with these, so it takes all of them into one batch.
         before = {f"before {number}": full[0] for number in range(4)}
         socket.send(as_bytes(before))
         time.sleep(0.2)

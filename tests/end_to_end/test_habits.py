@@ -1,4 +1,4 @@
-"""Handlers as people write them: a client gets what it got before, whoever answers, through TorchServe."""
+"""Handlers as people write them: through TorchServe, a client gets the same answers as before, from whichever exit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.support.habits.trial import WITH_EXITS, Trial, try_habits
 pytestmark = pytest.mark.slow
 
 SAME = ("own_statuses", "global_model", "image_classifier", "video_frames", "counted", "bert", "faster_rcnn")
-"""From `global_model` on these are what TorchServe's documentation shows: a module-level handler, an image classifier,
-frames of a video, custom metrics, a BERT for sequence classification with explanations, a detector. The others, and
-early answers, are tried by `python -m tests.benchmarks.habits`."""
+"""From `global_model` on, these are handlers that TorchServe's documentation shows: a module-level handler, an image
+classifier, frames of a video, custom metrics, a BERT for sequence classification with explanations, and a detector.
+`python -m tests.benchmarks.habits` tries the other habits, and early answers."""
 REFUSED = {"ensemble": Unsupported.SEVERAL_SCORES}
 
 

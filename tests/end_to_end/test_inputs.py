@@ -1,5 +1,5 @@
-"""Other models than ResNets, through a real TorchServe: records of counts and categories, texts with a mask, a detector
-of objects, faces for a MobileFaceNet, photos for an EfficientNet, digits for a transformer, and rows out of order."""
+"""Models other than ResNets behind a real TorchServe: DLRM on counts and categories, a classifier of texts with masks,
+an object detector, MobileFaceNet, EfficientNet, a vision transformer, and a handler that reorders its rows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Planned = tuple[Backbone, ExitPlan, dict[str, Head]]
 
 
 PICTURES = {"faces": "face_handler.py", "photos": "face_handler.py", "digits": "digits_handler.py"}
-"""And their handlers."""
+"""The models that classify images, and their handlers."""
 SHAPES = {"faces": (3, 112, 96), "photos": (3, 112, 96), "digits": (1, 32, 32), "clicks": (39,)}
 SEES = {"faces": FaceClassifier.image_processing, "photos": FaceClassifier.image_processing,
         "digits": DigitsClassifier.image_processing}
@@ -81,12 +81,12 @@ def models() -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def plans(models: dict[str, nn.Module]) -> dict[str, Planned]:
-    """Two exits each: before and after the interaction for clicks."""
+    """A plan with two exits for each model. For clicks, they are before and after the interaction."""
     found = {}
     for name, shape in SHAPES.items():
         backbone = Backbone.from_module(models[name], shape)
         paths = [one.path for one in backbone.description.candidates]
-        # What is deeper in an untrained network hardly differs between inputs.
+        # The deeper activations of an untrained network hardly differ between inputs.
         layers = ["embeddings", "interaction"] if name == "clicks" else paths[1:4:2]
         found[name] = backbone, *thirds(backbone, layers, _inputs(name))
     return found
@@ -95,7 +95,7 @@ def plans(models: dict[str, nn.Module]) -> dict[str, Planned]:
 @pytest.fixture(scope="module")
 def server(models: dict[str, nn.Module], plans: dict[str, Planned],
            tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """All models, with exits; everything is recorded."""
+    """A server of all models, with exits, which records every request."""
     folder = tmp_path_factory.mktemp("inputs")
     store, config = folder / "store", WORKERS.format(n=1) + "  sampling_rate: 1.0\n"
     request = folder / "click.json"
@@ -226,7 +226,7 @@ def test_a_handler_that_sorts_gives_no_request_the_header_or_record_of_another(s
 
 
 def _sorting(folder: Path, store: Path, config: str) -> Path:
-    """Return an archive with exits whose handler sorts, as `ee-archive` describes it."""
+    """Return an archive with exits whose handler sorts its rows, described as `ee-archive` would describe it."""
     folder = folder / "rows"
     folder.mkdir()
     (folder / "config.yaml").write_text(config)
@@ -243,7 +243,7 @@ def _sorting(folder: Path, store: Path, config: str) -> Path:
 
 
 def _sure(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """Return an untrained model whose answers differ from class to class."""
+    """Return the untrained model with its classifier scaled so that its scores differ clearly between classes."""
     *_, classifier = (part for part in model.modules() if isinstance(part, nn.Linear))
     with torch.no_grad():
         classifier.weight.normal_()
@@ -258,7 +258,7 @@ def _pictures(name: str) -> list[bytes]:
 
 
 def _inputs(name: str) -> Tensor:
-    """Return what the handler makes of the requests."""
+    """Return the inputs that the handler makes of the requests."""
     if name == "clicks":
         return torch.tensor([from_json(one) for one in CLICKS])
     return torch.stack([SEES[name](Image.open(io.BytesIO(body))) for body in _pictures(name)])

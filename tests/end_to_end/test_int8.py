@@ -1,5 +1,5 @@
-"""From recorded requests to a certified model in 8-bit integers with exits, by the commands of the page on engines and
-a real TorchServe."""
+"""From recorded requests to a certified int8 model with exits: the commands of the page on engines, and a real
+TorchServe."""
 
 from __future__ import annotations
 

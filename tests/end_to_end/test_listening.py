@@ -1,4 +1,4 @@
-"""What `ee-serve --host` opens, and that the secret of its workers is nowhere but in its file."""
+"""Which ports `ee-serve --host` opens to other machines, and that the workers' secret is nowhere but in its file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.support.client import consecutive_free_ports
 pytestmark = pytest.mark.slow
 
 ELSEWHERE = "127.0.0.2"
-"""Another interface of this machine: what listens on 127.0.0.1 alone is not there."""
+"""Another interface of this machine: a server that listens on 127.0.0.1 alone does not answer on it."""
 
 
 def of_all(processes: list[psutil.Process], ask: Callable[[psutil.Process], list[Any]]) -> list[Any]:
-    """Return what processes tell, but for those that have ended, as what measures the system for TorchServe does."""
+    """Return what the processes tell. Some may have ended, such as those that measure the system for TorchServe."""
     told: list[Any] = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):

@@ -57,7 +57,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def complaints(page: Page) -> list[str]:
-    """What the page writes to its console as an error or does not catch."""
+    """The errors that the page writes to its console or does not catch."""
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -66,13 +66,13 @@ def complaints(page: Page) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pictures() -> Path:
-    """Where screenshots are kept: $SCREENSHOTS, else build/screenshots, which git ignores."""
+    """The folder for screenshots: $SCREENSHOTS, else build/screenshots, which git ignores."""
     return Path(os.environ.get("SCREENSHOTS") or ROOT / "build" / "screenshots")
 
 
 @pytest.fixture(scope="module")
 def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """Serves digits 3.0, which promises next to nothing; 4.0 promises more than its untrained heads can keep."""
+    """A server of digits 3.0, whose tolerance is 97 %. That of 4.0 is 2 %, which its untrained heads must exceed."""
     folder = tmp_path_factory.mktemp("live")
     (folder / "config.yaml").write_text(CONFIG)
     for version, tolerance in (("3.0", 0.97), ("4.0", 0.02)):
@@ -98,7 +98,7 @@ def address(server: TorchServe, audit: Audit) -> Iterator[str]:
 
 
 def see(page: Page, *texts: str) -> None:
-    """Wait until a reader sees all of the texts."""
+    """Wait until all of the texts are visible."""
     for text in texts:
         expect(page.get_by_text(text).filter(visible=True).first).to_be_visible(timeout=30_000)
 
@@ -108,14 +108,14 @@ def expect_unseen(page: Page, text: str) -> None:
 
 
 def hold_up(page: Page, url: str) -> list[Route]:
-    """Hold up the page's next request of a kind; return the list that it then is in."""
+    """Hold up the page's next request to a URL; return the list that will contain this request."""
     held: list[Route] = []
     page.route(url, lambda route: held.append(route), times=1)
     return held
 
 
 def let_go(held: list[Route]) -> None:
-    """Send a request that was held up, and wait until the page has its reply."""
+    """Send on the request that was held up, and wait until the page has its reply."""
     [route] = held
     route.continue_()
     response = route.request.response()
@@ -124,7 +124,7 @@ def let_go(held: list[Route]) -> None:
 
 
 def work_told(page: Page) -> int:
-    """Return the percentage of the full model's work that the page tells."""
+    """Return the percentage of the full model's work that the page shows."""
     lead = page.locator("#lead").inner_text()
     found = re.search(r"so the model did (\d+) % of the work", lead)
     assert found is not None, lead
@@ -134,7 +134,7 @@ def work_told(page: Page) -> int:
 def test_before_any_traffic_the_page_says_so(page: Page, address: str, pictures: Path) -> None:
     wait_for_state(address, lambda state: state["looks"] if state["model"] else None)
     page.goto(f"http://{address}/#token={TOKEN}")
-    page.wait_for_url(f"http://{address}/")  # the token is no longer in it
+    page.wait_for_url(f"http://{address}/")  # the page has removed the token from its address
     page.reload()
     see(page, "No requests in the last ten minutes", "With 95% confidence", "has not seen a shadow sample")
     page.screenshot(path=pictures / "empty.png", full_page=True)
@@ -147,7 +147,7 @@ def test_the_page_shows_where_requests_leave_and_whether_the_promise_holds(
     (tmp_path / "digit.png").write_bytes(BODIES[0])
     looks = (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False))
     for dropped, (name, width, dark) in enumerate(looks):
-        number = len(bodies) + dropped  # what is dropped on the page is a request like any other
+        number = len(bodies) + dropped  # a file that is dropped on the page counts as a request
         state = wait_for_state(address, lambda now, number=number: answered(now, "3.0").total() == number)
         early = 1 - answered(state, "3.0")["full"] / number
         page.set_viewport_size({"width": width, "height": 900})
@@ -239,7 +239,7 @@ def test_another_model_is_shown_when_it_is_chosen_though_a_look_at_the_first_is_
         pass  # the page looks again every two seconds
     page.select_option("#model", "other")
     see(page, "other 3.0", "Every exit then shows")
-    expect_unseen(page, "opinions together took")  # they were the other model's
+    expect_unseen(page, "opinions together took")  # these opinions belong to the other model
     let_go(held)
     for _ in range(20):
         assert page.input_value("#model") == "other"
@@ -252,7 +252,7 @@ def test_everything_can_be_reached_with_the_keyboard(page: Page, address: str) -
     page.goto(f"http://{address}/#token={TOKEN}")
     see(page, "requests left the model early")
     page.keyboard.press("Tab")
-    expect(page.locator("#file")).to_be_focused()  # one model needs no choice; the first stop is the file
+    expect(page.locator("#file")).to_be_focused()  # a single model needs no choice, so the file is the first stop
 
 
 def test_a_roll_an_alarm_and_a_decision_appear_on_the_time_line(

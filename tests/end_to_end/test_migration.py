@@ -1,4 +1,4 @@
-"""The commands for those who have an archive and a server, and for those who have a detector, as they are written."""
+"""The documented commands for users who have an archive and a server, and for users who have a detector, as written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 def test_the_page_for_those_who_have_a_mar_works_as_it_stands(
         digits_backbone: DigitsResNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With digits, whose handler does not bring images to one size, and on a server that they started themselves."""
+    """The model is digits, whose handler does not resize images. The user has started the server without `ee-serve`."""
     bodies = [request.body for request in traffic(40, seed=60)]
     (tmp_path / "typical.jpg").write_bytes(bodies[0])
     mar = original_mar(tmp_path / "user", "yours", "digits_resnet.py", "digits_handler.py",
@@ -67,7 +67,7 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(
 
 
 def clients_force_no_full_pass(server: TorchServe, body: bytes) -> None:
-    """Try it with the inference key, which all clients have, where no secret is set."""
+    """Try to force a full pass with the inference key, which all clients have, on a server without a secret."""
     token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
     for header in ("X-Early-Exit-Anytime", "X-Early-Exit-Probe"):
         for secret in ({}, {"X-Early-Exit-Secret": ""}, {"X-Early-Exit-Secret": "None"}):

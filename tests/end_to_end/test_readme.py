@@ -1,5 +1,5 @@
-"""The commands of the pages on the loop and of the tutorial, run as they stand; what they print has the form that these
-show. The README's commands are among those of the pages."""
+"""The commands of the pages on the loop and of the tutorial are run as they stand; their output has the form that the
+pages show. The README's commands are among those of the pages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ N_PHOTOS = 260
 
 
 def test_the_loop_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Path) -> None:
-    """With digits in place of CIFAR's photos, and a short search."""
+    """Digits take the place of CIFAR's photos, and the search is short."""
     reader = Reader(LOOP, SWITCH, LIVE_PAGE, folder=tmp_path,
                     instead={"3,32,32": "1,32,32", "cifar_handler": "digits_handler"},
                     more={"ee-train records": "--trials 2 --layers 3", "ee-watch": "--once"})
@@ -79,24 +79,24 @@ def test_the_loop_works_as_it_stands(digits_backbone: DigitsResNet, tmp_path: Pa
 
 
 def test_every_command_of_the_readme_is_on_a_page_with_its_output() -> None:
-    """So the tests that run the pages run it."""
+    """So the tests that run the commands of the pages run those of the README too."""
     shown = [one for page in PAGES for one in commands(page)]
     assert [one.command for one in commands(README) if not any(same(one, other) for other in shown)] == []
 
 
 def same(quoted: Shown, other: Shown) -> bool:
-    """Whether a command is one of a page, with none but lines that the page shows as its output."""
+    """Tell whether a page shows the same command, with an output that has every line of the quoted output."""
     return quoted.command == other.command and not quoted.missing("\n".join(other.output))
 
 
 def server_at(reader: Reader) -> TorchServe:
-    """Return the server that the document's `ee-serve` started, to send to."""
+    """Return the server that the document's `ee-serve` started, so that requests can be sent to it."""
     addresses = Addresses.on_loopback(*range(reader.port, reader.port + 3))
     return TorchServe(reader.folder / "model-store", reader.folder / ".ee-serve", addresses)
 
 
 def ask_through_the_gateway(port: int, token: str, body: bytes) -> None:
-    """Send the page's message, with a request in it, and get messages of its form."""
+    """Send the message that the page shows, with real requests in it; the answers must have the form that it shows."""
     said = next(block for block in blocks(LIVE_PAGE) if block.startswith("> {"))
     message, answer = (line[2:] for line in said.splitlines()[:2])
     message = message.replace("<base64>", base64.b64encode(body).decode())
@@ -109,7 +109,7 @@ def ask_through_the_gateway(port: int, token: str, body: bytes) -> None:
 
 
 def test_the_tutorial_works_as_it_stands(tmp_path: Path) -> None:
-    """With 260 striped pictures of five kinds as photos, a model of half the blocks, and without a search."""
+    """The photos are 260 striped pictures of five kinds, the model has half the blocks, and there is no search."""
     model, names = (re.search(rf"^```{kind}\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)
                     for kind in ("python", "json"))
     assert model is not None and names is not None
@@ -146,7 +146,7 @@ def sealing_soon(folder: Path) -> Path:
 
 
 def striped(number: int) -> bytes:
-    """Return a picture of one of five kinds: stripes of that width, in a colour of its own."""
+    """Return a picture of one of five kinds: the kind decides the width of the stripes. Each has a random colour."""
     generator = torch.Generator().manual_seed(number)
     phase, *colour = torch.rand(4, generator=generator).tolist()
     waves = torch.sin((torch.arange(64) / 2 ** (number % 5) + phase) * torch.pi)
@@ -158,8 +158,8 @@ def striped(number: int) -> bytes:
 
 
 def weights(source: str, bodies: list[bytes]) -> dict[str, torch.Tensor]:
-    """Return weights with which the tutorial's model tells the kinds apart: its last layer compares with the mean
-    features of each."""
+    """Return weights with which the tutorial's model tells the kinds apart: its last layer compares the features of an
+    image with the mean features of each kind."""
     scope: dict[str, type[nn.Module]] = {}
     exec(source, scope)
     torch.manual_seed(0)

@@ -70,7 +70,7 @@ def store(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """It is started with a umask that keeps nothing from others, a secret of the gateway's, and a user's settings."""
+    """A server that is started with the umask 0, the gateway's token in its environment, and a user's settings."""
     folder, umask = tmp_path_factory.mktemp("server"), os.umask(0)
     (folder / "metrics.yaml").write_text(METRICS)
     config = folder / "config.properties"
@@ -108,7 +108,7 @@ def test_two_workers_answer_and_record_every_request(server: TorchServe, managem
 
 def test_a_form_reaches_the_handler_with_the_types_of_its_parts_and_is_recorded_as_that(
         server: TorchServe, management: Management) -> None:
-    """The handler reads the part that is called data."""
+    """The handler reads the part that is named data."""
     options, note = {"k": [1, None, 2.5]}, "a note — of ours"
     parts = (Part(BODIES[0], "image/png", "data"), Part(json.dumps(options).encode(), "application/json", "options"),
              Part(note.encode(), "text/plain", "a note"))
@@ -219,7 +219,7 @@ def test_a_roll_under_load_loses_no_request_and_the_new_version_exits(
 
 
 def test_an_answer_does_not_depend_on_the_batch_it_travelled_in(server: TorchServe) -> None:
-    """Scores agree to rounding, which differs with the batch; exits are the same."""
+    """Scores agree except for rounding, which depends on the batch; exits are the same."""
     alone, together = send(server, "digits", BODIES, clients=1), send(server, "digits", BODIES, clients=8)
     assert len({reply.exit for reply in alone}) > 1
     assert [reply.exit for reply in alone] == [reply.exit for reply in together]
@@ -283,7 +283,7 @@ def test_a_records_folder_that_cannot_be_written_costs_no_answer(store: Path, tm
 
 
 def test_a_wrong_setting_is_named_in_the_log_at_load(recorder_mar: Path, tmp_path: Path) -> None:
-    """Archives with one are refused when they are built; here it is slipped in afterwards."""
+    """`ee-archive` refuses a wrong setting, so the test adds it to the finished archive."""
     import zipfile
 
     store = tmp_path / "store"

@@ -1,4 +1,4 @@
-"""The watch loop against a real TorchServe: a first plan, an alarm, the step back, a renewed plan, a roll back."""
+"""The watch loop against a real TorchServe: a first plan, an alarm, a fallback level, a renewed plan, a rollback."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def server(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     config.write_text(CONFIG)
     build_untried(ArchiveRequest(str(recorder_mar), folder / "store", version="2.0", config=config))
     (folder / "state").mkdir(mode=0o700)
-    (folder / "state" / "log4j2.component.properties").write_text("log4j2.debug=true\n")  # read from a class path
+    # Log4j would read this file, and log its own work, if the folder were on Java's class path.
+    (folder / "state" / "log4j2.component.properties").write_text("log4j2.debug=true\n")
     with open_umask(), TorchServe(folder / "store", folder / "state", Addresses.free(), records=folder / "records",
                                   models=["digits-2.0.mar"]) as running:
         yield running
@@ -73,7 +74,7 @@ def watched(server: TorchServe) -> Watched:
 
 
 def serve(server: TorchServe, bodies: list[bytes]) -> list[Reply]:
-    """Send requests and wait until those that were sampled are on disk."""
+    """Send requests, and wait until the records of their shadow samples are on disk."""
     replies = send(server, "digits", bodies)
     assert failed(replies) == 0
     time.sleep(2.5)
@@ -93,7 +94,7 @@ def drifted(count: int, seed: int) -> list[bytes]:
 
 
 def alarm(server: TorchServe, watched: Watched) -> None:
-    """Let another worker of the served version see shadow samples that are all answered wrongly."""
+    """Simulate another worker of the served version whose shadow samples were all answered wrongly."""
     standing = Watcher(watched).look()
     assert standing.plan is not None and standing.plan.certificate is not None
     header = ShardHeader("digits", standing.version, standing.backbone.sha256, None, ())
@@ -111,7 +112,7 @@ def test_a_backbone_without_a_plan_gets_one_though_a_shard_is_damaged(server: To
     serve(server, clean(1500, seed=20))
     whole = list_shards(server.state.parent / "records")[0]
     whole.with_name("half.safetensors").write_bytes(whole.read_bytes()[:1000])
-    with pytest.raises(KeyboardInterrupt):  # a watcher that is ended while it trains
+    with pytest.raises(KeyboardInterrupt):  # this watcher is ended in the middle of its attempt
         Watcher(replace(watched, options=interrupted)).tick()
     watcher.tick()
     events = watched.audit.read()
@@ -155,7 +156,7 @@ def test_when_a_worker_alarms_the_others_step_back_by_themselves(server: TorchSe
 
 
 ONLY_IN_TROUBLE = {"ee_rows_unknown"}
-"""A worker that has no trouble must not say so in the place of another that has; `test_inputs` has a server with it."""
+"""Metrics that a worker sends only in trouble, since a sound worker would overwrite them; see `test_inputs`."""
 
 
 def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_no_token(server: TorchServe) -> None:
@@ -164,7 +165,7 @@ def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_
     assert len(asked) > 10 and len(told) > 10
     text = requests.get(f"{server.addresses.metrics}/metrics", timeout=10).text
     found = {line.partition("{")[0].partition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
-    found |= {name.removesuffix("_bucket") for name in found}  # a histogram's own name
+    found |= {name.removesuffix("_bucket") for name in found}  # the name of the histogram itself
     assert asked | told <= found | ONLY_IN_TROUBLE, sorted((asked | told) - found)
     labels: dict[str, set[str]] = defaultdict(set)
     for name, inside in re.findall(r"^(\w+){(.*)}", text, flags=re.MULTILINE):
@@ -174,7 +175,7 @@ def test_every_metric_that_the_dashboard_or_a_document_names_is_there_and_needs_
 
 
 def dashboard_labels() -> dict[str, set[str]]:
-    """Return the labels that the dashboard wants of each metric it asks for."""
+    """Return the labels that the dashboard needs of each metric that it queries."""
     dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
     wanted: dict[str, set[str]] = defaultdict(set)
     for variable in dashboard["templating"]["list"]:
@@ -203,7 +204,7 @@ def test_a_renewed_plan_is_certified_on_the_new_traffic(server: TorchServe, watc
 
 
 def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched) -> None:
-    """Also when the watcher was ended, or could not do it, before it was done."""
+    """It is taken back even if a watcher ended, or failed, before it had done so."""
     alarm(server, watched)
     archive = watched.store / "digits-3.0.mar"
     archive.rename(watched.store / "away")
@@ -222,7 +223,7 @@ def test_what_alarms_on_trial_is_taken_back(server: TorchServe, watched: Watched
 def test_a_roll_that_the_server_refuses_to_the_last_leaves_no_version_and_no_archive(
         server: TorchServe, watched: Watched, tmp_path: Path) -> None:
     served = shutil.copy(watched.store / "digits-3.0.mar", tmp_path)
-    renumbered(served, tmp_path / "digits-90.0.mar", "3.0", "90.0")  # it is not in the store of the server
+    renumbered(served, tmp_path / "digits-90.0.mar", "3.0", "90.0")  # the server's own store does not have it
     elsewhere = replace(watched, store=tmp_path, state=tmp_path / "watch")
     elsewhere.audit.append("rolling", version="90.0", archive="digits-90.0.mar", replaces="3.0", tries=2, why="-",
                            replaced_archive="digits-3.0.mar", new=None, current=None, current_cost_now=None)
