@@ -29,7 +29,7 @@ from tests.support.models.demo_resnet import DemoResNet
 from tests.support.original import original_mar
 
 N_FOR_BACKBONE, N_STEPS, N_MEASURE = 600, 140, 2000
-OPTIONS = TrainingOptions(search=None)  # a search takes longer than this demonstration may
+OPTIONS = TrainingOptions(search=None)  # a search would take too long for a demonstration
 PICTURE = ROOT / "build" / "demo" / "river.svg"
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Return what the loop gained, for a reader."""
+    """Return a table of what the loop gained, for people to read."""
     of_exits, in_all = figures["vs_without_exits"], figures["vs_original"]
     bound = figures["certified_bound"]
 

@@ -23,20 +23,20 @@ from tests.support.documents import ROOT
 
 RESULTS = ROOT / "docs" / "versions.json"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-"""Those that `requires-python` admits and that are released; one that cannot be had is reported as not tried."""
+"""The released versions that `requires-python` admits. A version that is not available is reported as not tried."""
 OLDEST, NEWEST = "oldest", "newest"
 EXTRAS = "serve,train,gateway,openvino,demo,test"
 ROUND_TRIPS = [f"tests/end_to_end/test_serving.py::{name}" for name in (
     "test_two_workers_answer_and_record_every_request",
     "test_a_roll_under_load_loses_no_request_and_the_new_version_exits")]
-"""A model that records, and one whose exits answer."""
+"""Tests of a model that records, and of a model whose exits answer."""
 _FOLLOWS_TORCH = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
-"""How the packages begin whose versions torch decides, so that our constraints do not hold for them."""
+"""Prefixes of the packages whose versions depend on torch's, so our constraints do not apply to them."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one set of tests gave."""
+    """The results of one set of tests."""
 
     passed: int
     failed: tuple[str, ...]
@@ -50,7 +50,7 @@ class Run:
 
     python: str
     torch: str | None = None
-    """The version that was installed; none where the environment could not be made."""
+    """The version that was installed; None if the environment could not be made."""
     torchvision: str | None = None
     handler: Outcome | None = None
     round_trip: Outcome | None = None
@@ -93,8 +93,8 @@ def tried(uv: str, python: str, wanted: str) -> Run:
 
 
 def installation(uv: str, python: str, wanted: str, folder: Path) -> Iterator[tuple[list[str], str]]:
-    """Yield the commands that make an environment with a Python and the oldest or newest torch that we admit, each with
-    what it means when it fails."""
+    """Yield the commands that make an environment with a Python and the oldest or newest torch that we admit. Each
+    comes with what its failure means."""
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(line for line in (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
                                    if not line.startswith(_FOLLOWS_TORCH)))
@@ -129,7 +129,7 @@ def outcome(interpreter: Path, tests: list[str], folder: Path) -> Outcome:
 
 
 def last_line(text: str) -> str:
-    """Return what a program said last."""
+    """Return the last line that a program wrote."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 

@@ -1,4 +1,4 @@
-"""Writes the pages of the documentation that are made from the code: `make docs` runs it before MkDocs."""
+"""Write the documentation pages that are made from the code. `make docs` runs this before MkDocs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.documents import ROOT
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration_page, "commands.md": commands_page, "messages.md": messages_page,
     "versions.md": versions_page}
-"""By the name of the file in docs/."""
+"""The function that returns each page. Keys are the names of files in docs/."""
 
 
 def main() -> None:

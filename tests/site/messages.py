@@ -13,7 +13,7 @@ FOLDERS = ("handler", "training", "archiver")
 KINDS = {name: kind for name, kind in vars(errors).items()
          if isinstance(kind, type) and issubclass(kind, errors.EarlyExitError) and kind is not errors.EarlyExitError}
 SOMETHING = "…"
-"""Stands for what a message fills in."""
+"""A placeholder for the values that a message fills in."""
 
 MESSAGES = """<!-- Written by `make docs` from the code: change the code, not this page. -->
 
@@ -27,7 +27,7 @@ stands for a name, a path or a number. [Troubleshooting](troubleshooting.md) exp
 
 
 def messages_page() -> str:
-    """Return the page."""
+    """Return the page about error messages."""
     found = sorted({(kind, text) for file in sources() for kind, text in messages_in(ast.parse(file.read_text()))})
     sections = []
     for name, kind in sorted(KINDS.items()):
@@ -38,12 +38,12 @@ def messages_page() -> str:
 
 
 def sources() -> list[Path]:
-    """Return the files whose errors users meet."""
+    """Return the files whose errors users may see."""
     return [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def messages_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the errors that a file makes: the kind, and the text with `SOMETHING` for what is filled in."""
+    """Yield the errors that a file makes: the kind, and the text with `SOMETHING` in place of filled-in values."""
     for node in ast.walk(tree):
         name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
         if isinstance(node, ast.Call) and name in KINDS and node.args:
@@ -53,7 +53,7 @@ def messages_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def text_of(node: ast.expr) -> str:
-    """Return what a string expression says."""
+    """Return the text of a string expression, with `SOMETHING` in place of unknown parts."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):

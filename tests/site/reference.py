@@ -33,9 +33,9 @@ PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
 VARIABLES = {"handler.protocol": "RECORDS_VARIABLE SECRET_VARIABLE",
              "handler.exits.switch": "SWITCHES_VARIABLE", "archiver.torchserve.server_config": "CONFIG_VARIABLE",
              "training.environment": "MORE_VARIABLES GATEWAY_TOKEN"}
-"""The constants that name environment variables, by module."""
+"""The constants that name environment variables. Keys are modules."""
 KINDS = {"positional arguments": "argument", "options": "option"}
-"""What argparse calls the groups of arguments that a parser has by itself."""
+"""Column titles for the groups that every parser has. Keys are argparse's names of the groups."""
 GENERATED = "<!-- Written by `make docs` from the code: change the code, not this page. -->\n\n"
 
 CONFIGURATION = GENERATED + """# Configuration reference
@@ -97,14 +97,14 @@ def commands_page() -> str:
 
 
 def settings(kind: type) -> str:
-    """Return the fields of a dataclass as a table; each must have a docstring of its own."""
+    """Return the fields of a dataclass as a table. Each field must have a docstring of its own."""
     meanings = attribute_docstrings(kind)
     return table(("key", "default", "meaning"), ((f"`{part.name}`", default_of(part), meanings[part.name])
                                                  for part in fields(kind)))
 
 
 def default_of(part: Any) -> str:
-    """Return a field's default as one writes it in YAML, with a unit that a person reads."""
+    """Return a field's default as it is written in YAML. Large sizes and ages are also given in a larger unit."""
     value = part.default_factory() if part.default_factory is not MISSING else part.default
     if value is None or value == {}:
         return "none"
@@ -127,7 +127,7 @@ def yaml_of(value: object) -> str:
 
 
 def attribute_docstrings(kind: type) -> dict[str, str]:
-    """Return the docstrings that stand below the attributes of a class, by attribute."""
+    """Return the docstrings below the attributes of a class. Keys are attribute names."""
     [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
     return dict(_docstrings(node.body))
@@ -143,7 +143,7 @@ def _docstrings(body: list[ast.stmt]) -> Iterable[tuple[str, str]]:
 
 
 def variables() -> str:
-    """Return the environment variables that we read, with what the code says of each."""
+    """Return a table of the environment variables that we read, with the docstring of each."""
     rows = []
     for module, names in VARIABLES.items():
         loaded = import_module(f"early_exit.{module}")
@@ -170,7 +170,7 @@ def command(parser: argparse.ArgumentParser) -> str:
 
 
 def shown(action: argparse.Action) -> str:
-    """Return an argument as one types it, with what stands for its value."""
+    """Return an argument as a user types it, with a placeholder for its value."""
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     if action.nargs == 0:
         return action.option_strings[-1]

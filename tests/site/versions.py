@@ -23,7 +23,7 @@ The last run was on {date}. {not_tried}
 
 
 def versions_page() -> str:
-    """Return the page."""
+    """Return the page about supported versions."""
     results = json.loads(RESULTS.read_text())
     runs = [run for run in results["runs"] if run["torch"]]
     return VERSIONS.format(
@@ -35,7 +35,7 @@ def versions_page() -> str:
 
 
 def in_words(outcome: dict[str, Any]) -> str:
-    """Return what a set of tests gave, with the names of those that failed."""
+    """Return the results of a set of tests in words, with the names of the tests that failed."""
     skipped = f", {outcome['skipped']} skipped" if outcome["skipped"] else ""
     failed = f", {len(outcome['failed'])} failed: {', '.join(outcome['failed'])}" if outcome["failed"] else ""
     return f"{outcome['passed']} passed{skipped}{failed}"
