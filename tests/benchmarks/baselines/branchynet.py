@@ -14,7 +14,7 @@ from tests.benchmarks.baselines.labelled import LabelledRecords, most_aggressive
 
 @dataclass(frozen=True)
 class EntropyPolicy:
-    """Leave when the entropy of the head's distribution is at most a threshold, in nats."""
+    """A request leaves if the entropy of the head's distribution, in nats, is at most a threshold."""
 
     threshold: float
 
@@ -29,7 +29,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def branchynet(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
-    """Return exits whose common entropy threshold loses at most so much accuracy on the tune rows."""
+    """Return exits with a common entropy threshold whose loss in accuracy on the tune rows is at most `max_loss`."""
     tune = records.tune
     logits = records.logits(tune)
     answers, spread = [one.argmax(dim=1) for one in logits], [entropy(one) for one in logits]

@@ -1,9 +1,9 @@
-"""The public package `earlyon` 0.3.0, by its documented steps: custom_ee, stage2_train_exits, calibrate_thresholds.
+"""The public package `earlyon` 0.3.0 in its documented steps: custom_ee, stage2_train_exits, calibrate_thresholds.
 
 Its heads (global average pool, one hidden layer of 128), its training (Adam, labels, all heads together), its
-temperatures and its greedy search of thresholds run unchanged. Ours is what it is attached to: a module that plays back
-recorded activations as if the frozen backbone computed them, so that the backbone runs once and not every epoch. The
-trained heads become ours with the same weights, so that they serve as fast as ours.
+temperatures and its greedy search for thresholds run unchanged. They are attached to a module of ours, which plays back
+recorded activations as if the frozen backbone computed them, so the backbone runs once and not in every epoch. The
+trained heads are converted into ours with the same weights, so they serve as fast as ours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHUNK = 1024
 
 
 class _Part(nn.Module):
-    """Plays back one layer: a range of the columns of a record."""
+    """A module that plays back one layer: a range of the columns of a record."""
 
     def __init__(self, start: int, end: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Part(nn.Module):
 
 
 class Playback(nn.Module):
-    """Plays back a backbone: (B, sum of widths) records through one part per layer to the last part, the scores."""
+    """A module that plays back a backbone from (B, sum of widths) records: a part for each layer, then the scores."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -56,20 +56,20 @@ class Playback(nn.Module):
 
 
 def as_head(trained: nn.Module, shape: tuple[int, ...], recorded: Side, n_classes: int) -> Head:
-    """Return a head of ours that computes what a head of earlyon, in eval mode, does of the means that it was given.
+    """Return a head of ours that computes what a head of earlyon computes in eval mode from the means of activations.
 
     Args:
-        trained: with the layers linear, ReLU, dropout, linear.
-        shape: of one row of the activation.
-        recorded: side to which the activations were pooled before.
-        n_classes: K.
+        trained: earlyon's head, with the layers linear, ReLU, dropout, linear.
+        shape: the shape of one row of the activation.
+        recorded: the side to which the recorded activations were pooled.
+        n_classes: the number of classes, K.
     """
     first, *_, last = (layer for layer in trained.classifier if isinstance(layer, nn.Linear))
     head = Head(HeadSpec(1 if len(shape) == 3 else recorded, widths=(first.out_features,), recorded=recorded), shape,
                 n_classes)
     ours = [layer for layer in head.layers if isinstance(layer, nn.Linear)]
     weight = first.weight.detach()
-    if len(shape) == 2:  # of tokens, ours read the first one as well as the mean
+    if len(shape) == 2:  # our heads read the first token as well as the mean of all tokens
         weight = torch.cat([torch.zeros_like(weight), weight], dim=1)
     ours[0].load_state_dict({"weight": weight, "bias": first.bias})
     ours[1].load_state_dict(last.state_dict())
@@ -77,7 +77,7 @@ def as_head(trained: nn.Module, shape: tuple[int, ...], recorded: Side, n_classe
 
 
 def _means(recorded: Tensor) -> Tensor:
-    """Return what earlyon's heads pool to: of maps the mean of each channel, of tokens the mean of all; vectors."""
+    """Return what earlyon's heads pool activations to: the mean of each channel, or of all tokens; vectors stay."""
     if recorded.dim() == 4:
         return recorded.mean(dim=(2, 3))
     return recorded[:, 1] if recorded.dim() == 3 else recorded
@@ -122,16 +122,16 @@ def earlyon(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
 
 def earlyon_thresholds(logits: Tensor, scores: Tensor, labels: Tensor,
                        max_loss: float) -> tuple[list[float], list[float]]:
-    """Return the temperatures and thresholds that earlyon's rule gives heads that are trained already.
+    """Return the temperatures and thresholds that earlyon's rule gives to trained heads.
 
     Args:
-        logits: (N, L, K) of the heads.
-        scores: (N, K) of the backbone.
-        labels: (N,) true classes.
-        max_loss: its accuracy budget.
+        logits: the heads' logits, (N, L, K).
+        scores: the backbone's scores, (N, K).
+        labels: the true classes, (N,).
+        max_loss: the accuracy budget.
 
     Returns:
-        For each head its temperature, and its threshold: above 1 where the exit is disabled.
+        The temperature and the threshold of each head. The threshold of a disabled exit is above 1.
     """
     package = _package()
     n_layers, n_classes = logits.shape[1:]

@@ -1,4 +1,4 @@
-"""Gati (Balasubramanian et al. 2021): at each layer a predictor of the class and a selector that trusts it or not."""
+"""Gati (Balasubramanian et al. 2021): each layer has a predictor of the class, and a selector that trusts it or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEPS = 400
 
 
 class Selector(nn.Module):
-    """Tells from a predictor's (B, K) logits whether its class can be trusted; an exit policy."""
+    """An exit policy that tells from a predictor's (B, K) logits whether the predicted class can be trusted."""
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class Selector(nn.Module):
 
 
 def gati(records: LabelledRecords, max_loss: float) -> dict[str, Exit]:
-    """Return exits whose selectors' common threshold loses at most so much accuracy.
+    """Return exits whose selectors have a common threshold with a loss in accuracy of at most `max_loss`.
 
-    Selectors are trained on half of the tune rows, since predictors are too sure of those they were trained on;
-    the threshold is chosen on the other half.
+    Selectors are trained on half of the tune rows, since predictors are too sure of the rows they were trained on.
+    The threshold is chosen on the other half.
     """
     learn, choose = records.tune[::2], records.tune[1::2]
     selectors, answers, trusts = [], [], []

@@ -1,4 +1,4 @@
-"""What the baselines get: the same activations as our heads, and labels, which our heads do not need."""
+"""What the baselines get: the same activations as our heads, and also labels, which our heads do not need."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ from early_exit.training.heads.distill import Distillation, train_head
 
 @dataclass(frozen=True)
 class LabelledRecords:
-    """N requests with their true classes, replays of them included."""
+    """The activations and true classes of N requests, which include replays."""
 
     layers: tuple[CandidateLayer, ...]
-    """Candidates, in the order of the backbone."""
+    """The candidate layers, in the order of the backbone."""
     recorded: Side
-    """Side to which the activations are pooled."""
+    """The side to which the activations are pooled."""
     pooled: Mapping[str, Activations | Tensor]
-    """By layer path: (N, ...) activations, as recorded."""
+    """The activations as they were recorded, (N, ...). Keys are layer paths."""
     labels: Tensor
-    """(N,) int64."""
+    """The true classes, (N,) int64."""
     backbone_class: Tensor
-    """(N,) int64."""
+    """The classes that the backbone predicts, (N,) int64."""
     n_classes: int
     train: Tensor
-    """(M,) rows to train with."""
+    """The rows to train with, (M,)."""
     tune: Tensor
-    """(V,) rows to choose thresholds with."""
+    """The rows to choose thresholds with, (V,)."""
     trained: dict[str, Head] = field(default_factory=dict)
-    """By layer path: the heads that were trained so far, of these records and of `of_layers`."""
+    """The heads that were trained so far, shared with the results of `of_layers`. Keys are layer paths."""
 
     def of_layers(self, layers: Sequence[CandidateLayer]) -> LabelledRecords:
-        """Return the same with some of the layers."""
+        """Return the same records with some of the layers only."""
         return replace(self, layers=tuple(layers))
 
     @property
     def spec(self) -> HeadSpec:
-        """The head of every layer: our default, which reads records as they are."""
+        """The specification of every layer's head: our default, which does not pool recorded activations further."""
         return HeadSpec(pool=self.recorded, recorded=self.recorded)
 
     @property
     def heads(self) -> dict[str, Head]:
-        """By layer path: heads trained with cross-entropy against the labels."""
+        """The heads, trained with cross-entropy against the labels. Keys are layer paths."""
         for layer in self.layers:
             if layer.path not in self.trained:
-                # KL against a distribution that is all on the label is the cross-entropy.
+                # KL divergence from a distribution with all of its mass on the label is the cross-entropy.
                 certain = torch.nn.functional.one_hot(self.labels[self.train], self.n_classes).float().log()
                 self.trained[layer.path] = train_head(
                     self.spec, layer.shape, Selected(self.pooled[layer.path], self.train), certain, Distillation())
         return {layer.path: self.trained[layer.path] for layer in self.layers}
 
     def logits(self, rows: Tensor) -> list[Tensor]:
-        """Return what each of the heads says, (M, K), of some rows."""
+        """Return the logits of each head for some rows, (M, K)."""
         return [head.classify(self.spec.reads(self.pooled[path][rows].float())) for path, head in self.heads.items()]
 
     def loss(self, answers: Sequence[Tensor], leaves: Sequence[Tensor], rows: Tensor) -> float:
-        """Return the loss of accuracy on some rows when exits answer in order.
+        """Return the loss in accuracy on some rows when exits answer in order.
 
         Args:
-            answers: for each exit, the (M,) classes it would answer.
-            leaves: for each exit, the (M,) bool rows that it would let go.
-            rows: (M,) rows.
+            answers: for each exit, the classes that it would answer, (M,).
+            leaves: for each exit, a bool mask of the rows that it would let leave, (M,).
+            rows: the rows, (M,).
         """
         served = self.backbone_class[rows].clone()
         waiting = torch.ones(len(rows), dtype=torch.bool)
@@ -80,7 +80,7 @@ class LabelledRecords:
 
 
 def most_aggressive(levels: Sequence[float], loss: Callable[[float], float], max_loss: float) -> float | None:
-    """Return the last of the levels, from careful to aggressive, before the loss first exceeds what is allowed."""
+    """Return the last of the levels, ordered from careful to aggressive, before the loss first exceeds `max_loss`."""
     best = None
     for level in levels:
         if loss(level) > max_loss:

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, and the README's picture, from the result files.
+"""Write docs/benchmarks.md and the README's picture from the result files.
 
     python -m tests.benchmarks.page
 """

@@ -1,4 +1,4 @@
-"""Tables in Markdown, of figures as JSON has them."""
+"""Markdown tables of figures that were read from JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 LONGEST = 12
-"""Of a list of numbers that a cell shows."""
+"""The length of the longest list of numbers that a cell shows."""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,7 +27,7 @@ def ratio(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Return a share in [0, 1] in percent, without the sign of what is rounded to nothing.
+    """Return a share in [0, 1] in percent. A value that is rounded to zero has no sign.
 
     >>> percent(0.0132), percent(-0.0002), percent(0.785, digits=0)
     ('1.3 %', '0.0 %', '78 %')
@@ -39,7 +39,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def by_batch(ratios: Mapping[str, float]) -> str:
-    """Return ratios by batch size, in the order of the sizes.
+    """Return the ratios of all batch sizes, in the order of the sizes.
 
     >>> by_batch({"1": 0.98, "32": 0.7, "8": 0.75})
     '0.98 / 0.75 / 0.70'
@@ -48,7 +48,7 @@ def by_batch(ratios: Mapping[str, float]) -> str:
 
 
 def in_words(value: Any) -> str:
-    """Return any figure."""
+    """Return any figure as the text of a cell."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -61,7 +61,7 @@ def in_words(value: Any) -> str:
 
 
 def flat(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Return figures by their names, those of nested ones behind the name of the whole; long lists are left out.
+    """Return figures as text by name. Nested figures have the name of the whole first; long lists are left out.
 
     >>> flat({"p50_ms": {"quiet": 3.0}, "rows": [{"a": 1}]})
     {'p50 ms, quiet': '3'}
@@ -78,7 +78,7 @@ def flat(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def any_figures(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Yield tables of figures of any benchmark: one of single figures, and one for each list of rows."""
+    """Yield tables of any benchmark's figures: one table of the single figures, and one for each list of rows."""
     single = flat(figures)
     if single:
         yield table(["figure", "value"], [[name, value] for name, value in single.items()])

@@ -1,4 +1,4 @@
-"""The page of all benchmarks, made of the result files, so that each table is that of one run."""
+"""The page of all benchmarks. It is made from the result files, so each table shows a single run."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ arms in turns, with the server's allocator. What is recorded and what is measure
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one benchmark."""
+    """The title, text and tables of one benchmark on the page."""
 
     title: str
     command: str
     about: str
-    """Whatever a reader needs beside the table."""
+    """What a reader needs to know beside the table."""
     tables: Callable[[Mapping[str, Any]], Iterator[str]] = any_figures
 
 
@@ -81,14 +81,14 @@ SECTIONS = {
     "fuzz": Section("Malformed requests", "tests.benchmarks.fuzz", "Good requests among malformed ones."),
     "gpu": Section("GPU", "tests.benchmarks.gpu", "ResNets at 224 px against the plain backbone in CUDA graphs."),
 }
-"""By the name of the result file. Of one benchmark there may be several files, NAME-PART.json."""
+"""Keys are the names of result files. One benchmark may have several files, NAME-PART.json."""
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Return the result files by name.
+    """Return the contents of the result files by name.
 
     Raises:
-        ValueError: a file is of no benchmark that the page knows, or does not say what run it comes from.
+        ValueError: a file belongs to no benchmark that the page knows, or does not say which run it comes from.
     """
     found = {}
     for file in sorted(folder.glob("*.json")):
@@ -127,12 +127,12 @@ def _section(stem: str) -> str:
 
 
 def picture(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the picture of where the requests left the network that the README shows."""
+    """Return the README's picture, which shows where the requests left the network."""
     return river_of(results["int8"], "ResNet-18 on CIFAR-10")
 
 
 def told(section: Section, run: Mapping[str, Any]) -> str:
-    """Return what a run was done with."""
+    """Return a sentence about the code, the machine and the settings of a run."""
     settings = ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in run["settings"].items())
     gpu = f", {run['gpu']}" if run["gpu"] else ""
     return (f"`python -m {section.command}`, {run['date'][:10]}, commit {run['commit']}, {run['seconds']} s; "

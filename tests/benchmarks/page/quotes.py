@@ -1,10 +1,10 @@
-"""What other documents quote of the page.
+"""The figures of the page that other documents quote.
 
-A quote is a text as it stands in a document, with figures in braces: the name of the result file, the way to the
-figure, and how it is written, as in `{loop[flops_ratio]:.2f}`. Of a list of rows the way names the one that is meant,
-as in `{paper[rows][backbone=ResNet-18,method=certified][disagreement]:.1 %}`, where a share becomes a percentage; of a
-list of numbers it gives the place. A paragraph of such a document that links to the page, with the table below it, has
-no other figures than those of quotes; numbers that are no results belong to the text of one.
+A quote is a text as it stands in a document, with figures in braces: the name of the result file, the path to the
+figure, and its format, as in `{loop[flops_ratio]:.2f}`. In a list of rows, the path selects a row by its values, as in
+`{paper[rows][backbone=ResNet-18,method=certified][disagreement]:.1 %}`, where a share becomes a percentage. In a list
+of numbers, the path gives the index. If a paragraph of such a document links to the page, the paragraph and the table
+below it may contain no other figures than those of quotes. Numbers that are no results must be in the text of a quote.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.benchmarks.published import BATCH, PUBLISHED
 
 
 def _row_of(title: str, arm: str) -> str:
-    """Return a row of README's table: what an arm loses, and what it costs of the original."""
+    """Return a row of the README's table: what an arm loses, and what it costs as a share of the original."""
     figures = ("accuracy_loss]:.1 %", "disagreement]:.1 %", "flops_ratio]:.2f",
                *(f"cpu_time_ratio][{size}]:.2f" for size in (1, 8, 32)))
     loss, differs, flops, *times = (f"{{int8[rows][arm={arm}][{figure}}}" for figure in figures)
@@ -27,7 +27,7 @@ def _row_of(title: str, arm: str) -> str:
 
 
 def _row_of_paper(model: str) -> str:
-    """Return the row of README's table for what the paper reports."""
+    """Return the row of the README's table with the figures that the paper reports."""
     told = PUBLISHED[model]
     before, after = told.flops
     return (f"| the paper's exits, on its {told.model} | {percent(told.accuracy_loss)} | not reported | "
@@ -63,13 +63,13 @@ QUOTES: dict[str, tuple[str, ...]] = {
         "alarm takes {drift[median_samples_to_alarm]:.0f} shadow samples (median), and "
         "{drift[false_alarm_share]:.1 %} of {drift[streams]} clean streams of 3,000 samples raise one."),
 }
-"""By the document."""
+"""The quotes of each document."""
 _LINK = "benchmarks.md"
 _FIGURE = re.compile(r"\d+\.\d+|\d+ ?%")
 
 
 class _Figures(Formatter):
-    """Puts figures of results into a text."""
+    """A formatter that puts figures of results into a text."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         name, *way = re.findall(r"[^][]+", field_name)
@@ -86,14 +86,14 @@ class _Figures(Formatter):
 
 
 def _at(found: Any, step: str) -> Any:
-    """Return what a step of a way leads to, in an object, a list of numbers or a list of rows."""
+    """Follow one step of a path in an object, a list of numbers or a list of rows; return what it leads to."""
     if isinstance(found, dict):
         return found[step]
     return found[int(step)] if step.isdigit() else _only_row(found, step)
 
 
 def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]:
-    """Return the row with the values that a step of a way names.
+    """Return the only row with the values that a step of a path names.
 
     >>> _only_row([{"batch": 1}, {"batch": 8, "ratio": 0.7}], "batch=8")["ratio"]
     0.7
@@ -106,12 +106,12 @@ def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]
 
 
 def misquoted(document: str, quotes: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what a document says that the results do not: quotes that it lacks, and figures that no quote vouches for.
+    """Return where a document contradicts the results: quotes that it lacks, and figures that are in no quote.
 
     Args:
-        document: its text.
-        quotes: see above.
-        results: by the name of the file.
+        document: the text of the document.
+        quotes: the quotes that it should contain; the module's docstring explains them.
+        results: the contents of the result files by name.
     """
     told = [one_line(_Figures().vformat(quote, (), results)) for quote in quotes]
     text = one_line(document)
@@ -126,7 +126,7 @@ def misquoted(document: str, quotes: Sequence[str], results: Mapping[str, Mappin
 
 
 def paragraphs_with(link: str, text: str) -> Iterator[str]:
-    """Yield the paragraphs that contain a link, each with the table that follows it; blocks of code are none."""
+    """Yield the paragraphs that contain a link, each with the table that follows it. Code blocks are skipped."""
     parts = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
     for part, following in zip(parts, [*parts[1:], ""]):
         if link in part:

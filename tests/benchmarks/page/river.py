@@ -1,7 +1,7 @@
-"""A picture of where requests leave a model, as SVG that shows in a README.
+"""A picture of where requests leave a model, as an SVG image that a README can show.
 
-The height of the river is the share of the requests that are still in the model, and the way from left to right is the
-work of the full model. So the area of the river is the work that is done, without that of the exit heads.
+The height of the river is the share of the requests that are still in the model. The axis from left to right is the
+work of the full model. So the area of the river is the work that is done, without the work of the exit heads.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _WIDTH, _HEIGHT = 880, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 20, 20, 46, 88
 _ACROSS, _DEEP = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _BEND = 17
-"""How far before an exit the river begins to narrow, and how far behind it ends to: so the area stays that of steps."""
+"""The river narrows from this far before an exit to this far behind it, so its area is the same as with steps."""
 _APART = 104
-"""Labels that are closer together stand in two rows."""
+"""Labels that are closer together than this stand in two rows."""
 _STYLE = """
 text{font:13px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#1f2937}
 .title{font-size:16px;font-weight:600}
@@ -28,7 +28,7 @@ def river_of(figures: Mapping[str, Any], subject: str) -> str:
     """Return the picture of a benchmark's figures.
 
     Args:
-        figures: with `exits`, as `river` takes them, and `flops_ratio`.
+        figures: the figures, with `exits`, as `river` takes them, and `flops_ratio`.
         subject: the model and its data.
     """
     early = 1 - figures["exits"][-1]["share"]
@@ -40,9 +40,10 @@ def river(exits: Sequence[Mapping[str, Any]], title: str) -> str:
     """Return the picture.
 
     Args:
-        exits: in the order of the model, the whole model as the last: `layer`, `cost` (share in (0, 1] of the model's
-            FLOPs that is spent there) and `share` (of the requests that leave there).
-        title: what it shows, with what was gained.
+        exits: the exits in the order of the model, with the whole model as the last. Each has a `layer`, a `cost` (the
+            share of the model's FLOPs that is spent up to there, in (0, 1]) and a `share` (of the requests that leave
+            there).
+        title: what the picture shows, and what was gained.
     """
     surface = _TOP + _DEEP
     remaining, path, leaving, labels = 1.0, f"M{_LEFT},{_TOP}", [], []

@@ -1,4 +1,4 @@
-"""What the page says of the benchmarks whose figures need more than a list."""
+"""The tables of those benchmarks whose figures need more than a list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORKER = (("CPU ms per request, whole worker", "worker_cpu_ms_per_request"), ("
 
 
 def loop(figures: Figures) -> Iterator[str]:
-    """Yield the three arms of a loop."""
+    """Yield a table of the three arms of a loop, and sentences about its other figures."""
     original, without = figures["vs_original"], figures["vs_without_exits"]
     rows = [
         ["accuracy", percent(figures["accuracy_before"]), percent(figures["accuracy_after"] + without["accuracy_loss"]),
@@ -41,12 +41,12 @@ def loop(figures: Figures) -> Iterator[str]:
 
 
 def _relative(to_original: float, to_without: float) -> list[str]:
-    """Return the cells of a row in which the original is 1."""
+    """Return the cells of a row of ratios in which the original is 1."""
     return ["1.00", ratio(to_original / to_without), ratio(to_original), ratio(to_original), ratio(to_without)]
 
 
 def int8(figures: Figures) -> Iterator[str]:
-    """Yield a row for the original, each engine, and exits on each."""
+    """Yield a table with a row for the original, each engine, and exits on each engine."""
     yield table(["", "accuracy", "accuracy lost", "answers that differ", "FLOPs", "CPU time, batch 1 / 8 / 32"],
                 [[one["arm"], percent(one["accuracy"]), percent(one["accuracy_loss"]), percent(one["disagreement"]),
                   ratio(one["flops_ratio"]), by_batch(one["cpu_time_ratio"])] for one in figures["rows"]])
@@ -57,7 +57,7 @@ def int8(figures: Figures) -> Iterator[str]:
 
 
 def overhead(figures: Figures) -> Iterator[str]:
-    """Yield what serving without exits and recording cost."""
+    """Yield a table of what serving without exits costs, and what recording costs."""
     yield table(["model", "without exits / plain, batch 1 / 8 / 32", "recording all / none, batch 1 / 8 / 32",
                  "the same with 10 MB in each request, batch 1", "largest difference of a score"],
                 [[name.replace("_", ", "), by_batch(one["no_exit_ratio"]), by_batch(one["recording_ratio"]),
@@ -65,7 +65,7 @@ def overhead(figures: Figures) -> Iterator[str]:
 
 
 def engine(figures: Figures) -> Iterator[str]:
-    """Yield a row for each engine and batch size."""
+    """Yield a table with a row for each engine and batch size."""
     pairs: dict[tuple[int, str], dict[str, Figures]] = {}
     for cell in figures["cells"]:
         pairs.setdefault((cell["batch"], cell["engine"]), {})[cell["exits"]] = cell
@@ -89,7 +89,7 @@ def engine(figures: Figures) -> Iterator[str]:
 
 
 def answers(figures: Figures) -> Iterator[str]:
-    """Yield a row for each load and way to answer."""
+    """Yield a table with a row for each load and answer mode."""
     yield table(["part", "load", "mode", "p50 ms", "p95 ms", "p99 ms", "requests/s", "failed",
                  "batch size, sampling rate, control rate"],
                 [[one["part"], one["load"], one["mode"], *(f"{one[name]:.3g}" for name in (
@@ -99,7 +99,7 @@ def answers(figures: Figures) -> Iterator[str]:
 
 
 def paper(figures: Figures) -> Iterator[str]:
-    """Yield the paper's networks with the paper's figures, and every row of every network."""
+    """Yield a table of the paper's networks beside the paper's figures, and a table of all rows for each network."""
     done = [one for one in figures["rows"] if "left_out" not in one]
     known = [one for one in done if "paper" in one and one["method"] in ("certified", "certified-papers-loss")]
     if known:
@@ -121,7 +121,7 @@ def paper(figures: Figures) -> Iterator[str]:
 def _beside_paper(row: Figures) -> list[str]:
     told = row["paper"]
     percents, by_ms = told["cpu_time_ratio"]["32"], told["cpu_time_ratio_by_its_ms"]["32"]
-    # Where the paper contradicts itself, both of its figures stand here.
+    # Where the paper contradicts itself, the table shows both of its figures.
     time = ratio(percents) if abs(percents - by_ms) < 0.01 else f"{ratio(percents)} ({ratio(by_ms)} by its ms)"
     kind = "accuracy lost" if row["risk"] == "accuracy" else "answers that differ"
     return [f"{row['backbone']}, {row['data']}", f"{percent(row['tolerance'])} {kind}",
