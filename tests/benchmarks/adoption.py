@@ -1,4 +1,4 @@
-"""A user's own server, with its `models={...}`, adopts exits: what becomes of its settings, and the way back."""
+"""A user's own server, with its `models={...}`, adopts exits: whether it keeps its settings and can be put back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCALED = (2, 3)
 
 
 def adoption(folder: Path) -> dict[str, Any]:
-    """Return whether settings are kept, and whether a failed first adoption is put back to the original archive."""
+    """Return whether settings are kept, and whether a failed first adoption puts the original archive back."""
     store = folder / "store"
     store.mkdir()
     original = original_mar(folder / "original", MODEL, "digits_resnet.py", "digits_handler.py",
@@ -64,7 +64,7 @@ def adoption(folder: Path) -> dict[str, Any]:
 
 
 def is_put_back(management: Management, recorder: Path) -> tuple[bool, str]:
-    """Adopt exits on two servers, of which the second cannot be reached; tell whether the first is as it was."""
+    """Adopt exits on two servers, the second of which cannot be reached; tell whether the first is as it was."""
     nobody = Management(Addresses.free(), None)
     try:
         roll_all([management, nobody], recorder, put_back=True, longest_batch_s=1.0)
@@ -80,7 +80,7 @@ def served(management: Management) -> VersionStatus:
 
 
 def without_configuration(mar: Path, target: Path) -> Path:
-    """Copy an archive without its model-config.yaml: TorchServe then runs it as the server's configuration says."""
+    """Copy an archive without its model-config.yaml, so that TorchServe uses the settings of its own configuration."""
     return rewritten(mar, target, drop="model-config.yaml", **{MANIFEST: lambda text: json.dumps(
         {**(manifest := json.loads(text)), "model": {key: value for key, value in manifest["model"].items()
                                                      if key != "configFile"}})})

@@ -1,12 +1,13 @@
-"""When answers leave: a plain backbone, exits with plain batching, and exits with early answers, through TorchServe.
+"""When answers leave TorchServe: a plain backbone, exits with plain batching, and exits with early answers.
 
     python -m tests.benchmarks.answers --json FILE
 
-(a) ResNet-50 at 224 px on JPEG photos, whose heads are untrained and whose thresholds let 10, 60 and 12 % of the photos
-leave after layers 1 to 3; (b) ResNet-18 (width 32) on CIFAR-10 requests with a certified plan. Each under 1, 8 and 32
-closed-loop clients, and under requests that arrive at random at 0.7 of what the plain backbone can answer. The three
-modes are models of one server, one worker each, and take turns under every load. They have the same engine, the same
-batch size, and neither shadow samples nor control batches; the rows say so again. `plain` is ours without exits.
+Part (a) is ResNet-50 at 224 px on JPEG photos, with untrained heads and thresholds that let 10, 60 and 12 % of the
+photos leave after layers 1 to 3. Part (b) is ResNet-18 (width 32) on CIFAR-10 requests with a certified plan. Each part
+is measured under 1, 8 and 32 closed-loop clients, and under requests that arrive at random at 0.7 of the rate that the
+plain backbone can answer. The three modes are models of one server with one worker each, and take turns under every
+load. They have the same engine and batch size, and neither shadow samples nor control batches, as the rows say again.
+`plain` is ours without exits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from tests.support.recording import prepared
 
 BATCH = 8
 SAME = {"batch_size": BATCH, "control_rate": 0.0, "sampling_rate": 0.0}
-"""What all modes have in common: of the requests on their way, `batch_size` are with the worker."""
+"""The settings that all modes share. At most `batch_size` requests are with the worker at a time."""
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch_size}\nmaxBatchDelay: 5\nresponseTimeout: 300\nearly_exit:\n"
           "  control_rate: {control_rate}\n  sampling_rate: {sampling_rate}\n{more}")
 MODES = {"plain": "  exits: false\n", "batched": "", "early": "  answers: early\n"}
@@ -85,7 +86,7 @@ def main() -> int:
 
 
 def photos(folder: Path) -> tuple[Path, Path, list[bytes]]:
-    """Return an archive of ResNet-50, a plan whose exits let the scripted shares of the photos leave, and these."""
+    """Return an archive of ResNet-50, a plan whose exits let the scripted shares of photos leave, and the photos."""
     files = sorted((data_folder() / "imagenet1k-sample").glob("*.jpg"))[:160]
     bodies = [file.read_bytes() for file in files]
     torch.manual_seed(0)
@@ -97,7 +98,7 @@ def photos(folder: Path) -> tuple[Path, Path, list[bytes]]:
 
 
 def scripted_plan(folder: Path, archive: Path, bodies: Sequence[bytes]) -> Path:
-    """Write a plan with untrained heads after the scripted layers; return its path."""
+    """Write a plan with untrained heads at the scripted layers; return its path."""
     layout = ArchiveLayout(folder / "extracted")
     extract(archive, layout.root)
     backbone = load_backbone(layout.folder)
@@ -155,7 +156,7 @@ def measure(part: str, folder: Path, source: Path, plan: Path, bodies: list[byte
 
 def _under(part: str, load: str, run: Callable[[str, Sequence[bytes]], list[Reply]],
            bodies: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Put every mode under a load, a quarter of the requests at a time in turn."""
+    """Put every mode under a load; return a row for each. The modes take turns with a quarter of the requests each."""
     quarter = -(-len(bodies) // 4)
     replies: dict[str, list[Reply]] = {mode: [] for mode in MODES}
     seconds = dict.fromkeys(MODES, 0.0)
@@ -175,7 +176,7 @@ def _under(part: str, load: str, run: Callable[[str, Sequence[bytes]], list[Repl
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures that the project is held to, on (a), and all rows."""
+    """Return the figures that the project is held to, mostly on part (a), and all rows."""
     def ratio(figure: str, mode: str, to: str, part: str) -> float:
         pairs = [({row["mode"]: row[figure] for row in rows if (row["part"], row["load"]) == (part, load)})
                  for load in dict.fromkeys(row["load"] for row in rows if row["part"] == part)]

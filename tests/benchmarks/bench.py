@@ -1,4 +1,4 @@
-"""What methods may choose exits with: a subject's records and replays of them, and heads that are trained on these."""
+"""What methods may choose exits with: a subject's records, replays of these records, and heads trained on both."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tests.benchmarks.baselines.labelled import LabelledRecords
 from tests.benchmarks.subjects import Subject
 
 BATCH = 32
-"""The size of the batches for which exits are chosen, and from how many answered rows on they shrink."""
+"""The batch size for which exits are chosen, and for which it is decided when a batch shrinks."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A subject's records, and heads of three kinds, trained when a method asks for them."""
+    """A subject's records, and heads of several kinds, which are trained when a method first asks for them."""
 
     subject: Subject
     folder: Path
@@ -57,16 +57,16 @@ class Bench:
         return cls(subject, folder, options, traffic, recorded, profile_backbone(backbone, layers))
 
     def layers(self, count: int | None) -> tuple[CandidateLayer, ...]:
-        """Return at most so many candidate layers, spread over the backbone's cost: the same ones for every method."""
+        """Return at most `count` candidate layers, spread over the backbone's cost. Every method gets the same ones."""
         candidates = self.recorded.layers
         return tuple(candidates if count is None else spread_over(list(candidates), count))
 
     def shrinking(self, exits: Mapping[str, Exit], batch_size: int) -> dict[str, Exit]:
-        """Return exits that shrink batches where that pays on this machine, as those of a plan do.
+        """Return exits that shrink batches where that pays on this machine, as the exits of a plan do.
 
         Args:
-            exits: by layer path.
-            batch_size: of full batches.
+            exits: the exits. Keys are layer paths.
+            batch_size: the size of full batches.
         """
         paths = [layer.path for layer in self.recorded.layers if layer.path in exits]
         least = self.profile.shrink_from(paths, batch_size) if paths else ()
@@ -74,12 +74,12 @@ class Bench:
 
     @cached_property
     def replayed(self) -> TrainingSet:
-        """Records and replays; the records alone where nothing is replayed."""
+        """The records and their replays, or the records alone if the subject has no replays."""
         return self._replayed("searched", self.subject.replay)
 
     @cached_property
     def of_one_class(self) -> TrainingSet:
-        """The same with replays that are of one class each, for those who learn from labels."""
+        """The same with replays that show a single class each, for methods that learn from labels."""
         replay = self.subject.replay
         if replay is None or MIXUP not in replay.augmentations:
             return self.replayed
@@ -101,12 +101,12 @@ class Bench:
 
     @cached_property
     def default(self) -> list[TrainedHead]:
-        """The default architecture, trained with replay."""
+        """Heads of the default architecture, trained with replays."""
         return self._trained("default", self.replayed, replace(self.options, search=None))
 
     @cached_property
     def plain(self) -> list[TrainedHead]:
-        """The default architecture, trained on the records alone."""
+        """Heads of the default architecture, trained on the records alone."""
         return self._trained("plain", self.recorded, replace(self.options, search=None))
 
     def _trained(self, name: str, training_set: TrainingSet, options: TrainingOptions) -> list[TrainedHead]:
@@ -120,7 +120,7 @@ class Bench:
 
     @cached_property
     def labelled(self) -> LabelledRecords:
-        """What the baselines get of all layers; a replay has the label of the request that it replays."""
+        """What the baselines get, for all layers. A replay has the label of the request that it replays."""
         training_set = self.of_one_class
         labels = load_labels(self.subject.labels, training_set.request, training_set.row, training_set.n_classes)
         originals = training_set.split.rows(Part.TRAIN)
@@ -134,5 +134,5 @@ class Bench:
             tune=torch.cat([training_set.rows(Part.TUNE), training_set.rows(Part.CERTIFY)]))
 
     def say(self, what: str) -> None:
-        """Tell what is being done."""
+        """Print what is being done."""
         print(f"{time.strftime('%H:%M:%S')} {self.subject.name}: {what}", file=sys.stderr, flush=True)

@@ -1,14 +1,15 @@
-"""How often the rules for thresholds break their promise: on populations of real records that no rule has tuned with.
+"""How often the rules for thresholds break their promise, on populations of real records that no rule has tuned with.
 
     python -m tests.benchmarks.certify --json FILE
 
-Heads are trained once on a quarter of the CIFAR-10 requests. The others are split at random, again and again, into
-2,500 to choose with and a pool of 5,000: the traffic, all of it. The certified rule chooses with 1,000 and proves with
-1,500 requests of the traffic, drawn one by one from the whole pool, so with repeats; the others, which prove nothing,
-choose with all 2,500. Ours are run by the very functions that ee-train calls. A rule breaks its budget when more than
-the tolerated share of the pool is answered differently. That is known and not estimated, so the certified rule may
-break it in 5 % of the splits. What the others chose with is a sample like the pool, and luck of that draw counts
-against them. earlyon's rule promises something else, from labels: it breaks its budget when it loses more accuracy.
+Heads are trained once on a quarter of the CIFAR-10 requests. The other requests are split at random many times, into
+2,500 requests to choose with and a pool of 5,000, which is the whole population of the traffic. The certified rule
+chooses with 1,000 requests and certifies with 1,500 requests that are drawn from the pool one by one, with replacement.
+The other rules certify nothing and choose with all 2,500. Our rules run in the same functions that ee-train calls. A
+rule breaks its budget if more than the tolerated share of the pool is answered differently. This share is known and not
+estimated, so the certified rule may break its budget in 5 % of the splits. The other rules choose with a sample of the
+same kind as the pool, and the chance of that draw counts against them. earlyon's rule promises something else, from
+labels: it breaks its budget if its loss in accuracy exceeds the budget.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def main() -> int:
 
 
 def measure(heads: Heads, n_splits: int) -> dict[str, Any]:
-    """Return how often each rule breaks the budgets of 1 and 2 %, at the one that it breaks more often."""
-    with one_thread():  # the tensors are small
+    """Return how often each rule breaks its budget, for that budget of 1 and 2 % which the rule breaks more often."""
+    with one_thread():  # the tensors are too small for several
         rows = [summary for tolerance in (0.01, 0.02) for summary in broken(heads, tolerance, n_splits)]
     figures: dict[str, Any] = {}
     for rule in RULES:
@@ -67,7 +68,7 @@ def measure(heads: Heads, n_splits: int) -> dict[str, Any]:
 
 
 def exact_interval(k: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of Clopper and Pearson for the rate of what happened k times in n.
+    """Return the 95 % interval of Clopper and Pearson for the rate of an event that happened k times in n trials.
 
     >>> low, high = exact_interval(0, 200)
     >>> low, round(high, 4)
@@ -78,7 +79,7 @@ def exact_interval(k: int, n: int) -> tuple[float, float]:
 
 
 class Heads:
-    """What trained heads say about records that they were not trained on."""
+    """The predictions of trained heads for records that they were not trained on."""
 
     def __init__(self, logits: Tensor, scores: Tensor, labels: Tensor, costs: Costs) -> None:
         self.logits, self.scores, self.labels, self.costs = logits, scores, labels, costs  # (N, L, K), (N, K), (N,)
@@ -108,7 +109,7 @@ class Heads:
                    flop_costs(layers, flops))
 
     def predictions(self, tune: Tensor, certify: Tensor) -> HeadPredictions:
-        """Fit the policies on some rows; return what the heads predict for these and for others."""
+        """Fit the policies on the tune rows; return the heads' predictions for these rows and for the certify rows."""
         policies = tuple(fit_policy(ConfidencePolicy.kind, self.logits[tune, layer], self.backbone_class[tune])
                          for layer in range(self.costs.n_layers))
         parts = (PartPredictions(self.candidates(rows, policies), self.logits[rows].argmax(dim=2),
@@ -118,7 +119,7 @@ class Heads:
                                Evidence.of_independent(len(certify)))
 
     def candidates(self, rows: Tensor, policies: Sequence[PlannedPolicy]) -> Candidates:
-        """Return what heads with these policies predict for some rows."""
+        """Return the predictions of heads with these policies for some rows."""
         confidence, error_chance = (
             torch.stack([says(self.logits[rows, layer]) for layer, says in enumerate(by_head)], dim=1)
             for by_head in ([policy.confidence for policy in policies], [policy.error_chance for policy in policies]))
@@ -130,9 +131,9 @@ class Heads:
         """Return the accuracy that an operating point loses on some rows.
 
         Args:
-            point: exits.
-            rows: (M,) rows.
-            exit_taken: (M,) position of the exit that each takes, or -1.
+            point: the operating point.
+            rows: the rows, (M,).
+            exit_taken: the position of the exit that each row takes, or -1, (M,).
         """
         backbone, labels = self.backbone_class[rows], self.labels[rows]
         served = served_classes(point, exit_taken, self.logits[rows].argmax(dim=2), backbone)
@@ -141,14 +142,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of the heads' records."""
+    """A split of the rows of the heads' records."""
 
     own: Tensor
-    """(2500,) rows to choose with; none of them is in the pool."""
+    """The rows to choose with, (2500,). None of them is in the pool."""
     certify: Tensor
-    """(1500,) rows of the pool, drawn with replacement."""
+    """Rows that are drawn from the pool with replacement, (1500,)."""
     pool: Tensor
-    """(5000,) rows that the rules are judged on."""
+    """The rows that the rules are judged on, (5000,)."""
 
     @classmethod
     def draw(cls, n_rows: int, seed: int) -> Split:
@@ -158,7 +159,7 @@ class Split:
 
 
 def chosen(thresholds: Rule, heads: Heads, split: Split, tolerance: float) -> tuple[OperatingPoint, Candidates]:
-    """Choose by one of our rules, as ee-train does."""
+    """Choose an operating point by one of our rules, as ee-train does."""
     tune = split.own[:N_TUNE] if thresholds == "certified" else split.own
     predictions = heads.predictions(tune, split.certify)
     options = TrainingOptions(tolerance=tolerance, thresholds=thresholds, measure="flops")

@@ -1,11 +1,12 @@
-"""Which classifiers go through the project with no code: one line per model, with random weights.
+"""Which classifiers the project can take without code of their own: one line per model, with random weights.
 
     python -m tests.benchmarks.coverage --json FILE [--families torchvision timm hf] [--models NAME ...]
 
-A model is ok when it exports, has at least two candidate layers, its stages in a chain give its own answers to 1e-4 at
-batches of 1, 3 and 8, as exported and as an archive has them served (written, read again, on the default engine), a
-head on every candidate gives one row of logits per item, and its probe notices weights that were overwritten. A run
-that was stopped goes on with the models that FILE does not have yet, if the code is the same.
+A model is ok if it can be exported, has at least two candidate layers, a head at every candidate layer gives one row of
+logits per item, its probe notices overwritten weights, and its stages in a chain give the model's own answers to 1e-4.
+The stages are compared at batches of 1, 3 and 8, both as exported and as served from an archive: written, read again,
+and run on the default engine. A run that was stopped continues with the models that FILE does not have yet, if the code
+is the same.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def main() -> int:
 
 
 def earlier(file: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the models of a run that was stopped; none where it ran other code, so that no table mixes two.
+    """Return the models of a run that was stopped. Return none if that run had other code, so that no table mixes two.
 
-    Files that differ from their commit may have changed since, so such a run begins anew.
+    A run whose files differ from the commit begins anew, because these files may have changed since.
     """
     if not file.exists() or not run["commit"] or run["commit"].endswith("+"):
         return []
@@ -73,9 +74,9 @@ def examine(specimen: Specimen) -> dict[str, Any]:
     """Export a model and compare its stages with it.
 
     Returns:
-        ok, candidates, max_error (of the scores, relative where they exceed 1), served_error (the same of the model as
-        an archive has it served), unnoticed_damage (names of overwritten weights that the probe takes for sound), the
-        engine, seconds (of the export and the search for candidates), and the reason where it is not ok.
+        ok, candidates, max_error (of the scores, relative where they exceed 1), served_error (the same for the model as
+        it is served from an archive), unnoticed_damage (names of overwritten weights that the probe does not notice),
+        the engine, seconds (for the export and the search for candidate layers), and a reason if it is not ok.
     """
     torch.manual_seed(0)
     model = specimen.make().eval()

@@ -1,12 +1,12 @@
-"""How soon the monitor notices that traffic has changed, and how seldom it cries wolf.
+"""How soon the monitor notices that traffic has changed, and how rarely it raises a false alarm.
 
     python -m tests.benchmarks.drift --json FILE
 
-A plan for ResNet-18 (width 32) is trained and certified on 5,000 CIFAR-10 requests. The others are answered clean and
-corrupted, once, with every setting that the plan can step back to; streams of shadow samples are then drawn from these
-answers, and go through the handler's own monitor. Where a corruption breaks the tolerance, it is also mixed with clean
-requests until the true disagreement is exactly three times the tolerance. At last a server and its watcher live through
-a drift (`recovery`).
+A plan for ResNet-18 (width 32) is trained and certified on 5,000 CIFAR-10 requests. The other requests are answered
+once, clean and corrupted, at every fallback level of the plan. Streams of shadow samples are then drawn from these
+answers and fed to the handler's own monitor. A corruption with more than three times the tolerance is also mixed with
+clean requests, so that the true disagreement is exactly three times the tolerance. At the end, a real server with its
+watcher goes through a drift (`recovery`).
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from tests.support.corrupt import corrupted
 
 STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.1, 0.2, 0.3), "contrast": (0.5, 0.75, 0.9)}
 QUIET = 500
-"""Clean shadow samples before a stream turns bad."""
+"""The number of clean shadow samples before a stream drifts."""
 LIMIT = 3000
-"""Shadow samples after which a stream is given up."""
+"""The number of shadow samples after which a stream ends."""
 SAMPLING_RATE = 0.05
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Which of N requests are answered differently from the backbone, at each step of a plan."""
+    """Which of N requests are answered differently from the backbone, at each fallback level of a plan."""
 
     differs: Tensor
-    """(steps, N) bool."""
+    """Whether each request is answered differently at each fallback level, (levels, N) bool."""
 
     @cached_property
     def requests(self) -> list[list[bool]]:
-        """For each request, whether it is answered differently at each step."""
+        """The same as one list for each request, with a value for each fallback level."""
         return self.differs.T.tolist()
 
     def rate(self, step: int = 0) -> float:
@@ -122,7 +122,7 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
 
 
 def answered(model: EarlyExitModel, plan: ExitPlan, backbone: Backbone, inputs: Tensor) -> Traffic:
-    """Answer (N, ...) requests with every step of a model, in one pass."""
+    """Answer (N, ...) requests at every fallback level of a model, in one pass."""
     exits = [stage for stage in model.assembly.stages if stage.exit is not None]
     confidence, classes, reference = [], [], []
     with torch.no_grad():
@@ -152,14 +152,16 @@ def answered(model: EarlyExitModel, plan: ExitPlan, backbone: Backbone, inputs: 
 
 def alarms(source: Callable[[random.Random], Traffic], monitored: Monitored, clean: Traffic, seed: int, *,
            quiet: int = 0) -> tuple[int | None, list[int], MonitorState]:
-    """Feed one stream to the monitor; return samples to the first alarm after the quiet time, and to each, and the end.
+    """Feed one stream to the monitor. Return the samples to its first alarm and to each alarm, and its last state.
+
+    Samples are counted from the end of the quiet time, so an alarm during the quiet time has a count of at most 0.
 
     Args:
-        source: tells which traffic the next request belongs to.
-        monitored: what is tested.
-        clean: traffic of the quiet time.
-        seed: of the stream.
-        quiet: clean samples before.
+        source: draws the traffic that the next request belongs to.
+        monitored: what the monitor tests.
+        clean: the traffic of the quiet time.
+        seed: the seed of the stream.
+        quiet: the number of clean samples before the stream drifts.
     """
     stream = random.Random(seed)
     last = len(clean.differs) - 1
@@ -177,20 +179,20 @@ def alarms(source: Callable[[random.Random], Traffic], monitored: Monitored, cle
 
 def streams(drifted: Traffic, clean: Traffic, monitored: Monitored, n_streams: int, *,
             share: float = 1.0) -> dict[str, Any]:
-    """Return what the monitor does on streams that turn from clean to drifted traffic.
+    """Return what the monitor does on streams that change from clean to drifted traffic.
 
     Args:
-        drifted: what a share of the requests turns into.
-        clean: the others.
-        monitored: what is tested.
-        n_streams: how many.
-        share: of drifted requests after the quiet time.
+        drifted: the drifted traffic.
+        clean: the traffic of all other requests.
+        monitored: what the monitor tests.
+        n_streams: the number of streams.
+        share: the share of drifted requests after the quiet time.
     """
     def source(stream: random.Random) -> Traffic:
         return drifted if stream.random() < share else clean
 
     late = [alarms(source, monitored, clean, seed, quiet=QUIET) for seed in range(n_streams)]
-    late = [one for one in late if one[0] is None or one[0] > 0]  # not the false alarms of the quiet time
+    late = [one for one in late if one[0] is None or one[0] > 0]  # without false alarms in the quiet time
     at_once = [alarms(source, monitored, clean, seed)[0] or LIMIT for seed in range(n_streams)]
     settled = [state.step for _, _, state in late]
     rates = [share * drifted.rate(step) + (1 - share) * clean.rate(step) for step in range(len(clean.differs))]

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.engine --json FILE
 
-CPU time of the process, one thread, all arms interleaved, the same allocator in all arms. Heads are real, untrained,
-and run; which rows leave is scripted. The shares hold for all rounds together: rows are dealt to batches at random, so
-the counts vary from batch to batch, and `counts` has those that were used. Without exits the ratio is the median over
-rounds, with exits that of the sums, as rounds differ. The ideal saves, for each row that leaves, the time of the stages
-after its exit, as measured for full batches: `ideal_ratio` is what the counts that were used would cost then, and
-`share_of_ideal` is the share of that saving that was had, the figure to judge by. At batch 1 a round is ten requests.
+Times are CPU times of the process with one thread. All arms are interleaved and use the same allocator. The exit heads
+are real but untrained; they run, but a script decides which rows leave. The shares hold for all rounds together: rows
+are dealt to batches at random, so the counts vary from batch to batch, and `counts` has those that were used. Without
+exits, the ratio is the median over rounds. With exits, it is the ratio of sums, because rounds differ. For each row
+that leaves, the ideal saves the time of the stages after its exit, as measured for full batches. `ideal_ratio` is what
+the used counts would cost in the ideal, and `share_of_ideal` is the share of this saving that was reached, the figure
+to judge by. At batch size 1, a round is ten requests.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ from tests.support.timing import interleaved, median_ratio, ratio_of_sums
 
 LAYERS = ("layer1.2", "layer2.3", "layer3.5")
 SHARES = (0.10, 0.60, 0.12)
-"""Of the rows, those that leave after each layer."""
+"""The shares of the rows that leave after each layer."""
 BATCHES = (1, 8, 32)
 ROUNDS = 24
 EXITS = "10/60/12"
-"""Name of the arm with exits."""
+"""The name of the arm with exits."""
 SPEC = HeadSpec(pool=4, widths=(64,))
 
 
@@ -75,7 +76,7 @@ def main() -> int:
         Backbone.from_module(torchvision.models.resnet50(weights=None).eval(), (3, 224, 224)).save(folder)
         resident = memory(folder)
         backbone = load_backbone(folder)
-        if INT8 in engines:  # what is fast does not depend on the values
+        if INT8 in engines:  # random inputs will do for calibration, as the speed does not depend on values
             quantize(backbone, (torch.randn(8, 3, 224, 224),), folder)
         cells: list[dict[str, Any]] = []
         counts: dict[int, list[list[int]]] = {}
@@ -91,7 +92,7 @@ def main() -> int:
 
 @dataclass
 class Script:
-    """Where each row that still travels leaves: the number of its exit, or that of the last stage."""
+    """Where each row that is still in the model leaves: the number of its exit, or of the last stage."""
 
     remaining: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -102,7 +103,7 @@ class Script:
 
 
 def with_exits(model: EarlyExitModel, script: Script) -> list[Stage]:
-    """Return the model's stages with scripted decisions in place of its exits' own, which are made all the same."""
+    """Return the model's stages with scripted decisions. The exits' own decisions are still made, so they take time."""
     def scripted(number: int, stage: Stage) -> Stage:
         if stage.exit is None:
             return stage
@@ -113,14 +114,14 @@ def with_exits(model: EarlyExitModel, script: Script) -> list[Stage]:
 
 
 def untrained_heads(backbone: Backbone, paths: Sequence[str] = LAYERS) -> dict[str, Head]:
-    """Return a head for each of some layers."""
+    """Return an untrained head for each of these layers. Keys are layer paths."""
     layers = [backbone.description.layer(path) for path in paths]
     return {layer.path: Head(SPEC, layer.shape, backbone.description.n_classes).eval() for layer in layers}
 
 
 def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], thresholds: Sequence[float] = (),
                   control_rate: float = 0.0) -> EarlyExitModel:
-    """Return a model with exits, which by default nobody leaves at."""
+    """Return a model with exits. With the default thresholds, no request leaves early."""
     layers = [backbone.description.layer(path) for path in heads]
     exits = tuple(PlannedExit(layer.path, SPEC, ConfidencePolicy(1.0, threshold), layer.cost, 0.001)
                   for layer, threshold in zip(layers, thresholds or [2.0] * len(layers)))
@@ -129,9 +130,9 @@ def exiting_model(backbone: Backbone, engine: str, heads: Mapping[str, Head], th
 
 
 def dealt(size: int, n_rounds: int) -> Tensor:
-    """Return after which stage each row leaves, (R, calls, size) int64: the shares of all, dealt out at random.
+    """Deal the shares of all rows out at random. Return the stage after which each row leaves, (R, calls, size) int64.
 
-    The last number is that of the rows that reach the end. At size 1 a round has ten calls.
+    Rows that run to the end have the number of the last stage. At size 1, a round has ten calls.
     """
     n_calls = 10 if size == 1 else 1
     n_rows = n_rounds * n_calls * size
@@ -142,7 +143,7 @@ def dealt(size: int, n_rounds: int) -> Tensor:
 
 
 def counts_of(destinies: Tensor) -> list[list[int]]:
-    """Return for each round how many rows leave after each stage, the last included."""
+    """Return for each round how many rows leave after each stage, including the last one."""
     return [torch.bincount(one.flatten(), minlength=len(SHARES) + 1).tolist() for one in destinies]
 
 
@@ -150,8 +151,8 @@ def measure(backbone: Backbone, engines: list[str], destinies: Tensor) -> list[d
     """Return a row for each engine, with and without exits.
 
     Args:
-        backbone: of all engines.
-        engines: by name.
+        backbone: the backbone of all engines.
+        engines: the names of the engines.
         destinies: what `dealt` returned.
     """
     _, n_calls, size = destinies.shape
@@ -194,7 +195,7 @@ def measure(backbone: Backbone, engines: list[str], destinies: Tensor) -> list[d
 
 
 def stage_shares(backbone: Backbone, engine: str, size: int) -> list[float]:
-    """Return the share of the time of a full batch that each stage takes, heads aside."""
+    """Return the share of a full batch's time that each stage takes, without the heads."""
     layers = [backbone.description.layer(path) for path in LAYERS]
     stages = torch.tensor(profile_backbone(backbone, layers, engine=engine, sizes=(size,)).stages).flatten()
     shares: list[float] = (stages / stages.sum()).tolist()
@@ -202,19 +203,19 @@ def stage_shares(backbone: Backbone, engine: str, size: int) -> list[float]:
 
 
 def ideal_ratio(stages: Sequence[float], counts: Sequence[Sequence[int]]) -> float:
-    """Return what rows would cost if each paid for nothing but the stages up to its exit, as a share of what all cost.
+    """Return what rows would cost if each cost only the stages up to its exit, as a share of the cost of full passes.
 
     Args:
-        stages: share of the time that each stage takes.
-        counts: for each round, the rows that leave after each stage, the last included.
+        stages: the share of the time that each stage takes.
+        counts: for each round, how many rows leave after each stage, including the last one.
     """
     spent = list(accumulate(stages))
     return sum(n * cost for one in counts for n, cost in zip(one, spent)) / sum(map(sum, counts))
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """Return the resident MB of a process with the plain exported backbone of a folder and of one with exits, and
-    their ratio."""
+    """Return the resident MB of a process with the plain exported backbone of a folder, that of a process with exits,
+    and their ratio."""
     resident = {arm: int(subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.engine", "--resident", str(folder), arm], check=True,
         capture_output=True, text=True).stdout) for arm in ("plain", "exits")}
@@ -223,13 +224,13 @@ def memory(folder: Path) -> dict[str, float]:
 
 
 def resident_bytes(folder: Path, arm: str) -> int:
-    """Load a saved backbone, answer ten batches of 8, and return the process' resident size."""
+    """Load a saved backbone, answer ten batches of 8, and return the resident size of the process."""
     torch.set_num_threads(1)
     backbone = load_backbone(folder)
     if arm == "exits":
         run = exiting_model(backbone, DEFAULT_ENGINE, untrained_heads(backbone)).forward
         del backbone
-        return_freed_memory()  # as the handler does once it has loaded
+        return_freed_memory()  # as the handler does after loading
     else:
         run = backbone.graph.forward
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Who is on a photo: MobileFaceNet's pretrained embedding and a classifier of the 40 people of the ORL faces.
+"""Recognizing people on photos: MobileFaceNet's pretrained embedding, and a classifier of the 40 people of ORL faces.
 
-The classifier is trained on three photos of each person. Traffic shows the other seven as a camera would, shifted,
-turned, lit and blurred at random, some 20 times each. The photos are dealt out before: each part of the records shows
-its own, and what is measured others again, of known people. A certificate still counts each variant as a request of its
-own, and so promises more than the 56 photos there can.
+The classifier is trained on three photos of each person. Traffic shows the other seven photos as a camera would:
+shifted, turned, lit and blurred at random, some 20 times each. The photos are dealt out first: each part of the records
+has photos of its own, and the measured requests show yet other photos of the same people. A certificate still counts
+each variant as an independent request, so it promises more than the 56 photos behind it can prove.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.models.mobilefacenet import MobileFaceNet
 from tests.support.sources import deal, recorded_parts
 
 N_TRAINED = 3
-"""Photos of each person that the classifier learns from; traffic shows the others."""
+"""The number of photos of each person that the classifier is trained on; traffic shows the other photos."""
 N_RECORDED, N_MEASURED = 3200, 2400
 _VARIANTS = 20
 _CAMERA = v2.Compose([v2.RandomAffine(12, translate=(0.08, 0.08), scale=(0.85, 1.15), fill=90),
@@ -58,15 +58,15 @@ def trained() -> MobileFaceNet:
 
 @dataclass(frozen=True)
 class Seen:
-    """N variants of photos, as the camera sees them."""
+    """N variants of photos, as a camera would see them."""
 
     bodies: list[bytes]
-    """PNG."""
+    """PNG files."""
     people: list[int]
 
 
 def traffic() -> tuple[Seen, list[Part], Seen]:
-    """Return what is recorded, the part of the records for each of these, and what is measured."""
+    """Return the recorded variants, the part of the records that each belongs to, and the measured variants."""
     dealt = deal(list(zip(*_photos(range(N_TRAINED, 10)))))
     parts = recorded_parts(N_RECORDED)
     recorded = [_seen_by_camera(*zip(*dealt[part]), seed=1 + part.number, n=parts.count(part)) for part in Part]
@@ -76,7 +76,7 @@ def traffic() -> tuple[Seen, list[Part], Seen]:
 
 
 def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
-    """Return some photos of every person, and the person of each."""
+    """Return some photos of every person, and the person on each photo."""
     found = []
     for path in sorted((data_folder() / "orl-faces").glob("*.png")):
         person, number = map(int, re.fullmatch(r"s(\d+)_(\d+)", path.stem).groups())  # type: ignore[union-attr]
@@ -86,7 +86,7 @@ def _photos(numbers: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
 
 
 def _seen_by_camera(photos: Sequence[Image.Image], people: Sequence[int], seed: int, n: int) -> Seen:
-    """Return n variants, of all photos equally often, in random order."""
+    """Return n variants in random order, equally many of each photo."""
     bodies = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

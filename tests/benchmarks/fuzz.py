@@ -1,8 +1,9 @@
-"""Malformed requests among good ones, against a real TorchServe with early exits.
+"""Malformed requests among good ones, sent to a real TorchServe with early exits.
 
     python -m tests.benchmarks.fuzz --json FILE
 
-Every bad request must get a 4xx with a reason, every good one its answer, no worker may die, and memory must stay flat.
+Every bad request must get a 4xx status with a reason, and every good request its answer. No worker may die, and the
+memory must not grow.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ def truncated(good: bytes, draw: random.Random) -> Bad:
 
 
 def flipped(good: bytes, draw: random.Random) -> Bad:
-    """Damage the first bytes, by which a format is known."""
+    """Damage the first bytes, by which decoders recognize a format."""
     return Bad("damaged image", draw.randbytes(8) + good[8:])
 
 
 def huge(good: bytes, draw: random.Random) -> Bad:
-    """Claim more pixels than anyone has memory for."""
+    """Claim more pixels than any memory can hold."""
     side = draw.randrange(20_000, 2**31 - 1)
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return Bad("huge dimensions", good[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
@@ -96,7 +97,7 @@ def main() -> int:
 
 
 def fuzz(folder: Path, n_bad: int) -> dict[str, Any]:
-    """Serve digits with exits, send everything, and return the figures."""
+    """Serve digits with exits, send all requests, and return the figures."""
     original = original_mar(folder / "original", "digits", "digits_resnet.py", "digits_handler.py",
                             train_backbone(n_steps=100).state_dict(), CONFIG)
     recorder = build_archive(ArchiveRequest(str(original), folder / "store", input_shape=(1, 32, 32)))
@@ -123,7 +124,7 @@ def fuzz(folder: Path, n_bad: int) -> dict[str, Any]:
 
 def _all(server: TorchServe, mixed: list[Bad | int], bodies: list[bytes], expected: list[str], wrong: Counter[str],
          n_answered: Counter[str]) -> None:
-    """Send bad requests and, for each number, the good one of that number."""
+    """Send every bad request, and for each number the good request with that number."""
     numbers, lock = iter(range(len(mixed))), threading.Lock()
 
     def run() -> None:

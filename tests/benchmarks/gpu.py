@@ -2,14 +2,15 @@
 
     python -m tests.benchmarks.gpu --json FILE
 
-Wall time from inputs on the GPU to scores there, all arms interleaved, medians of the ratios of the rounds to the plain
-backbone on the same engine. Heads are real, untrained, and decide: thresholds are such that 10, 60 and 12 % of the
-inputs leave after layers 1 to 3, and batches are made of them in these shares. The arms: `eager` (the plain backbone as
-it was exported), `off` (cut in stages, the exits bypassed), `none` (three exits, nobody leaves), `10/60/12`, and
-`served` (the same, or off where the model found in 1500 batches that its exits do not pay). A round is eight batches,
-or ten requests. `ideal` is what the stages alone take for the rows that reach them in these batches, in the sizes that
-graphs have; `share_of_ideal` is how much of what this saves was saved; `left` is how many rows of a round came to the
-end, and left after each layer; `prepare_s` is what capturing the graphs took.
+Times are wall times from inputs on the GPU to scores on the GPU. All arms are interleaved, and figures are medians over
+rounds of the ratio to the plain backbone on the same engine. The exit heads are real but untrained, and they decide:
+thresholds let 10, 60 and 12 % of the inputs leave after layers 1 to 3, and batches have inputs in these shares. The
+arms are `eager` (the plain backbone as it was exported), `off` (stages with bypassed exits), `none` (three exits at
+which nothing leaves), `10/60/12`, and `served` (the same, or `off` if the model found in 1500 batches that its exits do
+not pay). A round is eight batches, or ten requests at batch size 1. `ideal` is the time of the stages alone for the
+rows that reach them, in the batch sizes that the graphs have, as a share of their time for all rows; `share_of_ideal`
+is the share of this saving that was reached; `left` is how many rows of a round ran to the end, and how many left after
+each layer; `prepare_s` is the time for capturing the graphs.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from tests.support.timing import interleaved, median_ratio
 
 LAYERS = {"resnet18": ("layer1.1", "layer2.1", "layer3.1"), "resnet50": ("layer1.2", "layer2.3", "layer3.5")}
 BATCHES, CALLS = (1, 16, 32, 64, 128), 8
-"""Batch sizes, and the batches of a round; at size 1 it has ten."""
+"""The batch sizes, and the number of batches in a round; at size 1, a round has ten batches."""
 ENGINE_NAMES = ("folded", "bfloat16")
 ROUNDS = 25
 N_INPUTS, N_LEARNED = 256, 1500
-"""Inputs that batches are made of, and batches in which the model finds out whether its exits pay."""
+"""The number of inputs that batches are made of, and of batches in which the model finds out if its exits pay."""
 DEVICE = torch.device("cuda")
 
 
@@ -113,13 +114,13 @@ def measure(backbone: Backbone, layers: Sequence[str], engine: str, size: int) -
 
 
 def every(model: EarlyExitModel, batches: Tensor, level: int = 0) -> list[Answers]:
-    """Return a model's answers to batches in one of its settings."""
+    """Return a model's answers to batches at one of its fallback levels."""
     nobody = torch.zeros(batches.shape[1], dtype=torch.bool)
     return [model.executor.run((batch,), level, nobody).answers for batch in batches]
 
 
 def pays_for(model: EarlyExitModel, batches: Tensor) -> bool:
-    """Tell whether a model finds that its exits pay for batches."""
+    """Tell whether a model finds that its exits pay for these batches."""
     for number in range(N_LEARNED):
         model.log.begin()
         model(batches[number % len(batches)])
@@ -129,11 +130,11 @@ def pays_for(model: EarlyExitModel, batches: Tensor) -> bool:
 
 
 def rows_of(destinies: Tensor, leaves_after: Tensor) -> Tensor:
-    """Return an input for each place of a batch that leaves after the stage it is to leave after.
+    """Return for each place in the batches the row of an input that leaves after the stage chosen for that place.
 
     Args:
-        destinies: (calls, size) numbers of stages.
-        leaves_after: (N,) the same of the inputs.
+        destinies: the number of the stage that is chosen for each place, (calls, size).
+        leaves_after: the number of the stage after which each input leaves, (N,).
     """
     rows = torch.empty_like(destinies)
     for number in destinies.unique().tolist():
@@ -143,10 +144,10 @@ def rows_of(destinies: Tensor, leaves_after: Tensor) -> Tensor:
 
 
 def shares(answers: Answers) -> tuple[list[float], Tensor]:
-    """Return thresholds that let the shares of `SHARES` leave, and after which stage each row does.
+    """Return thresholds that let the shares of `SHARES` leave, and the stage after which each row leaves.
 
     Args:
-        answers: with every exit's opinion of every row.
+        answers: answers with every exit's prediction for every row.
     """
     left = torch.full((N_INPUTS,), len(SHARES))
     thresholds = []
@@ -161,11 +162,11 @@ def shares(answers: Answers) -> tuple[list[float], Tensor]:
 
 
 def ideal(model: EarlyExitModel, destinies: Tensor) -> float:
-    """Return what the stages alone would take as a share of what they take for all rows.
+    """Return the time of the stages alone for the rows that reach them, as a share of their time for all rows.
 
     Args:
-        model: with exits.
-        destinies: (calls, size): after which stage each row leaves.
+        model: the model, with exits.
+        destinies: the stage after which each row leaves, (calls, size).
     """
     spent, whole = 0.0, 0.0
     for number, stage in enumerate(model.assembly.stages):
@@ -178,7 +179,7 @@ def ideal(model: EarlyExitModel, destinies: Tensor) -> float:
 
 
 def seconds_of(stage: GraphedStage, n_rows: int) -> float:
-    """Return what a stage takes for so many rows."""
+    """Return the seconds that a stage takes for so many rows."""
     captured = stage.graph.captured(n_rows, ())
     assert captured is not None
     taken = []
@@ -193,7 +194,7 @@ def seconds_of(stage: GraphedStage, n_rows: int) -> float:
 
 
 def gpu_clock() -> float:
-    """Return the seconds of the wall clock once the GPU has done what was asked of it."""
+    """Wait until the GPU has finished its work; return the seconds of the wall clock."""
     torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -1,11 +1,12 @@
-"""Habits of those who write handlers, before and after: would a client notice that the archive was repackaged?
+"""Handlers with the habits of their authors, before and after: would a client notice that the archive was repackaged?
 
     python -m tests.benchmarks.habits --json FILE [--only NAME ...]
 
-Each habit is an archive of the stock archiver. A stock TorchServe serves it, and what `ee-archive` makes of it: without
-exits, and with exits whose heads are copies of what follows, so that early answers must be equal too, as plain and as
-early answers. Clients ask all of them the same, one request after the other and in batches. Another status, content
-type or body, or no answer, is wrong. One habit is a compiled library, for which a C++ compiler is needed.
+Each habit is an archive of the stock archiver. A stock TorchServe serves this archive and those that `ee-archive` makes
+of it: without exits, and with exits, both with plain batching and with early answers. The heads of the exits are copies
+of the rest of the model, so early answers must be equal too. Clients send the same requests to all of them, one after
+the other and in batches. A different status, content type or body is wrong, and so is a missing answer. One habit is a
+compiled library, which needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> int:
 
 
 def measured(habits: Sequence[Habit], scratch: Path) -> dict[str, Any]:
-    """Try habits; return the figures that the project is held to, and in what the wrong answers differ."""
+    """Try habits; return the figures that the project is held to, and how wrong answers differ."""
     trials = try_habits(habits, scratch, log=_log)
     by_name = {trial.habit.name: trial for trial in trials}
     leaks = {"leaks_mb": round(worst_growth_mb(by_name, scratch, _log), 1)} if by_name.keys() >= KINDS.keys() else {}

@@ -1,10 +1,11 @@
-"""Exits beside 8-bit weights, and both together, on the paper's ResNet-18 and CIFAR-10.
+"""Exits compared with 8-bit weights, and both together, on the paper's ResNet-18 and CIFAR-10.
 
     python -m tests.benchmarks.int8 --json FILE
 
-Half of the images are recorded; exits are trained with replays of them and certified, on the model as it is and on the
-quantized one; the other half is measured. Every figure compares with the original model, executed as it was exported.
-Versions with exits run a share of the requests to the end, as they do by default when they serve.
+Half of the images are recorded. Exits are trained with replays of them and certified, both on the model in full
+precision and on the quantized model. The other half is measured. Every figure compares with the original model,
+executed as it was exported. Versions with exits run a share of the requests to the end, as they do by default when they
+serve.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ def measure(subject: Subject, folder: Path, tolerance: float, n_rounds: int) -> 
     """Return the figures of a subject's original model, of each engine, and of exits on each.
 
     Args:
-        subject: that was made in the folder.
-        folder: for everything that is made.
-        tolerance: of the certificates.
-        n_rounds: of replays that heads are trained with.
+        subject: the subject, which was made in the folder.
+        folder: the folder for everything that is made.
+        tolerance: the tolerance of the certificates.
+        n_rounds: the number of rounds of replays that heads are trained with.
     """
     [recorder] = (folder / "store").glob("*.mar")
     arms: dict[str, Callable[[Tensor], Any]] = {ORIGINAL: subject.backbone.graph}
@@ -93,13 +94,13 @@ def with_exits(engine: str) -> str:
 
 
 def figures(arms: Arms, plans: Mapping[str, ExitPlan], inputs: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Return a row for each arm, compared with the original, and where requests left the model in full precision.
+    """Return a row for each arm, compared with the original, and where requests left the full-precision model.
 
     Args:
-        arms: by name.
-        plans: of the arms with exits, by name.
-        inputs: (M, ...) of the measured requests.
-        truth: (M,) their classes.
+        arms: the arms by name.
+        plans: the plans of the arms with exits. Keys are names of arms.
+        inputs: the inputs of the measured requests, (M, ...).
+        truth: the true classes of the measured requests, (M,).
     """
     with torch.no_grad():
         classes = {name: torch.cat([arm(batch).argmax(dim=1) for batch in inputs.split(_EVALUATED)])
@@ -120,8 +121,8 @@ def figures(arms: Arms, plans: Mapping[str, ExitPlan], inputs: Tensor, truth: Te
 
 
 def work_of(model: EarlyExitModel, plan: ExitPlan, inputs: Tensor) -> tuple[float, list[dict[str, Any]]]:
-    """Return the mean FLOPs of a request, as a fraction of the backbone's, and for each exit, the whole model at the
-    end, its layer, its cost and the share of the requests that leave there."""
+    """Return the mean FLOPs of a request, as a fraction of the backbone's, and a dict for each exit and one for the
+    whole model at the end: the layer, the cost, and the share of the requests that leave there."""
     answers = [answers_of(model, batch) for batch in inputs.split(BATCH)]
     flops = torch.cat([flops_fractions(one, model, plan) for one in answers]).mean().item()
     taken = torch.cat([one.stages for one in answers])

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.loop --json FILE
 
-The first half of the images is recorded and trained on, without labels; a version with exits is rolled in under load;
-the other half measures three arms in turns: the user's original, which nothing was folded or fused in, ours without
-exits, and ours with exits. `vs_original` and `vs_without_exits` hold for every figure what ours with exits comes to,
-compared with that arm; ratios at the top level compare with ours without exits, so they show what the exits do alone.
+The first half of the images is recorded and trained on, without labels. A version with exits is rolled in under load.
+The other half measures three arms, which take turns: the user's original, in which nothing is folded or fused, ours
+without exits, and ours with exits. `vs_original` and `vs_without_exits` compare every figure of ours with exits with
+that arm. Ratios at the top level compare with ours without exits, so they show the effect of the exits alone.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def summarise(result: LoopResult, labels: list[str], inputs: Tensor, original: n
     """Return the figures of a loop.
 
     Args:
-        result: of the loop.
-        labels: of the measured requests.
-        inputs: (M, ...): the same requests, as the handler gives them to the model.
+        result: the result of the loop.
+        labels: the labels of the measured requests.
+        inputs: the same requests as the handler gives them to the model, (M, ...).
         original: the user's model, in eval mode.
     """
     times = {size: model_seconds(result, inputs.split(size)[:400], original) for size in BATCHES}
@@ -110,7 +110,7 @@ def summarise(result: LoopResult, labels: list[str], inputs: Tensor, original: n
 
 def compared_with(arm: str, result: LoopResult, labels: list[str], times: Mapping[int, Mapping[str, list[float]]],
                   worker: Mapping[str, Mapping[str, float]], flops: Mapping[str, float]) -> dict[str, Any]:
-    """Return what ours with exits comes to, compared with another arm: ratios, but for what is lost in accuracy."""
+    """Compare ours with exits with another arm. Return ratios, except for the accuracy loss and the disagreement."""
     by_batch = {size: median_ratio(seconds[WITH_EXITS], seconds[arm]) for size, seconds in times.items()}
     return {
         "accuracy_loss": result.accuracy(arm, labels) - result.accuracy(WITH_EXITS, labels),
@@ -122,21 +122,21 @@ def compared_with(arm: str, result: LoopResult, labels: list[str], times: Mappin
 
 
 def model_seconds(result: LoopResult, batches: Sequence[Tensor], original: nn.Module) -> dict[str, list[float]]:
-    """Return the CPU seconds of each arm's model for some rounds, in turns."""
+    """Return the CPU seconds that each arm's model takes for some rounds. The arms take turns."""
     with one_thread(), torch.no_grad():
         return cpu_seconds({ORIGINAL: original, WITHOUT_EXITS: served_model(result.recorder),
                             WITH_EXITS: exiting_model(result)}, batches)
 
 
 def exiting_model(result: LoopResult) -> EarlyExitModel:
-    """Return the model with exits as it is deployed: some requests run to the end though they are answered early."""
+    """Return the model with exits as it is deployed: shadow samples run to the end although they are answered early."""
     model = served_model(result.exiting)
     model.shadow.rate = SHADOW_RATE
     return model
 
 
 def flops_of(result: LoopResult, inputs: Tensor, original: nn.Module) -> dict[str, float]:
-    """Return the FLOPs of each arm for a request."""
+    """Return the FLOPs of each arm per request."""
     model = exiting_model(result)
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
@@ -148,14 +148,14 @@ def flops_of(result: LoopResult, inputs: Tensor, original: nn.Module) -> dict[st
 
 
 def answers_of(model: EarlyExitModel, batch: Tensor) -> Answers:
-    """Return what a model notes about its answers to a batch."""
+    """Return what a model logs about its answers to a batch."""
     model.log.take()
     model(batch)
     return model.log.take()[0].answers
 
 
 def flops_fractions(answers: Answers, model: EarlyExitModel, plan: ExitPlan) -> Tensor:
-    """Return the FLOPs of each row as a fraction of the backbone's; shadow rows cost all, and every head counts."""
+    """Return the FLOPs of each row as a fraction of the backbone's. Shadow samples cost all, and every head counts."""
     runs_to_end = answers.stages == FULL
     runs_to_end[answers.shadow] = True
     spent, on_heads = torch.ones(len(answers.stages)), torch.zeros(len(answers.stages))

@@ -1,9 +1,9 @@
 """How exits are chosen: by us, by the paper's rules, and by the baselines, all from the same records.
 
-A budget is fixed before anything is measured: what a certified method promises, what the paper's rules are given, and
-what accuracy the baselines may lose. Layers are counted in the same way for all: so many candidates, spread over the
-backbone's cost, are offered to a method. Every method gets the same heads' optimisation where it serves, and batches
-shrink for all where that pays on this machine. No method knows the requests that are measured.
+A budget is fixed before anything is measured. It is what a certified method promises, what the paper's rules are given,
+and what accuracy the baselines may lose. Layers are counted in the same way for all methods: a method is offered a
+number of candidate layers, spread over the backbone's cost. The heads of all methods are optimized for serving in the
+same way, and batches shrink for all methods where that pays on this machine. No method knows the measured requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.benchmarks.bench import BATCH, Bench
 
 BUDGETS = (0.005, 0.01, 0.02)
 LAYER_COUNTS = (4, 8)
-"""How many layers those are offered that do not choose themselves which of them pay."""
+"""The numbers of layers that are offered to methods that do not decide themselves which layers pay."""
 ALL = (None,)
 
 
@@ -40,7 +40,7 @@ class Terms:
 
     budget: float
     layers: int | None
-    """The layers that are offered; all candidates where it is none."""
+    """The number of layers that are offered; None stands for all candidate layers."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ class Choice:
     """What a method chose for a row."""
 
     exits: Mapping[str, Exit]
-    """By layer path; heads as they were trained."""
+    """The exits, with heads as they were trained. Keys are layer paths."""
     about: Mapping[str, Any]
-    """Further columns of the row."""
+    """More columns of the row."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose exits, and the rows that it has."""
+    """A way to choose exits, and the rows that it has in the table."""
 
     choose: Callable[[Bench, Terms], Choice]
     counts: Sequence[int | None] = ALL
-    """The numbers of layers that it has rows for."""
+    """The numbers of layers that it has rows for; None stands for all candidate layers."""
     every_budget: bool = False
-    """Whether it has a row for each budget, and not for the largest alone."""
+    """Whether it has a row for each budget, and not only for the largest."""
     papers_loss: bool = False
-    """Whether its budget is the accuracy that the paper lost on this network, instead."""
+    """Whether its budget is, instead, the accuracy that the paper lost on this network."""
 
     def terms(self, bench: Bench, budgets: Sequence[float]) -> Iterator[Terms]:
-        """Yield the terms of each row; none where the paper has no such network and the budget would be its loss."""
+        """Yield the terms of each row: none if the budget is the paper's loss, and the paper lacks this network."""
         if self.papers_loss:
             budgets = [] if bench.subject.published is None else [bench.subject.published.accuracy_loss]
         n_candidates = len(bench.layers(None))
@@ -77,18 +77,18 @@ class Method:
 
 
 def ours(bench: Bench, terms: Terms, *, heads: str = "searched", **changes: Any) -> Choice:
-    """Return the exits that a rule of ours or of the paper's chooses among heads of ours.
+    """Return the exits that one of our rules or of the paper's rules chooses among our heads.
 
     Args:
-        bench: with the records and the heads.
-        terms: of the row.
+        bench: the records and the heads.
+        terms: the terms of the row.
         heads: `searched`, `default` (the default architecture) or `plain` (the same without replay).
-        changes: of the options.
+        changes: changes of the options.
     """
     options = replace(bench.options, tolerance=terms.budget, **changes)
     layers = bench.layers(terms.layers)
     trained: list[TrainedHead] = [one for one in getattr(bench, heads) if one.layer in layers]
-    plan = _plan(bench, heads, trained, options) if trained else None  # none is better than chance
+    plan = _plan(bench, heads, trained, options) if trained else None  # None if no head is better than chance
     by_path = {one.layer.path: one.head for one in trained}
     exits = {planned.layer: Exit(by_path[planned.layer], planned.policy, planned.policy.answers)
              for planned in (plan.exits if plan else ())}
@@ -112,7 +112,7 @@ def _plan(bench: Bench, heads: str, trained: Sequence[TrainedHead], options: Tra
 
 
 def theirs(bench: Bench, terms: Terms, *, baseline: Callable[[LabelledRecords, float], dict[str, Exit]]) -> Choice:
-    """Return the exits that a baseline chooses, which gets labels."""
+    """Return the exits that a baseline chooses. Baselines get labels."""
     layers = bench.layers(terms.layers)
     exits = baseline(bench.labelled.of_layers(layers), terms.budget)
     return Choice(bench.shrinking(exits, BATCH), {

@@ -1,12 +1,12 @@
-"""What serving without exits costs: against the plain backbone on the same engine, and with full recording.
+"""What serving without exits costs compared with the plain backbone on the same engine, and what recording costs.
 
     python -m tests.benchmarks.overhead --json FILE
 
-CPU time of the process, one thread for the model. `no_exit_ratio` is the median over interleaved rounds.
-`recording_ratio` is a ratio of sums over whole shards: one arm serves the requests of a shard and records them all, and
-its time ends when the writer has written that shard; the other arm serves the same requests without recording. They
-take turns. So all that recording does, the writer's thread included, is in the arm that records. Every request brings
-10 kB of its own; `recording_ratio_10_mb` is that of single requests that bring 10 MB.
+All times are CPU times of the process, with one thread for the model. `no_exit_ratio` is the median over interleaved
+rounds. `recording_ratio` is a ratio of sums over whole shards. One arm serves the requests of a shard and records them
+all; its time ends when the writer has written that shard. The other arm serves the same requests without recording. The
+arms take turns. So the recording arm contains all the work of recording, the writer's thread included. Each request has
+a body of 10 kB; `recording_ratio_10_mb` is the ratio for single requests with bodies of 10 MB.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from tests.support.timing import cpu_ratio, interleaved, ratio_of_sums
 
 BATCHES = (1, 8, 32)
 _BEGINNING = 16
-"""Bytes by which requests are told apart."""
+"""The number of first bytes of a body that identify its request."""
 
 
 SHARD = ServingConfig.records_per_shard
 SHARDS = 4
-"""Shards that are timed, half of them first in their round; one more warms up."""
+"""The number of shards that are timed. The recording arm goes first for half of them. One more shard is a warm-up."""
 
 
 def main() -> int:
@@ -80,19 +80,19 @@ def main() -> int:
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[int, int]]] = {
     "resnet18w32_32px": (ResNet18W32, (3, 32, 32), {1: 300, 8: 100, 32: 30}),
     "resnet50_224px": (partial(torchvision.models.resnet50, weights=None), (3, 224, 224), {1: 40, 8: 11, 32: 5})}
-"""By name: the model, the shape of its items, and by batch size the rounds of `no_exit_ratio`."""
+"""The model of each name, the shape of its items, and the rounds of `no_exit_ratio` for each batch size."""
 
 
 def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int], n_shards: int,
             n_records: int) -> dict[str, Any]:
-    """Return the largest difference of the answers and the cost ratios by batch size.
+    """Return the largest difference between answers, and the cost ratios by batch size.
 
     Args:
-        model: with any weights.
-        input_shape: of one item.
-        n_rounds: by batch size, of what is compared without recording.
-        n_shards: that are timed for each figure of recording.
-        n_records: of a shard.
+        model: the model, with any weights.
+        input_shape: the shape of one item.
+        n_rounds: the number of rounds of the comparison without recording, by batch size.
+        n_shards: the number of shards that are timed for each figure of recording.
+        n_records: the number of records of a shard.
     """
     backbone = Backbone.from_module(model.eval(), input_shape)
     plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), build_model(backbone)
@@ -113,14 +113,14 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
 
 def recording_ratio(backbone: Backbone, inputs: list[Tensor], n_shards: int, n_records: int, *,
                     body_bytes: int = 10_000) -> float:
-    """Return CPU time of serving whole shards and recording all / of serving the same without recording.
+    """Return the CPU time of serving whole shards with recording, divided by that without recording.
 
     Args:
-        backbone: that serves.
-        inputs: batches of one size, which go round.
-        n_shards: that are timed.
-        n_records: of a shard, a multiple of the batch size.
-        body_bytes: of every request.
+        backbone: the backbone that serves.
+        inputs: batches of one size, which are used in turn.
+        n_shards: the number of shards that are timed.
+        n_records: the number of records of a shard, a multiple of the batch size.
+        body_bytes: the size of each request's body.
     """
     size = len(inputs[0])
     if n_records % size:
@@ -145,7 +145,7 @@ def recording_ratio(backbone: Backbone, inputs: list[Tensor], n_shards: int, n_r
 
 
 def wait_for_shard(records: Path, n_shards: int, limit_s: float = 120.0) -> None:
-    """Wait until so many shards are written and the writer has looked after old ones; waiting takes no CPU time."""
+    """Wait until so many shards are written and the writer has checked for old shards. Waiting takes no CPU time."""
     deadline = time.monotonic() + limit_s
     while len(list_shards(records)) < n_shards:
         if time.monotonic() > deadline:
@@ -156,13 +156,13 @@ def wait_for_shard(records: Path, n_shards: int, limit_s: float = 120.0) -> None
 
 def serving(backbone: Backbone, bodies: list[bytes], records: Path | None,
             n_records: int) -> Callable[[Tensor], None]:
-    """Return what a worker does for a batch besides pre- and post-processing; with a folder it records all.
+    """Return a function that does a worker's work for a batch, except for pre- and postprocessing.
 
     Args:
-        backbone: that serves.
-        bodies: of the requests of a batch.
-        records: the folder; without one nothing is recorded.
-        n_records: of a shard, which is written when it is full and no sooner.
+        backbone: the backbone that serves.
+        bodies: the bodies of the requests of a batch.
+        records: the folder in which all requests are recorded; if it is None, nothing is recorded.
+        n_records: the number of records of a shard. A shard is written only when it is full.
     """
     config = ServingConfig(records=str(records) if records else None, records_per_shard=n_records, seal_after_s=3600)
     model = build_model(backbone, sampling_rate=1.0 if records else 0.0, record_pool=config.pool_side,
@@ -183,9 +183,9 @@ def serving(backbone: Backbone, bodies: list[bytes], records: Path | None,
 
 
 class Batches:
-    """A handler that is given the batch beside the requests, so that nothing but the model is computed.
+    """A handler that gets the batch separately from the requests, so that it computes nothing but the model.
 
-    Each request has a row of its own, also alone: of rows that belong to nobody a worker records less.
+    Each request has its own row even if it is handled alone, since a worker records less of rows without a request.
     """
 
     def __init__(self, model: EarlyExitModel, bodies: list[bytes]) -> None:

@@ -1,12 +1,12 @@
-"""The paper's tables in this project's numbers: accuracy, disagreement, hits, cost, for every method on the same data.
+"""The paper's tables with this project's figures: accuracy, disagreement, hits, cost of all methods on the same data.
 
     python -m tests.benchmarks.paper --json FILE [--subjects resnet18 resnet56 efficientnet]
 
-Each method chooses its exits with the recorded requests only; each row is measured on requests that nothing was
-chosen with. Costs are CPU time of one thread against the plain backbone on the same engine, interleaved, with the
-server's allocator. Baselines get the same records and replays of them, and labels besides. Every budget and every
-number of layers has a row; where a subject or a method is left out, its row says why. A row of a network that the paper
-reports has the paper's figures under `paper`.
+Each method chooses its exits with the recorded requests only. Each row is measured on requests that were not used for
+choosing. Costs are CPU times of one thread compared with the plain backbone on the same engine, interleaved, with the
+server's allocator. Baselines get the same records and replays of them, and also labels. Every budget and every number
+of layers has a row. If a subject or a method is left out, its row says why. A row of a network that the paper reports
+has the paper's figures under `paper`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tests.benchmarks.subjects import SUBJECTS
 from tests.support.cifar import DataMissing
 
 EXPECTED = (DataMissing, EarlyExitError)
-"""What may keep a subject or a method from a row."""
+"""The errors because of which a subject or a method may be left out."""
 CURVES = ("exits", "at_common_thresholds")
-"""Columns for the paper's Table 2 and Figures 2 to 4, which make a file twenty times as long."""
+"""The columns for the paper's Table 2 and Figures 2 to 4. They would make a file twenty times as long."""
 
 
 def main() -> int:
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def rows_of(name: str, scratch: Path, kept: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the rows of each method on a subject; what cannot be had has a row that says why, and the others follow."""
+    """Yield the rows of each method on a subject. If a row cannot be measured, it says why, and the others follow."""
     try:
         subject = SUBJECTS[name](scratch)
         bench = Bench.prepare(subject, kept, options.trials)
@@ -83,11 +83,11 @@ def measured_rows(bench: Bench, inputs: Tensor, truth: Tensor, methods: Collecti
     """Yield the rows of some methods.
 
     Args:
-        bench: what methods choose with.
-        inputs: (M, ...) of the measured requests.
-        truth: (M,) their classes.
-        methods: by name.
-        budgets: that they are given.
+        bench: what the methods choose with.
+        inputs: the inputs of the measured requests, (M, ...).
+        truth: the true classes of the measured requests, (M,).
+        methods: the names of the methods.
+        budgets: the budgets that the methods are given.
     """
     with torch.no_grad():
         full = torch.cat([bench.subject.backbone.graph(batch) for batch in inputs.split(250)])
@@ -98,7 +98,7 @@ def measured_rows(bench: Bench, inputs: Tensor, truth: Tensor, methods: Collecti
 
 
 def attempt(bench: Bench, name: str, terms: Terms, inputs: Tensor, truth: Tensor, full: Tensor) -> dict[str, Any]:
-    """Return a row, or one that says why there is none."""
+    """Return the measured row, or a row that says why it could not be measured."""
     subject = bench.subject
     about = {"backbone": subject.name, "data": subject.data, "method": name}
     try:

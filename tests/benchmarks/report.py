@@ -1,4 +1,4 @@
-"""How a benchmark tells its figures, and what it says of the run that they come from."""
+"""How a benchmark reports its figures, and the conditions of the run that they come from."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tests.support.cifar import DataMissing
 _ROOT = Path(__file__).parents[2]
 _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16",
                  "amx_int8", "asimd", "asimddp", "sve", "bf16", "i8mm")
-"""Of a processor, on which the time of a model depends."""
+"""The instruction sets of a processor on which the time of a model depends."""
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
-"""Of absolute paths, all but the name of the file."""
+"""Matches an absolute path without the name of the file."""
 _NO_SETTINGS = ("json", "curves", "work", "resident")
-"""Options that say where files are."""
+"""Options that only say where files are."""
 
 
 def report(file: Path, measure: Callable[[Path], dict[str, Any]], settings: Mapping[str, Any] | None = None) -> int:
-    """Measure in a folder that is removed afterwards, write the figures and print them; return the exit status.
+    """Measure in a temporary folder, write the figures and print them; return the exit status.
 
     Args:
-        file: for the figures.
-        measure: takes the folder and returns the figures.
-        settings: what they depend on, such as the options of the command.
+        file: the file for the figures.
+        measure: a function that takes the folder and returns the figures.
+        settings: what the figures depend on, such as the options of the command.
     """
     run = conditions(settings or {})
     try:
@@ -52,25 +52,25 @@ def report(file: Path, measure: Callable[[Path], dict[str, Any]], settings: Mapp
 
 
 def save(file: Path, run: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """Write figures, and before them what `conditions` said when the run began, and how long it has taken."""
+    """Write figures. Before them come what `conditions` returned when the run began, and the seconds since then."""
     seconds = round(time.time() - psutil.Process().create_time())
     file.parent.mkdir(parents=True, exist_ok=True)
     text = legible({"run": {**run, "seconds": seconds}, **figures})
-    # A result is published, and what an error says of this machine's folders is nobody's business.
+    # Results are published, and an error in them must not reveal the folders of this machine.
     file.write_text(_FOLDERS.sub("", text) + "\n")
 
 
 def legible(figures: Mapping[str, Any]) -> str:
-    """Return JSON in which a list of numbers takes one line."""
+    """Return JSON in which each list of numbers is on one line."""
     text = json.dumps(figures, indent=1, default=str)
     return re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
 
 
 def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run is done with: the code, the machine, and its settings; to be called before it measures.
+    """Return the conditions of a run: the code, the machine, and the settings. Call it before measuring.
 
     Args:
-        settings: what the figures depend on besides, such as the options of the command.
+        settings: what else the figures depend on, such as the options of the command.
     """
     return {
         "commit": _commit(),
@@ -88,20 +88,20 @@ def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code, with a plus where files are not as in it; results and pages are no code."""
+    """Return the commit of the code, with a plus if files differ from it. Results and pages do not count as code."""
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
 
     try:
         found = git("rev-parse", "HEAD")
         changed = git("diff", "--quiet", "HEAD", "--", ".", ":!docs", ":!*.md").returncode
-    except OSError:  # there is no git here
+    except OSError:  # git is not installed
         return None
     return None if found.returncode else found.stdout.strip()[:12] + ("+" if changed else "")
 
 
 def _of_processor(*keys: str) -> str:
-    """Return what Linux tells about the first processor under the first of some keys, or nothing."""
+    """Return the value of the first of these keys that Linux has for the first processor; an empty text if none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Pairs of rolls of one model at once, as from two hosts, on a real TorchServe whose management calls are delayed."""
+"""Pairs of simultaneous rolls of one model, as from two hosts, on a real TorchServe with delayed management calls."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from tests.support.rewritten import renumbered
 MODEL = "digits"
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 5\n"
 MOST_S = (0.02, 0.4)
-"""Most time before a call is sent, and after its answer: one of these for a pair."""
+"""The longest delay before a call is sent, and after its answer. Each pair of rolls has one of these."""
 BEGIN_S = (0.0, 1.5)
-"""The two rolls begin within one of these times."""
+"""The two rolls of a pair begin within one of these times."""
 STAYS_S = 3.0
-"""After the pair is done, the default is looked at again."""
+"""The default version is checked again this long after a pair is done."""
 
 
 class Delayed(Management):
-    """A host of its own, with a slow way to the server."""
+    """The management client of another host, with a slow connection to the server."""
 
     def __init__(self, server: TorchServe, seed: str, most_s: float) -> None:
         super().__init__(server.addresses, server.key_file, server.secret_file)
@@ -69,7 +69,7 @@ def rivals(folder: Path, n_pairs: int, seed: int) -> dict[str, Any]:
 
 
 def prepare(management: Management, is_first: bool, mar: Path) -> None:
-    """Leave no version registered, or one."""
+    """Unregister all versions if `is_first`; otherwise make sure that a version is registered."""
     versions = management.versions(MODEL)
     for status in sorted(versions, key=lambda status: status.is_default) if is_first else ():
         management.unregister(MODEL, status.version)
@@ -78,7 +78,7 @@ def prepare(management: Management, is_first: bool, mar: Path) -> None:
 
 
 def at_once(server: TorchServe, mars: dict[str, Path], versions: tuple[str, str], seed: str) -> dict[str, Any]:
-    """Roll two versions at once; return what came of it."""
+    """Roll two versions at once; return the outcome."""
     outcomes: list[RollReport | EarlyExitError | None] = [None, None]
     draw = random.Random(seed)
     most_s, within_s = draw.choice(MOST_S), draw.choice(BEGIN_S)
@@ -105,7 +105,7 @@ def at_once(server: TorchServe, mars: dict[str, Path], versions: tuple[str, str]
 
 
 def is_wrong(management: Management, pair: dict[str, Any]) -> bool:
-    """Tell whether there is not exactly one success that is and stays the default, alone."""
+    """Tell whether a pair is wrong: only one success that is, and stays, the only version is right."""
     found = []
     for wait_s in (0.0, STAYS_S):
         time.sleep(wait_s)

@@ -1,10 +1,10 @@
-"""Rolls and rollbacks under load: nothing fails, nothing is lost, and latency stays near that of quiet time.
+"""Rolls and rollbacks under load: no request fails or is lost, and the latency stays near that of quiet times.
 
     python -m tests.benchmarks.roll --json FILE
 
-Eight closed-loop clients send digits all the time while versions with exits are rolled in, and some rolled back: once
-with plain batching and once with early answers. Then pairs of rolls begin at once, a user's own server adopts exits
-and is put back, and an operator switches the exits off, under load and after a minute in which nobody asked.
+Eight closed-loop clients send digits all the time while versions with exits are rolled in and some are rolled back,
+once with plain batching and once with early answers. Then pairs of rolls begin at once, a user's own server adopts
+exits and is put back, and an operator switches the exits off, under load and after a minute without requests.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_requests: int) -> dict[str, Any]:
-    """Roll through versions under load and return the figures of an answer mode."""
+    """Roll through the versions under load, and return the figures of an answer mode."""
     store = folder / "store"
     first = with_exits(folder, store, answers)
     versions = [first, *(renumbered(first, first.with_name(f"{MODEL}-{number}.0.mar"), "3.0", f"{number}.0")
@@ -110,7 +110,7 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
 
 
 def switched_off(folder: Path) -> dict[str, float]:
-    """Return how long exits go on answering after the operator has switched them off, in seconds."""
+    """Return for how many seconds exits still answer after the operator has switched them off."""
     store = folder / "store"
     first, bodies = with_exits(folder, store, "plain"), [one.body for one in traffic(200, seed=31)]
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
@@ -120,7 +120,7 @@ def switched_off(folder: Path) -> dict[str, float]:
 
 
 def with_exits(folder: Path, store: Path, answers: str) -> Path:
-    """Return an archive of a model of digits with exits."""
+    """Return an archive of a digits model with exits."""
     original = original_mar(folder / "original", MODEL, "digits_resnet.py", "digits_handler.py",
                             train_backbone(n_steps=100).state_dict(), CONFIG.format(answers=answers))
     recorder = build_archive(ArchiveRequest(str(original), store, input_shape=(1, 32, 32)))

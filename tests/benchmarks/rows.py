@@ -1,4 +1,4 @@
-"""One row of the paper's tables: what some exits do to requests that nothing was chosen with."""
+"""One row of the paper's tables: what exits do on requests that were not used for choosing them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from tests.benchmarks.tables import judgement, tables
 from tests.support.timing import cpu_ratio
 
 BATCH = 250
-"""For everything but time."""
+"""The batch size for everything that is not timed."""
 N_BATCHES = {1: 200, 8: 60, 32: 20}
-"""That are timed, by size."""
+"""The number of batches that are timed. Keys are batch sizes."""
 
 
 def row(backbone: Backbone, exits: Mapping[str, Exit], inputs: Tensor, truth: Tensor, full: Tensor) -> dict[str, Any]:
     """Measure exits on requests.
 
     Args:
-        backbone: that has them.
-        exits: by layer path, with heads as they were trained.
-        inputs: (M, ...) of the requests.
-        truth: (M,) true classes.
-        full: (M, K) scores of the backbone for the requests.
+        backbone: the backbone that has the exits.
+        exits: the exits, with heads as they were trained. Keys are layer paths.
+        inputs: the inputs of the requests, (M, ...).
+        truth: the true classes, (M,).
+        full: the backbone's scores for the requests, (M, K).
     """
     exits = {path: as_served(exit_) for path, exit_ in exits.items()}
     layers = [layer for layer in backbone.description.candidates if layer.path in exits]
@@ -83,13 +83,13 @@ def row(backbone: Backbone, exits: Mapping[str, Exit], inputs: Tensor, truth: Te
 
 
 def as_served(exit_: Exit) -> Exit:
-    """Return an exit as it would serve, whoever chose it: what its head computes takes fewer operations."""
+    """Return an exit of any method in the form in which it would serve: its head takes fewer operations."""
     policy = exit_.policy
     if not isinstance(exit_.head, Head):
         raise TypeError(f"expected a head of ours, which can be made to serve, got {type(exit_.head).__name__}")
     if not isinstance(policy, PlannedPolicy):
         return replace(exit_, head=InferenceHead(exit_.head, 1.0))
-    # The temperature is in the weights, so the logits are what the policy calls answers.
+    # The temperature is folded into the weights, so the head's logits are what the policy calls answers.
     return replace(exit_, head=InferenceHead(exit_.head, policy.temperature), policy=policy.on_answers(),
                    answer=_as_it_is)
 
@@ -100,7 +100,7 @@ def _as_it_is(scores: Tensor) -> Tensor:
 
 def _tables(inputs: Tensor, truth: Tensor, layers: Sequence[CandidateLayer], stages: Sequence[Stage], full: Tensor,
             heads: Sequence[float]) -> dict[str, Any]:
-    """Return what a plan of confidences and thresholds has beyond one number."""
+    """Return the columns beyond single numbers, which only exits with confidence thresholds have."""
     policies = [stage.exit.policy for stage in stages if stage.exit is not None]
     thresholds = [policy.threshold for policy in policies if isinstance(policy, ConfidencePolicy)]
     if not policies or len(thresholds) < len(policies):
@@ -112,11 +112,11 @@ def _tables(inputs: Tensor, truth: Tensor, layers: Sequence[CandidateLayer], sta
 
 
 def _auc(scores: Tensor, truth: Tensor) -> float:
-    """Return the chance that a positive ranks above a negative, ties half: the Mann-Whitney statistic.
+    """Return the probability that a positive ranks above a negative. Ties count half: it is the Mann-Whitney statistic.
 
     Args:
-        scores: (N, 2) logits.
-        truth: (N,) 0 or 1.
+        scores: the logits, (N, 2).
+        truth: the true classes, 0 or 1, (N,).
     """
     ranks = torch.from_numpy(rankdata((scores[:, 1] - scores[:, 0]).numpy()))
     n_positive = int(truth.sum())
@@ -125,7 +125,7 @@ def _auc(scores: Tensor, truth: Tensor) -> float:
 
 
 def _time_ratios(inputs: Tensor, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
-    """Return CPU time with exits / of the plain backbone on this engine, by batch size; one thread, interleaved."""
+    """Return the CPU time with exits / that of the plain backbone, by batch size, with one thread and interleaved."""
     def exiting(batch: Tensor) -> Answers:
         return run_with_exits((batch,), stages)
 

@@ -1,8 +1,8 @@
-"""What is in a scene: a Mask R-CNN trained here on cut-outs pasted into photos, as there is no pretrained one.
+"""A Mask R-CNN that detects objects in scenes. It is trained here, since no pretrained one is available.
 
-A scene is a blurred photo with one cut-out, or, one in ten, none: a face (a person), or an automobile, a cat or a ship
-of CIFAR-10. The detector learns from other people, pictures and photos than those that traffic shows, each part of the
-records shows its own, and what is measured others again.
+A scene is a blurred photo with one cut-out pasted in: a face (a person), or an automobile, a cat or a ship of CIFAR-10.
+One in ten scenes has no cut-out. The detector is trained on other people, pictures and photos than those of the
+traffic. Each part of the records shows its own ones, and the measured requests show yet others.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ SIDE = 128
 N_RECORDED, N_MEASURED = 3200, 800
 PERSON = 1
 _CIFAR_LABELS = {1: 2, 3: 3, 8: 4}
-"""Automobile, cat, ship: the detector's labels after the person."""
+"""CIFAR-10's labels of automobile, cat and ship, and the detector's labels of them, which follow that of a person."""
 _N_STEPS, _BATCH = 300, 8
 
 
 @dataclass(frozen=True)
 class Cutouts:
-    """What scenes are made of."""
+    """The photos and cut-outs that scenes are made of."""
 
     photos: list[Image.Image]
     by_label: dict[int, list[list[Image.Image]]]
-    """Pictures of the same person are together, others alone."""
+    """The cut-outs of each label. Pictures of the same person form one list; each other picture has its own list."""
 
     def dealt(self) -> dict[Part | None, Cutouts]:
-        """Return what each part of the records shows, and under None what is measured with."""
+        """Return what each part of the records shows, and under None what the measured requests show."""
         photos, by_label = deal(self.photos), {label: deal(pictures) for label, pictures in self.by_label.items()}
         return {part: Cutouts(photos[part], {label: dealt[part] for label, dealt in by_label.items()})
                 for part in photos}
@@ -66,7 +66,8 @@ class Cutouts:
 
 
 def traffic() -> tuple[list[bytes], list[int], list[Part]]:
-    """Return JPEG bodies, their labels, and the part of the records for each that is recorded; others are measured."""
+    """Return JPEG bodies, their labels, and the part of the records of each. The bodies that have no part, at the end,
+    are measured."""
     cutouts, draw = _cutouts(for_training=False).dealt(), random.Random(1)
     bodies, labels, parts = [], [], recorded_parts(N_RECORDED)
     for part in (*parts, *[None] * N_MEASURED):
@@ -132,6 +133,6 @@ def _cutouts(*, for_training: bool) -> Cutouts:
 
 
 def _at_least(photo: Image.Image) -> Image.Image:
-    """Return a photo with 160 pixels on its shorter side."""
+    """Return a photo scaled to 160 pixels on its shorter side."""
     scale = 160 / min(photo.size)
     return photo.resize((max(SIDE, round(photo.width * scale)), max(SIDE, round(photo.height * scale))))

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.search --json FILE
 
-`ee-train` searches 8 candidates x 20 trials on 5,000 recorded CIFAR-10 requests; half way it is killed with SIGKILL and
-started again. Then it trains on ten times the records: the same ones once more under other request ids.
+`ee-train` searches 8 candidates x 20 trials on 5,000 recorded CIFAR-10 requests; halfway it is killed with SIGKILL and
+started again. Then it trains on ten times as many records: copies of the same records with new request ids.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def main() -> int:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Return what the search takes, and what many records take."""
+    """Return the figures of the search that is killed, and of training on many records."""
     subject = resnet18(folder)
     return {**killed_search(subject, folder), **many_records(subject, folder)}
 
 
 def killed_search(subject: Subject, folder: Path) -> dict[str, Any]:
-    """Search, kill half way, search on; return the time of both parts and what was lost."""
+    """Search, kill the process halfway, and continue; return the time of both parts and what was lost."""
     run, n_wanted = RunPaths(folder / "run"), TRIALS * len(subject.backbone.description.candidates)
     started = time.monotonic()
     process = subprocess.Popen(command(subject, subject.records, run, TRIALS))
@@ -67,7 +67,7 @@ def killed_search(subject: Subject, folder: Path) -> dict[str, Any]:
 
 
 def many_records(subject: Subject, folder: Path) -> dict[str, Any]:
-    """Train on many records; return the largest resident size of the process."""
+    """Train on many records; return how many there were, and the largest resident size of the process."""
     more = folder / "more"
     for shard in list_shards(subject.records):
         header = read_header(shard)
@@ -90,7 +90,7 @@ def command(subject: Subject, records: Path, run: RunPaths, n_trials: int) -> li
 
 
 def done(subject: Subject, run: RunPaths) -> list[tuple[str, Trial]]:
-    """Return the trials in the journals, with their layers."""
+    """Return the trials in the journals, each with its layer."""
     return [(layer.path, trial) for layer in subject.backbone.description.candidates
             for trial in read_journal(run, layer.path)]
 

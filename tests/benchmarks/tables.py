@@ -1,4 +1,4 @@
-"""What the paper tells of a plan beyond one number: its exits (Table 2) and other thresholds (Figures 2 to 4)."""
+"""What the paper reports about a plan beyond single numbers: its exits (Table 2), other thresholds (Figures 2 to 4)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from early_exit.training.selection.simulation import Candidates, OperatingPoint
 
 _LEVELS = tuple(step / 20 for step in range(21))
 _EVERY = 5
-"""Of the thresholds of a curve, which are a hundredth apart."""
+"""Every fifth threshold of a curve is kept. A curve's thresholds are a hundredth apart."""
 
 
 def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: Sequence[CandidateLayer],
               heads: Sequence[float]) -> PartPredictions:
-    """Return what the exits of a plan say about requests that asked for every opinion.
+    """Return the predictions of a plan's exits for requests in anytime mode.
 
     Args:
-        answers: of M requests.
-        full: (M, K) scores of the backbone.
-        truth: (M,) true classes.
-        layers: of the exits.
-        heads: FLOPs of each head as a fraction of the backbone's.
+        answers: the answers to M requests.
+        full: the backbone's scores, (M, K).
+        truth: the true classes, (M,).
+        layers: the layers of the exits.
+        heads: the FLOPs of each head as a fraction of the backbone's.
     """
     predictions = [torch.cat([one.exit_scores[stage] for one in answers]) for stage in (*range(len(layers)), FULL)]
     *opinions, served = predictions
@@ -45,12 +45,12 @@ def judgement(answers: Sequence[Answers], full: Tensor, truth: Tensor, layers: S
 
 def tables(predictions: PartPredictions, layers: Sequence[CandidateLayer],
            thresholds: Sequence[float]) -> dict[str, Any]:
-    """Return the exits with their hits and their accuracy, alone at each threshold too, and all at common thresholds.
+    """Return each exit's hit rate and accuracy, in the plan and alone at each threshold, and all at common thresholds.
 
     Args:
-        predictions: of the measured requests.
-        layers: of the exits.
-        thresholds: of the exits.
+        predictions: the predictions for the measured requests.
+        layers: the layers of the exits.
+        thresholds: the confidence thresholds of the exits.
     """
     every = tuple(range(len(layers)))
     exits = []

@@ -1,4 +1,4 @@
-"""A vision transformer: no pretrained one can be had, so a small one is trained here on digits."""
+"""A small vision transformer. It is trained here on digits, since no pretrained one is available."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EPOCHS = 6
 
 
 def trained() -> SmallViT:
-    """Return a transformer trained on a stream of digits that traffic does not show; some four minutes on one core."""
+    """Return a transformer trained on digits that traffic does not show. It takes about four minutes on one core."""
     torch.manual_seed(0)
     model = SmallViT()
     requests = traffic(N_TRAINED, seed=100, digits=range(N_FOR_BACKBONE))

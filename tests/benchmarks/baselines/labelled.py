@@ -51,7 +51,7 @@ class LabelledRecords:
         """The heads, trained with cross-entropy against the labels. Keys are layer paths."""
         for layer in self.layers:
             if layer.path not in self.trained:
-                # KL divergence from a distribution with all of its mass on the label is the cross-entropy.
+                # The KL divergence for a target with all of its mass on the label is the cross-entropy.
                 certain = torch.nn.functional.one_hot(self.labels[self.train], self.n_classes).float().log()
                 self.trained[layer.path] = train_head(
                     self.spec, layer.shape, Selected(self.pooled[layer.path], self.train), certain, Distillation())
