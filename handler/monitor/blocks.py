@@ -59,7 +59,8 @@ class Blocks:
     """The open block, and what is needed to tell where it ends.
 
     A block ends by the rule of `training.selection.blocks`: where none of the next three samples is like any of the
-    last three, but not before it has half of the usual length.
+    last three, but not before it has half of the usual length, and at the latest when it has the largest. A sample of a
+    content that came before, such as a health check, neither ends a block nor keeps it open.
     """
 
     open: tuple[tuple[int | None, float], ...] = ()
@@ -67,11 +68,13 @@ class Blocks:
     requests: float = 0.0
     """The number of requests that have been served since the open block began."""
     before: tuple[tuple[float, ...], ...] = ()
-    """Components of the last samples that were assigned to a block."""
+    """Components of the last samples of new contents that were assigned to a block."""
     undecided: tuple[Sample, ...] = ()
     """The samples after those. More samples are needed to tell whether a new block begins with the first of them."""
     counted: tuple[int, ...] = ()
     """The contents that were counted as new most recently in blocks that have ended; they are not new again."""
+    skips: bool = False
+    """Whether the open block will not count: of blocks that are periods, every second one does not."""
     last: int | None = None
     """The content of the last sample, if each sample is a block of its own: a copy of that sample is no further
     block."""
@@ -95,11 +98,16 @@ class Blocks:
         requests = self.requests + (first.requests if self.before else 0.0)
         ended: Block | None = None
         blocks = self
-        if self.before and requests >= LEAST * likeness.length and not self._alike(undecided, likeness.distance):
+        is_copy = self._is_known(first)
+        if self.before and not is_copy and requests >= LEAST * likeness.length and (
+                requests >= likeness.longest or not self._alike(undecided, likeness.distance)):
             blocks, ended = self._closed(n_remembered)
             requests = 0.0
+            if likeness.is_periodic:
+                blocks = replace(self, open=()) if self.skips else blocks
+                ended, blocks = None if self.skips else ended, replace(blocks, skips=not self.skips)
         blocks = blocks._with(first)
-        before = (*self.before, first.components)[-REACH:]
+        before = self.before if is_copy else (*self.before, first.components)[-REACH:]
         return replace(blocks, requests=requests, before=before, undecided=undecided[1:]), ended
 
     @classmethod
@@ -111,11 +119,16 @@ class Blocks:
         """
         return cls(tuple((content, loss) for content, loss in data["open"]), data["requests"],
                    tuple(map(tuple, data["before"])), tuple(map(Sample.from_json, data["undecided"])),
-                   tuple(data["counted"]), data["last"])
+                   tuple(data["counted"]), data["skips"], data["last"])
 
     def _alike(self, behind: Sequence[Sample], distance: float) -> bool:
         return any(sum((a - b) ** 2 for a, b in zip(one, other.components)) < distance
-                   for one in self.before for other in behind)
+                   for other in behind if not self._is_known(other) for one in self.before)
+
+    def _is_known(self, sample: Sample) -> bool:
+        """Tell whether the content of a sample is in the open block, or was counted recently."""
+        return sample.content is not None and (
+            sample.content in self.counted or any(sample.content == content for content, _ in self.open))
 
     def _with(self, sample: Sample) -> Blocks:
         """Return these blocks with a sample added to the open block."""

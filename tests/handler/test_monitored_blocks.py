@@ -19,7 +19,8 @@ from early_exit.handler.exits.risk import Risk
 from early_exit.handler.monitor.blocks import Block, Blocks, Sample
 from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import Evidence, MonitorState
-from early_exit.training.selection.blocks import blocks_of, likeness
+from early_exit.training.selection.blocks import blocks_of
+from early_exit.training.selection.likeness import likeness
 
 TOLERANCE = 0.02
 ALONE = Monitored(Risk.DISAGREEMENT, TOLERANCE, 0.05)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.exits.likeness import Likeness
-from early_exit.training.selection.blocks import blocks_of, likeness
+from early_exit.training.selection.blocks import blocks_of
 from early_exit.training.selection.evidence import Evidence
+from early_exit.training.selection.likeness import has_trend, likeness
 
 GAP = -1
 """Marks records that belong to no part: they lie between two parts, or may repeat a record of a later part."""
@@ -150,38 +151,43 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     block = torch.full((n,), GAP, dtype=torch.int64)
     begin_tune, begin_certify = int(Part.TUNE.value * len(fresh)), int(Part.CERTIFY.value * len(fresh))
     early = proving[:len(proving) - (len(fresh) - begin_certify)]
-    alike = likeness(states[early], position[early])
+    alike = likeness(states[early], position[early], content[early])
     later = fresh[begin_tune:]
     if len(later):
         place = torch.empty(n, dtype=torch.int64)
         place[order] = torch.arange(n)
         part[~is_evidence & (place >= place[later[0]])] = GAP
-    block[later] = blocks = blocks_of(alike, states[later], position[later])
+    block[later] = blocks = blocks_of(alike, states[later], position[later], content[later])
     n_tune = begin_certify - begin_tune
     part[later[:n_tune]], part[later[n_tune:]] = Part.TUNE.number, Part.CERTIFY.number
     if alike.length and len(later):  # a block at the border may share its scene with the part before
         part[later[(blocks == blocks[0]) | (blocks == blocks[min(n_tune, len(later) - 1)])]] = GAP
+    if alike.is_periodic:  # the end of a scene may be in the next period
+        part[later[n_tune:][blocks[n_tune:] % 2 == 0]] = GAP
     of_first = evidence[torch.from_numpy(first[index])]
     part[evidence], block[evidence] = part[of_first], block[of_first]
-    is_new, is_first = _new(content, block, evidence)
+    is_new, is_first = _new(content, request, block, evidence)
     repeats = (part == Part.TUNE.number) & ~is_first
     return Split(part.masked_fill(repeats, REPEATED), block, content, is_new, alike if alike.length else None,
-                 alike.is_trend)
+                 is_trend=has_trend(alike, states[early], position[early], content[early]))
 
 
-def _new(content: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two (N,) bool masks: records whose content first occurred in their block, and the first of each content.
+def _new(content: Tensor, request: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two (N,) bool masks: records whose content first occurred in their block, and those of the first request
+    with their content.
 
     Args:
         content: (N,) hashes of contents.
+        request: (N,) hashes of requests.
         block: (N,) numbers of blocks.
         proving: (M,) the records that are compared, in their order.
     """
     _, first, index = np.unique(content[proving].numpy(), return_index=True, return_inverse=True)
+    firsts = proving[torch.from_numpy(first[index])]
     is_first = torch.zeros(len(content), dtype=torch.bool)
-    is_first[proving[torch.from_numpy(first)]] = True
+    is_first[proving] = request[proving] == request[firsts]
     is_new = torch.zeros(len(content), dtype=torch.bool)
-    of_first = block[proving][torch.from_numpy(first)][torch.from_numpy(index)]
+    of_first = block[firsts]
     is_new[proving] = (block[proving] == of_first) & (of_first != GAP)
     return is_new, is_first
 

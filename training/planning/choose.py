@@ -107,7 +107,7 @@ def make_plan(point: OperatingPoint, predictions: HeadPredictions, heads: Sequen
             risk=options.risk, tolerance=options.tolerance, confidence=options.confidence, n=len(certify),
             k=int(simulated.differs.sum()), observed=simulated.losses.double().mean().item(),
             p_value=_p_value(point, predictions, options),
-            method=method_of(options.risk, in_blocks=evidence.n_blocks < len(certify)),
+            method=method_of(options.risk, in_blocks=evidence.in_blocks),
             window=(certified_from, training_set.time.max().item()), contents=evidence.n_contents,
             blocks=evidence.n_blocks, block_length=alike.length if alike else 0.0, largest_block=evidence.largest[0],
             is_trend=training_set.split.is_trend)

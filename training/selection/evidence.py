@@ -60,9 +60,14 @@ class Evidence:
     def n_blocks(self) -> int:
         return len(torch.unique(self.block))
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether several records are one piece of evidence anywhere."""
+        return len(_sizes(self._block_with_repeats())) < len(self.block)
+
     def sizes(self) -> tuple[float, float]:
         """Return the numbers of requests, and of new contents, that most blocks do not exceed."""
-        return _quantile(_sizes(self.block)), _quantile(_sizes(self._blocks_of_new()))
+        return _quantile(_sizes(self._block_with_repeats())), _quantile(_sizes(self._blocks_of_new()))
 
     def p_value(self, risk: Risk, losses: Tensor, tolerance: float, delta: float) -> float:
         """Return a p-value of the hypothesis that the expected loss of requests, or of new contents, is above T.
@@ -74,8 +79,9 @@ class Evidence:
             delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
         """
         of_new, blocks_of_new = self._of_new(losses.double())
-        return max(_p_value(risk, losses.double(), self.block, tolerance, delta, self.largest[0]),
-                   _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1]))
+        by_block, by_content = (_p_value(risk, losses.double(), block, tolerance, delta, self.largest[0])
+                                for block in (self.block, self._block_with_repeats()))
+        return max(by_block, by_content, _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1]))
 
     def require_enough(self, risk: Risk, tolerance: float, delta: float, share: float, others: str = "") -> None:
         """Check that the records can certify anything.
@@ -92,7 +98,7 @@ class Evidence:
         """
         if self.p_value(risk, torch.zeros(len(self.block)), tolerance, delta) <= delta:
             return
-        of_requests = _sizes(self.block), self.largest[0], "blocks of similar requests"
+        of_requests = _sizes(self._block_with_repeats()), self.largest[0], "blocks of similar requests"
         of_contents = _sizes(self._blocks_of_new()), self.largest[1], "new scenes or contents"
         missing = [(blocks_needed(risk, sizes, largest, tolerance, delta), len(sizes), what)
                    for sizes, largest, what in (of_contents, of_requests)]
@@ -104,6 +110,16 @@ class Evidence:
             f"{found} to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
             f"even if no answer differs: collect about {math.ceil(n_needed)} records in all (twice that to tolerate "
             f"differences), or ask for a larger --tolerance. No plan was written{others}")
+
+    def _block_with_repeats(self) -> Tensor:
+        """Return the (N,) block of each record; that of a new content's repeats is the one in which it was new.
+
+        A content that is popular for a while is one piece of evidence, as a scene is.
+        """
+        content, index = torch.unique(self.content, return_inverse=True)
+        first = torch.full((len(content),), -1, dtype=torch.int64)
+        first[index[self.is_new]] = self.block[self.is_new]
+        return torch.where(first[index] < 0, self.block, first[index])
 
     def _blocks_of_new(self) -> Tensor:
         """Return the (M,) block of each new content."""
