@@ -1,4 +1,4 @@
-"""What many tests share: a trained digits backbone and its archives, made once."""
+"""Fixtures that many tests share: a trained backbone for digits and its archives, which are made once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, and for the servers that tests start: small tensors gain nothing from more threads, and on a
-# busy machine threads wait for each other.
+# This must precede the import of torch, and also holds for servers that tests start. Small tensors gain nothing from
+# more threads, and on a busy machine threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -24,7 +24,8 @@ from tests.support.original import original_mar
 from tests.support.untried import build_untried
 
 collect_ignore = ["benchmarks", "demo", "matrix", "site", "support"]
-"""Run by hand, or imported by tests: what they need more of is not for every run."""
+"""Folders whose code is run by hand or imported by tests. Pytest does not collect them, so that test runs do not depend
+on what they need in addition."""
 WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
            "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")
 
@@ -36,29 +37,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, those with servers and then those with slow tests: who runs files side by
-    side then ends together."""
+    """Run the longest files first: those with servers, then those with slow tests, then the others.
+
+    Parallel processes then end at about the same time.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path not in slow))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_launcher() -> Generator[None]:
-    """Let all archives that the tests make be tried out from one process."""
+    """Start one process from which all archives that the tests make are tried out."""
     with launcher():
         yield
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder of all processes that run tests."""
+    """Return a folder that all processes of a test run share."""
     own = tmp_path_factory.getbasetemp()
     return own if worker_id == "master" else own.parent
 
 
 @pytest.fixture(scope="session")
 def digits_backbone(shared: Path) -> DigitsResNet:
-    """Trained once for all processes that run tests."""
+    """Return a trained backbone for digits. It is trained once for all processes of a test run."""
     weights = shared / "digits.pth"
     with FileLock(shared / "digits.lock"):
         if not weights.exists():
@@ -70,9 +73,9 @@ def digits_backbone(shared: Path) -> DigitsResNet:
 
 @pytest.fixture(scope="session")
 def digits_mar(digits_backbone: DigitsResNet, shared: Path) -> Path:
-    """A user's archive: eager model, state dict, a handler that subclasses TorchServe's image classifier.
+    """Return a user's archive: an eager model, its state dict, and a subclass of TorchServe's image classifier.
 
-    It is made once for all processes that run tests: torch-model-archiver writes the time into it.
+    It is made once for all processes of a test run, because torch-model-archiver writes the time into it.
     """
     with FileLock(shared / "original.lock"):
         if not (mar := shared / "original" / "digits.mar").exists():
@@ -83,7 +86,10 @@ def digits_mar(digits_backbone: DigitsResNet, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def recorder_mar(digits_mar: Path, shared: Path) -> Path:
-    """The same, repackaged to record and answer in full: digits 2.0, once for all processes that run tests."""
+    """Return the same archive, repackaged as digits 2.0, which records and gives full answers.
+
+    It is made once for all processes of a test run.
+    """
     with FileLock(shared / "recorder.lock"):
         if not (mar := shared / "store" / "digits-2.0.mar").exists():
             build_untried(ArchiveRequest(str(digits_mar), mar.parent, input_shape=(1, 32, 32)))

@@ -1,4 +1,4 @@
-"""The shape of the tree: who may import whom, and that archives are not shadowed by an installed copy."""
+"""The structure of the code: which modules may import which, and that no installed copy shadows an archive's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("handler", "training", "archiver")
-"""Each imports from itself and from those before it."""
+"""Each folder imports from itself and from those before it."""
 LEVELS: dict[str, list[set[str]]] = {
     "handler": [
         {"service"}, {"torchserve"}, {"serving"}, {"archive_contents"}, {"user_handler"}, {"model"},
@@ -28,13 +28,13 @@ LEVELS: dict[str, list[set[str]]] = {
     "archiver": [{"watch", "gateway", "switch"}, {"rollout"}, {"packaging"}, {"torchserve"},
                  {"audit", "control", "version_metrics"}],
 }
-"""The rooms of each folder, packages and modules, from high to low. A room imports from lower levels only, so two rooms
-of one level do not know each other."""
+"""The rooms of each folder, which are packages and modules, from high to low. A room imports from lower levels only, so
+two rooms on the same level do not import each other."""
 MOST_FILES = 12
-"""In a package, so that its table of contents is seen at once."""
+"""The most files in a package, so that a reader can take in its contents at a glance."""
 COMMANDS = {"cli.py", "__main__.py"}
 IN_A_WORKER = {"torch", "safetensors"}
-"""What all of the handler may import besides the standard library: stock TorchServe lacks safetensors only."""
+"""Packages that any handler module may import besides the standard library; plain TorchServe lacks only safetensors."""
 TORCHSERVE = {"ts", "model_archiver"}
 MAY_USE = {
     "handler": IN_A_WORKER,
@@ -58,11 +58,11 @@ MAY_USE = {
     "archiver/torchserve/metrics_file.py": {"yaml"},
     "archiver/watch": {"torch"},
 }
-"""Packages from elsewhere that a folder, a room or a file may import; a room may also use what its folder may."""
+"""External packages that a folder, a room or a file may import. A room may also use those of its folder."""
 
 
 KNOW_THE_SERVER = ("handler/torchserve", "handler/user_handler", "archiver/torchserve", "archiver/packaging")
-"""The rooms in which words of TorchServe's server may stand."""
+"""The rooms whose code may contain words that are specific to TorchServe's server."""
 WORDS_OF_THE_SERVER = ("request_processor", "request_ids", r"set_(all_)?response_", "continuousBatching", "minWorkers",
                        "maxWorkers", r"key_file\.json", "/models", "model_service_worker", "yaml_config",
                        r"add_metric_to_cache", r"\b507\b", r"\bts_inference")
@@ -73,17 +73,17 @@ class Import:
     """A place in the code that imports a module."""
 
     file: Path
-    """The importing file, below the root of the tree."""
+    """The importing file, relative to the root of the repository."""
     line: int
     target: str
-    """Dotted name of the imported module; for a module of ours without what is taken from it."""
+    """The dotted name of the imported module. For our own modules, it excludes the imported object."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} imports {self.target}"
 
     @property
     def place(self) -> tuple[str, ...]:
-        """Folder, room, ... of the imported module, where it is one of ours."""
+        """The folder, the room and so on of the imported module, if it is one of ours."""
         return tuple(self.target.split(".")[1:])
 
 
@@ -107,7 +107,7 @@ def modules() -> frozenset[str]:
 
 @cache
 def imports(folder: str) -> tuple[Import, ...]:
-    """Return all imports of a folder, those inside functions and those by a name in a string included."""
+    """Return all imports in a folder, including those inside functions and those by a name in a string."""
     return tuple(Import(file, line, target) for file in files(folder)
                  for line, target in _imports_in(ast.parse((ROOT / file).read_text()), file))
 
@@ -125,7 +125,7 @@ def _imports_in(tree: ast.Module, file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _imports_by_name(call: ast.Call) -> Iterator[tuple[int, str]]:
-    """Yield the modules that a call is given by name: ours whatever it does with them, as for `python -m`."""
+    """Yield the modules that a call gets by name. Our own count in any call, for example one that runs `python -m`."""
     function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
         is_name = function in ("import_module", "__import__") and isinstance(argument, (ast.Constant, ast.JoinedStr))
@@ -136,7 +136,7 @@ def _imports_by_name(call: ast.Call) -> Iterator[tuple[int, str]]:
 
 
 def longest_module(name: str) -> str | None:
-    """Return the module of ours that a dotted name begins with.
+    """Return our own module with which a dotted name begins.
 
     >>> longest_module("early_exit.handler.errors.GraphError")
     'early_exit.handler.errors'
@@ -193,7 +193,7 @@ def test_the_order_names_every_room_and_no_other(folder: str) -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Also between the files of one package."""
+    """This also holds between the files of one package."""
     edges: dict[str, list[Import]] = {}
     for folder in FOLDERS:
         for place in ours(folder):
@@ -216,7 +216,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_only_commands_choose_the_server_that_is_managed() -> None:
-    """The others know the protocol in archiver/control.py."""
+    """All other modules use the protocol in archiver/control.py."""
     wrong = [place for place in ours("archiver") if place.place[:2] == ("archiver", "torchserve")
              and room_of(place.file) != "torchserve" and place.file.name not in COMMANDS]
     assert not wrong, f"only {', '.join(sorted(COMMANDS))} import archiver/torchserve:\n{listed(wrong)}"
@@ -235,7 +235,8 @@ def test_packages_from_elsewhere_are_used_where_the_table_says(folder: str) -> N
 
 
 def test_words_of_the_server_stand_in_its_rooms_alone() -> None:
-    """Its worker process, response statuses and headers, continuous batching, keys and management API."""
+    """The words are those of its worker process, response statuses and headers, continuous batching, keys and
+    management API."""
     words = re.compile("|".join(WORDS_OF_THE_SERVER))
     wrong = [f"{file}:{number} says {word[0]}" for folder in FOLDERS for file in files(folder)
              if not any(file.is_relative_to(room) for room in KNOW_THE_SERVER)
@@ -254,7 +255,7 @@ def test_no_package_has_more_files_than_one_takes_in() -> None:
 
 
 def test_the_namespace_package_has_no_init() -> None:
-    """With one, an installed copy would silently win over the copy inside an archive."""
+    """With an `__init__.py`, an installed copy would silently take precedence over the copy inside an archive."""
     assert not (ROOT / "__init__.py").exists()
     assert not (ROOT / "early_exit").exists()
 

@@ -1,4 +1,4 @@
-"""Archives, plans, records and monitor states that the last release's own code made go on working."""
+"""Archives, plans, records and monitor states that the code of the last release made still work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def old(digits_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> LastRelea
 
 @pytest.fixture(scope="module")
 def repackaged(old: LastRelease, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The old archive with exits and its old plan, made into an archive of this version: digits 4.0."""
+    """Return the old archive with exits and its old plan, repackaged by this version as digits 4.0."""
     return build_untried(ArchiveRequest(str(old.exiting), tmp_path_factory.mktemp("store"), plan=old.plan))
 
 
@@ -118,7 +118,7 @@ def test_old_records_train_heads_and_certify_nothing(old: LastRelease, tmp_path:
 
 
 def test_the_alarm_of_an_old_worker_is_found_and_counts(old: LastRelease) -> None:
-    """Its state has the digest of the plan in its name, as the old version took it."""
+    """The name of the state contains the digest of the plan, as the old version computed it."""
     plan, _ = load_plan(old.plan)
     state = read_state(monitor_file(old.records / "digits" / plan.backbone, "3.0", plan))
     assert state is not None and len(state.alarms) == 1
@@ -138,7 +138,7 @@ def test_a_server_takes_an_old_archive_with_its_own_code_and_rolls_to_the_repack
     bodies = [request.body for request in traffic(40, seed=81)]
     store, records = tmp_path / "store", tmp_path / "records"
     store.mkdir()
-    # The log then tells whose code runs, the archive's or that which is installed.
+    # With this change, the log tells whether the archive's code runs or the installed code.
     rewritten(old.exiting, store / old.exiting.name,
               **{f"{OUR_CODE}watchman.py": lambda text: f"{text}\nlogger.warning('this is the code of the archive')\n"})
     shutil.copy(repackaged, store)

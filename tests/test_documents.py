@@ -1,4 +1,4 @@
-"""What the documents say of options, settings and files is so."""
+"""The documents are right about options, settings and files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ KNOWN = {"ee-archive": options_of(archive_parser()) | options_of(show_parser()),
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_option_that_a_document_names_is_there(document: Path) -> None:
-    """Behind a command one of its own, alone one of any."""
+    """An option after a command must be one of that command; an option on its own may be one of any command."""
     text = document.read_text()
     lines = [line.removeprefix("$ ") for block in blocks(document) for line in block.splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
@@ -95,11 +95,11 @@ FETCHED = re.compile(r"""
     early[-_.]exit[-_.]torchserve(?![\w/-])            # a command that has an index look the name up
     | early[-_.]exit[-_.]torchserve\s*[\[=<>~!@]       # a requirement, as such commands and files of them take
 """, re.VERBOSE | re.IGNORECASE)
-"""Our name where an installer would look it up in the public index, which has no such package of ours."""
+"""The name of our package where an installer would look it up in the public index, which does not have our package."""
 
 
 def fetched(text: str) -> list[str]:
-    """Return what would fetch our package by its name, also where a line or a string of the code ends within it."""
+    """Return the parts of a text that would fetch our package by its name, even across ends of lines and strings."""
     joined = re.sub(r"""["']\s*\n\s*[frb]*["']""", "", text)
     return [match.group() for paragraph in re.split(r"\n\s*\n", joined)
             for match in FETCHED.finditer(re.sub(r"\s+", " ", paragraph))]
@@ -118,7 +118,7 @@ def test_what_would_fetch_our_name_from_an_index_is_noticed(text: str, n: int) -
 
 
 def test_nothing_tells_a_user_to_fetch_our_name_from_the_public_index() -> None:
-    """The name there is not ours: whoever takes it could run code wherever such a command is followed."""
+    """The name in the index is not ours, so anyone who registers it could run code on the machines of our users."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     assert len(files) > 300

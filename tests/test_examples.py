@@ -1,4 +1,4 @@
-"""The examples in docstrings are true. Modules are imported by the names by which programs import them, and once."""
+"""The examples in docstrings are true. Each module is imported once, by the name by which programs import it."""
 
 from __future__ import annotations
 

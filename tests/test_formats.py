@@ -1,4 +1,4 @@
-"""Files that another version wrote: the rule about their numbers, and that every reader refuses a newer one by name."""
+"""Files of other versions: format numbers follow the rule, and every reader refuses newer files with their names."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ RELEASES = {
     "0.2.0": {BACKBONE.kind: 3, HANDLER.kind: 1, SAMPLES.kind: 1, ANSWERS.kind: 1, PLAN.kind: 1, RECORDS.kind: 3,
               MONITOR_STATE.kind: 2},
 }
-"""The numbers that each version writes, oldest first; the last row is the version of this code, which users may not
-have yet. Who raises the version adds a row, and sets `released` in the code to the row before it."""
+"""The format numbers that each version writes, oldest first. The last row is the version of this code, which may not be
+released yet. To raise the version, add a row, and set `released` in the code to the row before it."""
 NEWER = 999
 
 
@@ -57,7 +57,7 @@ def test_a_number_rises_at_most_once_per_release_and_both_are_read(file_format: 
     assert file_format.written - file_format.released in (0, 1), "the number rose more than once since the last release"
     for number in {file_format.released, file_format.written}:
         file_format.require({"format": number}, "a file")
-        file_format.require({"format": str(number)}, "a file")  # as in the metadata of safetensors
+        file_format.require({"format": str(number)}, "a file")  # safetensors metadata holds strings
 
 
 def test_every_version_has_its_row() -> None:
@@ -66,7 +66,7 @@ def test_every_version_has_its_row() -> None:
 
 
 def test_no_file_carries_a_number_that_the_rule_does_not_see() -> None:
-    """What is called a format, in a key of a file, is written and read in one module."""
+    """Only one module writes and reads the key `format` of any file."""
     named = {str(file.relative_to(ROOT)) for package in ("handler", "training", "archiver")
              for file in (ROOT / package).rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
              if isinstance(node, ast.Constant) and node.value == "format"}
@@ -86,7 +86,7 @@ def test_a_refusal_tells_the_file_what_was_found_what_is_read_and_what_to_do(con
 
 @pytest.fixture(scope="module")
 def records(recorder_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one shard of digits, with their bodies, as a newer version of this software would write it."""
+    """Return a folder with one shard of digits and their bodies, which has the format number of a newer version."""
     folder = tmp_path_factory.mktemp("records")
     layout = ArchiveLayout(tmp_path_factory.mktemp("recorder"))
     extract(recorder_mar, layout.root)
@@ -144,7 +144,7 @@ def test_ee_train_refuses_a_newer_archive_by_name(
 
 
 def test_a_newer_state_of_a_monitor_is_refused_by_name_and_never_replaced(tmp_path: Path) -> None:
-    """It may hold an alarm, which a worker that cannot read it must not delete."""
+    """The state may hold an alarm, and a worker that cannot read the state must not delete it."""
     path = tmp_path / "monitor-1.0.json"
     path.write_text(json.dumps({**MonitorState().to_json(), "format": NEWER, "alarms": ["of another kind"]}))
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The manifests fit the schemas of Kubernetes, name what there is, and start the commands as these can be started."""
+"""The manifests match the schemas of Kubernetes, name only what exists, and start the commands with valid options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def manifests(*names: str) -> list[Manifest]:
 
 
 def of_kserve() -> Manifest:
-    """Return the pod that KServe makes; its own fields have no published schema that could be had offline."""
+    """Return the pod that KServe makes. No published schema of KServe's own fields is available offline."""
     [service] = manifests("kserve.yaml")
     assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     predictor = dict(service["spec"]["predictor"])
@@ -112,13 +112,13 @@ def test_the_gateways_limits_hold_within_its_pod() -> None:
     [stateful] = [one for one in manifests("torchserve.yaml") if one["kind"] == "StatefulSet"]
     [gateway] = [container for container in stateful["spec"]["template"]["spec"]["containers"]
                  if container["name"] == "gateway"]
-    imported = 640  # MiB that the process has before its first request
+    imported = 640  # MiB that the process uses before its first request
     assert gateway["resources"]["limits"]["memory"] == "2Gi"
     assert imported + 6 * started(gateway).max_bytes_in_all / 2**20 < 2048
 
 
 def mounts(container: Manifest) -> dict[str, tuple[str | None, bool]]:
-    """Return the part of each volume that a container sees, and whether it may write there."""
+    """Return, for each volume, the part that a container sees and whether the container may write there."""
     return {mount["name"]: (mount.get("subPathExpr"), not mount.get("readOnly", False))
             for mount in container["volumeMounts"]}
 
@@ -199,7 +199,7 @@ JUSTIFIED = {
 
 
 def refused(folder: Path, **made: list[Manifest]) -> dict[str, set[str]]:
-    """Return what checkov, a policy tool, says against sets of manifests, by the names of the sets, and against the
+    """Return the checks of the policy tool checkov that fail, by the name of the set of manifests, or for the
     Dockerfile."""
     for name, of_the_set in made.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump_all(of_the_set))
@@ -269,7 +269,7 @@ def test_the_startup_probe_succeeds_when_the_server_answers(recorder_mar: Path, 
 
 
 def probed(script: str, server: TorchServe) -> int:
-    """Run a probe beside a server; return its exit status."""
+    """Run a probe's script against a server; return its exit status."""
     here = script.replace("http://127.0.0.1:8080", server.addresses.inference).replace("/tmp/state", str(server.state))
     here = here.replace('"/state/', f'"{server.state}/')
     return subprocess.run([sys.executable, "-c", here], capture_output=True, timeout=60, check=False).returncode

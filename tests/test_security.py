@@ -1,4 +1,4 @@
-"""What the page on security says is held by tests: those that it names exist, and no line goes without one."""
+"""Tests back what the page on security says: the tests that it names exist, and every line that needs one has one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.documents import DOCUMENTS, ROOT
 
 PAGE = ROOT / "docs" / "security.md"
 _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)(?:\[([^`]+)\])?`")
-"""A file, a test, and of a test with parameters the id of one case."""
+"""A reference to a test: its file, its name and, for a test with parameters, the ID of one case."""
 
 
 @cache
 def cases_of(file: Path) -> dict[str, set[str]]:
-    """Return the tests that pytest finds in a file, each with the strings among its parameters."""
+    """Return the tests that pytest finds in a file, each with the strings in its decorators."""
     return {node.name: {part.value for decorator in node.decorator_list for part in ast.walk(decorator)
                         if isinstance(part, ast.Constant) and isinstance(part.value, str)}
             for node in ast.parse(file.read_text()).body
@@ -32,14 +32,14 @@ def cases_of(file: Path) -> dict[str, set[str]]:
 
 
 def missing_tests(text: str) -> list[str]:
-    """Return the tests that a text names and that are not there."""
+    """Return the tests that a text names but that do not exist."""
     return [f"{file}::{name}" + (f"[{case}]" if case else "") for file, name, case in _TEST.findall(text)
             if not (ROOT / file).exists() or name not in cases_of(ROOT / file)
             or (case and case not in cases_of(ROOT / file)[name])]
 
 
 def lines_that_need_tests(text: str) -> list[str]:
-    """Return the lines of the tables whose last column says which tests hold them."""
+    """Return the lines of the tables whose last column names the tests that hold each line."""
     found, inside = [], False
     for line in text.splitlines():
         inside = line.startswith("|") and (inside or line.endswith("| held by |"))

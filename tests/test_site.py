@@ -1,4 +1,4 @@
-"""The documentation site: its pages are those that the code gives, and it needs nothing from elsewhere."""
+"""The documentation site: generated pages match the code, and the site loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.site.reference import attribute_docstrings, command, settings
 from tests.support.documents import ROOT
 
 LOADED = {"src", "srcset", "poster", "data"}
-"""Attributes of HTML elements whose files a browser loads by itself, besides those that links of a head name."""
+"""HTML attributes that name files which a browser loads by itself, besides those in `link` elements."""
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -60,7 +60,7 @@ def test_a_message_is_found_with_its_gaps_whichever_way_it_is_written() -> None:
 
 @cache
 def said() -> str:
-    """Return every string of the code, one per line, with gaps for what is filled in."""
+    """Return every string of the code, one per line, with gaps for the values that are filled in."""
     strings = [text_of(node) for file in sources() for node in ast.walk(ast.parse(file.read_text()))
                if isinstance(node, (ast.JoinedStr, ast.BinOp, ast.Constant))]
     return "\n".join(" ".join(text.split()) for text in strings)
@@ -81,7 +81,7 @@ def test_every_message_that_is_explained_is_still_in_the_code(message: str) -> N
 
 
 class Loads(HTMLParser):
-    """Collects what a browser loads by itself for a page."""
+    """A parser that collects the addresses which a browser loads by itself for a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,8 @@ class Loads(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site. A warning, as about a link that leads nowhere or a page outside the navigation, is an error."""
+    """Build the site and return its folder. Any warning is an error, such as one about a broken link or a page outside
+    the navigation."""
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder], cwd=ROOT,
                            env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, text=True, capture_output=True, check=False)

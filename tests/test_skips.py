@@ -1,4 +1,4 @@
-"""Where CI is set, a test may be left out only for a reason that is allowed."""
+"""If CI is set, a test may be skipped only for an allowed reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAYS = {"call": f"def test_it(): pytest.skip('{REASON}')",
 
 
 def run(folder: Path, code: str) -> bool:
-    """Run a test file in this process, with the hooks of our own tests; return whether nothing failed."""
+    """Run a test file in this process, with the same plugin as our own tests; return whether nothing failed."""
     (folder / f"test_{folder.name}.py").write_text(f"import pytest\n{code}\n")
     ended = pytest.main(["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", str(folder),
                          str(folder)], plugins=[skips])

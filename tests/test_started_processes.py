@@ -1,4 +1,4 @@
-"""No process that a command starts in its place looks for code in the folder where the command was given."""
+"""A command that restarts itself does not import code from the current folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from early_exit.handler.allocator import ALLOCATOR
 
 
 def test_a_command_that_restarts_itself_runs_no_code_of_the_current_folder(tmp_path: Path) -> None:
-    """As a folder that was downloaded, or one that everybody may write into, has."""
+    """The current folder may hold foreign code if it was downloaded or if everybody may write into it."""
     (tmp_path / "argparse.py").write_text("print('code of the current folder')\nraise SystemExit(7)\n")
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("PYTHONPATH", "PYTHONSAFEPATH", *ALLOCATOR)}

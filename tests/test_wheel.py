@@ -1,4 +1,4 @@
-"""What is installed without the repository."""
+"""The wheel works without the repository."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ for command in sys.argv[1:]:
 import early_exit.archiver.gateway.app, early_exit.training.__main__
 print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("early_exit.")), sep="\\n")
 """
-"""Runs commands in one process, which has torch to import once, and prints where our modules are."""
+"""A program that runs commands in one process, so that torch is imported once, and prints where our modules are."""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_every_command_starts_from_an_installed_wheel_alone(wheel: Path, tmp_pat
     elsewhere.mkdir()
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
                    check=True, capture_output=True)
-    # What is on this path comes before what is installed beside the interpreter, such as the repository itself.
-    # Commands that find their allocator set do not start anew.
+    # PYTHONPATH comes before what is installed for the interpreter, such as the repository itself.
+    # Commands do not restart if the allocator's variables are already set.
     environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": str(site)}
     commands = sorted((site / "bin").iterdir())
     assert {command.name for command in commands} == COMMANDS

@@ -1,4 +1,4 @@
-"""The baselines keep the promise they make on the rows they chose with, and serve in the same loop as our exits."""
+"""The baselines keep their loss budget on the rows that they choose with, and serve in the same loop as our exits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ METHODS = [branchynet, gati, earlyon]
 
 @pytest.fixture(scope="module")
 def records() -> LabelledRecords:
-    """Two layers of maps whose channel means tell the class, the second more clearly; a backbone that errs seldom."""
+    """Return records of two layers and a backbone that seldom errs. The channel means of both layers tell the class;
+    those of the second layer do so more clearly."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(N_CLASSES, (N_RECORDS,), generator=generator)
     means = torch.nn.functional.one_hot(labels, N_CLASSES).float()
@@ -40,7 +41,7 @@ def records() -> LabelledRecords:
 
 
 class Backbone(nn.Module):
-    """Plays back recorded layers: its input is the number of a row."""
+    """A backbone that plays back recorded layers. Its inputs are row numbers."""
 
     def __init__(self, records: LabelledRecords) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Backbone(nn.Module):
 
         halves = {"one": slice(0, N_CLASSES), "two": slice(N_CLASSES, 2 * N_CLASSES)}
         ends = {path: first(exit_, halves[path]) for path, exit_ in exits.items()}
-        # The row number travels as one more channel, so that the end knows whose scores to give.
+        # The row number travels as one more channel, so that the last stage can look up the scores of the row.
         number = torch.arange(N_RECORDS).float()[:, None, None, None].expand(-1, 1, 4, 4)
         carried = torch.cat([both, number], dim=1)
         return [Stage(lambda rows: (carried[rows],), ends.get("one")), Stage(lambda x: (x,), ends.get("two")),
@@ -102,7 +103,7 @@ def test_a_served_head_reads_what_it_was_trained_on(
                               N_CLASSES, torch.arange(200), torch.arange(200, 400))
     head = method(records, 0.1)["one"].head
     pooled = head.pool(raw)  # type: ignore[attr-defined]
-    if method is earlyon:  # of tokens it reads the second of two summaries
+    if method is earlyon:  # it reads only the second of the two summaries of tokens
         torch.testing.assert_close(pooled[:, 1] if len(shape) == 2 else pooled.flatten(1), _means(recorded))
     else:
         torch.testing.assert_close(pooled, records.spec.reads(recorded))

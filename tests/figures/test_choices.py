@@ -1,4 +1,4 @@
-"""No method of the paper's tables chooses with what is measured, and all of them are measured on the same terms."""
+"""No method of the paper's tables sees the test data when it chooses exits, and all are measured on the same terms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BASELINES = ("branchynet", "gati", "earlyon")
 
 
 class Unseen:
-    """Stands for what is measured, and fails whoever uses it in any way."""
+    """A stand-in for the test data that raises an error at any use."""
 
     def __getattribute__(self, name: str) -> NoReturn:
         raise AssertionError(f"a choice looks at what is measured: {name}")
@@ -52,9 +52,9 @@ class Unseen:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Records of a small backbone, whose exits pay and whose batches shrink from some rows on.
+    """Return the records of a small backbone whose exits pay and whose batches shrink once enough rows are answered.
 
-    Whoever looks at what is measured fails.
+    Any use of the test data is an error.
     """
     folder = tmp_path_factory.mktemp("subject")
     backbone, inputs = residual_backbone(), recorded_inputs()[:N_RECORDS]
@@ -76,7 +76,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def choose(bench: Bench) -> Generator[Callable[[str], list[Choice]]]:
-    """Returns what a method chooses, for each of its rows with some budgets."""
+    """Yield a function that returns the choices of a method, one for each of its table rows, with two budgets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(earlyon, "EPOCHS", 2)
 

@@ -1,7 +1,8 @@
-"""Benchmarks at toy size: a command comes to its end, and its file has finite, plausible figures where it says so.
+"""Benchmarks at toy size: each command completes, and writes finite, plausible figures into the file that it names.
 
-Those that take minutes with a server even so are imported and asked for their options: `answers`, `demo`, `drift`,
-`habits`, `loop`, `recovery` and `roll`; and so are `dependence` and `search`, whose processes take as long, and `gpu`.
+Some benchmarks are only imported and asked for their options. `answers`, `demo`, `drift`, `habits`, `loop`, `recovery`
+and `roll` take minutes with a server even at toy size, and so do the processes of `dependence` and `search`. The last
+one is `gpu`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_backbone: DigitsResNet) -> Iterator[Run]:
-    """Return what runs a benchmark's command in this process and returns what it wrote.
+    """Yield a function that runs a benchmark's command in this process and returns the figures that it wrote.
 
-    The process passes for one with the server's allocator, and archives are not tried out, a minute's work in all.
+    To save a minute, commands do not restart with the server's allocator, and archives are not tried out.
     """
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
@@ -61,7 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_backbone: Digits
         file = tmp_path / "figures.json"
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--json", *map(str, (file, *arguments))])
         assert not benchmark.main()
-        figures: dict[str, Any] = json.loads(file.read_text(), parse_constant=pytest.fail)  # NaN and infinities
+        figures: dict[str, Any] = json.loads(file.read_text(), parse_constant=pytest.fail)  # no NaN or infinity
         return figures
 
     yield run
@@ -76,7 +77,7 @@ def command(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def requests() -> tuple[list[digits.Request], list[str]]:
-    """Recorded requests, then measured ones; and the ids of those that are recorded."""
+    """Return the recorded requests followed by the measured ones, and the IDs of the recorded ones."""
     recorded, parts = digits.recorded_traffic(N_RECORDED, seed=1)
     return [*recorded, *digits.measured_traffic(N_MEASURED, seed=2)], ids_in(parts)
 
@@ -84,7 +85,7 @@ def requests() -> tuple[list[digits.Request], list[str]]:
 @pytest.fixture(scope="module")
 def subject(recorder_mar: Path, requests: tuple[list[digits.Request], list[str]],
             tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    """Digits in the place of photos."""
+    """Return a subject of the benchmarks that has digits instead of photos."""
     return digits_subject(tmp_path_factory.mktemp("subject"), recorder_mar, requests)
 
 
@@ -100,7 +101,7 @@ def digits_subject(folder: Path, recorder_mar: Path, requests: tuple[list[digits
 
 
 def require_ratios(*ratios: float) -> None:
-    """A machine that is busy with something else stretches them; nothing makes them negative or a thousandfold."""
+    """Check ratios loosely: other work on the machine changes them, but does not make them negative or huge."""
     assert all(math.isfinite(ratio) and 0.001 < ratio < 1000 for ratio in ratios), ratios
 
 
@@ -121,7 +122,7 @@ def test_models_are_covered(run: Run) -> None:
 
 
 def small_resnet50(**_: object) -> ResNet:
-    """Return a ResNet-50 of which each layer has a quarter of the channels."""
+    """Return a ResNet-50 in which the inner convolutions of each bottleneck have a quarter of the channels."""
     torch.manual_seed(0)
     return ResNet(Bottleneck, [3, 4, 6, 3], width_per_group=16)
 
@@ -129,7 +130,7 @@ def small_resnet50(**_: object) -> ResNet:
 def test_engines_are_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = command("benchmarks.engine")
     monkeypatch.setattr("torchvision.models.resnet50", small_resnet50)
-    monkeypatch.setattr(engine, "memory", lambda folder: {"ratio": 1.0})  # it starts two processes more
+    monkeypatch.setattr(engine, "memory", lambda folder: {"ratio": 1.0})  # it would start two processes
     figures = run(engine, "--engines", "folded", "--batches", 8, "--rounds", 2)
     rows = {(one["engine"], one["exits"]): one for one in figures["cells"]}
     assert rows.keys() == {(name, exits) for name in ("eager", "folded") for exits in ("none", engine.EXITS)}

@@ -1,4 +1,4 @@
-"""A small part of the benchmark `dependence`, with fewer images and repetitions."""
+"""A small part of the benchmark `dependence`, run with fewer images and repetitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of benchmarks compare what they say that they compare."""
+"""The figures of the benchmarks compare what they claim to compare."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rows_of_a_gpus_batches_leave_where_they_are_to_leave() -> None:
 
 
 def test_ideal_exits_cost_what_the_rows_that_were_used_pay_up_to_their_exits() -> None:
-    # Stages take 1, 2 and 7 tenths; of four rows two leave after the first, one after the second.
+    # The stages take 0.1, 0.2 and 0.7. Of four rows, two leave after the first stage and one after the second.
     assert engine.ideal_ratio([0.1, 0.2, 0.7], [[2, 1, 1]]) == pytest.approx((2 * 0.1 + 0.3 + 1.0) / 4)
     assert engine.ideal_ratio([0.1, 0.2, 0.7], [[2, 1, 1], [0, 0, 4]]) == pytest.approx((0.5 + 1 + 4) / 8)
 

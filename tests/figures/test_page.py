@@ -1,4 +1,4 @@
-"""The page of benchmarks is what its result files say, and other documents quote it word for word."""
+"""The page of benchmarks matches its result files, and other documents quote it word for word."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def test_the_area_of_the_river_is_the_work_that_is_done() -> None:
 
 
 def corners(path: str) -> list[tuple[float, float]]:
-    """Return the ends of the lines and curves of a path; a curve that is the same turned half round has the area of
-    the straight line between its ends."""
+    """Return the end points of the lines and curves of a path.
+
+    A curve that is unchanged by half a turn encloses the same area as the straight line between its ends.
+    """
     found, (x, y) = [], (0.0, 0.0)
     for kind, numbers in re.findall(r"([MHVCZ])([^MHVCZ]*)", path):
         values = [float(value) for value in re.findall(r"[\d.]+", numbers)]

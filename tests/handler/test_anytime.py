@@ -1,4 +1,4 @@
-"""The anytime mode: who asks hears every exit, and nobody is answered otherwise for it."""
+"""The anytime mode: a request that asks gets the prediction of every exit, and no request's answer changes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_opinions_are_what_each_head_says_and_change_no_answer(
 
 @pytest.fixture(autouse=True)
 def secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's."""
+    """Set the secret of the worker."""
     monkeypatch.setenv(SECRET_VARIABLE, "the operator's")
 
 
@@ -95,7 +95,7 @@ def test_a_model_can_be_configured_to_tell_all(model: EarlyExitModel) -> None:
 
 
 def test_opinions_that_were_asked_for_are_no_shadow_samples(model: EarlyExitModel) -> None:
-    """Who asks is not drawn at random: what is recorded of requests may not depend on it."""
+    """Requests that ask are not drawn at random, so they must not affect which requests are recorded."""
     model.log.begin([True] * 4)
     model(torch.tensor(requests(4)))
     [batch] = model.log.take()

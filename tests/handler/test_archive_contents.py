@@ -1,4 +1,4 @@
-"""What an archive says of itself is read without unpacking it, and every fault is named."""
+"""An archive's description of itself is read without unpacking the archive, and every error names the faulty entry."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def entries(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Everything in an archive by its name, but for the program, of which nothing is read."""
+    """Return all entries of an archive by name. The exported program is left out, since nothing reads it."""
     description = tmp_path_factory.mktemp("description") / DESCRIPTION_FILE
     backbone.description.save(description)
     plan, _ = random_exits(backbone)

@@ -1,4 +1,4 @@
-"""The one betting test behind bypass, monitor and certificate, against the formula of each written down on its own."""
+"""Bypass, monitor and certificate share one betting test; it is compared with a separate formula for each of them."""
 
 from __future__ import annotations
 

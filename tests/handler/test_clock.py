@@ -1,4 +1,4 @@
-"""A clock that is set while records are made deletes nothing, and changes the order of nothing."""
+"""Setting the clock while records are written neither deletes shards nor changes the order of records."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_jump_there_and_back_is_taken_out(steps: list[float], jump: float, dat
     corrected = in_order(seen)
     assert all(later >= earlier for earlier, later in pairwise(corrected))
     n_before, n_jumped, n_after = first, last - first, len(times) - last
-    if n_before and n_jumped < (n_after if jump > 0 else n_before):  # it came back
+    if n_before and n_jumped < (n_after if jump > 0 else n_before):  # only then can it be told which times are right
         assert corrected[:first] == times[:first] and corrected[last:] == times[last:]
         assert all(moment == times[first - 1] for moment in corrected[first:last])
 
@@ -81,7 +81,7 @@ def test_a_clock_that_jumps_ahead_while_a_worker_runs_deletes_nothing(
 
 @pytest.fixture
 def in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Return what deletes what is too old as a process does that begins with a clock so many seconds ahead."""
+    """Return a function that deletes old shards as a new process would whose clock is some seconds ahead."""
     right = time.time
 
     def delete(ahead_s: float) -> None:

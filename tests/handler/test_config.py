@@ -1,4 +1,4 @@
-"""The early_exit block: right values are taken, wrong ones are named."""
+"""The early_exit block: valid values are accepted, and an error names each invalid one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The content of a record: equal contents are known as equal by a hash that tells nothing to who lacks the key."""
+"""The content of a record: equal contents have equal hashes, and a hash reveals nothing without the key."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ITEMS = st.recursive(SCALARS | st.binary(max_size=8) | st.binary(max_size=8).map
 
 
 def canonical(item: Any) -> str:
-    """Return a text that is the same for two items if what they hold is, by another way than the hash."""
+    """Return a text that is equal for two items if their contents are equal; it does not use the hash."""
     def named(value: Any) -> Any:
         if isinstance(value, (bytes, bytearray)):
             return {"bytes": value.hex()}

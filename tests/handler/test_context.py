@@ -1,4 +1,4 @@
-"""The context of a user's handler answers as TorchServe's own does."""
+"""The context that a user's handler gets behaves like TorchServe's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What graphs answer is what the stages answer. Most of it needs a GPU; the rest of the suite runs without graphs."""
+"""CUDA graphs give the answers of the stages. Most of these tests need a GPU; all other tests run without graphs."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +47,7 @@ def stages(device: torch.device | str, shrink_from: int = 1) -> list[Stage]:
 
 
 def varied(size: int) -> Tensor:
-    """Return inputs of which some are easy."""
+    """Return inputs of varied scale, so that some are easy."""
     return torch.randn(size, 3, 12, 12, device=CUDA) * 8 * torch.rand(size, 1, 1, 1, device=CUDA)
 
 
@@ -75,7 +75,7 @@ def test_batches_of_every_size_get_the_same_answers_in_any_order_of_sizes(shrink
         found = run_with_exits((x.clone(),), fast, shadow=shadow, anytime=shadow, observe=also_seen.__setitem__)
         kept.append((expected, found))
         torch.testing.assert_close(also_seen, seen, rtol=1e-3, atol=1e-3)
-    for expected, found in kept:  # only now: what was returned must not change with later batches
+    for expected, found in kept:  # compared last: later batches must not change what was returned
         assert found.stages.tolist() == expected.stages.tolist()
         torch.testing.assert_close((found.outputs, found.reference, found.exit_scores),
                                    (expected.outputs, expected.reference, expected.exit_scores), rtol=1e-3, atol=1e-3)

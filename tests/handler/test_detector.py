@@ -1,4 +1,4 @@
-"""A detector with exits: whole answers are its own, early ones a class without a box."""
+"""A detector with exits: full answers are the detector's own, and an early answer is a class without a box."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS
 
 SHAPE = (3, 90, 128)
-"""Scaled to 96 x 136, and padded to 96 x 160."""
+"""The detector scales such images to 96 x 136 and pads them to 96 x 160."""
 Detected = dict[str, Tensor]
 
 
@@ -69,7 +69,7 @@ def test_without_exits_all_detections_are_the_detectors_own(detector: SmallDetec
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_detector_that_torchvision_has_coco_weights_for_is_cut_too() -> None:
-    """Its batch norms are frozen, and lose their epsilon when the weights are loaded."""
+    """The detector's batch norms are frozen, and their epsilon becomes 0 when the weights are loaded."""
     torch.manual_seed(0)
     body = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
     detector = MaskRCNN(body, num_classes=91, min_size=96, max_size=128, rpn_post_nms_top_n_test=50,
@@ -141,7 +141,7 @@ def test_an_archived_detector_is_made_of_its_model_file_and_its_weights(
     (tmp_path / "small_detector.py").write_text(source)
     assert backbone.description.detector is not None
     tail = backbone.description.detector.tail
-    monkeypatch.delitem(TAILS, tail)  # as in another process
+    monkeypatch.delitem(TAILS, tail)  # another process would not have it
     for found, own in zip(build_model(load_backbone(folder))(images(2, SHAPE)), expected):
         require_same(found, own, 1e-5)
     del TAILS[tail]

@@ -1,4 +1,4 @@
-"""Early answers: any handler's calls stand still at the model and leave one by one."""
+"""Early answers: the calls of any handler wait at the model, and each one is answered when it leaves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.host import MemoryHost, worker_of
 
 
 class Numbers:
-    """A handler that notes in itself what it needs after the model, and counts."""
+    """A handler that counts its calls and stores in its attributes what it needs after the model has run."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
@@ -68,7 +68,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def model(backbone: Backbone) -> EarlyExitModel:
-    """A model with an exit that about half of the random requests take."""
+    """Return a model with two exits, at which about half of the random requests leave."""
     torch.manual_seed(1)
     layers = backbone.description.candidates[:2]
     spec = HeadSpec(widths=())
@@ -79,7 +79,7 @@ def model(backbone: Backbone) -> EarlyExitModel:
 
 
 class Frontend:
-    """What a host does between the steps of its worker: it hands over every request that has not been answered."""
+    """A host: at each step of its worker it hands over every request that has not been answered yet."""
 
     def __init__(self, model: EarlyExitModel, handler: Any = None) -> None:
         self.handler = handler or Numbers(model)
@@ -108,7 +108,7 @@ def requests(count: int, seed: int = 0) -> list[list[float]]:
 
 
 def plainly(model: EarlyExitModel, body: Any) -> tuple[int, Any, dict[str, str]]:
-    """Answer a request as plain batching does, alone."""
+    """Answer a single request in the way of plain batching."""
     assembly = model.assembly
     plain = EarlyExitModel(assembly, AtOnceExecutor(assembly.levels), AdaptiveBypass(0.0, random.random),
                            ShadowSampler())
@@ -120,7 +120,7 @@ def plainly(model: EarlyExitModel, body: Any) -> tuple[int, Any, dict[str, str]]
 def test_every_request_gets_the_answer_status_and_headers_of_plain_batching(model: EarlyExitModel) -> None:
     frontend = Frontend(model)
     bodies: dict[str, Any] = {f"id-{number}": body for number, body in enumerate(requests(40))}
-    bodies |= {"text": "no numbers", "short": [1.0, 2.0], "late": [1.0, 2.0, 3.0, 0.0]}  # 400, 400, 500
+    bodies |= {"text": "no numbers", "short": [1.0, 2.0], "late": [1.0, 2.0, 3.0, 0.0]}  # their statuses: 400, 400, 500
     order = random.Random(0).sample(sorted(bodies), len(bodies))
     for start in range(0, len(order), 5):
         frontend.waiting |= {name: bodies[name] for name in order[start:start + 5]}
@@ -215,7 +215,7 @@ def test_an_explanation_still_follows_the_gradient(model: EarlyExitModel) -> Non
 
 
 def test_exits_that_cost_more_than_they_save_are_bypassed(backbone: Backbone, model: EarlyExitModel) -> None:
-    """As with plain batching, but by stretches of requests."""
+    """The bypass works as with plain batching, but decides for a stretch of requests at a time, not for each batch."""
     def slow(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def classify(x: Tensor) -> Tensor:
             time.sleep(0.01)
@@ -246,7 +246,7 @@ def test_out_of_memory_is_left_to_the_host_and_the_next_requests_are_served(
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(InFlightCalls, "run_stage", broken)
         frontend.step()
-    frontend.waiting = {"c": requests(1)[0]}  # the host has answered the others
+    frontend.waiting = {"c": requests(1)[0]}  # the host has answered the first two
     frontend.finish()
     assert frontend.answers["c"][0] == 200
 

@@ -1,4 +1,4 @@
-"""Engines: whatever executes the stages, the answers are those of the plain backbone."""
+"""Engines: the answers are those of the plain backbone, whichever engine runs the stages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.plans import random_exits
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
-    """Give batch norms what training would have: a fresh one changes nothing, so folding it proves nothing."""
+    """Give batch norms statistics as if trained. A fresh one is the identity, so folding it would prove nothing."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -71,7 +71,7 @@ def test_no_batch_norm_of_a_resnet_is_left_and_the_weights_are_there_once() -> N
 
 
 class ReadTwice(nn.Module):
-    """The second batch norm shares its convolution with the sum."""
+    """A model in which the second convolution feeds both a batch norm and a sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_folding_is_exact_for_any_convolution(groups: int, bias: bool, affine: b
 
 
 class Viewing(nn.Module):
-    """Views of a map, as ShuffleNet and many hand-written models have them."""
+    """A model that reshapes a feature map with view(), like ShuffleNet and many hand-written models."""
 
     def __init__(self) -> None:
         super().__init__()

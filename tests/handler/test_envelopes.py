@@ -1,4 +1,4 @@
-"""Requests in TorchServe's envelopes: as many answers as before, and no instance gets what belongs to another."""
+"""Requests in TorchServe's envelopes: each gets as many answers as before, and no instance gets another's answer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model() -> EarlyExitModel:
 
 
 def request(instances: list[Any], kind: str = "json") -> dict[str, Any]:
-    """Return a request in an envelope, parsed as TorchServe parses JSON."""
+    """Return a request in an envelope, as TorchServe parses it from JSON."""
     if kind == "kservev2":
         return {"body": {"inputs": [{"name": f"input-{number}", "shape": [len(one["rows"])], "datatype": "FP32",
                                      "data": one["rows"]} for number, one in enumerate(instances)]}}
@@ -44,7 +44,7 @@ def request(instances: list[Any], kind: str = "json") -> dict[str, Any]:
 
 
 class OfInputs(AtOnce):
-    """The same handler as it is written for the second protocol of KServe, which hands over named tensors."""
+    """The same handler, written for the second protocol of KServe, which passes named tensors."""
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         return super().handle([{"rows": one["data"]} for one in data], context)
@@ -68,14 +68,14 @@ def test_a_request_of_several_instances_is_answered_as_by_the_handler_alone(
 
 
 class OfTwoInputs(AtOnce):
-    """Makes one row, and one answer, of two named inputs."""
+    """A handler that makes one row and one answer from two named inputs."""
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         return super().handle([{"rows": data[0]["data"]}], context)
 
 
 class AllInOne(AtOnce):
-    """Gives one answer to all instances, in a form that only KServe's first protocol lets through."""
+    """A handler that gives one answer to all instances, in a form that only KServe's first protocol accepts."""
 
     def handle(self, data: list[Any], context: Any) -> Any:
         return {"classes": super().handle(data, context)}

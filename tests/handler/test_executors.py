@@ -1,4 +1,4 @@
-"""What every executor must keep, demanded of all of them; one is defined here alone, to show that it can be."""
+"""Properties that every executor must have. One executor is defined only here, to show that new ones can be added."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.handler.test_forward import inputs, three_stages
 
 Levels = Sequence[Sequence[Stage]]
 Run = Callable[[Sequence[tuple[Live, int, Tensor, Tensor]]], list[Execution]]
-"""Takes batches with their fallback levels, shadow and anytime masks."""
+"""A function that runs batches, each given with its fallback level, shadow mask and anytime mask."""
 
 
 class RowByRowExecutor:
-    """Runs every row alone: the slowest executor that keeps what has to be kept."""
+    """An executor that runs every row alone: the slowest one that has the required properties."""
 
     def __init__(self, levels: Levels, record: Record) -> None:
         self._levels, self._record = levels, record
@@ -58,7 +58,7 @@ def one_after_the_other(executor: Executor) -> Run:
 
 
 def all_at_the_same_time(executor: ContinuousExecutor) -> Run:
-    """Each batch comes from a coroutine of its own; a new one joins after each stage."""
+    """Return a function that runs each batch in its own coroutine and starts a new one after each stage."""
     def run(batches: Sequence[tuple[Live, int, Tensor, Tensor]]) -> list[Execution]:
         coroutines = []
         for batch in batches:
@@ -104,7 +104,7 @@ def test_rows_leave_at_the_first_sure_exit_and_all_that_is_told_of_them_is_their
 
 def check(stages: Sequence[Stage], batch: Live, level: int, shadow: Tensor, anytime: Tensor,
           execution: Execution) -> None:
-    """Compare with what each row gives alone, computed with nothing but the stages and the heads."""
+    """Compare an execution with what each row gives alone, computed from the stages and exit heads only."""
     answers = execution.answers
     assert execution.level == level
     assert answers.shadow.tolist() == shadow.nonzero().flatten().tolist()
@@ -137,7 +137,7 @@ def check(stages: Sequence[Stage], batch: Live, level: int, shadow: Tensor, anyt
 @torch.no_grad()
 def test_a_bypass_lets_batches_go_without_exits_unless_somebody_asks_for_them() -> None:
     levels = [three_stages(0.0, 0.0), three_stages(2.0, 2.0)]
-    never = AdaptiveBypass(1.0, lambda: 0.5)  # every batch is control, which goes the other way
+    never = AdaptiveBypass(1.0, lambda: 0.5)  # every batch is a control batch, which does the opposite
     executor, nobody = BypassingExecutor(AtOnceExecutor(levels), never, 1), torch.zeros(3, dtype=torch.bool)
     assert executor.run(inputs(3), 0, nobody).level == 1
     assert executor.run(inputs(3), 0, nobody, ~nobody).level == 0

@@ -1,4 +1,4 @@
-"""A model steps back within the process, and bypasses exits that cost more than they save."""
+"""A model moves to a safer fallback level without a restart, and bypasses exits that cost more than they save."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_model_that_has_given_up_its_exits_is_sampled_like_one_without(backbon
 
 def test_exits_that_are_always_wrong_are_fallen_back_from_while_serving(backbone: Backbone, plan: ExitPlan,
                                                                         tmp_path: Path) -> None:
-    """A worker's own path: losses of shadow rows, the state in the records folder, header and level."""
+    """The whole path in a worker: losses of shadow rows, the state in the records folder, the header and the level."""
     model = served(backbone, plan, sampling_rate=1.0)
     worker = worker_of(model, config=ServingConfig(records=str(tmp_path)), host=MemoryHost("model", "2.0"))
     calls = calls_of_rows([torch.randn(64, 8)], [f"request-{row}" for row in range(64)])
@@ -125,7 +125,7 @@ def test_exits_that_pay_are_kept() -> None:
 
 
 def test_exits_that_save_much_but_seldom_are_kept() -> None:
-    """Most batches are slower, as the heads cost something; the mean is what counts."""
+    """Most batches are slower with exits, because the exit heads take time, but the mean time decides."""
     noise = random.Random(1)
     benefit = AdaptiveBypass(0.1, noise.random)
     for _ in range(20_000):

@@ -1,4 +1,4 @@
-"""run_with_exits: whatever the batch and whoever leaves, each item gets its own answer."""
+"""run_with_exits: each item gets its own answer, whatever the batch and whichever rows leave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ N_FEATURES, N_CLASSES = 6, 4
 
 
 def three_stages(*thresholds: float, shrink_from: int = 1) -> list[Stage]:
-    """Return three stages in float64, where the batch cannot tip a confidence over its threshold."""
+    """Return one stage per threshold and a last one, in float64.
+
+    With float64, rounding that depends on the batch cannot move a confidence across its threshold.
+    """
     torch.manual_seed(0)
     stages = []
     for threshold in thresholds:
@@ -29,7 +32,7 @@ def three_stages(*thresholds: float, shrink_from: int = 1) -> list[Stage]:
 
 
 def alone(module: nn.Module) -> Callable[[Tensor], Live]:
-    """Return a module as a stage after which one tensor travels."""
+    """Return a module as a stage whose output is one tensor."""
     module = module.double()
     return lambda x: (module(x),)
 
@@ -136,7 +139,7 @@ def test_selecting_rows_copies_nothing_when_nobody_leaves_and_keeps_the_memory_f
 
 @torch.no_grad()
 def test_everything_that_travels_loses_the_rows_of_those_who_left() -> None:
-    """A second tensor, as wide as each row's number, must stay beside its row to the end."""
+    """A second tensor with one number per row must stay aligned with the rows until the last stage."""
     torch.manual_seed(0)
     head, last = nn.Linear(N_FEATURES, N_CLASSES).double(), nn.Linear(N_FEATURES, N_CLASSES).double()
     leaves = Exit(head, ConfidencePolicy(temperature=0.3, threshold=0.6), lambda logits: logits)

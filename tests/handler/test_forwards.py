@@ -1,4 +1,4 @@
-"""Habits of forward that are exported as they are, and a probe that notices damage to any of their weights."""
+"""Unusual forward methods are exported with unchanged answers, and the probe notices damage to any of the weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_habit_of_forward_is_cut_inside_and_answers_as_the_model(specimen: Spe
     served = build_model(backbone)
     for size in (1, 3, 40):
         inputs = specimen.batch(size)
-        expected = specimen.scores(model, inputs).reshape(size, -1)  # of one row, one that squeezes returns a vector
+        expected = specimen.scores(model, inputs).reshape(size, -1)  # squeezing one row leaves a vector
         live: tuple[Tensor, ...] = tuple(inputs.values())
         for stage in stages:
             live = stage(*live)

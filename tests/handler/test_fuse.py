@@ -1,4 +1,4 @@
-"""One kernel for a convolution, its bias, a sum and a ReLU: where it is possible, and that it computes the same."""
+"""A convolution, its bias, a sum and a ReLU become one kernel: only where that is possible, and with equal results."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ATEN = torch.ops.aten
 
 
 class Odd(nn.Module):
-    """Sums and ReLUs that are not what they are in a ResNet."""
+    """A model whose sums and ReLUs may be arranged differently from those in a ResNet."""
 
     def __init__(self, between: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ def check_stages(model: nn.Module) -> None:
 
 @torch.no_grad()
 def test_rows_may_leave_between_stages() -> None:
-    """Sizes computed from the batch, such as a class token's expansion, follow the rows that are left."""
+    """Sizes computed from the batch, such as the expansion of a class token, follow the number of remaining rows."""
     model = torchvision.models.VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=5).eval()
     backbone = Backbone.from_module(model, (3, 32, 32))
     head, *tail = split(backbone.graph, [layer.node for layer in backbone.description.candidates])
@@ -61,7 +61,7 @@ def test_rows_may_leave_between_stages() -> None:
 
 
 class Halved(nn.Module):
-    """Its scores are one of two results of an operation."""
+    """A model whose scores are one of the two results of an operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def test_scores_travel_alone_unless_a_detector_makes_them() -> None:
 
 
 class Skipping(nn.Module):
-    """A skip over `inner` and one over everything after `first`."""
+    """A model with one skip connection around `inner` and one from the first sum around `second` and `last`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_layer_inside_a_skip_is_left_out_because_it_does_not_determine_the_ans
 
 
 class Branches(nn.Module):
-    """Two branches that meet at the end, as in a transformer of two token sizes."""
+    """A model with two branches that meet at the end, as in a transformer with two token sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_the_kind_of_scores_is_told_from_a_forward_pass(tail: nn.Module, kind: S
 
 
 class Shared(nn.Module):
-    """One activation module that is called after every layer."""
+    """A model that calls one activation module after every layer."""
 
     def __init__(self) -> None:
         super().__init__()

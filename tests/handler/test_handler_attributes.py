@@ -1,4 +1,4 @@
-"""Calls of one handler that go on side by side: each has what it has set, and all have the same handler."""
+"""Concurrent calls of one handler: each sees only the attributes that it has set, and all share the same handler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> EarlyExitModel:
 
 
 def answered(model: EarlyExitModel, handler: UserHandler, bodies: list[list[float]]) -> list[Any]:
-    """Return the answers to requests of which one more comes at each step."""
+    """Return the answers to requests that arrive one per step."""
     worker = worker_of(model, handler, ServingConfig(answers="early"), MemoryHost())
     handler.initialize(worker._answers._context)  # type: ignore[union-attr]
     waiting: dict[str, Call] = {}
@@ -44,7 +44,7 @@ def answered(model: EarlyExitModel, handler: UserHandler, bodies: list[list[floa
 
 
 class KnownElsewhere(AtOnce):
-    """A handler of which others know a method, and that keeps its context and puts things on it."""
+    """A handler that stores one of its bound methods, keeps its context, and sets attributes on that context."""
 
     def initialize(self, context: Any) -> None:
         self.context = context

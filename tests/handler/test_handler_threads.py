@@ -1,4 +1,5 @@
-"""Handlers that call the model in threads of their own are answered, recorded without a request, and leak nothing."""
+"""Handlers that call the model in their own threads: all requests are answered, records name a request only where it
+is known, and nothing of a batch stays in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def model() -> EarlyExitModel:
 
 
 class InOneThread(AtOnce):
-    """Calls the model for the whole batch in a thread of a pool."""
+    """A handler that calls the model once for the whole batch, in a thread of a pool."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         super().__init__(model)
@@ -41,14 +42,14 @@ class InOneThread(AtOnce):
 
 
 class InAnEventLoop(AtOnce):
-    """Awaits the model, which works in a thread of the loop's."""
+    """A handler that awaits the model, which runs in a thread of the event loop."""
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         return asyncio.run(asyncio.to_thread(super().handle, data, context))
 
 
 class InSeveralThreads(AtOnce):
-    """Calls the model for each request in a thread of a pool."""
+    """A handler that calls the model for each request in a thread of a pool."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         super().__init__(model)
@@ -58,14 +59,14 @@ class InSeveralThreads(AtOnce):
         barrier = threading.Barrier(len(data))
 
         def one(item: Any) -> int:
-            barrier.wait()  # so that each has a thread of its own
+            barrier.wait()  # so that each request has a thread of its own
             return self.classes(row(item)[None])[0].item()
 
         return list(self.pool.map(one, data))
 
 
 class InMicroBatches(AtOnce):
-    """Puts parts of its batch into a queue, from which two threads that live as long as the handler take them."""
+    """A handler that puts parts of its batch into a queue, which two threads of the handler's lifetime process."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         super().__init__(model)

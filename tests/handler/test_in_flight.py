@@ -1,4 +1,4 @@
-"""One stage at a time gives what the whole pass gives, whoever joins when."""
+"""Running one stage at a time gives the results of a whole pass, whichever calls join and whenever they do."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def run_all(in_flight: InFlightCalls, waited_for: list[InFlightCall], limit: int
 @torch.no_grad()
 def test_calls_that_join_at_any_time_get_the_answers_of_the_whole_pass(
         sizes: list[tuple[int, int]], seed: int, thresholds: tuple[float, float], shadow_rate: float) -> None:
-    """Each call joins some steps after the one before; answers, exits, shadows, opinions and activations are as in one
-    go."""
+    """Each call joins some steps after the previous one.
+
+    Its answers, exits, shadow rows, exit predictions and activations are those of an uninterrupted pass.
+    """
     stages = three_stages(*thresholds)
     in_flight = InFlightCalls([stages], lambda stage, activation: activation * (stage + 2))
     calls: list[tuple[Live, Tensor, Tensor, InFlightCall]] = []

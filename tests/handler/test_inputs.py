@@ -1,4 +1,4 @@
-"""Classifiers with several inputs, and with more than a tensor of scores as their output."""
+"""Classifiers that have several inputs, and classifiers that return more than a tensor of scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Block(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """Attention under a bias made of the mask once, in place, and a mean over what the mask lets through."""
+    """A transformer whose blocks share one attention bias, made in place from the mask, and which averages the tokens
+    that the mask keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ def test_a_mask_travels_beside_the_tokens_and_loses_the_same_rows(model: TextCla
     rows = torch.arange(8)
     for number, stage in enumerate(stages):
         live = stage(*live)
-        if number < len(stages) - 1:  # one leaves after each stage
+        if number < len(stages) - 1:  # one row leaves after each stage
             assert len(live) == 2 and torch.equal(live[1], mask[rows]), "the mask itself travels, not the bias"
             live, rows = tuple(one[1:] for one in live), rows[1:]
     torch.testing.assert_close(live[0], model(tokens, mask).logits[rows])
@@ -148,7 +149,7 @@ def test_a_binary_classifier_with_two_scores_is_a_classifier_like_any_other() ->
 
 
 class Accumulating(nn.Module):
-    """Writes results into one buffer, which all later layers read."""
+    """A model that writes the result of each layer into one buffer, which all later layers read."""
 
     def __init__(self) -> None:
         super().__init__()

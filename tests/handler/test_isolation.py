@@ -1,4 +1,4 @@
-"""One bad item: the others are answered, and the status tells whose fault it was."""
+"""One bad item: the others are answered, and its status tells whether the client or the server is at fault."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.support.host import MemoryHost, worker_of
 from tests.support.torchserve_context import predict, service_of
 
 LARGE = b"P6 100000 100000 255\n"
-"""The beginning of a picture with ten thousand million pixels."""
+"""The beginning of an image file with ten billion pixels."""
 
 
 class Numbers:
-    """A handler whose requests are lists of four numbers."""
+    """A handler whose requests are lists of four numbers; other bodies provoke errors."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
@@ -76,16 +76,16 @@ GOOD = [1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(("bad", "status", "message"), [
-    ("text", 400, "TypeError"),                    # fails before the model
-    ("CUDA", 400, "KeyError: 'CUDA'"),             # the client's text, not the device's
+    ("text", 400, "TypeError"),                    # the handler fails before it calls the model
+    ("CUDA", 400, "KeyError: 'CUDA'"),             # the text comes from the client, not from the device
     ("picture", 400, "UnidentifiedImageError"),
     ("large picture", 400, "DecompressionBombError"),
     ("file", 500, "FileNotFoundError"),
-    ("attribute", 500, "AttributeError"),          # a fault of the handler
+    ("attribute", 500, "AttributeError"),          # the handler is at fault
     (RuntimeError("not ready"), 500, "not ready"),
-    ("vast", 500, "Unable to allocate"),           # its memory, not the worker's
-    ([1.0, 2.0], 400, r"expected float32 input of shape \(4,\)"),  # does not fit the model
-    ([99.0, 0.0, 0.0, 0.0], 500, "ZeroDivisionError"),             # fails after the model
+    ("vast", 500, "Unable to allocate"),           # only this item needs too much memory; the worker does not
+    ([1.0, 2.0], 400, r"expected float32 input of shape \(4,\)"),  # the input does not fit the model
+    ([99.0, 0.0, 0.0, 0.0], 500, "ZeroDivisionError"),             # the handler fails after it has called the model
 ])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_a_bad_item_gets_its_own_status_and_the_others_their_answers(
@@ -133,7 +133,7 @@ def test_an_error_tells_nothing_of_memory(model: EarlyExitModel) -> None:
 
 
 def test_an_exception_of_torchserve_keeps_its_status_and_its_text(model: EarlyExitModel) -> None:
-    """Checked against TorchServe 0.12 by the habit `own_exception`."""
+    """The habit `own_exception` checks the same against TorchServe 0.12."""
     [part] = answered(model, [PredictionException("the image is too dark", 422)])
     assert part.replies[0].body == {"code": 422, "type": "InternalServerException", "message": "the image is too dark"}
 

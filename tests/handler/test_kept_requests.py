@@ -1,4 +1,4 @@
-"""What is kept of a request is what the handler got, whatever that was."""
+"""A kept request holds exactly what the handler got, whatever that was."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INSTANCES = RAW | st.text() | st.lists(RAW | JSON, max_size=3) | st.dictionaries
 
 
 def told(value: Any) -> str:
-    """Return a text that differs where kinds or values do: 1 == 1.0 == True, and a NaN is not itself."""
+    """Return a text that differs if types or values differ; `==` cannot tell 1, 1.0 and True apart, nor match NaNs."""
     if isinstance(value, dict):
         return f"{type(value)} {[(key, told(inner)) for key, inner in value.items()]}"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Engines that change answers: what they change is known, counted, and the same wherever the backbone is cut."""
+"""Engines that change answers: the change is known, counted, and the same wherever the backbone is cut."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOSSY = ["bfloat16", INT8]
 
 @pytest.fixture(scope="module")
 def digits() -> Tensor:
-    """(200, 1, 32, 32) inputs, as the handler makes them of requests."""
+    """Return (200, 1, 32, 32) inputs, as the handler makes them from requests."""
     import io
 
     import numpy as np
@@ -40,7 +40,7 @@ def digits() -> Tensor:
 
 @pytest.fixture(scope="module")
 def backbone(digits_backbone: DigitsResNet, digits: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """A trained backbone with quantized pieces beside it."""
+    """Return a trained backbone with its quantized pieces in the same folder."""
     folder = tmp_path_factory.mktemp("quantized")
     whole = Backbone.from_module(digits_backbone, (1, 32, 32))
     whole.save(folder)
@@ -129,7 +129,10 @@ def test_an_explanation_is_that_of_the_backbone_or_refused(backbone: Backbone, d
 
 
 def test_openvino_is_used_without_its_telemetry() -> None:
-    """By default it would tell its makers of every import and conversion. In a process in which no test imported it."""
+    """By default, OpenVINO reports every import and conversion to its makers.
+
+    The check runs in a process of its own, because another test may have imported OpenVINO into this one.
+    """
     subprocess.run([sys.executable, "-c", """
 import sys
 from early_exit.handler.engines.openvino import import_openvino

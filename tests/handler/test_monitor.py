@@ -1,4 +1,5 @@
-"""The alarm is silent while the certificate holds, soon heard when it does not, and survives what kills a worker."""
+"""The monitor seldom raises an alarm while the certificate holds, soon raises one when it does not, and keeps its
+state when a worker is killed."""
 
 from __future__ import annotations
 

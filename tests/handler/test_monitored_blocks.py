@@ -1,4 +1,5 @@
-"""The monitor counts blocks as the certificate does: neither frames of a scene nor a client who asks again raise it."""
+"""The monitor counts blocks as the certificate does, so neither the frames of one scene nor a client's retries raise an
+alarm by themselves."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ K = 6
 
 
 def scenes(n: int, size: int, seed: int) -> Tensor:
-    """Return the (n * size, K) states of scenes of nearly equal frames."""
+    """Return the (n * size, K) states of n scenes, each with `size` nearly equal frames."""
     generator = torch.Generator().manual_seed(seed)
     looks = torch.randn(n, K, generator=generator).repeat_interleave(size, dim=0)
     return looks + 0.1 * torch.randn(n * size, K, generator=generator)
@@ -61,7 +62,7 @@ def ended(given_samples: Sequence[Sample], alike: Likeness) -> list[Block]:
 
 
 def alarms(given_samples: Sequence[Sample], monitored: Monitored) -> int | None:
-    """Return the number of samples until the alarm, none where there is none."""
+    """Return the number of samples until the alarm, or None without an alarm."""
     evidence = Evidence()
     for number, sample in enumerate(given_samples, start=1):
         evidence = evidence.after(sample, monitored)
@@ -82,7 +83,7 @@ def test_blocks_end_sample_by_sample_where_they_end_for_the_certificate(
     position = requests * torch.arange(len(states)).double()
     expected = torch.bincount(blocks_of(alike, states, position)).tolist()
     found = [block.n for block in ended(samples(states, [0.0] * len(states), alike, requests=requests), alike)]
-    # The last block has not ended, and of the last two samples it is not known yet whether they begin one.
+    # The last block has not ended, and it is not known yet whether each of the last two samples begins one.
     whole = [*found, len(states) - sum(found)]
     assert whole[:len(found)] == expected[:len(found)]
     assert len(expected) - len(found) <= 3
@@ -94,14 +95,14 @@ def test_copies_and_permutations_of_a_content_within_its_block_change_nothing(
         data: st.DataObject, n: int, size: int) -> None:
     alike = alike_of(3)
     states = scenes(n + 2, max(size, 3), seed=data.draw(st.integers(0, 99))).view(n + 2, -1, K)
-    states[:, :, 0] = 10.0 * torch.arange(n + 2)[:, None]  # no scene is like the one before by chance
+    states[:, :, 0] = 10.0 * torch.arange(n + 2)[:, None]  # no scene resembles the previous one by chance
     losses = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=n * size, max_size=n * size))
     each = samples(states[:n, :size].reshape(-1, K), losses, alike)
     tail = [replace(sample, content=-1) for sample in samples(states[n:].reshape(-1, K), [0.0] * 10, alike)]
     copied = [copy for first in range(0, n * size, size) for copy in data.draw(st.permutations(
         [copy for sample in each[first:first + size] for copy in [sample] * data.draw(st.integers(1, 3))]))]
     assert ended([*copied, *tail], alike) == ended([*each, *tail], alike)
-    often = replace(ALONE, likeness=alike, tolerance=0.5)  # rounds are short, so there are bets on requests, too
+    often = replace(ALONE, likeness=alike, tolerance=0.5)  # rounds are short, so there are also bets on requests
     once, again = after([*each, *tail], often), after([*copied, *tail], often)
     assert (once.contents, once.requests, once.wealth()) == (again.contents, again.requests, again.wealth())
 
@@ -144,8 +145,8 @@ def test_a_popular_file_that_is_answered_wrongly_for_long_is_an_alarm() -> None:
 
 @pytest.mark.parametrize("share", [1.0, 0.05])
 def test_scenes_that_are_answered_as_was_certified_raise_few_alarms(share: float) -> None:
-    """One scene in fifty is answered wrongly in all frames: as many as are tolerated. Counted one by one, they would
-    be an alarm in nearly every stream."""
+    """One scene in fifty is answered wrongly in all its frames, which is exactly the tolerance. If frames were counted
+    one by one, more than half of the streams would raise an alarm."""
     size, alike = 20, alike_of(20)
     monitored = replace(ALONE, likeness=alike)
     raised = raised_alone = 0
@@ -173,7 +174,8 @@ def test_scenes_at_three_times_the_tolerance_are_an_alarm() -> None:
 
 
 def test_samples_of_several_workers_are_taken_in_the_order_of_their_times() -> None:
-    """Each worker shares what it saw of the last second, so a scene that two of them answer would be two blocks."""
+    """Each worker shares its samples of the last second, so a scene that two workers answer would become two blocks if
+    samples were taken in the order of their arrival."""
     size, alike = 8, alike_of(8)
     monitored = replace(ALONE, likeness=alike)
     stream = [replace(sample, time=number / 10) for number, sample in
@@ -201,7 +203,7 @@ def test_a_clock_that_is_set_back_leaves_no_sample_waiting() -> None:
 
 @pytest.mark.parametrize("size", [20, 100, 300])
 def test_bursts_that_are_answered_as_was_certified_raise_few_alarms(size: int) -> None:
-    """Each burst is answered wrongly as a whole, or not at all: 1.4 % of them, where 2 % are tolerated."""
+    """Each burst is answered wrongly as a whole or not at all; 1.4 % of them are, and 2 % are tolerated."""
     alike, raised = alike_of(20), 0
     monitored = replace(ALONE, likeness=replace(alike, length=float(size)))
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""A value that is not finite costs one record: it is counted, nothing else is lost, and the monitor goes on seeing."""
+"""A value that is not finite costs one record: that record is counted, no other is lost, and the monitor goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.shadow_samples import samples_of
 
 
 class Spread(nn.Module):
-    """Divides by the spread of its input, which a row of equal values has none of."""
+    """A layer that divides by the spread of its input, which is 0 for a row of equal values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)
@@ -40,7 +40,7 @@ def backbone() -> Backbone:
 
 
 def recorded(backbone: Backbone, rows: Tensor, folder: Path) -> tuple[Records, MemoryHost]:
-    """Serve rows in batches of four and return what is recorded of them, and the host."""
+    """Serve rows in batches of four; return their records and the host."""
     host = MemoryHost()
     model = build_model(backbone, sampling_rate=1.0, record_layers=8)
     worker = worker_of(model, config=ServingConfig(records=str(folder), records_per_shard=len(rows)), host=host)
@@ -50,7 +50,7 @@ def recorded(backbone: Backbone, rows: Tensor, folder: Path) -> tuple[Records, M
         assert all(reply and reply.status == 200 for reply in replies)
     while not (shards := list_shards(folder)):
         time.sleep(0.01)
-    worker.step(calls_of_rows([torch.randn(1, 8)], ["after it"]))  # by then it is known what could not be recorded
+    worker.step(calls_of_rows([torch.randn(1, 8)], ["after it"]))  # the host then learns what could not be recorded
     worker.close()
     [shard] = shards
     return read_shard(shard, [layer.path for layer in backbone.description.candidates]), host

@@ -1,4 +1,4 @@
-"""Headers that cost a full pass count where the server's secret comes with them, and nowhere else."""
+"""Headers that cost a full pass take effect only if the server's secret comes with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def secret_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked(model: EarlyExitModel, headers: dict[str, str],
           config: ServingConfig | None = None) -> tuple[set[str], float]:
-    """Ask a worker; return what it did beyond an ordinary answer, and how many requests it ran to the end."""
+    """Send a request; return the headers of what the worker did beyond an ordinary answer, and how many requests it ran
+    to the end."""
     host, [body] = MemoryHost(), requests(1)
     [reply] = worker_of(model, Numbers(model), config, host).step([Call("id", {"body": body}, headers)])
     assert reply is not None and reply.status == 200

@@ -1,4 +1,4 @@
-"""No request gets what belongs to another: its header, record, label or bytes."""
+"""No request gets the header, record, label or bytes of another."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def model(backbone: Backbone) -> EarlyExitModel:
-    """Some rows leave at each exit, and some nowhere; every row is recorded."""
+    """Return a model in which some rows leave at each exit and some do not leave early; it records every row."""
     return build_model(backbone, *random_exits(backbone), sampling_rate=1.0, record_layers=8)
 
 

@@ -1,4 +1,4 @@
-"""A model is found wherever a handler's names reach it, and what stands in for it is put there."""
+"""A model is found wherever a handler's names lead to it, and its stand-in is put in the same place."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_place_that_cannot_be_changed_is_an_error_that_names_it() -> None:
 
 
 class Original(nn.Module):
-    """A user's model with more than a forward pass."""
+    """A user's model that has a method and attributes besides its forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_parts_of_a_sequence_are_those_of_the_users_model_where_it_is_kept() -> 
 
 
 def test_what_a_handler_sets_on_its_model_later_is_refused_where_the_answer_may_depend_on_it() -> None:
-    """An exported model would go on answering with the value that it was exported with."""
+    """The exported model would keep answering with the value that it was exported with."""
     original = Original()
     original.temperature = 1.0
     kept, let_go = (StandIn(nn.Linear(2, 2), own, is_fixed=True) for own in (original, None))
@@ -142,7 +142,7 @@ def test_what_a_handler_sets_on_its_model_later_is_refused_where_the_answer_may_
 
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_a_call_is_refused_once_a_part_of_the_users_model_is_changed(is_kept: bool) -> None:
-    """The handler may have the part from initialize(), and no request need have shown what it does with it."""
+    """The handler may keep the part from initialize() on, so earlier requests need not reveal that it changes it."""
     def scale(part: nn.Linear) -> None:
         part.scale = 2.0
 

@@ -1,4 +1,4 @@
-"""Plans and heads come back as they were saved, and only for their own backbone."""
+"""Plans and exit heads are loaded as they were saved, and only for their own backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A policy is added in one place: this one is registered here, and a plan of it is written, read and served."""
+"""An exit policy is added in one place: a policy registered here gets a plan, which is written, read and served."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plan_by_entropy(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
 
 
 def expected_stages(backbone: Backbone, layers: tuple[str, ...], heads: dict[str, Head], threshold: float) -> Tensor:
-    """Return where each row should leave by the entropy that torch.distributions computes."""
+    """Return the stage at which each row should leave, by the entropy that torch.distributions computes."""
     by_node = {}
 
     class Kept(torch.fx.Interpreter):

@@ -1,4 +1,4 @@
-"""Pooling against torch's own, which is slow on a CPU but right."""
+"""Pooling is compared with torch's own, which is slow on a CPU but correct."""
 
 from __future__ import annotations
 

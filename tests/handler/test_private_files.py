@@ -1,4 +1,4 @@
-"""State, locks and keys are opened as our own or refused, whoever put something in their place, whatever the umask."""
+"""State, locks and keys: links, pipes and files of other users are never used, and the umask makes no difference."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_link_in_the_place_of_what_is_written_anew_is_replaced_not_followed(tm
 
 
 def test_a_scratch_file_whose_name_was_guessed_is_not_written_into(tmp_path: Path) -> None:
-    """Links under the names that a process's number tells lead nowhere, as no name is told by it."""
+    """Links under names that contain the process ID are never followed, since no scratch file has such a name."""
     victim = tmp_path / "victim"
     victim.write_text(SECRET)
     for guess in (f".state.json.{os.getpid()}", f"state.{os.getpid()}", "state.json.writing", "state.writing"):
@@ -148,7 +148,7 @@ def share_state(path: Path) -> None:
 
 
 def test_a_file_of_root_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as one that an administrator, or a volume of Kubernetes, provides."""
+    """Such a file may come from an administrator or from a Kubernetes volume."""
     monkeypatch.setattr(os, "geteuid", lambda: SOMEBODY)
     with open_private(Path("/etc/passwd"), "r") as file:
         assert file.read()

@@ -1,4 +1,4 @@
-"""A .pt2 that could run code is refused, however it asks for it; where torch alone reads it, the code runs."""
+"""A .pt2 file that could run code is refused, whatever way it uses; torch on its own would run that code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Change = Callable[[str, bytes], bytes]
 
 
 class Code:
-    """What a pickle runs: it leaves a file behind."""
+    """An object whose unpickling runs code: it makes a folder."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -103,7 +103,7 @@ ATTACKS: dict[str, Callable[[Path], tuple[Change, dict[str, bytes]]]] = {
 
 
 def attacking(attack: str, program: Path, folder: Path) -> tuple[Path, Path]:
-    """Return a program that attacks, and what its code makes where it runs."""
+    """Return a program with an attack, and the folder that its code makes when it runs."""
     folder.mkdir(exist_ok=True)
     trace = folder / "ran"
     change, more = ATTACKS[attack](trace)
@@ -120,7 +120,7 @@ def test_a_program_that_runs_code_where_torch_reads_it_is_refused(
 
 
 def test_where_torch_reads_them_the_code_of_these_programs_runs(program: Path, tmp_path: Path) -> None:
-    """Otherwise that they are refused would prove nothing. One process reads them all, for it takes long to start."""
+    """If it did not, the refusals would prove nothing. One process reads all programs, because starting one is slow."""
     made = [attacking(attack, program, tmp_path / str(number)) for number, attack in enumerate(ATTACKS)]
     code = ("import contextlib, sys, torch\n"
             "for path in sys.argv[1:]:\n"
@@ -128,14 +128,14 @@ def test_where_torch_reads_them_the_code_of_these_programs_runs(program: Path, t
             "        torch.export.load(path)\n")
     subprocess.run([sys.executable, "-c", code, *(str(path) for path, _ in made)], capture_output=True, timeout=120,
                    check=True)
-    known = [attack for attack, make in ATTACKS.items()  # torch 2.9 knows no such constants
+    known = [attack for attack, make in ATTACKS.items()  # torch 2.9 has no opaque constants
              if make is not opaque_constant or hasattr(constants, "OPAQUE_OBJ_FILENAME_PREFIX")]
     assert [attack for attack, (_, trace) in zip(ATTACKS, made) if trace.exists()] == known
 
 
 def with_two_lists(shown: bytes, hidden: bytes) -> bytes:
-    """Return a zip whose list of entries is one for Python, which expects it at the end, and another one for torch,
-    which goes where the end points. Both lists have one length, and what is hidden is the longer file."""
+    """Return a zip file with two lists of entries: Python reads the one at the end of the file, and torch the one that
+    the end record points to. Both lists must have the same length, and `hidden` must be the longer file."""
     mark, end = b"PK\5\6", "<4s4H2LH"
     shown_end, hidden_end = (struct.unpack(end, file[file.rindex(mark):]) for file in (shown, hidden))
     assert shown_end[3:6] == hidden_end[3:6]
@@ -144,7 +144,7 @@ def with_two_lists(shown: bytes, hidden: bytes) -> bytes:
     entry = start + shown_end[6]
     for _ in range(shown_end[4]):
         [offset] = struct.unpack_from("<L", file, entry + 42)
-        struct.pack_into("<L", file, entry + 42, offset - moved)  # Python adds by how much the list lies elsewhere
+        struct.pack_into("<L", file, entry + 42, offset - moved)  # Python adds the list's displacement to offsets
         entry += 46 + sum(struct.unpack_from("<3H", file, entry + 28))
     return bytes(file) + struct.pack(end, *hidden_end)
 
@@ -199,7 +199,7 @@ def test_a_program_that_calls_anything_but_operations_is_refused(target: str, pr
 
 
 def test_a_program_that_hands_a_function_to_an_operation_is_refused(program: Path, tmp_path: Path) -> None:
-    """Some operations call what they are given, and torch resolves its name as it does that of an operation."""
+    """Some operations call their arguments, and torch resolves the name of an argument like that of an operation."""
     given = [{"as_bool": False}, {"as_operator": "torch.serialization.os.system"}, {"as_string": "true"}]
     called = {"target": "torch.ops.higher_order.wrap_with_set_grad_enabled", "outputs": [{"as_none": True}],
               "inputs": [{"name": "", "arg": argument, "kind": 1} for argument in given], "metadata": {}}
@@ -218,7 +218,7 @@ def test_a_program_that_hands_a_function_to_an_operation_is_refused(program: Pat
 
 
 class Copying(nn.Module):
-    """Copies a line into a tensor; where that is a file, it writes the line."""
+    """A model that copies a line of text into a tensor. If the tensor is mapped to a file, this writes the line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Copying(nn.Module):
 
 
 def test_a_program_that_writes_a_file_is_refused(tmp_path: Path) -> None:
-    """Whoever writes a file of any name, such as one that a shell starts with, runs code."""
+    """A program that can write any file can run code, for example through a file that a shell reads at its start."""
     plain, written = tmp_path / "plain.pt2", tmp_path / "written"
     torch.export.save(torch.export.export(Copying(), (torch.zeros(7),)), plain)
 

@@ -1,4 +1,4 @@
-"""Shards appear complete or not at all, within their budget, and never at the cost of an answer."""
+"""Shards are written completely or not at all, stay within their budget, and never cost an answer."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    # The name is taken by a folder: writing fails whoever runs the test.
+    # A folder has the shard's name, so that writing fails even if root runs the test.
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(OSError):
         write_shard(tmp_path / "a.safetensors", HEADER, some_records(1))
@@ -118,7 +118,7 @@ def test_the_oldest_shards_go_when_the_folder_is_over_its_budget(tmp_path: Path)
     offered = [some_records(4) for _ in range(6)]
     for records in offered:
         writer.offer(records)
-        time.sleep(0.05)  # modification times must differ
+        time.sleep(0.05)  # so that modification times differ
     writer.close()
     left = [read_shard(shard, []).request.tolist() for shard in list_shards(tmp_path)]
     assert sorted(left) == sorted(records.request.tolist() for records in offered[-2:])
@@ -178,7 +178,7 @@ def test_writing_goes_on_once_the_folder_can_be_written_again(tmp_path: Path) ->
 
 
 class SmallDisk:
-    """A disk that has no room until it is freed, in place of `write_shard`."""
+    """A replacement for `write_shard` that fails as on a full disk until `is_full` is unset."""
 
     def __init__(self) -> None:
         self.is_full = True
@@ -222,7 +222,7 @@ def test_a_full_disk_is_told_once_a_minute_and_when_it_is_over(
     now = [1000.0]
     with caplog.at_level(logging.WARNING, logger="early_exit"):
         writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
-        writer.close()  # its thread has ended: what follows runs here, at the times that are given
+        writer.close()  # ends its thread, so that shards are sealed here, at the times given below
         monkeypatch.setattr("early_exit.handler.recording.writer.time.monotonic", lambda: now[0])
         for now[0] in (1000.0, 1030.0, 1059.0, 1061.0, 1100.0, 1130.0):
             writer._seal([some_records(1)])

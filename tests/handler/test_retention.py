@@ -1,4 +1,4 @@
-"""Retention deletes shards of its model and nothing else, whatever lies beside them."""
+"""Retention deletes shards of its own model and nothing else, whatever other files are in the folder."""
 
 from __future__ import annotations
 

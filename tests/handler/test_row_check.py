@@ -1,4 +1,4 @@
-"""A worker finds out by itself when its handler's rows are not those of the requests in order."""
+"""A worker notices by itself if its handler's rows are not in the order of the requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def model(backbone: Backbone) -> EarlyExitModel:
-    """Some rows leave at each exit, and some nowhere; every row is recorded."""
+    """Return a model in which some rows leave at each exit and some do not leave early; it records every row."""
     return build_model(backbone, *random_exits(backbone), sampling_rate=1.0, record_layers=8)
 
 
@@ -63,7 +63,7 @@ def recorded(folder: Path) -> list[Records]:
 
 
 def found_by_samples(model: EarlyExitModel, handler: AtOnce, a: list[float], b: list[float]) -> RowsPerRequest:
-    """Return what two samples show of a handler, as `ee-archive` asks it."""
+    """Return what two sample requests reveal about a handler, by the method of `ee-archive`."""
     def given(*samples: list[float]) -> list[tuple[Tensor, ...]]:
         calls: list[tuple[Tensor, ...]] = []
         with model.log.watched(calls.append):
@@ -75,11 +75,11 @@ def found_by_samples(model: EarlyExitModel, handler: AtOnce, a: list[float], b: 
 
 def test_what_two_samples_miss_the_worker_finds_in_the_batch_that_shows_it(
         model: EarlyExitModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A handler that sorts by length, and two samples of one length."""
+    """The handler sorts by length, and both sample requests have the same length."""
     handler, host = SortingByLength(model), MemoryHost()
     assert found_by_samples(model, handler, *requests(2)) == RowsPerRequest(1)
     worker = worker_of(model, handler, ServingConfig(records=str(tmp_path), keep_requests=True), host)
-    calls = calls_of(requests(4, lengths=(8, 7, 6, 5)))  # none stays in its place
+    calls = calls_of(requests(4, lengths=(8, 7, 6, 5)))  # sorting moves every request
     for _ in range(3):
         batch = replied(worker, calls)
         assert told(batch) == [(None, None)] * 4
@@ -102,7 +102,7 @@ def test_a_handler_that_empties_its_requests_is_checked_like_others(model: Early
 
 def test_before_a_batch_that_shows_it_is_drawn_rows_are_claimed_in_the_order_of_the_requests(
         model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong in this time is the price of checking one batch in 1,000; it ends with the first contradiction."""
+    """Wrong claims until then are the price of checking only one batch in 1,000; the first contradiction ends them."""
     drawn = iter([0.0, 0.9, 0.9, 0.1])
     monkeypatch.setattr(Random, "random", lambda self: next(drawn))
     worker = worker_of(model, SortingByLength(model))
@@ -138,7 +138,7 @@ def test_where_a_batch_has_another_number_of_rows_only_that_batch_is_unknown(
 
 
 class Noting(AtOnce):
-    """Notes in itself, in its context, in the log and in a metric what it does."""
+    """A handler that notes its calls in its attributes, in its context, in the log and in a metric."""
 
     context: Any
 
@@ -184,7 +184,7 @@ def test_a_check_leaves_no_trace(
 
 
 class InMicroBatches(AtOnce):
-    """Puts rows into an attribute of its own, from where a thread of its own takes them."""
+    """A handler that puts rows into one of its attributes, from which its own thread takes them."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         super().__init__(model)
@@ -233,13 +233,13 @@ def test_a_check_leaves_no_lock_behind(model: EarlyExitModel, checking_every_bat
 
 
 class CatchingAll(AtOnce):
-    """Tries again whatever happens."""
+    """A handler that retries after any exception."""
 
     def classes(self, rows: Tensor) -> Tensor:
         while True:
             try:
                 return super().classes(rows)
-            except:  # noqa: E722 - as some do
+            except:  # noqa: E722 - some handlers do this
                 continue
 
 

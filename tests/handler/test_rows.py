@@ -1,4 +1,4 @@
-"""Two requests, together and alone, show how a handler's rows belong to requests."""
+"""Two requests, handled together and separately, show which of a handler's rows belong to which request."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from early_exit.handler.user_handler.rows import RowsPerRequest, is_equal, rows_per_request
 
 Request = Tensor
-"""(3,) numbers."""
+"""A request is a tensor of shape (3,)."""
 Handler = Callable[[Sequence[Request]], list[tuple[Tensor, ...]]]
-"""Requests -> the calls of the model."""
+"""A handler maps requests to the inputs of its calls of the model."""
 
 FEW = settings(max_examples=15, deadline=None)
 REQUESTS = st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3).map(torch.tensor)
 
 
 def views(request: Request) -> list[Tensor]:
-    """Return (3,) rows of a request: test-time augmentation."""
+    """Return three rows of shape (3,) for a request, as test-time augmentation does."""
     return [request, request + 1000, 2 * request + 3000]
 
 
@@ -43,7 +43,7 @@ def several_rows_one_by_one(requests: Sequence[Request]) -> list[tuple[Tensor, .
 
 
 def a_few_rows_at_a_time(requests: Sequence[Request]) -> list[tuple[Tensor, ...]]:
-    """Calls do not end where requests do."""
+    """Return calls that may begin and end in the middle of a request's rows."""
     [(rows,)] = several_rows_each(requests)
     return [(rows,)] if len(requests) == 1 else [(part,) for part in rows.split(4)]
 

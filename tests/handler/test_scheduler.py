@@ -1,4 +1,4 @@
-"""The order of the stages: nobody waits for ever, whoever joins and leaves."""
+"""The order of the stages: no row waits for ever, whichever rows join and leave."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from early_exit.handler.inference.scheduler import Waiting, next_stage
 @given(n_stages=st.integers(1, 6), at_most=st.integers(1, 6), data=st.data())
 def test_every_row_arrives_within_the_bound_whatever_the_others_do(
         n_stages: int, at_most: int, data: st.DataObject) -> None:
-    """An adversary chooses when rows join and how far each of them has to go."""
-    step, travelling = 0, []  # [stage, step it began, last stage]
+    """An adversary chooses when rows join and at which stage each of them leaves."""
+    step, travelling = 0, []  # [next stage, step at which it joined, last stage]
     for _ in range(40):
         for _ in range(data.draw(st.integers(0, at_most - len(travelling)))):
             travelling.append([0, step, data.draw(st.integers(0, n_stages - 1))])

@@ -1,4 +1,5 @@
-"""A batch that is launched at once gets what it gets stage by stage. All but the compiler needs a GPU."""
+"""A batch that is launched at once gets the same answers as stage by stage. All tests but that of the compiler need a
+GPU."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ def test_launched_at_once_batches_of_every_size_get_the_same_answers(
         found = run(executor, 0, (x,), shadow)
         assert not size or not found.stage_seconds, "launched stage by stage"
         kept.append((found, expected))
-    for found, expected in kept:  # only now: what was returned must not change with later batches
+    for found, expected in kept:  # compared last: later batches must not change what was returned
         assert_same(found, expected)
     assert {stage for found, _ in kept for stage in found.stages.tolist()} == {*exits, FULL}
 
@@ -143,7 +144,7 @@ def test_batches_that_came_before_the_graphs_were_made_do_not_mix_up_what_stages
     plain = stages(CUDA)
     fast = graphed(stages(CUDA), CUDA)
     executor = plain_executor([fast])
-    for _ in range(5):  # batches that shrink to a few rows
+    for _ in range(5):  # these batches shrink to a few rows
         run(executor, 0, (varied(8),), torch.arange(8) < 2)
     ready(executor, fast, (varied(1),), 8)
     for size in (1, 2, 3, 5, 8):

@@ -1,4 +1,4 @@
-"""The operator's switch counts for the next batch, whatever serves, and what cannot be read is off."""
+"""The operator's switch takes effect with the next batch of any version, and an unreadable switch counts as off."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BATCH = 5 * torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that workers are started with; nobody has made it."""
+    """Return the switch folder that workers are given; it does not exist yet."""
     folder = tmp_path / "state" / "exits"
     monkeypatch.setenv(SWITCHES_VARIABLE, str(folder))
     return folder
@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def switch(folder: Path) -> ExitSwitch:
-    """The operator's end of the switch of the model that is served here."""
+    """Return the switch of the model that is served here, as the operator uses it."""
     return ExitSwitch(folder, "model")
 
 
@@ -154,7 +154,7 @@ def test_while_it_is_off_exits_are_not_judged_by_the_time_that_they_do_not_take(
     for _ in range(2):
         server.waiting = {str(number): body for number, body in enumerate(BATCH.tolist())}
         server.step()
-        measured.clear()  # what was begun before the first call knew of it
+        measured.clear()  # drops what began before a call had read the switch
         server.finish()
         assert not measured and {told[EXIT_HEADER] for *_, told in server.answers.values()} == {"full"}
 
@@ -236,7 +236,7 @@ def test_a_full_disk_keeps_nobody_from_switching_off(
     worker = worker_of(served(backbone, plan))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files can be made, and not be written into
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files can be created but not written
         with pytest.raises(OSError):
             switch.set(Position(2))
         switch.set(OFF)

@@ -1,4 +1,4 @@
-"""Headers, records, metrics and the monitor fail each for itself, and each failure is counted."""
+"""Headers, records, metrics and the monitor fail independently of each other, and each failure is counted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.host import MemoryHost, calls_of_rows, worker_of
 
 BREAKS: dict[str, tuple[type[Any], str]] = {"headers": (ResponseHeaders, "set"), "records": (RecordWriter, "offer"),
                                             "monitor": (SharedMonitor, "note"), "metrics": (ServingMetrics, "served")}
-"""By kind of side work, a method without which it fails."""
+"""For each kind of side work, a method without which it fails."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def backbone() -> Backbone:
 
 
 def worker(backbone: Backbone, host: MemoryHost, records: Path) -> Worker:
-    """Return a worker whose exits let everybody leave and are wrong, and which records and watches every request."""
+    """Return a worker whose exit answers every request, and wrongly; it records and monitors all requests."""
     layer = backbone.description.candidates[0]
     certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
     plan = ExitPlan(backbone.description.sha256, "certified", (
@@ -54,7 +54,7 @@ def broken(*args: object, **kwargs: object) -> None:
 
 
 def works(kind: str, host: MemoryHost, serving: Worker, headers: dict[str, str], records: Path) -> bool:
-    """Tell whether a kind of side work did what it is for."""
+    """Tell whether a kind of side work has had its effect."""
     return {"headers": lambda: EXIT_HEADER in headers,
             "records": lambda: bool(list_shards(records)),
             "monitor": lambda: serving.model.level == 1,

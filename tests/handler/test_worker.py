@@ -1,4 +1,4 @@
-"""A worker is driven by a host in memory, where TorchServe's packages cannot be imported."""
+"""A host in memory drives a worker in an environment in which TorchServe's packages cannot be imported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ print(json.dumps({"code": sys.modules["early_exit.handler.serving.worker"].__fil
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveLayout:
-    """An archive with exits that some rows take, unpacked."""
+    """Return an unpacked archive with exits, at which some rows leave."""
     folder = tmp_path_factory.mktemp("rows")
     torch.manual_seed(0)
     save_file(rows_model().state_dict(), folder / "weights.safetensors")

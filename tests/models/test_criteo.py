@@ -1,4 +1,4 @@
-"""Criteo's records: JSON, binary and CSV are the same 39 numbers, and what is missing stays missing."""
+"""Criteo's records: JSON, binary and CSV give the same 39 numbers, and missing values stay missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's original, ours without exits and ours with exits, side by side on one server, in turns."""
+"""Three versions on one server, which take turns: the user's original, ours without exits, and ours with exits."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from tests.support.workers import wait_until_ready, worker_process
 
 ORIGINAL, WITHOUT_EXITS, WITH_EXITS = ARMS = ("original", "without_exits", "with_exits")
 SHADOW_RATE = 0.05
-"""Share of the requests that both of ours record, the default of a version with exits."""
+"""The share of requests that both of our versions record. It is the default of a version with exits."""
 TURNS = 12
 _WARM_UP = 50
 _SEALED_S = 8.0
-"""Longer than a shard stays open, so that each worker has written what it recorded."""
+"""A pause in seconds. It is longer than a shard stays open, so that each worker has then written its records."""
 
 
 @dataclass
 class Arm:
-    """How one of the versions answered; the replies are in the order of the bodies."""
+    """The answers of one version; the replies are in the order of the bodies."""
 
     replies: list[Reply] = field(default_factory=list)
     cpu_s: float = 0.0
-    """CPU seconds of its worker per request, pre- and post-processing and what its threads do besides included."""
+    """CPU seconds of the worker per request, including pre- and post-processing and the work of its other threads."""
     mb: float = 0.0
-    """Resident size of its worker at the end."""
+    """The resident size of the worker at the end, in MiB."""
 
 
 def measured_in_turns(original: Path, recorder: Path, plan: Path, config: str, folder: Path, records: Path,
                       bodies: Sequence[bytes]) -> dict[str, Arm]:
-    """Serve the three versions by one server and return what each did with the same bodies.
+    """Serve the three versions with one server and return the answers of each to the same bodies.
 
-    They take turns, in another order each time, so that whatever else the machine does hits all. Both of ours record
-    the same share of the requests, and differ in nothing but the exits.
+    The versions take turns, in another order each time, so that other work on the machine affects all of them. Both of
+    our versions record the same share of requests, and differ only in the exits.
 
     Args:
-        original: a .mar as a user has it.
-        recorder: the same, repackaged.
-        plan: for the version with exits.
-        config: text of model-config.yaml, ending in the block `early_exit`, in which a shard is sealed after 5 s.
-        folder: for everything that is made.
-        records: where ours record.
-        bodies: of the requests.
+        original: a user's .mar file.
+        recorder: the same archive, repackaged.
+        plan: the plan of the version with exits.
+        config: the text of model-config.yaml. It ends in the block `early_exit`, which seals a shard after 5 s.
+        folder: the folder for everything that is made.
+        records: the folder into which our versions record.
+        bodies: the bodies of the requests.
     """
     store = folder / "store"
     store.mkdir(parents=True)
@@ -70,7 +70,7 @@ def measured_in_turns(original: Path, recorder: Path, plan: Path, config: str, f
 
 def _take_turns(server: TorchServe, workers: Mapping[str, psutil.Process], bodies: Sequence[bytes]) -> dict[str, Arm]:
     for arm in ARMS:
-        send(server, arm, bodies[:_WARM_UP])  # the first batches fill caches
+        send(server, arm, bodies[:_WARM_UP])  # because the first batches fill caches
     time.sleep(_SEALED_S)
     arms, began = {arm: Arm() for arm in ARMS}, {arm: _cpu_s(worker) for arm, worker in workers.items()}
     length = -(-len(bodies) // TURNS)

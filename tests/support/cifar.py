@@ -1,4 +1,4 @@
-"""The 10,000 test images of CIFAR-10 and of CIFAR-100 and weights for them, where the data folder is present."""
+"""The 10,000 test images each of CIFAR-10 and CIFAR-100, and weights of networks for them, from the data folder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DataMissing(Exception):
-    """The data folder is not there; the message says where it was looked for."""
+    """The data folder or a file in it is missing; the message says where it was expected."""
 
 
 def data_folder() -> Path:
     """Return the folder of real data: $EARLY_EXIT_DATA, else ../shared/data.
 
     Raises:
-        DataMissing: neither is there.
+        DataMissing: neither folder exists.
     """
     beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     folder = Path(os.environ.get("EARLY_EXIT_DATA", beside))
@@ -36,10 +36,11 @@ def data_folder() -> Path:
 
 
 def load_requests(data: str = "cifar10-test") -> tuple[list[bytes], list[int]]:
-    """Return the bytes and the labels of all images, in their shuffled order: JPEGs, or PNGs of `cifar100-test`.
+    """Return the bytes and the labels of all images in their shuffled order. Images are PNGs for `cifar100-test` and
+    JPEGs otherwise.
 
     Raises:
-        DataMissing: they are not there.
+        DataMissing: the images are missing.
     """
     folder = data_folder() / data
     if not (folder / "images.tar").is_file():
@@ -53,10 +54,10 @@ def load_requests(data: str = "cifar10-test") -> tuple[list[bytes], list[int]]:
 
 
 def load_weights(name: str) -> dict[str, Tensor]:
-    """Return the state dict `weights/<name>.safetensors`, in float32 whatever it is stored in.
+    """Return the state dict `weights/<name>.safetensors`, in float32 whatever its stored dtype.
 
     Raises:
-        DataMissing: it is not there.
+        DataMissing: the file is missing.
     """
     file = data_folder() / "weights" / f"{name}.safetensors"
     if not file.is_file():
@@ -66,7 +67,7 @@ def load_weights(name: str) -> dict[str, Tensor]:
 
 
 def as_batch(bodies: Sequence[bytes]) -> Tensor:
-    """Return (B, 3, 32, 32) float32: what the handler makes of the requests."""
+    """Return the (B, 3, 32, 32) float32 inputs that the handler makes from the requests."""
     images = np.stack([np.asarray(Image.open(io.BytesIO(body)).convert("RGB")) for body in bodies])
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return ((scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).contiguous()

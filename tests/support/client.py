@@ -1,4 +1,4 @@
-"""Closed-loop REST clients that know what became of every request."""
+"""Closed-loop REST clients that keep the outcome of every request."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Reply:
     """The answer to one request."""
 
     status: int
-    """HTTP status, 0 when there was no answer."""
+    """The HTTP status, or 0 without an answer."""
     body: bytes
     latency_s: float
     exit: str
     version: str
     number: int = -1
-    """Of the body that was sent, under background load."""
+    """The number of the body that was sent. Only background load sets it."""
 
     @property
     def ok(self) -> bool:
@@ -72,15 +72,15 @@ def send(server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: in
 
 def send_openly(server: TorchServe, model: str, bodies: Sequence[bytes], rate: float, *, seed: int = 0,
                 clients: int = 64) -> list[Reply]:
-    """Send every body once, at the times of a Poisson process, whether or not the ones before are answered.
+    """Send every body once, at the times of a Poisson process, whether or not earlier requests have been answered.
 
     Args:
-        rate: requests per second.
-        seed: of the times.
-        clients: at most so many requests wait for their answers.
+        rate: the number of requests per second.
+        seed: the seed of the times.
+        clients: the most requests that wait for their answers at the same time.
 
     Returns:
-        Replies in order of the bodies; a latency counts from when the request was due.
+        The replies in the order of the bodies. A latency counts from the time at which the request was due.
     """
     random_times = random.Random(seed)
     due = list(accumulate(random_times.expovariate(rate) for _ in bodies))
@@ -102,7 +102,7 @@ def send_openly(server: TorchServe, model: str, bodies: Sequence[bytes], rate: f
 
 
 class BackgroundLoad:
-    """Clients that go through the bodies again and again while the block runs."""
+    """Clients that send the bodies again and again while the block runs."""
 
     def __init__(self, server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: int = 4) -> None:
         self.replies: list[Reply] = []
@@ -136,7 +136,7 @@ def metrics(server: TorchServe) -> str:
 
 
 def failed(replies: Sequence[Reply]) -> int:
-    """Return how many requests were not answered with 200, of some that were sent."""
+    """Return how many of the requests that were sent did not get the status 200."""
     assert replies, "nothing was sent, so that nothing failed shows nothing"
     return sum(not reply.ok for reply in replies)
 
@@ -148,7 +148,7 @@ def latency_ms(replies: Sequence[Reply], quantile: float) -> float:
 
 
 def session_of(server: TorchServe) -> requests.Session:
-    """Return a session that has the inference token, and takes no proxy from the environment."""
+    """Return a session that sends the inference token and ignores proxies of the environment."""
     session = requests.Session()
     session.trust_env = False
     session.headers["Authorization"] = f"Bearer {read_token(server.key_file, 'inference')}"
@@ -166,7 +166,7 @@ def _post(session: requests.Session, server: TorchServe, model: str, body: bytes
 
 
 def consecutive_free_ports() -> int:
-    """Return the first of three ports in a row that nobody listens on right now."""
+    """Return the first of three consecutive ports on which no process listens at the moment."""
     for _ in range(50):
         (first,) = free_ports(1)
         if not any(_in_use(first + offset) for offset in range(3)):

@@ -1,4 +1,4 @@
-"""Traffic that turns bad: blur, noise and low contrast, applied to image requests."""
+"""Traffic of declining quality: blur, noise and low contrast, applied to image requests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ KINDS = ("blur", "noise", "contrast")
 
 
 def corrupted(body: bytes, kind: str, strength: float, seed: int = 0) -> bytes:
-    """Return an image request after a corruption, as PNG.
+    """Return an image request after a corruption, as a PNG.
 
     Args:
         body: an encoded image.
-        kind: blur (strength: radius in pixels), noise (standard deviation in [0, 1]) or contrast (share of the
-            distance from the image's mean that goes).
-        strength: 0 changes nothing.
-        seed: of the noise.
+        kind: the kind of corruption: blur, noise or contrast.
+        strength: the radius of blur in pixels, the standard deviation of noise for pixels in [0, 1], or the share by
+            which contrast moves pixels to the image's mean. 0 changes nothing.
+        seed: the seed of the noise.
     """
     image = Image.open(io.BytesIO(body))
     if kind == "blur":

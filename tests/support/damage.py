@@ -1,4 +1,4 @@
-"""Weights that are no longer what they were: bytes on a disk that went bad."""
+"""Damaged weights, as after bytes on a disk went bad."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from early_exit.handler.backbone.scores import score_error
 
 
 def weights_of(graph: fx.GraphModule) -> dict[str, Tensor]:
-    """Return the first matrix or kernel of a model, the one in the middle, and the last."""
+    """Return the first, the middle and the last matrix or kernel of a model."""
     weights = [(name, weight) for name, weight in graph.named_parameters() if weight.dim() > 1]
     return dict(weights[place] for place in (0, len(weights) // 2, -1))
 
 
 @torch.no_grad()
 def overwrite(weights: Tensor, seed: int = 0) -> None:
-    """Fill weights with random bytes; where these make no number, with zeros, so that nothing gives them away."""
+    """Fill weights with random bytes. Zeros replace values that are not finite, which would give the damage away."""
     generator = torch.Generator().manual_seed(seed)
     data = torch.randint(0, 256, (weights.numel() * weights.element_size(),), generator=generator, dtype=torch.uint8)
     weights.copy_(data.view(weights.dtype).view(weights.shape).nan_to_num(0, 0, 0))
@@ -30,8 +30,8 @@ def unnoticed_damage(backbone: Backbone, allowed: float) -> Iterator[str]:
     """Yield the weights of `weights_of` whose damage a backbone's probe does not notice.
 
     Args:
-        backbone: is the same afterwards.
-        allowed: error of the probe that counts as none.
+        backbone: the backbone, which is unchanged afterwards.
+        allowed: the largest error of the probe that does not count as damage.
     """
     expected = torch.tensor(backbone.description.probe)
     for name, weights in weights_of(backbone.graph).items():

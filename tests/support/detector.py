@@ -1,4 +1,4 @@
-"""A detector that sees something without having been trained, images for it, and an exit."""
+"""A detector that detects objects without having been trained, images for it, and an exit."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def sure_detector() -> SmallDetector:
 
 
 def images(count: int, shape: Sequence[int], seed: int = 0) -> Tensor:
-    """Return patches of colour, more or less contrasted: no two images are alike to an untrained network."""
+    """Return images of coloured patches with varied contrast, so that even an untrained network tells them apart."""
     generator = torch.Generator().manual_seed(seed)
     patches = torch.rand(count, 3, 5, 7, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
     return functional.interpolate(patches, size=tuple(shape[1:]), mode="nearest")
 
 
 def one_exit(backbone: Backbone, threshold: float) -> tuple[ExitPlan, dict[str, Head]]:
-    """Return the first of some untrained exits: the others would let everyone go."""
+    """Return a plan with only the first of several untrained exits, because all rows would leave at the others."""
     plan, heads = random_exits(backbone, threshold=threshold)
     first = plan.exits[0].layer
     return replace(plan, exits=plan.exits[:1]), {first: heads[first]}

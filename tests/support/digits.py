@@ -1,4 +1,4 @@
-"""scikit-learn's digits at 32x32 as a stream of requests, and a small backbone that has not seen them."""
+"""scikit-learn's digits at 32x32 as a stream of requests, and a small backbone that was not trained on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.sources import deal, recorded_parts
 
 N_DIGITS, N_FOR_BACKBONE = 1797, 900
-"""Digits that there are, and those the backbone learns from; traffic shows only the other 897."""
+"""The number of digits in the data set, and of those that the backbone learns from. Traffic shows the other 897."""
 _UNSEEN = range(N_FOR_BACKBONE, N_DIGITS)
 _SHOWN = deal(_UNSEEN)
 
@@ -28,13 +28,13 @@ class Request:
     """A digit as a client sends it."""
 
     body: bytes
-    """PNG."""
+    """The image as a PNG."""
     label: int
 
 
 def traffic(count: int, seed: int, digits: Sequence[int] = _UNSEEN, *, once: bool = False) -> list[Request]:
-    """Return requests: digits the backbone never saw, or others, shifted, turned, blurred and noisy; drawn
-    independently, or each at most once."""
+    """Return requests that show digits, by default ones that the backbone never saw, after random shifts, rotations and
+    noise. Digits are drawn independently, or each at most once."""
     images, labels = _digits(digits)
     generator = torch.Generator().manual_seed(seed)
     chosen = (torch.randperm(len(images), generator=generator)[:count] if once else
@@ -44,19 +44,19 @@ def traffic(count: int, seed: int, digits: Sequence[int] = _UNSEEN, *, once: boo
 
 
 def recorded_traffic(count: int, seed: int) -> tuple[list[Request], list[Part]]:
-    """Return requests to record, and the part of the records for each: every part shows digits of its own."""
+    """Return requests to record and, for each, its part of the records. No two parts show the same digit."""
     parts = recorded_parts(count)
     return _in_parts(parts, seed, _SHOWN, once=()), parts
 
 
 def recorded_once(seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Request]:
-    """Return requests to record of which those that choose and certify show each of their digits once.
+    """Return requests to record. Those that choose exits or certify show each of their digits once.
 
-    So each is evidence of its own; those before them, which heads learn from, show variants of theirs.
+    So each of these is evidence of its own. Earlier requests, from which heads learn, show variants of their digits.
 
     Args:
-        seed: of the variants.
-        n_for_backbone: digits that the backbone learned from.
+        seed: the seed of the variants.
+        n_for_backbone: the number of digits that the backbone learned from.
     """
     shown = deal(range(n_for_backbone, N_DIGITS))
     count = int(min(len(shown[part]) / part.share for part in (Part.TUNE, Part.CERTIFY)))
@@ -65,19 +65,19 @@ def recorded_once(seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Reque
 
 def _in_parts(parts: Sequence[Part], seed: int, shown: Mapping[Part | None, Sequence[int]], *, once: Sequence[Part]
               ) -> list[Request]:
-    """Return a request for each place in the parts; some parts show each digit once."""
+    """Return a request for each item of `parts`. The parts in `once` show each digit at most once."""
     return [one for number, part in enumerate(Part)
             for one in traffic(parts.count(part), 1000 * seed + number, shown[part], once=part in once)]
 
 
 def measured_traffic(count: int, seed: int, n_for_backbone: int = N_FOR_BACKBONE) -> list[Request]:
-    """Return requests to measure with: digits that neither the backbone nor what is recorded shows."""
+    """Return requests to measure with, whose digits neither the backbone learned from nor recorded requests show."""
     return traffic(count, seed, deal(range(n_for_backbone, N_DIGITS))[None])
 
 
 def train_backbone(n_steps: int = 400, seed: int = 0, n_digits: int = N_FOR_BACKBONE, *,
                    kind: type[nn.Module] = DigitsResNet) -> nn.Module:
-    """Train a backbone of some kind on the first digits with the same augmentation."""
+    """Train a backbone of the given kind on the first digits, with the augmentation of the requests."""
     images, labels = _digits(range(n_digits))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -125,7 +125,7 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def batches(requests: list[Request], size: int) -> Iterator[Tensor]:
-    """Yield the requests as the handler gives them to the model: (size, 1, 32, 32) batches."""
+    """Yield the requests as the (size, 1, 32, 32) batches that the handler gives to the model."""
     for start in range(0, len(requests) - size + 1, size):
         pictures = [np.asarray(Image.open(io.BytesIO(request.body))) for request in requests[start:start + size]]
         yield (torch.from_numpy(np.stack(pictures)).float().unsqueeze(1) / 255 - 0.3) / 0.35

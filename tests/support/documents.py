@@ -1,4 +1,4 @@
-"""What the documents say, as tests can run and compare it."""
+"""The contents of the documents, in a form that tests can run and compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _OPTIONAL = ("...", "not used:")
-"""How lines begin that a run may lack."""
+"""The beginnings of lines that the output of a run may lack."""
 README = ROOT / "README.md"
 PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
 DOCUMENTS = (README, *PAGES)
@@ -16,25 +16,25 @@ DOCUMENTS = (README, *PAGES)
 
 @dataclass(frozen=True)
 class Shown:
-    """A command with the lines that a document shows below it."""
+    """A command, and the lines of output that a document shows below it."""
 
     command: str
     output: tuple[str, ...]
 
     def missing(self, printed: str) -> list[str]:
-        """Return the lines that are not among those that were printed, whatever their numbers and names."""
+        """Return the shown lines that were not printed. Numbers and names in them may differ."""
         forms = {form(line) for line in printed.splitlines()}
         return [line for line in self.output
                 if line.strip() and not line.strip().startswith(_OPTIONAL) and form(line) not in forms]
 
 
 def blocks(document: Path) -> list[str]:
-    """Return what stands between fences, in order."""
+    """Return the contents of the fenced blocks, in order."""
     return re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands(document: Path) -> list[Shown]:
-    """Return the commands after a prompt, in order, each with what is shown of its output."""
+    """Return the commands after a prompt, in order, each with the output that is shown."""
     found: list[Shown] = []
     for block in blocks(document):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -44,7 +44,7 @@ def commands(document: Path) -> list[Shown]:
 
 
 def form(line: str) -> str:
-    """Return a line without what differs from run to run: words with a digit in them, how heads are built, and spaces.
+    """Return a line without what differs from run to run: words that contain digits, structures of heads, and spaces.
 
     >>> form("  layer1.0   0.14  6.1%") == form("layer4.1 0.2 12%")
     True
@@ -55,7 +55,7 @@ def form(line: str) -> str:
 
 
 def table(document: Path, first: str) -> dict[str, tuple[str, ...]]:
-    """Return the rows of the table whose first column has a title, by what stands in that column."""
+    """Return the rows of the table whose first column has the given title, by their cells in that column."""
     lines = document.read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows: dict[str, tuple[str, ...]] = {}

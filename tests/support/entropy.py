@@ -1,4 +1,4 @@
-"""An exit policy that is none of the product's, for tests that register it themselves."""
+"""An exit policy that is not part of the product, for tests that register it themselves."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from early_exit.handler.exits.policy import NEVER, PlannedPolicy
 
 @dataclass(frozen=True)
 class EntropyPolicy(PlannedPolicy):
-    """Leave when the entropy is low (BranchyNet), as a share of the largest, which is log K."""
+    """A request leaves if the entropy, as a share of its largest value log K, is low (BranchyNet)."""
 
     scale: float
-    """What the entropy is multiplied with: a value that only this policy has."""
+    """The factor of the entropy, a value that only this policy has."""
 
     kind: ClassVar[str] = "entropy"
 
     @classmethod
     def fitted(cls, temperature: float, logits: Tensor, teacher: Tensor) -> EntropyPolicy:
-        """Return the policy whose scale gives the least sure of the records a confidence of 0."""
+        """Return the policy whose scale gives the least confident record a confidence of 0."""
         unscaled = cls(temperature, NEVER, scale=1.0)
         return cls(temperature, NEVER, scale=1 / (1 - unscaled.confidence(logits).min().item() + 1e-6))
 

@@ -1,4 +1,4 @@
-"""Files of somebody else, and a umask that opens everything."""
+"""Files of another user, and a umask that restricts nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SOMEBODY = 12345
 
 
 def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a file belong to somebody else; who may not give it away becomes somebody else instead."""
+    """Make another user the owner of a file. If this needs root, let this process appear to be another user instead."""
     if os.geteuid() == 0:
         os.chown(path, SOMEBODY, -1)
     else:
@@ -22,7 +22,7 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def open_umask() -> Iterator[None]:
-    """Have files made in the block as open as they are asked to be, by child processes too."""
+    """Give files that are made in the block, even by child processes, all permissions that their creator asks for."""
     before = os.umask(0)
     try:
         yield
@@ -31,5 +31,5 @@ def open_umask() -> Iterator[None]:
 
 
 def open_to_others(folder: Path) -> list[Path]:
-    """Return the folder, if it is, and all in it that others than their owner may read, write or search."""
+    """Return those paths, of the folder and all in it, that users other than the owner may read, write or search."""
     return [path for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & 0o077 and not path.is_symlink()]

@@ -1,4 +1,4 @@
-"""Small classifiers with a habit in their forward each, that an export must follow: images of 3 x 8 x 8, 5 classes."""
+"""Small classifiers of 3 x 8 x 8 images in 5 classes. The forward of each has a habit that an export must preserve."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.zoo import Specimen, image
 
 
 class Plain(nn.Module):
-    """Three convolutions, a mean and a linear layer, which the habits below change."""
+    """Three convolutions, a mean and a linear layer. The classes below change this model."""
 
     def __init__(self, convolution: Callable[..., nn.Module] = nn.Conv2d) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Plain(nn.Module):
             convolution(3 if number == 0 else 8, 8, 3, padding=1), nn.ReLU())), nn.AdaptiveAvgPool2d(1))
         self.fc = nn.Linear(8, 5)
         for part in self.modules():
-            if isinstance(part, (nn.Conv2d, nn.Linear)):  # as in a trained network scores follow from the input
+            if isinstance(part, (nn.Conv2d, nn.Linear)):  # makes scores depend on the input, as after training
                 nn.init.kaiming_normal_(part.weight)
                 nn.init.zeros_(part.bias)
         self.register_buffer("masked", torch.tensor([False, False, True, False, True]))
@@ -37,7 +37,7 @@ class Autocast(Plain):
 
 
 class HalfPrecisionScores(Plain):
-    """As many models under autocast: what they return is bfloat16."""
+    """A model that returns bfloat16 scores, like many models under autocast."""
 
     @torch.autocast("cpu", dtype=torch.bfloat16)
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class HalfPrecisionScores(Plain):
 
 
 class NestedBlocks(Plain):
-    """The classifier is kept out of autocast, and gradients are switched within it."""
+    """A model that keeps its classifier out of autocast and switches gradients inside autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
@@ -56,7 +56,7 @@ class NestedBlocks(Plain):
 
 
 class ProductsUnderAutocast(Plain):
-    """An einsum is cast inside, a concatenation as its widest part."""
+    """A model with an einsum, whose inputs autocast casts down, and a concatenation, which takes the widest dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class GradientsSwitched(Plain):
 
 
 class StandardizedConvolution(nn.Conv2d):
-    """Its weights have zero mean and unit variance, which a batch norm of the weights sees to."""
+    """A convolution whose weights a batch norm standardizes to zero mean and unit variance."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.weight.reshape(1, self.out_channels, -1)
@@ -100,7 +100,7 @@ class Standardized(Plain):
 
 
 class Distances(Plain):
-    """The score of a class is how near its prototype is."""
+    """A model that scores a class by how near the prototype of the class is."""
 
     n_classes = 5
 
@@ -113,13 +113,13 @@ class Distances(Plain):
 
 
 class ManyDistances(Distances):
-    """Of so many prototypes torch computes the distances by a matrix product."""
+    """A model with so many prototypes that torch computes the distances by a matrix product."""
 
     n_classes = 40
 
 
 class Squeezed(Plain):
-    """Every dimension of size 1 goes, that of a batch of one too."""
+    """A model that removes every dimension of size 1, including the batch dimension of a batch of one."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.fc(self.body(x).squeeze())
@@ -142,7 +142,7 @@ class MaskedBySum(Plain):
 
 
 class SureProbabilities(Plain):
-    """Probabilities that hardly change: nearly all goes to one class."""
+    """A model whose probabilities hardly change, because nearly all of the probability goes to one class."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (40 * super().forward(x)).softmax(dim=1)
@@ -159,7 +159,7 @@ class Root(Plain):
 
 
 class OfPositive(Specimen):
-    """A model of numbers above zero."""
+    """A specimen whose inputs are positive numbers."""
 
     def batch(self, size: int) -> dict[str, Tensor]:
         return {name: values.abs() + 0.1 for name, values in super().batch(size).items()}

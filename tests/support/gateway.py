@@ -1,4 +1,4 @@
-"""A gateway on a free port, in a thread of this process, and the messages of its WebSocket."""
+"""A gateway on a free port in a thread of this process, and the messages of its WebSocket."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from early_exit.archiver.torchserve.management import AsyncManagement
 
 TOKEN = "secret"
 ALLOWED = {"Authorization": f"Bearer {TOKEN}"}
-"""What a client sends who may come in."""
+"""The headers of a client that has access."""
 
 
 @contextmanager
 def gateway(addresses: Addresses, key_file: Path, secret_file: Path | None = None, *, store: Path | None = None,
             limits: Limits | None = None, decisions: Decisions = lambda model: [], token: str = TOKEN) -> Iterator[str]:
-    """Yield host and port of a gateway in front of a TorchServe."""
+    """Yield the host and the port of a gateway in front of a TorchServe."""
     limits = limits or Limits()
     upstream = AsyncManagement(addresses, key_file, secret_file, connections=limits.in_flight_in_all,
                                prediction_s=PREDICTION_S)
@@ -46,7 +46,7 @@ def gateway(addresses: Addresses, key_file: Path, secret_file: Path | None = Non
 
 @contextmanager
 def serving(app: Starlette, limits: Limits, in_flight: BytesInFlight | None = None) -> Iterator[str]:
-    """Yield host and port of an application as the gateway's process serves it."""
+    """Yield the host and the port of an application, served as by the gateway's process."""
     [port] = free_ports(1)
     server = make_server(app, "127.0.0.1", port, limits, in_flight or BytesInFlight(limits.bytes_in_all))
     thread = threading.Thread(target=server.run)
@@ -61,7 +61,7 @@ def serving(app: Starlette, limits: Limits, in_flight: BytesInFlight | None = No
 
 
 def wait_for_state(address: str, holds: Callable[[dict[str, Any]], object], limit_s: float = 30.0) -> dict[str, Any]:
-    """Wait until something holds for what the gateway's live page is told; return that."""
+    """Wait until a condition holds for the state that the gateway's live page gets; return that state."""
     deadline = time.monotonic() + limit_s
     while not holds(state := requests.get(f"http://{address}/state", headers=ALLOWED, timeout=30).json()):
         assert time.monotonic() < deadline, state
@@ -71,7 +71,7 @@ def wait_for_state(address: str, holds: Callable[[dict[str, Any]], object], limi
 
 
 def answered(state: dict[str, Any], version: str) -> Counter[str]:
-    """Count by exit what the gateway was told of a version's answers."""
+    """Return the number of a version's answers by exit, as the gateway was told."""
     return sum((Counter(look["answers"].get(version, {})) for look in state["looks"]), Counter())
 
 
@@ -91,13 +91,13 @@ def as_bytes(bodies: dict[str, bytes], **more: Any) -> bytes:
 
 
 def receive(socket: ClientConnection, count: int) -> dict[str, dict[str, Any]]:
-    """Return as many messages by the ids of their items, in the order they came."""
+    """Return the next messages by the IDs of their items, in the order in which they came."""
     told = [json.loads(socket.recv(timeout=60)) for _ in range(count)]
     return {one.pop("id"): one for one in told}
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds, half a minute at most."""
+    """Wait until a condition holds, half a minute at most."""
     for _ in range(600):
         if holds():
             return

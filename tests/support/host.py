@@ -1,4 +1,4 @@
-"""A host in memory: no server, no TorchServe."""
+"""A host in memory, without a server and without TorchServe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Labelled = tuple[str, ...]
 
 
 class MemoryMetric:
-    """Keeps the last value, or the sum of a counter, by label values."""
+    """A metric that keeps the last value, or for a counter the sum, by label values."""
 
     def __init__(self, kind: MetricKind) -> None:
         self.kind = kind
@@ -48,12 +48,12 @@ class MemoryHost:
         return self.metrics[name]
 
     def value(self, name: str, *label_values: str) -> float:
-        """Return what a metric stands at."""
+        """Return the current value of a metric."""
         return self.metrics[name].values[label_values]
 
 
 class RowsHandler:
-    """A handler whose requests are rows of the model's inputs: one tensor each, or several, in a header."""
+    """A handler whose requests carry a row of each of the model's inputs in a header."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
@@ -70,7 +70,7 @@ class RowsHandler:
 
 def worker_of(model: EarlyExitModel, handler: Any = None, config: ServingConfig | None = None,
               host: MemoryHost | None = None, description: HandlerDescription | None = None) -> Worker:
-    """Return a worker around a model and a handler that are at hand, without an archive."""
+    """Return a worker for a given model and handler, without an archive."""
     host = host or MemoryHost()
     context = HandlerContext(host.context, {"model": {"modelName": host.model}}, host.model_config)
     return Worker(model, handler or RowsHandler(model), context, config or ServingConfig(), host,
@@ -79,6 +79,6 @@ def worker_of(model: EarlyExitModel, handler: Any = None, config: ServingConfig 
 
 def calls_of_rows(inputs: Sequence[torch.Tensor], ids: Sequence[str], bodies: Sequence[bytes] | None = None
                   ) -> list[Call]:
-    """Return a call for each row of (B, ...) inputs, for `RowsHandler`; its body is its values, or a given one."""
+    """Return a call of `RowsHandler` for each row of (B, ...) inputs. The body is given, or holds the row's values."""
     return [Call(id_, {"body": bodies[row] if bodies else b"".join(x[row].numpy().tobytes() for x in inputs)},
                  {"rows": tuple(x[row] for x in inputs)}) for row, id_ in enumerate(ids)]

@@ -1,4 +1,4 @@
-"""A small backbone of images, requests that hold images as they are, and a user's handler that reads these."""
+"""A small backbone for images, requests that hold raw images, and a user's handler that reads such requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_handler(folder: Path) -> None:
 
 
 def record_images(backbone: Backbone, count: int, folder: Path) -> Tensor:
-    """Record requests with their bytes; return the (N, 3, 8, 8) images in them."""
+    """Record requests with their bodies; return the (N, 3, 8, 8) images in them."""
     images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
     record(backbone, images, folder, bodies=[image.numpy().tobytes() for image in images])
     return images

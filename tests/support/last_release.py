@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMMIT = "d03828e24f0bf1d8fee9139bb37894c731976d63"
-"""Of 0.1.0: the last before the handler's modules moved into packages."""
+"""The commit of release 0.1.0, the last one before the handler's modules moved into packages."""
 _ROOT = Path(__file__).parents[2]
 _SCRIPT = Path(__file__).with_name("release_010.py")
 
 
 @dataclass(frozen=True)
 class LastRelease:
-    """The files of one user, whose model is digits."""
+    """The files of one user, whose model is called digits."""
 
     folder: Path
 
     @property
     def recorder(self) -> Path:
-        """The archive that records and answers in full, digits 2.0."""
+        """The archive that records and gives full answers, digits 2.0."""
         return self.folder / "store" / "digits-2.0.mar"
 
     @property
     def exiting(self) -> Path:
-        """The archive with exits, digits 3.0, of which half of the requests are shadow samples."""
+        """The archive with exits, digits 3.0. Half of its requests are shadow samples."""
         return self.folder / "store" / "digits-3.0.mar"
 
     @property
@@ -44,12 +44,12 @@ class LastRelease:
 
     @property
     def answers(self) -> Path:
-        """What the archive with exits answers: (64, 1, 32, 32) `inputs` and (64, 10) `outputs`."""
+        """The answers of the archive with exits: (64, 1, 32, 32) `inputs` and (64, 10) `outputs`."""
         return self.folder / "answers.safetensors"
 
 
 def made_by_last_release(digits_mar: Path, folder: Path) -> LastRelease:
-    """Make the files below an existing folder.
+    """Make the files in an existing folder.
 
     Raises:
         RuntimeError: the history of the repository lacks the release, or its code failed.
@@ -62,7 +62,7 @@ def made_by_last_release(digits_mar: Path, folder: Path) -> LastRelease:
                            "git fetch --unshallow")
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tree:
         tree.extractall(code, filter="data")
-    # What is on this path comes before what is installed, which is the code of this version.
+    # PYTHONPATH comes before what is installed, which is the code of this version.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (code.parent, code)))}
     made = subprocess.run([sys.executable, "-", digits_mar, folder], input=_SCRIPT.read_text(), env=environment,
                           cwd=folder, capture_output=True, text=True, check=False)

@@ -34,18 +34,18 @@ Beside = Callable[[TorchServe], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What the loop did."""
+    """The results of the loop."""
 
     recording: list[Reply]
     rolling: list[Reply]
-    """While the version with exits was rolled in."""
+    """The replies while the version with exits was rolled in."""
     arms: Mapping[str, Arm]
-    """By `ARMS`, with replies in the order of the measured bodies."""
+    """The arms by their names in `ARMS`. Replies are in the order of the measured bodies."""
     n_records: int
     record_bytes: int
     report: RunReport
     recorder: Path
-    """The archive that records and answers in full."""
+    """The archive that records and gives full answers."""
     exiting: Path
     """The archive with exits."""
 
@@ -60,8 +60,8 @@ class LoopResult:
         return {name: taken[name] / len(replies) for name in (*(one.layer for one in self.report.exits), FULL_NAME)}
 
     def exits(self) -> list[dict[str, Any]]:
-        """Return for each exit, and for the whole model at the end, its layer, what of the model's FLOPs is spent when
-        it is reached, and the share of the measured requests that left there."""
+        """Return three values for each exit, and for the whole model at the end: its layer, the share of the model's
+        FLOPs that is spent up to it, and the share of the measured requests that left there."""
         cost = {one.layer: one.cost for one in self.report.plan.exits}
         return [{"layer": name, "cost": cost.get(name, 1.0), "share": share} for name, share in self.hits().items()]
 
@@ -80,18 +80,18 @@ class LoopResult:
 def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Sequence[bytes], *,
              input_shape: tuple[int, ...], config: str, options: TrainingOptions,
              log: Callable[[str], None] = print, beside: Beside = nullcontext) -> LoopResult:
-    """Run the whole loop with an original archive and stop the servers, also when a step fails.
+    """Run the whole loop with an original archive. The servers stop even if a step fails.
 
     Args:
-        original: a .mar as a user has it.
-        folder: for everything that is made.
-        record: request bodies to record and train on.
-        measure: request bodies to measure with, and to roll under the load of.
-        input_shape: of the model, for `ee-archive`.
-        config: the original's model-config.yaml; see `measured_in_turns`.
-        options: for `ee-train`.
-        log: told about each step.
-        beside: what runs beside the server on which exits are rolled in.
+        original: a user's .mar file.
+        folder: the folder for everything that is made.
+        record: the request bodies to record and train on.
+        measure: the request bodies to measure with. They are also the load during the roll.
+        input_shape: the input shape of the model, for `ee-archive`.
+        config: the text of the original's model-config.yaml; see `measured_in_turns`.
+        options: the options of `ee-train`.
+        log: a function that is called with a line about each step.
+        beside: a context manager that runs beside the server on which exits are rolled in.
     """
     store, records = folder / "model-store", folder / "records"
     store.mkdir(parents=True)
@@ -128,7 +128,7 @@ def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Seq
 
 
 def _wait_for_records(records: Path, n_expected: int, limit_s: float = 60.0) -> int:
-    """Wait until the last shard is sealed; return how many records there are."""
+    """Wait until the last shard is sealed; return the number of records."""
     deadline = time.monotonic() + limit_s
     found = -1
     while time.monotonic() < deadline and found < n_expected:

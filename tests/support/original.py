@@ -1,4 +1,4 @@
-"""What users bring: an archive made with torch-model-archiver, or a model class with its weights."""
+"""What users start from: an archive made with torch-model-archiver, or a model class with its weights."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def original_mar(folder: Path, name: str, model_file: str, handler: str, weights
     """Archive an eager model of `tests/support/models` with its weights.
 
     Args:
-        folder: where everything is written; created.
-        name: model name.
-        model_file: file name of the model.
-        handler: file name of the handler, or the name of a built-in one.
-        weights: its state dict.
-        config: text of model-config.yaml.
-        archive_format: as torch-model-archiver takes it.
+        folder: the folder into which everything is written. It is created.
+        name: the name of the model.
+        model_file: the file name of the model.
+        handler: the file name of the handler, or the name of a built-in one.
+        weights: the state dict of the model.
+        config: the text of model-config.yaml.
+        archive_format: the format, as torch-model-archiver takes it.
 
     Returns:
-        The .mar; other formats lie beside where it would be.
+        The path of the .mar file. Archives of other formats are in the same folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict(weights), folder / "weights.pth")
     (folder / "model-config.yaml").write_text(config)
-    # It works in a folder of the model's name, which another process may use for another model of that name.
+    # The archiver works in a folder with the model's name, which another process may use for a model of the same name.
     with FileLock(Path(tempfile.gettempdir()) / "torch-model-archiver.lock"):
         generate_model_archive(ModelArchiverConfig(
             model_name=name, version="1.0", model_file=str(MODELS / model_file),
@@ -51,17 +51,17 @@ def original_mar(folder: Path, name: str, model_file: str, handler: str, weights
 
 def factory_request(folder: Path, to: Path, name: str, model: nn.Module, handler: str, config: str, *,
                     extra_files: Sequence[str] = (), **more: Any) -> ArchiveRequest:
-    """Return what to ask of `ee-archive` for a model without an archive: its class, its weights, and a handler.
+    """Return the request to `ee-archive` for a model without an archive, made of its class, its weights and a handler.
 
     Args:
-        folder: where the weights and the configuration are written; created.
-        to: folder for the archive.
-        name: model name.
-        model: an instance of a class of `tests/support/models`, whose file may hold others too.
-        handler: file name of the handler.
-        config: text of model-config.yaml.
-        extra_files: file names of what the handler imports.
-        more: of the request.
+        folder: the folder into which the weights and the configuration are written. It is created.
+        to: the folder for the archive.
+        name: the name of the model.
+        model: an instance of a class in `tests/support/models`, whose file may also hold other classes.
+        handler: the file name of the handler.
+        config: the text of model-config.yaml.
+        extra_files: the names of files that the handler imports.
+        more: more fields of the request.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "weights.safetensors")

@@ -1,4 +1,4 @@
-"""A TorchServe as operators start it themselves: with `torchserve --start`, without `ee-serve` and without a secret."""
+"""A TorchServe that an operator starts with `torchserve --start`, without `ee-serve` and without a secret."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from tests.support.workers import wait_until_ready
 @contextmanager
 def own_server(folder: Path, store: Path, addresses: Addresses, model: str,
                properties: Sequence[str] = ()) -> Iterator[TorchServe]:
-    """Start TorchServe in a folder with the archive MODEL.mar; yield where it listens and has its tokens.
+    """Start TorchServe in a folder with the archive MODEL.mar; yield an object with its addresses and tokens.
 
     Args:
-        folder: private to this server; it exists.
-        store: its model store.
-        addresses: where it listens.
-        model: name of the archive's file without ".mar".
-        properties: more lines of config.properties.
+        folder: an existing folder that only this server uses.
+        store: the model store.
+        addresses: the addresses at which the server listens.
+        model: the name of the archive's file without ".mar".
+        properties: more lines for config.properties.
     """
     (folder / "config.properties").write_text("\n".join([
         f"inference_address={addresses.inference}", f"management_address={addresses.management}",
         f"metrics_address={addresses.metrics}", "enable_model_api=true", f"allowed_urls=file://{store}/.*",
         *properties, ""]))
-    temporary = folder / "temporary"  # one server for each: it keeps its process's number there
+    temporary = folder / "temporary"  # not shared, as a server keeps its process ID there
     temporary.mkdir()
     environment = {**os.environ, "JAVA_HOME": str(Path(find_java()).resolve().parents[1]), "TEMP": str(temporary),
                    "TMPDIR": str(temporary), "LOG_LOCATION": str(folder), "METRICS_LOCATION": str(folder)}
@@ -49,7 +49,7 @@ def own_server(folder: Path, store: Path, addresses: Addresses, model: str,
     with (folder / "printed").open("wb") as printed:
         started = subprocess.Popen(command, cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT,
                                    start_new_session=True)
-    server = TorchServe(store, folder, addresses)  # describes it, and is never entered
+    server = TorchServe(store, folder, addresses)  # only describes the server and is never entered
     try:
         deadline = time.monotonic() + 60
         while not _answers(server):
@@ -68,5 +68,5 @@ def _answers(server: TorchServe) -> bool:
     try:
         token = {"Authorization": f"Bearer {read_token(server.key_file, 'inference')}"}
         return requests.get(f"{server.addresses.inference}/ping", headers=token, timeout=5).ok
-    except (ServerError, requests.RequestException):  # no tokens yet, or nobody listens
+    except (ServerError, requests.RequestException):  # no tokens yet, or not listening yet
         return False

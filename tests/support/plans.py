@@ -1,4 +1,4 @@
-"""A plan made by hand, for tests that need exits but no training."""
+"""Plans that are made by hand, for tests that need exits but no training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from early_exit.handler.exits.policy import ConfidencePolicy
 
 def write_plan(folder: Path, archive: Path, *, threshold: float = 0.5, backbone: str | None = None,
                certificate: Certificate | None = None, which: slice = slice(None, None, 2)) -> Path:
-    """Write a plan with untrained heads after some of an archive's candidates, every second one; return its path."""
+    """Write a plan with untrained heads at some candidate layers of an archive, by default every second one; return its
+    path."""
     description = read_archive(archive).description
     torch.manual_seed(0)
     layers = description.candidates[which]
@@ -44,7 +45,7 @@ def random_exits(backbone: Backbone, engine: str = "folded", *,
 
 @torch.no_grad()
 def thirds(backbone: Backbone, layers: Sequence[str], inputs: Tensor) -> tuple[ExitPlan, dict[str, Head]]:
-    """Return a plan with two untrained heads: of the inputs a third leaves at each, and a third nowhere."""
+    """Return a plan with two untrained heads. One third of the inputs leaves at each, and one third does not leave."""
     torch.manual_seed(0)
     spec = HeadSpec(pool=2, widths=())
     found = [backbone.description.layer(path) for path in layers]
@@ -53,7 +54,7 @@ def thirds(backbone: Backbone, layers: Sequence[str], inputs: Tensor) -> tuple[E
     for layer, stage in zip(found, split(backbone.graph, [layer.node for layer in found])):
         live = stage(*live)
         logits = heads[layer.path](live[0])
-        temperature = logits.std().item()  # so that no two are quite sure
+        temperature = logits.std().item()  # so that no two confidences are rounded to 1
         confidence = ConfidencePolicy(temperature, 0.0).confidence(logits)
         last, first = confidence[waits].sort(descending=True).values[len(inputs) // 3 - 1:len(inputs) // 3 + 1].tolist()
         exits.append(PlannedExit(layer.path, spec, ConfidencePolicy(temperature, (last + first) / 2), layer.cost, 0.01))

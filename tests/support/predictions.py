@@ -1,4 +1,4 @@
-"""What heads might predict for records, drawn at random."""
+"""Random predictions that heads might make for records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N_CLASSES = 4
 
 def made_predictions(n_records: int = 200, n_layers: int = 3, *, labelled: float = 1.0,
                      seed: int = 0) -> HeadPredictions:
-    """Return predictions in which confident heads agree more often; a share of the records has labels."""
+    """Return predictions in which heads agree more often when they are confident. A share of the records has labels."""
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(f"layer{number}" for number in range(n_layers))
     costs = flop_costs([CandidateLayer(path, path, (8,), (number + 1) / (n_layers + 1))

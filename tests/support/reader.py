@@ -1,4 +1,4 @@
-"""Somebody who follows a document, command by command, in a folder of their own."""
+"""A reader who follows a document, command by command, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ HOME = "/home/me"
 
 
 class Reader:
-    """Runs documents' commands as they stand, but for a server on ports of its own and what a test must change."""
+    """A reader who runs the commands of documents as they are shown, except that a server gets its own ports and that a
+    test may replace parts of commands."""
 
     def __init__(self, *documents: Path, folder: Path, instead: Mapping[str, str], more: Mapping[str, str],
                  elsewhere: Mapping[str, str] | None = None) -> None:
         """Open documents.
 
         Args:
-            documents: to follow, one after the other.
-            folder: to be in.
-            instead: what stands for parts of its commands.
-            more: options for commands that begin so.
-            elsewhere: parts of commands that another test runs.
+            documents: the documents to follow, one after the other.
+            folder: the folder in which commands run.
+            instead: replacements for parts of the commands.
+            more: more options, by the beginnings of the commands that get them.
+            elsewhere: parts of the commands that another test runs.
         """
         self.folder, self.port = folder, consecutive_free_ports()
         self.printed = ""
-        """What the last command that goes on printed at its start."""
+        """The first output of the last command that keeps running."""
         self._instead = {**instead, HOME: str(folder), "127.0.0.1:8080": f"127.0.0.1:{self.port}"}
         self._more = more
         self._steps = iter([one for document in documents for one in commands(document)
                             if not any(part in one.command for part in elsewhere or {})])
 
     def follow(self, beginning: str) -> Shown:
-        """Return the next command of the documents, which begins so."""
+        """Return the next command of the documents, which must begin as given."""
         shown = next(self._steps)
         assert shown.command.startswith(beginning), f"expected {beginning} here, the documents have {shown.command}"
         return shown
@@ -60,7 +61,7 @@ class Reader:
         assert (left := next(self._steps, None)) is None, left
 
     def run(self, shown: Shown) -> str:
-        """Run a command as a shell does."""
+        """Run a command in a shell; return its output."""
         keys = self.folder / ".ee-serve" / "key_file.json"
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                        "KEY": read_token(keys, "inference") if keys.exists() else ""}
@@ -71,7 +72,7 @@ class Reader:
 
     @contextmanager
     def running(self, shown: Shown, more: str = "") -> Iterator[subprocess.Popen[str]]:
-        """Start a command that goes on until Ctrl-C, and read the lines that the document shows."""
+        """Start a command that runs until Ctrl-C, and check the lines of output that the document shows."""
         command = shlex.split(self._line(shown.command) + more)
         process = subprocess.Popen([Path(sys.executable).parent / command[0], *command[1:]], cwd=self.folder,
                                    stdout=subprocess.PIPE, text=True)
@@ -94,7 +95,7 @@ class Reader:
         return " ".join([line, *options, _OF_SERVER.get(command.split()[0], "").format(port=self.port)])
 
     def _as_told(self, printed: str) -> str:
-        """Return what was printed as the document's author saw it."""
+        """Return an output with the values of the documents in place of those of this run."""
         for said, meant in self._instead.items():
             printed = printed.replace(meant, said)
         return printed

@@ -1,4 +1,4 @@
-"""Records of a backbone without a server: a worker in memory over batches of input; what a handler makes of bodies."""
+"""Records of a backbone, which a worker makes without a server, and the inputs that a handler makes from bodies."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.support.host import MemoryHost, calls_of_rows, worker_of
 def record(backbone: Backbone, inputs: Tensor | Live, folder: Path, *, name: str = "model", first_request: int = 0,
            ids: Sequence[str] | None = None, bodies: Sequence[bytes] | None = None,
            layers: int = ServingConfig.layers, pool: int | str = ServingConfig.pool) -> None:
-    """Serve (N, ...) inputs, one tensor or several, in full and record each row as a request of its own.
+    """Serve (N, ...) inputs, one tensor or several, with full answers, and record each row as a separate request.
 
-    With its body where bodies are given. Without ids of their own the requests are numbered.
+    If bodies are given, each request is recorded with its body. If no IDs are given, the requests are numbered.
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     n_requests = len(tensors[0])
     names = ids or [f"request-{first_request + row}" for row in range(n_requests)]
-    # One shard, so that nothing is dropped, however slow the disk is.
+    # One shard holds all records, so that none is dropped, however slow the disk is.
     config = ServingConfig(records_per_shard=n_requests, layers=layers, pool=pool, records=str(folder.resolve()),
                            keep_requests=bodies is not None)
     model = build_model(backbone, sampling_rate=1.0, record_layers=config.layers, record_pool=config.pool_side)

@@ -1,4 +1,4 @@
-"""Run with the code of the last release: makes what its users have. The names of modules are those of that release.
+"""This program runs with the code of the last release and makes the files of its users. It uses the old module names.
 
 Usage: python - DIGITS.mar FOLDER < release_010.py
 """

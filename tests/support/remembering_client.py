@@ -1,4 +1,4 @@
-"""A client that knows which request held what."""
+"""A client that remembers the body of each request."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.support.client import session_of
 
 @dataclass
 class Client:
-    """Sends requests one after the other and remembers which request held what."""
+    """A client that sends requests one after the other and remembers the body of each."""
 
     server: TorchServe
     model: str
     sent: dict[str, str] = field(default_factory=dict)
-    """By request id, in order: the bodies that were answered."""
+    """The bodies of answered requests by request ID, in order."""
 
     def __post_init__(self) -> None:
         self._session = session_of(self.server)

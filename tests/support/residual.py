@@ -1,4 +1,4 @@
-"""A backbone of vectors that exits early easily, and is quick to train heads for."""
+"""A backbone for vectors, whose requests leave early easily and whose exit heads train quickly."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from early_exit.handler.archive_layout import MANIFEST
 
 
 def rewritten(mar: Path, target: Path, *, drop: str = "", **changed: bytes | Callable[[str], str]) -> Path:
-    """Copy an archive, leaving out one entry and changing others, or adding them.
+    """Copy an archive without one entry, and with other entries changed or added.
 
     Args:
-        mar: is copied.
-        target: where to.
-        drop: name of an entry.
-        **changed: by name of an entry its content, or what makes it of the text that is there.
+        mar: the archive to copy.
+        target: the path of the copy.
+        drop: the name of the entry to leave out.
+        **changed: for the name of an entry, its new content, or a function that makes it from the present text.
     """
     with zipfile.ZipFile(mar) as source, zipfile.ZipFile(target, "w") as sink:
         for name in source.namelist():

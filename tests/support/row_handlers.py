@@ -1,4 +1,4 @@
-"""Handlers that make rows of requests in all ways that people do; a request is {"rows": list of up to 8 numbers}."""
+"""Handlers that make rows from requests in all the ways of users. A request is {"rows": list of up to 8 numbers}."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HEADERS = (EXIT_HEADER, CONFIDENCE_HEADER)
 
 
 class AtOnce:
-    """Makes a row of each request, and calls the model once."""
+    """A handler that makes a row from each request and calls the model once."""
 
     rows_per_request: int | None = 1
-    """What is true of the handler."""
+    """The value that describes the handler correctly."""
 
     def __init__(self, model: EarlyExitModel) -> None:
         self.model = model
@@ -39,14 +39,14 @@ class AtOnce:
 
 
 class OneByOne(AtOnce):
-    """Calls the model for each request."""
+    """A handler that calls the model for each request."""
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         return [self.classes(row(item)[None])[0].item() for item in data]
 
 
 class Augmenting(AtOnce):
-    """Makes three rows of each request, and answers what most of them say."""
+    """A handler that makes three rows from each request and answers with their most frequent class."""
 
     rows_per_request: int | None = 3
 
@@ -56,14 +56,14 @@ class Augmenting(AtOnce):
 
 
 class AugmentingOneByOne(Augmenting):
-    """The same with a call of the model for each request."""
+    """The same handler, but with a call of the model for each request."""
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         return [self.classes(views(item)).mode().values.item() for item in data]
 
 
 class CallingTwice(AtOnce):
-    """Augments by a second call of the model."""
+    """A handler that augments by calling the model a second time."""
 
     rows_per_request = None
 
@@ -73,7 +73,7 @@ class CallingTwice(AtOnce):
 
 
 class Reversing(AtOnce):
-    """Puts its batch into another order, and the answers back."""
+    """A handler that reverses its batch, and reverses the answers back."""
 
     rows_per_request = None
 
@@ -82,7 +82,7 @@ class Reversing(AtOnce):
 
 
 class SortingByLength(AtOnce):
-    """The same, and two requests of one length do not show it."""
+    """A handler that sorts its batch by length, which two requests of the same length do not reveal."""
 
     rows_per_request = None
 
@@ -93,7 +93,7 @@ class SortingByLength(AtOnce):
 
 
 class FilteringDuplicates(AtOnce):
-    """Asks the model once for requests that are equal."""
+    """A handler that asks the model only once about equal requests."""
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
         unique = {tuple(item["rows"]): item for item in data}
@@ -102,13 +102,13 @@ class FilteringDuplicates(AtOnce):
 
 
 def row(item: Any) -> Tensor:
-    """Return the (8,) row of a request: its numbers, and zeros to one length."""
+    """Return the (8,) row of a request: its numbers, padded with zeros."""
     numbers = torch.tensor(item["rows"])
     return torch.nn.functional.pad(numbers, (0, N_NUMBERS - len(numbers)))
 
 
 def views(item: Any) -> Tensor:
-    """Return three (3, 8) rows of a request."""
+    """Return three rows of a request as a (3, 8) tensor."""
     return torch.stack([row(item), row(item).flip(0), 2 * row(item)])
 
 
@@ -125,24 +125,24 @@ def backbone_of_rows() -> Backbone:
 
 
 def requests(count: int, *, seed: int = 0, lengths: Sequence[int] = (8,)) -> list[list[float]]:
-    """Return the numbers of some requests, of lengths that repeat."""
+    """Return the numbers of a few requests, whose lengths repeat in turn."""
     numbers = 3 * torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
     return [row.tolist()[:lengths[number % len(lengths)]] for number, row in enumerate(numbers)]
 
 
 def replied(worker: Any, calls: Sequence[Call]) -> list[Reply]:
-    """Return the replies of a worker to calls that it gets at once."""
+    """Return the replies of a worker to calls that it gets in one batch."""
     replies = [reply for reply in worker.step(calls) if reply is not None]
     assert [reply.status for reply in replies] == [200] * len(calls)
     return replies
 
 
 def told(replies: Sequence[Reply]) -> list[tuple[str | None, ...]]:
-    """Return the headers that replies have."""
+    """Return the values of the headers of each reply."""
     return [tuple(reply.headers.get(name) for name in HEADERS) for reply in replies]
 
 
 def alone(model: EarlyExitModel, handler: AtOnce, calls: Sequence[Call]) -> list[Reply]:
-    """Return what each call is answered when it is the only one."""
+    """Return the reply to each call when it is the only one in its batch."""
     worker = worker_of(model, handler)
     return [reply for call in calls for reply in replied(worker, [call])]

@@ -1,4 +1,4 @@
-"""An archive's model in this process, as a worker has it."""
+"""The model of an archive in this process, as a worker loads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from early_exit.training.data.preprocessing import archived_config
 
 
 def served_model(mar: Path) -> EarlyExitModel:
-    """Load the model of an early-exit archive, recording nothing and without control batches, which take no exits."""
+    """Load the model of an early-exit archive, without records and without control batches, which take no exits."""
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)

@@ -1,4 +1,4 @@
-"""A server of models that is no process."""
+"""A server of models that exists only in memory."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from early_exit.handler.sample_request import SampleRequest
 
 @dataclass
 class ServerInMemory:
-    """Serves nothing, but knows which versions it would serve, and remembers what it was asked to do.
+    """A server that serves nothing, but knows which versions it would serve, and remembers its calls.
 
-    It chooses and refuses as TorchServe 0.12 does.
+    It chooses and refuses like TorchServe 0.12.
     """
 
     name: str
     store: Path
     probe_error: str | None = None
-    """What every probe fails with."""
+    """The error with which every probe fails, if any."""
     has_secret: bool = True
     answer: Prediction = field(default_factory=lambda: Prediction(200, {}, b"{}", None))
-    """What every request is answered with."""
+    """The answer to every request."""
     all: dict[str, dict[str, VersionStatus]] = field(default_factory=dict)
-    """By model and version."""
+    """The status of each version, by model and version."""
     calls: list[tuple[str, ...]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class ServerInMemory:
 
     @property
     def registered(self) -> dict[str, VersionStatus]:
-        """The versions of digits."""
+        """The versions of the model digits."""
         return self.all.get("digits", {})
 
     @property
@@ -61,7 +61,7 @@ class ServerInMemory:
 
     def added(self, versions: dict[str, VersionStatus], file_name: str, settings: RunSettings,
               claim: Claim | None) -> dict[str, VersionStatus]:
-        """Return the versions of a model with one more."""
+        """Return the versions of a model and one more, that of the given archive."""
         archive = registered_archive(self.store / file_name)
         if archive.version in versions:
             raise ServerError(f"Model version {archive.version} is already registered")

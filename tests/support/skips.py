@@ -1,6 +1,6 @@
-"""What a test may be left out for, and that nothing else leaves one out where CI is set, as in `.ci/run`.
+"""The reasons for which a test may be skipped. If CI is set, as in `.ci/run`, a skip for any other reason is a failure.
 
-It is a plugin, and not part of a conftest.py, so that it also sees the examples in docstrings outside of `tests`.
+This is a plugin, and not part of a conftest.py, so that it also sees the examples in docstrings outside of `tests`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NO_DATA = "the data folder is not there"
 MAY_NOT_MOUNT = "this user may not mount a small file system"
 MAY_NOT_ACT_AS_ANOTHER = "this user may not act as another user of this machine"
 ALLOWED = (NO_GPU, NO_CUDA_BUILD, NO_DATA, MAY_NOT_MOUNT, MAY_NOT_ACT_AS_ANOTHER)
-"""How the reasons begin that hold on a machine where everything is installed that the tests need."""
+"""The beginnings of those reasons that can hold even if everything that the tests need is installed."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 needs_cuda_build = pytest.mark.skipif(not any(name.startswith("cuda-bindings") for name in requires("torch") or ()),
@@ -40,9 +40,9 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 def _fail_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turn a report that something was skipped into a failure, where CI is set and the reason is not allowed.
+    """Turn the report of a skip into a failure if CI is set and the reason is not allowed.
 
-    A test that is expected to fail hides as much as one that is skipped, whether it fails or passes.
+    A test that is expected to fail hides as much as a skipped one, whether it fails or passes.
     """
     expected_to_fail = getattr(report, "wasxfail", None)
     if not os.environ.get("CI") or not (report.skipped or expected_to_fail is not None):

@@ -1,4 +1,4 @@
-"""A server of models that takes its time over every call, for rolls that meet there."""
+"""A server of models on which every call takes time, for rolls that run at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.virtual_clock import VirtualClock
 
 
 def plain_mar(store: Path, version: str, *, config: str | None = None, model: str = "digits") -> Path:
-    """Write an archive as torch-model-archiver does, as far as it matters to a roll, and return it."""
+    """Write an archive as torch-model-archiver does, as far as it matters to a roll; return its path."""
     described = {"modelName": model, "modelVersion": version, "handler": "handler.py"}
     mar = store / f"{model}-{version}.mar"
     with zipfile.ZipFile(mar, "w") as archive:
@@ -32,17 +32,18 @@ def plain_mar(store: Path, version: str, *, config: str | None = None, model: st
 
 @dataclass
 class SlowServer(ServerInMemory):
-    """Each call takes effect some time after it was made and is answered some time after that, as drawn from a seed.
+    """A server on which a call takes effect after a random time, and is answered after another random time.
 
-    What TorchServe 0.12 does in several steps is done in several steps: a look, and the first registration of a model.
+    What TorchServe 0.12 does in several steps takes several steps here: listing versions, and the first registration of
+    a model.
     """
 
     clock: VirtualClock = field(default_factory=VirtualClock)
     draw: random.Random = field(default_factory=random.Random)
     most_s: float = 0.0
-    """Most time from a call to its effect, and from there to its answer."""
+    """The longest time from a call to its effect, and from its effect to its answer."""
     ready_s: float = 0.0
-    """Most time in which workers start."""
+    """The longest time that workers need to start."""
     ready_at: dict[Claim | None, float] = field(default_factory=dict)
 
     def versions(self, model: str) -> list[VersionStatus]:
@@ -65,7 +66,7 @@ class SlowServer(ServerInMemory):
             super().register(file_name, settings, model=model, claim=claim)
         else:
             first = self.added({}, file_name, settings, claim)
-            self._pass()  # another first registration may be here as well
+            self._pass()  # another first registration may also get here
             self.all.setdefault(model, first)
             if archive.version not in self.all[model]:
                 raise ServerError("the version does not exist")

@@ -1,7 +1,7 @@
-"""Pictures that requests are made of: dealt out first, and varied then.
+"""Pictures from which requests are made. They are first dealt out to the parts of the records, and then varied.
 
 Variants of one picture are nearly the same request. So a picture that heads learn from is in no part of the records
-that chooses or certifies, and none that is recorded is measured with.
+that chooses or certifies, and no recorded picture is measured with.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Source = TypeVar("Source")
 _TRAIN, _TUNE, _CERTIFY, _MEASURE = *Part, None
 _DEAL = (_TRAIN, _MEASURE, _CERTIFY, _TRAIN, _TUNE, _MEASURE, _TRAIN, _CERTIFY, _MEASURE, _TRAIN,
          _TUNE, _MEASURE, _TRAIN, _CERTIFY, _MEASURE, _TRAIN, _TUNE, _CERTIFY, _MEASURE, _TRAIN)
-"""Who gets each of twenty pictures, in turn, as neighbours may be alike: records 14 of them, as their parts' shares."""
+"""The part that gets each of twenty pictures. Parts take turns, as neighbours may be alike. The records get 14 pictures
+in proportion to the shares of their parts."""
 
 
 def deal(sources: Sequence[Source]) -> dict[Part | None, list[Source]]:
-    """Return the pictures that each part of the records shows, and under None those that are measured with.
+    """Return the pictures that each part of the records shows and, under None, those to measure with.
 
     >>> deal(range(20))[None]
     [1, 5, 8, 11, 14, 18]
@@ -33,9 +34,9 @@ def deal(sources: Sequence[Source]) -> dict[Part | None, list[Source]]:
 
 
 def recorded_parts(n_requests: int) -> list[Part]:
-    """Return the part of the records that each of some requests shall be in: the first train, the last certify.
+    """Return, for each request, the part of the records that it belongs to: the first train, and the last certify.
 
-    Time tells the parts apart as well as the ids do.
+    So the parts can be told apart by time as well as by ID.
 
     >>> [part.name for part in recorded_parts(10)].count("TUNE")
     2
@@ -45,7 +46,7 @@ def recorded_parts(n_requests: int) -> list[Part]:
 
 
 def ids_in(parts: Sequence[Part]) -> list[str]:
-    """Return an id for each request, by whose hash it falls into a part of the records."""
+    """Return an ID for each request, whose hash puts the request into its part of the records."""
     found: dict[Part, list[str]] = {part: [] for part in Part}
     for start in count(0, 1000):
         if all(len(found[part]) >= parts.count(part) for part in Part):
@@ -58,7 +59,7 @@ def ids_in(parts: Sequence[Part]) -> list[str]:
 
 
 def parts_of(ids: Sequence[str]) -> list[Part]:
-    """Return the parts of the records that requests of these ids fall into."""
+    """Return the parts of the records into which requests with these IDs fall."""
     hashes = torch.tensor([request_hash(name) for name in ids])
     split = split_at_random(hashes, torch.zeros(len(ids), dtype=torch.bool))
     return [list(Part)[number] for number in split.part.tolist()]

@@ -1,4 +1,4 @@
-"""An ssh server on a free port of 127.0.0.1, for one user with one key, that runs commands as who started it."""
+"""An SSH server on a free port of 127.0.0.1, for one user with one key. It runs commands as the user who started it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Sshd:
 
     port: int
     key_file: Path
-    """Private key of the user."""
+    """The private key of the user."""
     commands: list[str]
-    """What was run, in order."""
+    """The commands that were run, in order."""
 
 
 @contextmanager
 def sshd(folder: Path) -> Iterator[Sshd]:
-    """Run a server until the block ends; its keys lie in the folder."""
+    """Run a server until the block ends. Its keys are written into the folder."""
     key = asyncssh.generate_private_key("ssh-rsa")
     key_file, allowed = folder / "id_rsa", folder / "authorized_keys"
     key.write_private_key(key_file, format_name="pkcs1-pem")
     key.write_public_key(allowed)
     loop, commands = asyncio.new_event_loop(), []
-    environment = {**os.environ, "HOME": str(folder), "PIP_NO_INDEX": "1"}  # NNI asks for upgrades of itself
+    environment = {**os.environ, "HOME": str(folder), "PIP_NO_INDEX": "1"}  # NNI asks pip to upgrade it
     thread = threading.Thread(target=loop.run_forever)
 
     async def run(process: asyncssh.SSHServerProcess[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""CPU time of several ways to do the same, interleaved so that the noise of the machine hits all."""
+"""CPU times of several ways to do the same, interleaved so that the noise of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _ROUNDS = 20
 
 
 def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], batches: Sequence[T]) -> float:
-    """Return CPU time(second) / CPU time(first), as the median over rounds; run it in `one_thread`."""
+    """Return the CPU time of `second` over that of `first`, as the median over rounds. Call this in `one_thread`."""
     seconds = cpu_seconds({"first": first, "second": second}, batches)
     return median_ratio(seconds["second"], seconds["first"])
 
 
 def cpu_seconds(arms: Mapping[str, Callable[[T], object]], batches: Sequence[T]) -> dict[str, list[float]]:
-    """Return each arm's CPU seconds for some 20 rounds, interleaved; run it in `one_thread`.
+    """Return the CPU seconds of each arm in about 20 interleaved rounds. Call this in `one_thread`.
 
-    A round has several batches where there are many: of single requests, each of which leaves early or does not,
-    the median would be that of the more frequent kind.
+    A round has several batches if there are many. Otherwise, with single requests, of which some leave early and some
+    do not, the median would be that of the more frequent kind.
     """
     per_round = max(1, len(batches) // _ROUNDS)
     return {name: [sum(seconds[start:start + per_round]) for start in range(0, len(batches), per_round)]
@@ -30,9 +30,9 @@ def cpu_seconds(arms: Mapping[str, Callable[[T], object]], batches: Sequence[T])
 
 def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T],
                 clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
-    """Return each arm's seconds for every round, by default of CPU, after a warm-up; run it in `one_thread`.
+    """Return the seconds of each arm in every round after a warm-up, by default of CPU time. Call this in `one_thread`.
 
-    The arms of a round run one after the other, and another one goes first each time: who follows finds warm caches.
+    The arms of a round run one after the other. Another arm goes first each time, because the others find warm caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():
@@ -53,5 +53,5 @@ def median_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
 
 
 def ratio_of_sums(seconds: Sequence[float], of: Sequence[float]) -> float:
-    """Return sum(seconds) / sum(of): what rounds that differ cost together."""
+    """Return sum(seconds) / sum(of), the ratio of the total costs of rounds that differ."""
     return sum(seconds) / sum(of)

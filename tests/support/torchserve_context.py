@@ -15,7 +15,7 @@ OVER_HTTP = {"Host": "localhost:8080"}
 
 
 def service_of(worker: Worker) -> EarlyExitService:
-    """Return the class that TorchServe loads, around a worker."""
+    """Return an instance of the class that TorchServe loads, around a worker."""
     service = EarlyExitService.__new__(EarlyExitService)
     service.worker = worker
     return service
@@ -23,13 +23,13 @@ def service_of(worker: Worker) -> EarlyExitService:
 
 def predict(handle: Callable[[Any, Context], Any], requests: Sequence[Mapping[str, Any]], *,
             headers: Sequence[Mapping[str, str]] = (), model: str = "model") -> tuple[Any, Context]:
-    """Call what TorchServe calls of an archive for a batch; return what it returns, and the context.
+    """Call the function that TorchServe calls in an archive for a batch; return its result and the context.
 
     Args:
-        handle: the service's, or an envelope's around it.
-        requests: by part.
-        headers: of each request; by default those of a call over HTTP.
-        model: the name under which it is served.
+        handle: the function of the service, or of an envelope around it.
+        requests: the requests, each by the names of its parts.
+        headers: the headers of each request, by default those of a call over HTTP.
+        model: the name under which the model is served.
     """
     context = Context(model, ".", {"model": {"modelName": model}}, 8, None, "0.12.0", True,
                       MetricsCacheYamlImpl.__new__(MetricsCacheYamlImpl), {})

@@ -1,4 +1,4 @@
-"""A training set for heads without a backbone: one layer of vectors and a teacher that is a function of them."""
+"""A training set for exit heads without a backbone: one layer of vectors, and a teacher that is a function of them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def made_training_set(folder: Path, target: Callable[[Tensor], Tensor] | None = 
     """Write and load a training set.
 
     Args:
-        folder: of the training set.
-        target: maps (N, 12) activations to (N, 3) logits of the backbone; linear by default.
-        n_records: half of them for training, the others to tune with.
+        folder: the folder of the training set.
+        target: a function from (N, 12) activations to (N, 3) logits of the backbone. It is linear by default.
+        n_records: the number of records. Half of them are to train with, and the others to tune with.
     """
     paths = TrainingSetPaths(folder)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Archives for a server that a test starts, and for tests of what is written into one."""
+"""Archives that are not tried out when they are built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 def build_untried(asked: ArchiveRequest, log: Callable[[str], None] = lambda line: None) -> Path:
     """Build an archive without the ten seconds in which `ee-archive` loads and runs it.
 
-    A server does that next; where there is none, other tests try out such archives.
+    In most tests a server does that next. For tests without a server, other tests try out archives of the same kind.
     """
     with mock.patch.object(archive, "check", return_value={}):
         return archive.build_archive(asked, log)

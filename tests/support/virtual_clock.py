@@ -1,4 +1,4 @@
-"""A clock for several threads at once that passes no real time, so that what they do interleaves the same each time."""
+"""A clock for several threads that takes no real time, so that the threads interleave in the same way each time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class VirtualClock:
-    """Time passes when all threads sleep; then the one that wakes first goes on, alone, until it sleeps again."""
+    """A clock whose time passes when all threads sleep. The first one to wake then runs alone until it sleeps again."""
 
     def __init__(self) -> None:
         self._now = 0.0
         self._n_threads = 1
         self._wakes: dict[int, tuple[float, int]] = {}
-        """By thread that sleeps: when it wakes; of those that wake at once the one that fell asleep first."""
+        """For each sleeping thread, the time when it wakes, and its number in the order of falling asleep for ties."""
         self._numbers = itertools.count()
         self._changed = threading.Condition()
 
@@ -34,7 +34,7 @@ class VirtualClock:
             self._now = max(self._now, self._wakes.pop(me)[0])
 
     def run(self, calls: Sequence[tuple[float, Callable[[], T]]]) -> list[T | Exception]:
-        """Begin each call so many seconds from now, in a thread of its own; return what they return or raise."""
+        """Begin each call after the given seconds, in a thread of its own; return what the calls return or raise."""
         outcomes: list[T | Exception] = [RuntimeError("it did not end")] * len(calls)
 
         def one(number: int, begins_s: float, call: Callable[[], T]) -> None:

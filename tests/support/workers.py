@@ -34,11 +34,11 @@ def worker_process(server: TorchServe, model: str) -> psutil.Process:
 
 
 def resident_mb(server: TorchServe) -> float:
-    """Return the memory that all workers hold."""
+    """Return the resident memory of all workers, in MiB."""
     return sum(worker.memory_info().rss for worker in server.workers()) / 2**20
 
 
 def kill_worker(server: TorchServe) -> None:
-    """End a worker as the kernel does when memory is short."""
+    """Kill a worker as the kernel does when memory is short."""
     worker = next(process for process in server.workers() if "model_service_worker.py" in " ".join(process.cmdline()))
     os.kill(worker.pid, signal.SIGKILL)

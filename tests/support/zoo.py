@@ -1,4 +1,4 @@
-"""Classifiers of other people's libraries, small where the library allows it, with random weights."""
+"""Classifiers of public libraries with random weights, which are small if the library allows it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCABULARY, LENGTH = 99, 12
 
 @dataclass(frozen=True)
 class Specimen:
-    """A model of a library and the inputs it takes."""
+    """A model of a library, and the inputs that it takes."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -31,14 +31,14 @@ class Specimen:
         return Backbone.from_inputs(model, self.inputs)
 
     def served(self, backbone: Backbone) -> EarlyExitModel:
-        """Return a backbone as `ee-archive` has it served: written, read again, cut at every candidate, folded."""
+        """Return a backbone as it serves from an archive: written, read again, cut at every candidate, and folded."""
         with tempfile.TemporaryDirectory() as folder:
             backbone.save(Path(folder))
             read = load_backbone(Path(folder))
         return build_model(read, record_layers=len(read.description.candidates))
 
     def batch(self, size: int) -> dict[str, Tensor]:
-        """Return images of noise; or texts of random tokens, which end where the mask ends."""
+        """Return images of noise, or texts of random tokens with masks that show where each text ends."""
         if self.inputs[0].dtype == "float32":
             return {one.name: torch.randn(size, *one.shape) for one in self.inputs}
         tokens = torch.randint(3, VOCABULARY, (size, LENGTH))
@@ -60,15 +60,15 @@ def text(length: int) -> tuple[InputSpec, ...]:
 
 
 def torchvision_classifiers() -> Iterator[Specimen]:
-    """Yield every classification model of torchvision, those with most parameters last."""
+    """Yield every classification model of torchvision. Those with the most parameters come last."""
     import torchvision
 
     def specimen(name: str) -> Specimen:
-        # The least side that a model's strides, patches or windows allow; the operations are the same at any.
+        # This is the least side that a model's strides, patches or windows allow. Operations are the same at any side.
         side = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}.get(name, 64)
         more: dict[str, object] = {"image_size": side} if name.startswith("vit_") else {}
         if name in ("googlenet", "inception_v3"):
-            more = {"init_weights": False, "aux_logits": False}  # minutes of sampling otherwise
+            more = {"init_weights": False, "aux_logits": False}  # sampling would take minutes
         return Specimen(name, lambda: torchvision.models.get_model(name, weights=None, **more), image(side))
 
     large = ("vit_h", "vit_l", "vgg", "regnet_y_128", "convnext_large", "wide_resnet", "efficientnet_v2_l")
@@ -134,7 +134,7 @@ def small_bert() -> nn.Module:
 
 
 def hugging_face_classifiers() -> Iterator[Specimen]:
-    """Yield sequence classifiers (tokens and a mask) and image classifiers of transformers, from small configs."""
+    """Yield the sequence classifiers (with tokens and a mask) and image classifiers of transformers, in small sizes."""
     for name, more in TEXT_MODELS.items():
         settings = {"vocab_size": VOCABULARY, **more}
         yield Specimen(name, lambda name=name, more=settings: _hugging_face(name, "Sequence", more), text(LENGTH))

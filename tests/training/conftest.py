@@ -1,4 +1,4 @@
-"""A small backbone, its archive and its records, made once."""
+"""A small backbone, its archive and its records, which are made once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in a file against rows in memory."""
+"""Rows that are read from a file are compared with rows in memory."""
 
 from __future__ import annotations
 

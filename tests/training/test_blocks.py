@@ -1,4 +1,4 @@
-"""Records that are alike are evidence together: the certificate is true of scenes, which a random split is not."""
+"""Similar records count together as evidence, so certificates hold for scenes; with a random split they do not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from early_exit.training.selection.likeness import likeness
 TOLERANCE, DELTA = 0.02, 0.05
 N_SCENES, N_FRAMES, N_REPETITIONS = 1500, 5, 40
 LEVELS = torch.linspace(2.0, -1.6, 100)
-"""Thresholds from cautious to bold, after one at which nobody leaves."""
+"""Confidence thresholds from cautious to bold. The walk of `certified` begins before them, where no record leaves."""
 
 
 class Frames:
-    """Made-up records: of a scene all frames look nearly alike, are nearly as hard, and mostly go wrong together."""
+    """Made-up records: the frames of a scene look nearly alike, are nearly equally hard, and mostly fail together."""
 
     def __init__(self, n_scenes: int, n_frames: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -38,8 +38,8 @@ class Frames:
         self.differs = luck < 0.6 * torch.sigmoid(3 * (hardness - 1.2))
 
     def losses(self, level: float, learned: Tensor) -> Tensor:
-        """Return the (N,) losses of a head that knows a (N,) bool mask of the records, as it learned from their twins.
-        """
+        """Return the (N,) losses of a head. It makes no error on the records of the (N,) bool mask `learned`, because
+        it was trained on their twins."""
         return (self.differs & ~learned & (self.confidence >= level)).float()
 
 
@@ -56,7 +56,7 @@ def at_random(frames: Frames) -> Split:
 
 
 def certified(frames: Frames, split: Split) -> int:
-    """Return the boldest level that the records certify, or -1."""
+    """Return the number of the boldest level that the records certify, or -1."""
     learned = torch.isin(frames.scene, frames.scene[split.part == Part.TRAIN.number])
     evidence, certify = split.evidence(), split.rows(Part.CERTIFY)
 
@@ -70,14 +70,14 @@ def certified(frames: Frames, split: Split) -> int:
 
 @pytest.fixture(scope="module")
 def risks() -> Tensor:
-    """What share of all frames that there could be is answered differently at each level."""
+    """Return, for each level, the share of all possible frames that is answered differently."""
     everything = Frames(400_000, 1, seed=0)
     nothing = torch.zeros(400_000, dtype=torch.bool)
     return torch.stack([everything.losses(level, nothing).mean() for level in LEVELS.tolist()])
 
 
 def levels(rule: Callable[[Frames], Split], n_repetitions: int) -> Tensor:
-    """Return the boldest level that each of some streams certifies, or -1."""
+    """Return the number of the boldest level that each of several streams certifies, or -1."""
     drawn = (Frames(N_SCENES, N_FRAMES, seed) for seed in range(1, n_repetitions + 1))
     return torch.tensor([certified(frames, rule(frames)) for frames in drawn])
 
@@ -95,7 +95,7 @@ def test_the_random_split_takes_frames_of_a_scene_for_independent_and_breaks_its
 
 
 def test_long_blocks_that_are_answered_wrongly_are_not_certified_away_though_they_are_few() -> None:
-    """What counts of a block is bounded by the sizes of earlier ones; what is lost of its requests is not."""
+    """The size at which a block counts is bounded by the sizes of earlier blocks; the loss of its requests is not."""
     block = torch.cat([torch.arange(4000), torch.arange(4000, 4020).repeat_interleave(50)])
     losses = (block >= 4000).double()
     of_requests = Evidence(block, block, torch.ones(len(block), dtype=torch.bool))
@@ -135,4 +135,4 @@ def test_what_a_client_sends_of_one_class_in_a_row_is_one_block() -> None:
     in_run = run[1:] == run[:-1]
     begins = blocks[1:] > blocks[:-1]
     assert int((begins & in_run).sum()) <= 0.05 * int(in_run.sum())
-    assert int(blocks[-1]) + 1 >= 0.2 * n_runs  # records alone are not taken together with all others
+    assert int(blocks[-1]) + 1 >= 0.2 * n_runs  # single records are not merged with all others

@@ -1,4 +1,4 @@
-"""The guarantee: against exact sums, and against the truth in simulation."""
+"""The guarantee is compared with exact sums, and with the true risk in simulations."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_record_fewer_than_needed_certifies_nothing(tolerance: float, delta:
 
 
 def test_the_step_before_the_first_rejected_one_is_deployed() -> None:
-    assert walk([0.0, 0.01, 0.05, 0.051, 0.0], 0.05) == 2  # .051 ends the walk, though 0 comes later
+    assert walk([0.0, 0.01, 0.05, 0.051, 0.0], 0.05) == 2  # .051 ends the walk, although 0 follows
 
 
 def test_a_path_that_never_fails_is_deployed_to_its_end() -> None:
@@ -68,7 +68,7 @@ def test_too_few_records_say_how_many_are_needed() -> None:
        tolerance=st.floats(0.01, 0.2), risk=st.sampled_from(list(Risk)))
 def test_too_few_blocks_are_refused_and_as_many_as_the_message_asks_for_are_not(
         sizes: list[int], largest: float, tolerance: float, risk: Risk) -> None:
-    """Small blocks beside large ones count little, so more of them are needed than if all had one size."""
+    """Small blocks count little beside large ones, so more blocks are needed than if all had the same size."""
     needed = blocks_needed(risk, torch.tensor(sizes), largest, tolerance, 0.05)
 
     def evidence(n: int) -> Evidence:
@@ -93,13 +93,13 @@ def test_a_plan_that_cannot_be_certified_even_without_exits_says_why() -> None:
 
 
 def test_the_certificate_holds_as_often_as_it_says() -> None:
-    """Walk paths whose true risk grows from 0 to 6 %: the deployed step may exceed 2 % in at most 5 % of runs."""
+    """On paths whose true risk grows from 0 to 6 %, the deployed step may exceed 2 % in at most 5 % of the runs."""
     generator = torch.Generator().manual_seed(0)
     true_risks = torch.linspace(0, 0.06, 60)
     n, tolerance, delta, n_runs = 1000, 0.02, 0.05, 2000
     broken = 0
     for _ in range(n_runs):
-        # One uniform draw per record decides at which step its answer starts to differ.
+        # For each record, one uniform draw decides at which step its answer starts to differ.
         starts_to_differ = torch.rand(n, generator=generator)
         p_values = [p_value(int((starts_to_differ < risk).sum()), n, tolerance) for risk in true_risks]
         broken += bool(true_risks[walk(p_values, delta)] > tolerance)
@@ -109,7 +109,7 @@ def test_the_certificate_holds_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(("values", "chances"), [((0.0, 1.0), (0.98, 0.02)), ((0.0, 0.1, 0.5), (0.9, 0.05, 0.03)),
                                                  ((0.0, 0.5, 1.0), (0.02, 0.92, 0.06))])
 def test_a_bet_against_a_true_hypothesis_seldom_wins(values: tuple[float, ...], chances: tuple[float, ...]) -> None:
-    """At a mean of exactly T, p <= delta happens with probability at most delta."""
+    """If the mean is exactly T, p <= delta has a probability of at most delta."""
     generator = np.random.default_rng(0)
     chances = tuple(np.array(chances) / sum(chances))
     mean = float(np.dot(values, chances))
@@ -120,7 +120,7 @@ def test_a_bet_against_a_true_hypothesis_seldom_wins(values: tuple[float, ...], 
 
 def test_a_bet_against_a_false_hypothesis_wins() -> None:
     generator = np.random.default_rng(0)
-    small = generator.choice([0.0, 0.2], 1500, p=[0.95, 0.05])  # a mean of 1 %, spread thin
+    small = generator.choice([0.0, 0.2], 1500, p=[0.95, 0.05])  # the mean is 1 %, made of small losses
     assert betting_p_value(small, 0.02, 0.05) < 0.001
 
 
@@ -129,7 +129,7 @@ def test_the_accuracy_risk_counts_answers_that_only_the_exit_gets_right() -> Non
     backbone, labels = torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 2, 2])
     losses = Risk.ACCURACY.losses(answer, backbone, torch.zeros(4, 3), labels)
     assert losses.flatten().tolist() == [0.0, 1.0, 0.0, -1.0]
-    even = torch.tensor([1.0, -1.0, 0.0, 0.0] * 300)  # nothing is lost on balance
+    even = torch.tensor([1.0, -1.0, 0.0, 0.0] * 300)  # gains and losses cancel out
     assert risk_p_value(Risk.ACCURACY, even, 0.1, 0.05) < 0.05 < risk_p_value(Risk.DISAGREEMENT, even.abs(), 0.1, 0.05)
 
 

@@ -1,4 +1,4 @@
-"""Records of which it is not known which request they belong to, beside those of which it is."""
+"""Records whose request is unknown, next to records whose request is known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = ShardHeader("model", "1.0", "ab12", 4, ("layer",))
 
 
 def traffic(folder: Path, requests: list[int], times: list[float], rows: list[int] | None = None) -> RecordedTraffic:
-    """Write one shard, in which every record has another activation, and read it."""
+    """Write one shard, in which every record has a different activation, and read it."""
     n = len(requests)
     zeros = torch.zeros(n, dtype=torch.int32)
     write_shard(folder / "a.safetensors", HEADER, Records(
@@ -46,7 +46,7 @@ def test_a_request_that_ran_twice_counts_once_and_unknown_ones_count_each(tmp_pa
 
 
 def test_unknown_requests_train_and_prove_nothing(tmp_path: Path) -> None:
-    """Some of them may be rows of one request, and a certificate counts independent records."""
+    """Some of these records may be rows of one request, but a certificate needs independent records."""
     known = [request_hash(str(number)) for number in range(200)]
     read = traffic(tmp_path, [ANONYMOUS] * 100 + known, [1.0] * 300)
     assert read.part[read.request == ANONYMOUS].tolist() == [Part.TRAIN.number] * 100
@@ -54,7 +54,7 @@ def test_unknown_requests_train_and_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_requests_beside_those_that_choose_and_certify_do_not_even_train(tmp_path: Path) -> None:
-    """They may repeat these, and a certificate is about requests that no head was trained on."""
+    """Unknown requests may repeat known ones, but a certificate is about requests that no head was trained on."""
     known = [request_hash(str(number)) for number in range(200)]
     read = traffic(tmp_path, known + [ANONYMOUS] * 100, [1.0] * 300)
     assert read.n_anonymous == 0 and read.passed_over == {MAY_REPEAT: 100}

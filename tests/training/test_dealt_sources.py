@@ -1,4 +1,4 @@
-"""What the demo and the benchmarks record shows other pictures in each part, and none that is measured with."""
+"""The demo and the benchmarks record different pictures for each part, and none that they measure with."""
 
 from __future__ import annotations
 

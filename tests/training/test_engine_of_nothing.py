@@ -1,4 +1,4 @@
-"""An engine is added in one place: this one registers itself here, and is then planned with and served."""
+"""An engine is added in one place: an engine that is registered here can be planned with and served."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOTHING = "nothing"
 
 
 class CountedStage(nn.Module):
-    """A stage as it was exported, whose calls are counted."""
+    """A stage as it was exported, which counts its calls."""
 
     def __init__(self, stage: fx.GraphModule, calls: Counter[int], number: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class CountedStage(nn.Module):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """Register the engine for one test; return how often each of its stages was called, by its number."""
+    """Register the engine for one test; return how often each of its stages was called, by stage number."""
     counted: Counter[int] = Counter()
 
     def compile_nothing(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:

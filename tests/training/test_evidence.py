@@ -1,4 +1,4 @@
-"""What counts as evidence: records of which it is known what they hold, and of which all values could be recorded."""
+"""What counts as evidence: records whose content is known and all of whose values could be recorded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_records_of_which_the_content_is_not_known_train_and_certify_nothing(
 
 
 def changed(shard: Path, to: Path, number: int, **header: object) -> Path:
-    """Copy a shard under another header; return the copy."""
+    """Copy a shard with other values in its header; return the copy."""
     found = read_header(shard)
     copy = to / f"{number}-{shard.name}"
     write_shard(copy, replace(found, **header), read_shard(shard, found.layers))  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def test_what_was_not_finite_is_counted_in_log_and_report(
     header = read_header(shards[0])
     found = read_shard(shards[0], header.layers)
     scores = found.log_probabilities.clone()
-    scores[0] = torch.nan  # as the last release recorded
+    scores[0] = torch.nan  # the last release recorded such scores
     shard = tmp_path / shards[0].name
     write_shard(shard, replace(header, n_not_finite=3), replace(found, log_probabilities=scores))
     report = train("model", archive, [shard, *shards[1:]], OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
@@ -90,7 +90,7 @@ def test_times_are_those_of_a_clock_that_nobody_set(backbone: Backbone, records:
 
 
 def with_infinite(shard: Path, to: Path, rows: slice, layers: slice) -> Path:
-    """Copy a shard in which float16 cannot hold some rows of some layers."""
+    """Copy a shard, with infinities in some rows of some layers, as for values that float16 cannot hold."""
     header = read_header(shard)
     found = read_shard(shard, header.layers)
     activations = {layer: activation.clone() for layer, activation in found.activations.items()}

@@ -1,4 +1,4 @@
-"""Distillation and calibration of one head."""
+"""Distillation and calibration of one exit head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECIPE = Distillation(epochs=30)
 
 
 def recorded(n_records: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return activations far from standardised and a teacher that is a linear function of them."""
+    """Return activations that are far from standardised, and a teacher whose logits are a linear function of them."""
     generator = torch.Generator().manual_seed(0)
     pooled = torch.randn(n_records, 6, 4, 4, generator=generator) * 5 + 20
     direction = torch.randn(6 * 16, 3, generator=generator)

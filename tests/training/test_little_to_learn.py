@@ -1,4 +1,4 @@
-"""Records from which heads learn little: what is no better than chance, or was never judged, makes no plan."""
+"""Records from which heads learn little: no plan uses a head that is no better than chance or was never evaluated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_heads_that_are_not_better_than_chance_are_left_out_with_a_word_though_n
 @pytest.mark.parametrize("n_files", [1, 3])
 def test_a_load_test_with_few_files_makes_no_plan_by_which_everything_leaves(
         n_files: int, rule: Rule, backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
-    """One file teaches no head to tell classes; with three, thresholds are confidences at which a head agreed."""
+    """With one file, no head learns to tell classes apart. With three files, no threshold is below the lowest
+    confidence at which its head agreed with the backbone."""
     candidates = torch.randn(50, 16, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         classes = backbone.graph(candidates).argmax(dim=1)
@@ -58,7 +59,7 @@ def test_a_load_test_with_few_files_makes_no_plan_by_which_everything_leaves(
     run = RunPaths(tmp_path / "run")
     with pytest.raises(RecordError, match="new scenes or contents|too few to split"):
         train("model", archive, shards, replace(OPTIONS, thresholds=rule), RunPaths(tmp_path / "in time"))
-    options = replace(OPTIONS, thresholds=rule, split=SplitRule.RANDOM)  # which takes them for independent
+    options = replace(OPTIONS, thresholds=rule, split=SplitRule.RANDOM)  # takes all records for independent
     if n_files == 1:
         with pytest.raises(RecordError, match="no layer has a head that is better than chance"):
             train("model", archive, shards, options, run)

@@ -1,4 +1,4 @@
-"""Memory against counts by hand, and rehearsed rows that leave where they are told."""
+"""LTMA, the memory that a request allocates, is compared with counts by hand, and rows leave where a script says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.residual import residual_backbone
 FLOAT = 4
 WIDTH, N_CLASSES = 16, 4
 RESIDUAL = 5 * WIDTH * FLOAT
-"""Linear, tanh, linear, scaled, sum."""
+"""The bytes that a residual block allocates for one row: linear, tanh, linear, scaled, sum."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_views_and_results_in_place_allocate_nothing() -> None:
     class Views(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             copied = x.reshape(2, 8).t().contiguous()  # one allocation of 64 bytes
-            return copied.relu_().flatten()[:4] + 1  # another of 16
+            return copied.relu_().flatten()[:4] + 1  # another one of 16
 
     assert ltma(Views(), (torch.zeros(16),)) == 64 + 64 + 16
 
@@ -60,7 +60,7 @@ def test_convolutions_allocate_their_outputs() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     graph = backbone_graph(export_backbone(model, [InputSpec("x", (3, 8, 8))])[0])
-    maps = 3 * 8 * 8 * 8  # convolution, normalisation, activation
+    maps = 3 * 8 * 8 * 8  # of convolution, batch norm and activation
     assert ltma(graph, (torch.zeros(1, 3, 8, 8),)) == FLOAT * (3 * 8 * 8 + maps + 8 + 5)
 
 
@@ -76,7 +76,7 @@ def test_rows_leave_where_the_script_says(scripted: ScriptedModel, exits: list[i
 def test_a_request_that_leaves_early_allocates_what_came_before_its_exit(scripted: ScriptedModel) -> None:
     taken = [ltma(scripted, scripted.script(torch.tensor([exit_]))) for exit_ in (0, 1, -1)]
     plain = WIDTH * FLOAT + 6 * RESIDUAL + N_CLASSES * FLOAT
-    # Decisions and the bookkeeping of rows are a few numbers for a row.
+    # The decisions and the bookkeeping take a few more numbers per row.
     assert WIDTH * FLOAT + RESIDUAL < taken[0] < taken[1] < taken[2]
     assert plain < taken[2] < 1.6 * plain
     share = torch.tensor([0, 0, 1, -1])

@@ -1,4 +1,4 @@
-"""The report of a real run: it follows from the run's folder and the archive, and is one page that needs nothing."""
+"""The report of a real run: it follows from the run's folder and the archive, and is one page that loads nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def evaluation(finished: tuple[RunPaths, RunReport]) -> Evaluation:
 
 
 class Page(HTMLParser):
-    """Collects what is in a page, and fails where tags do not match."""
+    """A parser that collects the contents of a page, and fails if tags do not match."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

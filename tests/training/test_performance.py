@@ -1,4 +1,4 @@
-"""What exits are worth, against counts made record by record; and that predictions survive their file."""
+"""The effect of exits is compared with counts made record by record; predictions are read as they were written."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_exits_are_worth_what_counting_their_records_says(labelled: float) -> No
 
 
 def test_accuracy_never_falls_by_more_than_the_bound() -> None:
-    """Equation 3 of the paper, and that the exits' effects add up to the change of the whole."""
+    """Each exit obeys Equation 3 of the paper, and the effects of all exits add up to the change in accuracy."""
     for seed in range(20):
         predictions = made_predictions(seed=seed).certify
         whole = setting(POINT, predictions, predictions.candidates.costs)

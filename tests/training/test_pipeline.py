@@ -1,4 +1,4 @@
-"""From records in a folder to a plan, on a real backbone with records that its own handler code wrote."""
+"""From records in a folder to a plan, with a real backbone and with records that a real worker wrote."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_records_of_another_backbone_are_not_mixed_in(backbone: Backbone, re
 
 
 def true_classes(log_probabilities: Tensor) -> Tensor:
-    """Return (N,) int64 labels: what a backbone that is well calibrated would be measured by."""
+    """Return (N,) int64 labels drawn from the backbone's own probabilities, as if it were perfectly calibrated."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return torch.distributions.Categorical(logits=log_probabilities).sample()
@@ -190,7 +190,7 @@ def test_a_run_that_goes_on_with_fewer_records_than_there_are_says_so(
 
 def test_an_impossible_tolerance_gives_a_plan_without_exits(
         backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
-    """Heads that have hardly learned: little that they say can be trusted, and no exit is a legal answer."""
+    """The heads have hardly learned, so few of their answers can be trusted, and a plan without exits is valid."""
     shards = find_shards(records, "model", backbone.description)
     options = replace(OPTIONS, tolerance=0.004, recipe=Distillation(epochs=3, learning_rate=1e-3))
     report = train("model", archive, shards, options, RunPaths(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Training asks the policy: one that is registered here is fitted, timed, certified, written and served."""
+"""Training works with any registered policy: the one that is registered here is fitted, timed, certified and served."""
 
 from __future__ import annotations
 

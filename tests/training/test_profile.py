@@ -1,4 +1,4 @@
-"""The profile: what was measured decides from how many answered rows on a batch is made smaller."""
+"""The profile: measured times decide how many rows must be answered before a batch is made smaller."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def measured(stages: tuple[tuple[float, ...], ...], shrinks: tuple[tuple[float, 
 
 
 @pytest.mark.parametrize(("after", "copying", "least"), [
-    (IN_PROPORTION, (0.0, 0.1, 0.2, 0.4), 1),  # a copy costs a tenth of a row's work
-    (IN_PROPORTION, (1.0, 2.0, 4.0, 8.0), 6),  # two for each of the 8 - n that stay, against one for each of n
-    (ONE_PRICE, (0.0, 0.1, 0.2, 0.4), 8),  # whoever travels, the stage costs the same
+    (IN_PROPORTION, (0.0, 0.1, 0.2, 0.4), 1),  # copying a row costs a tenth of the work on it
+    (IN_PROPORTION, (1.0, 2.0, 4.0, 8.0), 6),  # 2 for each of the 8 - n rows that stay, against 1 for each of n
+    (ONE_PRICE, (0.0, 0.1, 0.2, 0.4), 8),  # the stage costs the same for any number of rows
 ])
 def test_rows_leave_where_what_follows_saves_more_than_the_copy_costs(
         after: tuple[float, ...], copying: tuple[float, ...], least: int) -> None:

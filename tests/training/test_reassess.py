@@ -1,4 +1,4 @@
-"""What a plan costs on another run's records."""
+"""The cost of a plan on the records of another run."""
 
 from __future__ import annotations
 

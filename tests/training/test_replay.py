@@ -1,4 +1,4 @@
-"""Replays of recorded requests with augmentations, through a user's handler and a small backbone of images."""
+"""Replays of recorded requests with augmentations, through a user's handler and a small backbone for images."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_only_the_train_part_is_augmented_and_the_backbone_is_asked_about_what_c
         assert torch.equal(seen[as_recorded], plain.activations(layer)[as_recorded])
         originals = seen[plain.rows(Part.TRAIN)]
         differs = (seen[augmented] != torch.cat([originals] * ROUNDS)).flatten(1).any(dim=1)
-        assert differs.double().mean() > 0.8  # a draw may also be to leave an image as it is
+        assert differs.double().mean() > 0.8  # an augmentation may leave an image unchanged
         rest = model[int(layer.path) + 1:]
         expected = rest(seen[augmented].float()).log_softmax(dim=1)
         torch.testing.assert_close(replayed.log_probabilities[augmented].float(), expected, atol=0.01, rtol=0.01)
@@ -128,7 +128,7 @@ def test_what_is_no_image_is_not_augmented_but_can_be_replayed(shapes: list[tupl
 def test_mixup_averages_about_half_of_the_images_with_another_one(dtype: torch.dtype) -> None:
     mix = augmentation(Replay(1, augmentations=("mixup",)), [InputSpec("x", (1, 1, 1))])
     torch.manual_seed(0)
-    batch = (200 * torch.eye(400)[:, None, None, :]).to(dtype)  # each image has a pixel of its own
+    batch = (200 * torch.eye(400)[:, None, None, :]).to(dtype)  # each image has another bright pixel
     mixed = mix(batch).squeeze()
     assert mixed.dtype is dtype
     torch.testing.assert_close(mixed.float().sum(dim=1), torch.full((400,), 200.0), atol=1.0, rtol=0)
@@ -154,7 +154,7 @@ def test_what_a_handler_gives_its_model_besides_tensors_is_asked_for_and_not_rep
 
 def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_reason(
         model: nn.Sequential, backbone: Backbone, tmp_path: Path) -> None:
-    """Of 90 requests 12 are too short, in other lengths, and of 3 nothing could be kept."""
+    """Of the 90 requests, 12 are too short, each with another length, and 3 could not be kept."""
     images = torch.randn(N_RECORDS, *SHAPE, generator=torch.Generator().manual_seed(1))
     bodies: list[bytes] = [image.numpy().tobytes() for image in images]
     short, unkept = range(5, 65, 5), {0, 31, 77}
@@ -194,7 +194,7 @@ def _chosen(records: Iterable[int]) -> Tensor:
 
 
 def test_a_handler_that_empties_its_requests_gets_them_whole_each_time(backbone: Backbone, tmp_path: Path) -> None:
-    """The first of two attempts fails for the second request; the first request must not suffer from it."""
+    """The first attempt empties the first request and fails at the second one; the next attempt must get both whole."""
     write_handler(tmp_path)
     file = tmp_path / "raw_images.py"
     file.write_text(file.read_text().replace('row["body"]', 'row.pop("body")'))

@@ -1,4 +1,4 @@
-"""What a run keeps of the records is for its user alone."""
+"""Only the user who starts a run can read what the run keeps of the records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search with NNI's tuner: it finds what is good, and a kill costs at most one trial."""
+"""The search with NNI's tuner finds good heads, and a kill costs at most one trial."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_tuner_starts_with_the_default_head_and_asks_for_none_twice(shape: tup
     for number in range(6):
         asked.append(tuner.generate_parameters(number))
         heads.append(spec_of(asked[-1], shape, 4))
-        tuner.receive_trial_result(number, {}, float(len(heads[-1].widths)))  # the same few heads are best
+        tuner.receive_trial_result(number, {}, float(len(heads[-1].widths)))  # the same few heads are always best
     assert heads[0] == default_head(4)
     resumed = HeadTpe(seed + 1, startup=4)
     resumed.update_search_space(space.choices(shape, 4))

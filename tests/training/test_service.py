@@ -1,4 +1,4 @@
-"""The search in NNI's service: the same trials and files as here, on this machine and on others."""
+"""A search in NNI's service makes the same trials and files as one in this process, on this machine or on others."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_killed_search_in_the_service_goes_on_with_the_journal_it_has(tmp_path
     assert f"http://127.0.0.1:{port}" in told[1]
     assert read_journal(run, LAYER.path) == trials and len(trials) > len(survived) > 0
     by_number = {trial.number: trial for trial in trials}
-    for trial in survived:  # one that had not ended when it was read has a longer history by now
+    for trial in survived:  # a trial that was still running when it was read has a longer history now
         kept = by_number[trial.number]
         assert (kept.parameters, kept.history[:len(trial.history)]) == (trial.parameters, trial.history)
     assert sorted({trial.number for trial in trials}) == sorted(trial.number for trial in trials)
@@ -112,10 +112,10 @@ def test_the_tuner_believes_what_a_trial_wrote_and_knows_the_journal(tmp_path: P
     tuner = JournalTpe(str(tmp_path), LAYER.path, seed=0, startup=8)
     tuner.update_search_space(space.choices(LAYER.shape, None))
     asked = [tuner.generate_parameters(number)["width1"] for number in (0, 1)]
-    assert sorted(asked) == [4, 8]  # 2 is in the journal
+    assert sorted(asked) == [4, 8]  # 2 is already in the journal
     swapped, _ = evaluating.run(1, {"linears": 1, "width1": asked[1]}, lambda trial: True)
     write_result(run, LAYER.path, swapped)
-    for parameter_id in (0, 77):  # NNI says it was the first one, or one that was never asked for
+    for parameter_id in (0, 77):  # NNI names the first trial, or one that was never asked for
         tuner.receive_trial_result(parameter_id, {"width1": asked[0]}, {"default": 0.0, "number": 1})
     assert [record.loss for record in tuner._history["width1",]] == [
         tried.objective, swapped.objective, swapped.objective]

@@ -1,4 +1,4 @@
-"""Who can have NNI's service run code: an attack on its port from elsewhere, by another user, and through a browser."""
+"""Who can make NNI's service run code: attacks on its port from elsewhere, by another user, and through a browser."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.training.test_service import SPACE, evaluator, free_port
 
 
 def put_code(file: Path) -> tuple[str, bytes]:
-    """Return path and body of a REST call after which NNI's dispatcher, where it hears it, makes a file: it unpickles
-    a search space, which stays as it is."""
+    """Return the path and the body of a REST call that makes NNI's dispatcher create a file if it receives the call:
+    the dispatcher unpickles a search space, which stays unchanged."""
     class Code:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             space = SPACE.choices(LAYER.shape, None)
@@ -43,7 +43,7 @@ def put_code(file: Path) -> tuple[str, bytes]:
 
 def status(address: str, port: int, method: str, path: str, body: bytes = b"",
            headers: Mapping[str, str] | None = None) -> int | None:
-    """Return the status of an answer; None where nothing listens or the connection is closed without one."""
+    """Return the status of the answer, or None if nothing listens or the connection is closed without an answer."""
     connection = HTTPConnection(address, port, timeout=10)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
@@ -56,14 +56,14 @@ def status(address: str, port: int, method: str, path: str, body: bytes = b"",
 
 @dataclass(frozen=True)
 class Attacked:
-    """What became of code that was sent to NNI's port while a search ran."""
+    """The outcome of sending code to NNI's port while a search ran."""
 
     folder: Path
-    """Each attack that succeeded has made a file here."""
+    """Each successful attack has created a file in this folder."""
     answers: Mapping[str, int | None]
-    """The status that each attack was answered with, by its name."""
+    """The status of the answer to each attack, by the name of the attack."""
     taken: set[str]
-    """The loopback addresses at which nobody else could listen on NNI's port."""
+    """The loopback addresses at which no other process could listen on NNI's port."""
     told: list[str]
     run: RunPaths
 
@@ -71,13 +71,14 @@ class Attacked:
 ADDRESSES = [address.address for addresses in psutil.net_if_addrs().values() for address in addresses
              if address.family in (socket.AF_INET, socket.AF_INET6)]
 ELSEWHERE = ["127.0.0.2", *(address for address in ADDRESSES if not ipaddress.ip_address(address).is_loopback)]
-"""The addresses of this machine at which others reach it, and one that a service reaches only on all interfaces."""
+"""The addresses at which other machines reach this one, and one at which a service answers only if it listens on all
+interfaces."""
 
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
     folder, run, port = tmp_path_factory.mktemp("made"), RunPaths(tmp_path_factory.mktemp("run")), free_port()
-    folder.chmod(0o777)  # for the other user
+    folder.chmod(0o777)  # so that the other user can write here
     answers: dict[str, int | None] = {}
     taken: set[str] = set()
     told: list[str] = []
@@ -98,7 +99,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
         if f":{port}" not in line:
             return
         deadline = time.monotonic() + 120
-        while answers.get("early") != 200 and time.monotonic() < deadline:  # NNI answers once its tuner is there
+        while answers.get("early") != 200 and time.monotonic() < deadline:  # NNI needs its tuner to answer
             attack("early", "127.0.0.1")
         for address in ELSEWHERE:
             attack(address, address)
@@ -113,7 +114,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
             attack_as_another_user()
         attack("rebound", "127.0.0.1", {"Host": f"page.example:{port}"})
         attack("page", "127.0.0.1", {"Origin": "http://page.example"})
-        attack("late", "127.0.0.1", {"Origin": f"http://127.0.0.1:{port}"})  # the tuner takes them in order
+        attack("late", "127.0.0.1", {"Origin": f"http://127.0.0.1:{port}"})  # the tuner keeps the order
         while not (folder / "late").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         answers["socket"] = status("127.0.0.1", port, "GET", "/tuner", headers={
@@ -130,7 +131,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
 
 @pytest.mark.slow
 def test_code_that_this_user_sends_to_nni_is_run(attacked: Attacked) -> None:
-    """The attack is one, so that those that follow show something."""
+    """The attack works for this user, so the tests below prove something by its failure."""
     for name in ("early", "late"):
         assert attacked.answers[name] == 200 and (attacked.folder / name).exists()
 

@@ -1,4 +1,4 @@
-"""Records of many hosts merge: local folders, a shared volume, and an S3 server on loopback."""
+"""Records of several hosts are merged from local folders, a shared volume, and an S3 server on the loopback address."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_records(root: Path, name: str, count: int) -> Path:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A URL on an S3 server of this process."""
+    """Yield a URL on an S3 server that runs in this process."""
     import s3fs
     from moto.server import ThreadedMotoServer
 

@@ -1,4 +1,4 @@
-"""The search space: what a tuner may choose becomes a head that can be built, and a user's mistakes are named."""
+"""The search space: every choice of a tuner becomes a head that can be built, and errors name a user's mistakes."""
 
 from __future__ import annotations
 

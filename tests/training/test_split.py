@@ -1,4 +1,5 @@
-"""What trains came before what chooses, and that before what certifies; repeats and twins prove nothing twice."""
+"""Records that train are older than those that choose exits, and these are older than those that certify. Repeats and
+twins do not count as evidence twice."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from early_exit.training.selection.evidence import Evidence
 
 
 def split(states: Tensor, content: Tensor | None = None) -> Split:
-    """Split records that came one after the other, each of a request of its own."""
+    """Split consecutive records, each of which belongs to a request of its own."""
     n = len(states)
     every = torch.ones(n, dtype=torch.bool)
     return split_in_time(states, torch.arange(n), torch.arange(n) if content is None else content, torch.arange(n),
@@ -60,7 +61,7 @@ def test_a_content_belongs_to_the_part_in_which_it_was_first_recorded() -> None:
 
 
 def test_repeats_within_a_block_count_for_the_largest_block_though_they_choose_nothing() -> None:
-    """A burst of a content is as large as it is: counted without repeats, later bursts would count as single records.
+    """A burst of one content counts at its full size. Without its repeats, later bursts would count as single records.
     """
     n_bursts = 400
     content = torch.arange(n_bursts).repeat_interleave(10)
@@ -102,7 +103,7 @@ def test_the_order_is_that_of_time_and_positions_count_requests_between_records(
 
 
 RECORDS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8), st.booleans()), min_size=1, max_size=30)
-"""Block, content and loss of records."""
+"""The block, the content and the loss of each record."""
 
 
 def evidence_of(records: list[tuple[int, int, bool]]) -> tuple[Evidence, Tensor]:

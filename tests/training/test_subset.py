@@ -1,4 +1,4 @@
-"""The exact search for exits against trying every subset on every record."""
+"""The exact search for exits is compared with trying every subset on every record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from early_exit.training.selection.subset import Option, best_subset, bit_mask, 
 
 
 def random_costs(n_layers: int, generator: torch.Generator, *, batch_size: int) -> Costs:
-    """Return costs that grow with the number of rows, but not in proportion."""
+    """Return costs that grow with the number of rows, but not in proportion to it."""
     def steps(count: int, scale: float) -> np.ndarray:
         draws = torch.rand(count, batch_size + 1, generator=generator) * scale
         draws[:, 0] = 0
@@ -34,7 +34,7 @@ def flops(stages: Sequence[float], exits: Sequence[float]) -> Costs:
 
 
 def by_definition(layers: tuple[int, ...], hits: Tensor, losses: Tensor, costs: Costs) -> tuple[float, float]:
-    """Return the mean cost of batches and the losses, from how many of a batch reach each step."""
+    """Return the mean cost of a batch and the total loss, from the distribution of the rows that reach each stage."""
     n_records, batch = hits.shape[1], costs.batch_size
     alive, cost, lost = torch.ones(n_records, dtype=torch.bool), 0.0, 0.0
     for layer in range(costs.n_layers + 1):
@@ -67,7 +67,8 @@ def test_the_search_finds_what_brute_force_finds(
     allowed = [1.0]
     for count in range(1, n_layers + 1) if size is None else [size]:
         for layers in combinations(range(n_layers), count):
-            # Losses of both signs may let a subset in through one that is not allowed; the search does not go there.
+            # Losses can be negative, so a subset may be allowed although one of its prefixes is not. The search does
+            # not consider such subsets.
             prefixes = [by_definition(layers[:end], hits, losses, costs)[1] for end in range(1, count + 1)]
             if max_loss is None or max(prefixes) <= max_loss:
                 allowed.append(by_definition(layers, hits, losses, costs)[0])
@@ -77,7 +78,7 @@ def test_the_search_finds_what_brute_force_finds(
 
 
 def test_with_flops_the_cost_is_one_minus_the_papers_score() -> None:
-    """K(S) = sum over exits of |H| (C2 - C1) - |M| C1."""
+    """The paper's score is K(S) = sum over exits of |H| (C2 - C1) - |M| C1."""
     hits = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]], dtype=torch.bool)
     costs = flops((0.3, 0.3, 0.4), (0.01, 0.02))
     options = [Option(bit_mask(hit), ()) for hit in hits]
@@ -93,7 +94,7 @@ def test_when_no_exit_pays_the_subset_is_empty() -> None:
 
 
 def test_the_position_in_the_plan_decides_the_option() -> None:
-    """With budgets T / 2^n the same candidate hits less as the second exit than as the first."""
+    """With budgets T / 2^n, fewer requests leave at the same candidate if it is the second exit, not the first."""
     asked = set()
 
     def option(layer: int, position: int) -> Option:

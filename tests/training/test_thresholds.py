@@ -1,4 +1,4 @@
-"""Thresholds by budget and by certificate, against definitions applied record by record."""
+"""Thresholds by budget and by certificate are compared with definitions applied record by record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.predictions import made_predictions
 
 
 def simulated(n_records: int, seed: int = 0) -> Candidates:
-    """Three heads, each better than the one before; confident when they are right."""
+    """Return candidates with three heads, each better than the previous one and more confident when it is right."""
     generator = torch.Generator().manual_seed(seed)
     difficulty = torch.rand(n_records, 1, generator=generator)
     skill = torch.tensor([0.5, 0.7, 0.9])
@@ -64,7 +64,7 @@ def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
     agrees = torch.tensor([agree for _, agree in data])
 
     def spent(threshold: float) -> float:
-        """Hit rate x (1 - agreement) of the hits."""
+        """Return the hit rate times one minus the agreement of the hits."""
         hits = confidence >= threshold
         if not hits.any():
             return 0.0
@@ -93,7 +93,7 @@ def test_no_rule_lets_leave_what_is_less_sure_than_all_that_a_head_was_seen_to_a
     for point in points:
         for layer, threshold in zip(point.layers, point.thresholds, strict=True):
             agreeing = confidence[agrees[:, layer], layer].tolist()
-            # The path's thresholds are rounded to six decimals.
+            # Thresholds on the path are rounded to six decimals.
             assert threshold >= min(agreeing, default=NEVER) - 1e-6
 
 
@@ -187,7 +187,7 @@ def test_luck_on_the_tune_part_does_not_choose_exits() -> None:
     assert path[-1].layers
     before = predictions.tune.candidates
     least = torch.tensor([least_agreeing(before.confidence[:, layer], before.agrees[:, layer]) for layer in range(3)])
-    agrees = before.agrees ^ (before.confidence > least)  # nobody leaves below the least, which stays what it is
+    agrees = before.agrees ^ (before.confidence > least)  # the least thresholds stay the same
     other = replace(predictions.tune, candidates=replace(before, agrees=agrees, losses=(~agrees).float()))
     assert path_to_certify(replace(predictions, tune=other), options) == path
 

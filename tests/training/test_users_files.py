@@ -1,4 +1,4 @@
-"""Files that users make: other encodings, labels of other requests, shards that were cut short."""
+"""Files that users provide: other encodings, labels of other requests, truncated shards."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def link_to_itself(path: Path) -> None:
 
 
 def without_a_row(path: Path) -> None:
-    """Write a file that opens, but in which a column is shorter than the others."""
+    """Write a file that can be opened, but in which one column is shorter than the others."""
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(path)

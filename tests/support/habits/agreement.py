@@ -1,4 +1,4 @@
-"""Whether a client would notice that something else answers."""
+"""Whether a client would notice that another archive answers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from early_exit.archiver.packaging.tryout import answers
 from early_exit.archiver.packaging.tryout.comparison import differences
 
 OF_THE_HANDLER = "x-model"
-"""Header by which the handlers of habits mark answers with a status of their own."""
+"""The header with which the handlers of habits mark answers whose status they have set themselves."""
 _ERROR = 400
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client got."""
+    """The answer that a client got."""
 
     status: int
-    """HTTP status; 0 where there was no answer."""
+    """The HTTP status, or 0 without an answer."""
     headers: Mapping[str, str]
-    """By name in lower case."""
+    """The headers by their names in lower case."""
     body: bytes
 
     @property
@@ -29,18 +29,18 @@ class Answer:
 
 
 def difference(found: Answer, expected: Answer, again: Answer, *, exact: bool = False) -> str:
-    """Return in what an answer differs from the expected one; empty where it does not.
+    """Return how an answer differs from the expected one, or an empty text if it does not.
 
     Args:
         found: the answer.
-        expected: what the original answers.
-        again: what the original answers to the same request once more: where it differs from itself, nothing is
-            expected.
+        expected: the answer of the original.
+        again: the original's answer to the same request a second time. Where the original's two answers differ, nothing
+            is expected.
         exact: whether the text of an error has to be the same.
     """
     marks = (answer.headers.get(OF_THE_HANDLER) for answer in (found, expected))
     if not exact and expected.status >= _ERROR and found.status >= _ERROR and not any(marks):
-        return ""  # where the handler fails, TorchServe says no more than that; ours says what is wrong
+        return ""  # TorchServe only says that the handler failed, and ours says why
     if found.headers.get(OF_THE_HANDLER) != expected.headers.get(OF_THE_HANDLER):
         return f"the header {OF_THE_HANDLER} has become {found.headers.get(OF_THE_HANDLER)}"
     unstable = [path for path, _ in differences(expected.compared, again.compared)]

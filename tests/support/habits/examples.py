@@ -33,7 +33,7 @@ def png(image: Tensor) -> bytes:
 
 
 def pictures(side: int) -> list[bytes]:
-    """Return patches of colour with more and less contrast, by turns, around a grey that normalises to nothing."""
+    """Return images of coloured patches with high and low contrast in turn, around a grey that is normalised to 0."""
     grey = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     patches = images(8, (3, side, side), seed=3)
     return [png((grey + (patch - patch.mean()) * contrast).clamp(0, 1))
@@ -56,7 +56,7 @@ def with_names(model: nn.Module, folder: Path) -> UsersFiles:
 
 @torch.no_grad()
 def sure_detector(model_file: str) -> nn.Module:
-    """Return a detector that sees something without having been trained."""
+    """Return a detector that detects objects without having been trained."""
     model: Any = instance(model_file)
     model.roi_heads.box_predictor.cls_score.weight *= 30
     return model  # type: ignore[no-any-return]
@@ -70,21 +70,21 @@ def bert_config() -> BertConfig:
 
 @torch.no_grad()
 def bert() -> nn.Module:
-    """Return a BERT of two layers, the second of which changes nothing, and whose pooler is all but linear."""
+    """Return a BERT with two layers, of which the second changes nothing, and with a pooler that is almost linear."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(bert_config()).eval()
     for part in (model.bert.encoder.layer[1].attention.output.dense, model.bert.encoder.layer[1].output.dense):
-        part.weight.zero_()  # what is left is a normalisation of what is normalised
+        part.weight.zero_()  # only normalisations of normalised values are left
         part.bias.zero_()
     model.bert.embeddings.word_embeddings.weight *= 50
-    model.bert.encoder.layer[0].attention.output.dense.weight *= 100  # the first token hears of the others
+    model.bert.encoder.layer[0].attention.output.dense.weight *= 100  # makes the first token depend on others
     model.bert.pooler.dense.weight.normal_(std=SMALL / 6)
     model.classifier.weight.normal_(std=0.5 / SMALL)
     return model
 
 
 def bert_followers(model: Any) -> Sequence[Sequence[nn.Linear]]:
-    """Return the one linear layer that pooler and classifier are where tanh does nothing, of all tokens."""
+    """Return the linear layer on all tokens to which pooler and classifier reduce where tanh is the identity."""
     both = nn.Linear(LENGTH * 32, 2)
     pooler, classifier = model.bert.pooler.dense, model.classifier
     with torch.no_grad():
@@ -95,7 +95,7 @@ def bert_followers(model: Any) -> Sequence[Sequence[nn.Linear]]:
 
 
 def pretrained(model: Any, folder: Path) -> UsersFiles:
-    """Write what save_pretrained does for a model and its tokenizer."""
+    """Write the files that save_pretrained writes for a model and its tokenizer."""
     model.save_pretrained(folder / "model")
     (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
     BertTokenizerFast.from_pretrained(folder).save_pretrained(folder / "model")
@@ -103,7 +103,7 @@ def pretrained(model: Any, folder: Path) -> UsersFiles:
 
 
 SMALL = 1e-3
-"""Size of what the pooler's tanh gets."""
+"""The magnitude of the inputs of the pooler's tanh."""
 PICTURES = tuple(Ask(body) for body in pictures(256))
 BERT_ASKS = tuple(Ask(text.encode(), "text/plain" if number % 2 else "") for number, text in enumerate(TEXTS))
 SCENES = tuple(Ask(png(image)) for image in images(8, (3, 96, 96), seed=4))

@@ -1,4 +1,4 @@
-"""Exits whose heads are copies of what follows them, so that an early answer is the full model's."""
+"""Exits whose heads are copies of the layers that follow them, so that an early answer equals the full answer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def copied_exits(folder: Path, archive: Path, followers: Sequence[Sequence[nn.Li
     """Write a plan for an archive; return its path.
 
     Args:
-        folder: where it is written; created.
-        archive: of `ee-archive`.
-        followers: for each exit the linear layers that follow it in the model, with ReLU between them.
-        thresholds: for each exit the least confidence that leaves.
+        folder: the folder into which the plan is written. It is created.
+        archive: an archive that `ee-archive` made.
+        followers: for each exit, the linear layers that follow it in the model, with ReLU between them.
+        thresholds: for each exit, the confidence threshold.
     """
     description = read_archive(archive).description
     heads: dict[str, Head] = {}
@@ -43,7 +43,10 @@ def copied_exits(folder: Path, archive: Path, followers: Sequence[Sequence[nn.Li
 
 
 def _place(candidates: Sequence[CandidateLayer], n_values: int) -> CandidateLayer:
-    """Return the last candidate of so many values: its path depends on what the handler put around the model."""
+    """Return the last candidate layer with this number of values.
+
+    Candidates are not found by path, because paths depend on what the handler puts around the model.
+    """
     places = [layer for layer in candidates if prod(layer.shape) == n_values]
     if not places:
         raise AssertionError(f"no candidate has {n_values} values, found "

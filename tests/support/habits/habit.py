@@ -1,4 +1,4 @@
-"""A habit of those who write handlers, and what shows whether a client notices that its archive was repackaged."""
+"""A habit of people who write handlers, and requests that show whether a client would notice the repackaging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from early_exit.handler.errors import Unsupported
 from early_exit.handler.python_modules import own_classes
 
 FILES = Path(__file__).with_name("files")
-"""Handlers and model files as users write them; they import each other by their bare names, as in an archive."""
+"""The folder of handlers and model files as users write them. They import each other by bare names, as in archives."""
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 40\nresponseTimeout: 300\n"
 
 
@@ -36,26 +36,26 @@ class Ask:
     body: bytes = b""
     content_type: str = ""
     explain: bool = False
-    """Whether it asks for an explanation, which handlers give for whole batches: it is sent alone only."""
+    """Whether the request asks for an explanation. It is then only sent alone, as handlers explain whole batches."""
     fails: bool = False
-    """Whether stock TorchServe fails it, or the batch that it is in: it is sent alone only."""
+    """Whether stock TorchServe fails this request or the batch that contains it. It is then only sent alone."""
     parts: tuple[tuple[str, bytes, str], ...] = ()
-    """Name, value and content type of the parts of a form, in place of a body."""
+    """The name, value and content type of each part of a form, which replaces the body."""
     over: Over = Over.REST
     exact: bool = False
-    """Whether an error has to be the same too, where otherwise ours says what is wrong."""
+    """Whether the text of an error must be the same, although otherwise ours may say what is wrong."""
 
 
 @dataclass(frozen=True)
 class UsersFiles:
-    """What is given to torch-model-archiver beside handler, model file and configuration."""
+    """The files that torch-model-archiver gets besides the handler, the model file and the configuration."""
 
     serialized: Path | None = None
     extra: tuple[Path, ...] = ()
 
 
 def state_dict(model: nn.Module, folder: Path) -> UsersFiles:
-    """Write the weights as most people do."""
+    """Write the weights as most people do, as a state dict."""
     torch.save(model.state_dict(), folder / "weights.pth")
     return UsersFiles(folder / "weights.pth")
 
@@ -65,34 +65,34 @@ class Habit:
     """A handler with its model, and requests for it."""
 
     name: str
-    """Of the habit and of its model in TorchServe."""
+    """The name of the habit, and of its model in TorchServe."""
     handler: str
-    """A file in `FILES`, with the name of a function behind a colon where one is named, or a built-in handler."""
+    """A file in `FILES`, which a colon and the name of a function may follow, or the name of a built-in handler."""
     model: Callable[[], nn.Module]
-    """Makes what answers, always with the same weights."""
+    """A function that makes the model, always with the same weights."""
     asks: tuple[Ask, ...]
-    """The first two are the samples that `ee-archive` is given."""
+    """The requests. The first two are the samples that `ee-archive` gets."""
     model_file: str | None = None
-    """A file in `FILES`."""
+    """The model file, a file in `FILES`."""
     imports: tuple[str, ...] = ()
-    """Files in `FILES` that handler and model file import."""
+    """Files in `FILES` that the handler and the model file import."""
     write: Callable[[nn.Module, Path], UsersFiles] = state_dict
-    """Writes the user's other files into a folder."""
+    """A function that writes the user's other files into a folder."""
     followers: Callable[[Any], Sequence[Sequence[nn.Linear]]] | None = None
-    """Returns, of the model, the linear layers that follow each place of an exit, with ReLU between them. Where what
-    follows is more than a head can be, there are no exits."""
+    """A function from the model to the linear layers that follow each exit, with ReLU between them. It is None, and
+    there are no exits, if an exit head cannot copy the layers that follow."""
     thresholds: tuple[float, ...] = (0.9, 0.6)
-    """Least confidence that leaves, for each exit."""
+    """The confidence threshold of each exit."""
     refusal: Unsupported | None = None
-    """The reason for which it is refused; without one its answers stay the same."""
+    """The reason for which `ee-archive` refuses the habit. Without a reason, the answers must stay the same."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the `ArchiveRequest`, what a user must say."""
+    """The fields of the `ArchiveRequest` that a user must set."""
     version: str = "1.0"
     config: str = CONFIG
     archive_format: str = "default"
-    """Of torch-model-archiver."""
+    """The archive format of torch-model-archiver."""
     envelope: str | None = None
-    """TorchServe's around the handler."""
+    """TorchServe's envelope around the handler."""
 
 
 def instance(model_file: str, seed: int = 0) -> nn.Module:
@@ -107,7 +107,7 @@ def instance(model_file: str, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def made(model_file: str, example: Tensor) -> nn.Module:
-    """Return an instance of the class in a model file whose scores for an example differ clearly."""
+    """Return an instance of the class in a model file, scaled so that its scores for an example differ clearly."""
     model = instance(model_file)
     layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     classifier = getattr(model, "last", layers[-1])

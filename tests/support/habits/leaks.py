@@ -1,4 +1,4 @@
-"""How much a worker grows while it answers."""
+"""How much the memory of a worker grows while it answers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.support.habits.trial import EARLY_ANSWERS, WITH_EXITS, Trial, configu
 
 KINDS = {"pool": WITH_EXITS, "micro_batches": WITH_EXITS, "json_envelope": WITH_EXITS, "strict": WITH_EXITS,
          "plain": EARLY_ANSWERS}
-"""By habit, how it answers: in short-lived threads, in threads that stay, instances in envelopes, requests of which
-every tenth fails, and coroutines."""
+"""The way of answering that each habit is tested with. The habits stand for short-lived threads, for threads that stay,
+for instances in envelopes, for requests of which every tenth fails, and for coroutines."""
 N_REQUESTS, _N_BEFORE = 10_000, 2_000
 _A_TENTH = 10
 _MB = 2**20
 
 
 def worst_growth_mb(trials: Mapping[str, Trial], folder: Path, log: Callable[[str], None]) -> float:
-    """Return by how much the resident memory of a worker grows at most over 10,000 requests, in MiB.
+    """Return the largest growth of a worker's resident memory over 10,000 requests, in MiB.
 
     Args:
-        trials: of the habits in `KINDS`, by name.
-        folder: in which they were tried.
-        log: called with a line about each kind.
+        trials: the trials of the habits in `KINDS`, by name.
+        folder: the folder in which the habits were tried.
+        log: a function that is called with a line about each kind.
     """
     grown = {name: _growth_mb(trials[name], way, folder) for name, way in KINDS.items()}
     for name, growth in grown.items():

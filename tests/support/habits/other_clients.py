@@ -1,4 +1,4 @@
-"""Clients that do not use the REST API of predictions: calls over gRPC, and workflows."""
+"""Clients that do not use the REST API for predictions, but gRPC or workflows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pass_on(data, context):
 
 
 def over_grpc(server: TorchServe, model: str, version: str, body: bytes) -> Answer:
-    """Return what a call over gRPC is answered; an error has status 500."""
+    """Return the answer to a call over gRPC. An error has the status 500."""
     request = _field(1, model.encode()) + _field(2, version.encode()) + _field(
         3, _field(1, b"data") + _field(2, body))
     token = read_token(server.key_file, "inference")
@@ -41,7 +41,7 @@ def over_grpc(server: TorchServe, model: str, version: str, body: bytes) -> Answ
 
 
 def through_workflow(server: TorchServe, workflow: str, body: bytes) -> Answer:
-    """Return what a workflow answers."""
+    """Return the answer of a workflow."""
     token = read_token(server.key_file, "inference")
     response = requests.post(f"{server.addresses.inference}/wfpredict/{workflow}", body, timeout=120,
                              headers={"Authorization": f"Bearer {token}"})
@@ -51,7 +51,7 @@ def through_workflow(server: TorchServe, workflow: str, body: bytes) -> Answer:
 
 @contextmanager
 def workflow(server: TorchServe, name: str, file_name: str) -> Iterator[None]:
-    """Serve, inside the block, a workflow that passes its requests on to an archive of the model store."""
+    """Serve a workflow inside the block. It passes its requests on to an archive of the model store."""
     folder = server.state / "workflows" / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pass_on.py").write_text(_PASS_ON)
@@ -73,7 +73,7 @@ def workflow(server: TorchServe, name: str, file_name: str) -> Iterator[None]:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """Return a field of a message whose value has a length."""
+    """Return an encoded field of a protobuf message. The value is preceded by its length."""
     size, length = len(value), b""
     while size > 127:
         length += bytes([size & 127 | 128])
@@ -82,7 +82,7 @@ def _field(number: int, value: bytes) -> bytes:
 
 
 def _first_field(message: bytes) -> bytes:
-    """Return the value of the first field of a message, which has a length."""
+    """Return the value of the first field of a protobuf message. The value is preceded by its length."""
     length, shift, start = 0, 0, 1
     while True:
         byte = message[start]

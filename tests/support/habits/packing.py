@@ -1,4 +1,4 @@
-"""A habit's archives: the original by the stock archiver, and ours by `ee-archive`."""
+"""The archives of a habit: the original is made by the stock archiver, and ours by `ee-archive`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SUFFIXES = {"default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 
 @dataclass(frozen=True)
 class Refused:
-    """What `ee-archive` said instead of making an archive."""
+    """The refusal of `ee-archive` to make an archive."""
 
     reason: Unsupported | None
-    """None where none is listed."""
+    """The reason, or None if it is not a listed one."""
     message: str
 
     def __str__(self) -> str:
@@ -40,16 +40,16 @@ def original(habit: Habit, folder: Path, store: Path) -> Path:
     """Archive a habit with torch-model-archiver; return the archive's path in the model store.
 
     Args:
-        habit: is archived.
-        folder: where the user's files are written; created.
-        store: folder for the archive.
+        habit: the habit to archive.
+        folder: the folder into which the user's files are written. It is created.
+        store: the folder for the archive.
     """
     folder.mkdir(parents=True)
     files = habit.write(habit.model(), folder)
     (folder / "model-config.yaml").write_text(habit.config)
     handler = habit.handler if "." not in habit.handler else str(FILES / habit.handler)
     extra = [*(FILES / name for name in habit.imports), *files.extra]
-    # It works in a folder of the model's name, which another process may use for another model of that name.
+    # The archiver works in a folder with the model's name, which another process may use for a model of the same name.
     with FileLock(Path(tempfile.gettempdir()) / "torch-model-archiver.lock"):
         generate_model_archive(ModelArchiverConfig(
             model_name=habit.name, version=habit.version, handler=handler.replace(".py:", ":"),
@@ -61,13 +61,13 @@ def original(habit: Habit, folder: Path, store: Path) -> Path:
 
 
 def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveRequest:
-    """Return what a user asks of `ee-archive` for an original archive.
+    """Return a user's request to `ee-archive` for an original archive.
 
     Args:
-        habit: whose archive it is.
-        source: the archive.
+        habit: the habit of the archive.
+        source: the original archive.
         folder: an existing folder for two sample requests.
-        store: folder for the new archive.
+        store: the folder for the new archive.
     """
     more: dict[str, Any] = {"service_envelope": habit.envelope}
     samples = [folder / "first", folder / "second"]
@@ -84,7 +84,7 @@ def asked(habit: Habit, source: Path, folder: Path, store: Path) -> ArchiveReque
 
 
 def build_all(requests: Sequence[ArchiveRequest], build: Callable[[ArchiveRequest], Path]) -> list[Path | Refused]:
-    """Build archives, two at a time, in processes of their own: torch reads one exported program at a time in each."""
+    """Build archives in two processes, because torch reads only one exported program at a time in each process."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(partial(_built, build), requests))
 
@@ -94,5 +94,5 @@ def _built(build: Callable[[ArchiveRequest], Path], request: ArchiveRequest) -> 
         return build(request)
     except EarlyExitError as error:
         return Refused(error.unsupported, str(error))
-    except Exception:  # a user would see a traceback, and so does who reads the outcome
+    except Exception:  # kept as a traceback, which a user would see too
         return Refused(None, traceback.format_exc()[-3000:])

@@ -1,4 +1,4 @@
-"""Habits that `ee-archive` refuses, each for a reason that is listed."""
+"""Habits that `ee-archive` refuses, each for a listed reason."""
 
 from __future__ import annotations
 

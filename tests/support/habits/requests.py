@@ -16,20 +16,20 @@ LARGE = Ask(json.dumps([1e4] * 6).encode(), fails=True, exact=True)
 
 
 def instances(rows_of: Sequence[Sequence[int]], **more: Any) -> tuple[Ask, ...]:
-    """Return requests that hold some of the rows each."""
+    """Return requests, each of which holds some of the rows as instances."""
     return tuple(Ask(json.dumps({"instances": [NUMBERS[number] for number in numbers]}).encode(), JSON, **more)
                  for numbers in rows_of)
 
 
 def tensors(numbers: Sequence[int]) -> Ask:
-    """Return a request of KServe's second protocol for some of the rows."""
+    """Return a request in KServe's second protocol for some of the rows."""
     inputs = [{"name": f"row-{number}", "shape": [6], "datatype": "FP32", "data": NUMBERS[number]}
               for number in numbers]
     return Ask(json.dumps({"id": "mine", "inputs": inputs}).encode(), JSON, fails=True)
 
 
 def over(way: Over) -> tuple[Ask, ...]:
-    """Return the usual requests, each by REST and another way, and one that fails."""
+    """Return the usual requests, each over REST and in another way, and one request that fails."""
     return (*asks(), *(replace(ask, over=way, content_type="") for ask in asks()), replace(NO_ROW, over=way))
 
 

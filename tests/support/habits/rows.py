@@ -1,4 +1,4 @@
-"""Habits around a small model of rows: how it is loaded, called and wrapped, and what handlers do with their batch."""
+"""Habits around a small model of rows: how it is loaded, called and wrapped, and how handlers treat their batch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.support.habits.habit import CONFIG, Ask, Habit, UsersFiles, made
 
 JSON = "application/json"
 MAGNITUDES = (4.0, 0.05, 3.0, 0.1, 0.5, 6.0, 0.02, 1.0)
-"""Small rows give unsure answers, and large ones sure answers."""
+"""The magnitudes of the rows. Small rows give answers with a low confidence, and large ones with a high confidence."""
 ROWS = torch.randn(len(MAGNITUDES), 6, generator=torch.Generator().manual_seed(5)) * torch.tensor(MAGNITUDES)[:, None]
 
 
 def rows_net(model_file: str = "rows_net.py", inputs: Tensor | None = None) -> nn.Module:
-    """Return the model of a file; its scores for inputs of size one differ clearly."""
+    """Return the model of a file, scaled so that its scores for inputs of magnitude 1 differ clearly."""
     example = torch.randn(64, 6, generator=torch.Generator().manual_seed(6)) if inputs is None else inputs
     return made(model_file, example)
 
 
 def asks(rows: Tensor = ROWS, **more: Any) -> tuple[Ask, ...]:
-    """Return requests with a row each: every second one says that it is JSON, the others are bytes."""
+    """Return requests with one row each. Every second one declares JSON, and the others are bytes."""
     bodies = [json.dumps([round(value, 4) for value in row]).encode() for row in rows.tolist()]
     return tuple(Ask(body, JSON if number % 2 else "", **more) for number, body in enumerate(bodies))
 
@@ -37,7 +37,7 @@ def followers(model: Any) -> Sequence[Sequence[nn.Linear]]:
 
 
 def masked_followers(score: float, model: Any) -> Sequence[Sequence[nn.Linear]]:
-    """Return what follows each exit of a model that masks a class: its last layer gives the class that score."""
+    """Return the layers that follow each exit of a model with a masked class, to which the last layer gives `score`."""
     last = nn.Linear(24, 3)
     last.load_state_dict(model.last.state_dict())
     with torch.no_grad():
@@ -55,7 +55,7 @@ def rows(name: str, handler: str = "rows_handler.py", *, model_file: str | None 
 
 
 def renamed(prefix: str) -> Callable[[nn.Module, Path], UsersFiles]:
-    """Return what writes weights whose names begin with a prefix."""
+    """Return a function that writes weights whose names begin with a prefix."""
     def write(model: nn.Module, folder: Path) -> UsersFiles:
         torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, folder / "weights.pth")
         return UsersFiles(folder / "weights.pth")
@@ -74,14 +74,14 @@ def whole_module(model: nn.Module, folder: Path) -> UsersFiles:
 
 
 def averaged(model: nn.Module, folder: Path) -> UsersFiles:
-    """Write other weights as the serialized file, and those that answer beside it."""
+    """Write other weights as the serialized file, and the weights that the handler uses next to it."""
     torch.save({name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}, folder / "weights.pth")
     torch.save(model.state_dict(), folder / "ema.pth")
     return UsersFiles(folder / "weights.pth", (folder / "ema.pth",))
 
 
 def with_file(name: str, content: bytes) -> Callable[[nn.Module, Path], UsersFiles]:
-    """Return what writes the weights and another file."""
+    """Return a function that writes the weights and another file."""
     def write(model: nn.Module, folder: Path) -> UsersFiles:
         torch.save(model.state_dict(), folder / "weights.pth")
         (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Habits behind a TorchServe: their workers, and what clients get."""
+"""Habits that a TorchServe serves: their workers, and the answers that clients get."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Served:
     version: str
     file_name: str
     in_workflow: bool = False
-    """Whether it is a node of a workflow as well."""
+    """Whether the version is also a node of a workflow."""
 
     @property
     def workflow(self) -> str:
@@ -45,7 +45,7 @@ class Served:
 
 @contextmanager
 def serving(server: TorchServe, versions: Sequence[Served]) -> Iterator[dict[Served, str]]:
-    """Serve versions with one worker each inside the block; yield why those are not ready that are not."""
+    """Serve versions with one worker each inside the block; yield the versions that are not ready, with the causes."""
     management = Management(server.addresses, server.key_file)
     troubles: dict[Served, str] = {}
     for served in versions:
@@ -84,7 +84,7 @@ def alone(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[Answe
 
 
 def together(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[Answer]:
-    """Return the answers to requests of several clients, which TorchServe puts into batches."""
+    """Return the answers to requests that several clients send, so that TorchServe puts them into batches."""
     sessions = threading.local()
 
     def one(ask: Ask) -> Answer:
@@ -97,10 +97,10 @@ def together(server: TorchServe, served: Served, asks: Sequence[Ask]) -> list[An
 
 
 def left_and_stayed(server: TorchServe, served: Served, limit_s: float = 5.0) -> tuple[int, int]:
-    """Return how many rows left at an exit, and how many at the end, as the server's metrics count them.
+    """Return how many rows left at an exit and how many at the end, by the server's metrics.
 
-    A metric is a line of output of the worker, so it may come later than the answer: the figures are taken once both
-    are there, at the latest after the limit.
+    A metric is a line in the worker's output, so it may arrive later than the answer. The figures are taken when both
+    numbers are above 0, or at the latest after the limit.
     """
     deadline = time.monotonic() + limit_s
     while True:

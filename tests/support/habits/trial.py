@@ -1,4 +1,4 @@
-"""Tries habits: clients ask the original archive and those that `ee-archive` made of it the same."""
+"""Trials of habits: clients send the same requests to an original archive and to those that `ee-archive` made of it."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from tests.support.rewritten import rewritten
 from tests.support.untried import build_untried
 
 EXITS = "early_exit:\n  control_rate: 0\n"
-"""Exits are not bypassed, whatever time they save."""
+"""The configuration with exits, which are never bypassed, even if they save no time."""
 EARLY = EXITS + "  answers: early\ncontinuousBatching: true\n"
 WITHOUT_EXITS, WITH_EXITS, EARLY_ANSWERS = "without exits", "with exits", "with early answers"
 WAYS = (WITHOUT_EXITS, WITH_EXITS, EARLY_ANSWERS)
-"""How an archive of ours may answer."""
+"""The ways in which our archives may answer."""
 
 
 @dataclass
 class Trial:
-    """A habit while it is tried."""
+    """The trial of a habit."""
 
     habit: Habit
     folder: Path
-    """For what is written of it."""
+    """The folder for the files of the habit."""
     ours: dict[str, Served] = field(default_factory=dict)
-    """By way of answering: the version that does."""
+    """Our version for each way of answering."""
     refused: Refused | None = None
-    """What `ee-archive` said of the original archive."""
+    """The refusal of the original archive by `ee-archive`, if any."""
     wrong: list[str] = field(default_factory=list)
-    """How a client would notice; empty where none would."""
+    """How a client would notice the difference. It is empty if none would."""
     first: list[Answer] = field(default_factory=list)
-    """What the original answers, asked alone."""
+    """The original's answers to requests that are sent one after the other."""
     again: list[Answer] = field(default_factory=list)
-    """The same once more."""
+    """The original's answers to the same requests a second time."""
     in_batches: list[Answer] = field(default_factory=list)
-    """What the original answers where requests become batches."""
+    """The original's answers to requests that TorchServe puts into batches."""
 
     @property
     def same(self) -> bool:
@@ -75,15 +75,15 @@ class Trial:
 def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = WAYS, at_once: int = 8,
                build: Callable[[ArchiveRequest], Path] = build_archive,
                log: Callable[[str], None] = lambda line: None) -> list[Trial]:
-    """Return what became of each habit.
+    """Return the result of the trial of each habit.
 
     Args:
-        habits: are tried.
-        folder: for everything that is written.
-        ways: of answering that are tried.
-        at_once: how many habits are served side by side; each takes a worker.
-        build: makes an archive of an original.
-        log: called with a line about each habit.
+        habits: the habits to try.
+        folder: the folder for everything that is written.
+        ways: the ways of answering to try.
+        at_once: how many habits are served side by side. Each one takes a worker.
+        build: a function that makes our archive from an original.
+        log: a function that is called with a line about each habit.
     """
     store = folder / "store"
     store.mkdir(parents=True)
@@ -101,8 +101,8 @@ def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = W
 
 @contextmanager
 def without_openvino(folder: Path) -> Iterator[None]:
-    """Let servers that are started inside the block not find OpenVINO: wherever it is installed, TorchServe's handlers
-    import it, which takes three seconds for each worker, and do nothing with it."""
+    """Hide OpenVINO from servers that are started inside the block. TorchServe's handlers import it if it is installed,
+    which takes three seconds for each worker, but they do not use it."""
     package = folder / "without" / "openvino"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text("raise ImportError('not for this server')\n")
@@ -111,7 +111,7 @@ def without_openvino(folder: Path) -> Iterator[None]:
 
 
 def configuration(folder: Path, envelope: str | None) -> Path:
-    """Write TorchServe's configuration with an envelope, if there is to be one."""
+    """Write a configuration of TorchServe with the envelope, if one is given; return its path."""
     config = folder / f"{envelope}.properties"
     config.write_text(f"service_envelope={envelope}\n" if envelope else "")
     return config
@@ -127,7 +127,7 @@ def _try(trials: Sequence[Trial], server: TorchServe, ways: Sequence[str],
 
 
 def _adopt(trials: Sequence[Trial], store: Path, build: Callable[[ArchiveRequest], Path]) -> None:
-    """Make the original archives, and of each one without exits."""
+    """Make the original archives, and from each of them our archive without exits."""
     sources = [original(trial.habit, trial.folder, store) for trial in trials]
     requests = [asked(trial.habit, source, trial.folder, store) for trial, source in zip(trials, sources)]
     for trial, outcome in zip(trials, build_all(requests, build)):
@@ -138,7 +138,7 @@ def _adopt(trials: Sequence[Trial], store: Path, build: Callable[[ArchiveRequest
 
 
 def _add_exits(trials: Sequence[Trial], store: Path) -> None:
-    """Make of each archive one with exits, and of that one with early answers."""
+    """Make an archive with exits from each archive without exits, and from that one an archive with early answers."""
     for trial in trials:
         habit, recorder = trial.habit, store / trial.ours[WITHOUT_EXITS].file_name
         config = trial.folder / "exits.yaml"
@@ -147,7 +147,7 @@ def _add_exits(trials: Sequence[Trial], store: Path) -> None:
             plan = copied_exits(trial.folder / "plan", recorder, habit.followers(habit.model()), habit.thresholds)
             exits = build_untried(ArchiveRequest(str(recorder), store, plan=plan, config=config,
                                                  version=f"{trial.ours[WITHOUT_EXITS].version}.exits"))
-        except Exception as error:  # one habit that cannot have exits is told, and the others go on
+        except Exception as error:  # a habit that cannot have exits must not stop the others
             trial.wrong.append(f"{WITH_EXITS}: {type(error).__name__}: {error}")
             continue
         served = trial.ours[WITH_EXITS] = _served(exits, habit)
@@ -164,7 +164,7 @@ def _served(mar: Path, habit: Habit) -> Served:
 
 
 def is_node(habit: Habit) -> bool:
-    """Tell whether a habit is asked through a workflow too."""
+    """Tell whether some requests of a habit go through a workflow."""
     return any(ask.over is Over.WORKFLOW for ask in habit.asks)
 
 
@@ -194,19 +194,19 @@ def _ask_ours(trials: Sequence[Trial], way: str, server: TorchServe) -> None:
 
 
 def _side_by_side(ask: Callable[[Trial], None], trials: Sequence[Trial]) -> None:
-    """Ask for all trials at once: each waits for its batches most of the time."""
+    """Send the requests of all trials at the same time, because each trial mostly waits for its batches."""
     with ThreadPoolExecutor(max(1, len(trials))) as pool:
         list(pool.map(ask, trials))
 
 
 def _with_version(answer: Answer, found: str, expected: str) -> Answer:
-    """Return an answer that says another version, where it says one, as an envelope does."""
+    """Return an answer in which the version, if it is named as in an envelope, is replaced by the expected one."""
     said = (f'"model_version": "{version}"'.encode() for version in (found, expected))
     return replace(answer, body=answer.body.replace(*said))
 
 
 def _noticed(trial: Trial, served: Served, server: TorchServe) -> str:
-    """Return how a client would notice that a version answers instead of the original; empty where none would."""
+    """Return how a client would notice that a version answers instead of the original, or an empty text."""
     habit = trial.habit
     batchable = [number for number, ask in enumerate(habit.asks) if ask in trial.batchable]
     for asks, found, expected, again in (

@@ -5,7 +5,7 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class Cifar100Classifier(ImageClassifier):
-    """Answers the hundred classes for a 32x32 PNG."""
+    """A handler that answers with the scores of the hundred classes for a 32x32 PNG."""
 
     topk = 100
     image_processing = transforms.Compose([

@@ -5,7 +5,7 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class CifarClassifier(ImageClassifier):
-    """Answers the ten classes for a 32x32 JPEG."""
+    """A handler that answers with the scores of the ten classes for a 32x32 JPEG."""
 
     topk = 10
     image_processing = transforms.Compose([

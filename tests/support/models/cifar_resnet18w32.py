@@ -1,4 +1,4 @@
-"""ResNet-18 of base width 32 with a 3x3 stem, as the weights `resnet18w32-cifar10-jpeg` expect it."""
+"""A ResNet-18 of base width 32 with a 3x3 stem, as the weights `resnet18w32-cifar10-jpeg` require."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock
 
 
 class ResNet18W32(nn.Module):
-    """Basic blocks 2-2-2-2 with 32, 64, 128 and 256 channels for 3x32x32 images."""
+    """Four groups of two basic blocks with 32, 64, 128 and 256 channels, for 3x32x32 images."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ResNet-56 of He et al. 2015, section 4.2, as the weights `resnet56-cifar10-jpeg` expect it."""
+"""The ResNet-56 of He et al. 2015, section 4.2, as the weights `resnet56-cifar10-jpeg` require."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock
 
 
 class ResNet56(nn.Module):
-    """Three groups of nine basic blocks with 16, 32 and 64 channels, shortcuts without parameters."""
+    """Three groups of nine basic blocks with 16, 32 and 64 channels, and with shortcuts without parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class ResNet56(nn.Module):
     def _group(self, channels_in: int, channels: int, stride: int) -> nn.Sequential:
         shortcut = None
         if stride != 1:
-            # Every second pixel, and zeros for the channels that are new (option A of the paper).
+            # The shortcut takes every second pixel, and zeros for the new channels (option A of the paper).
             new = (channels - channels_in) // 2
             shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.ConstantPad3d((0, 0, 0, 0, new, new), 0.0))
         return nn.Sequential(BasicBlock(channels_in, channels, stride, shortcut),

@@ -1,4 +1,4 @@
-"""Answers click records, JSON or binary, with the probability of a click."""
+"""A handler that answers click records, in JSON or binary, with the probability of a click."""
 
 import torch
 from criteo import decode
@@ -6,7 +6,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 
 class ClickHandler(BaseHandler):
-    """One answer for a record, a list of answers for a list or a binary batch."""
+    """A handler that gives one answer for a record, and a list of answers for a list or a binary batch."""
 
     def preprocess(self, data):
         bodies = [item.get("data", item.get("body")) for item in data]

@@ -2,8 +2,8 @@
 
 A request is one record or a list of them, as JSON objects with the keys I1 to I13 and C1 to C26 (absent or null means
 missing), or a binary batch: the four bytes CLK1, then 156 bytes a record, little-endian: 13 float32 (NaN means missing)
-and 26 uint32 (0 means missing), the categories' codes. The code of a string of eight hexadecimal digits, as Criteo has
-them, is its value; that of any other is its CRC-32, and so the empty one is missing too.
+and 26 uint32 (0 means missing), the codes of the categories. The code of a string of eight hexadecimal digits, as in
+Criteo's data, is its value. The code of any other string is its CRC-32, so an empty string also means missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 COUNTS = tuple(f"I{number}" for number in range(1, 14))
 CATEGORIES = tuple(f"C{number}" for number in range(1, 27))
 BUCKETS = 2000
-"""Of each category; the first is for what is missing."""
+"""The number of buckets of each category. The first bucket is for missing values."""
 MAGIC = b"CLK1"
 _RECORD = struct.Struct("<13f26I")
 _KEYED = struct.Struct("<BI")
@@ -31,10 +31,10 @@ def decode(body: bytes | Mapping[str, Any] | Sequence[Any]) -> list[list[float]]
     """Return the 39 numbers of each record of a request.
 
     Args:
-        body: the bytes of a request, or what TorchServe made of JSON.
+        body: the bytes of a request, or the object that TorchServe parsed from JSON.
 
     Raises:
-        ValueError: it is neither JSON records nor a binary batch; the message says what was found.
+        ValueError: the body is neither JSON records nor a binary batch; the message says what was found.
     """
     if isinstance(body, (bytes, bytearray)) and body[:4] == MAGIC:
         rest = bytes(body[4:])
@@ -57,30 +57,30 @@ def from_json(record: Mapping[str, Any]) -> list[float]:
     """Return the 39 numbers of one record.
 
     Raises:
-        ValueError: an unknown key, or a count that is no number.
+        ValueError: the record has an unknown key, or a count that is not a number.
     """
     values = _values(record)
     return features(values[:13], [int(code) for code in values[13:]])
 
 
 def features(counts: Sequence[float], codes: Sequence[int]) -> list[float]:
-    """Return log(1 + count), 0 for what is missing or negative, and the bucket of each category.
+    """Return log(1 + count) for each count, or 0 if it is missing or negative, and the bucket of each category.
 
     Args:
-        counts: 13, NaN where missing.
-        codes: 26, 0 where missing.
+        counts: 13 counts; NaN means missing.
+        codes: 26 codes; 0 means missing.
     """
     numbers = [math.log1p(count) if count > 0 else 0.0 for count in counts]
     return numbers + [float(bucket(field, code)) for field, code in enumerate(codes)]
 
 
 def bucket(field: int, code: int) -> int:
-    """Return the bucket of a category: fields are hashed apart, so that equal codes do not always meet."""
+    """Return the bucket of a code. The hash includes the field, so equal codes of two fields may get two buckets."""
     return 1 + zlib.crc32(_KEYED.pack(field, code)) % (BUCKETS - 1) if code else 0
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the label and the record of each row of a file with the columns label, I1-I13, C1-C26."""
+    """Yield the label and the record of each row of a file with the columns label, I1-I13 and C1-C26."""
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             yield int(row.pop("label")), {key: value for key, value in row.items() if value}

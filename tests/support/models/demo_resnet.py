@@ -1,11 +1,11 @@
-"""A CIFAR-style ResNet for grey 32x32 digits, large enough that exits are worth their cost: the demo's model file."""
+"""The model file of the demo: a CIFAR-style ResNet for grey 32x32 digits, large enough that exits pay."""
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 
 class DemoResNet(nn.Module):
-    """Stem and three groups of two residual blocks with 32, 64 and 128 channels."""
+    """A stem and three groups of two residual blocks with 32, 64 and 128 channels."""
 
     def __init__(self) -> None:
         super().__init__()

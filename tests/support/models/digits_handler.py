@@ -5,7 +5,7 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class DigitsClassifier(ImageClassifier):
-    """Answers the three likeliest digits for a 32x32 image."""
+    """A handler that answers with the three likeliest digits for a 32x32 image."""
 
     topk = 3
     image_processing = transforms.Compose([transforms.Grayscale(), transforms.ToTensor(),

@@ -5,7 +5,7 @@ from torchvision.models.resnet import BasicBlock
 
 
 class DigitsResNet(nn.Module):
-    """Stem and three groups of two residual blocks with 16, 32 and 64 channels."""
+    """A stem and three groups of two residual blocks with 16, 32 and 64 channels."""
 
     def __init__(self) -> None:
         super().__init__()

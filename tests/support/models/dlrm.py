@@ -1,4 +1,4 @@
-"""DLRM: counts through a MLP, embeddings of the categories, their dot products, and a MLP on top."""
+"""DLRM: an MLP for the counts, embeddings of the categories, dot products of both, and an MLP on top."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ COUNTS, CATEGORIES, BUCKETS, WIDTH = 13, 26, 2000, 64
 
 
 class Embeddings(nn.Module):
-    """One vector for the counts and one for each category."""
+    """A layer that returns one vector for the counts and one for each category."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Embeddings(nn.Module):
 
 
 class Interaction(nn.Module):
-    """The dot products of all pairs, beside the vector of the counts."""
+    """A layer that returns the vector of the counts and the dot products of all pairs of vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Interaction(nn.Module):
 
 
 class DLRM(nn.Module):
-    """(B, 39) float32 records, 13 counts and 26 buckets, to (B, 2) logits of no click and click."""
+    """A model that maps (B, 39) float32 records of 13 counts and 26 buckets to (B, 2) logits of no click and click."""
 
     def __init__(self) -> None:
         super().__init__()

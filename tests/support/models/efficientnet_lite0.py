@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class EfficientNetLite0(nn.Module):
-    """Maps (B, 3, 224, 224) photos to the scores of the 1,000 ImageNet classes."""
+    """A model that maps (B, 3, 224, 224) photos to the scores of the 1,000 ImageNet classes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class FaceClassifier(ImageClassifier):
-    """Answers the likeliest identities for a face."""
+    """A handler that answers with the likeliest identities for a face."""
 
     image_processing = transforms.Compose([
         transforms.Resize((112, 96)), transforms.ToTensor(),

@@ -1,4 +1,4 @@
-"""MobileFaceNet with a classifier of identities: the embedding of faces, and a linear layer on its direction."""
+"""MobileFaceNet with a classifier of identities, which is a linear layer on the direction of a face's embedding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 class ConvBlock(nn.Module):
-    """Convolution, batch norm, and PReLU unless it is linear."""
+    """A convolution, a batch norm, and a PReLU unless the block is linear."""
 
     def __init__(self, channels_in: int, channels: int, kernel: int | tuple[int, int], stride: int = 1,
                  padding: int = 0, groups: int = 1, linear: bool = False) -> None:
@@ -21,7 +21,7 @@ class ConvBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Inverted residual: wide depthwise convolution between two pointwise ones."""
+    """An inverted residual block: a wide depthwise convolution between two pointwise ones."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """(B, 3, 112, 96) faces in [-1, 1] to (B, 40) logits."""
+    """A model that maps (B, 3, 112, 96) faces in [-1, 1] to (B, 40) logits."""
 
     def __init__(self, n_identities: int = 40) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MobileFaceNet(nn.Module):
         self.identities = nn.Linear(128, n_identities)
 
     def embed(self, faces: Tensor) -> Tensor:
-        """Return (B, 128) directions."""
+        """Return the (B, 128) directions of the embeddings."""
         x = self.conv2(self.blocks(self.dw_conv1(self.conv1(faces))))
         return functional.normalize(self.linear1(self.linear7(x)).flatten(1))
 

@@ -5,7 +5,7 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class PhotoClassifier(ImageClassifier):
-    """Answers the likeliest classes for a photo."""
+    """A handler that answers with the likeliest classes for a photo."""
 
     image_processing = transforms.Compose([
         transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),

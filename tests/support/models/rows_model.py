@@ -1,4 +1,4 @@
-"""A model and its handler that know nothing of TorchServe's packages: requests are JSON lists of numbers."""
+"""A model and its handler, which do not import TorchServe's packages. Requests are JSON lists of numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Mask R-CNN for small scenes: ResNet-18, a pyramid of 128 channels, at most 50 proposals and 10 objects."""
+"""A Mask R-CNN for small scenes, with ResNet-18, a pyramid of 128 channels, and at most 50 proposals and 10 objects."""
 
 from torch import nn
 from torchvision.models import resnet18

@@ -1,10 +1,10 @@
-"""A backbone nearly all of whose time is behind its first layers."""
+"""A backbone that spends nearly all of its time after its first layers."""
 
 from torch import Tensor, nn
 
 
 class SlowEnd(nn.Module):
-    """Grey 32x32 images through one convolution again and again; a row takes some tenths of a second."""
+    """A model that applies one convolution to grey 32x32 images many times. A row takes a few tenths of a second."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A Mask R-CNN that a test can afford: ResNet-18, few proposals, images of 96 pixels."""
+"""A Mask R-CNN that is fast enough for tests, with ResNet-18, few proposals, and images of 96 pixels."""
 
 from torch import nn
 from torchvision.models.detection import MaskRCNN

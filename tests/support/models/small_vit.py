@@ -1,11 +1,11 @@
-"""A small vision transformer for grey 32x32 digits, made of torchvision's."""
+"""A small vision transformer for grey 32x32 digits, made from torchvision's."""
 
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 
 class SmallViT(nn.Module):
-    """Patches of 4 pixels, 8 blocks of width 96."""
+    """A transformer with patches of 4 x 4 pixels and 8 blocks of width 96."""
 
     def __init__(self) -> None:
         super().__init__()

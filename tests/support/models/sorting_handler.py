@@ -1,4 +1,4 @@
-"""Answers rows of numbers, JSON lists, in ascending order of their first: no order of the requests."""
+"""A handler that sorts its batch by the first number of each request. Requests are JSON lists of numbers."""
 
 import json
 
@@ -7,7 +7,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 
 class SortingHandler(BaseHandler):
-    """Gives each request the answer of its own row."""
+    """A handler that still gives each request the answer to its own row."""
 
     def preprocess(self, data):
         rows = [json.loads(item["body"]) for item in data]

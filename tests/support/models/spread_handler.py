@@ -1,6 +1,6 @@
 """A handler that can set the clock of its worker.
 
-Requests are JSON lists of numbers. A request {"clock": seconds} sets the clock of its worker so far ahead.
+Requests are JSON lists of numbers. A request {"clock": seconds} sets the clock of its worker ahead by this time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _time, _time_ns = time.time, time.time_ns
 
 
 class SpreadHandler:
-    """Answers with the number of the class."""
+    """A handler that answers with the number of the class."""
 
     def initialize(self, context: Any) -> None:
         self.model = spread_model()

@@ -1,4 +1,4 @@
-"""A model that has no answer to inputs whose values are all equal."""
+"""A model whose scores are not finite for inputs whose values are all equal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Spread(nn.Module):
-    """Divides by the spread of its input, which is 0 for a black image."""
+    """A layer that divides by the spread of its input, which is 0 for a black image."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A small transformer for texts: token numbers and a mask of those that count, and a dict that names the logits."""
+"""A small transformer for texts. It takes token numbers and a mask of valid ones, and returns a dict with logits."""
 
 import torch
 from torch import Tensor, nn

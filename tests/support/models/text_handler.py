@@ -1,4 +1,4 @@
-"""Answers a text with the likeliest of four classes; its letters are the tokens."""
+"""A handler that answers a text with the likeliest of four classes. The letters of the text are the tokens."""
 
 import torch
 from ts.torch_handler.base_handler import BaseHandler

@@ -2,7 +2,7 @@ from rows_handler import RowsHandler
 
 
 class AugmentedRows(RowsHandler):
-    """Three rows of each request, whose scores are averaged."""
+    """A handler that makes three rows from each request and averages their scores."""
 
     def preprocess(self, data):
         rows = super().preprocess(data)

@@ -1,4 +1,4 @@
-"""The first layer computes in bfloat16, by autocast inside forward."""
+"""A model whose first layer computes in bfloat16, by autocast inside forward."""
 
 import torch
 from rows_net import RowsNet

@@ -6,7 +6,7 @@ from rows_handler import RowsHandler
 
 
 class Beating(RowsHandler):
-    """Keeps its model warm from a thread."""
+    """A handler that keeps its model warm from a thread."""
 
     def initialize(self, context):
         super().initialize(context)

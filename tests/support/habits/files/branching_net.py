@@ -1,4 +1,4 @@
-"""What is computed depends on the values of the batch."""
+"""A model whose operations depend on the values of the batch."""
 
 from rows_net import RowsNet
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A row is seen by its distances from 12 centres."""
+"""A model that reads the distances of a row from 12 centres."""
 
 import torch
 from torch import Tensor, nn

@@ -4,7 +4,7 @@ from rows_net import RowsNet
 
 
 class CompiledCheckpoint(RowsHandler):
-    """For weights that were saved from what torch.compile returned."""
+    """A handler for weights that were saved from a compiled model."""
 
     def _load_pickled_model(self, model_dir, model_file, model_pt_path):
         weights = torch.load(model_pt_path, map_location=self.device)

@@ -3,7 +3,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 
 class Counted(RowsHandler):
-    """Reports metrics of its own, like TorchServe's example of custom metrics."""
+    """A handler that reports its own metrics, like TorchServe's example of custom metrics."""
 
     def initialize(self, context):
         super().initialize(context)

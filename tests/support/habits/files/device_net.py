@@ -1,4 +1,4 @@
-"""A model that tells on which device it is."""
+"""A model with an attribute that tells its device."""
 
 import torch
 from rows_net import RowsNet

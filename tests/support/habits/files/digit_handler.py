@@ -3,7 +3,7 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class DigitHandler(ImageClassifier):
-    """TorchServe's MNIST example: one digit out."""
+    """A handler that answers with one digit, like TorchServe's MNIST example."""
 
     image_processing = transforms.Compose([
         transforms.Grayscale(), transforms.Resize((28, 28)), transforms.ToTensor(),

@@ -3,7 +3,7 @@ from rows_handler import RowsHandler
 
 
 class DistinctRows(RowsHandler):
-    """Asks the model once for requests that are equal."""
+    """A handler that asks the model only once about equal requests."""
 
     def inference(self, data):
         rows, number = torch.unique(data, dim=0, return_inverse=True)

@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class Ensemble(RowsHandler):
-    """Averages what two models say."""
+    """A handler that averages the scores of two models."""
 
     def initialize(self, context):
         super().initialize(context)

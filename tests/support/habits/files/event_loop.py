@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class EventLoop(RowsHandler):
-    """Has an event loop in a thread of its own, which calls the model."""
+    """A handler with an event loop in its own thread, from which the model is called."""
 
     def initialize(self, context):
         super().initialize(context)

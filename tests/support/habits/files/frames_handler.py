@@ -9,7 +9,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 
 class FramesHandler(BaseHandler):
-    """Images as base64 inside JSON."""
+    """A handler of requests that hold an image as base64 inside JSON."""
 
     look = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(),
                                transforms.Normalize([0.45, 0.45, 0.45], [0.25, 0.25, 0.25])])

@@ -2,7 +2,7 @@ from rows_handler import RowsHandler
 
 
 class Wrapped(RowsHandler):
-    """Left from before the function: TorchServe prefers the function."""
+    """A class from before the function was written. TorchServe prefers the function."""
 
     def postprocess(self, data):
         return ["the class answers"] * len(data)

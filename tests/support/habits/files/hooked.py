@@ -2,7 +2,7 @@ from rows_handler import RowsHandler
 
 
 class Hooked(RowsHandler):
-    """Answers with the mean activation of a layer too, which a hook has seen."""
+    """A handler that also answers with the mean activation of a layer, which it gets from a hook."""
 
     def initialize(self, context):
         super().initialize(context)

@@ -3,7 +3,7 @@ from rows_handler import RowsHandler
 
 
 class InnerModule(RowsHandler):
-    """Answers with the embedding of the first layer too."""
+    """A handler that also answers with the embedding of the first layer."""
 
     def inference(self, data):
         with torch.inference_mode():

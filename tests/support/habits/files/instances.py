@@ -3,7 +3,7 @@ from rows_handler import RowsHandler
 
 
 class Instances(RowsHandler):
-    """Gets lists of numbers out of an envelope."""
+    """A handler that gets lists of numbers from an envelope."""
 
     def preprocess(self, data):
         return torch.tensor(data, dtype=torch.float32)

@@ -4,7 +4,7 @@ from rows_handler import RowsHandler
 
 
 class KeptContext(RowsHandler):
-    """Keeps the context that it is initialized with, and puts things on it."""
+    """A handler that keeps the context from its initialization and sets attributes on it."""
 
     def initialize(self, context):
         super().initialize(context)

@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class KindsOfBodies(RowsHandler):
-    """Takes bytes, texts, lists and objects, and says what it got."""
+    """A handler that takes bytes, texts, lists and objects, and tells the type of each body."""
 
     def preprocess(self, data):
         bodies = [item.get("data") or item.get("body") for item in data]

@@ -6,7 +6,7 @@ from rows_net import RowsNet
 
 
 class Lazy(RowsHandler):
-    """Loads its model when the first request comes."""
+    """A handler that loads its model when the first request comes."""
 
     def initialize(self, context):
         self.manifest, self.device = context.manifest, torch.device("cpu")

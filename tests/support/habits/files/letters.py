@@ -4,7 +4,7 @@ from rows_handler import RowsHandler
 
 
 class Letters(RowsHandler):
-    """A text in, seen by how often it has each vowel and the letter n; the label as plain text out."""
+    """A handler that counts the vowels and the letter n in a text, and answers with the label as plain text."""
 
     def preprocess(self, data):
         texts = [item.get("data") or item.get("body") for item in data]

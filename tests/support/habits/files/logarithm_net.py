@@ -1,4 +1,4 @@
-"""Rows are counts and amounts: the model takes logarithms of some and roots of the others."""
+"""A model of rows of counts and amounts, which takes the logarithms of some and the roots of the others."""
 
 import torch
 from rows_net import RowsNet

@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class MarkedLabels(RowsHandler):
-    """Its label file was saved by an editor that begins files with a byte order mark."""
+    """A handler whose label file was saved by an editor that begins files with a byte order mark."""
 
     def initialize(self, context):
         super().initialize(context)

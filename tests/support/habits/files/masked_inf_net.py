@@ -1,4 +1,4 @@
-"""One class is no longer offered: its score is minus infinity."""
+"""A model in which one class is no longer offered: its score is minus infinity."""
 
 import torch
 from rows_net import RowsNet

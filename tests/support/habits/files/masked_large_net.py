@@ -1,4 +1,4 @@
-"""One class is no longer offered: its score is a very large negative number."""
+"""A model in which one class is no longer offered: its score is a very large negative number."""
 
 import torch
 from rows_net import RowsNet

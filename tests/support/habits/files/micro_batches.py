@@ -6,7 +6,7 @@ from rows_handler import RowsHandler
 
 
 class MicroBatches(RowsHandler):
-    """Works in parts of a batch, in threads of which each does one thing, as TorchServe's example of micro-batching."""
+    """A handler that sends parts of a batch through threads for each step, like TorchServe's micro-batching example."""
 
     def initialize(self, context):
         super().initialize(context)

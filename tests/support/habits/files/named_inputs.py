@@ -3,7 +3,7 @@ from rows_handler import RowsHandler
 
 
 class NamedInputs(RowsHandler):
-    """Gets the tensors of KServe's second protocol."""
+    """A handler that gets the tensors of KServe's second protocol."""
 
     def preprocess(self, data):
         return torch.tensor([item["data"] for item in data], dtype=torch.float32)

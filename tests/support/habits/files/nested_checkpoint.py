@@ -6,7 +6,7 @@ from rows_net import RowsNet
 
 
 class NestedCheckpoint(RowsHandler):
-    """For a training checkpoint with more than the weights in it."""
+    """A handler for a training checkpoint that holds more than the weights."""
 
     def initialize(self, context):
         self.manifest = context.manifest

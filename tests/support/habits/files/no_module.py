@@ -6,7 +6,7 @@ from rows_handler import RowsHandler
 
 
 class NoModule(RowsHandler):
-    """Its model is a function of NumPy."""
+    """A handler whose model is a NumPy function."""
 
     def initialize(self, context):
         folder = Path(context.system_properties["model_dir"])

@@ -1,4 +1,4 @@
-"""Rows are brought to mean 0 and deviation 1 inside the model."""
+"""A model that normalises its rows to mean 0 and standard deviation 1."""
 
 import torch
 from rows_net import RowsNet

@@ -4,7 +4,7 @@ from rows_handler import RowsHandler
 
 
 class ObjectsIn(RowsHandler):
-    """A JSON object with names for its numbers, any of which may be missing."""
+    """A handler of JSON objects that name their numbers, any of which may be missing."""
 
     def preprocess(self, data):
         bodies = [item.get("data") or item.get("body") for item in data]

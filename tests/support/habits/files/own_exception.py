@@ -3,7 +3,7 @@ from ts.utils.util import PredictionException
 
 
 class OwnException(RowsHandler):
-    """Refuses rows by TorchServe's exception."""
+    """A handler that refuses rows with TorchServe's exception."""
 
     def preprocess(self, data):
         rows = super().preprocess(data)

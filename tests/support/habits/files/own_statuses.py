@@ -4,7 +4,7 @@ from rows_handler import RowsHandler
 
 
 class OwnStatuses(RowsHandler):
-    """Tells a client what is wrong with its request, and marks answers that are not sure."""
+    """A handler that tells clients what is wrong with a request, and marks answers with a low confidence."""
 
     def handle(self, data, context):
         bodies = [item.get("data") or item.get("body") for item in data]

@@ -1,4 +1,4 @@
-"""A classifier of photos of 224 pixels in five classes."""
+"""A classifier of photos of 224 x 224 pixels in five classes."""
 
 from torch import Tensor, nn
 

@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class PictureOut(RowsHandler):
-    """Answers with a chart."""
+    """A handler that answers with a chart."""
 
     def handle(self, data, context):
         answers = super().handle(data, context)

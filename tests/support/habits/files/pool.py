@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class Pool(RowsHandler):
-    """Calls the model for each request in a thread of a pool."""
+    """A handler that calls the model for each request in a thread of a pool."""
 
     def initialize(self, context):
         super().initialize(context)

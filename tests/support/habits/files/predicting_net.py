@@ -1,4 +1,4 @@
-"""A model with a method of its own for predictions."""
+"""A model with its own method for predictions."""
 
 import torch
 from rows_net import RowsNet

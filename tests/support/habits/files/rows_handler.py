@@ -1,4 +1,4 @@
-"""A JSON list of numbers in, the likeliest class and all probabilities out."""
+"""A handler of JSON lists of numbers, which answers with the likeliest class and all probabilities."""
 
 import json
 

@@ -5,7 +5,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 
 class SequenceClassifier(BaseHandler):
-    """A folder of save_pretrained without a model file, like TorchServe's Hugging Face example."""
+    """A handler that loads a folder of save_pretrained without a model file, like TorchServe's Hugging Face example."""
 
     def initialize(self, context):
         self.manifest, self.device = context.manifest, torch.device("cpu")

@@ -3,7 +3,7 @@ from rows_handler import RowsHandler
 
 
 class SeveralParts(RowsHandler):
-    """Takes a row and a factor, as the parts of a form."""
+    """A handler that takes a row and a factor as the parts of a form."""
 
     def preprocess(self, data):
         return torch.tensor([[float(item["factor"].decode()) * value for value in item["row"]]

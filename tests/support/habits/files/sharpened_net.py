@@ -1,4 +1,4 @@
-"""Scores are multiplied by an attribute of the model."""
+"""A model that multiplies its scores by one of its attributes."""
 
 from rows_net import RowsNet
 from torch import Tensor

@@ -5,7 +5,7 @@ from rows_handler import RowsHandler
 
 
 class SharpenedPerRequest(RowsHandler):
-    """Each request says how sharp its answer is to be."""
+    """A handler whose requests tell how sharp their answers shall be."""
 
     def handle(self, data, context):
         answers = []

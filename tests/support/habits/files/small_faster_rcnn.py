@@ -1,4 +1,4 @@
-"""A Faster R-CNN of ResNet-18 with few proposals, for images of 96 pixels."""
+"""A Faster R-CNN on ResNet-18 with few proposals, for images of 96 pixels."""
 
 from torch import nn
 from torchvision.models.detection import FasterRCNN

@@ -3,7 +3,7 @@ from rows_handler import RowsHandler
 
 
 class SortedBatch(RowsHandler):
-    """Sorts by size, as texts are sorted by length, and puts the answers back in order."""
+    """A handler that sorts rows by size, as others sort texts by length, and puts the answers back in order."""
 
     def inference(self, data):
         order = data.abs().sum(dim=1).argsort(descending=True)

@@ -1,4 +1,4 @@
-"""A sequence of length one is squeezed away, and with it the batch dimension of a batch of one."""
+"""A model that squeezes away a sequence dimension of size 1, and with it the batch dimension of a batch of one."""
 
 from rows_net import RowsNet
 from torch import Tensor

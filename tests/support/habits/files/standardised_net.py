@@ -1,4 +1,4 @@
-"""The weights of the first layer are standardised in every forward pass, by batch_norm as in timm's StdConv."""
+"""A model that standardises the weights of its first layer in every forward pass, by batch_norm as timm's StdConv."""
 
 import torch
 from rows_net import RowsNet

@@ -2,7 +2,7 @@ from rows_handler import RowsHandler
 
 
 class Strict(RowsHandler):
-    """Raises for what it does not understand, which fails the whole batch."""
+    """A handler that raises an error for an invalid request, which fails the whole batch."""
 
     def preprocess(self, data):
         rows = super().preprocess(data)

@@ -1,4 +1,4 @@
-"""One trunk, two classifiers: a colour and a size."""
+"""A model with one trunk and two classifiers, of a colour and of a size."""
 
 from rows_net import RowsNet
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from rows_net import RowsNet
 
 
 class Unprefixed(RowsHandler):
-    """For weights that were saved from a model inside DataParallel."""
+    """A handler for weights that were saved from a model inside DataParallel."""
 
     def initialize(self, context):
         self.context, self.manifest = context, context.manifest
