@@ -7,8 +7,8 @@ block-length selection for the dependent bootstrap): lags are noise from the fir
 2 sqrt(log10 n / n).
 
 Records may also be alike at a distance in time, as the frames of several cameras are. Pairs of records that are nearly
-equal are therefore counted at all lags up to a tenth of the records. Where they are more than twice as frequent as
-among records far apart, and blocks do not hold them together, blocks are periods that are as long as such pairs occur.
+equal are therefore counted at all lags up to a tenth of the records. Where they are more frequent than among records
+far apart, and blocks do not hold them together, blocks are periods that are as long as such pairs occur.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _ALIKE = (0.01, 0.03, 0.1)
 """The shares of pairs of distant records that count as alike, from strict to loose."""
 _NEARLY_EQUAL = 0.001
 """The share of pairs of distant records that count as nearly equal."""
-_COMPANIONS = 0.1
-"""The least number of nearly equal companions of a record, beyond chance, at lags that count as alike."""
-_MOST_LAGS = 48
-"""The number of lags that are looked at in each range of lags."""
+_CROWDED = 0.04
+"""The share of blocks that have, beyond chance, several nearly equal records at some lags, from which on these lags
+count as alike."""
+_MOST_LAGS, _MOST_COMPARED = 256, 4000
+"""The largest numbers of lags in a range of lags, and of records, that are compared."""
 _NEAR = 5
 """The number of lags in a row that must be noise before all further lags count as noise."""
 _PAIRS = 200_000
@@ -130,28 +131,36 @@ def _requests(position: Tensor) -> float:
 
 
 def _last_lag_alike(components: Tensor, nearly_equal: float, block: Tensor) -> int:
-    """Return the lag, in records, from which on pairs in different blocks are no more often nearly equal than others.
+    """Return the lag, in records, from which on records are no more often nearly equal to those of other blocks.
 
-    Lags up to a tenth of the records are looked at, in ranges that double: 1, 2 to 3, 4 to 7 and so on.
+    Lags up to a tenth of the records are looked at, in ranges that double: 1, 2 to 3, 4 to 7 and so on. One record of
+    each block is compared with some that follow it in a range, and with as many that are far away. Blocks with several
+    nearly equal records are counted, and not those records, as a few odd scenes must not decide.
 
     Args:
         components: (N, D) components of the records, in their order.
         nearly_equal: squared distance below which a share of `_NEARLY_EQUAL` of the distant pairs is.
-        block: (N,) int64 number of each record's block.
+        block: (N,) int64 number of each record's block, ascending from 0.
     """
     n, found = len(components), 0
+    sizes = torch.bincount(block)
+    middle = sizes.cumsum(dim=0) - 1 - sizes // 2
+    chosen = middle[torch.linspace(0, len(middle) - 1, min(_MOST_COMPARED, len(middle))).long()]
+
+    def crowded(first: int, end: int, n_lags: int) -> float:
+        compared = chosen[chosen + end <= n]
+        n_equal = torch.zeros(len(compared))
+        for lag in np.linspace(first, end - 1, n_lags).round().astype(int).tolist():
+            distance = (components[compared + lag] - components[compared]).square().sum(dim=1)
+            n_equal += (block[compared + lag] != block[compared]) & (distance < nearly_equal)
+        expected = _NEARLY_EQUAL * n_lags
+        return float((n_equal > expected + 2 * math.sqrt(expected) + 0.5).double().mean())
+
     first, most = 1, max(2, int(_TREND * n))
     while first < most:
         end = min(2 * first, most)
-        lags = [round(lag) for lag in np.linspace(first, end - 1, min(_MOST_LAGS, end - first))]
-        near = chance = 0.0
-        for lag in lags:
-            apart = block[lag:] != block[:-lag]
-            equal = (components[lag:] - components[:-lag]).square().sum(dim=1) < nearly_equal
-            near += float((equal & apart).sum())
-            chance += _NEARLY_EQUAL * float(apart.sum())
-        companions = 2 * (end - first) / len(lags) / n  # of a record, before and after it, for each pair that was found
-        if near > 2 * chance and companions * (near - chance) > _COMPANIONS:
+        n_lags = min(_MOST_LAGS, end - first)
+        if crowded(first, end, n_lags) > crowded(most, n // 2, n_lags) + _CROWDED:
             found = end
         first = end
     return found
