@@ -8,6 +8,8 @@ from typing import Any
 
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 
+_MOST_UNDECIDED = 100
+"""How many samples wait at most until it is known whether a block ends before them."""
 _MOST_CONTENTS = 1000
 """How many contents of a block count at most, the first ones: a camera may look at one scene for days."""
 
@@ -91,24 +93,22 @@ class Blocks:
             if sample.content is not None and sample.content == self.last:
                 return self, None
             return replace(self._with(sample), last=sample.content)._closed(n_remembered)
-        undecided = (*self.undecided, sample)
-        if len(undecided) < REACH:
-            return replace(self, undecided=undecided), None
-        first = undecided[0]
-        requests = self.requests + (first.requests if self.before else 0.0)
-        ended: Block | None = None
-        blocks = self
-        is_copy = self._is_known(first)
-        if self.before and not is_copy and requests >= LEAST * likeness.length and (
-                requests >= likeness.longest or not self._alike(undecided, likeness.distance)):
-            blocks, ended = self._closed(n_remembered)
-            requests = 0.0
-            if likeness.is_periodic:
-                blocks = replace(self, open=()) if self.skips else blocks
-                ended, blocks = None if self.skips else ended, replace(blocks, skips=not self.skips)
-        blocks = blocks._with(first)
-        before = self.before if is_copy else (*self.before, first.components)[-REACH:]
-        return replace(blocks, requests=requests, before=before, undecided=undecided[1:]), ended
+        blocks, ended = self._with_undecided(sample), None
+        while blocks.undecided:
+            first = blocks.undecided[0]
+            if not blocks._is_known(first):
+                originals = blocks._originals()
+                if len(originals) < REACH:
+                    break
+                ends = blocks._ends_before(originals, likeness)
+                if ends:
+                    blocks, ended = blocks._ended(likeness, n_remembered)
+                blocks = replace(blocks, before=(*blocks.before, first.components)[-REACH:],
+                                 requests=0.0 if ends or not blocks.before else blocks.requests + first.requests)
+            else:
+                blocks = replace(blocks, requests=blocks.requests + first.requests)
+            blocks = replace(blocks._with(first), undecided=blocks.undecided[1:])
+        return blocks, ended
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Blocks:
@@ -121,9 +121,36 @@ class Blocks:
                    tuple(map(tuple, data["before"])), tuple(map(Sample.from_json, data["undecided"])),
                    tuple(data["counted"]), data["skips"], data["last"])
 
-    def _alike(self, behind: Sequence[Sample], distance: float) -> bool:
-        return any(sum((a - b) ** 2 for a, b in zip(one, other.components)) < distance
-                   for other in behind if not self._is_known(other) for one in self.before)
+    def _with_undecided(self, sample: Sample) -> Blocks:
+        if len(self.undecided) < _MOST_UNDECIDED:
+            return replace(self, undecided=(*self.undecided, sample))
+        *others, last = self.undecided  # they are copies of a few contents, so one more tells nothing
+        return replace(self, undecided=(*others, replace(last, requests=last.requests + sample.requests)))
+
+    def _originals(self) -> list[Sample]:
+        """Return the undecided samples that are no copies."""
+        seen: set[int] = set()
+        originals = []
+        for sample in self.undecided:
+            if sample.content not in seen and not self._is_known(sample):
+                originals.append(sample)
+            if sample.content is not None:
+                seen.add(sample.content)
+        return originals
+
+    def _ends_before(self, originals: Sequence[Sample], likeness: Likeness) -> bool:
+        """Tell whether the open block ends before the first of the undecided samples."""
+        requests = self.requests + originals[0].requests
+        if not self.before or requests < LEAST * likeness.length:
+            return False
+        return requests >= likeness.longest or not any(
+            sum((a - b) ** 2 for a, b in zip(one, other.components)) < likeness.distance
+            for one in self.before for other in originals[:REACH])
+
+    def _ended(self, likeness: Likeness, n_remembered: int) -> tuple[Blocks, Block | None]:
+        """End the open block: return the blocks without it, and that block, if it counts."""
+        blocks, ended = self._closed(n_remembered)
+        return replace(blocks, skips=likeness.is_periodic and not self.skips), None if self.skips else ended
 
     def _is_known(self, sample: Sample) -> bool:
         """Tell whether the content of a sample is in the open block, or was counted recently."""

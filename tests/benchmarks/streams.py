@@ -95,6 +95,26 @@ def unequal(random: np.random.Generator) -> np.ndarray:
     return size
 
 
+def cameras(n_cameras: int, n_frames: int, n_requests: int) -> Draw:
+    """Return streams of cameras that send a frame in turns; each shows scenes that follow each other."""
+
+    def recorded(bank: Bank, first: np.random.Generator, then: np.random.Generator, n: int, n_past: int) -> Records:
+        camera, place = np.arange(n) % n_cameras, np.arange(n) // n_cameras
+        begins = then.integers(n_frames, size=n_cameras)[camera]
+        of_scene = camera * n + (place + begins) // n_frames
+        _, earliest, scene = np.unique(of_scene, return_index=True, return_inverse=True)
+        source = np.where(earliest < n_past, first.integers(bank.n_training, size=len(earliest)),
+                          _others(bank, len(earliest), then))
+        frame = source[scene] * bank.n_frames + then.integers(bank.n_frames, size=n)
+        return Records(frame, np.arange(n), scene, np.arange(n))
+
+    def draw(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
+        return Drawn(recorded(bank, first, then, n_requests, n_requests // 2),
+                     recorded(bank, first, then, N_LATER, 0), _uniform(bank), _uniform(bank))
+
+    return draw
+
+
 def harder_longer(bank: Bank, first: np.random.Generator, then: np.random.Generator) -> Drawn:
     """Return scenes of one to nine frames, of which the harder last longer."""
     n = N_SCENES // 2
@@ -239,6 +259,8 @@ STREAMS = {stream.name: stream for stream in (
     Stream("scenes of 60", "digits", scenes(constant(60))),
     Stream("scenes of 60 at .05", "digits", scenes(constant(60), 0.05), may_refuse=True),
     Stream("unequal scenes", "digits", scenes(unequal)),
+    Stream("two cameras in turns", "digits", cameras(2, 5, 40_000), may_refuse=True),
+    Stream("eight cameras in turns", "digits", cameras(8, 20, 12_000), may_refuse=True),
     Stream("harder scenes last longer", "digits", harder_longer),
     Stream("repeated files", "cifar100", repeated, fixed_past=True),
     Stream("50 files, then others", "cifar", fifty_files, fixed_past=True, may_refuse=True),

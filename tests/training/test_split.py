@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
+from early_exit.handler.errors import RecordError
+from early_exit.handler.exits.likeness import LEAST
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.data.split import GAP, REPEATED, Part, Split, in_time_order, split_in_time
 from early_exit.training.selection.certify import risk_p_value
@@ -48,6 +50,64 @@ def test_frames_of_a_scene_are_one_block_and_a_scene_at_the_border_is_in_no_part
     others = {int(one) for part in (Part.TRAIN, Part.TUNE) for one in scene[found.part == part.number]}
     assert not others & set(scene[certified].tolist())
     assert bool((found.part == GAP).any())
+
+
+def test_frames_of_cameras_in_turns_are_periods_of_which_every_second_one_certifies() -> None:
+    """No record is like those beside it, so blocks that begin where the content changes would be single records."""
+    n_cameras, n_frames, n_scenes = 8, 20, 600
+    of_camera = scenes(n_scenes, n_frames).view(n_cameras, -1, 6)
+    states = of_camera.transpose(0, 1).reshape(-1, 6)
+    found = split(states)
+    assert found.likeness is not None and found.likeness.is_periodic
+    assert found.likeness.length * LEAST >= n_cameras * n_frames * 0.8
+    blocks = found.block[found.rows(Part.CERTIFY)].unique()
+    assert len(blocks) > 2 and bool((blocks.diff() == 2).all())
+    with pytest.raises(RecordError, match="records of .* new scenes"):
+        found.evidence().require_enough(Risk.DISAGREEMENT, 0.02, 0.05, 0.3)
+
+
+def test_a_trend_is_told_and_scenes_are_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    still = torch.randn(4000, 6, generator=generator)
+    drifting = still.clone()
+    drifting[:, 2] += torch.linspace(0, 1, 4000)
+    assert split(drifting).is_trend and not split(still).is_trend and not split(scenes(600, 20)).is_trend
+
+
+def test_a_row_of_each_request_chooses_though_all_its_rows_have_one_content() -> None:
+    states, request = torch.randn(3000, 6), torch.arange(1000).repeat_interleave(3)
+    every = torch.ones(3000, dtype=torch.bool)
+    found = split_in_time(states, request, request, torch.arange(3000), torch.arange(3000).double(), every, every)
+    assert len(request[found.rows(Part.TUNE)].unique()) == 200
+    assert int((found.part == Part.TUNE.number).sum()) == 600, "one row is drawn later, whichever it is"
+
+
+def test_likeness_and_the_largest_block_are_fixed_before_the_records_that_certify() -> None:
+    early = scenes(420, 5)
+    found = split(torch.cat([early, scenes(180, 5, seed=1)]))
+    late = split(torch.cat([early, scenes(45, 20, seed=1)]))
+    assert found.likeness is not None and late.likeness is not None
+    assert found.likeness.length == late.likeness.length and found.likeness.distance == late.likeness.distance
+    assert found.evidence().largest == late.evidence().largest
+
+
+def test_positions_count_requests_and_not_records() -> None:
+    """With a tenth of the requests recorded, scenes of 50 requests have 5 records and last as long as before."""
+    states = scenes(600, 5)
+    n = len(states)
+    every, each = torch.ones(n, dtype=torch.bool), torch.arange(n)
+    found = split_in_time(states, each, each, each, 10.0 * each.double(), every, every)
+    assert found.likeness is not None and found.likeness.length == pytest.approx(50, rel=0.2)
+
+
+def test_repeats_of_a_new_content_are_one_piece_of_evidence_wherever_they_come() -> None:
+    content = torch.arange(1000) % 200
+    evidence = Evidence(torch.arange(1000), content, torch.arange(1000) < 200)
+    losses = (content == 0).float()
+    assert evidence.sizes() == (5.0, 1.0) and evidence.in_blocks
+    alone = Evidence(torch.arange(1000), torch.arange(1000), torch.ones(1000, dtype=torch.bool))
+    of_repeats, of_single = (one.p_value(Risk.DISAGREEMENT, losses, 0.02, 0.05) for one in (evidence, alone))
+    assert of_repeats > of_single
 
 
 def test_a_content_belongs_to_the_part_in_which_it_was_first_recorded() -> None:
@@ -147,7 +207,7 @@ def test_a_popular_file_that_is_answered_wrongly_counts_as_often_as_it_comes() -
 def test_few_files_that_are_always_right_prove_nothing_of_new_ones() -> None:
     content = torch.arange(1000) % 50
     evidence = Evidence(torch.arange(1000), content, torch.arange(1000) < 50)
-    assert evidence.p_value(Risk.DISAGREEMENT, torch.zeros(1000), 0.02, 0.05) == pytest.approx(0.98**50)
+    assert evidence.p_value(Risk.DISAGREEMENT, torch.zeros(1000), 0.02, 0.05) >= 0.98**50
 
 
 def test_p_values_of_blocks_are_seldom_small_where_the_share_is_above_the_tolerance() -> None:

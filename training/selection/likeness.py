@@ -85,6 +85,8 @@ def has_trend(alike: Likeness, states: Tensor, position: Tensor, content: Tensor
         position: (N,) float64, how many requests were served before each.
         content: (N,) int64 hashes of the contents.
     """
+    if len(states) < _FEWEST or not alike.directions.shape[1]:
+        return False
     x = _standardised(_means(alike.components(states), blocks_of(alike, states, position, content)))
     n = len(x)
     last = int(_TREND * n)
