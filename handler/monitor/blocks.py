@@ -51,7 +51,7 @@ class Block:
     lost: float
     """The sum of their losses. A content with several samples counts with the largest of their losses."""
     n_new: int
-    """The number of those contents that were not among the contents counted most recently."""
+    """The number of those contents that were not among the contents that came most recently."""
     lost_new: float
     """The sum of the losses of those."""
 
@@ -74,7 +74,7 @@ class Blocks:
     undecided: tuple[Sample, ...] = ()
     """The samples after those. More samples are needed to tell whether a new block begins with the first of them."""
     counted: tuple[int, ...] = ()
-    """The contents that were counted as new most recently in blocks that have ended; they are not new again."""
+    """The contents that came most recently in blocks that have ended; they are not new again."""
     skips: bool = False
     """Whether the open block will not count: of blocks that are periods, every second one does not."""
     last: int | None = None
@@ -87,7 +87,7 @@ class Blocks:
         Args:
             sample: the next sample.
             likeness: how samples are compared, or None if each sample is a block of its own.
-            n_remembered: how many contents are remembered as counted.
+            n_remembered: how many contents are remembered.
         """
         if likeness is None:
             if sample.content is not None and sample.content == self.last:
@@ -153,7 +153,7 @@ class Blocks:
         return replace(blocks, skips=likeness.is_periodic and not self.skips), None if self.skips else ended
 
     def _is_known(self, sample: Sample) -> bool:
-        """Tell whether the content of a sample is in the open block, or was counted recently."""
+        """Tell whether the content of a sample is in the open block, or came recently."""
         return sample.content is not None and (
             sample.content in self.counted or any(sample.content == content for content, _ in self.open))
 
@@ -168,6 +168,7 @@ class Blocks:
     def _closed(self, n_remembered: int) -> tuple[Blocks, Block]:
         """Close the open block, which is not empty: return the blocks without it, and that block."""
         new = [(content, loss) for content, loss in self.open if content is None or content not in self.counted]
-        kept = (*self.counted, *(content for content, _ in new if content is not None))[-n_remembered:]
+        came = [content for content, _ in self.open if content is not None]
+        kept = (*(content for content in self.counted if content not in came), *came)[-n_remembered:]
         return replace(self, open=(), counted=kept), Block(
             len(self.open), sum(loss for _, loss in self.open), len(new), sum(loss for _, loss in new))

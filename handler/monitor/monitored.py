@@ -14,9 +14,9 @@ from early_exit.handler.exits.risk import Risk
 
 _LOSSES_PER_ROUND = 20
 """The bets on requests take rounds of as many contents as have this many losses at the tolerated rate."""
-_REMEMBERED_PER_LOSS = 2
-"""A content counts again only after as many others as have this many losses at the tolerated rate. A content that is
-sent for ever therefore adds at most T / 2."""
+_REMEMBERED_PER_LOSS = 20
+"""A content counts again only if as many others came since as have this many losses at the tolerated rate. A content
+that keeps coming therefore counts once, and 20 that come rarely are needed to exceed the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Monitored:
 
     @property
     def n_remembered(self) -> int:
-        """The number of most recently counted contents that do not count again."""
+        """The number of contents that came most recently and do not count again."""
         return max(1, math.ceil(_REMEMBERED_PER_LOSS / self.tolerance))
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
