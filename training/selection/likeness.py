@@ -136,8 +136,8 @@ def _last_lag_alike(components: Tensor, nearly_equal: float, block: Tensor) -> i
     """Return the lag, in records, from which on records are no more often nearly equal to those of other blocks.
 
     Lags up to a tenth of the records are looked at, in ranges that double: 1, 2 to 3, 4 to 7 and so on. One record of
-    each block is compared with some that follow it in a range, and with as many that are far away. Blocks with several
-    nearly equal records are counted, and not those records, as a few odd scenes must not decide.
+    each block is compared with some that follow it in a range, and with as many a tenth of the records later. Blocks
+    with several nearly equal records are counted, and not those records, as a few odd scenes must not decide.
 
     Args:
         components: (N, D) components of the records, in their order.
@@ -149,9 +149,9 @@ def _last_lag_alike(components: Tensor, nearly_equal: float, block: Tensor) -> i
     middle = sizes.cumsum(dim=0) - 1 - sizes // 2
     chosen = middle[torch.linspace(0, len(middle) - 1, min(_MOST_COMPARED, len(middle))).long()]
 
-    def crowded(first: int, end: int, n_lags: int) -> float:
+    def crowded(first: int, end: int) -> float:
         compared = chosen[chosen + end <= n]
-        n_equal = torch.zeros(len(compared))
+        n_equal, n_lags = torch.zeros(len(compared)), min(_MOST_LAGS, end - first)
         for lag in np.linspace(first, end - 1, n_lags).round().astype(int).tolist():
             distance = (components[compared + lag] - components[compared]).square().sum(dim=1)
             n_equal += (block[compared + lag] != block[compared]) & (distance < nearly_equal)
@@ -161,8 +161,7 @@ def _last_lag_alike(components: Tensor, nearly_equal: float, block: Tensor) -> i
     first, most = 1, max(2, int(_TREND * n))
     while first < most:
         end = min(2 * first, most)
-        n_lags = min(_MOST_LAGS, end - first)
-        if crowded(first, end, n_lags) > crowded(most, n // 2, n_lags) + _CROWDED:
+        if crowded(first, end) > crowded(most + first, most + end) + _CROWDED:
             found = end
         first = end
     return found
