@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ _NEARLY_EQUAL = 0.001
 _CROWDED = 0.04
 """The share of blocks that have, beyond chance, several nearly equal records at some lags, from which on these lags
 count as alike."""
-_MOST_LAGS, _MOST_COMPARED = 256, 4000
+_MOST_LAGS, _MOST_COMPARED = 256, 1500
 """The largest numbers of lags in a range of lags, and of records, that are compared."""
 _NEAR = 5
 """The number of lags in a row that must be noise before all further lags count as noise."""
@@ -150,18 +149,18 @@ def _last_lag_alike(components: Tensor, nearly_equal: float, block: Tensor) -> i
     chosen = middle[torch.linspace(0, len(middle) - 1, min(_MOST_COMPARED, len(middle))).long()]
 
     def crowded(first: int, end: int) -> float:
-        compared = chosen[chosen + end <= n]
-        n_equal, n_lags = torch.zeros(len(compared)), min(_MOST_LAGS, end - first)
-        for lag in np.linspace(first, end - 1, n_lags).round().astype(int).tolist():
-            distance = (components[compared + lag] - components[compared]).square().sum(dim=1)
-            n_equal += (block[compared + lag] != block[compared]) & (distance < nearly_equal)
-        expected = _NEARLY_EQUAL * n_lags
+        compared = chosen[chosen + end <= n, None]
+        later = compared + torch.linspace(first, end - 1, min(_MOST_LAGS, end - first)).round().long()
+        distance = (components[later] - components[compared]).square().sum(dim=2)
+        n_equal = ((block[later] != block[compared]) & (distance < nearly_equal)).sum(dim=1)
+        expected = _NEARLY_EQUAL * later.shape[1]
         return float((n_equal > expected + 2 * math.sqrt(expected) + 0.5).double().mean())
 
     first, most = 1, max(2, int(_TREND * n))
     while first < most:
         end = min(2 * first, most)
-        if crowded(first, end) > crowded(most + first, most + end) + _CROWDED:
+        share = crowded(first, end)
+        if share > _CROWDED and share > crowded(most + first, most + end) + _CROWDED:
             found = end
         first = end
     return found
