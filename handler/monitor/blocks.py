@@ -68,7 +68,7 @@ class Blocks:
     open: tuple[tuple[int | None, float], ...] = ()
     """Content and loss of each content in the open block."""
     requests: float = 0.0
-    """The number of requests that have been served since the open block began."""
+    """The number of requests, without copies, that have been served since the open block began."""
     before: tuple[tuple[float, ...], ...] = ()
     """Components of the last samples of new contents that were assigned to a block."""
     undecided: tuple[Sample, ...] = ()
@@ -105,8 +105,6 @@ class Blocks:
                     blocks, ended = blocks._ended(likeness, n_remembered)
                 blocks = replace(blocks, before=(*blocks.before, first.components)[-REACH:],
                                  requests=0.0 if ends or not blocks.before else blocks.requests + first.requests)
-            else:
-                blocks = replace(blocks, requests=blocks.requests + first.requests)
             blocks = replace(blocks._with(first), undecided=blocks.undecided[1:])
         return blocks, ended
 
@@ -124,8 +122,7 @@ class Blocks:
     def _with_undecided(self, sample: Sample) -> Blocks:
         if len(self.undecided) < _MOST_UNDECIDED:
             return replace(self, undecided=(*self.undecided, sample))
-        *others, last = self.undecided  # they are copies of a few contents, so one more tells nothing
-        return replace(self, undecided=(*others, replace(last, requests=last.requests + sample.requests)))
+        return self  # they are copies of at most two contents, so one more tells nothing
 
     def _originals(self) -> list[Sample]:
         """Return the undecided samples that are no copies."""

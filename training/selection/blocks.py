@@ -24,27 +24,36 @@ def blocks_of(alike: Likeness, states: Tensor, position: Tensor, content: Tensor
         states: (N, K) states of the records, in their order.
         position: (N,) float64, how many requests were served before each.
         content: (N,) int64 hashes of the contents; by default all contents differ. A copy of an earlier record, such as
-            a health check, neither ends a block nor keeps it open.
+            a health check, neither ends a block nor keeps it open, nor does it make it longer.
     """
     n = len(states)
     if not alike.length:
         return torch.arange(n)
     original = originals(n, content)
     changes = changes_between(alike.components(states[original]), alike.distance)
-    may_change, may_begin = original[1:][changes], original[1:]
+    requests = requests_before(position, original)
+    may_change = changes.nonzero().flatten() + 1
+    change_at = requests[may_change]
     begins = torch.zeros(n, dtype=torch.int64)
-    change_at, begin_at = position[may_change], position[may_begin]
     at = 0
     while n:
-        change = int(torch.searchsorted(change_at, position[at] + LEAST * alike.length))
-        longest = int(torch.searchsorted(begin_at, position[at] + alike.longest))
-        found = [int(records[index]) for records, index in ((may_change, change), (may_begin, longest))
-                 if index < len(records)]
-        if not found:
+        change = int(torch.searchsorted(change_at, requests[at] + LEAST * alike.length))
+        at = min(int(may_change[change]) if change < len(may_change) else len(original),
+                 int(torch.searchsorted(requests, requests[at] + alike.longest)))
+        if at == len(original):
             break
-        at = min(found)
-        begins[at] = 1
+        begins[original[at]] = 1
     return begins.cumsum(dim=0)
+
+
+def requests_before(position: Tensor, original: Tensor) -> Tensor:
+    """Return the (M,) float64 numbers of requests before each of M records, without those that other records stand for.
+
+    Args:
+        position: (N,) float64, how many requests were served before each of N records.
+        original: (M,) positions of records among the N, ascending.
+    """
+    return position.diff(prepend=position[:1])[original].cumsum(dim=0)
 
 
 def originals(n: int, content: Tensor | None) -> Tensor:

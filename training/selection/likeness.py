@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
-from early_exit.training.selection.blocks import blocks_of, changes_between, originals
+from early_exit.training.selection.blocks import blocks_of, changes_between, originals, requests_before
 
 _COMPONENTS = 16
 """The number of directions, those of the largest variance, in which states are compared."""
@@ -51,7 +51,7 @@ def likeness(states: Tensor, position: Tensor, content: Tensor | None = None) ->
         content: (N,) int64 hashes of the contents; by default all contents differ. Copies are not compared.
     """
     original = originals(len(states), content)
-    x, position = states[original].float(), position[original]
+    x, position = states[original].float(), requests_before(position, original)
     n = len(x)
     mean, directions = _directions(x)
     nothing = Likeness(mean, directions, 0.0, 0.0)
