@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +80,8 @@ def cifar100(folder: Path) -> Bank:
     bodies, labels = load_requests("cifar100-test")
     chosen = slice(0, 6500)
     normalize = Cifar100Classifier.image_processing.transforms[-1]
-
-    def inputs(bodies: Sequence[bytes]) -> Tensor:
-        images = torch.from_numpy(np.stack([_pixels(body, "RGB") for body in bodies]))
-        return normalize(images.permute(0, 3, 1, 2).float() / 255)
-
     return _bank(backbone, [_pixels(body, "RGB") for body in bodies[chosen]], labels[chosen], n_training=2500,
-                 n_frames=1, quality=(70, 95), inputs=inputs)
+                 n_frames=1, quality=(70, 95), inputs=partial(as_batch, mean=normalize.mean, std=normalize.std))
 
 
 def handwriting(folder: Path, model: DigitsResNet | None = None, *, n_training: int = 2000, n_others: int = 4000,

@@ -66,8 +66,8 @@ def load_weights(name: str) -> dict[str, Tensor]:
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
 
 
-def as_batch(bodies: Sequence[bytes]) -> Tensor:
+def as_batch(bodies: Sequence[bytes], mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """Return the (B, 3, 32, 32) float32 inputs that the handler makes from the requests."""
     images = np.stack([np.asarray(Image.open(io.BytesIO(body)).convert("RGB")) for body in bodies])
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return ((scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).contiguous()
+    return ((scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).contiguous()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,11 +64,11 @@ class Evidence:
     @property
     def in_blocks(self) -> bool:
         """Whether several records are one piece of evidence anywhere."""
-        return len(_sizes(self._block_with_repeats())) < len(self.block)
+        return len(_sizes(self._block_with_repeats)) < len(self.block)
 
     def sizes(self) -> tuple[float, float]:
         """Return the numbers of requests, and of new contents, that most blocks do not exceed."""
-        return _quantile(_sizes(self._block_with_repeats())), _quantile(_sizes(self._blocks_of_new()))
+        return _quantile(_sizes(self._block_with_repeats)), _quantile(_sizes(self._blocks_of_new()))
 
     def p_value(self, risk: Risk, losses: Tensor, tolerance: float, delta: float) -> float:
         """Return a p-value of the hypothesis that the expected loss of requests, or of new contents, is above T.
@@ -79,9 +80,10 @@ class Evidence:
             delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
         """
         of_new, blocks_of_new = self._of_new(losses.double())
-        by_block, by_content = (_p_value(risk, losses.double(), block, tolerance, delta, self.largest[0])
-                                for block in (self.block, self._block_with_repeats()))
-        return max(by_block, by_content, _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1]))
+        grouped = self._block_with_repeats
+        of_requests = [_p_value(risk, losses.double(), block, tolerance, delta, self.largest[0])
+                       for block in ((self.block,) if torch.equal(grouped, self.block) else (self.block, grouped))]
+        return max(*of_requests, _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1]))
 
     def require_enough(self, risk: Risk, tolerance: float, delta: float, share: float, others: str = "") -> None:
         """Check that the records can certify anything.
@@ -98,7 +100,7 @@ class Evidence:
         """
         if self.p_value(risk, torch.zeros(len(self.block)), tolerance, delta) <= delta:
             return
-        of_requests = _sizes(self._block_with_repeats()), self.largest[0], "blocks of similar requests"
+        of_requests = _sizes(self._block_with_repeats), self.largest[0], "blocks of similar requests"
         of_contents = _sizes(self._blocks_of_new()), self.largest[1], "new scenes or contents"
         missing = [(blocks_needed(risk, sizes, largest, tolerance, delta), len(sizes), what)
                    for sizes, largest, what in (of_contents, of_requests)]
@@ -111,6 +113,7 @@ class Evidence:
             f"even if no answer differs: collect about {math.ceil(n_needed)} records in all (twice that to tolerate "
             f"differences), or ask for a larger --tolerance. No plan was written{others}")
 
+    @cached_property
     def _block_with_repeats(self) -> Tensor:
         """Return the (N,) block of each record; that of a new content's repeats is the one in which it was new.
 

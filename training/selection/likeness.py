@@ -89,7 +89,7 @@ def has_trend(alike: Likeness, states: Tensor, position: Tensor, content: Tensor
     x = _standardised(_means(alike.components(states), blocks_of(alike, states, position, content)))
     n = len(x)
     last = int(_TREND * n)
-    if last < 4 or not x.shape[1]:
+    if last < 4:
         return False
     lags = range(last // 2, last)
     found = torch.stack([(x[:-lag] * x[lag:]).mean(dim=0) for lag in lags]).mean(dim=0)
