@@ -138,10 +138,10 @@ def _first_half(client: Client, rows: Sequence[object], folder: Path) -> list[st
         while True:
             file.write(b"\0" * 2**16)
             file.flush()
-    client.send(rows[2000:2000 + 3 * PER_SHARD])
+    client.send(rows[2000:2000 + 2 * PER_SHARD])  # with the next shard, these are fewer than may wait
     time.sleep(2)
     filler.unlink()
-    client.send(rows[2000 + 3 * PER_SHARD:2500])
+    client.send(rows[2000 + 2 * PER_SHARD:2500])
     time.sleep(8)  # until the records that waited for room are written
     n_before = len(client.sent)
     client.send(rows[2500:2500 + PER_SHARD // 2])
@@ -270,7 +270,7 @@ def test_nothing_is_lost_but_what_the_killed_worker_had_not_written(troubled: Tr
 
 def test_the_full_disk_was_told_and_cost_nothing(troubled: Troubled) -> None:
     assert "cannot write records" in troubled.log and "are written to" in troubled.log
-    assert "0 were dropped" in troubled.log
+    assert "in which 0 records were dropped" in troubled.log
 
 
 def test_times_are_those_of_a_clock_that_nobody_set(compared: Compared, troubled: Troubled) -> None:
