@@ -186,6 +186,10 @@ def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: Tr
                 f"'accuracy' needs at least {least} there: label about {round((least - n_labelled) / part.share)} "
                 f"more requests{fresh} drawn at random, of which {part.share:.0%} belong to that part. No plan was "
                 "written")
+    if options.thresholds == "certified":
+        training_set.split.evidence(truth >= 0).require_enough(
+            options.risk, options.tolerance, options.delta, Part.CERTIFY.share,
+            ". With the risk 'accuracy' only requests with a label count")
 
 
 def _inputs(run: RunPaths, backbone: BackboneDescription, traffic: str, shards: list[Path], options: TrainingOptions,

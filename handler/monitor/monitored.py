@@ -27,7 +27,8 @@ class Monitored:
     tolerance: float
     """The expected loss that is tolerated."""
     delta: float
-    """False-alarm rate: the probability of ever raising a false alarm at one fallback level."""
+    """False-alarm rate: the probability of ever raising an alarm at one fallback level, while in every block and every
+    round the expected loss, given the past, is at most the tolerance."""
     likeness: Likeness | None = None
     """How samples are compared to form blocks, or None if each sample is a block of its own."""
 

@@ -13,6 +13,7 @@ the tolerance is measured on independent traffic.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -96,10 +97,12 @@ class Verdict:
     is_broken: bool
     cost: float
     """Of a request, as a fraction of the backbone's; 1 where the plan is refused."""
+    is_true: bool = False
+    """Whether the plan is true at all times, so that an alarm of the monitor is false."""
     is_false_alarm: bool = False
-    """Whether the monitor raises an alarm though the plan is true."""
-    noticed_after: int | None = None
-    """Shadow samples until three times the tolerance is noticed, where requests are independent."""
+    noticed_after: float | None = None
+    """Shadow samples until three times the tolerance is noticed, where requests are independent; infinity if it is not
+    noticed among all that come later."""
 
 
 _Verdicts = Sequence[tuple[Verdict, Verdict | None]]
@@ -163,7 +166,8 @@ class Subject:
         is_true = not broken and float(differs @ hardest) <= _OPTIONS.tolerance
         return replace(
             found, is_false_alarm=is_true and self.alarm(monitored, differs, drawn.later) is not None,
-            noticed_after=self.alarm(monitored, differs, _drifted(differs, drawn.later))
+            is_true=is_true,
+            noticed_after=self.alarm(monitored, differs, _drifted(differs, drawn.later)) or math.inf
             if self.stream.name in INDEPENDENT and differs.any() else None)
 
     def alarm(self, monitored: Monitored, differs: np.ndarray, later: Records) -> int | None:
@@ -250,12 +254,13 @@ def _repeat(seed: int) -> tuple[Verdict, Verdict | None]:
 
 
 def summary(stream: Stream, found: _Verdicts) -> dict[str, Any]:
-    n = len(found)
+    n, n_true = len(found), sum(plan.is_true for plan, _ in found)
     n_broken, n_alarms = sum(plan.is_broken for plan, _ in found), sum(plan.is_false_alarm for plan, _ in found)
     return {"name": stream.name, "repetitions": n, "refused_share": sum(plan.is_refused for plan, _ in found) / n,
             "broken_share": n_broken / n,
             "broken_low": _low(n_broken, n),
-            "false_alarm_share": n_alarms / n, "false_alarm_low": _low(n_alarms, n),
+            "watched": n_true, "false_alarm_share": n_alarms / max(1, n_true),
+            "false_alarm_low": _low(n_alarms, n_true),
             "saving": 1 - fmean(plan.cost for plan, _ in found),
             "saving_of_independent": 1 - fmean(_old_costs(found)), "may_refuse": stream.may_refuse}
 

@@ -218,6 +218,18 @@ def test_too_few_labels_are_said_before_anything_is_trained(
     assert not (run.root / "heads").exists()
 
 
+def test_labels_of_repeated_requests_alone_certify_nothing(
+        backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
+    inputs = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    inputs[701::2] = inputs[0]
+    record(backbone, inputs, tmp_path / "records")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("".join(f"request-{number},0\n" for number in [*range(700), *range(701, 1000, 2)]))
+    with pytest.raises(RecordError, match="only requests with a label count"):
+        train("model", archive, find_shards(tmp_path / "records", "model", backbone.description),
+              replace(OPTIONS, risk=Risk.ACCURACY), RunPaths(tmp_path / "run"), labels=labels)
+
+
 def test_a_certificate_is_about_the_time_of_the_records_that_certify(
         backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards = find_shards(records, "model", backbone.description)

@@ -18,12 +18,12 @@ from early_exit.training.selection.certify import risk_p_value
 from early_exit.training.selection.evidence import Evidence
 
 
-def split(states: Tensor, content: Tensor | None = None) -> Split:
-    """Split consecutive records, each of which belongs to a request of its own."""
+def split(states: Tensor, content: Tensor | None = None, *, n_old: int = 0) -> Split:
+    """Split consecutive records, each of which belongs to a request of its own; `n_old` came before a certificate."""
     n = len(states)
     every = torch.ones(n, dtype=torch.bool)
     return split_in_time(states, torch.arange(n), torch.arange(n) if content is None else content, torch.arange(n),
-                         torch.arange(n).double(), every, every)
+                         torch.arange(n).double(), every, torch.arange(n) >= n_old)
 
 
 def test_records_that_are_not_alike_are_each_of_its_own_and_none_is_lost() -> None:
@@ -52,11 +52,34 @@ def test_frames_of_a_scene_are_one_block_and_a_scene_at_the_border_is_in_no_part
     assert bool((found.part == GAP).any())
 
 
+def cameras(n_cameras: int, n_scenes: int, n_frames: int) -> Tensor:
+    """Return the frames of cameras that come in turns. No record is like those beside it."""
+    return scenes(n_scenes, n_frames).view(n_cameras, -1, 6).transpose(0, 1).reshape(-1, 6)
+
+
+@pytest.mark.parametrize("n_old", [20_000, 60_000])
+@pytest.mark.parametrize(("n_cameras", "n_scenes", "n_frames"), [(1, 50, 20), (2, 100, 10), (8, 48, 20)])
+def test_many_older_records_of_other_traffic_do_not_hide_that_fresh_ones_are_alike(
+        n_old: int, n_cameras: int, n_scenes: int, n_frames: int) -> None:
+    fresh = cameras(n_cameras, n_scenes, n_frames)
+    older = torch.randn(n_old, 6, generator=torch.Generator().manual_seed(1))
+    alone, renewed = split(fresh), split(torch.cat([older, fresh]), n_old=n_old)
+    assert renewed.likeness is not None
+    assert renewed.evidence().n_blocks <= 1.2 * alone.evidence().n_blocks < len(fresh) / 10
+    with pytest.raises(RecordError, match="collect about"):
+        renewed.evidence().require_enough(Risk.DISAGREEMENT, 0.02, 0.05, 0.3)
+
+
+def test_few_fresh_records_are_as_alike_as_the_older_ones_of_the_same_traffic() -> None:
+    states = scenes(1000, 20)
+    found = split(states, n_old=len(states) - 120)
+    assert found.likeness is not None and found.evidence().n_blocks < 10
+
+
 def test_frames_of_cameras_in_turns_are_periods_of_which_every_second_one_certifies() -> None:
-    """No record is like those beside it, so blocks that begin where the content changes would be single records."""
+    """Blocks that begin where the content changes would be single records."""
     n_cameras, n_frames, n_scenes = 8, 20, 600
-    of_camera = scenes(n_scenes, n_frames).view(n_cameras, -1, 6)
-    states = of_camera.transpose(0, 1).reshape(-1, 6)
+    states = cameras(n_cameras, n_scenes, n_frames)
     found = split(states)
     assert found.likeness is not None and found.likeness.is_periodic
     assert found.likeness.length * LEAST >= n_cameras * n_frames * 0.8

@@ -90,7 +90,8 @@ class Split:
         return (self.part == part.number).nonzero().flatten()
 
     def evidence(self, counts: Tensor | None = None) -> Evidence:
-        """Return the evidence of the certify part. How large its blocks may be is fixed on the tune part.
+        """Return the evidence of the certify part. How large its blocks may be, and how many are expected, is fixed on
+        the tune part.
 
         Args:
             counts: (N,) bool: the records that count; by default all.
@@ -102,7 +103,7 @@ class Split:
             return Evidence(self.block[rows], self.content[rows], self.is_new[rows])
 
         before = of((self.part == Part.TUNE.number) | (self.part == REPEATED))
-        return replace(of(self.part == Part.CERTIFY.number), largest=before.sizes())
+        return of(self.part == Part.CERTIFY.number).after(before)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return tensors that `from_tensors` reads."""
@@ -151,7 +152,7 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     block = torch.full((n,), GAP, dtype=torch.int64)
     begin_tune, begin_certify = int(Part.TUNE.value * len(fresh)), int(Part.CERTIFY.value * len(fresh))
     early = proving[:len(proving) - (len(fresh) - begin_certify)]
-    alike = likeness(states[early], position[early], content[early])
+    alike, is_trend = _likeness(states[early], position[early], content[early], begin_certify)
     later = fresh[begin_tune:]
     if len(later):
         place = torch.empty(n, dtype=torch.int64)
@@ -168,8 +169,31 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     part[evidence], block[evidence] = part[of_first], block[of_first]
     is_new, is_first = _new(content, request, block, evidence)
     repeats = (part == Part.TUNE.number) & ~is_first
-    return Split(part.masked_fill(repeats, REPEATED), block, content, is_new, alike if alike.length else None,
-                 is_trend=has_trend(alike, states[early], position[early], content[early]))
+    return Split(part.masked_fill(repeats, REPEATED), block, content, is_new, alike if alike.length else None, is_trend)
+
+
+def _likeness(states: Tensor, position: Tensor, content: Tensor, n_fresh: int) -> tuple[Likeness, bool]:
+    """Return how alike the records before those that certify are, and whether that is a trend.
+
+    Records from before the last certificate may be of other traffic, and so many that nothing in the fresh ones stands
+    out. Both all records and the fresh ones alone are therefore asked, and the answer that leaves less evidence counts.
+
+    Args:
+        states: (N, K) log-probabilities of the backbone, in time order.
+        position: (N,) float64: how many requests were served before each.
+        content: (N,) int64 hashes of the contents.
+        n_fresh: how many records, the last ones, are newer than the last certificate.
+    """
+    n = len(states)
+    asked = [slice(first, n) for first in dict.fromkeys((0, n - n_fresh))]
+    fresh = states[n - n_fresh:], position[n - n_fresh:], content[n - n_fresh:]
+
+    def n_pieces(alike: Likeness) -> float:
+        n_blocks = int(blocks_of(alike, *fresh)[-1]) + 1 if n_fresh else 0
+        return n_blocks / 2 if alike.is_periodic else n_blocks
+
+    alike = min((likeness(states[rows], position[rows], content[rows]) for rows in asked), key=n_pieces)
+    return alike, any(has_trend(alike, states[rows], position[rows], content[rows]) for rows in asked)
 
 
 def _new(content: Tensor, request: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:

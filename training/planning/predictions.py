@@ -70,7 +70,7 @@ class HeadPredictions:
         tensors |= {name: getattr(self.evidence, name).contiguous() for name in _OF_EVIDENCE}
         save_file(tensors, path, {"layers": json.dumps(self.layers), "measure": costs.measure,
                                   "batch_size": str(costs.batch_size),
-                                  "largest": json.dumps(self.evidence.largest),
+                                  "blocks": json.dumps([self.evidence.largest, self.evidence.expected]),
                                   "policies": json.dumps([policy.to_json() for policy in self.policies])})
 
     @classmethod
@@ -85,8 +85,9 @@ class HeadPredictions:
             candidates = Candidates(**{name: of_part[name] for name in _OF_CANDIDATES}, costs=costs)
             return PartPredictions(candidates, **{name: of_part[name] for name in _OF_PART})
 
-        evidence = Evidence(**{name: tensors[name] for name in _OF_EVIDENCE},
-                            largest=tuple(json.loads(about["largest"])))
+        largest, expected = json.loads(about["blocks"])
+        evidence = Evidence(**{name: tensors[name] for name in _OF_EVIDENCE}, largest=tuple(largest),
+                            expected=expected and tuple(expected))
         return cls(tuple(json.loads(about["layers"])), tuple(map(policy_of, json.loads(about["policies"]))),
                    read(Part.TUNE), read(Part.CERTIFY), evidence)
 

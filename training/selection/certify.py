@@ -52,18 +52,26 @@ def p_value(k: int, n: int, tolerance: float) -> float:
     return float(bdtr(min(k, n), n, tolerance)) if k >= 0 else 0.0
 
 
-def betting_p_value(losses: np.ndarray, tolerance: float, delta: float) -> float:
+def betting_p_value(losses: np.ndarray, tolerance: float, delta: float, expected: float | None = None) -> float:
     """Return a p-value of "mean > T" for losses in [0, 1], valid for any distribution.
 
     On every record, a bet is placed that the mean is below T (see `betting`): the gain is T - loss. The bets adapt to
     the variance of the losses so far (Waudby-Smith and Ramdas 2024, section 4.2).
+
+    Args:
+        losses: (N,) losses, in their order.
+        tolerance: T.
+        delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
+        expected: the number of losses for which the bets are tuned, by default N. It must not depend on the losses, as
+            the number of blocks in a given number of records may.
     """
     n = len(losses)
+    expected = n if expected is None else expected
     count = np.arange(1, n + 1)
     mean = (0.5 + np.cumsum(losses)) / (count + 1)
     variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (count + 1)
     before = np.concatenate([[0.25], variance])[:n]  # a bet may depend on the past only
-    bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.95 / (1 - tolerance))
+    bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (expected * before)), 0.95 / (1 - tolerance))
     log_capital = np.cumsum(np.log1p(bets * (tolerance - losses)))  # a product of thousands would overflow, or vanish
     return betting.p_value(float(log_capital.max(initial=0.0)))
 

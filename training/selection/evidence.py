@@ -37,6 +37,9 @@ class Evidence:
     largest: tuple[float, float] = ONE_RECORD
     """The largest number of requests, and of new contents, for which a block counts. They must be fixed on earlier
     records."""
+    expected: tuple[float, float] | None = None
+    """How many blocks, and blocks of new contents, earlier records let expect; None stands for those that there are.
+    Bets are tuned to it, because they must not depend on what they are placed on."""
 
     @classmethod
     def of_independent(cls, n: int) -> Evidence:
@@ -66,6 +69,13 @@ class Evidence:
         """Whether several records are one piece of evidence anywhere."""
         return len(_sizes(self._block_with_repeats)) < len(self.block)
 
+    def after(self, before: Evidence) -> Evidence:
+        """Return this evidence with what earlier records say about how large and how many its blocks are."""
+        blocks = before._block_with_repeats, before._blocks_of_new()
+        more = len(self.block) / max(1, len(before.block))
+        of_requests, of_new = (max(1.0, more * len(_sizes(block))) for block in blocks)
+        return replace(self, largest=before.sizes(), expected=(of_requests, of_new))
+
     def sizes(self) -> tuple[float, float]:
         """Return the numbers of requests, and of new contents, that most blocks do not exceed."""
         return _quantile(_sizes(self._block_with_repeats)), _quantile(_sizes(self._blocks_of_new()))
@@ -80,10 +90,10 @@ class Evidence:
             delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
         """
         of_new, blocks_of_new = self._of_new(losses.double())
-        grouped = self._block_with_repeats
-        of_requests = [_p_value(risk, losses.double(), block, tolerance, delta, self.largest[0])
+        grouped, (requests, contents) = self._block_with_repeats, self.expected or (None, None)
+        of_requests = [_p_value(risk, losses.double(), block, tolerance, delta, self.largest[0], requests)
                        for block in ((self.block,) if torch.equal(grouped, self.block) else (self.block, grouped))]
-        return max(*of_requests, _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1]))
+        return max(*of_requests, _p_value(risk, of_new, blocks_of_new, tolerance, delta, self.largest[1], contents))
 
     def require_enough(self, risk: Risk, tolerance: float, delta: float, share: float, others: str = "") -> None:
         """Check that the records can certify anything.
@@ -105,6 +115,7 @@ class Evidence:
         missing = [(blocks_needed(risk, sizes, largest, tolerance, delta), len(sizes), what)
                    for sizes, largest, what in (of_contents, of_requests)]
         least, n, what = max(missing, key=lambda one: one[0] / max(1, one[1]))
+        least = max(least, n + 1)  # more blocks were expected, or fewer, so the bets were not the best for these
         n_records = len(self.block)
         found = f"{n_records} records" if n == n_records else f"{n_records} records of {n} {what}"
         n_needed = 1.2 * least * (n_records / n if n else 1) / share
@@ -140,7 +151,8 @@ class Evidence:
         return worst, block
 
 
-def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta: float, largest: float) -> float:
+def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta: float, largest: float,
+             expected: float | None = None) -> float:
     _, index, n = torch.unique(block, return_inverse=True, return_counts=True)
     if not len(n):
         return 1.0
@@ -153,7 +165,7 @@ def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta:
         return 1.0
     counts = (largest / n.double()).clamp_max(1.0) / largest
     gains = (share * n - lost) * counts  # T n_b - k_b, in parts of the largest block that counts fully
-    return betting_p_value((share - gains).numpy(), share, delta)
+    return betting_p_value((share - gains).numpy(), share, delta, expected)
 
 
 def blocks_needed(risk: Risk, sizes: Tensor, largest: float, tolerance: float, delta: float) -> int:
