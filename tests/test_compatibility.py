@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +38,7 @@ from tests.support.recording import record
 from tests.support.rewritten import rewritten
 from tests.support.served import served_model
 from tests.support.untried import build_untried
+from tests.support.waiting import wait_until
 from tests.support.workers import wait_until_ready
 
 ROOT = Path(__file__).parents[1]
@@ -125,13 +124,6 @@ def test_the_alarm_of_an_old_worker_is_found_and_counts(old: LastRelease) -> Non
     assert (state.step, state.evidence.n) == (1, 7) and state.alarms[0].step == 0
 
 
-def wait_for(done: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not done():
-        assert time.monotonic() < deadline, f"{what} does not appear"
-        time.sleep(0.5)
-
-
 @pytest.mark.slow
 def test_a_server_takes_an_old_archive_with_its_own_code_and_rolls_to_the_repackaged_one(
         old: LastRelease, repackaged: Path, tmp_path: Path) -> None:
@@ -150,8 +142,8 @@ def test_a_server_takes_an_old_archive_with_its_own_code_and_rolls_to_the_repack
         logs = [log.read_text() for log in (server.state / "logs").glob("*.log")]
         assert any("this is the code of the archive" in log for log in logs)
         management = Management(server.addresses, server.key_file, server.secret_file)
-        wait_for(lambda: look(management, "digits", store, [str(records)], tmp_path / "cache").n_watched > 0,
-                 "the monitor's state")
+        wait_until(lambda: look(management, "digits", store, [str(records)], tmp_path / "cache").n_watched > 0,
+                   "the monitor's state does not appear", limit_s=30, every_s=0.5)
         assert roll(management, store / repackaged.name, longest_batch_s=1).replaced == "3.0"
         after = send(server, "digits", bodies)
     assert failed(after) == 0 and {reply.version for reply in after} == {"4.0"}

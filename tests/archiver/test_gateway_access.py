@@ -22,7 +22,8 @@ from early_exit.archiver.gateway.access import SUBPROTOCOL, TOKEN_SUBPROTOCOL
 from early_exit.archiver.gateway.app import create_app
 from early_exit.archiver.gateway.cli import parser
 from early_exit.archiver.gateway.messages import TOO_BIG, TRY_LATER, BytesInFlight, Limits
-from tests.support.gateway import ALLOWED, TOKEN, as_bytes, connected, receive, serving, wait_until
+from tests.support.gateway import ALLOWED, TOKEN, as_bytes, connected, receive, serving
+from tests.support.waiting import wait_until
 
 SMALL = Limits(bytes_per_item=100_000, bytes_in_all=500_000)
 
@@ -170,9 +171,9 @@ def test_who_asks_by_websocket_and_reads_no_answer_is_cut_off(then: bytes, monke
         deaf.sendall(f"GET /ws/digits HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
                      "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
                      "Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r\n\r\n".encode())
-        wait_until(lambda: deaf.recv(4096, sockets.MSG_PEEK).endswith(b"\r\n\r\n"))
+        wait_until(lambda: deaf.recv(4096, sockets.MSG_PEEK).endswith(b"\r\n\r\n"), "no upgrade comes", limit_s=30)
         deaf.sendall(bytes([0x81, 0x80 | len(question)]) + bytes(4) + question + then)
-        wait_until(lambda: answers(address))
+        wait_until(lambda: answers(address), "the client is not cut off", limit_s=30)
 
 
 def test_clients_that_read_no_answer_hold_up_nobody() -> None:
@@ -184,7 +185,7 @@ def test_clients_that_read_no_answer_hold_up_nobody() -> None:
         deaf = [stack.enter_context(reading_little(address)) for _ in range(3)]
         for client in deaf:
             client.send(as_bytes({str(number): b"a" for number in range(4)}))
-        wait_until(lambda: in_flight._held > 5.5 * len(server.answer))
+        wait_until(lambda: in_flight._held > 5.5 * len(server.answer), "too few answers are held", limit_s=30)
         server.answer = b"3"
         with connected(address) as socket:
             socket.send(as_bytes({"a": b"a"}))
@@ -224,7 +225,7 @@ def test_bytes_that_are_held_have_a_limit_over_all_connections_and_are_given_bac
         with connected(address) as first, connected(address) as second, connected(address) as third:
             first.send(as_bytes({name: bytes(99_000) for name in "abc"}))
             second.send(as_bytes({name: bytes(90_000) for name in "de"}))
-            wait_until(lambda: server.n_working == 5)
+            wait_until(lambda: server.n_working == 5, "the five requests do not reach the server", limit_s=30)
             with pytest.raises(ConnectionClosed) as refused:  # it comes at the second piece or later
                 third.send(iter([bytes(100_000), bytes(100_000)]))  # an unfinished message counts as well
                 third.recv(timeout=30)
@@ -233,7 +234,7 @@ def test_bytes_that_are_held_have_a_limit_over_all_connections_and_are_given_bac
                                  timeout=30).status_code == 503
             server.answers = True
             assert {message["status"] for message in receive(first, 3).values()} == {200}
-        wait_until(lambda: in_flight._held == 0)
+        wait_until(lambda: in_flight._held == 0, "the bytes are not given back", limit_s=30)
         assert status(address, "ask", ALLOWED) == 200
 
 
@@ -246,9 +247,9 @@ def test_answers_that_wait_to_be_read_count_among_the_bytes_that_are_held() -> N
             deaf.connect(("127.0.0.1", int(address.split(":")[1])))
             deaf.sendall(f"POST /ask/digits HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
                          "Content-Length: 1\r\n\r\na".encode())
-            wait_until(lambda: in_flight._held > 8_000_000)
+            wait_until(lambda: in_flight._held > 8_000_000, "the answer is not held", limit_s=30)
             assert status(address, "ask", ALLOWED) == 503
-        wait_until(lambda: in_flight._held == 0)
+        wait_until(lambda: in_flight._held == 0, "the bytes are not given back", limit_s=30)
         assert status(address, "ask", ALLOWED) == 200
 
 
@@ -291,7 +292,7 @@ def test_by_default_32_items_of_a_connection_and_256_in_all_are_in_flight() -> N
         for n_sent, client in enumerate(clients, 1):
             client.send(message)
             expected = min(32 * n_sent, 256)
-            wait_until(lambda expected=expected: server.n_working == expected)
+            wait_until(lambda expected=expected: server.n_working == expected, "not as many are asked", limit_s=30)
             time.sleep(0.05)
             assert server.n_working == expected
         server.answers = True

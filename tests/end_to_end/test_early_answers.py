@@ -24,6 +24,7 @@ from tests.support.client import BackgroundLoad, failed, metrics, send
 from tests.support.digits import traffic
 from tests.support.plans import write_plan
 from tests.support.untried import build_untried
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -101,10 +102,8 @@ def test_the_operator_hears_every_exit_whenever_answers_leave_and_clients_force_
         server: TorchServe, management: Management, store: Path) -> None:
     """A version with the same exits and plain batching serves beside the version with early answers."""
     management.register("digits-3.0.mar", RunSettings(workers=(1, 1)))
-    deadline = time.monotonic() + 120
-    while not [one for one in management.versions("digits") if one.version == "3.0" and one.n_ready]:
-        assert time.monotonic() < deadline, "the worker does not start"
-        time.sleep(0.5)
+    wait_until(lambda: [one for one in management.versions("digits") if one.version == "3.0" and one.n_ready],
+               "the worker does not start", limit_s=120, every_s=0.5)
     for body in BODIES[:4]:
         (early, said), (plain, said_plainly) = (opinions(server, version, body) for version in ("4.0", "3.0"))
         assert early == plain and [one["exit"] for one in said] == [one["exit"] for one in said_plainly]
@@ -162,8 +161,6 @@ def test_a_second_worker_is_refused_and_the_first_goes_on(server: TorchServe) ->
     requests.put(f"{server.addresses.management}/models/digits/4.0", headers=token, timeout=10,
                  params={"min_worker": 2, "max_worker": 2})
     log = server.state / "logs" / "model.log"
-    deadline = time.monotonic() + 60
-    while "early answers need exactly one worker" not in log.read_text():
-        assert time.monotonic() < deadline, "the second worker is not refused"
-        time.sleep(0.5)
+    wait_until(lambda: "early answers need exactly one worker" in log.read_text(), "the second worker is not refused",
+               every_s=0.5)
     assert failed(send(server, "digits", BODIES, clients=12)) == 0

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from tests.support.host import MemoryHost
 from tests.support.models.spread_model import spread_model
 from tests.support.remembering_client import Client
 from tests.support.skips import MAY_NOT_MOUNT
+from tests.support.waiting import wait_until
 from tests.support.workers import kill_worker, wait_until_ready
 
 pytestmark = pytest.mark.slow
@@ -153,7 +154,7 @@ def _first_half(client: Client, rows: Sequence[object], folder: Path) -> list[st
     (backbone / "1.0-1-1-0.safetensors").write_bytes(whole.read_bytes()[:-40])
     (backbone / "1.0-1-1-1.safetensors").write_bytes(b"")
     (backbone / "notes.safetensors").write_bytes(b"a file of somebody else")
-    _until(lambda: _answers(client), "the next worker")
+    wait_until(lambda: _answers(client), "the next worker: not within a minute", every_s=0.5)
     client.send(rows[2500 + PER_SHARD // 2:])
     return at_risk
 
@@ -162,13 +163,6 @@ def _answers(client: Client) -> bool:
     before = len(client.sent)
     client.send([[float(number) for number in range(16)]], may_fail=True)
     return len(client.sent) > before
-
-
-def _until(done: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not within a minute"
-        time.sleep(0.5)
 
 
 def _recorded(records: Path) -> set[int]:

@@ -29,6 +29,7 @@ from tests.support.plans import write_plan
 from tests.support.rewritten import renumbered, rewritten
 from tests.support.skips import MAY_NOT_MOUNT
 from tests.support.untried import build_untried
+from tests.support.waiting import wait_until
 from tests.support.workers import kill_worker, wait_until_ready
 
 pytestmark = pytest.mark.slow
@@ -193,10 +194,8 @@ def test_a_full_disk_costs_no_answer_and_recording_goes_on_when_there_is_room(
         with loaded(server, expected):
             time.sleep(4)
             subprocess.run(["mount", "-o", "remount,size=64m", str(records)], check=True)
-            before, deadline = n_records(records), time.monotonic() + 30
-            while n_records(records) <= before:
-                assert time.monotonic() < deadline, "recording does not go on"
-                time.sleep(0.5)
+            before = n_records(records)
+            wait_until(lambda: n_records(records) > before, "recording does not go on", limit_s=30, every_s=0.5)
         assert "cannot write records" in log.read_text()[written_before:]
     finally:
         subprocess.run(["umount", "-l", str(records)], check=True)

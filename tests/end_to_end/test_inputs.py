@@ -49,6 +49,7 @@ from tests.support.original import MODELS, factory_request, original_mar
 from tests.support.plans import thirds, write_plan
 from tests.support.rewritten import rewritten
 from tests.support.untried import build_untried
+from tests.support.waiting import wait_until
 from tests.support.zoo import text
 
 pytestmark = pytest.mark.slow
@@ -118,10 +119,8 @@ def server(models: dict[str, nn.Module], plans: dict[str, Planned],
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[one.name for one in archives]) as running:
         management = Management(running.addresses, running.key_file, running.secret_file)
-        deadline = time.monotonic() + 180
-        while not all(management.versions(name)[0].n_ready for name in (*models, "rows")):
-            assert time.monotonic() < deadline, "the workers do not start"
-            time.sleep(0.5)
+        wait_until(lambda: all(management.versions(name)[0].n_ready for name in (*models, "rows")),
+                   "the workers do not start", limit_s=180, every_s=0.5)
         yield running
 
 
@@ -162,10 +161,9 @@ def test_pictures_leave_early_or_get_the_models_own_answers(
 
 
 def test_clicks_are_recorded_before_and_after_the_interaction(server: TorchServe) -> None:
-    records, deadline = server.state.parent / "records" / "clicks", time.monotonic() + 20
-    while sum(len(read_shard(shard, [])) for shard in list_shards(records)) < 2 * len(CLICKS):
-        assert time.monotonic() < deadline, "the records are not written"
-        time.sleep(0.5)
+    records = server.state.parent / "records" / "clicks"
+    wait_until(lambda: sum(len(read_shard(shard, [])) for shard in list_shards(records)) >= 2 * len(CLICKS),
+               "the records are not written", limit_s=20, every_s=0.5)
     shapes = {name: tuple(values.shape[1:]) for name, values in read_shard(
         list_shards(records)[0], ["embeddings", "interaction"]).activations.items()}
     assert shapes == {"embeddings": (2, 64), "interaction": (415,)}, "counts and the mean of all; and all products"

@@ -4,7 +4,6 @@ TorchServe."""
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from tests.support.documents import ROOT
 from tests.support.reader import Reader
 from tests.support.recording import prepared, record
 from tests.support.sources import ids_in
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -77,10 +77,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
                     models=["digits-5.0.mar"]) as server:
         replies = send(server, "digits", [one.body for one in fresh])
         assert failed(replies) == 0
-        deadline = time.monotonic() + 20
-        while not list_shards(tmp_path / "served"):
-            assert time.monotonic() < deadline, "no records"
-            time.sleep(0.2)
+        wait_until(lambda: list_shards(tmp_path / "served"), "no records", limit_s=20, every_s=0.2)
     assert any(reply.exit != "full" for reply in replies)
     with preprocessing(recorder.root, original) as handler:
         [inputs] = prepared(handler, [one.body for one in fresh], backbone.description)

@@ -35,6 +35,7 @@ from tests.support.digits import traffic
 from tests.support.plans import write_plan
 from tests.support.rewritten import renumbered
 from tests.support.untried import build_untried
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +87,7 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
 
 
 def test_two_workers_answer_and_record_every_request(server: TorchServe, management: Management) -> None:
-    deadline = time.monotonic() + 60
-    while management.versions("digits")[0].n_ready < 2:
-        assert time.monotonic() < deadline, "the second worker does not start"
-        time.sleep(0.5)
+    wait_until(lambda: management.versions("digits")[0].n_ready >= 2, "the second worker does not start", every_s=0.5)
     replies = send(server, "digits", BODIES, clients=16)
     assert failed(replies) == 0
     assert {(reply.exit, reply.version) for reply in replies} == {("full", "2.0")}
@@ -294,7 +292,5 @@ def test_a_wrong_setting_is_named_in_the_log_at_load(recorder_mar: Path, tmp_pat
             sink.writestr(name, content + b"  pol: 2\n" if name == "model-config.yaml" else content)
     with TorchServe(store, tmp_path / "state", Addresses.free(), models=["wrong.mar"]) as server:
         log = server.state / "logs" / "model.log"
-        deadline = time.monotonic() + 60
-        while not (log.exists() and "early_exit.pol in model-config.yaml" in log.read_text()):
-            assert time.monotonic() < deadline, "the error is not in the model log"
-            time.sleep(0.5)
+        wait_until(lambda: log.exists() and "early_exit.pol in model-config.yaml" in log.read_text(),
+                   "the error is not in the model log", every_s=0.5)

@@ -26,6 +26,7 @@ from early_exit.handler.monitor.monitored import Monitored, upper_limit
 from early_exit.handler.monitor.sequential_test import BETS, ON_CONTENTS, ON_REQUESTS, Evidence, MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
 from tests.support.shadow_samples import samples_of
+from tests.support.waiting import wait_until
 
 TOLERANCE = 0.02
 MONITORED = Monitored(Risk.DISAGREEMENT, TOLERANCE, 0.05)
@@ -110,21 +111,14 @@ def test_without_labels_accuracy_is_watched_by_the_disagreement_it_was_certified
     assert monitored.tolerance == pytest.approx(beta.ppf(0.95, 31, 970), rel=1e-6)
 
 
-def wait_for(condition: object, what: str, limit_s: float = 10) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
 def test_workers_share_one_state_and_all_step_back(tmp_path: Path) -> None:
     path = tmp_path / "model" / "ab" / "monitor-2.0-cd.json"
     workers = [SharedMonitor(MONITORED, 2, path) for _ in range(3)]
     for worker in workers:
         worker.note(samples_of([0.0] * 40))
-    wait_for(lambda: all(worker.state.evidence.n == 120 for worker in workers), "120 shared samples")
+    wait_until(lambda: all(worker.state.evidence.n == 120 for worker in workers), "120 shared samples", limit_s=10)
     workers[0].note(samples_of([1.0] * 20))
-    wait_for(lambda: all(worker.state.step == 1 for worker in workers), "the step back")
+    wait_until(lambda: all(worker.state.step == 1 for worker in workers), "the step back", limit_s=10)
     for worker in workers:
         worker.close()
     state = read_state(path)
@@ -149,7 +143,7 @@ def test_while_the_folder_cannot_be_written_a_worker_watches_alone_and_adds_what
     watchman = SharedMonitor(MONITORED, 2, path)
     folder.write_text("a file where the folder should be")
     watchman.note(samples_of([0.0] * 30))
-    wait_for(lambda: watchman.state.evidence.n == 30, "30 samples in memory")
+    wait_until(lambda: watchman.state.evidence.n == 30, "30 samples in memory", limit_s=10)
     assert len([line for line in caplog.messages if "watches alone" in line]) == 1
     folder.unlink()
     other = SharedMonitor(MONITORED, 2, path)
@@ -165,7 +159,7 @@ def test_a_folder_that_is_deleted_while_serving_does_not_undo_a_step_back(tmp_pa
     path = tmp_path / "model" / "monitor.json"
     watchman = SharedMonitor(MONITORED, 2, path)
     watchman.note(samples_of([1.0] * 20))
-    wait_for(path.exists, "the state")
+    wait_until(path.exists, "the state", limit_s=10)
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
@@ -197,7 +191,7 @@ def test_killed_workers_leave_neither_a_lock_nor_a_half_written_state(tmp_path: 
     processes = [multiprocessing.get_context("fork").Process(target=_watch_for_ever, args=(path,)) for _ in range(3)]
     for process in processes:
         process.start()
-    wait_for(path.exists, "the state")
+    wait_until(path.exists, "the state", limit_s=10)
     for process in processes:
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()

@@ -94,12 +94,3 @@ def receive(socket: ClientConnection, count: int) -> dict[str, dict[str, Any]]:
     """Return the next messages by the IDs of their items, in the order in which they came."""
     told = [json.loads(socket.recv(timeout=60)) for _ in range(count)]
     return {one.pop("id"): one for one in told}
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until a condition holds, half a minute at most."""
-    for _ in range(600):
-        if holds():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came to hold")

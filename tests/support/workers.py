@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import psutil
 import requests
@@ -12,15 +11,14 @@ import requests
 from early_exit.archiver.torchserve.management import Management
 from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.archiver.torchserve.tokens import read_token
+from tests.support.waiting import wait_until
 
 
 def wait_until_ready(server: TorchServe, model: str = "digits") -> None:
     """Wait for the first worker of a model."""
     management = Management(server.addresses, server.key_file, server.secret_file)
-    deadline = time.monotonic() + 90
-    while (versions := management.versions(model)) and versions[0].n_ready < 1:
-        assert time.monotonic() < deadline, "the worker does not start"
-        time.sleep(0.5)
+    wait_until(lambda: not (versions := management.versions(model)) or versions[0].n_ready >= 1,
+               "the worker does not start", limit_s=90, every_s=0.5)
 
 
 def worker_process(server: TorchServe, model: str) -> psutil.Process:
