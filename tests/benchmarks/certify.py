@@ -3,13 +3,13 @@
     python -m tests.benchmarks.certify --json FILE
 
 Heads are trained once on a quarter of the CIFAR-10 requests. The other requests are split at random many times, into
-2,500 requests to choose with and a pool of 5,000, which is the whole population of the traffic. The certified rule
-chooses with 1,000 requests and certifies with 1,500 requests that are drawn from the pool one by one, with replacement.
-The other rules certify nothing and choose with all 2,500. Our rules run in the same functions that ee-train calls. A
-rule breaks its budget if more than the tolerated share of the pool is answered differently. This share is known and not
-estimated, so the certified rule may break its budget in 5 % of the splits. The other rules choose with a sample of the
-same kind as the pool, and the chance of that draw counts against them. earlyon's rule promises something else, from
-labels: it breaks its budget if its loss in accuracy exceeds the budget.
+2,500 requests to tune with and a pool of 5,000, which is the whole population of the traffic. The certified rule tunes
+with 1,000 of the former and certifies with 1,500 requests that are drawn from the pool one by one, with replacement.
+The other rules certify nothing: they choose with 2,500 requests that are drawn from the pool in the same way. Our rules
+run in the same functions that ee-train calls. A rule breaks its budget if more than the tolerated share of the pool is
+answered differently. This share is known and not estimated, so the certified rule may break its budget in 5 % of the
+splits. earlyon's rule, here on our heads, promises something else, from labels: it breaks its budget if its loss in
+accuracy exceeds the budget.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--splits", type=int, default=200)
     options = parser.parse_args()
-    return report(options.json, lambda scratch: measure(Heads.train(resnet18(scratch)), options.splits), vars(options))
+    return report(options.json, lambda scratch: measure(Heads.train(resnet18(scratch)), options.splits), {
+        **vars(options), "train": N_TRAIN, "tune": N_TUNE, "certify": N_CERTIFY})
 
 
 def measure(heads: Heads, n_splits: int) -> dict[str, Any]:
@@ -144,10 +145,12 @@ class Heads:
 class Split:
     """A split of the rows of the heads' records."""
 
-    own: Tensor
-    """The rows to choose with, (2500,). None of them is in the pool."""
+    tune: Tensor
+    """Rows that are not in the pool, (1000,)."""
     certify: Tensor
     """Rows that are drawn from the pool with replacement, (1500,)."""
+    choose: Tensor
+    """More rows that are drawn in this way, for rules that certify nothing, (2500,)."""
     pool: Tensor
     """The rows that the rules are judged on, (5000,)."""
 
@@ -155,19 +158,21 @@ class Split:
     def draw(cls, n_rows: int, seed: int) -> Split:
         generator = torch.Generator().manual_seed(seed)
         own, pool = torch.randperm(n_rows, generator=generator).split([N_OWN, n_rows - N_OWN])
-        return cls(own, pool[torch.randint(len(pool), (N_CERTIFY,), generator=generator)], pool)
+        certify, choose = (pool[torch.randint(len(pool), (n,), generator=generator)]
+                           for n in (N_CERTIFY, N_TUNE + N_CERTIFY))
+        return cls(own[:N_TUNE], certify, choose, pool)
 
 
 def chosen(thresholds: Rule, heads: Heads, split: Split, tolerance: float) -> tuple[OperatingPoint, Candidates]:
     """Choose an operating point by one of our rules, as ee-train does."""
-    tune = split.own[:N_TUNE] if thresholds == "certified" else split.own
+    tune = split.tune if thresholds == "certified" else split.choose
     predictions = heads.predictions(tune, split.certify)
     options = TrainingOptions(tolerance=tolerance, thresholds=thresholds, measure="flops")
     return choose(predictions, options), heads.candidates(split.pool, predictions.policies)
 
 
 def earlyon(heads: Heads, split: Split, tolerance: float) -> tuple[OperatingPoint, Candidates]:
-    rows = split.own
+    rows = split.choose
     temperatures, thresholds = earlyon_thresholds(heads.logits[rows], heads.scores[rows], heads.labels[rows], tolerance)
     enabled = tuple(layer for layer, threshold in enumerate(thresholds) if threshold < NEVER)
     return (OperatingPoint(enabled, tuple(thresholds[layer] for layer in enabled)),

@@ -12,6 +12,7 @@ watcher goes through a drift (`recovery`).
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import sys
@@ -41,7 +42,7 @@ from tests.benchmarks.subjects import Subject, resnet18
 from tests.support.cifar import as_batch, load_requests
 from tests.support.corrupt import corrupted
 
-STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.1, 0.2, 0.3), "contrast": (0.5, 0.75, 0.9)}
+STRENGTHS = {"blur": (1.0, 2.0, 3.0), "noise": (0.15, 0.3, 0.5), "contrast": (0.5, 0.75, 0.9)}
 QUIET = 500
 """The number of clean shadow samples before a stream drifts."""
 LIMIT = 3000
@@ -111,9 +112,10 @@ def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> 
     quiet = [alarms(lambda stream: clean, monitored, clean, seed)[0] for seed in range(n_streams)]
     mixed = [row for row in rows if "mixed" in row["traffic"]]
     return {
-        "median_samples_to_alarm": statistics.median(row["median_samples_to_alarm"] for row in mixed),
-        "median_samples_to_alarm_without_quiet_time": statistics.median(
-            row["median_samples_without_quiet_time"] for row in mixed),
+        "median_samples_to_alarm": _median([row["median_samples_to_alarm"] for row in mixed]),
+        "median_samples_to_alarm_without_quiet_time": _median(
+            [row["median_samples_without_quiet_time"] for row in mixed]),
+        "mixed": " or ".join(dict.fromkeys(row["traffic"].split(",")[0] for row in mixed)),
         "false_alarm_share": sum(first is not None for first in quiet) / n_streams,
         "streams": n_streams, "samples_per_clean_stream": LIMIT, "quiet_samples_before_drift": QUIET,
         "tolerance": monitored.tolerance, "clean_disagreement": clean.rate(), "steps": len(model.assembly.levels),
@@ -193,23 +195,26 @@ def streams(drifted: Traffic, clean: Traffic, monitored: Monitored, n_streams: i
 
     late = [alarms(source, monitored, clean, seed, quiet=QUIET) for seed in range(n_streams)]
     late = [one for one in late if one[0] is None or one[0] > 0]  # without false alarms in the quiet time
-    at_once = [alarms(source, monitored, clean, seed)[0] or LIMIT for seed in range(n_streams)]
+    at_once = [alarms(source, monitored, clean, seed)[0] for seed in range(n_streams)]
     settled = [state.step for _, _, state in late]
     rates = [share * drifted.rate(step) + (1 - share) * clean.rate(step) for step in range(len(clean.differs))]
-    to_alarm = _median([first if first is not None else LIMIT for first, _, _ in late])
-    to_rest = _median([at[-1] if at else 0 for _, at, _ in late])
+    to_alarm = _median([first for first, _, _ in late])
+    to_rest = _median([at[-1] if at else None for _, at, _ in late])
     return {
         "share_of_drifted_requests": share, "disagreement_before": clean.rate(), "disagreement_during": rates[0],
         "disagreement_after": sum(rates[step] for step in settled) / len(late),
         "disagreement_by_step": rates, "alarmed_share": sum(first is not None for first, _, _ in late) / len(late),
         "median_samples_to_alarm": to_alarm, "median_samples_without_quiet_time": _median(at_once),
-        "median_samples_to_last_step_back": to_rest, "median_requests_to_alarm": to_alarm / SAMPLING_RATE,
-        "median_step_settled_at": _median(settled),
+        "median_samples_to_last_step_back": to_rest,
+        "median_requests_to_alarm": None if to_alarm is None else to_alarm / SAMPLING_RATE,
+        "median_step_settled_at": statistics.median(settled),
     }
 
 
-def _median(values: Sequence[float]) -> float:
-    return float(statistics.median(values))
+def _median(counts: Sequence[float | None]) -> float | None:
+    """Return the median count of samples; None if half of the streams, or more, end without what is counted."""
+    found = statistics.median(math.inf if count is None else count for count in counts)
+    return None if found == math.inf else found
 
 
 if __name__ == "__main__":

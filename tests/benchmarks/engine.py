@@ -230,9 +230,9 @@ def resident_bytes(folder: Path, arm: str) -> int:
     if arm == "exits":
         run = exiting_model(backbone, DEFAULT_ENGINE, untrained_heads(backbone)).forward
         del backbone
-        return_freed_memory()  # as the handler does after loading
     else:
         run = backbone.graph.forward
+    return_freed_memory()  # as the handler does after loading
     with torch.no_grad():
         for _ in range(10):
             run(torch.randn(8, 3, 224, 224))

@@ -36,11 +36,11 @@ from early_exit.training.pipeline import train
 from tests.benchmarks.bench import BATCH
 from tests.benchmarks.loop import answers_of, flops_fractions
 from tests.benchmarks.report import report
-from tests.benchmarks.rows import N_BATCHES
+from tests.benchmarks.rows import N_TIMED, SIZES
 from tests.benchmarks.subjects import Subject, resnet18_full
 from tests.support.arms import ORIGINAL, SHADOW_RATE
 from tests.support.served import served_model
-from tests.support.timing import cpu_seconds, median_ratio
+from tests.support.timing import interleaved, ratio_of_sums
 
 _NAME = "model"
 _EVALUATED = 250
@@ -107,13 +107,13 @@ def figures(arms: Arms, plans: Mapping[str, ExitPlan], inputs: Tensor, truth: Te
                    for name, arm in arms.items()}
         work = {name: work_of(arms[name], plan, inputs) for name, plan in plans.items()}
         with one_thread():
-            seconds = {size: cpu_seconds(arms, inputs.split(size)[:count]) for size, count in N_BATCHES.items()}
+            seconds = {size: interleaved(arms, inputs[:N_TIMED].split(size)) for size in SIZES}
     accuracy = {name: (found == truth).double().mean().item() for name, found in classes.items()}
     certificates = {name: plan.certificate for name, plan in plans.items()}
     rows = [{"arm": name, "accuracy": accuracy[name], "accuracy_loss": accuracy[ORIGINAL] - accuracy[name],
              "disagreement": (classes[name] != classes[ORIGINAL]).double().mean().item(),
              "flops_ratio": work[name][0] if name in work else 1.0,
-             "cpu_time_ratio": {str(size): median_ratio(of[name], of[ORIGINAL]) for size, of in seconds.items()},
+             "cpu_time_ratio": {str(size): ratio_of_sums(of[name], of[ORIGINAL]) for size, of in seconds.items()},
              "certificate": certificate.in_words() if (certificate := certificates.get(name)) else None}
             for name in arms]
     flops_ratio, exits = work[with_exits(DEFAULT_ENGINE)]

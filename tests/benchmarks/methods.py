@@ -9,9 +9,12 @@ same way, and batches shrink for all methods where that pays on this machine. No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.exits.risk import Risk
@@ -21,7 +24,7 @@ from early_exit.training.heads.heads import TrainedHead
 from early_exit.training.options import TrainingOptions
 from early_exit.training.planning.choose import choose, make_plan
 from early_exit.training.planning.exit_costs import exit_costs
-from early_exit.training.planning.predictions import predict
+from early_exit.training.planning.predictions import PartPredictions, predict
 from tests.benchmarks.baselines.branchynet import branchynet
 from tests.benchmarks.baselines.earlyon import earlyon
 from tests.benchmarks.baselines.gati import gati
@@ -29,8 +32,9 @@ from tests.benchmarks.baselines.labelled import LabelledRecords
 from tests.benchmarks.bench import BATCH, Bench
 
 BUDGETS = (0.005, 0.01, 0.02)
-LAYER_COUNTS = (4, 8)
-"""The numbers of layers that are offered to methods that do not decide themselves which layers pay."""
+LAYER_COUNTS = (4, 8, None)
+"""The numbers of layers that are offered to methods that do not decide themselves which layers pay; None stands for all
+candidate layers."""
 ALL = (None,)
 
 
@@ -107,8 +111,20 @@ def _plan(bench: Bench, heads: str, trained: Sequence[TrainedHead], options: Tra
     description, profile = bench.subject.backbone.description, None if options.measure == "flops" else bench.profile
     costs = exit_costs(profile, trained, [options.policy] * len(trained), description, options.batch_size)
     predictions = predict(training_set, trained, costs, options.risk, options.policy, labels)
+    if options.thresholds != "certified":  # it certifies nothing, so it chooses with all that others have for both
+        predictions = replace(predictions, tune=joined(predictions.tune, predictions.certify))
     point = choose(predictions, options)
     return make_plan(point, predictions, trained, training_set, description, options, profile)
+
+
+def joined(one: PartPredictions, other: PartPredictions) -> PartPredictions:
+    """Return the predictions for the records of one part and of another."""
+    def in_one(first: Any, second: Any) -> dict[str, Tensor]:
+        return {field.name: torch.cat([getattr(first, field.name), getattr(second, field.name)])
+                for field in fields(first) if isinstance(getattr(first, field.name), Tensor)}
+
+    return replace(one, candidates=replace(one.candidates, **in_one(one.candidates, other.candidates)),
+                   **in_one(one, other))
 
 
 def theirs(bench: Bench, terms: Terms, *, baseline: Callable[[LabelledRecords, float], dict[str, Exit]]) -> Choice:
@@ -132,7 +148,7 @@ METHODS: dict[str, Method] = {
     "no-nas": Method(partial(ours, heads="default")),
     "no-replay": Method(partial(ours, heads="plain")),
     "paper": Method(partial(ours, **_PAPER), LAYER_COUNTS, every_budget=True),
-    "paper-no-nas": Method(partial(ours, heads="plain", **_PAPER), LAYER_COUNTS, every_budget=True),
+    "paper-no-nas": Method(partial(ours, heads="default", **_PAPER), LAYER_COUNTS, every_budget=True),
     "equal": Method(partial(ours, thresholds="equal", measure="flops"), LAYER_COUNTS, every_budget=True),
     "branchynet": Method(partial(theirs, baseline=branchynet), LAYER_COUNTS, every_budget=True),
     "gati": Method(partial(theirs, baseline=gati), LAYER_COUNTS, every_budget=True),

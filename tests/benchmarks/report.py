@@ -88,13 +88,13 @@ def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code, with a plus if files differ from it. Results and pages do not count as code."""
+    """Return the commit of the code, with a plus if there are other files or changes. Results and pages are no code."""
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
 
     try:
         found = git("rev-parse", "HEAD")
-        changed = git("diff", "--quiet", "HEAD", "--", ".", ":!docs", ":!*.md").returncode
+        changed = git("status", "--porcelain", "--", ".", ":!docs", ":!*.md").stdout
     except OSError:  # git is not installed
         return None
     return None if found.returncode else found.stdout.strip()[:12] + ("+" if changed else "")

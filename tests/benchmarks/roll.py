@@ -37,6 +37,7 @@ from tests.support.workers import wait_until_ready
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  answers: {answers}\n"
 CLIENTS = 8
+WARM_UP_S, QUIET_S = 5.0, 20.0
 MODEL = "digits"
 
 
@@ -83,9 +84,9 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
                     models=[first.name]) as server:
         management = Management(server.addresses, server.key_file, server.secret_file)
         with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as warm_up:
-            time.sleep(5)
+            time.sleep(WARM_UP_S)
         with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as load:
-            time.sleep(20)
+            time.sleep(QUIET_S)
             n_quiet = len(load.replies)
             every = -(-n_rolls // n_rollbacks) if n_rollbacks else n_rolls + 1
             ready_s = []

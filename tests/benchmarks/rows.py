@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,12 +23,12 @@ from early_exit.training.costs.profiling import one_thread
 from early_exit.training.report.ltma import AllocationCounter, ltma
 from early_exit.training.report.performance import categorize
 from tests.benchmarks.tables import judgement, tables
-from tests.support.timing import cpu_ratio
+from tests.support.timing import interleaved, ratio_of_sums
 
 BATCH = 250
 """The batch size for everything that is not timed."""
-N_BATCHES = {1: 200, 8: 60, 32: 20}
-"""The number of batches that are timed. Keys are batch sizes."""
+N_TIMED, SIZES = 640, (1, 8, 32)
+"""The number of requests, the first ones, that are timed, and the sizes of the batches in which they come."""
 
 
 def row(backbone: Backbone, exits: Mapping[str, Exit], inputs: Tensor, truth: Tensor, full: Tensor) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def row(backbone: Backbone, exits: Mapping[str, Exit], inputs: Tensor, truth: Te
         "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
                  for number, name in enumerate(names)},
         "flops_ratio": flops_ratio, "flops_before": flops, "flops": round(flops * flops_ratio),
-        "cpu_time_ratio": _time_ratios(inputs, plain, stages),
+        "flops_ratio_of_timed": _flops_ratio(taken[:N_TIMED], [one.cost for one in layers], heads),
+        "cpu_time_ratio": time_ratios(inputs[:N_TIMED], plain, stages),
         "ltma_bytes": ltma_bytes, "ltma_ratio": ltma_bytes / (ltma(plain, (one_batch,)) / len(one_batch)),
         "categories": asdict(categorize(classes[left], full[left].argmax(dim=1), truth[left])),
         "size_ratio": 1 + sum(one.numel() for one in of_heads) / parameters,
@@ -124,14 +125,14 @@ def _auc(scores: Tensor, truth: Tensor) -> float:
     return above / (n_positive * (len(truth) - n_positive))
 
 
-def _time_ratios(inputs: Tensor, plain: nn.Module, stages: Sequence[Stage]) -> dict[str, float]:
+def time_ratios(inputs: Tensor, plain: Callable[[Tensor], object], stages: Sequence[Stage]) -> dict[str, float]:
     """Return the CPU time with exits / that of the plain backbone, by batch size, with one thread and interleaved."""
     def exiting(batch: Tensor) -> Answers:
         return run_with_exits((batch,), stages)
 
     with one_thread(), torch.no_grad():
-        return {str(size): cpu_ratio(plain, exiting, inputs.split(size)[:n_batches])
-                for size, n_batches in N_BATCHES.items()}
+        seconds = {size: interleaved({"plain": plain, "exiting": exiting}, inputs.split(size)) for size in SIZES}
+    return {str(size): ratio_of_sums(of["exiting"], of["plain"]) for size, of in seconds.items()}
 
 
 def _flops_ratio(taken: Tensor, costs: Sequence[float], heads: Sequence[float]) -> float:

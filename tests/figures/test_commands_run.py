@@ -1,108 +1,32 @@
 """Benchmarks at toy size: each command completes, and writes finite, plausible figures into the file that it names.
 
-Some benchmarks are only imported and asked for their options. `answers`, `demo`, `drift`, `habits`, `loop`, `recovery`
-and `roll` take minutes with a server even at toy size, and so do the processes of `dependence` and `search`. The last
-one is `gpu`.
+Commands that start servers are in test_commands_with_servers.py. `habits` and `dependence` have a test of their own,
+tests/end_to_end/test_habits.py and test_dependence.py. `gpu` is only imported where there is no GPU.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-import math
-import signal
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torchvision.models import ResNet
 from torchvision.models.resnet import Bottleneck
 
-from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.handler.allocator import ALLOCATOR
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks import subjects
 from tests.benchmarks.subjects import Subject
-from tests.support import digits
-from tests.support.digits import batches
 from tests.support.models.digits_resnet import DigitsResNet
-from tests.support.sources import ids_in
-from tests.support.untried import build_untried
+from tests.support.toy_size import N_MEASURED, Requests, Run, command, digits_subject, in_one_batch, require_ratios
 
 pytestmark = pytest.mark.slow
 
-N_RECORDED, N_MEASURED = 900, 200
 BENCHMARKS = Path(subjects.__file__).parent
 COMMANDS = [*sorted(f"benchmarks.{file.stem}" for file in BENCHMARKS.glob("*.py") if "def main()" in file.read_text()),
             "demo.__main__"]
-Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_backbone: DigitsResNet) -> Iterator[Run]:
-    """Yield a function that runs a benchmark's command in this process and returns the figures that it wrote.
-
-    To save a minute, commands do not restart with the server's allocator, and archives are not tried out.
-    """
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    threads = torch.get_num_threads()
-    for name, value in ALLOCATOR.items():
-        monkeypatch.setenv(name, value)
-
-    def run(benchmark: ModuleType, *arguments: object) -> dict[str, Any]:
-        for name, instead in (("build_archive", build_untried), ("train_backbone", lambda **_: digits_backbone)):
-            if hasattr(benchmark, name):
-                monkeypatch.setattr(benchmark, name, instead)
-        file = tmp_path / "figures.json"
-        monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--json", *map(str, (file, *arguments))])
-        assert not benchmark.main()
-        figures: dict[str, Any] = json.loads(file.read_text(), parse_constant=pytest.fail)  # no NaN or infinity
-        return figures
-
-    yield run
-    torch.set_num_threads(threads)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
-
-
-def command(name: str) -> ModuleType:
-    return importlib.import_module(f"tests.{name}")
-
-
-@pytest.fixture(scope="module")
-def requests() -> tuple[list[digits.Request], list[str]]:
-    """Return the recorded requests followed by the measured ones, and the IDs of the recorded ones."""
-    recorded, parts = digits.recorded_traffic(N_RECORDED, seed=1)
-    return [*recorded, *digits.measured_traffic(N_MEASURED, seed=2)], ids_in(parts)
-
-
-@pytest.fixture(scope="module")
-def subject(recorder_mar: Path, requests: tuple[list[digits.Request], list[str]],
-            tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    """Return a subject of the benchmarks that has digits instead of photos."""
-    return digits_subject(tmp_path_factory.mktemp("subject"), recorder_mar, requests)
-
-
-def digits_subject(folder: Path, recorder_mar: Path, requests: tuple[list[digits.Request], list[str]]) -> Subject:
-    shown, ids = requests
-    (folder / "store").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subjects, "build_archive", lambda asked: recorder_mar)
-        (folder / "store" / recorder_mar.name).symlink_to(recorder_mar)
-        return subjects._subject(folder, "ResNet", "digits", ArchiveRequest("none", folder / "store"),
-                                 [one.body for one in shown], [one.label for one in shown], n_recorded=len(ids),
-                                 ids=ids, replay=None)
-
-
-def require_ratios(*ratios: float) -> None:
-    """Check ratios loosely: other work on the machine changes them, but does not make them negative or huge."""
-    assert all(math.isfinite(ratio) and 0.001 < ratio < 1000 for ratio in ratios), ratios
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -140,11 +64,11 @@ def test_engines_are_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(sum(counts) == 8 for counts in figures["counts"]["8"])
 
 
-def test_exits_stand_beside_int8(run: Run, recorder_mar: Path, requests: tuple[list[digits.Request], list[str]],
+def test_exits_stand_beside_int8(run: Run, recorder_mar: Path, requests: Requests,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
     int8 = command("benchmarks.int8")
     for name, value in {"resnet18_full": lambda folder: digits_subject(folder, recorder_mar, requests),
-                        "N_BATCHES": {1: 3, 8: 3, 32: 2},
+                        "N_TIMED": 24,
                         "TrainingOptions": partial(TrainingOptions, layers=2, recipe=Distillation(epochs=3))}.items():
         monkeypatch.setattr(int8, name, value)
     figures = run(int8, "--rounds", 1, "--tolerance", 0.3)
@@ -156,6 +80,7 @@ def test_exits_stand_beside_int8(run: Run, recorder_mar: Path, requests: tuple[l
         assert (row["certificate"] is not None) == row["arm"].endswith("with exits")
         require_ratios(*row["cpu_time_ratio"].values())
     assert sum(one["share"] for one in figures["exits"]) == pytest.approx(1)
+    assert figures["exits"][-1]["share"] < 1 and rows["folded with exits"]["flops_ratio"] < 1
 
 
 def test_what_recording_costs_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,15 +95,13 @@ def test_what_recording_costs_is_told(run: Run, monkeypatch: pytest.MonkeyPatch)
         require_ratios(*found[name].values())
 
 
-def test_the_rules_promises_are_counted(
-        run: Run, subject: Subject, requests: tuple[list[digits.Request], list[str]],
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rules_promises_are_counted(run: Run, subject: Subject, requests: Requests,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     certify = command("benchmarks.certify")
-    shown, _ = requests
     for name, value in {"N_TRAIN": 300, "N_OWN": 300, "N_TUNE": 150, "N_CERTIFY": 300,
                         "Distillation": partial(Distillation, epochs=3), "resnet18": lambda folder: subject,
-                        "load_requests": lambda: (shown, [one.label for one in shown]),
-                        "as_batch": lambda some: torch.cat(list(batches(some, len(some))))}.items():
+                        "load_requests": lambda: (list(requests.all), requests.labels),
+                        "as_batch": lambda some: in_one_batch([one.body for one in some])}.items():
         monkeypatch.setattr(certify, name, value)
     figures = run(certify, "--splits", 2)
     assert figures["n"] == 2 and len(figures["rows"]) == 2 * len(certify.RULES)
@@ -192,7 +115,7 @@ def test_the_rules_promises_are_counted(
 def test_methods_have_rows(run: Run, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     paper = command("benchmarks.paper")
     monkeypatch.setitem(paper.SUBJECTS, "resnet18", lambda folder: subject)
-    monkeypatch.setattr("tests.benchmarks.rows.N_BATCHES", {1: 20, 8: 10, 32: 5})
+    monkeypatch.setattr("tests.benchmarks.rows.N_TIMED", 80)
     monkeypatch.setattr("tests.benchmarks.bench.TrainingOptions", partial(
         TrainingOptions, layers=4, recipe=Distillation(epochs=3)))
     methods = ("no-replay", "branchynet")
@@ -212,3 +135,28 @@ def test_malformed_requests_are_answered(run: Run, monkeypatch: pytest.MonkeyPat
     assert (figures["bad"], figures["good"], figures["sent"], figures["worker_deaths"]) == (60, 15, 75, 0)
     assert sum(figures["statuses"].values()) == 75 and figures["statuses"]["good: 200"] == 15
     assert figures["wrong_by_kind"] == {}
+
+
+def test_drifts_are_noticed(run: Run, subject: Subject, requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    drift = command("benchmarks.drift")
+    for name, value in {"STRENGTHS": {"noise": (1.0,)}, "LIMIT": 1000, "resnet18": lambda folder: subject,
+                        "load_requests": lambda: (requests.bodies, requests.labels), "as_batch": in_one_batch,
+                        "TrainingOptions": partial(TrainingOptions, 0.1, recipe=Distillation(epochs=3)),
+                        "recovered": lambda folder: {}}.items():  # it starts a server
+        monkeypatch.setattr(drift, name, value)
+    figures = run(drift, "--streams", 4, "--requests", N_MEASURED // 2)
+    assert figures["rows"] and 0 <= figures["false_alarm_share"] <= 1
+    assert 0 < figures["median_samples_to_alarm"] < 1000
+    noise, mixed, _ = figures["rows"]
+    assert noise["disagreement_during"] > mixed["disagreement_during"] == pytest.approx(0.3)
+    assert noise["alarmed_share"] == mixed["alarmed_share"] == 1
+
+
+def test_a_killed_search_goes_on(run: Run, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = command("benchmarks.search")
+    for name, value in {"TRIALS": 1, "TIMES": 2, "resnet18": lambda folder: subject}.items():
+        monkeypatch.setattr(search, name, value)
+    figures = run(search)
+    assert figures["trials"] == figures["trials_wanted"] > figures["trials_before_kill"] > 0
+    assert figures["trials_lost"] == 0 and figures["peak_mb"] > 0
+    assert figures["many_records"] > figures["records"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
+from early_exit.handler.inference.forward import Stage
 from early_exit.handler.recording import writer
-from tests.benchmarks import answers, engine, faces, gpu, recovery, scenes
+from tests.benchmarks import answers, engine, faces, gpu, int8, recovery, rows, scenes
 from tests.benchmarks.loop import compared_with
 from tests.benchmarks.overhead import recording_ratio
 from tests.demo.__main__ import table
@@ -43,8 +44,8 @@ def test_shares_that_leave_are_exact_for_all_batches_and_vary_from_one_to_the_ne
 def test_rows_of_a_gpus_batches_leave_where_they_are_to_leave() -> None:
     torch.manual_seed(0)
     leaves_after, destinies = torch.randint(4, (64,)), engine.dealt(16, 8).flatten(0, 1)
-    rows = gpu.rows_of(destinies, leaves_after)
-    assert torch.equal(leaves_after[rows], destinies) and len(rows.unique()) > 30
+    found = gpu.rows_of(destinies, leaves_after)
+    assert torch.equal(leaves_after[found], destinies) and len(found.unique()) > 30
 
 
 def test_ideal_exits_cost_what_the_rows_that_were_used_pay_up_to_their_exits() -> None:
@@ -61,13 +62,42 @@ def test_the_share_of_the_ideal_is_told_for_every_engine_and_batch_size() -> Non
     assert told["share_of_ideal_b8"] == 0.5 / 0.7 and told["share_of_ideal_b32"] is None
 
 
+def compute_for(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+def taking(seconds: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a model of four classes that takes so much CPU time for a batch."""
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        compute_for(seconds)
+        return batch[:, :4]
+
+    return model
+
+
+def test_a_ratio_below_one_says_that_exits_save_time() -> None:
+    stages = [Stage(lambda batch: (taking(0.001)(batch),))]
+    found = rows.time_ratios(torch.randn(64, 8), taking(0.004), stages)
+    assert found.keys() == {"1", "8", "32"} and all(0.1 < ratio < 0.6 for ratio in found.values()), found
+
+
+def test_every_engine_is_compared_with_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "work_of", lambda model, plan, inputs: (0.6, []))
+    arms_of = {"original": taking(0.004), "folded": taking(0.003), "folded with exits": taking(0.001)}
+    plan: Any = SimpleNamespace(certificate=None)
+    found = int8.figures(arms_of, {"folded with exits": plan}, torch.randn(64, 8), torch.zeros(64))
+    original, folded, exits = ({**one["cpu_time_ratio"]} for one in found["rows"])
+    for size in ("1", "8", "32"):
+        assert original[size] == 1 and exits[size] < 0.6 < folded[size] < 1, found["rows"]
+
+
 def test_the_cost_of_recording_includes_what_the_writer_does(monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     def slowly(path: Path, *arguments: Any) -> None:
-        until = time.process_time() + 0.3
-        while time.process_time() < until:
-            pass
+        compute_for(0.3)
         write(path, *arguments)
         written.append(path)
 
@@ -111,7 +141,7 @@ def test_a_recovery_that_fails_is_told_with_what_was_measured_before(
     told = recovery.recovered(tmp_path, 2)
     assert (told["runs"], told["recovered"]) == (2, 1)
     assert told["each"][0] == {"seed": 0, "recovered": False, "disagreement_before": 0.01,
-                               "failure": "no alarm came in 4000 requests"}
+                               "failure": "RuntimeError: no alarm came in 4000 requests"}
 
 
 def reply(number: int, arm: str) -> Reply:

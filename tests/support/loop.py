@@ -71,10 +71,10 @@ class LoopResult:
                    for reply, label in zip(self.arms[arm].replies, labels)) / len(labels)
 
     def disagreement(self, arm: str, other: str) -> float:
-        """Return the share of the measured requests that two versions answer differently."""
-        pairs = zip(self.arms[arm].replies, self.arms[other].replies)
-        tops = [(one.top(), another.top()) for one, another in pairs if one.ok and another.ok]
-        return sum(one != another for one, another in tops) / len(tops)
+        """Return the share of the measured requests that two versions answer differently. A failed request counts as
+        one of them."""
+        pairs = list(zip(self.arms[arm].replies, self.arms[other].replies))
+        return sum(not (one.ok and another.ok and one.top() == another.top()) for one, another in pairs) / len(pairs)
 
 
 def run_loop(original: Path, folder: Path, record: Sequence[bytes], measure: Sequence[bytes], *,

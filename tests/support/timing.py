@@ -8,24 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-_ROUNDS = 20
-
-
-def cpu_ratio(first: Callable[[T], object], second: Callable[[T], object], batches: Sequence[T]) -> float:
-    """Return the CPU time of `second` over that of `first`, as the median over rounds. Call this in `one_thread`."""
-    seconds = cpu_seconds({"first": first, "second": second}, batches)
-    return median_ratio(seconds["second"], seconds["first"])
-
-
-def cpu_seconds(arms: Mapping[str, Callable[[T], object]], batches: Sequence[T]) -> dict[str, list[float]]:
-    """Return the CPU seconds of each arm in about 20 interleaved rounds. Call this in `one_thread`.
-
-    A round has several batches if there are many. Otherwise, with single requests, of which some leave early and some
-    do not, the median would be that of the more frequent kind.
-    """
-    per_round = max(1, len(batches) // _ROUNDS)
-    return {name: [sum(seconds[start:start + per_round]) for start in range(0, len(batches), per_round)]
-            for name, seconds in interleaved(arms, batches).items()}
 
 
 def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T],
@@ -48,10 +30,11 @@ def interleaved(arms: Mapping[str, Callable[[T], object]], rounds: Sequence[T],
 
 
 def median_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
-    """Return the median over rounds of seconds / of."""
+    """Return the median over rounds of seconds / of, where every round is the same work."""
     return statistics.median(one / other for one, other in zip(seconds, of))
 
 
 def ratio_of_sums(seconds: Sequence[float], of: Sequence[float]) -> float:
-    """Return sum(seconds) / sum(of), the ratio of the total costs of rounds that differ."""
+    """Return sum(seconds) / sum(of), the ratio of the total costs of rounds that differ, as rounds with exits do: the
+    median would be that of the more frequent kind."""
     return sum(seconds) / sum(of)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -54,6 +55,24 @@ def status(address: str, port: int, method: str, path: str, body: bytes = b"",
         connection.close()
 
 
+def status_for_another_user(port: int, file: Path) -> int | None:
+    """Send the call as another user of this machine; return the status, or None if there is no answer."""
+    path, body = put_code(file)
+    request = (f"PUT {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+               f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n").encode() + body
+    done = subprocess.run(["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port} && cat >&3 && cat <&3"], cwd="/",
+                          input=request, user=65534, capture_output=True, timeout=60, check=False)
+    return int(done.stdout.split()[1]) if done.stdout else None
+
+
+def answer_one(listener: socket.socket) -> None:
+    """Answer the next connection with status 204, whatever it asks for."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(2**16)
+        connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+
 @dataclass(frozen=True)
 class Attacked:
     """The outcome of sending code to NNI's port while a search ran."""
@@ -87,12 +106,10 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
         answers[name] = status(address, port, "PUT", *put_code(folder / name), headers)
 
     def attack_as_another_user() -> None:
-        path, body = put_code(folder / "user")
-        request = (f"PUT {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-                   f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n").encode() + body
-        done = subprocess.run(["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port} && cat >&3 && cat <&3"], cwd="/",
-                              input=request, user=65534, capture_output=True, timeout=60, check=False)
-        answers["user"] = int(done.stdout.split()[1]) if done.stdout else None
+        with socket.create_server(("127.0.0.1", 0)) as anyone, ThreadPoolExecutor(1) as pool:
+            pool.submit(answer_one, anyone)
+            answers["user, elsewhere"] = status_for_another_user(anyone.getsockname()[1], folder / "elsewhere")
+        answers["user"] = status_for_another_user(port, folder / "user")
 
     def attack_all(line: str) -> None:
         told.append(line)
@@ -145,6 +162,7 @@ def test_code_sent_to_another_address_of_this_machine_is_not_run(attacked: Attac
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason=MAY_NOT_ACT_AS_ANOTHER)
 def test_code_that_another_user_of_this_machine_sends_is_not_run(attacked: Attacked) -> None:
+    assert attacked.answers["user, elsewhere"] == 204, "the other user's attack arrives where it is not refused"
     assert attacked.answers["user"] is None and not (attacked.folder / "user").exists()
 
 

@@ -24,7 +24,8 @@ sections may come from different machines.
 A ratio below 1 is a saving. Three baselines occur, and each table says which one it means: the user's *original* model,
 as it was before anything was folded or fused; *ours without exits*, which shows what the exits do by themselves; and
 the *plain backbone* on the same engine, which is not cut into stages. CPU times of models are those of one thread, all
-arms in turns, with the server's allocator. What is recorded and what is measured are never made from the same picture.
+arms in turns, with the server's allocator. What is recorded and what is measured are never made from the same picture,
+except in the two sections on the certificate, which draw both from one known population.
 """
 
 
@@ -54,9 +55,9 @@ SECTIONS = {
                     sections.int8),
     "paper": Section("The paper's networks", "tests.benchmarks.paper", "Rows are measured on requests that nothing was "
                      "chosen with, against the plain backbone. *Certified* rows promise their budget; the other "
-                     "methods are given it. All had the same records and shrink batches alike. The faces are varied "
-                     "from few photos, and a certificate that counts each variant promises more than so few can. The "
-                     "Mask R-CNN is trained here, on scenes composed of cut-outs.", sections.paper),
+                     "methods are given it. All had the same records and shrink batches alike. The faces, the "
+                     "digits of the ViT and the scenes of the Mask R-CNN, which is trained here, are varied from few "
+                     "pictures: a certificate that counts each variant promises more than so few can.", sections.paper),
     "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
                        "layers on one network.", sections.paper),
     "engine": Section("Engines", "tests.benchmarks.engine", "ResNet-50 at 224 px; which rows leave is scripted, 10, 60 "

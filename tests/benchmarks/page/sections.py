@@ -133,6 +133,7 @@ def _beside_paper(row: Figures) -> list[str]:
 
 def _of_method(row: Figures) -> list[str]:
     auc = f" (AUC {row['auc_before']:.3f} to {row['auc']:.3f})" if "auc" in row else ""
-    return [row["method"], row["heads"], "yes" if row["labelled"] else "no", str(row["layers"]),
+    heads = f"{row['heads']}, replays" if row["replayed"] else row["heads"]
+    return [row["method"], heads, "yes" if row["labelled"] else "no", str(row["layers"]),
             f"{percent(row['tolerance'])} {row['risk']}", percent(row["accuracy_loss"]) + auc,
             percent(row["disagreement"]), ratio(row["flops_ratio"]), by_batch(row["cpu_time_ratio"])]
