@@ -136,7 +136,8 @@ def told(section: Section, run: Mapping[str, Any]) -> str:
     """Return a sentence about the code, the machine and the settings of a run."""
     settings = ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in run["settings"].items())
     gpu = f", {run['gpu']}" if run["gpu"] else ""
-    return (f"`python -m {section.command}`, {run['date'][:10]}, commit {run['commit']}, {run['seconds']} s; "
+    commit = run["commit"].replace("+", " with changes that are in no commit") if run["commit"] else "not known"
+    return (f"`python -m {section.command}`, {run['date'][:10]}, commit {commit}, {run['seconds']} s; "
             f"{run['processor']} ({', '.join(run['instructions'])}){gpu}, {run['cores']} cores, load "
             f"{run['load_before']} before; torch {run['torch']}, {run['threads']} threads, Python {run['python']}. "
             f"Settings: {settings or 'none'}.")
