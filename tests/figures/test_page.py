@@ -115,8 +115,10 @@ def test_every_row_of_every_network_is_on_the_page_with_the_papers_figures_besid
 
 
 def test_a_section_tells_which_run_it_comes_from() -> None:
-    text = page({"fuzz": {"run": RUN, "sent": 5, "wrong_by_kind": {"empty body": 1}}})
-    assert RUN["processor"] in text and str(RUN["commit"]) in text and "rounds 3" in text and "| sent | 5 |" in text
+    run = {**RUN, "commit": "0123456789ab+"}
+    text = page({"fuzz": {"run": run, "sent": 5, "wrong_by_kind": {"empty body": 1}}})
+    assert RUN["processor"] in text and "commit 0123456789ab with changes that are in no commit, 12 s" in text
+    assert "rounds 3" in text and "| sent | 5 |" in text
 
 
 def test_each_of_several_runs_of_one_benchmark_is_told_before_its_tables() -> None:
