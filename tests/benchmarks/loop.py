@@ -34,7 +34,7 @@ from tests.support.client import failed, latency_ms
 from tests.support.loop import LoopResult, run_loop
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.original import original_mar
-from tests.support.served import served_model
+from tests.support.served import as_in_service, served_model
 from tests.support.timing import interleaved, ratio_of_sums
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
@@ -125,8 +125,8 @@ def compared_with(arm: str, result: LoopResult, labels: list[str], times: Mappin
 def model_seconds(result: LoopResult, batches: Sequence[Tensor], original: nn.Module) -> dict[str, list[float]]:
     """Return the CPU seconds that each arm's model takes for some rounds. The arms take turns."""
     with one_thread(), torch.no_grad():
-        return interleaved({ORIGINAL: original, WITHOUT_EXITS: served_model(result.recorder),
-                            WITH_EXITS: exiting_model(result)}, batches)
+        return interleaved({ORIGINAL: original, WITHOUT_EXITS: as_in_service(served_model(result.recorder)),
+                            WITH_EXITS: as_in_service(exiting_model(result))}, batches)
 
 
 def exiting_model(result: LoopResult) -> EarlyExitModel:

@@ -45,6 +45,7 @@ from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.costs.profiling import one_thread
 from tests.benchmarks.report import conditions, save
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
+from tests.support.served import as_in_service
 from tests.support.timing import interleaved, median_ratio, ratio_of_sums
 
 BATCHES = (1, 8, 32)
@@ -103,7 +104,7 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, 
             rounds = [inputs[number % 4] for number in range(n_rounds[size])]
             error = (backbone.graph(inputs[0]) - served(inputs[0])).abs().max().item()
             found["max_error"] = max(found["max_error"], error)
-            seconds = interleaved({"plain": plain, "served": served}, rounds)
+            seconds = interleaved({"plain": plain, "served": as_in_service(served)}, rounds)
             found["no_exit_ratio"][size] = median_ratio(seconds["served"], seconds["plain"])
             found["recording_ratio"][size] = recording_ratio(backbone, inputs, n_shards, n_records)
             if size == 1:

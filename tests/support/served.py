@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.config import ServingConfig
@@ -19,3 +22,16 @@ def served_model(mar: Path) -> EarlyExitModel:
         extract(mar, layout.root)
         engine = ServingConfig.from_model_config(archived_config(layout)).engine
         return load_model(layout, ServingConfig(engine=engine, control_rate=0))
+
+
+def as_in_service(model: EarlyExitModel) -> Callable[[Tensor], Tensor]:
+    """Return a function that answers each batch in a new call of the handler, as a worker does.
+
+    Otherwise the log of the model's calls, and the time to search it, would grow with every batch.
+    """
+    def answer(batch: Tensor) -> Tensor:
+        model.log.begin()
+        scores: Tensor = model(batch)
+        return scores
+
+    return answer
