@@ -39,7 +39,7 @@ from tests.benchmarks.report import report
 from tests.benchmarks.rows import N_TIMED, SIZES
 from tests.benchmarks.subjects import Subject, resnet18_full
 from tests.support.arms import ORIGINAL, SHADOW_RATE
-from tests.support.served import as_in_service, served_model
+from tests.support.served import TIMED, as_in_service, served_model
 from tests.support.timing import interleaved, ratio_of_sums
 
 _NAME = "model"
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4, help="of replays (%(default)s)")
     options = parser.parse_args()
     restart_with_allocator()
-    settings = {**vars(options), "sampling_rate": SHADOW_RATE, "threads_of_model_times": 1}
+    settings = {**vars(options), "sampling_rate": SHADOW_RATE, **TIMED}
     return report(options.json, lambda scratch: measure(resnet18_full(scratch), scratch, options.tolerance,
                                                         options.rounds), settings)
 

@@ -34,7 +34,7 @@ from tests.support.client import failed, latency_ms
 from tests.support.loop import LoopResult, run_loop
 from tests.support.models.cifar_resnet18w32 import ResNet18W32
 from tests.support.original import original_mar
-from tests.support.served import as_in_service, served_model
+from tests.support.served import TIMED, as_in_service, served_model
 from tests.support.timing import interleaved, ratio_of_sums
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  seal_after_s: 5\n"
@@ -51,9 +51,14 @@ def main() -> int:
     options = parser.parse_args()
     restart_with_allocator()
     training = TrainingOptions(options.tolerance, options.confidence, search=None)
-    settings = {**vars(options), "server": CONFIG, "clients": 8, "threads_of_model_times": 1,
-                "sampling_rate": SHADOW_RATE}
+    settings = {**settings_of(training, CONFIG), "images": options.images}
     return report(options.json, lambda scratch: measure(scratch, training, options.images), settings)
+
+
+def settings_of(options: TrainingOptions, config: str) -> dict[str, Any]:
+    """Return what the figures of a loop depend on, whatever the model and the requests are."""
+    return {"tolerance": options.tolerance, "confidence": options.confidence, "search": options.search,
+            "server": config, "clients": 8, "sampling_rate": SHADOW_RATE, **TIMED}
 
 
 def measure(folder: Path, options: TrainingOptions, n_images: int) -> dict[str, Any]:
@@ -95,6 +100,7 @@ def summarise(result: LoopResult, labels: list[str], inputs: Tensor, original: n
         "certified_bound": certificate.tolerance if certificate else None,
         "certificate": {"n": certificate.n, "k": certificate.k, "confidence": certificate.confidence}
         if certificate else None,
+        "told": result.report.to_text().splitlines(),
         "hits": result.hits(),
         "exits": result.exits(),
         **{name: of_exits[name] for name in ("flops_ratio", "cpu_time_ratio", "cpu_time_ratio_by_batch")},

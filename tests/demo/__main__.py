@@ -17,7 +17,7 @@ from early_exit.archiver.torchserve.process import TorchServe
 from early_exit.handler.allocator import restart_with_allocator
 from early_exit.training.command import raise_on_terminate
 from early_exit.training.options import TrainingOptions
-from tests.benchmarks.loop import summarise
+from tests.benchmarks.loop import settings_of, summarise
 from tests.benchmarks.page.river import river_of
 from tests.benchmarks.report import conditions, save
 from tests.support.arms import ARMS
@@ -54,7 +54,8 @@ def main() -> None:
             yield
 
     record, measure = recorded_once(1, N_FOR_BACKBONE), measured_traffic(N_MEASURE, 2, N_FOR_BACKBONE)
-    run = conditions({"recorded": len(record), "measured": N_MEASURE, "server": CONFIG})
+    run = conditions({**settings_of(OPTIONS, CONFIG), "steps": N_STEPS, "digits_of_the_backbone": N_FOR_BACKBONE,
+                      "recorded": len(record), "measured": N_MEASURE})
     log(f"training a ResNet on {N_FOR_BACKBONE} digits that the traffic never shows")
     model = train_backbone(N_STEPS, n_digits=N_FOR_BACKBONE, kind=DemoResNet)
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,14 +14,17 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import load_model
 from early_exit.training.data.preprocessing import archived_config
 
+TIMED = {"threads_of_model_times": 1, "control_rate_of_model_times": 0.0}
+"""How models are timed: with one thread, and without the control batches of a worker, which take no exits."""
+
 
 def served_model(mar: Path) -> EarlyExitModel:
-    """Load the model of an early-exit archive, without records and without control batches, which take no exits."""
+    """Load the model of an early-exit archive, without records and without control batches."""
     with tempfile.TemporaryDirectory() as scratch:
         layout = ArchiveLayout(Path(scratch))
         extract(mar, layout.root)
         engine = ServingConfig.from_model_config(archived_config(layout)).engine
-        return load_model(layout, ServingConfig(engine=engine, control_rate=0))
+        return load_model(layout, ServingConfig(engine=engine, control_rate=TIMED["control_rate_of_model_times"]))
 
 
 def as_in_service(model: EarlyExitModel) -> Callable[[Tensor], Tensor]:
