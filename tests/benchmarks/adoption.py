@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def adoption(folder: Path) -> dict[str, Any]:
         management = Management(server.addresses, server.key_file)
         assert served(management).settings == SETTINGS, served(management)
         [before] = send(server, MODEL, [body])
+        management.scale(MODEL, "1.0", SCALED)
         with BackgroundLoad(server, MODEL, [body], clients=2) as load:
             put_back, said = is_put_back(management, recorder)
         [after] = send(server, MODEL, [body])
@@ -64,13 +66,15 @@ def adoption(folder: Path) -> dict[str, Any]:
 
 
 def is_put_back(management: Management, recorder: Path) -> tuple[bool, str]:
-    """Adopt exits on two servers, the second of which cannot be reached; tell whether the first is as it was."""
+    """Adopt exits on two servers, the second of which cannot be reached; tell whether the first is as it was, with the
+    workers that it had been given while it served."""
     nobody = Management(Addresses.free(), None)
     try:
         roll_all([management, nobody], recorder, put_back=True, longest_batch_s=1.0)
     except ServerError as error:
         versions = management.versions(MODEL)
-        is_as_before = [(status.version, status.settings) for status in versions] == [("1.0", SETTINGS)]
+        is_as_before = [(status.version, status.settings) for status in versions] == [
+            ("1.0", replace(SETTINGS, workers=SCALED))]
         return is_as_before and str(error).endswith("was put back to 1.0"), str(error)
     return False, "the second server was rolled"
 

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import RollReport, roll
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
@@ -233,18 +232,6 @@ def in_parallel(calls: list[object]) -> list[object]:
     for thread in threads:
         thread.join()
     return outcomes
-
-
-def test_when_the_second_server_fails_the_first_is_put_back_with_the_workers_it_had(
-        server: TorchServe, management: Management, store: Path, expected: list[Answer]) -> None:
-    before = default(management)
-    management.scale("digits", before, (2, 2))  # its archive asks for one worker
-    nobody = Management(Addresses.free(), None)
-    with loaded(server, expected), pytest.raises(ServerError, match=f"no answer from .*\n.* was put back to {before}"):
-        roll_all([management, nobody], store / "digits-6.0.mar", put_back=True, longest_batch_s=1.0)
-    status = next(one for one in management.versions("digits") if one.is_default)
-    assert (status.version, status.n_workers, status.n_ready) == (before, 2, 2)
-    management.scale("digits", before, (1, 1))
 
 
 def test_a_roll_waits_for_batches_that_take_longer_than_it_was_told(
