@@ -96,8 +96,11 @@ def test_each_image_has_what_its_containers_need_and_the_servers_no_nni_and_no_s
     assert {"serve", "gateway"} <= extras["build"] and "train" not in extras["build"]
     assert {"serve", "train"} <= extras["build-watch"]
     for name, built in (("server", "build"), ("watch", "build-watch")):
-        copied = [line for line in stages[name].splitlines() if line.startswith(("COPY", "ADD", "RUN"))]
-        assert copied == [f"COPY --from={built} /opt/early-exit /opt/early-exit"], "nothing else is in a layer"
+        layers = [line for line in stages[name].splitlines() if line.startswith(("COPY", "ADD", "RUN"))]
+        *installed, copied = layers
+        assert copied == f"COPY --from={built} /opt/early-exit /opt/early-exit", "nothing else is copied"
+        assert [re.findall(r" install (?:-\S+ )*([\w ]+) &&", line) for line in installed] == (
+            [["procps"]] if name == "server" else []), "TorchServe ends workers with kill, which the slim image lacks"
 
 
 def test_nothing_but_the_package_is_sent_to_the_image() -> None:

@@ -75,6 +75,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     trials_on = evaluators_of(training_set, options.tolerance, options.trial_recipe, head_cost, options.policy)
     architectures, dropped = find_architectures(trials_on, run, options.space, options.search, options.service, log)
     trainings = evaluators_of(training_set, options.tolerance, options.recipe, head_cost, options.policy)
+    log(f"the heads of {len(architectures)} layers are trained in full")
     heads, no_better = train_heads(trainings, architectures, run)
     dropped += no_better
     if not heads:

@@ -48,11 +48,15 @@ def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_lim
         clock: the clock to wait with.
 
     Raises:
-        ServerError: the version still has requests; it stays registered.
+        ServerError: the version still has requests and stays registered, or the server could not remove it.
     """
     longest_batch_s = LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s
     _drain(server, model, version, drain_limit_s, longest_batch_s, clock)
-    server.unregister(model, version.version)
+    try:
+        server.unregister(model, version.version)
+    except ServerError as error:
+        raise ServerError(f"{error}\n{model} {version.version} could not be removed. It gets no requests any more, "
+                          "because the new version is the default") from error
 
 
 @contextlib.contextmanager

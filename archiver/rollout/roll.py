@@ -82,8 +82,9 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
     archive = registered_archive(mar)
     model, version = name or archive.model, archive.version
     registered = server.versions(model)
-    if any(status.version == version for status in registered):
-        raise ServerError(f"{model} {version} is registered already: give the archive another --version")
+    if (same := next((status for status in registered if status.version == version), None)) is not None:
+        raise ServerError(f"{model} {version} is registered already{' and serves' if same.is_default else ''}: "
+                          "give the archive another --version")
     if found is not None and default_of(found) != default_of(registered):
         raise ServerError(f"another version of {model} has become the default since this roll began: did someone else "
                           "roll?")

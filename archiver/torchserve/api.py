@@ -189,7 +189,17 @@ def _out_of_envelope(said: Any) -> Any:
 def _require_ok(response: httpx.Response) -> None:
     if not response.is_success:
         raise ServerError(f"{response.request.method} {without_credentials(str(response.url))} was answered with "
-                          f"{response.status_code}: {_message(response)}")
+                          f"{response.status_code}: {_message(response)}{_advice(response)}")
+
+
+def _advice(response: httpx.Response) -> str:
+    """Return what to do about an answer whose message does not say so."""
+    if response.status_code == httpx.codes.METHOD_NOT_ALLOWED:
+        return "\nThe server allows this only with enable_model_api=true in its configuration: set it, and restart it"
+    if "Interrupted while cleaning resources" in _message(response):
+        return ("\nTorchServe ends workers with the program kill: install it where the server runs; its package is "
+                "procps")
+    return ""
 
 
 def _message(response: httpx.Response) -> str:

@@ -21,8 +21,8 @@ import httpx
 import psutil
 
 from early_exit.archiver.torchserve.addresses import Addresses, free_ports
-from early_exit.archiver.torchserve.java import find_java
 from early_exit.archiver.torchserve.metrics_file import complete_metrics_file
+from early_exit.archiver.torchserve.programs import find_java, require_kill
 from early_exit.archiver.torchserve.server_config import (
     CONFIG_VARIABLE,
     METRICS_FILE,
@@ -144,6 +144,7 @@ class TorchServe:
     def _start(self) -> None:
         if not self.model_store.is_dir():
             raise ServerError(f"no model store at {self.model_store}: create the folder or pass --model-store")
+        require_kill()
         for folder in (self.state, self.state / "logs", self.state / "tmp", self.switches):
             private_folder(folder)
         self._settings = self._configured()

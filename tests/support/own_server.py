@@ -15,8 +15,8 @@ import psutil
 import requests
 
 from early_exit.archiver.torchserve.addresses import Addresses
-from early_exit.archiver.torchserve.java import find_java
 from early_exit.archiver.torchserve.process import TorchServe
+from early_exit.archiver.torchserve.programs import find_java
 from early_exit.archiver.torchserve.tokens import read_token
 from early_exit.handler.errors import ServerError
 from early_exit.handler.protocol import SECRET_VARIABLE

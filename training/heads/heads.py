@@ -79,6 +79,8 @@ def find_architectures(evaluators: Sequence[Evaluator], run: RunPaths, space: Se
                                    + (f", {n_stopped} of which were stopped early" if n_stopped else ""))
                 else:
                     architectures[path] = Architecture(best.head, tuple(trials))
+                if progress.disable:  # no terminal shows how far the search is
+                    log(f"{path}: searched, {len(architectures) + len(dropped)} of {len(evaluators)} layers")
     return architectures, dropped
 
 

