@@ -113,9 +113,25 @@ def paper(figures: Figures) -> Iterator[str]:
             yield f"{name}, {rows[0]['data']}, every row:"
             yield table(["method", "heads", "labels", "layers", "budget", "accuracy lost", "answers that differ",
                          "FLOPs", "CPU time, batch 1 / 8 / 32"], [_of_method(one) for one in rows])
+            yield from map(_broken_promise, filter(_breaks_promise, rows))
         for one in figures["rows"]:
             if one["backbone"] == name and "left_out" in one:
                 yield f"Left out: {name} {one.get('method', '')} {in_words(one['left_out'])}"
+
+
+def _lost(row: Figures) -> float:
+    """Return what a row lost of what its budget is for."""
+    return float(row["accuracy_loss" if row["risk"] == "accuracy" else "disagreement"])
+
+
+def _breaks_promise(row: Figures) -> bool:
+    return bool(row["certificate"]) and _lost(row) > row["tolerance"]
+
+
+def _broken_promise(row: Figures) -> str:
+    """Say that a certified row lost more than it promised. 5 % of certificates may be false."""
+    return (f"{row['method']} lost {percent(_lost(row))} where {percent(row['tolerance'])} were promised. Its "
+            f"certificate: {row['certificate']}")
 
 
 def _beside_paper(row: Figures) -> list[str]:
