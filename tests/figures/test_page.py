@@ -21,7 +21,8 @@ from tests.support.documents import README, ROOT
 RUN = {**conditions({"rounds": 3}), "seconds": 12}
 ROW = {"backbone": "ResNet-50", "data": "CIFAR-100", "heads": "searched", "labelled": False, "replayed": False,
        "layers": 8, "tolerance": 0.02, "risk": "disagreement", "accuracy": 0.68, "accuracy_loss": 0.011,
-       "disagreement": 0.014, "flops_ratio": 0.61, "cpu_time_ratio": {"1": 0.8, "8": 0.77, "32": 0.7}}
+       "certificate": None, "disagreement": 0.014, "flops_ratio": 0.61,
+       "cpu_time_ratio": {"1": 0.8, "8": 0.77, "32": 0.7}}
 
 
 def test_the_page_is_what_the_result_files_say() -> None:
@@ -112,6 +113,14 @@ def test_every_row_of_every_network_is_on_the_page_with_the_papers_figures_besid
     assert "0.42 | 0.54 (0.46 by its ms) |" in beside and "2.5 % | 0.42" in beside
     assert sum(line.startswith("| gati |") for line in text.splitlines()) == 6
     assert "Left out: DLRM" in text and "no / data" in text
+
+
+def test_a_certified_row_that_lost_more_than_it_promised_says_so() -> None:
+    kept = {**ROW, "method": "certified", "certificate": "At most 2%."}
+    broken = {**kept, "method": "certified-papers-loss", "risk": "accuracy", "tolerance": 0.01}
+    text = page({"paper": {"run": RUN, "rows": [kept, broken, {**broken, "method": "gati", "certificate": None}]}})
+    [told] = [line for line in text.splitlines() if "were promised" in line]
+    assert told == "certified-papers-loss lost 1.1 % where 1.0 % were promised. Its certificate: At most 2%."
 
 
 def test_a_section_tells_which_run_it_comes_from() -> None:
