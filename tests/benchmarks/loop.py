@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.loop --json FILE
 
-The first half of the images is recorded and trained on, without labels. A version with exits is rolled in under load.
+The first half of the images is recorded and trained on, without labels and with the default search, so `told` is what
+`ee-train` prints there. A version with exits is rolled in under load.
 The other half measures three arms, which take turns: the user's original, in which nothing is folded or fused, ours
 without exits, and ours with exits. `vs_original` and `vs_without_exits` compare every figure of ours with exits with
 that arm. Ratios at the top level compare with ours without exits, so they show the effect of the exits alone.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,15 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=10_000, help="half of them are recorded (%(default)s)")
     options = parser.parse_args()
     restart_with_allocator()
-    training = TrainingOptions(options.tolerance, options.confidence, search=None)
+    training = TrainingOptions(options.tolerance, options.confidence)
     settings = {**settings_of(training, CONFIG), "images": options.images}
     return report(options.json, lambda scratch: measure(scratch, training, options.images), settings)
 
 
 def settings_of(options: TrainingOptions, config: str) -> dict[str, Any]:
     """Return what the figures of a loop depend on, whatever the model and the requests are."""
-    return {"tolerance": options.tolerance, "confidence": options.confidence, "search": options.search,
+    return {"tolerance": options.tolerance, "confidence": options.confidence,
+            "search": asdict(options.search) if options.search else None,
             "server": config, "clients": 8, "sampling_rate": SHADOW_RATE, **TIMED}
 
 
