@@ -60,6 +60,8 @@ def _keep_looking(watched: Watched, options: argparse.Namespace) -> int:
         if options.json:
             print(*map(json.dumps, decisions), sep="\n", end="\n" if decisions else "", flush=True)
         if options.once:
+            if not decisions:
+                log_to_stderr(f"nothing to do; 'ee-watch status {options.model}' shows the state of the model")
             return int(any(decision["event"] in (TROUBLE, ROLL_FAILED) for decision in decisions))
         time.sleep(options.every_s)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.form import FormFile
+from early_exit.archiver.packaging.tryout import launcher
 from early_exit.handler.errors import ArchiveError, EarlyExitError, Unsupported
 from tests.support.original import original_mar
 
@@ -231,3 +234,9 @@ def test_without_a_sample_nothing_is_compared_and_it_is_said(tmp_path: Path) -> 
     made = archived(tmp_path, HANDLER.format(initialize="", postprocess=PLAIN), [], told, input_shape=(4,))
     assert made["answers"] is None
     assert any("cannot be compared" in line and "--untried" in line for line in told)
+
+
+def test_backends_that_torchserve_lacks_are_not_reported_to_people() -> None:
+    imported = subprocess.run([sys.executable, "-I", launcher.__file__], stdin=subprocess.DEVNULL, text=True,
+                              capture_output=True, timeout=120, check=True)
+    assert imported.stderr == ""

@@ -105,10 +105,14 @@ def alarm(server: TorchServe, watched: Watched) -> None:
     time.sleep(2)  # every worker reads the state once a second
 
 
+def test_a_look_that_finds_nothing_to_do_says_so(
+        server: TorchServe, watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--once", *options(server, watched)]) == 0
+    assert "nothing to do" in capsys.readouterr().err and watched.audit.read() == []
+
+
 def test_a_backbone_without_a_plan_gets_one_though_a_shard_is_damaged(server: TorchServe, watched: Watched) -> None:
     watcher = Watcher(watched)
-    watcher.tick()
-    assert watched.audit.read() == [], "nothing to do yet"
     serve(server, clean(1500, seed=20))
     whole = list_shards(server.state.parent / "records")[0]
     whole.with_name("half.safetensors").write_bytes(whole.read_bytes()[:1000])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 import os
 import sys
 import traceback
@@ -48,7 +47,6 @@ class LoadedArchive:
         os.chdir(folder)
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-        logging.getLogger("ts.torch_handler").setLevel(logging.ERROR)  # it warns about missing backends
         manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
         self._metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
         self._metrics.initialize_cache()

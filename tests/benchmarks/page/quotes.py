@@ -3,8 +3,9 @@
 A quote is a text as it stands in a document, with figures in braces: the name of the result file, the path to the
 figure, and its format, as in `{loop[flops_ratio]:.2f}`. In a list of rows, the path selects a row by its values, as in
 `{paper[rows][backbone=ResNet-18,method=certified][disagreement]:.1 %}`, where a share becomes a percentage. In a list
-of numbers, the path gives the index. If a paragraph of such a document links to the page, the paragraph and the table
-below it may contain no other figures than those of quotes. Numbers that are no results must be in the text of a quote.
+of numbers or lines, the path gives the index; a list of lines without an index is quoted whole. If a paragraph of such
+a document links to the page, the paragraph and the table below it may contain no other figures than those of quotes.
+Numbers that are no results must be in the text of a quote.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ QUOTES: dict[str, tuple[str, ...]] = {
         _row_of("with exits, certified at 2 %", "folded with exits"),
         _row_of("8-bit weights alone", "openvino-int8"),
         _row_of("8-bit weights with exits, certified at 2 %", "openvino-int8 with exits"),
-        _row_of_paper("ResNet-18")),
+        _row_of_paper("ResNet-18"),
+        "{loop[told][0]} {loop[told][-1]}"),
+    "docs/loop.md": ("{loop[told]}",),
     "docs/guarantee.md": (
         "In {certify[n]} splits of CIFAR-10, for tolerances of 1 and 2 %, each rule is judged on a pool of 5,000 "
         "requests. The certified rule tunes with 1,000 others and certifies with 1,500 that are drawn from this pool; "
@@ -85,15 +88,17 @@ class _Figures(Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if format_spec.endswith(" %"):
             return percent(value, int(format_spec.strip(". %")))
+        if isinstance(value, list):
+            return " ".join(value)
         text: str = super().format_field(value, format_spec)
         return text
 
 
 def _at(found: Any, step: str) -> Any:
-    """Follow one step of a path in an object, a list of numbers or a list of rows; return what it leads to."""
+    """Follow one step of a path in an object, a list of numbers or lines, or a list of rows; return what it leads to."""
     if isinstance(found, dict):
         return found[step]
-    return found[int(step)] if step.isdigit() else _only_row(found, step)
+    return found[int(step)] if re.fullmatch(r"-?\d+", step) else _only_row(found, step)
 
 
 def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]:
