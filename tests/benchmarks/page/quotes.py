@@ -95,7 +95,7 @@ class _Figures(Formatter):
 
 
 def _at(found: Any, step: str) -> Any:
-    """Follow one step of a path in an object, a list of numbers or lines, or a list of rows; return what it leads to."""
+    """Follow one step of a path in an object, a list of numbers or lines, or a list of rows; return what is there."""
     if isinstance(found, dict):
         return found[step]
     return found[int(step)] if re.fullmatch(r"-?\d+", step) else _only_row(found, step)
