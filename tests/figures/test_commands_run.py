@@ -98,8 +98,8 @@ def test_what_recording_costs_is_told(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_the_rules_promises_are_counted(run: Run, subject: Subject, requests: Requests,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     certify = command("benchmarks.certify")
-    for name, value in {"N_TRAIN": 300, "N_OWN": 300, "N_TUNE": 150, "N_CERTIFY": 300,
-                        "Distillation": partial(Distillation, epochs=3), "resnet18": lambda folder: subject,
+    for name, value in {"N_TRAIN": 300, "N_OWN": 300, "N_TUNE": 150, "N_CERTIFY": 800,
+                        "Distillation": partial(Distillation, epochs=3), "NETWORKS": {"digits": lambda folder: subject},
                         "load_requests": lambda: (list(requests.all), requests.labels),
                         "as_batch": lambda some: in_one_batch([one.body for one in some])}.items():
         monkeypatch.setattr(certify, name, value)
