@@ -56,7 +56,7 @@ def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_lim
         server.unregister(model, version.version)
     except ServerError as error:
         raise ServerError(f"{error}\n{model} {version.version} could not be removed. It gets no requests any more, "
-                          "because the new version is the default") from error
+                          "because another version is the default") from error
 
 
 @contextlib.contextmanager
@@ -101,5 +101,5 @@ def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, 
         if empty_since is not None and now - empty_since >= settle_s:
             return
         clock.sleep(POLL_S)
-    raise ServerError(f"{model} {old.version} still had requests after {limit_s:.0f} s; it is left registered, and the "
-                      "new version is the default")
+    raise ServerError(f"{model} {old.version} still had requests after {limit_s:.0f} s; it is left registered, and "
+                      "another version is the default")

@@ -51,7 +51,7 @@ def test_a_removal_that_fails_for_want_of_kill_names_the_program_and_the_version
     server, limits = WithoutKill("a", tmp_path), {"longest_batch_s": 0.0, "clock": VirtualClock()}
     server.register("digits-2.0.mar", RunSettings())
     with pytest.raises(ServerError, match="Interrupted .*\n.* program kill: .* procps\n"
-                                          "digits 2.0 could not be removed. .* the new version is the default"):
+                                          "digits 2.0 could not be removed. .* another version is the default"):
         roll(server, tmp_path / "digits-3.0.mar", **limits)  # type: ignore[arg-type]
     assert server.default == "3.0"
     with pytest.raises(ServerError, match="digits 3.0 is registered already and serves: "):

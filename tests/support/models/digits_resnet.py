@@ -1,4 +1,4 @@
-"""A small CIFAR-style ResNet for grey 32x32 digits: the model file of the demo's archive."""
+"""A small CIFAR-style ResNet for grey 32x32 digits: the model file of most archives in the tests."""
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
