@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.tryout.child import launcher
@@ -28,6 +29,10 @@ collect_ignore = ["benchmarks", "demo", "matrix", "site", "support"]
 on what they need in addition."""
 WORKERS = ("minWorkers: {n}\nmaxWorkers: {n}\nbatchSize: 4\nmaxBatchDelay: 20\n"
            "early_exit:\n  seal_after_s: 2\n  control_rate: 0\n")
+
+
+settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine is no error
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -58,7 +58,7 @@ def succeeded(outcomes: list[RollReport | Exception]) -> list[RollReport]:
     return [outcome for outcome in outcomes if isinstance(outcome, RollReport)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 2**32), is_first=st.booleans(), are_equal=st.booleans(),
        begin_s=st.tuples(st.floats(0, 2), st.floats(0, 2)), most_s=st.sampled_from([0.0, 0.05, 0.4]),
        ready_s=st.sampled_from([0.0, 3.0, 20.0]))
@@ -71,7 +71,7 @@ def test_of_two_rolls_at_once_exactly_one_succeeds_and_stays_the_default(
     assert [(version, status.is_default) for version, status in server.registered.items()] == [(report.version, True)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 2**32), is_first=st.booleans(), are_equal=st.booleans(),
        begin_s=st.tuples(st.floats(0, 30), st.floats(0, 30)), most_s=st.floats(0, 5), ready_s=st.floats(0, 30))
 def test_however_slow_the_server_is_a_success_stays_unless_a_later_roll_replaces_it(

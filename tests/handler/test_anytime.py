@@ -23,7 +23,7 @@ from tests.support.host import worker_of
 __all__ = ["backbone", "model"]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(n_rows=st.integers(1, 12), seed=st.integers(0, 1000), asked=st.integers(0, 2**12 - 1),
        thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)), shrink_from=st.integers(1, 9))
 @torch.no_grad()

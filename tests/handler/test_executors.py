@@ -88,7 +88,7 @@ EXECUTORS: dict[str, Callable[[Levels], Run]] = {
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 1000),
        thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)), share=st.sampled_from([0.0, 0.4, 1.0]))
 @torch.no_grad()

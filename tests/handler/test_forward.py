@@ -41,7 +41,7 @@ def inputs(n_rows: int, seed: int = 0) -> Live:
     return (torch.randn(n_rows, N_FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(sizes=st.lists(st.integers(0, 7), max_size=5), seed=st.integers(0, 1000),
        thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)), shadow_rate=st.sampled_from([0.0, 0.3, 1.0]),
        shrink_from=st.integers(1, 9))

@@ -22,7 +22,7 @@ def run_all(in_flight: InFlightCalls, waited_for: list[InFlightCall], limit: int
     assert set(ended) == set(waited_for)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=6),
        seed=st.integers(0, 1000), thresholds=st.tuples(st.floats(0.2, 1.1), st.floats(0.2, 1.1)),
        shadow_rate=st.sampled_from([0.0, 0.3, 1.0]))

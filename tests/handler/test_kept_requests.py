@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.handler.call import Call
@@ -39,7 +39,6 @@ def told(value: Any) -> str:
     return f"{type(value)} {value!r}"
 
 
-@settings(deadline=None)
 @given(parts=PARTS)
 def test_parts_come_back_as_they_were_handed_over(parts: dict[str, tuple[Any, str]]) -> None:
     request = KeptRequest({name: value for name, (value, _) in parts.items()},
@@ -48,13 +47,11 @@ def test_parts_come_back_as_they_were_handed_over(parts: dict[str, tuple[Any, st
     assert told(again.item) == told(request.item) and again.content_types == request.content_types
 
 
-@settings(deadline=None)
 @given(instance=INSTANCES)
 def test_an_instance_need_not_be_a_dict_of_parts(instance: Any) -> None:
     assert told(KeptRequest.from_bytes(KeptRequest(instance).to_bytes()).item) == told(instance)
 
 
-@settings(deadline=None)
 @given(value=st.binary(max_size=60) | st.text().map(str.encode) | JSON.map(lambda value: json.dumps(value).encode()),
        content_type=st.sampled_from(["application/json", "text/plain", "image/png", ""]))
 def test_whatever_torchserve_makes_of_a_body_can_be_kept(value: bytes, content_type: str) -> None:

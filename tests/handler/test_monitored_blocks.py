@@ -72,7 +72,7 @@ def alarms(given_samples: Sequence[Sample], monitored: Monitored) -> int | None:
     return None
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), seed=st.integers(0, 1000),
        length=st.sampled_from([1.0, 4.0, 9.0]), longest=st.sampled_from([6.0, 18.0, math.inf]),
        requests=st.sampled_from([1.0, 3.0]), probe_every=st.sampled_from([2, 3, 10**6]), is_periodic=st.booleans())

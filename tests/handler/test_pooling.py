@@ -10,7 +10,7 @@ from torch.nn import functional
 from early_exit.handler.backbone.pooling import pool_activation, pooled_shape
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), side=st.sampled_from([1, 2, 4, 8]))
 def test_maps_are_pooled_as_adaptive_avg_pool_does(height: int, width: int, side: int) -> None:
     maps = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height * 41 + width))
@@ -20,7 +20,7 @@ def test_maps_are_pooled_as_adaptive_avg_pool_does(height: int, width: int, side
     assert pooled.shape[1:] == pooled_shape((3, height, width), side)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(height=st.sampled_from([16, 28, 30, 32, 56]), width=st.sampled_from([28, 30, 56]), side=st.sampled_from([1, 4]))
 def test_channels_last_maps_are_pooled_alike(height: int, width: int, side: int) -> None:
     maps = torch.randn(2, 8, height, width, generator=torch.Generator().manual_seed(height * 57 + width))

@@ -52,7 +52,7 @@ def assert_same(found: Records, expected: Records) -> None:
         assert torch.equal(found.activations[layer], activation)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(kept=st.lists(st.binary(max_size=40), min_size=1, max_size=6))
 def test_a_shard_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, kept: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("shards") / "a.safetensors"

@@ -17,7 +17,7 @@ Request = Tensor
 Handler = Callable[[Sequence[Request]], list[tuple[Tensor, ...]]]
 """A handler maps requests to the inputs of its calls of the model."""
 
-FEW = settings(max_examples=15, deadline=None)
+FEW = settings(max_examples=15)
 REQUESTS = st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3).map(torch.tensor)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from early_exit.handler.inference.scheduler import Waiting, next_stage
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(n_stages=st.integers(1, 6), at_most=st.integers(1, 6), data=st.data())
 def test_every_row_arrives_within_the_bound_whatever_the_others_do(
         n_stages: int, at_most: int, data: st.DataObject) -> None:

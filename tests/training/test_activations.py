@@ -13,7 +13,7 @@ from early_exit.handler.errors import RecordError
 from early_exit.training.data.activation_file import Activations, Selected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.lists(st.integers(0, 19), max_size=30))
 def test_any_rows_are_read_in_the_order_asked_for(rows: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     values, file = _stored(tmp_path_factory)

@@ -65,7 +65,7 @@ def test_convolutions_allocate_their_outputs() -> None:
 
 
 @given(st.lists(st.integers(-1, 1), min_size=1, max_size=12))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_rows_leave_where_the_script_says(scripted: ScriptedModel, exits: list[int]) -> None:
     with torch.no_grad():
         answers = scripted(*scripted.script(torch.tensor(exits)))

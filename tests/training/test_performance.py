@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,7 +29,6 @@ def leaving(predictions: PartPredictions, point: OperatingPoint, record: int) ->
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(-1, 2)), max_size=30))
-@settings(deadline=None)
 def test_every_labelled_answer_is_in_exactly_one_category(rows: list[tuple[int, int, int]]) -> None:
     measured = categorize(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T)
     known = [row for row in rows if row[2] >= 0]

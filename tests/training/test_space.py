@@ -18,7 +18,7 @@ from early_exit.training.heads.space import SearchSpace, given_head, spec_of, us
 SHAPES = [(6, 8, 8), (6, 7, 7), (6, 1, 1), (5, 12), (20,)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), shape=st.sampled_from(SHAPES), recorded=st.sampled_from([1, 2, 4, 8, None]))
 def test_every_choice_of_the_space_is_a_head_that_serves_as_it_was_trained(
         data: st.DataObject, shape: tuple[int, ...], recorded: int | None) -> None:
@@ -32,7 +32,7 @@ def test_every_choice_of_the_space_is_a_head_that_serves_as_it_was_trained(
     assert HeadSpec.from_json(spec.to_json()) == spec
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), shape=st.sampled_from(SHAPES))
 def test_choices_are_the_same_head_exactly_when_what_shows_of_them_is(
         data: st.DataObject, shape: tuple[int, ...]) -> None:

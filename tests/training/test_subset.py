@@ -49,7 +49,7 @@ def by_definition(layers: tuple[int, ...], hits: Tensor, losses: Tensor, costs: 
     return cost, lost
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 10_000), n_layers=st.integers(1, 6), n_records=st.integers(1, 30),
        batch_size=st.integers(1, 4), max_loss=st.none() | st.integers(0, 4),
        size=st.none() | st.integers(1, 4), signed=st.booleans())

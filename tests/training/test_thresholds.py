@@ -41,7 +41,7 @@ def simulated(n_records: int, seed: int = 0) -> Candidates:
                       torch.zeros(n_records), costs)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), share=st.floats(0, 0.1))
 def test_what_an_engine_changes_counts_for_those_that_leave_nowhere(seed: int, share: float) -> None:
     exact = simulated(400, seed)
@@ -56,7 +56,7 @@ def test_what_an_engine_changes_counts_for_those_that_leave_nowhere(seed: int, s
         assert torch.equal(with_engine.differs[~left], differs[~left])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=40), budget=st.floats(0, 1))
 def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
         data: list[tuple[int, bool]], budget: float) -> None:
@@ -77,7 +77,7 @@ def test_the_budget_threshold_is_the_smallest_that_keeps_the_budget(
         assert spent(max(lower)) > budget - 1e-9
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 1000), n_contents=st.integers(1, 60), right=st.floats(0, 1), tolerance=st.floats(0.01, 0.5))
 def test_no_rule_lets_leave_what_is_less_sure_than_all_that_a_head_was_seen_to_agree_at(
         seed: int, n_contents: int, right: float, tolerance: float) -> None:
@@ -104,7 +104,7 @@ def test_where_a_head_never_agrees_nobody_leaves_at_any_rate() -> None:
     assert paper_point(wrong, 0.5).layers == equal_point(wrong, 0.5).layers == ()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), low=st.floats(0.3, 1.0), high=st.floats(0.3, 1.0))
 def test_the_outcome_is_algorithm_1_record_by_record(seed: int, low: float, high: float) -> None:
     records = simulated(50, seed)
@@ -150,7 +150,7 @@ def test_risk_buys_time_at_one_rate_at_all_exits_of_a_setting() -> None:
     assert n_compared > 10
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), power=st.sampled_from([0.5, 3.0]))
 def test_who_leaves_depends_on_the_chance_of_an_error_and_not_on_what_scale_the_confidence_has(
         seed: int, power: float) -> None:
@@ -165,7 +165,7 @@ def test_who_leaves_depends_on_the_chance_of_an_error_and_not_on_what_scale_the_
         assert all(later <= earlier for earlier, later in zip(before, after))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), noise=st.floats(0, 0.5))
 def test_at_each_rate_those_leave_who_save_most_beyond_what_they_risk(seed: int, noise: float) -> None:
     exact = simulated(300, seed)
