@@ -57,7 +57,10 @@ SECTIONS = {
                      "chosen with, against the plain backbone. *Certified* rows promise their budget; the other "
                      "methods are given it. All had the same records and shrink batches alike. The faces, the "
                      "digits of the ViT and the scenes of the Mask R-CNN, which is trained here, are varied from few "
-                     "pictures: a certificate that counts each variant promises more than so few can.", sections.paper),
+                     "pictures: a certificate that counts each variant promises more than so few can. Rows of a "
+                     "network are certified with the same records, so luck with these records helps or hurts all of "
+                     "them; [the certificate](#the-certificate) draws records anew and counts how often it is false.",
+                     sections.paper),
     "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
                        "layers on one network.", sections.paper),
     "engine": Section("Engines", "tests.benchmarks.engine", "ResNet-50 at 224 px; which rows leave is scripted, 10, 60 "
