@@ -128,15 +128,19 @@ def test_an_explanation_is_that_of_the_backbone_or_refused(backbone: Backbone, d
         build_model(backbone, engine="openvino")(rows)
 
 
-def test_openvino_is_used_without_its_telemetry() -> None:
-    """By default, OpenVINO reports every import and conversion to its makers.
-
-    The check runs in a process of its own, because another test may have imported OpenVINO into this one.
-    """
-    subprocess.run([sys.executable, "-c", """
-import sys
+@pytest.mark.parametrize("code", ["""
 from early_exit.handler.engines.openvino import import_openvino
 import_openvino()
 assert sys.modules["openvino_telemetry"] is None
 assert sys.modules["openvino.tools.ovc.telemetry_utils"].tm.__name__ == "openvino.tools.ovc.telemetry_stub"
-"""], check=True)
+""", """
+from early_exit.handler.user_handler.entry_point import import_handler
+import_handler("image_classifier")
+assert "openvino" not in sys.modules
+"""], ids=["the engine", "a handler of TorchServe"])
+def test_openvino_is_used_without_its_telemetry(code: str) -> None:
+    """By default, OpenVINO reports every import and conversion to its makers.
+
+    The check runs in a process of its own, because another test may have imported OpenVINO into this one.
+    """
+    subprocess.run([sys.executable, "-c", f"import sys\n{code}"], check=True)
