@@ -17,7 +17,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -51,11 +52,7 @@ from tests.support.timing import interleaved, median_ratio, ratio_of_sums
 BATCHES = (1, 8, 32)
 _BEGINNING = 16
 """The number of first bytes of a body that identify its request."""
-
-
 SHARD = ServingConfig.records_per_shard
-SHARDS = 4
-"""The number of shards that are timed. The recording arm goes first for half of them. One more shard is a warm-up."""
 
 
 def main() -> int:
@@ -63,45 +60,55 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="MODEL",
                         help="to measure (all of %(choices)s)")
-    parser.add_argument("--shards", type=int, default=SHARDS, help="to time for each figure (%(default)s)")
     parser.add_argument("--records-per-shard", type=int, default=SHARD, metavar="N", help="(%(default)s)")
     options = parser.parse_args()
     restart_with_allocator()
     torch.manual_seed(0)
-    run = conditions({**vars(options), "threads_of_model_times": 1})
+    run = conditions({**vars(options), "shards": {name: MODELS[name].n_shards for name in options.models},
+                      "threads_of_model_times": 1})
     figures: dict[str, Any] = {}
     for name in options.models:
-        make, input_shape, n_rounds = MODELS[name]
-        figures[name] = measure(make(), input_shape, n_rounds, options.shards, options.records_per_shard)
+        figures[name] = measure(MODELS[name], options.records_per_shard)
         save(options.json, run, figures)
     print(json.dumps(figures, indent=1))
     return 0
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[int, int]]] = {
-    "resnet18w32_32px": (ResNet18W32, (3, 32, 32), {1: 300, 8: 100, 32: 30}),
-    "resnet50_224px": (partial(torchvision.models.resnet50, weights=None), (3, 224, 224), {1: 40, 8: 11, 32: 5})}
-"""The model of each name, the shape of its items, and the rounds of `no_exit_ratio` for each batch size."""
+@dataclass(frozen=True)
+class Measured:
+    """A model that is measured, with any weights, and how long."""
+
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    """The shape of one item."""
+    n_rounds: Mapping[int, int]
+    """The number of rounds of the comparison without recording, by batch size."""
+    n_shards: int
+    """The number of shards that are timed for each figure of recording. The recording arm goes first for half of them.
+    One more shard is a warm-up."""
 
 
-def measure(model: nn.Module, input_shape: tuple[int, ...], n_rounds: dict[int, int], n_shards: int,
-            n_records: int) -> dict[str, Any]:
+MODELS = {
+    "resnet18w32_32px": Measured(ResNet18W32, (3, 32, 32), {1: 300, 8: 100, 32: 30}, 40),
+    "resnet50_224px": Measured(partial(torchvision.models.resnet50, weights=None), (3, 224, 224),
+                               {1: 40, 8: 11, 32: 5}, 2)}
+
+
+def measure(measured: Measured, n_records: int) -> dict[str, Any]:
     """Return the largest difference between answers, and the cost ratios by batch size.
 
     Args:
-        model: the model, with any weights.
-        input_shape: the shape of one item.
-        n_rounds: the number of rounds of the comparison without recording, by batch size.
-        n_shards: the number of shards that are timed for each figure of recording.
+        measured: the model.
         n_records: the number of records of a shard.
     """
-    backbone = Backbone.from_module(model.eval(), input_shape)
+    input_shape, n_shards = measured.input_shape, measured.n_shards
+    backbone = Backbone.from_module(measured.make().eval(), input_shape)
     plain, served = ENGINES[DEFAULT_ENGINE].unsplit(backbone), build_model(backbone)
     found: dict[str, Any] = {"max_error": 0.0, "no_exit_ratio": {}, "recording_ratio": {}, "recording_ratio_10_mb": {}}
     with one_thread(), torch.no_grad():
         for size in BATCHES:
             inputs = [torch.randn(size, *input_shape) for _ in range(4)]
-            rounds = [inputs[number % 4] for number in range(n_rounds[size])]
+            rounds = [inputs[number % 4] for number in range(measured.n_rounds[size])]
             error = (backbone.graph(inputs[0]) - served(inputs[0])).abs().max().item()
             found["max_error"] = max(found["max_error"], error)
             seconds = interleaved({"plain": plain, "served": as_in_service(served)}, rounds)

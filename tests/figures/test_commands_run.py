@@ -85,8 +85,9 @@ def test_exits_stand_beside_int8(run: Run, recorder_mar: Path, requests: Request
 
 def test_what_recording_costs_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     overhead = command("benchmarks.overhead")
-    monkeypatch.setitem(overhead.MODELS, "resnet18w32_32px", (DigitsResNet, (1, 32, 32), {1: 3, 8: 3, 32: 3}))
-    figures = run(overhead, "--models", "resnet18w32_32px", "--shards", 2, "--records-per-shard", 32)
+    monkeypatch.setitem(overhead.MODELS, "resnet18w32_32px", overhead.Measured(
+        DigitsResNet, (1, 32, 32), {1: 3, 8: 3, 32: 3}, n_shards=2))
+    figures = run(overhead, "--models", "resnet18w32_32px", "--records-per-shard", 32)
     found = figures["resnet18w32_32px"]
     assert found["max_error"] < 1e-4
     for name, sizes in (("no_exit_ratio", {"1", "8", "32"}), ("recording_ratio", {"1", "8", "32"}),
