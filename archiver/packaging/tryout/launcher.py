@@ -27,7 +27,7 @@ _TICK_S = 0.02
 def main() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process with CUDA's state in it could not be forked
     sys.modules["openvino.torch"] = None  # type: ignore[assignment]  # a compiler that TorchServe imports if it can
-    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns about every optional backend that is missing
+    logging.getLogger("ts.torch_handler").setLevel(logging.ERROR)  # it warns about every backend that is missing
     for name in _IMPORTED:
         with contextlib.suppress(ImportError):  # some are extras; if others are missing, their users fail
             importlib.import_module(name)
