@@ -47,9 +47,10 @@ QUOTES: dict[str, tuple[str, ...]] = {
     "docs/engines.md": (
         "saves {engine[share_of_ideal][folded][8]:.0 %} with `folded`, {engine[share_of_ideal][openvino][8]:.0 %} with "
         "`openvino` and {engine[share_of_ideal][openvino-int8][8]:.0 %} with `openvino-int8`",
-        "takes {engine[cells][batch=8,engine=bfloat16,exits=none][ratio_to_eager]:.1f} times as long as `eager`, "
-        "`openvino` {engine[cells][batch=8,engine=openvino,exits=none][ratio_to_eager]:.2f} and `openvino-int8` "
-        "{engine[cells][batch=8,engine=openvino-int8,exits=none][ratio_to_eager]:.2f}"),
+        "`bfloat16` takes {engine[cells][batch=8,engine=bfloat16,exits=none][ratio_to_eager]:.1f} times as long as "
+        "`eager`; `openvino` takes {engine[cells][batch=8,engine=openvino,exits=none][ratio_to_eager]:.2f} of the time "
+        "of `eager`, and `openvino-int8` takes "
+        "{engine[cells][batch=8,engine=openvino-int8,exits=none][ratio_to_eager]:.2f} of it"),
     "docs/guarantee.md": (
         "In {certify[n]} splits of CIFAR-10 for each of two networks, and for tolerances of 1 and 2 %, each rule is "
         "judged on a pool of 5,000 requests. The certified rules tune with 1,000 others and certify with 1,500 that "
