@@ -52,7 +52,6 @@ from tests.support.timing import interleaved, median_ratio, ratio_of_sums
 BATCHES = (1, 8, 32)
 _BEGINNING = 16
 """The number of first bytes of a body that identify its request."""
-SHARD = ServingConfig.records_per_shard
 
 
 def main() -> int:
@@ -60,7 +59,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="MODEL",
                         help="to measure (all of %(choices)s)")
-    parser.add_argument("--records-per-shard", type=int, default=SHARD, metavar="N", help="(%(default)s)")
+    parser.add_argument("--records-per-shard", type=int, default=ServingConfig.records_per_shard, metavar="N",
+                        help="(%(default)s)")
     options = parser.parse_args()
     restart_with_allocator()
     torch.manual_seed(0)

@@ -119,19 +119,18 @@ def paper(figures: Figures) -> Iterator[str]:
                 yield f"Left out: {name} {one.get('method', '')} {in_words(one['left_out'])}"
 
 
-def _lost(row: Figures) -> float:
-    """Return what a row lost of what its budget is for."""
-    return float(row["accuracy_loss" if row["risk"] == "accuracy" else "disagreement"])
+_LOSSES = {"disagreement": "disagreement", "accuracy": "accuracy_loss"}
+"""The column of what a row lost, by the risk that its budget is for. A row does not measure the confidence gap."""
 
 
 def _breaks_promise(row: Figures) -> bool:
-    return bool(row["certificate"]) and _lost(row) > row["tolerance"]
+    return bool(row["certificate"]) and row["risk"] in _LOSSES and row[_LOSSES[row["risk"]]] > row["tolerance"]
 
 
 def _broken_promise(row: Figures) -> str:
     """Say that a certified row lost more than it promised. 5 % of certificates may be false."""
-    return (f"{row['method']} lost {percent(_lost(row))} where {percent(row['tolerance'])} were promised. Its "
-            f"certificate: {row['certificate']}")
+    return (f"{row['method']} lost {percent(row[_LOSSES[row['risk']]])} where {percent(row['tolerance'])} were "
+            f"promised. Its certificate: {row['certificate']}")
 
 
 def _beside_paper(row: Figures) -> list[str]:
