@@ -42,7 +42,7 @@ from tests.support.served import served_model
 CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\n"
           "early_exit:\n  seal_after_s: 2\n  sampling_rate: 1.0\n")
 OPTIONS = TrainingOptions(measure="flops", search=None)
-BLUR = 2.0
+BLUR = 3.0
 """The radius of the blur in pixels."""
 _CHUNK = 100
 """The number of requests between two looks at the monitor."""
