@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.site.__main__ import PAGES
-from tests.site.messages import SOMETHING, messages_in, sources, text_of
+from tests.site.messages import SOMETHING, has_words, messages_in, sources, texts_of
 from tests.site.reference import attribute_docstrings, command, settings
 from tests.support.documents import ROOT
 
@@ -53,16 +53,32 @@ def test_a_command_has_its_arguments_its_defaults_and_its_examples() -> None:
     assert text.startswith("## ee-do\n\nDoes it.\n\n```\nee-do WHAT [options]\n```") and "```\nee-do x\n```" in text
 
 
-def test_a_message_is_found_with_its_gaps_whichever_way_it_is_written() -> None:
-    source = 'raise ConfigError(f"{name} is no key: " + did_you_mean(name)) from error\nraise ValueError("not ours")'
-    assert list(messages_in(ast.parse(source))) == [("ConfigError", f"{SOMETHING} is no key: {SOMETHING}")]
+def test_a_message_is_found_with_its_gaps_and_its_alternatives_however_it_is_written() -> None:
+    source = """
+raise ConfigError(f"{name} is no key{' here' if here else ''}: " + did_you_mean(name)) from error
+raise LoadingError(why(error))
+raise ValueError("not ours")
+def why(error): return f"{error} happened"
+def checked(name, refused=ArchiveError): raise refused("a bad name")
+"""
+    assert {*messages_in(ast.parse(source))} == {
+        ("ConfigError", f"{SOMETHING} is no key here: {SOMETHING}"), ("ConfigError", f"{SOMETHING} is no key: {SOMETHING}"),
+        ("LoadingError", f"{SOMETHING} happened"), ("ArchiveError", "a bad name")}
+
+
+def test_only_errors_that_pass_on_other_errors_have_no_words_on_the_page() -> None:
+    without = {file.name for file in sources() for _, text in messages_in(ast.parse(file.read_text()))
+               if not has_words(text)}
+    assert without == {"fleet.py", "labels.py"}, "let tests/site/messages.py find the text of the error"
 
 
 @cache
 def said() -> str:
-    """Return every string of the code, one per line, with gaps for the values that are filled in."""
-    strings = [text_of(node) for file in sources() for node in ast.walk(ast.parse(file.read_text()))
-               if isinstance(node, (ast.JoinedStr, ast.BinOp, ast.Constant))]
+    """Return every string of the code except docstrings, one per line, with gaps for the values that are filled in."""
+    nodes = [node for file in sources() for node in ast.walk(ast.parse(file.read_text()))]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    strings = [text for node in nodes if isinstance(node, (ast.JoinedStr, ast.BinOp, ast.Constant))
+               and id(node) not in docstrings for text in texts_of(node, {})]
     return "\n".join(" ".join(text.split()) for text in strings)
 
 
