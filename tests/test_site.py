@@ -62,7 +62,8 @@ def why(error): return f"{error} happened"
 def checked(name, refused=ArchiveError): raise refused("a bad name")
 """
     assert {*messages_in(ast.parse(source))} == {
-        ("ConfigError", f"{SOMETHING} is no key here: {SOMETHING}"), ("ConfigError", f"{SOMETHING} is no key: {SOMETHING}"),
+        ("ConfigError", f"{SOMETHING} is no key here: {SOMETHING}"),
+        ("ConfigError", f"{SOMETHING} is no key: {SOMETHING}"),
         ("LoadingError", f"{SOMETHING} happened"), ("ArchiveError", "a bad name")}
 
 

@@ -12,7 +12,7 @@ from tests.support.documents import ROOT
 
 FOLDERS = ("handler", "training", "archiver")
 ROOTS = {"EarlyExitError", "NotExported", "Malformed"}
-"""The base classes of the errors that users see. The last two are raised inside a handler and for a WebSocket message."""
+"""The base classes of the errors that users see. The last two occur inside a handler and for a WebSocket message."""
 SOMETHING = "…"
 """A placeholder for the values that a message fills in."""
 
@@ -20,9 +20,9 @@ MESSAGES = """<!-- Written by `make docs` from the code: change the code, not th
 
 # Error messages
 
-These are the errors of the commands, of the workers and of the WebSocket. `…` stands for a name, a path, a number or the
-text of another error. [Troubleshooting](troubleshooting.md) explains those that come up most often, and what to do. A
-wrong use of an option is reported together with the options of the command.
+These are the errors of the commands, of the workers and of the WebSocket. `…` stands for a name, a path, a number or
+the text of another error. [Troubleshooting](troubleshooting.md) explains those that come up most often, and what to do.
+A wrong use of an option is reported together with the options of the command.
 
 {sections}
 """
