@@ -91,9 +91,10 @@ def test_the_citation_names_the_version_and_the_licence_of_the_package() -> None
 
 
 FETCHED = re.compile(r"""
-    (?:pip[\dx.]*|\buv(?:\ tool|\ pip)?)['",]*\s[^;`]{0,80}\b(?:install|download|wheel|run|add)\b[^;`]{0,160}?[\s'"`=]
+    (?:(?:pip[\dx.]*|\buv(?:\ tool|\ pip)?)['",]*\s[^;`]{0,80}\b(?:install|download|wheel|run|add)\b[^;`]{0,160}?[\s'"`=]
     early[-_.]exit[-_.]torchserve(?![\w/-])            # a command that has an index look the name up
-    | early[-_.]exit[-_.]torchserve\s*[\[=<>~!@]       # a requirement, as such commands and files of them take
+    | early[-_.]exit[-_.]torchserve\s*[\[=<>~!@])      # a requirement, as such commands and files of them take
+    (?!\[?[\w,]*\]?\s*@?\s*git\+)                       # but not if it says from which Git address
 """, re.VERBOSE | re.IGNORECASE)
 """The name of our package where an installer would look it up in the public index, which does not have our package."""
 
@@ -112,7 +113,10 @@ def fetched(text: str) -> list[str]:
     ("pipx install early-exit-" "torchserve", 1), ("early-exit-" "torchserve >= 0.2", 1),
     ("pip install '.[gateway]'", 0), ("pip install ./early-exit-" "torchserve", 0),
     ("pip install '/src[serve]'\n\nuse the version of early-exit-" "torchserve that wrote it", 0),
-    ("pip install git+https://git.example/early-exit-" "torchserve", 0), ('name = "early-exit-' 'torchserve"', 0)])
+    ("pip install git+https://git.example/early-exit-" "torchserve", 0),
+    ("pip install 'early-exit-" "torchserve[serve] @ git+https://git.example/it'", 0),
+    ("pip install 'early-exit-" "torchserve @ git+https://git.example/it'", 0),
+    ("pip install 'early-exit-" "torchserve[serve] @ https://index.example/it'", 1), ('name = "early-exit-' 'torchserve"', 0)])
 def test_what_would_fetch_our_name_from_an_index_is_noticed(text: str, n: int) -> None:
     assert len(fetched(text)) == n
 
