@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown.extensions.toc import slugify
 from model_archiver.model_archiver_config import ModelArchiverConfig
 
 from early_exit.archiver.gateway.cli import parser as gateway_parser
@@ -23,19 +24,33 @@ from early_exit.archiver.watch.cli import parser as watch_parser
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.training.cli import parser as train_parser
 from early_exit.training.cli import report_parser
-from tests.support.documents import DOCUMENTS, ROOT, blocks, table
+from tests.support.documents import DOCUMENTS, PAGES, ROOT, blocks, table
+
+OUTSIDE_THE_SITE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+"""Pages whose links MkDocs does not check."""
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*OUTSIDE_THE_SITE, *PAGES], ids=lambda path: path.name)
 def test_every_file_that_a_document_names_is_there(document: Path) -> None:
     text = document.read_text()
-    linked = [document.parent / target for target in re.findall(r"\]\(([^):#]+)\)", text)]
+    linked = [document.parent / target for target in re.findall(r"\]\(([^):#]+)[)#]", text)]
     named = [ROOT / target for target in re.findall(r"`((?:docs|tests|handler|archiver|training)/[\w./-]+)`", text)]
     modules = [ROOT / Path(*module.split(".")) for module in re.findall(r"python -m (tests\.[\w.]+)", text)]
     for path in (*linked, *named):
         assert path.exists(), f"{document.name} names {path.relative_to(ROOT)}"
     for path in modules:
         assert path.with_suffix(".py").exists() or path.is_dir(), f"{document.name} runs {path}"
+
+
+@pytest.mark.parametrize("document", OUTSIDE_THE_SITE, ids=lambda path: path.name)
+def test_every_section_that_a_page_outside_the_site_links_is_there(document: Path) -> None:
+    for page, section in re.findall(r"\]\(([^):#]+\.md)#([^)]+)\)", document.read_text()):
+        headings = re.findall(r"^#+ (.+)$", (document.parent / page).read_text(), re.MULTILINE)
+        assert section in {slugify(heading, "-") for heading in headings}, f"{document.name} links {page}#{section}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_the_architecture_page_names_every_room_once() -> None:
@@ -91,8 +106,8 @@ def test_the_citation_names_the_version_and_the_licence_of_the_package() -> None
 
 
 FETCHED = re.compile(r"""
-    (?:(?:pip[\dx.]*|\buv(?:\ tool|\ pip)?)['",]*\s[^;`]{0,80}\b(?:install|download|wheel|run|add)\b[^;`]{0,160}?[\s'"`=]
-    early[-_.]exit[-_.]torchserve(?![\w/-])            # a command that has an index look the name up
+    (?:(?:pip[\dx.]*|\buv(?:\ tool|\ pip)?)['",]*\s[^;`]{0,80}\b(?:install|download|wheel|run|add)\b
+    [^;`]{0,160}?[\s'"`=]early[-_.]exit[-_.]torchserve(?![\w/-])   # a command that has an index look the name up
     | early[-_.]exit[-_.]torchserve\s*[\[=<>~!@])      # a requirement, as such commands and files of them take
     (?!\[?[\w,]*\]?\s*@?\s*git\+)                       # but not if it says from which Git address
 """, re.VERBOSE | re.IGNORECASE)
@@ -116,7 +131,8 @@ def fetched(text: str) -> list[str]:
     ("pip install git+https://git.example/early-exit-" "torchserve", 0),
     ("pip install 'early-exit-" "torchserve[serve] @ git+https://git.example/it'", 0),
     ("pip install 'early-exit-" "torchserve @ git+https://git.example/it'", 0),
-    ("pip install 'early-exit-" "torchserve[serve] @ https://index.example/it'", 1), ('name = "early-exit-' 'torchserve"', 0)])
+    ("pip install 'early-exit-" "torchserve[serve] @ https://index.example/it'", 1),
+    ('name = "early-exit-' 'torchserve"', 0)])
 def test_what_would_fetch_our_name_from_an_index_is_noticed(text: str, n: int) -> None:
     assert len(fetched(text)) == n
 
