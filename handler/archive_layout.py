@@ -120,8 +120,8 @@ def require_harmless(archive: zipfile.ZipFile, mar: Path) -> None:
         if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
             raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which leaves the archive: refused")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which is a link or a device: refused, as "
-                               "only files and folders are expected")
+            raise ArchiveError(f"{mar} holds the entry {entry.filename!r}, which is a link or a device: refused, "
+                               "because only files and folders are expected")
         if path in names:  # TorchServe may read one of the two, and this project the other
             raise ArchiveError(f"{mar} holds the entry {entry.filename!r} twice: refused, archive the model again")
         names.add(path)

@@ -42,7 +42,7 @@ class ServingConfig:
     to the end whatever the exits say. By default it is 1 while the version has no exits, and 0.05 once it has."""
     pool: int | str = 4
     """The side (1, 2, 4 or 8) to which recorded feature maps are average-pooled; `raw` records whole activations.
-    After a change, training passes over the records that were written before."""
+    After a change, training skips the records that were written before."""
     layers: int = 8
     """The largest number of candidate layers that are recorded. They are spread evenly over the backbone's cost."""
     records: str | None = None

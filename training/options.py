@@ -49,12 +49,13 @@ class TrainingOptions:
     """The largest number of candidate layers that get an exit head. They are spread evenly over the backbone's cost
     (`--layers`)."""
     search: Search | None = field(default_factory=Search)
-    """The extent of the search. Without a search every layer gets the default head, or the head that the search space
+    """The extent of the search: how many heads are tried at each layer, and how many of them at random before NNI's
+    tuner chooses (`startup`). Without a search every layer gets the default head, or the head that the search space
     gives it (`--search`, `--trials`, `--seed`)."""
     service: Service | None = None
     """The NNI service that runs the trials of the search. Without one they run in this process (`--service`)."""
     space: SearchSpace = field(default_factory=SearchSpace)
-    """The architectures that the search may try, as below (`--space`)."""
+    """The architectures that the search may try (`--space`)."""
     recipe: Distillation = field(default_factory=Distillation)
     """How exit heads are trained (`--train-device`, `--seed`)."""
     replay: Replay | None = None

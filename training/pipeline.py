@@ -112,7 +112,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
         tell_keys(shards, log)
         traffic = load_traffic(shards, options.fresh_after, options.split)
         for reason, count in traffic.passed_over.items():
-            log(f"{count} requests are passed over: {reason}")
+            log(f"{count} requests are skipped: {reason}")
         if traffic.split.is_trend:
             log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
                 "assumes that it continues as in the records that certify")
@@ -136,7 +136,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
                                               engine=options.engine, on_batch=progress.update, log=log)
     if n_skipped := sum(training_set.skipped.values()):
         _require_enough({part: len(training_set.rows(part)) for part in Part}, training_set.split, options,
-                        f". {n_skipped} requests are passed over")
+                        f". {n_skipped} requests are skipped")
     kept = {layer.path for layer in training_set.layers}
     return training_set, [f"{layer.path}: not recorded, too large for float16, or not one of the {options.layers} "
                           "layers that cover the cost evenly"
@@ -157,7 +157,7 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
     alike = of_newest_setting(shards)
     others = [shard for shard in shards if shard not in alike]
     if others:
-        log(f"{sum(len(read_times(shard)) for shard in others)} records are passed over: they were recorded with "
+        log(f"{sum(len(read_times(shard)) for shard in others)} records are skipped: they were recorded with "
             "another early_exit.pool, or at other layers, than the newest ones. With --replay they can be used, if "
             "their requests were kept")
     return alike

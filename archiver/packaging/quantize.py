@@ -39,7 +39,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
         original: the manifest that the user's handler expects.
         backbone: the backbone that was recorded.
         skipped: counts the requests on which the handler fails; others are taken in their place.
-        log: receives a line for each shard that cannot be read, and for each reason why requests are passed over.
+        log: receives a line for each shard that cannot be read, and for each reason why requests are skipped.
 
     Raises:
         RecordError: no requests of this backbone were recorded, or the handler fails on all of them.

@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--content-type", metavar="TYPE",
                         help="the content type of the body; by default the file name tells it")
     parser.add_argument("--untried", action="store_true",
-                        help="bring a version into service although no sample request is known")
+                        help="let the new version serve without having answered a sample request, if none is known")
     parser.add_argument("--longest-batch-s", type=float, metavar="S",
-                        help="the longest time that the old version takes for one batch, in seconds "
-                             f"({LONGEST_BATCH_S:.0f}, or the time that is measured with the secret; required without "
-                             "the secret)")
+                        help="the longest time in seconds that the old version takes for one batch; required without "
+                             "the secret, with which the time is also measured, and the larger one counts "
+                             f"({LONGEST_BATCH_S:.0f})")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

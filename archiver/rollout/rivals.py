@@ -158,7 +158,7 @@ class Candidate:
                     log(f"{self._version} is removed again")
                     return
                 if self._replaces is not None or self._clock.now() >= deadline:
-                    log(f"{self._version} has become the default nevertheless, and keeps serving")
+                    log(f"{self._version} could not be taken back: it is the default and keeps serving")
                     return
                 self._clock.sleep(_POLL_S)
         except ServerError as error:  # the failure that led here is the one to report

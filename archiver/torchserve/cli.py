@@ -51,7 +51,7 @@ def _config(options: argparse.Namespace) -> Path | None:
         log_to_stderr(f"{CONFIG_VARIABLE} names the configuration: {named}")
         return Path(named)
     if named:
-        log_to_stderr(f"{CONFIG_VARIABLE}={named} does not count, because of --config {given}")
+        log_to_stderr(f"{CONFIG_VARIABLE}={named} is ignored, because --config is {given}")
     return given
 
 

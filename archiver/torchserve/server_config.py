@@ -80,9 +80,8 @@ def merged(settings: Mapping[str, str], decided: Mapping[str, Decided], source: 
     """
     for name, decision in decided.items():
         if name in settings and settings[name] != decision.value:
-            instead = "" if decision.value is None else f"; it is {decision.value}"
-            log(f"{source}: {name}={settings[name]:.{_SHOWN}} does not count, because of {decision.because_of}"
-                f"{instead}")
+            instead = "" if decision.value is None else f": it is {decision.value}"
+            log(f"{source}: {name}={settings[name]:.{_SHOWN}} is ignored, because of {decision.because_of}{instead}")
     kept = {name: value for name, value in settings.items() if name not in decided}
     return kept | {name: decision.value for name, decision in decided.items() if decision.value is not None}
 
@@ -101,7 +100,7 @@ def vm_arguments(settings: Mapping[str, str], ours: Mapping[str, str], source: P
     for argument in settings.get(VM_ARGUMENTS, "").split():
         name = argument.removeprefix("-D").partition("=")[0]
         if argument.startswith("-D") and name in ours:
-            log(f"{source}: {argument:.{_SHOWN}} of {VM_ARGUMENTS} does not count, because of ee-serve; it is "
+            log(f"{source}: {argument:.{_SHOWN}} of {VM_ARGUMENTS} is ignored, because of ee-serve: it is "
                 f"{ours[name]}")
         else:
             arguments.append(argument)

@@ -90,9 +90,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--trial-samples", type=int, default=300, metavar="N",
                         help="the number of shadow samples after which a new version is accepted (%(default)s)")
     parser.add_argument("--longest-batch-s", type=float, metavar="S",
-                        help="the longest time that the old version takes for one batch, in seconds "
-                             f"({LONGEST_BATCH_S:.0f}, or the time that is measured with the secret; required without "
-                             "the secret)")
+                        help="the longest time in seconds that the old version takes for one batch; required without "
+                             "the secret, with which the time is also measured, and the larger one counts "
+                             f"({LONGEST_BATCH_S:.0f})")
     parser.add_argument("--once", action="store_true",
                         help="check once, act, and exit, with status 1 if the check or a roll fails")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")

@@ -71,7 +71,7 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
         store: the server's model store.
         sources: records folders and URLs.
         cache: the folder for copies of records from URLs.
-        log: receives lines about shards that are passed over.
+        log: receives lines about shards that are skipped.
 
     Raises:
         EarlyExitError: the server does not answer or does not serve the model, its archive is not one of ours, there is
@@ -84,8 +84,9 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
     archive = store / served.file_name
     contents = read_archive(archive)
     if (contents.model, contents.version) != (model, served.version):
-        raise ServerError(f"{server} says that it serves {model} {served.version} from {archive.name}, but that is "
-                          f"{contents.model} {contents.version}: a renewal would start from the wrong archive")
+        raise ServerError(f"{server} says that it serves {model} {served.version} from {archive.name}, but the file of "
+                          f"this name in the store is {contents.model} {contents.version}: nothing is renewed. Do both "
+                          "have the same model store?")
     backbone, plan = contents.description, contents.plan
     folders = [folder for folder in local_folders(sources, cache) if folder.is_dir()]
     if not folders:

@@ -121,7 +121,8 @@ def _examine_graph(path: Path, graph: object) -> None:
             if _OF_FILES.fullmatch(target):
                 raise ArchiveError(f"{path.name} calls {target!r}, which reads or writes files of any name: refused")
         if expression is not None and not _is_size(str(expression)):
-            raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is not arithmetic: refused")
+            raise ArchiveError(f"{path.name} has the size {expression!r:.80}, which is no arithmetic expression: "
+                               "refused")
         for spec in (part.get("in_spec"), part.get("out_spec")):
             if spec is not None and (module := _imported(spec)) is not None:
                 raise ArchiveError(f"{path.name} has inputs or outputs in a structure for which torch would import "

@@ -90,8 +90,8 @@ class OutputSpec:
         chosen = [wanted] if wanted is not None else [name for name in places if name == "logits"] or list(places)
         if len(chosen) > 1:
             raise GraphError(f"{len(chosen)} of the model's outputs could be the scores, {', '.join(chosen)}, and an "
-                             "exit can stand for one: if the answer to a client needs only one of them, name it with "
-                             "--output", Unsupported.SEVERAL_SCORES)
+                             "exit can replace only one: if the answer to a client needs only one of them, name it "
+                             "with --output", Unsupported.SEVERAL_SCORES)
         if chosen:
             key = places[chosen[0]]
             return cls(kind, key, length, beside=tuple(

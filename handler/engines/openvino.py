@@ -95,8 +95,8 @@ def _end(ends: Sequence[Any], name: str) -> Any:
     for end in ends:
         if end.get_node().get_friendly_name() == name:
             return end
-    raise ArchiveError(f"a quantized piece has no {name}: make the pieces again with ee-archive --engine openvino-int8 "
-                       "--calibrate RECORDS")
+    raise ArchiveError(f"a part of the quantized model has no {name}: quantize it again with ee-archive --engine "
+                       "openvino-int8 --calibrate RECORDS")
 
 
 def compile_float(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:

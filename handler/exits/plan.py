@@ -159,7 +159,7 @@ class ExitPlan:
         if sorted(set(costs)) != costs:
             raise PlanError(f"the exits of a plan must be in order of cost, found {costs}")
         if any(len(thresholds) != len(costs) for thresholds in self.safer):
-            raise PlanError(f"each safer setting needs {len(costs)} thresholds, one for each exit, found {self.safer}")
+            raise PlanError(f"each fallback level needs {len(costs)} thresholds, one for each exit, found {self.safer}")
 
     @property
     def last_level(self) -> int:

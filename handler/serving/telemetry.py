@@ -124,5 +124,5 @@ class Reporting:
         if position != self._position:
             self._position = position
             self._metrics.switched(position)
-            logger.warning("the operator's switch of the exits is at %s from now on%s", position,
-                           f", as it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")
+            logger.warning("the operator's switch of the exits is now: %s%s", position,
+                           f", because it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")

@@ -62,7 +62,7 @@ def test_requests_that_the_handler_fails_on_do_not_calibrate_and_others_take_the
     [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone, skipped, said.append)
     assert torch.equal(inputs, images[is_train & (torch.arange(700) % 20 != 3)][:300])
     [(reason, count)] = skipped.counts.items()
-    assert said == [f"{count} of {300 + count} recorded requests are passed over: {reason}"] and count > 5
+    assert said == [f"{count} of {300 + count} recorded requests are skipped: {reason}"] and count > 5
 
 
 def test_damaged_shards_and_those_of_other_traffic_do_not_calibrate_and_are_told(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_damaged_shards_and_those_of_other_traffic_do_not_calibrate_and_are_told
     [inputs] = recorded_inputs(tmp_path / "records", layout, MANIFEST, backbone, Skipped(), said.append)
     assert len(inputs) == load_traffic([shard.with_name("same.safetensors")]).size(Part.TRAIN)
     damaged, others = said
-    assert str(shard) in damaged and damaged.endswith("It is passed over")
-    assert others.startswith("100 records are passed over: they are of other traffic")
+    assert str(shard) in damaged and damaged.endswith("It is skipped")
+    assert others.startswith("100 records are skipped: they are of other traffic")
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ token_expiration_min=7
     assert sorted(told) == sorted([
         "inference_address=https://0.0.0.0:8443", "model_store=/elsewhere", "allowed_urls=.*",
         "disable_token_authorization=true", "metrics_mode=log", 'model_snapshot={"name":', "token_expiration_min=7"])
-    assert said[0].endswith("=https://0.0.0.0:8443 does not count, because of --host and --port; it is "
+    assert said[0].endswith("=https://0.0.0.0:8443 is ignored, because of --host and --port: it is "
                             "http://127.0.0.1:9080")
 
 
@@ -129,7 +129,7 @@ def test_variables_of_torchserve_count_where_the_configuration_says_so_but_not_f
     settings = configure("max_request_size=2000\nenable_envvars_config=true\n")
     assert settings["max_request_size"] == "3000" and settings["inference_address"] == ADDRESSES.inference
     assert "enable_envvars_config" not in settings, "or TorchServe would read them once more"
-    assert [line for line in said if "inference_address=http://0.0.0.0:1 does not count" in line]
+    assert [line for line in said if "inference_address=http://0.0.0.0:1 is ignored" in line]
 
 
 def test_java_gets_the_users_arguments_and_plugins_and_keeps_ours(
@@ -138,7 +138,7 @@ def test_java_gets_the_users_arguments_and_plugins_and_keeps_ours(
     assert "-Xmx4g -Dmine=1 -Dmodel_server_home=" in command and "mine.xml" not in command
     assert f"frontend/*:{tmp_path / 'plugins'}/* " in command
     assert "-ncs" not in command.split(), "snapshots are as with TorchServe itself"
-    assert [line for line in said if "-Dlog4j.configurationFile=mine.xml of vmargs does not count" in line]
+    assert [line for line in said if "-Dlog4j.configurationFile=mine.xml of vmargs is ignored" in line]
 
 
 def test_what_is_written_is_what_torchserve_reads(tmp_path: Path, configure: Configure) -> None:
@@ -168,7 +168,7 @@ def test_the_variable_that_torchserve_would_take_its_configuration_from_is_not_d
     assert _config(argparse.Namespace(config=None)) == Path("/etc/theirs.properties")
     assert "TS_CONFIG_FILE names the configuration: /etc/theirs.properties" in capsys.readouterr().err
     assert _config(argparse.Namespace(config=Path("mine"))) == Path("mine")
-    assert "TS_CONFIG_FILE=/etc/theirs.properties does not count, because of --config mine" in capsys.readouterr().err
+    assert "TS_CONFIG_FILE=/etc/theirs.properties is ignored, because --config is mine" in capsys.readouterr().err
     monkeypatch.delenv(CONFIG_VARIABLE)
     assert _config(argparse.Namespace(config=None)) is None
 

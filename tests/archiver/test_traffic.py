@@ -165,7 +165,7 @@ def test_shards_of_other_traffic_are_passed_over_with_their_number(first: Path, 
     [kept] = of_traffic(shards, traffic(first), lines.append)
     assert read_header(kept).traffic == traffic(first)
     [line] = lines
-    assert line.startswith("6 records are passed over: they are of other traffic")
+    assert line.startswith("6 records are skipped: they are of other traffic")
 
 
 def certified(plan: Path, of: str) -> Path:

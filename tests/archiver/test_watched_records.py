@@ -64,8 +64,8 @@ def test_only_what_can_be_read_and_is_of_the_served_traffic_counts(store: Path, 
     status = looked(store, records, lines)
     assert status.traffic == traffic
     assert set(status.shards) == {own, old} and len(status.times) == N, "the old one proves nothing"
-    assert any(str(damaged) in line and line.endswith("It is passed over") for line in lines)
-    assert any(line.startswith(f"{N} records are passed over: they are of other traffic") for line in lines)
+    assert any(str(damaged) in line and line.endswith("It is skipped") for line in lines)
+    assert any(line.startswith(f"{N} records are skipped: they are of other traffic") for line in lines)
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
@@ -75,7 +75,7 @@ def test_where_none_are_left_it_is_said_why(is_damaged: bool, store: Path, tmp_p
         shard.write_bytes(b"")
     lines: list[str] = []
     assert not looked(store, tmp_path / "records", lines).shards
-    assert ("none of the 1 record shards can be read" if is_damaged else f"all {N} records are passed over: they are "
+    assert ("none of the 1 record shards can be read" if is_damaged else f"all {N} records are skipped: they are "
             "of other traffic") in lines[-1]
 
 

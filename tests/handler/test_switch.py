@@ -100,7 +100,7 @@ def test_a_level_is_answered_at_or_a_safer_one_where_the_monitor_has_stepped_fur
     worker = worker_of(model)
     switch.set(Position(2))
     second = model.assembly.layers[1]
-    assert exits(answered(worker)) == {second}, "the first exit lets nobody leave at the second safer setting"
+    assert exits(answered(worker)) == {second}, "the first exit lets nobody leave at the second fallback level"
     model.fall_back(1)
     replies = answered(worker)
     assert exits(replies) == {second}
@@ -211,7 +211,7 @@ def test_what_cannot_be_read_is_off(damage: Callable[[Path], object], backbone: 
     damage(switch.path)
     replies = answered(worker)
     assert exits(replies) == {"full"} and {reply.headers[SWITCH_HEADER] for reply in replies} == {"off"}
-    assert "is at off from now on, as it cannot be read: " in caplog.text
+    assert "is now: off, because it cannot be read: " in caplog.text
 
 
 def test_another_users_switch_is_off(backbone: Backbone, plan: ExitPlan, switch: ExitSwitch,

@@ -42,8 +42,9 @@ CONFIGURATION = GENERATED + """# Configuration reference
 
 ## Serving: the `early_exit:` block
 
-The block `early_exit:` of `model-config.yaml` configures one version of a model. The file comes with the archive, or
-from `ee-archive --config`. An unknown key and a value that is out of range are errors that name the key.
+The block `early_exit:` of `model-config.yaml` configures one version of a model. The file is part of
+the archive, and `ee-archive --config FILE` replaces it. An unknown key and a value that is out of range are errors that
+name the key.
 
 ```yaml
 minWorkers: 1
@@ -79,7 +80,7 @@ COMMANDS = GENERATED + """# Command reference
 Every command explains itself with `--help`. Results go to standard output, messages and progress to standard error.
 `--json` prints the result for programs. The exit status is 0 after success, 1 after a failure that a message explains,
 and 2 after a mistake on the command line. `--print-completion` prints a completion script for a shell. A value in
-parentheses is the default.
+parentheses at the end of a description is the default.
 
 {commands}
 """
@@ -109,8 +110,9 @@ def default_of(part: Any) -> str:
     if value is None or value == {}:
         return "none"
     if hasattr(value, "__dataclass_fields__"):
-        return ", ".join(f"{inner.name} `{getattr(value, inner.name)}`" for inner in fields(value)
-                         if isinstance(getattr(value, inner.name), int | float | str)) or "as below"
+        plain = {inner.name: told for inner in fields(value)
+                 if isinstance(told := getattr(value, inner.name), int | float | str)}
+        return ", ".join(f"{name} `{told}`" for name, told in plain.items()) or "see [below](#the-search-space)"
     if isinstance(value, tuple):
         return ", ".join(f"`{yaml_of(one)}`" for one in value)
     large = {"_bytes": (2**30, "GiB"), "_age_s": (24 * 3600, "days")}

@@ -59,7 +59,7 @@ def test_records_of_other_traffic_are_passed_over_with_their_number_and_other_ke
                   log=lines.append).records
     assert found == train("model", archive, shards[1:], OPTIONS, RunPaths(tmp_path / "without")).records
     n_others = len(read_shard(other, []))
-    assert any(line.startswith(f"{n_others} records are passed over: ") for line in lines)
+    assert any(line.startswith(f"{n_others} records are skipped: ") for line in lines)
     assert any("hashed with 2 keys" in line for line in lines)
 
 
@@ -74,7 +74,7 @@ def test_what_was_not_finite_is_counted_in_log_and_report(
     write_shard(shard, replace(header, n_not_finite=3), replace(found, log_probabilities=scores))
     report = train("model", archive, [shard, *shards[1:]], OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
     assert dict(report.skipped) == {NOT_FINITE: 4}
-    assert f"4 requests are passed over: {NOT_FINITE}" in lines
+    assert f"4 requests are skipped: {NOT_FINITE}" in lines
 
 
 def test_times_are_those_of_a_clock_that_nobody_set(backbone: Backbone, records: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_page_holds_the_figures(evaluation: Evaluation) -> None:
 
 def test_requests_that_could_not_be_run_again_are_told_with_the_reason(evaluation: Evaluation) -> None:
     summary = replace(evaluation.summary, skipped={"their handler fails with <KeyError>": 3})
-    assert "  passed over: 3 requests: their handler fails with <KeyError>" in summary.to_text().splitlines()
+    assert "  skipped: 3 requests: their handler fails with <KeyError>" in summary.to_text().splitlines()
     assert summary.to_json()["skipped"] == {"their handler fails with <KeyError>": 3}
     words = Page(html_page(replace(evaluation, summary=summary))).words
     assert "3: their handler fails with <KeyError>" in words

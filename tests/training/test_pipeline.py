@@ -260,7 +260,7 @@ def test_records_of_an_older_setting_are_passed_over_and_counted(
     lines: list[str] = []
     report = train("model", archive, shards, OPTIONS, RunPaths(tmp_path / "run"), log=lines.append)
     assert sum(report.records.values()) == 900
-    assert any("100 records are passed over: they were recorded with another early_exit.pool" in line for line in lines)
+    assert any("100 records are skipped: they were recorded with another early_exit.pool" in line for line in lines)
 
 
 def test_shards_with_layers_in_common_are_used_together(tmp_path: Path) -> None:

@@ -185,8 +185,8 @@ def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_r
         expected = model(right).log_softmax(dim=1)
     torch.testing.assert_close(replayed.log_probabilities[:75].float(), expected, atol=0.01, rtol=0.01)
     assert list(replayed.skipped.values()) == [12, 3] and len(said) == 2
-    assert said[0].startswith("12 of 90 recorded requests are passed over: raw_images.py fails on a request with")
-    assert said[1].startswith("3 of 90 recorded requests are passed over: the request was not kept")
+    assert said[0].startswith("12 of 90 recorded requests are skipped: raw_images.py fails on a request with")
+    assert said[1].startswith("3 of 90 recorded requests are skipped: the request was not kept")
 
 
 def _chosen(records: Iterable[int]) -> Tensor:

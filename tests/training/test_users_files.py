@@ -103,7 +103,7 @@ def test_a_shard_that_was_cut_short_is_passed_over_and_told(tmp_path: Path) -> N
     second.write_bytes(second.read_bytes()[:-40])
     told: list[str] = []
     assert readable_shards([first, second], told.append) == [first]
-    assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is passed over")
+    assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is skipped")
     with pytest.raises(RecordError, match="none of the 1 record shards can be read"):
         readable_shards([second], told.append)
 
@@ -142,4 +142,4 @@ def test_a_file_that_is_no_shard_is_passed_over_and_told(damage: Callable[[Path]
     told: list[str] = []
     assert set(list_shards(tmp_path)) == {first, second} - ({second} if damage is gone else set())
     assert readable_shards([first, second], told.append) == [first]
-    assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is passed over")
+    assert len(told) == 1 and str(second) in told[0] and told[0].endswith("It is skipped")

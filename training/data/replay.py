@@ -102,7 +102,7 @@ class _Progress:
     failed: list[int] = field(default_factory=list)
     """The records that could not be run as they are; they are not tried again."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """The number of requests that were passed over, by reason."""
+    """The number of requests that were skipped, by reason."""
 
     @classmethod
     def load(cls, path: Path) -> _Progress:
@@ -131,7 +131,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         replay: the options of the replay.
         engine: the engine that will serve.
         on_batch: receives the number of requests that were run.
-        log: receives a line for each reason why requests are passed over.
+        log: receives a line for each reason why requests are skipped.
 
     Raises:
         RecordError: no requests were kept, the requests to augment are not images, the handler fails on all requests,

@@ -55,7 +55,7 @@ def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[
             read_shard(shard, header.layers[:1])
             read_sequence(shard)
         except (RecordError, FormatError) as error:
-            log(f"{error}. It is passed over")
+            log(f"{error}. It is skipped")
             reasons.append(str(error))
         else:
             readable.append(shard)
@@ -87,8 +87,8 @@ def of_traffic(shards: Sequence[Path], traffic: str, log: Callable[[str], None])
            "the archive was made by an earlier version and does not identify its traffic: make it again with "
            "ee-archive")
     if not usable:
-        raise RecordError(f"all {n_others} records are passed over: {why}. Record with this archive")
-    log(f"{n_others} records are passed over: {why}")
+        raise RecordError(f"all {n_others} records are skipped: {why}. Record with this archive")
+    log(f"{n_others} records are skipped: {why}")
     return usable
 
 

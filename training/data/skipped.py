@@ -1,4 +1,4 @@
-"""Recorded requests that cannot be run again: they are passed over, and counted by the reason."""
+"""Recorded requests that cannot be run again: they are skipped, and counted by the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Kind = tuple[type, str, int]
 
 
 class Skipped:
-    """Counts the requests that were passed over, by reason."""
+    """Counts the requests that were skipped, by reason."""
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
         """Start counting.
@@ -44,14 +44,14 @@ class Skipped:
         self.count(self._reason_of.setdefault(_kind_of(cause), str(error)))
 
     def report(self, n_requests: int, log: Callable[[str], None]) -> None:
-        """Log for each reason how many requests were passed over.
+        """Log for each reason how many requests were skipped.
 
         Args:
             n_requests: the number of requests that were tried.
             log: receives a line for each reason.
 
         Raises:
-            RecordError: all requests were passed over; the message shows the most common reason.
+            RecordError: all requests were skipped; the message shows the most common reason.
         """
         counts = self.counts
         if n_requests and sum(counts.values()) >= n_requests:
@@ -59,7 +59,7 @@ class Skipped:
             raise RecordError(f"none of the {n_requests} recorded requests can be run again. The most common reason, "
                               f"for {count} of them: {reason}. Is this the archive that was recorded?")
         for reason, count in counts.items():
-            log(f"{count} of {n_requests} recorded requests are passed over: {reason}")
+            log(f"{count} of {n_requests} recorded requests are skipped: {reason}")
 
 
 def _kind_of(error: Exception) -> _Kind:

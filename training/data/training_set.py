@@ -50,7 +50,7 @@ class TrainingSet:
     finite: Tensor
     """(N + R,) bool: whether float16 can hold the activations at all layers, and the scores are numbers."""
     skipped: Mapping[str, int]
-    """How many requests the recording server or a replay passed over, by reason."""
+    """How many requests the recording server or a replay skipped, by reason."""
 
     @property
     def n_records(self) -> int:
@@ -114,7 +114,7 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
     layers = [layer for layer in layers if (~finite[layer]).double().mean() <= _MOST_EXCEPTIONS]
     all_finite = ~columns["log_probabilities"].isnan().any(dim=1)  # a replayed image may have no finite scores
     for layer in layers:
-        all_finite &= finite[layer][:len(all_finite)]  # a replay may have passed over some records
+        all_finite &= finite[layer][:len(all_finite)]  # a replay may have skipped some records
     tensors = {**columns, **split.to_tensors(), "finite": all_finite}
     with replacing(paths.columns) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)

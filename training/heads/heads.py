@@ -98,7 +98,7 @@ def train_heads(evaluators: Sequence[Evaluator], architectures: Mapping[str, Arc
 
     Args:
         evaluators: one for each layer, in the order of the backbone, with the recipe for the final training.
-        architectures: by layer path; layers without one are passed over.
+        architectures: by layer path; layers without one are skipped.
         run: the folder in which heads are kept.
 
     Returns:

@@ -213,7 +213,7 @@ def _heads(run: RunReport) -> str:
         ["layer", "architecture", "agreement", "FLOPs, relative to the backbone", "trials", "outcome"], rows,
         words=(1, 5))
         + (f"<p>Candidates without a head:</p><ul>{left_out}</ul>" if left_out else "")
-        + (f"<p>Requests that were passed over:</p><ul>{skipped}</ul>" if skipped else ""))
+        + (f"<p>Requests that were skipped:</p><ul>{skipped}</ul>" if skipped else ""))
 
 
 def _asked(evaluation: Evaluation) -> str:

@@ -64,7 +64,7 @@ class RunReport:
     left_out: tuple[str, ...]
     """The candidates without a head, and why."""
     skipped: Mapping[str, int]
-    """How many requests were passed over, because they were not finite or could not be run again, by reason."""
+    """How many requests were skipped, because they were not finite or could not be run again, by reason."""
 
     def to_json(self) -> dict[str, Any]:
         """Return report.json."""
@@ -95,7 +95,7 @@ class RunReport:
         if unused:
             lines += ["", "  not used: " + ", ".join(unused)]
         lines += [f"  left out: {reason}" for reason in self.left_out]
-        lines += [f"  passed over: {count} requests: {reason}" for reason, count in self.skipped.items()]
+        lines += [f"  skipped: {count} requests: {reason}" for reason, count in self.skipped.items()]
         lines += ["", "  " + guarantee(self.plan)]
         return "\n".join(lines) + "\n"
 
@@ -143,7 +143,7 @@ def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: O
         predictions: the predictions by which it was chosen.
         heads: all heads that were trained.
         left_out: the candidates without a head, and why.
-        skipped: the numbers of requests that were passed over, by reason.
+        skipped: the numbers of requests that were skipped, by reason.
         backbone: the backbone of the plan.
     """
     certify = predictions.certify

@@ -65,8 +65,8 @@ class Launcher:
             self._process.stdin.flush()
             process = json.loads(self._process.stdout.readline())["process"]
         except (OSError, ValueError) as error:
-            raise ArchiveError("torch and TorchServe cannot be imported in a separate process; its errors are shown "
-                               "above") from error
+            raise ArchiveError("torch and TorchServe cannot be imported in the process that tries archives out; its "
+                               "errors are shown above") from error
         in_time = bool(select.select([self._process.stdout], [], [], limit_s)[0])
         if not in_time:
             with contextlib.suppress(ProcessLookupError):

@@ -129,8 +129,10 @@ def _breaks_promise(row: Figures) -> bool:
 
 def _broken_promise(row: Figures) -> str:
     """Say that a certified row lost more than it promised. 5 % of certificates may be false."""
-    return (f"{row['method']} lost {percent(row[_LOSSES[row['risk']]])} where {percent(row['tolerance'])} were "
-            f"promised. Its certificate: {row['certificate']}")
+    lost = percent(row[_LOSSES[row["risk"]]])
+    return (f"The certificate of `{row['method']}` did not hold on the measured requests: {lost} "
+            f"{'differed' if row['risk'] == 'disagreement' else 'of the accuracy was lost'} where at most "
+            f"{percent(row['tolerance'])} was certified. It said: {row['certificate']}")
 
 
 def _beside_paper(row: Figures) -> list[str]:
