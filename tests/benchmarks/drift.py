@@ -5,8 +5,8 @@
 A plan for ResNet-18 (width 32) is trained and certified on 5,000 CIFAR-10 requests. The other requests are answered
 once, clean and corrupted, at every fallback level of the plan. Streams of shadow samples are then drawn from these
 answers and fed to the handler's own monitor. A corruption with more than three times the tolerance is also mixed with
-clean requests, so that the true disagreement is exactly three times the tolerance. At the end, a real server with its
-watcher goes through a drift (`recovery`).
+clean requests, so that the true disagreement is exactly three times the tolerance. `recovery` takes a real server with
+its watcher through a drift.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from early_exit.training.data.shards import find_shards
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
-from tests.benchmarks.recovery import recovered
 from tests.benchmarks.report import report
 from tests.benchmarks.subjects import Subject, resnet18
 from tests.support.cifar import as_batch, load_requests
@@ -72,9 +71,8 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--requests", type=int, default=1000, help="of each kind of traffic")
     options = parser.parse_args()
-    return report(options.json, lambda scratch: {
-        **measure(resnet18(scratch), scratch / "run", options.streams, options.requests),
-        "recovery": recovered(scratch / "recovery")}, vars(options))
+    return report(options.json, lambda scratch: measure(
+        resnet18(scratch), scratch / "run", options.streams, options.requests), vars(options))
 
 
 def measure(subject: Subject, folder: Path, n_streams: int, n_requests: int) -> dict[str, Any]:

@@ -142,8 +142,7 @@ def test_drifts_are_noticed(run: Run, subject: Subject, requests: Requests, monk
     drift = command("benchmarks.drift")
     for name, value in {"STRENGTHS": {"noise": (1.0,)}, "LIMIT": 1000, "resnet18": lambda folder: subject,
                         "load_requests": lambda: (requests.bodies, requests.labels), "as_batch": in_one_batch,
-                        "TrainingOptions": partial(TrainingOptions, 0.1, recipe=Distillation(epochs=3)),
-                        "recovered": lambda folder: {}}.items():  # it starts a server
+                        "TrainingOptions": partial(TrainingOptions, 0.1, recipe=Distillation(epochs=3))}.items():
         monkeypatch.setattr(drift, name, value)
     figures = run(drift, "--streams", 4, "--requests", N_MEASURED // 2)
     assert figures["rows"] and 0 <= figures["false_alarm_share"] <= 1
