@@ -178,7 +178,7 @@ def test_the_metric_follows_it_and_the_log_tells_each_turn_once(
         answered(worker)
         answered(worker)
         assert host.value("exits_switched") == value
-        assert caplog.text.count(f"the operator's switch of the exits is at {position}") == 1
+        assert caplog.text.count(f"the operator's switch of the exits is now: {position}") == 1
     switch.set(OFF)
     restarted = MemoryHost()
     worker_of(served(backbone, plan), host=restarted)
