@@ -97,12 +97,13 @@ def test_the_loops_options_are_those_of_training_with_their_defaults() -> None:
             assert told[action.option_strings[-1]][0].strip("`") == str(default), action.dest
 
 
-def test_the_citation_names_the_version_and_the_licence_of_the_package() -> None:
+def test_the_citation_names_the_version_its_date_and_the_licence_of_the_package() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     told = {key: re.findall(rf'^{key} = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
             for key in ("version", "license")}
     assert {key: [citation[key]] for key in told} == told
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert f"## {citation['version']} - {citation['date-released']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 FETCHED = re.compile(r"""

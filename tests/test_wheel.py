@@ -1,4 +1,4 @@
-"""The wheel works without the repository."""
+"""The source distribution, and the wheel that is built from it, work without the repository."""
 
 from __future__ import annotations
 
@@ -32,14 +32,18 @@ print(*(module.__file__ for name, module in sys.modules.items() if name.startswi
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel that pip has built from a source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # building leaves files behind
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
+    subprocess.run([sys.executable, "-c", "import sys, setuptools.build_meta as built; built.build_sdist(sys.argv[1])",
+                    folder], cwd=source, check=True, capture_output=True)
+    [sources] = folder.glob("*.tar.gz")
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
-                    folder, source], check=True, capture_output=True)
+                    folder, sources], check=True, capture_output=True)
     [built] = folder.glob("*.whl")
     return built
 
