@@ -9,7 +9,7 @@ from typing import Any
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 
 _MOST_UNDECIDED = 100
-"""How many samples wait at most until it is known whether a block ends before them."""
+"""How many samples wait, until it is known whether a block ends before them, before copies are no longer added."""
 _MOST_CONTENTS = 1000
 """How many contents of a block count at most, the first ones: a camera may look at one scene for days."""
 
@@ -120,9 +120,21 @@ class Blocks:
                    tuple(data["counted"]), data["skips"], data["last"])
 
     def _with_undecided(self, sample: Sample) -> Blocks:
+        """Return these blocks with one more undecided sample.
+
+        If many samples wait, they are copies of few contents, as in a night of health checks. A copy then only raises
+        the loss of the last sample of its content that waits, or is left out if there is none. A new content always
+        waits, because the third one decides about all of them.
+        """
         if len(self.undecided) < _MOST_UNDECIDED:
             return replace(self, undecided=(*self.undecided, sample))
-        return self  # they are copies of at most two contents, so one more tells nothing
+        waits = [one.content for one in self.undecided]
+        if sample.content is not None and sample.content in waits:
+            last = len(waits) - 1 - waits[::-1].index(sample.content)
+            copy = self.undecided[last]
+            return replace(self, undecided=(*self.undecided[:last], replace(copy, loss=max(copy.loss, sample.loss)),
+                                            *self.undecided[last + 1:]))
+        return self if self._is_known(sample) else replace(self, undecided=(*self.undecided, sample))
 
     def _originals(self) -> list[Sample]:
         """Return the undecided samples that are no copies."""
