@@ -1,1 +1,1 @@
-"""The parts of an exit, head and policy; the plan that names both; and the operator's switch."""
+"""The parts of an exit (exit head and exit policy), the plan that names them, and the operator's switch."""

@@ -140,7 +140,7 @@ class Head(nn.Module):
 
 
 def _nests(shape: tuple[int, ...], spec: HeadSpec) -> bool:
-    """Tell whether pooling straight to the head's side equals pooling to the recorded side and then to the head's."""
+    """Tell whether pooling to the head's side gives the same result with and without pooling to the recorded side."""
     if len(shape) != 3 or spec.recorded is None or spec.pool is None:
         return False
     return all(size <= spec.recorded or (size % spec.recorded == 0 and spec.recorded % spec.pool == 0)

@@ -1,7 +1,8 @@
 """A head for serving: it computes the logits of the trained head, divided by its temperature, in fewer operations.
 
-For a few rows, the cost of a head is the number of its operations. The temperature is therefore part of the weights of
-the last layer. If feature maps are flattened, the weights of the next layer are in the order of channels_last memory.
+With few rows, the time that a head takes depends on the number of its operations. The temperature is therefore part of
+the weights of the last layer. If feature maps are flattened, the weights of the next layer are in the order of
+channels_last memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How alike two requests are, measured by the backbone's output.
 
-Neighbouring records that are alike, such as frames of one scene, form a block. Where they are mixed with others, as the
-frames of several cameras are, all requests of a period form a block, and every second block counts. Training fixes the
-measure on records older than those that certify (`training.selection.likeness`). The plan contains it, so that the
-monitor forms the same kind of blocks.
+Neighbouring records that are alike, such as frames of one scene, form a block. If records that are alike are mixed with
+others, such as the frames of several cameras, all requests of a period form a block, and every second block is skipped.
+Training fixes the measure on records that are older than the records of the certificate
+(`training.selection.likeness`). The plan contains the measure, so that the monitor forms the same kind of blocks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 REACH = 3
-"""The content changes where none of this many records is like any of the same number of records before them."""
+"""The number of records on each side of a border that are compared. The content changes at the border if no record on
+one side is like any record on the other side."""
 LEAST = 0.5
-"""A block has at least this share of the usual length: a change that seems to come sooner is a single odd frame."""
+"""A block has at least this share of the usual length. If the content seems to change sooner, the reason is a single
+odd frame."""
 COUNTS_FULLY = 0.95
-"""A block that is larger than this share of the earlier blocks counts as the largest of those."""
+"""The share of blocks that count with their full size. Larger blocks count as much as the largest of these."""
 _NUMBERS = ("distance", "length", "longest")
 _PREFIX = "likeness."
 """The prefix of the names of the tensors; the names of the heads' tensors contain a slash."""

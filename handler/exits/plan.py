@@ -38,7 +38,8 @@ class PlannedExit:
     head_cost: float
     """FLOPs of the head as a fraction of the backbone's."""
     shrink_from: int = 1
-    """The smallest number of answered rows for which it pays to copy the others to a smaller batch, as measured."""
+    """The smallest number of answered rows at which it saves time to copy the other rows to a smaller batch, as
+    measured."""
 
     @property
     def threshold(self) -> float:
@@ -87,19 +88,19 @@ class Certificate:
     observed: float
     """The mean loss on these records; for disagreement it is k / n."""
     p_value: float
-    """The probability of so small a loss if the expected loss is above the tolerance."""
+    """The probability of observing a loss this small if the expected loss is above the tolerance."""
     method: str
     window: tuple[float, float]
-    """Unix times, in seconds, of the first record of the certify part, and of the last record used for anything."""
+    """Unix times, in seconds, of the first record of the certify part, and of the last record that training used."""
     contents: int = 0
     """The number of contents that were first recorded in the certify part; 0 in an older certificate, which does not
-    say."""
+    contain this number."""
     blocks: int = 0
     """The number of blocks of the records; 0 in an older certificate."""
     block_length: float = 0.0
     """The usual number of requests in a block; 0 if each record is a block of its own."""
     largest_block: float = 0.0
-    """The number of records that the largest blocks count as, in the statement about requests."""
+    """In the statement about requests, no block counts as more than this number of records."""
     is_trend: bool = False
     """Whether requests stay alike for longer than a tenth of the records."""
 
@@ -120,7 +121,8 @@ class Certificate:
 
 
     def _evidence(self) -> str:
-        """Return the numbers of contents and blocks, if they are not simply the number of records, and the trend."""
+        """Return words about the contents and the blocks, if their numbers are not the number of records, and about the
+        trend."""
         contents = f", {self.contents} contents" if self.contents not in (0, self.n) else ""
         blocks = (f", {self.blocks} blocks of similar requests, none of which counts as more than "
                   f"{self.largest_block:.0f} records" if self.block_length else "")
@@ -163,7 +165,7 @@ class ExitPlan:
 
     @property
     def last_level(self) -> int:
-        """The fallback level without exits; the deployed plan is level 0, and its safer settings lie between."""
+        """The fallback level without exits. Level 0 is the deployed plan, and the settings in `safer` lie between."""
         return len(self.safer) + 1 if self.exits else 0
 
     def to_json(self) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class ExitPlan:
         return PLAN.stamped(plan)
 
     def is_certified_for(self, traffic: str) -> bool:
-        """Tell whether the plan has a certificate and it is about this traffic; unknown traffic counts as the same."""
+        """Tell whether the plan has a certificate for this traffic. Traffic that is not known counts as the same."""
         return self.certificate is not None and (not self.traffic or not traffic or self.traffic == traffic)
 
     def digest(self) -> str:

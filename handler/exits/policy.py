@@ -21,8 +21,9 @@ NEVER = 2.0
 class PlannedPolicy(ABC):
     """The policy of an exit in a plan: it defines the exit's answers, which rows leave, and how likely errors are.
 
-    Every result is computed row by row from (B, K) logits alone: on a GPU, the computation is captured once and
-    replayed. To add a policy, put its class into `POLICIES`. A policy with values of its own also defines `fitted`.
+    A policy must compute every result row by row, from (B, K) logits alone, because a GPU captures the computation once
+    and replays it. To add a policy, put its class into `POLICIES`. A policy with values of its own also defines
+    `fitted`.
     """
 
     temperature: float
@@ -65,7 +66,7 @@ class PlannedPolicy(ABC):
         return 1 - self.answers(logits).softmax(dim=1).amax(dim=1)
 
     def on_answers(self) -> PlannedPolicy:
-        """Return the policy that decides the same from `answers(logits)`, for a head that computes these itself."""
+        """Return the policy that makes the same decisions on `answers(logits)`, for a head that computes these."""
         return replace(self, temperature=1.0)
 
     def to_json(self) -> dict[str, Any]:

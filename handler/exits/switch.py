@@ -1,8 +1,8 @@
 """The operator's switch: one small file for each model, which its workers read before each batch.
 
 The switch does not depend on versions, plans, certificates or records, so replacing one of these does not change it.
-Without a file, the switch is on. If the file cannot be read, or does not hold a position, the switch is off: whoever
-wrote the file wanted a change.
+Without a file, the switch is on. If the file cannot be read, or does not hold a position, the switch is off, because
+the operator who wrote the file wanted a change.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Position:
     """A position of the switch; its text is the content of the file."""
 
     least_level: int | None
-    """The lowest fallback level that may answer; the monitor may have gone to a higher one. 0 is the plan as deployed.
-    None stands for the last level of any plan, which has no exits."""
+    """The lowest fallback level that may answer; the monitor may have gone to a higher level. Level 0 is the plan as
+    deployed. None stands for the last level of any plan, which has no exits."""
 
     @classmethod
     def parse(cls, text: str) -> Position:
@@ -89,7 +89,7 @@ class ExitSwitch:
         self.position = ON
         """The position that was read last."""
         self.trouble: str | None = None
-        """The reason why the position could not be read the last time, in which case it is off; None if it was read."""
+        """The reason why the last reading of the position failed; the position is then off. None if it succeeded."""
 
     @classmethod
     def of_environment(cls, model: str) -> ExitSwitch:
@@ -120,7 +120,7 @@ class ExitSwitch:
         return self.position
 
     def set(self, position: Position) -> None:
-        """Set the switch; the position counts for every batch that a worker begins after this.
+        """Set the switch; the position applies to every batch that a worker begins after this.
 
         Raises:
             OSError: the file cannot be written, or its folder belongs to somebody else.
@@ -152,7 +152,7 @@ class ExitSwitch:
 
 
 def _read(path: Path) -> Position:
-    # The content is read each time: the time of the last change is no substitute, as two changes may have the same.
+    # The content is read each time. The time of the last change is not enough: two changes may have equal times.
     try:
         content = read_start(path, _LONGEST)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Groups shadow samples into blocks. A block counts once, and within a block each content counts once."""
+"""Blocks of shadow samples. Within a block, each content is counted once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 
 _MOST_UNDECIDED = 100
-"""How many samples wait, until it is known whether a block ends before them, before copies are no longer added."""
+"""The length of `Blocks.undecided` from which copies are no longer added to it."""
 _MOST_CONTENTS = 1000
-"""How many contents of a block count at most, the first ones: a camera may look at one scene for days."""
+"""The largest number of contents that are counted in a block. Later contents of the block are ignored, because a camera
+may show one scene for days."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the monitor knows of a request of the shadow sample."""
+    """What the monitor knows about one shadow sample."""
 
     level: int
     """The fallback level that answered."""
@@ -29,8 +30,8 @@ class Sample:
     requests: float = 1.0
     """The number of requests that it stands for: 1 / sampling rate."""
     components: tuple[float, ...] = ()
-    """See `Likeness.components`: neighbouring samples are compared by them. Empty if each sample is a block of its
-    own."""
+    """The components by which neighbouring samples are compared, see `Likeness.components`. Empty if each sample is a
+    block of its own."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sample:
@@ -51,18 +52,18 @@ class Block:
     lost: float
     """The sum of their losses. A content with several samples counts with the largest of their losses."""
     n_new: int
-    """The number of those contents that were not among the contents that came most recently."""
+    """The number of contents in it that are new: they are not among the remembered contents, see `Blocks.counted`."""
     lost_new: float
-    """The sum of the losses of those."""
+    """The sum of the losses of the new contents."""
 
 
 @dataclass(frozen=True)
 class Blocks:
     """The open block, and what is needed to tell where it ends.
 
-    A block ends by the rule of `training.selection.blocks`: where none of the next three samples is like any of the
-    last three, but not before it has half of the usual length, and at the latest when it has the largest. A sample of a
-    content that came before, such as a health check, neither ends a block nor keeps it open.
+    A block ends by the rule of `training.selection.blocks`: it ends where none of the next three samples is like any of
+    the last three. It has at least half of the usual length, and it ends at the latest when it has the largest length.
+    A sample whose content has come before, such as a health check, neither ends a block nor keeps it open.
     """
 
     open: tuple[tuple[int | None, float], ...] = ()
@@ -72,13 +73,15 @@ class Blocks:
     before: tuple[tuple[float, ...], ...] = ()
     """Components of the last samples of new contents that were assigned to a block."""
     undecided: tuple[Sample, ...] = ()
-    """The samples after those. More samples are needed to tell whether a new block begins with the first of them."""
+    """The latest samples, which are not assigned to a block yet. More samples are needed to tell whether a new block
+    begins with the first of them."""
     counted: tuple[int, ...] = ()
-    """The contents that came most recently in blocks that have ended; they are not new again."""
+    """The remembered contents: the latest contents of the blocks that have ended. If one of them comes again, it is not
+    new."""
     skips: bool = False
-    """Whether the open block will not count: of blocks that are periods, every second one does not."""
+    """Whether the open block will be skipped when it ends. If blocks are periods, every second block is skipped."""
     last: int | None = None
-    """The content of the last sample, if each sample is a block of its own: a copy of that sample is no further
+    """The content of the last sample, if each sample is a block of its own. A copy that follows directly is not another
     block."""
 
     def after(self, sample: Sample, likeness: Likeness | None, n_remembered: int) -> tuple[Blocks, Block | None]:
@@ -137,7 +140,7 @@ class Blocks:
         return self if self._is_known(sample) else replace(self, undecided=(*self.undecided, sample))
 
     def _originals(self) -> list[Sample]:
-        """Return the undecided samples that are no copies."""
+        """Return the undecided samples that are not copies of earlier samples."""
         seen: set[int] = set()
         originals = []
         for sample in self.undecided:
@@ -157,7 +160,7 @@ class Blocks:
             for one in self.before for other in originals[:REACH])
 
     def _ended(self, likeness: Likeness, n_remembered: int) -> tuple[Blocks, Block | None]:
-        """End the open block: return the blocks without it, and that block, if it counts."""
+        """End the open block. Return the blocks without it, and the ended block, or None if it is skipped."""
         blocks, ended = self._closed(n_remembered)
         return replace(blocks, skips=likeness.is_periodic and not self.skips), None if self.skips else ended
 
@@ -175,7 +178,7 @@ class Blocks:
         return self if len(self.open) >= _MOST_CONTENTS else replace(self, open=(*self.open, (content, loss)))
 
     def _closed(self, n_remembered: int) -> tuple[Blocks, Block]:
-        """Close the open block, which is not empty: return the blocks without it, and that block."""
+        """Close the open block, which is not empty. Return the blocks without it, and the closed block."""
         new = [(content, loss) for content, loss in self.open if content is None or content not in self.counted]
         came = [content for content, _ in self.open if content is not None]
         kept = (*(content for content in self.counted if content not in came), *came)[-n_remembered:]

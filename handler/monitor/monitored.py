@@ -13,10 +13,12 @@ from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
 
 _LOSSES_PER_ROUND = 20
-"""The bets on requests take rounds of as many contents as have this many losses at the tolerated rate."""
+"""The number of losses that a round of the bets on requests has at the tolerated rate. It sets the number of contents
+in a round."""
 _REMEMBERED_PER_LOSS = 20
-"""A content counts again only if as many others came since as have this many losses at the tolerated rate. A content
-that keeps coming therefore counts once, and 20 that come rarely are needed to exceed the tolerance."""
+"""The number of losses that the remembered contents have at the tolerated rate. It sets how many contents are
+remembered. A remembered content is not counted again, so a content that keeps coming is counted once. Of the contents
+that come rarely, 20 are needed to exceed the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Monitored:
     tolerance: float
     """The expected loss that is tolerated."""
     delta: float
-    """False-alarm rate: the probability of ever raising an alarm at one fallback level, while in every block and every
-    round the expected loss, given the past, is at most the tolerance."""
+    """False-alarm rate: the probability of ever raising an alarm at one fallback level, if the expected loss of every
+    block and of every round, given the past, is at most the tolerance."""
     likeness: Likeness | None = None
     """How samples are compared to form blocks, or None if each sample is a block of its own."""
 
@@ -36,11 +38,11 @@ class Monitored:
     def of(cls, certificate: Certificate, likeness: Likeness | None = None) -> Monitored:
         """Return what can be watched of a certificate without labels.
 
-        The risk `accuracy` needs labels, and serving has none. The monitor therefore watches the disagreement, against
-        the upper confidence limit of the disagreement at the time of the certificate. An alarm then says that the
-        traffic is not like that of the certificate; a loss of accuracy at the same disagreement is not noticed. For
-        this limit, records that were certified in blocks count as the number of blocks that would hold them if all
-        blocks had the largest size.
+        The risk `accuracy` needs labels, and serving has none. The monitor therefore watches the disagreement. Its
+        tolerance is the upper confidence limit of the disagreement on the records of the certificate. An alarm then
+        says that the traffic is not like that of the certificate. The monitor does not notice a loss of accuracy if the
+        disagreement stays the same. If the records were certified in blocks, this limit is computed as if all blocks
+        had the largest size and each block were one record.
         """
         delta = 1 - certificate.confidence
         if certificate.risk == Risk.ACCURACY:
@@ -56,11 +58,11 @@ class Monitored:
 
     @property
     def n_remembered(self) -> int:
-        """The number of contents that came most recently and do not count again."""
+        """The number of latest contents that are remembered, and therefore not counted again."""
         return max(1, math.ceil(_REMEMBERED_PER_LOSS / self.tolerance))
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
-        """Return the loss of each answer, in [0, 1]. A loss that is not a number, because the scores are not, is 1.
+        """Return the loss of each answer, in [0, 1]. If scores are not finite and the loss is not either, it is 1.
 
         Args:
             outputs: (S, K) served scores of the shadow rows.
@@ -69,12 +71,13 @@ class Monitored:
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
         losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        # An exit that predicts a class where the backbone has none differs from it, whatever argmax returns for NaN.
+        # Without finite scores, the backbone predicts no class. An exit that predicts a class then differs from the
+        # backbone, whatever argmax returns for NaN.
         is_other = outputs.isfinite().all(dim=1) & ~reference.isfinite().all(dim=1)
         return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:
-        """Return the components by which each of S samples is compared with its neighbours; () if they are not.
+        """Return the components by which each of S samples is compared with its neighbours, or () without likeness.
 
         Args:
             reference: (S, K) scores of the backbone.

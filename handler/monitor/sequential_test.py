@@ -1,20 +1,20 @@
 """The monitor's sequential test: does the certificate still hold on the shadow samples?
 
-The certificate makes two statements: at most the share T, the tolerance, of the contents is answered differently, and
-at most the share T of the requests. The test bets against both (see `betting`):
+The certificate makes two statements with the tolerance T: the expected loss is at most T over the contents, and it is
+at most T over the requests. The test bets against both statements (see `betting`):
 
-- Contents. Each bet is on one of the blocks that the certificate counts. A block with a loss of k in n new contents
-  gains k - T n, divided by the size that 95 % of the blocks before it did not exceed (or by n, if that is larger).
-- Requests. Each bet is on the mean loss of a round of whole blocks that have 20 / T contents. One scene, however long,
-  is in one round. A content counts in each block in which it comes.
+- Contents. Each bet is on one block. A block with a loss of k in n new contents gains k - T n, divided by the size that
+  95 % of the earlier blocks did not exceed (or by n, if n is larger).
+- Requests. Each bet is on the mean loss of a round. A round consists of whole blocks, which together have at least
+  20 / T contents. One scene, however long, is in one round. A content is counted in each block in which it comes.
 
-Within a block equal contents count once, for both. Nine tenths of the capital are bet on contents, which show a change
-sooner. One tenth is bet on requests, which alone show that a popular file is answered wrongly.
+Both kinds of bets count equal contents within a block once. Nine tenths of the capital are bet on contents, which show
+a change sooner. One tenth is bet on requests, because only these bets show that a popular file is answered wrongly.
 
 As long as the expected loss of every block and of every round, given the past, is at most T, the probability of ever
 raising an alarm is at most delta, however long the test runs and however often one looks (Ville's inequality). Half of
-a capital is put down at the first bet. The rest is kept and put down later, in ever smaller parts: a gambler who has
-lost everything in a long quiet time would notice a change late.
+a capital is put down at the first bet. The rest is kept and is put down later, in ever smaller parts. Without this
+rest, a gambler who has lost everything in a long quiet time would notice a change late.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Evidence:
     def _bet_on_contents(self, block: Block, monitored: Monitored) -> Evidence:
         if not block.n_new:
             return self
-        # The size depends only on the blocks before: a bet must be fixed before its round.
+        # `_largest` depends only on the earlier blocks, because a bet must be fixed before its round.
         gain = (block.lost_new - monitored.tolerance * block.n_new) / max(block.n_new, self._largest())
         number = (block.n_new - 1).bit_length()
         sizes = [*self.sizes, *[0] * (number + 1 - len(self.sizes))]
@@ -151,21 +151,21 @@ class Alarm:
 
 @dataclass(frozen=True)
 class MonitorState:
-    """The fallback level of a version and the evidence at that level. Each step back begins with fresh evidence."""
+    """The fallback level of a version and the evidence at that level. Each level begins with fresh evidence."""
 
     step: int = 0
-    """The fallback level: 0 is the plan as deployed; the plan's safer settings follow in order, then no exits. The name
-    is that of the field in state files."""
+    """The fallback level. Level 0 is the plan as deployed, the other levels of the plan follow in order, and the last
+    level has no exits. The name is that of the field in state files."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
-    """One for each step back; the first voids the certificate."""
+    """One alarm for each fallback level that was left. The first alarm voids the certificate."""
 
     waiting: tuple[Sample, ...] = ()
     """Samples that are too new for their order to be certain. Only blocks depend on the order, so this is empty if each
     sample is a block of its own."""
 
     def after(self, samples: Iterable[Sample], monitored: Monitored, last_level: int, now: float) -> MonitorState:
-        """Return the state after some samples; samples that were answered at another level do not count."""
+        """Return the state after some samples; samples that were answered at another level are ignored."""
         level, evidence, alarms = self.step, self.evidence, self.alarms
         settled, waiting = _settled((*self.waiting, *samples), monitored, now)
         for sample in settled:
