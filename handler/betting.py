@@ -1,13 +1,13 @@
-"""Testing by betting: the capital that bets against a hypothesis win is the evidence against it, at any time.
+"""Testing by betting: a gambler bets against a hypothesis, and the capital is at any time the evidence against it.
 
-A gambler begins with a capital of 1. In each round a bet b, fixed before the round, is placed on a gain g whose
-expected value is at most 0 while the hypothesis holds; the capital is multiplied by 1 + b g, which is never negative.
-While the hypothesis holds, the expected capital does not grow, so the probability that it ever reaches 1 / p is at most
-p (Ville's inequality), however often one looks. The same is true if the capital is spread over several gamblers, or if
-a part of it is kept out of the game. (Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting,
-Journal of the Royal Statistical Society B 86, 2024, sections 3 and 4.)
+A gambler begins with a capital of 1. In each round the gambler places a bet b, which is fixed before the round, on a
+gain g. The expected value of g is at most 0 while the hypothesis holds. The capital is multiplied by 1 + b g, which is
+never negative. While the hypothesis holds, the expected capital does not grow, so the probability that it ever reaches
+1 / p is at most p (Ville's inequality), however often one looks. The same is true if the capital is spread over several
+gamblers, or if a part of it is kept out of the game. (Waudby-Smith and Ramdas, Estimating means of bounded random
+variables by betting, Journal of the Royal Statistical Society B 86, 2024, sections 3 and 4.)
 
-Three tests are built on it: the bypass of exits that do not pay, the monitor's alarm, and the certificate.
+Three tests use this method: the bypass of exits that do not save time, the monitor's alarm, and the certificate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def wealth(capital: Sequence[float], *, kept: float = 0.0) -> float:
 
 
 def rejects(wealth: float, delta: float) -> bool:
-    """Tell whether a wealth rejects the hypothesis; the probability of ever doing so wrongly is at most delta."""
+    """Tell whether a wealth rejects the hypothesis. The probability of ever rejecting a true one is at most delta."""
     return wealth >= 1 / delta
 
 

@@ -62,7 +62,7 @@ class EarlyAnswers:
         return replies
 
     def _at_once(self, calls: Sequence[Call]) -> list[Reply | None]:
-        """Answer requests at once if the first of them has the instances of all."""
+        """Answer all requests at once, because the first of them holds the instances of all requests."""
         [served] = answer_calls(calls, self._handler, self._context, self._model, None, alone=False)
         self._telemetry.note(served)
         return [*served.replies]

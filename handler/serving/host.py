@@ -15,7 +15,7 @@ class MetricKind(Enum):
     COUNTER = "counter"
     """Values are added up."""
     GAUGE = "gauge"
-    """The newest value counts."""
+    """The newest value replaces the earlier ones."""
     HISTOGRAM = "histogram"
     """Values are counted by size."""
 

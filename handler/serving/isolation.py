@@ -1,4 +1,4 @@
-"""Isolation of bad items: every other request of the batch is answered, and the bad one gets an error reply."""
+"""Isolation of bad items: a bad request gets an error reply, and every other request of the batch is answered."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 _CLIENTS = (ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-"""Exceptions that show an error in the request if they are raised before the model is called: a text that is not JSON,
-a list instead of an object, a missing key, bytes that end too early. Other exceptions show an error in the handler."""
+"""Exceptions that show an error in the request if they are raised before the model is called. Such errors are a text
+that is not JSON, a list instead of an object, a missing key, and bytes that end too early. Other exceptions show an
+error in the handler."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """The memory address of an object, which Python writes into many messages."""
 
@@ -61,9 +62,9 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
                  rows_per_request: int | None = 1, *, alone: bool = True) -> list[Served]:
     """Answer all calls together or, if that fails, one by one.
 
-    By itself, a handler that raises an exception fails all requests that it was given. Here, a call that makes the
-    handler raise gets an error reply of its own: 400 if the request cannot be read, 500 if the handler or the model
-    failed. If clients cannot receive a status of their own, the batch fails as it would by itself.
+    Without this function, an exception of a handler fails all requests that the handler was given. Here, only the call
+    that makes the handler raise gets an error reply: 400 if the request cannot be read, 500 if the handler or the model
+    failed. If clients cannot receive a status of their own, the whole batch fails.
 
     Args:
         calls: the calls of the batch.
@@ -76,9 +77,9 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
 
     Raises:
         MemoryError, torch.AcceleratorError: this worker is out of memory, or its device has failed.
-        Exception: the handler raised it, for a call whose client cannot receive a status of its own.
+        Exception: the handler raised it, and the client of the call cannot receive a status of its own.
     """
-    in_one = share_instances(calls)  # then it is not known which instance belongs to which request
+    in_one = share_instances(calls)  # if so, it is not known which instance belongs to which request
     try:
         return [_call(tuple(range(len(calls))), calls, handler, context, model, rows_per_request, alone)]
     except Exception as error:
@@ -100,7 +101,7 @@ def answer_calls(calls: Sequence[Call], handler: UserHandler, context: HandlerCo
 
 def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandler, context: HandlerContext,
           model: EarlyExitModel, rows_per_request: int | None, alone: bool) -> Served:
-    # The model's calls in an attempt that failed were never answered, so they are forgotten, not recorded.
+    # The model's calls in a failed attempt led to no answers, so they are forgotten and not recorded.
     model.log.begin([call.has_header(ANYTIME_HEADER) for call in calls], rows_per_request, alone=alone)
     context.begin(calls)
     # Copies, so that a handler's changes to a request reach neither a second attempt nor the records.
@@ -109,14 +110,14 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     if calls[0].instances is None and (not isinstance(results, list) or len(results) != len(items)):
         returned = f"{len(results)} responses" if isinstance(results, list) else type(results).__name__
         raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(items)} requests")
-    # In an envelope, one call has all items, and the envelope itself checks the result for them.
+    # In an envelope, one call has all items, and the envelope itself checks the number of results.
     bodies = [results[number] if call.instances is None else results if call.instances else []
               for number, call in enumerate(calls)]
     replies = [context.reply(number, body) for number, body in enumerate(bodies)]
     here, elsewhere = model.log.take(), model.log.take_elsewhere()
     batches = [*here, *elsewhere]
     owners = None
-    # Threads of the handler end in any order, so the order of several calls in them says nothing about the rows.
+    # Threads of the handler end in any order, so the order of their calls does not show whose rows they have.
     if not elsewhere or (alone and 1 in (len(batches), len(calls))):
         n_rows = [len(batch.answers.outputs) for batch in batches]
         owners = _owners(n_rows, calls, rows_per_request, are_its_own=not elsewhere)
@@ -142,7 +143,7 @@ def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int 
 def _refuse(position: int, call: Call, error: Exception, model: EarlyExitModel) -> Served:
     """Return the error reply to a call."""
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # The type decides, never the text: a client may have written parts of the text.
+    # Only the type decides, because a client may have written parts of the text.
     if isinstance(error, torch.AcceleratorError) or (out_of_memory and model.log.is_computing):
         raise error  # the host knows what to do with a worker in this state
     reached_model = bool([*model.log.take(), *model.log.take_elsewhere()]) or model.log.is_computing
@@ -162,7 +163,7 @@ def _status_of(error: Exception, reached_model: bool) -> tuple[int, str]:
     status = getattr(error, "error_code", None)
     if type(status) is int and 400 <= status < 600:  # other libraries use `error_code` for other numbers
         return status, "InternalServerException"  # TorchServe uses this name whatever the status
-    # Pillow raises an OSError without `errno` for bytes that are not an image; those of the system have one.
+    # Pillow raises an OSError without `errno` for bytes that are not an image; errors of the system have an `errno`.
     is_clients = (isinstance(error, _CLIENTS) or (isinstance(error, OSError) and error.errno is None)
                   or _is_of_too_many_pixels(error))
     if isinstance(error, InputError) or (is_clients and not reached_model):

@@ -13,7 +13,7 @@ from early_exit.handler.serving.host import Host, MetricKind
 from early_exit.handler.serving.isolation import Served
 
 STAGE_REPORT_S = 0.1
-"""Stage times are reported for one batch in this many seconds at most, because a line of output for each batch would
+"""Stage times are reported for at most one batch in this many seconds, because a line of output for each batch would
 cost too much."""
 
 

@@ -1,4 +1,4 @@
-"""Headers that make a worker run a request through the whole model. They count only if the operator sends them.
+"""Headers that make a worker run a request through the whole model. They are ignored unless the operator sends them.
 
 All clients of a server share the same inference key, and each of these headers costs a full pass.
 """
@@ -36,7 +36,7 @@ class OperatorHeaders:
         return cls(os.environ.get(SECRET_VARIABLE, "").strip(), are_open=are_open)
 
     def admit(self, call: Call) -> Call:
-        """Return a request with only those of these headers that count, and always without the secret."""
+        """Return a request without the secret, and without these headers if its sender may not use them."""
         if self._are_open or self._is_operators(call):
             return call.without_headers([SECRET_HEADER])
         if not self._has_told and any(call.has_header(name) for name in _COSTLY):

@@ -1,4 +1,4 @@
-"""Which rows of the model's input belong to which request, as far as a worker knows."""
+"""What a worker knows about which rows of the model's input belong to which request."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Unknown(str, Enum):
     """Why a worker does not know which rows belong to which request."""
 
     ARCHIVE = "archive"
-    """`ee-archive` found out, with two requests, when it packaged the handler."""
+    """`ee-archive` could not tell it from two requests when it packaged the handler."""
     CHECK = "check"
-    """The worker's own check found out: a request prepared alone did not give the rows that it had in its batch."""
+    """The worker's own check failed: a request prepared alone did not give the rows that it had in its batch."""
     COUNT = "count"
     """Some batches had another number of rows than their requests make. For the other batches, the owners are known."""
     THREADS = "threads"
-    """For some batches, the handler called the model in several threads, whose order says nothing."""
+    """For some batches, the handler called the model in several threads, which end in any order."""
     ENVELOPE = "envelope"
     """An envelope of TorchServe put the instances of several requests into one list."""
 
 
 class RowOwnership:
-    """Says which rows belong to which request in batches of several requests; a single request owns all rows."""
+    """Tells which rows belong to which request in batches of several requests; a single request owns all rows."""
 
     def __init__(self, description: HandlerDescription) -> None:
         """Begin with the description that `ee-archive` made of the handler."""
@@ -49,7 +49,7 @@ class RowOwnership:
         """The number of rows that each request becomes, side by side in the order of the requests; None if that is not
         known."""
         self.unknown: set[Unknown] = set()
-        """The reasons for which this worker did not know the owners of rows so far."""
+        """The reasons why this worker has not known the owners of some rows so far."""
         if self.rows_per_request is None:
             self._say(Unknown.ARCHIVE, "batches of several requests", description.rows_unknown_because)
 
@@ -114,8 +114,8 @@ class DrawnRequest:
 class RowCheck:
     """Checks the first batch of several requests, the second with a probability of 1/2, and so on down to 1 in 1,000.
 
-    The two requests of `ee-archive` do not reveal a handler that orders its batch by something in which they are equal,
-    such as their length. Most batches of such a handler reveal it, so the check soon finds it.
+    A handler may order its batch by a property of the requests, such as their length. `ee-archive` does not notice this
+    if its two requests have the same property. Most batches in service show it, so this check soon notices it.
     """
 
     def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, ownership: RowOwnership,

@@ -28,7 +28,8 @@ class Recording:
         """The number of requests that this worker has answered."""
 
     def note(self, served: Served) -> None:
-        """Record one shadow row of each item, or all shadow rows without a request if their owners are not known."""
+        """Record one shadow row of each item. If the owners of rows are not known, record all shadow rows without a
+        request."""
         sample = self._sampling.of(served)
         for part in sample.parts:
             try:

@@ -27,7 +27,7 @@ from early_exit.handler.serving.isolation import Served
 
 
 class _Row(NamedTuple):
-    """The facts about one row of the model's input that headers tell."""
+    """The facts about one row of the model's input that the headers are made from."""
 
     stage: int
     """The stage after which the row was answered, or `FULL`."""
@@ -75,8 +75,8 @@ class ResponseHeaders:
         answers, assembly = batch.answers, self._model.assembly
         scores = assembly.description.scores
         confidences = scores.log_probabilities(answers.outputs.float()).exp().amax(dim=1).tolist()
-        # The minimum, because a control batch, or one that the operator's switch affects, has a higher level than that
-        # of the monitor, and because a call in flight keeps its level when the monitor changes it.
+        # The header names the monitor's level. A control batch, or a batch that the operator's switch affects, has a
+        # higher level. A call in flight keeps its level when the monitor goes to a higher one. Hence the minimum.
         level = min(batch.level, self._model.level)
         per_exit: dict[int, str] = {}
         if answers.exit_scores:
@@ -103,8 +103,8 @@ class ResponseHeaders:
 def per_exit_predictions(exits: Sequence[str], scores: Sequence[Tensor], kind: ScoreKind, labels: Any) -> list[str]:
     """Return the predictions of every exit for each request that asked for them, as JSON of about 60 bytes per exit.
 
-    Each is a list of {"exit", "class", "confidence"} in the order of the backbone, the whole backbone last, with
-    "label" if the handler has names for the classes.
+    The JSON is a list of {"exit", "class", "confidence"}, with "label" if the handler has names for the classes. The
+    list is in the order of the exits, and the whole backbone is last.
 
     Args:
         exits: names of the exits, in order.

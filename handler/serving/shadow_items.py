@@ -1,4 +1,4 @@
-"""Selects the shadow rows that records and monitor look at: one row of each item, with a hash of the item's content."""
+"""The shadow rows that records and monitor use: one row of each item, with a hash of the item's content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from early_exit.handler.recording.content import UNKNOWN_CONTENT, ContentKey
 from early_exit.handler.serving.isolation import Served
 
 _Item = tuple[int, int]
-"""The position of a request in its batch, and the number of an instance in it, which is 0 unless it has several."""
+"""The position of a request in its batch, and the number of an instance in the request. The number is 0 unless the
+request has several instances."""
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ShadowSample:
     """The shadow sample of one call of the user's handler. Records and monitor use the same sample."""
 
     def __init__(self, served: Served, random: Random) -> None:
-        """Draw one shadow row of each item, or select all shadow rows if it is not known whose they are."""
+        """Draw one shadow row of each item, or select all shadow rows if their owners are not known."""
         self.served = served
         items = _items_of(served)
         drawn = _all_of(served) if items is None else _one_of_each(served, items, random)
@@ -88,7 +89,7 @@ class Sampling:
 
 
 def _one_of_each(served: Served, items: Sequence[Sequence[_Item]], random: Random) -> list[ShadowItems]:
-    # A random row, not the first one: a record stands for its item, so each row must have the same probability.
+    # A random row and not the first one, because a record stands for its item: each row must be equally probable.
     shadow: dict[_Item, list[tuple[int, int]]] = {}
     for number, (batch, of_batch) in enumerate(zip(served.batches, items)):
         for place, row in enumerate(batch.answers.shadow.tolist()):
@@ -110,7 +111,7 @@ def _items_of(served: Served) -> Sequence[Sequence[_Item]] | None:
         return None
     if all(call.instances is None for call in served.calls):
         return [[(owner, 0) for owner in of_batch] for of_batch in served.owners]
-    # All rows belong to one request: with instances of several requests, the owners would not be known.
+    # All rows belong to one request. If there were instances of several requests, the owners would not be known.
     n_rows = [len(of_batch) for of_batch in served.owners]
     per_item = served.rows_per_item or 1
     return [[(0, row // per_item) for row in range(end - n, end)] for n, end in zip(n_rows, accumulate(n_rows))]

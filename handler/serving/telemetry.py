@@ -1,7 +1,7 @@
 """The side work for each batch, besides its answers: response headers, metrics, records, the monitor.
 
-A failure of one kind does not affect the others: a header that cannot be set must not blind the monitor. No failure may
-affect an answer.
+A failure of one kind of side work does not affect the other kinds: the monitor must continue even if a header cannot be
+set. No failure may affect an answer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Monitoring:
         model.fall_back(monitor.state.step)
 
     def note(self, served: Served) -> None:
-        """Feed the shadow items of one call of the handler; the monitor's level counts from the next batch on."""
+        """Feed the shadow items of one call of the handler. The monitor's level applies from the next batch on."""
         sample = self._sampling.of(served)
         for part in sample.parts:
             self._monitor.note(self._samples(part, sample))

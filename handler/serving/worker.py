@@ -1,4 +1,4 @@
-"""A worker answers the calls that a host hands to it; it needs nothing else from the host."""
+"""A worker answers the calls that a host hands to it."""
 
 from __future__ import annotations
 
