@@ -1,4 +1,4 @@
-"""The executor of plain batching on a GPU: a batch is a single launch if possible, or else runs stage by stage."""
+"""The executor of plain batching on a GPU: a batch runs in a single launch if possible, otherwise stage by stage."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _Launch = Callable[[Live, Tensor], Answers]
 class GraphedExecutor:
     """Runs batches through stages of CUDA graphs; an `Executor`.
 
-    A batch runs stage by stage if the CPU must read results between two stages: activations of shadow rows to record,
-    or the scores of every exit.
+    A batch runs stage by stage if the CPU must read results between two stages. Such results are activations of shadow
+    rows to record, and the scores of every exit.
     """
 
     def __init__(self, levels: Sequence[Sequence[GraphedStage]], record: Record | None = None) -> None:
@@ -43,7 +43,7 @@ class GraphedExecutor:
         self._launches: list[_Launch | None] = [None] * len(levels)
 
     def prepare(self, inputs: Live, batch_size: int) -> None:
-        """Combine the graphs of each level; those of the stages have been captured already."""
+        """Combine the graphs of each level; the graphs of the stages have been captured already."""
         self._batch_size = batch_size
         self._launches = [_launch_of(stages, inputs, batch_size) for stages in self._levels]
 
@@ -73,7 +73,7 @@ def _launch_of(stages: Sequence[GraphedStage], inputs: Live, batch_size: int) ->
         return _without_exits(stages, inputs, batch_size)
     try:
         return SingleLaunch(stages, batch_size)
-    # Bindings of an older or newer version raise the last two.
+    # Bindings of an older or newer version raise AttributeError or TypeError.
     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
         _LOG.warning("the GPU cannot decide itself which rows leave (this needs CUDA 12.8 and its Python bindings), so "
                      "the CPU decides: %s", error)

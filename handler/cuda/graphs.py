@@ -1,7 +1,7 @@
 """A function on a GPU as CUDA graphs, which are launched as a whole instead of kernel by kernel.
 
 A graph has fixed shapes, and reads and writes fixed memory. There is therefore one graph for each of a few batch sizes,
-and a batch of another size takes the next larger graph. The last rows then hold any values, and nothing reads them.
+and a batch of another size takes the next larger graph. The last rows then hold arbitrary values, which nothing reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from early_exit.handler.inference.forward import Live
 _LOG = logging.getLogger(__name__)
 Pool = Any
 """Identifies memory that graphs share; no two of these graphs run at the same time. A graph may overwrite the results
-of a graph that was captured later, so these must be read or copied before it runs."""
+of a graph that was captured later, so these results must be read or copied before the earlier graph runs."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Graphed:
         Args:
             function: the function that is captured.
             pool: the memory that the graphs share.
-            before: the `Graphed` whose outputs, or whose first output, are the inputs of this one; they are not copied.
+            before: another `Graphed`. Its first outputs are the inputs of this one, and they are not copied.
         """
         self.function, self.pool = function, pool
         self._before = before
@@ -95,7 +95,7 @@ def capture(function: Callable[[], Live], pool: Pool, warm_up: Callable[[], obje
     Args:
         function: reads and writes memory at fixed addresses.
         pool: the memory that graphs share.
-        warm_up: is called before, so that libraries can initialise themselves, which they cannot do in a capture.
+        warm_up: is called before the capture, so that libraries initialise themselves, which a capture does not allow.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     random, stream, side = generator.clone_state(), torch.cuda.current_stream(), _side_stream(generator.device)

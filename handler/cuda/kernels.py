@@ -1,4 +1,4 @@
-"""Kernels that decide on the GPU which rows leave, and move the rows that stay; compiled when a model is loaded."""
+"""Kernels that decide on the GPU which rows leave, and move the rows that stay. A model compiles them when it loads."""
 
 from __future__ import annotations
 

@@ -39,10 +39,11 @@ class Program:
         self._last = self._chained(self._graph, self._last, [part])
 
     def switch(self, number: Tensor, cases: Sequence[Sequence[torch.cuda.CUDAGraph]]) -> None:
-        """Append a choice between sequences of graphs: the one with a number runs, or none if it is out of range.
+        """Append a choice between sequences of graphs. The sequence with the given number runs; if the number is out of
+        range, none runs.
 
         Args:
-            number: () int32 on the GPU, read when the choice is reached.
+            number: () int32 on the GPU, which is read when the program reaches the choice.
             cases: sequences of graphs that were captured with `keep_graph`.
         """
         driver = self._driver

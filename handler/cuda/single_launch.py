@@ -1,7 +1,8 @@
 """All stages and exits of a batch as one CUDA graph, in which the GPU itself decides which rows leave.
 
-The CPU launches this graph once, and reads at the end which row left where. After each exit, a kernel counts the rows
-that stay, and the graph continues with the next stage in the smallest size that holds them, or ends.
+The CPU launches this graph once, and reads at the end after which stage each row left. After each exit, a kernel counts
+the rows that stay. The graph continues with the next stage in the smallest size that holds these rows, or ends if no
+row stays.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from early_exit.handler.protocol import FULL
 
 
 class SingleLaunch:
-    """Does the same as `run_with_exits`, but without observers, without the scores of every exit, and without values
-    that a backbone returns beside its scores.
+    """Returns the answers of `run_with_exits`, but without observers, without the scores of every exit, and without
+    values that a backbone returns beside its scores.
 
     All calls must come from one stream.
     """
@@ -40,7 +41,7 @@ class SingleLaunch:
             batch_size: the largest number of rows of a batch.
 
         Raises:
-            RuntimeError: CUDA does not allow it, or the memory layout of the tensors between stages does not.
+            RuntimeError: CUDA refuses a call, or the memory layout of the tensors between stages is not suitable.
         """
         if batch_size > kernels.MAX_ROWS:
             raise RuntimeError(f"a batch in one CUDA graph has at most {kernels.MAX_ROWS} rows, found {batch_size}")
@@ -127,7 +128,7 @@ class SingleLaunch:
         return capture(leave, self._pool)[0]
 
     def _answer(self, sure: Tensor | None, answers: Tensor, stage: int, shrink_from: int) -> None:
-        """Answer the rows whose decision is to leave, and find those that stay."""
+        """Answer the rows that leave, and find the rows that stay."""
         kernels.launch("decide", (1, 1), self._n_threads, self._state, sure, stage, shrink_from, self._size_of)
         kernels.move(answers, self._at(kernels.HITS), self._answers_at, None, self._at(kernels.HIT_ROWS),
                      self._at(kernels.N_HITS))
@@ -155,7 +156,7 @@ def _by_stage(stages: Sequence[GraphedStage], sizes: Sequence[int]) -> list[list
 
 
 def _places(stage: Sequence[Captured]) -> list[Tensor]:
-    """Return for each of a stage's inputs the addresses from which its graphs read it, in ascending order of sizes."""
+    """Return for each input of a stage the addresses from which its graphs read it, in the order of ascending sizes."""
     places = []
     for inputs in zip(*(captured.inputs for captured in stage)):
         layouts = {tuple(stride for stride, size in zip(x.stride()[1:], x.shape[1:]) if size > 1) for x in inputs}

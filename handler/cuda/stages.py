@@ -13,9 +13,9 @@ from early_exit.handler.inference.forward import Exit, Live, Stage, numbers_on, 
 
 
 def graphed(stages: Sequence[Stage], device: torch.device) -> tuple[Stage, ...]:
-    """Return stages that run as CUDA graphs on a GPU, torch's current one; on another device, return `stages`.
+    """Return stages that run as CUDA graphs on torch's current GPU. If the device is not a GPU, return `stages`.
 
-    The tensors that pass between these stages are overwritten when the stages run again; logits and scores are not.
+    When the stages run again, they overwrite the tensors that pass between them, but not logits and scores.
     """
     if device.type != "cuda":
         return tuple(stages)

@@ -1,4 +1,7 @@
-"""Stages in bfloat16: half the bytes and, on processors with it, twice the speed, but only three significant digits."""
+"""Stages in bfloat16, which has half the bytes of float32, but only three significant digits.
+
+Processors with instructions for bfloat16 compute twice as fast in it.
+"""
 
 from __future__ import annotations
 

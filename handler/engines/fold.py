@@ -35,13 +35,13 @@ def fold(stage: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
-    """Fold a batch norm into the convolution before it, if that one has known weights and no other reader."""
+    """Fold a batch norm into the convolution before it, if this convolution has known weights and no other reader."""
     convolution, *statistics = norm.args[:5]
     if not isinstance(convolution, fx.Node) or convolution.target not in _CONVOLUTIONS or len(convolution.users) > 1:
         return
     known = [constant(module, value) for value in statistics]
     weight, bias = constant(module, convolution.args[1]), constant(module, _argument(convolution, 2))
-    # A bias that is computed, or an argument given by name, is rare enough to be left alone.
+    # Biases that are computed and arguments given by name are rare, so these batch norms are not folded.
     computed = isinstance(_argument(convolution, 2), fx.Node) and bias is None
     if weight is None or known[2] is None or known[3] is None or computed or norm.kwargs or convolution.kwargs:
         return

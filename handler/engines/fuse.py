@@ -1,7 +1,7 @@
 """Rewrites a stage for a GPU: a convolution, its bias, a sum and a ReLU become one kernel of cuDNN.
 
-PyTorch launches a kernel for each of them, and each kernel reads and writes whole feature maps: on early layers, the
-last three take longer than the convolution.
+PyTorch launches one kernel for each of these operations, and each kernel reads and writes whole feature maps. On early
+layers, the bias, the sum and the ReLU take longer than the convolution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DEFAULTS: tuple[Argument, ...] = (None, [1, 1], [0, 0], [1, 1], 1)
 
 
 def fuse(stage: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite a folded stage in place, so that it runs on a GPU with cuDNN alone, and return it."""
+    """Rewrite a folded stage in place and return it; the rewritten stage needs a GPU with cuDNN."""
     for relu in list(stage.graph.nodes):
         if relu.target not in _RELUS:
             continue
@@ -64,7 +64,7 @@ def _replace(stage: fx.GraphModule, relu: fx.Node, convolution: fx.Node, fused: 
 
 
 def _move_bias(stage: fx.GraphModule, source: fx.Node, target: fx.Node) -> None:
-    """Add the bias of one convolution to that of a second, if both are known and their results are added anyway."""
+    """Move the bias of one convolution into the bias of a second, if both are known; their results must be added."""
     biases = [constant(stage, node.args[2]) if len(node.args) > 2 else None for node in (source, target)]
     if biases[0] is None or biases[1] is None:
         return

@@ -1,9 +1,9 @@
 """Stages executed by OpenVINO, in float32 or with the 8-bit integers that `archiver/packaging/quantize.py` made.
 
-The backbone is quantized in pieces, cut at all its candidate layers, so that the same integers serve any plan. Within a
-stage, the pieces are joined to one model, as if the backbone had never been cut there. Between stages, an activation
-that the next convolution would quantize is passed on as integers: a cut then costs no computation, and copies a quarter
-of the bytes.
+The backbone is quantized in pieces, cut at all its candidate layers, so that the same integers serve any plan. The
+pieces of a stage are joined to one model, as if the backbone had never been cut there. If the next stage quantizes an
+activation first, the activation passes between the stages as integers. The cut then costs no computation, and a quarter
+of the bytes is copied.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def convert(stage: fx.GraphModule) -> Model:
                                       dynamic_shapes=(tuple({0: rows} for _ in example),))
     model = openvino.convert_model(program)
     model.reshape({number: [-1, *tensor.shape[1:]] for number, tensor in enumerate(example)})
-    # The nodes are named, not the tensors: a tensor that passes through, such as a mask, is both input and output.
+    # The nodes get the names, not the tensors: a tensor that passes through, such as a mask, is both input and output.
     for ends, name in ((model.inputs, "in"), (model.outputs, "out")):
         for number, end in enumerate(ends):
             end.get_node().set_friendly_name(f"{name}{number}")
@@ -76,7 +76,7 @@ def in_float32(x: Tensor) -> Tensor:
 
 
 class _InFloat32(nn.Module):
-    """A stage that takes and returns float32 in place of half precision, without a change of values."""
+    """A stage that takes and returns float32 instead of half precision, with the same values."""
 
     def __init__(self, stage: nn.Module, dtypes: Sequence[torch.dtype]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def _end(ends: Sequence[Any], name: str) -> Any:
     """Return the input or output with a name that `convert` gave.
 
     Raises:
-        ArchiveError: there is none, as in pieces that were quantized before nodes had these names.
+        ArchiveError: there is none. Pieces that were quantized before nodes had these names are an example.
     """
     for end in ends:
         if end.get_node().get_friendly_name() == name:
@@ -147,13 +147,13 @@ def _source(model: Model, number: int) -> Any:
 
 
 def _replace(old: Any, new: Any) -> None:
-    """Let all readers of one value read another."""
+    """Let all readers of one value read another value instead."""
     for reader in list(old.get_target_inputs()):
         reader.replace_source_output(new)
 
 
 def _travel_as_integers(stage: Model, following: Model) -> Read:
-    """Move the quantization of the first tensor between two stages before the cut, if all readers quantize it alike.
+    """Move the quantization of the first tensor from after a cut to before it, if all readers quantize it alike.
 
     Returns:
         The conversion of the tensor to the float32 activation.
@@ -205,7 +205,7 @@ class _Compiled(nn.Module):
         super().__init__()
         openvino = import_openvino()
         self._tensor = openvino.Tensor
-        # Float32 also on processors for which OpenVINO would choose bfloat16.
+        # OpenVINO would choose bfloat16 on some processors, but the engine must compute in float32 on all of them.
         compiled = openvino.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": torch.get_num_threads()})

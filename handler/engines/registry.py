@@ -1,7 +1,7 @@
 """The engines, which execute the stages of a backbone.
 
-An engine cuts a backbone into stages and compiles each to a module that maps the tensors entering the stage to those
-leaving it. It is chosen once for an archive, and rewrites the weights when they are loaded.
+An engine cuts a backbone into stages and compiles each stage to a module that maps the tensors entering the stage to
+the tensors leaving it. It is chosen once for an archive, and rewrites the weights when they are loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def as_given(x: Tensor) -> tuple[Tensor, Read]:
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to execute stages. Other code looks at these properties, never at the name."""
+    """One way to execute stages. Other code uses these properties, never the name, to tell engines apart."""
 
     name: str
     compile: Callable[[Backbone, Sequence[str]], list[CompiledStage]]
@@ -62,7 +62,8 @@ class Engine:
         return whole.module
 
     def identity(self, folder: Path | None) -> str:
-        """Return the identity in records, plans and certificates: the name, with a hash of its own weights if any."""
+        """Return the identity in records, plans and certificates: the name, and a hash of the engine's own files if it
+        has any."""
         return self.name if self.digest is None or folder is None else f"{self.name}@{self.digest(folder)}"
 
 
@@ -80,7 +81,7 @@ def engine_of(identity: str) -> Engine:
 
 
 def are_alike(first: str, second: str) -> bool:
-    """Tell whether records of one engine also hold for the other; both arguments are identities."""
+    """Tell whether records of one engine are also valid for the other; both arguments are identities."""
     return first == second or (engine_of(first).is_exact and engine_of(second).is_exact)
 
 
@@ -88,7 +89,7 @@ def require_engine(planned: str, identity: str) -> None:
     """Check that a plan which was made on one engine may serve on another; both arguments are identities.
 
     Raises:
-        PlanError: the plan's heads and its certificate are about another engine.
+        PlanError: the plan's heads and its certificate belong to another engine.
     """
     if not are_alike(planned, identity):
         raise PlanError(f"the plan was made on the engine {planned}, and its certificate includes the answers that "
@@ -106,7 +107,7 @@ def _folded(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage
 
 def _with_reads(stages: Sequence[fx.GraphModule], backbone: Backbone,
                 boundaries: Sequence[str]) -> list[CompiledStage]:
-    """Return stages that pass tensors on in the backbone's dtypes, which under autocast are of half precision."""
+    """Return stages that pass tensors on in the backbone's dtypes, which are half precision under autocast."""
     values = {node.name: tensor_of(node) for node in backbone.graph.graph.nodes}
     dtypes = [value.dtype for name in boundaries if (value := values[name]) is not None]
     return [CompiledStage(stage, Tensor.float if dtype in HALF_PRECISION else read_as_it_is)
@@ -145,8 +146,8 @@ ENGINES = {engine.name: engine for engine in (
     Engine(INT8, compile_int8, is_exact=False, max_probe_error=0.5, arrange=_integers, on_gpu=False,
            needs_calibration=True, digest=int8_digest),
 )}
-"""folded: batch norms in the convolutions, channels_last, fp32: the plain backbone's answers up to rounding.
-eager: the operations as they were exported: the plain backbone's answers bit for bit.
+"""folded: batch norms in the convolutions, channels_last, fp32; it gives the plain backbone's answers up to rounding.
+eager: the operations as they were exported; it gives the plain backbone's answers bit for bit.
 bfloat16: as folded, in bfloat16.
 openvino: compiled by OpenVINO for this processor, fp32.
-openvino-int8: the same with weights and activations of convolutions and matrix products in 8 bits."""
+openvino-int8: as openvino, with weights and activations of convolutions and matrix products in 8 bits."""

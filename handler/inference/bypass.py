@@ -1,4 +1,4 @@
-"""The bypass of exits that do not pay: a few control batches run the other way, so that the two can be compared."""
+"""The bypass of exits that do not save time. A few control batches run the other way, to compare the two ways."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from early_exit.handler.betting import after_round, rejects, wealth
 
 DELTA = 0.01
-"""For each test, the probability of ever leaving the cheaper way for the other."""
+"""For each test, the probability of ever changing from the cheaper way to the more expensive way."""
 BETS = (0.1, 0.2, 0.4, 0.8)
 _WARM_UP = 5
 """The number of first pairs that only set the scale; no bets are placed on them."""
@@ -20,12 +20,12 @@ class Comparison:
 
     For every pair, the bets are that this way costs more (see `betting`). The gain is the difference of the pair,
     divided by twice the other way's mean time in earlier pairs, and clipped to [-1, 1]. The test is about the mean
-    difference, not about how often one way is slower: one batch that leaves early can save more than several others
-    lose.
+    difference, not about how often one way is slower, because one batch that leaves early can save more time than
+    several other batches lose.
     """
 
     n: int = 0
-    """The number of pairs that were compared."""
+    """The number of pairs that have been added."""
     other_s: float = 0.0
     """The sum of the other way's times in seconds."""
     capital: tuple[float, ...] = (1.0,) * len(BETS)
@@ -54,7 +54,8 @@ class AdaptiveBypass:
     """Decides for each batch whether it takes the exits.
 
     Batch sizes from one power of two to the next are judged together, but only batches of the same size are compared.
-    The way that is found to cost more becomes the control of the other, so that later changes are noticed.
+    If the test finds that a way costs more, only the control batches take this way from then on, so that later changes
+    are noticed.
     """
 
     def __init__(self, control_rate: float, draw: Callable[[], float]) -> None:
@@ -86,7 +87,7 @@ class AdaptiveBypass:
                 self._latest = {size: s for size, s in self._latest.items() if _power(size) != _power(n_rows)}
 
     def bypassed(self) -> dict[int, bool]:
-        """Return, by the largest batch size of those judged together, whether their exits are bypassed."""
+        """Return whether exits are bypassed, by the largest of the batch sizes that are judged together."""
         return {power: not bucket.with_exits for power, bucket in self._buckets.items()}
 
     def _bucket(self, n_rows: int) -> _Bucket:

@@ -1,4 +1,4 @@
-"""Runs calls without exits where exits do not pay, with any executor."""
+"""An executor, around any other, that runs calls without exits if exits do not save time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from early_exit.handler.inference.executor import Execution, Executor
 from early_exit.handler.inference.forward import Live
 
 _EPOCH = 32
-"""The number of answers after which the way of new requests is decided again."""
+"""The number of answers after which it is decided again whether new requests take the exits."""
 
 
 class Bypass(Protocol):
@@ -25,14 +25,15 @@ class Bypass(Protocol):
         """Tell whether a call with this number of rows takes the exits."""
 
     def bypassed(self) -> dict[int, bool]:
-        """Return, by the largest batch size of those judged together, whether their exits are bypassed."""
+        """Return whether exits are bypassed, by the largest of the batch sizes that are judged together."""
 
 
 class EpochBypass:
-    """A `Bypass` for calls that share stages, so that the cost of a single call is unknown.
+    """A `Bypass` for calls that share stages, in which the cost of a single call is unknown.
 
-    A stretch of requests takes the same way, and its cost is measured as a whole. Requests of the stretch before that
-    have not been answered yet make the difference between the ways smaller, but do not reverse it.
+    All requests of an epoch take the same way, and the cost of the epoch is measured as a whole. At its start, some
+    requests of the epoch before have not been answered yet. They make the measured difference between the two ways
+    smaller, but they do not reverse it.
     """
 
     def __init__(self, bypass: AdaptiveBypass) -> None:
@@ -44,7 +45,7 @@ class EpochBypass:
         return self._takes_exits
 
     def bypassed(self) -> dict[int, bool]:
-        """Return whether the exits are bypassed, by batch size; the only one is 1."""
+        """Return whether the exits are bypassed, by batch size; the only batch size is 1."""
         return self._bypass.bypassed()
 
     def ran(self, n_answered: int, seconds: float) -> None:
@@ -84,12 +85,12 @@ class BypassingExecutor:
             return self._run(inputs, level, shadow, anytime)
 
     def _run(self, inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None) -> Execution:
-        # A batch with a request for every exit needs the exits, and it is not measured: it runs to the end.
+        # A batch in which a row asks for every exit needs the exits. It runs to the end, so it is not measured.
         if anytime is not None or level == self._last_level:
             return self._executor.run(inputs, level, shadow, anytime)
         with_exits, started = self._bypass.takes_exits(len(shadow)), time.perf_counter()
         execution = self._executor.run(inputs, level if with_exits else self._last_level, shadow)
-        if isinstance(self._bypass, AdaptiveBypass):  # if calls share stages, the time of one call says nothing
+        if isinstance(self._bypass, AdaptiveBypass):  # if calls share stages, the time of one call has no meaning
             if execution.answers.outputs.is_cuda:
                 torch.cuda.synchronize(execution.answers.outputs.device)
             self._bypass.measured(len(shadow), time.perf_counter() - started, with_exits=with_exits)

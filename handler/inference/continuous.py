@@ -1,4 +1,4 @@
-"""The executor of early answers: each call of the model waits in a coroutine, and rows of all calls share stages."""
+"""The executor of early answers: each call of the model waits in a coroutine, and rows of all calls run together."""
 
 from __future__ import annotations
 

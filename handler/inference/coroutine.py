@@ -1,8 +1,8 @@
 """Functions that can wait in the middle: the user's handler waits inside its call of the model while others continue.
 
-A handler does pre-processing, inference and post-processing in one call of `handle()`. In a thread of its own, this
-call can stop where it calls the model and continue when the scores are ready, however the handler is written. Only one
-thread runs at any time, so a handler needs no locks.
+A handler does pre-processing, inference and post-processing in one call of `handle()`. Here, this call runs in a thread
+of its own. It can stop where it calls the model, and continue when the scores are ready, however the handler is
+written. Only one thread runs at any time, so a handler needs no locks.
 """
 
 from __future__ import annotations

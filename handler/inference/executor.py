@@ -1,4 +1,4 @@
-"""The interface of executors, the ways to run a batch: arguments, results, and the rules that each must keep."""
+"""The interface of executors, which run batches: arguments, results, and the rules that every executor must keep."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Execution:
 class Executor(Protocol):
     """A way to run batches through the stages of a version at one of its fallback levels.
 
-    Every executor keeps the rules of `run_with_exits`, in whatever way it runs the rows:
+    An executor may run the rows in any way, but it keeps the rules of `run_with_exits`:
 
-    1. A row is answered by the first exit of the level that lets it leave, otherwise by the whole backbone.
+    1. A row is answered by the first exit of the level that lets it leave. If no exit lets it leave, the whole backbone
+       answers it.
     2. The answer of a row does not depend on the other rows of its batch, nor on whether it is a shadow row.
     3. Shadow rows and rows that ask for every exit run to the end. A shadow row gets the backbone's scores as its
        reference, and a row that asks for every exit gets the scores of every exit.

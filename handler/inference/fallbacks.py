@@ -10,7 +10,7 @@ from early_exit.handler.inference.forward import Stage
 
 
 def fallback_levels(stages: Sequence[Stage], plan: ExitPlan | None) -> tuple[tuple[Stage, ...], ...]:
-    """Return the stages at each fallback level: as deployed, with each safer setting of the plan, and without exits.
+    """Return the stages at each fallback level: as deployed, with each setting in `plan.safer`, and without exits.
 
     A version without exits has one level.
     """

@@ -31,8 +31,8 @@ class Exit:
     answer: Callable[[Tensor], Tensor]
     """(B, K) logits -> (B, K) scores of the kind that the backbone returns."""
     shrink_from: int = 1
-    """The smallest number of answered rows for which copying the other rows pays. If fewer are answered, they stay in
-    the batch and are ignored from then on."""
+    """The smallest number of answered rows at which copying the other rows saves time. If fewer rows are answered, the
+    answered rows stay in the batch and are ignored from then on."""
 
     def decide(self, x: Tensor) -> tuple[Tensor, list[bool]]:
         """Return the (B, K) logits of (B, ...) activations, and for each row whether it may leave."""
@@ -40,7 +40,7 @@ class Exit:
         return logits, self.policy(logits).tolist()
 
     def shrinks(self, n_rows: int, n_staying: int) -> bool:
-        """Tell whether it pays to copy the rows that stay."""
+        """Tell whether copying the rows that stay saves time."""
         return n_rows - n_staying >= self.shrink_from
 
 
@@ -49,7 +49,7 @@ class Stage:
     """A part of the backbone and, if rows may leave after it, the exit there."""
 
     forward: Callable[..., Live]
-    """Takes the tensors that enter the stage as arguments."""
+    """Takes the tensors that enter the stage as arguments, and returns those that leave it."""
     exit: Exit | None = None
 
     def take(self, live: Live, places: list[int]) -> Live:
@@ -119,7 +119,7 @@ def run_with_exits(
 class _Batch:
     """The rows of a batch that is running: which of them have been answered, and where the others are.
 
-    The numbers are in lists: for so few rows, a single operation on tensors would cost more than all of this.
+    The numbers are in lists, because for so few rows a single operation on tensors would cost more than all lists.
     """
 
     def __init__(self, n_rows: int, shadow: list[int], anytime: list[int]) -> None:
@@ -131,13 +131,13 @@ class _Batch:
         self._decided: list[tuple[Exit, Tensor]] = []
         """Exits that answered rows, with the logits of all rows that were in the batch."""
         self._n_decided = 0
-        """The number of rows of all these logits together."""
+        """The number of rows of all logits in `_decided` together."""
         self._source = [0] * n_rows
-        """For each row that was answered, its place in these logits when they are concatenated."""
+        """For each row that was answered, its place in the concatenation of the logits in `_decided`."""
         self._exit_scores: dict[int, Tensor] = {}
 
     def leave(self, number: int, exit_: Exit, live: list[Tensor], following: Stage | None) -> list[Tensor]:
-        """Let rows leave by the decisions of an exit; return the tensors for the following stage, if there is one."""
+        """Let rows leave as an exit decides; return the tensors for the following stage, if there is one."""
         logits, sure = exit_.decide(live[0])
         hit = answered(sure, [self._waits[row] for row in self.rows])
         if self._anytime:
@@ -205,7 +205,7 @@ def _numbers(mask: Tensor | None) -> list[int]:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return some rows of x in x's memory format, or x itself if they are all.
+    """Return some rows of x in x's memory format, or x itself if all rows are wanted.
 
     Args:
         x: (B, ...) tensor.

@@ -24,7 +24,7 @@ _Scores = list[tuple[_Row, Tensor]]
 
 @dataclass(eq=False)
 class InFlightCall:
-    """A call of the model that has not ended; `run_with_exits` would return its answers at once."""
+    """A call of the model that has not ended. Its answers will be those that `run_with_exits` returns at once."""
 
     level: int
     """The fallback level that answers the call."""

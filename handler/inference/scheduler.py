@@ -1,4 +1,4 @@
-"""Decides which stage runs next if rows wait at several stages, and bounds how long any row waits."""
+"""The choice of the stage that runs next if rows wait at several stages, with a bound on how long any row waits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Waiting:
 
 
 def next_stage(waiting: Sequence[Waiting], n_stages: int) -> int:
-    """Return the stage to run: the one where most rows wait, unless a row has waited for too long.
+    """Return the stage to run: the stage where most rows wait, unless a row has waited for too long.
 
-    Running the fullest stage advances most rows for the overhead of one step, and a new request is not held up by the
-    few that need the whole backbone. From the age of `n_stages` on, at which a row would have been answered had it been
-    alone, the oldest rows go first. With at most N rows in flight, every row therefore arrives within
+    If the fullest stage runs, most rows advance for the overhead of one step, and the few requests that need the whole
+    backbone do not delay new ones. A row that is alone is answered at the age `n_stages` at the latest. If a row has
+    reached this age, the oldest rows go first. With at most N rows in flight, every row therefore arrives within
     n_stages * (N + 1) steps: once its age is n_stages, each step advances by one stage either this row, or one of the
-    at most N - 1 others that are as old or older.
+    other rows that are as old or older, of which there are at most N - 1.
 
     Args:
         waiting: the rows that wait, at one stage or more, each stage once.

@@ -77,7 +77,8 @@ class Assembly(nn.Module):
         self.stages = graphed(stages, backbone.device) if self.description.detector is None else tuple(stages)
         """The stages of the backbone in order, with the exits as they were deployed."""
         self.levels = fallback_levels(self.stages, plan)
-        """The stages at each fallback level: as deployed, then with increasingly safe exits, at last without exits."""
+        """The stages at each fallback level: first as deployed, then with more and more cautious exits, and at the last
+        level without exits."""
 
     @property
     def last_level(self) -> int:
@@ -89,7 +90,7 @@ class Assembly(nn.Module):
         return FULL_NAME if stage == FULL else self.layers[stage]
 
     def recorder(self, pool: Side) -> Record:
-        """Return a function that converts activations to what is recorded: pooled to a side, in float16, on the CPU.
+        """Return a function that converts activations for records: pooled to a side, in float16, on the CPU.
 
         Values that are not finite become NaN, and values that are too large for float16 become infinity.
         """

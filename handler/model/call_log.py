@@ -1,4 +1,4 @@
-"""A log of the model's calls in a call of the user's handler, kept until the worker takes it."""
+"""A log of the calls of the model during a call of the user's handler. The log is kept until the worker takes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CallLog:
     """The calls of the model since a call of the handler began, for each thread in which a handler is called.
 
     A handler may also call the model in threads of its own. Such a call of the model belongs to one of the handler
-    calls in progress, but it is not known to which.
+    calls in progress, but it is not known to which of them.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class CallLog:
     def anytime_rows(self, n_rows: int) -> list[bool]:
         """Return for each of the next rows of the model's input whether its request asks for the scores of every exit.
 
-        A row whose request is not known does not ask.
+        If the request of a row is not known, the result for the row is False.
         """
         own = self._own
         if len(own.anytime) == 1:
@@ -89,8 +89,8 @@ class CallLog:
     def watched(self, watcher: Callable[[Live], object]) -> Iterator[None]:
         """Pass the (B, ...) inputs of each call of the model to a function before the model computes.
 
-        This applies to calls in this thread, and to calls in the handler's own threads while the handler is called in
-        this thread only. An exception of the function is raised by the call of the model.
+        This applies to calls in this thread, and to calls in the handler's own threads as long as the handler is called
+        in this thread only. If the function raises an exception, the call of the model raises it.
         """
         self._own.watcher = self._watcher = watcher
         try:
@@ -106,8 +106,8 @@ class CallLog:
 
     @property
     def is_computing(self) -> bool:
-        """Whether a batch that the model has accepted is being computed, or has failed since then, in this thread or in
-        one of the handler's own threads."""
+        """Whether a batch that the model has accepted is being computed or has failed, in this thread or in one of the
+        handler's own threads."""
         return self._own.is_computing or bool(self._computing)
 
     def computes(self) -> None:
@@ -148,7 +148,7 @@ class CallLog:
         return taken
 
     def _is_the_handlers(self) -> bool:
-        """Tell whether this is one of the handler's own threads: the handler is being called in other threads only."""
+        """Tell whether this is a thread of the handler itself: the handler is being called, but not in this thread."""
         return bool(self._open) and threading.get_ident() not in self._open
 
 

@@ -32,7 +32,7 @@ class EarlyExitModel(nn.Module):
         Args:
             assembly: the backbone and its exits.
             executor: runs batches of the assembly.
-            bypass: decides which batches run without exits, because exits do not pay.
+            bypass: decides which batches run without exits, because exits do not save time.
             shadow: draws the shadow rows.
             anytime: whether every request gets the scores of every exit.
         """
@@ -85,7 +85,7 @@ class EarlyExitModel(nn.Module):
 
     @property
     def takes_exits(self) -> bool:
-        """Whether monitor and operator let requests leave early, with the switch as the latest call read it."""
+        """Whether monitor and operator let requests leave early, at the position of the switch that was read last."""
         return self._level_at(self.switch.position) < self.assembly.last_level
 
     def _level_at(self, position: Position) -> int:

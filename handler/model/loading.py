@@ -36,9 +36,10 @@ def build_model(backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping
         plan: the plan with the exits, or None to answer every row in full.
         heads: the heads by layer path, one for each exit of the plan.
         engine: the engine that executes the backbone: a name in `ENGINES`, or an identity.
-        answers: when answers are sent: with `PLAIN`, with their batch; with `EARLY`, each as soon as it is ready.
+        answers: when answers are sent. With `PLAIN`, all answers of a batch are sent together; with `EARLY`, each
+            answer is sent as soon as it is ready.
         sampling_rate: the share of rows that are shadow rows.
-        sampling_rate_in_full: the same after the last fallback level is reached; by default it does not change.
+        sampling_rate_in_full: the share after the last fallback level is reached; by default it does not change.
         record_layers: the largest number of candidate layers that are recorded, besides those with an exit; with 0,
             nothing is recorded.
         record_pool: the side to which recorded activations are pooled.

@@ -13,8 +13,8 @@ from early_exit.handler.backbone.scores import score_error
 from early_exit.handler.backbone.signature import HALF_PRECISION
 
 _MARGIN = 3.0
-"""The factor on the error of the probe: two processors, which sum in different orders, may both have an error, and the
-error on other inputs may be larger than on the probe."""
+"""The factor on the error of the probe. Two processors sum in different orders, so both may have an error. The error on
+other inputs may be larger than on the probe."""
 
 
 def rounding_error(backbone: Backbone) -> float:

@@ -15,7 +15,7 @@ def answer_probe(model: EarlyExitModel) -> dict[str, Any]:
     """Run the archive's probe through every stage and head, and compare the scores with the stored ones.
 
     Raises:
-        ArchiveError: the scores are not those that the archive was made with.
+        ArchiveError: the scores differ from those that were stored when the archive was made.
     """
     assembly = model.assembly
     with torch.no_grad():

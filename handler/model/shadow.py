@@ -16,7 +16,7 @@ class ShadowSampler:
 
         Args:
             rate: the probability that a row is drawn.
-            rate_without_exits: the same after `exits_are_off` was called; by default it does not change.
+            rate_without_exits: the probability after `exits_are_off` was called; by default it does not change.
         """
         self.rate = rate
         """The current probability that a row is drawn."""

@@ -29,7 +29,7 @@ class Unknown(str, Enum):
     """Why a worker does not know which rows belong to which request."""
 
     ARCHIVE = "archive"
-    """`ee-archive` could not tell it from two requests when it packaged the handler."""
+    """`ee-archive` noticed it when it packaged the handler, because it let the handler prepare two requests."""
     CHECK = "check"
     """The worker's own check failed: a request prepared alone did not give the rows that it had in its batch."""
     COUNT = "count"
