@@ -53,7 +53,7 @@ class BackboneDescription:
     detector: DetectorSpec | None = None
     """The detector that the backbone is a part of, or None if the model is a classifier."""
     constants: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """Constant values that the user's handler passes to the model besides tensors, by the names of its parameters."""
+    """Constant values that the handler passes to the model besides tensors, by the names of the model's parameters."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ class Backbone:
     graph: fx.GraphModule
     description: BackboneDescription
     probe: tuple[Tensor, ...]
-    """(1, ...) inputs, on the CPU, on which the backbone is tested on every machine that loads it."""
+    """(1, ...) inputs, on the CPU. Every machine that loads the backbone tests it on them."""
     folder: Path | None = None
     """The folder from which the backbone was read, which may also hold files of an engine. None for a backbone that was
     never written."""
@@ -168,7 +168,7 @@ class Backbone:
 
         Args:
             program: maps (B, ...) inputs to (B, K) scores.
-            names: names of the inputs; by default those in the program.
+            names: names of the inputs; by default the names in the program.
             output: the form of the output of the user's model.
             detector: the detector that it is a part of, if any.
             constants: constant values that the user's model takes besides the inputs.
@@ -288,7 +288,7 @@ def _identity(program: ExportedProgram, inputs: Sequence[InputSpec]) -> str:
     """Return a hash of everything that determines the answers: input, operations, weights and constants.
 
     The operations are hashed as torch prints them, so another version of torch may give another hash for the same
-    model. Records are then collected anew; they are never mixed.
+    model. New records must then be collected; records with different hashes are never mixed.
     """
     digest = hashlib.sha256(f"{[(spec.shape, spec.dtype) for spec in inputs]} {program.graph}".encode())
     tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}

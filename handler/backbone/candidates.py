@@ -18,9 +18,10 @@ from early_exit.handler.errors import GraphError
 MIN_COST_LEFT = 0.05
 """A layer with less than this share of the FLOPs after it saves too little to be a candidate."""
 SAME_COST = 0.005
-"""Of layers that lie closer together than this share of the FLOPs, only the last one is a candidate."""
+"""If layers are closer together than this share of the FLOPs, only the last of them is a candidate."""
 FEW = 2
-"""If fewer values than this determine the answer alone, values that need others beside them are candidates too."""
+"""If fewer candidates than this determine the answer alone, values that need other values beside them are candidates
+too."""
 LARGE_COMPONENT = 0.25
 """A module with more than this share of the FLOPs is not taken as one component; its parts are components."""
 
@@ -109,7 +110,7 @@ def _candidates(components: Sequence[_Component], spent: Mapping[fx.Node, float]
         value = component.end.meta.get("val")
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
         if layers and component.end.name == layers[-1].node:
-            continue  # a container ends where its last part does
+            continue  # the last part of a container has the same output as the container
         if component.is_no_op:
             left_out.append(LeftOut(component.path, "does nothing at inference"))
         elif component.end not in cuts:
@@ -165,7 +166,7 @@ def _running_share(flops: Any, total: int) -> Iterator[float]:
 
 
 def _components(nodes: list[fx.Node], depth: int, flops: Mapping[fx.Node, int], total: int) -> Iterator[_Component]:
-    """Yield the modules at a depth of the module tree, and before each container or large module its parts."""
+    """Yield the modules at a depth of the module tree. The parts of a container or a large module come before it."""
     for path, run in groupby(nodes, key=lambda node: _module_at(node, depth)):
         inside = list(run)
         if not path:

@@ -1,7 +1,7 @@
 """The tails of detectors that graphs in this process call, by identity.
 
-A detector's graph ends in one operation that calls the layers after the detector's stages: its tail. The tails have a
-module apart from that operation, because torch registers an operation only once in a process, whichever import does it.
+A detector's graph ends in one operation that calls the detector's tail: the layers after its stages. The tails have a
+module apart from that operation, because torch registers an operation only once in a process, at the first import.
 """
 
 from __future__ import annotations

@@ -35,14 +35,14 @@ _TRAINING_FLAG = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch
 them do so."""
 _SQUEEZE = {torch.ops.aten.squeeze.default: torch.ops.aten.squeeze.dims,
             torch.ops.aten.squeeze_.default: torch.ops.aten.squeeze_.dims}
-"""The operations that drop every dimension of size 1, also the batch dimension of a batch of one, each with the
-operation that drops chosen dimensions only."""
+"""The operations that drop every dimension of size 1, including the batch dimension of a batch of one. Each is mapped
+to the operation that drops chosen dimensions only."""
 
 _SORTING = (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable)
 
 
 class ScoresOnly(nn.Module):
-    """A classifier that takes its inputs in order and returns its scores, whatever else it returns."""
+    """Wraps a classifier: it takes the inputs in order, and returns only the scores of the classifier's output."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], constants: Mapping[str, Any], output: str | None,
                  note: Callable[[OutputSpec], object]) -> None:
@@ -60,7 +60,7 @@ class ScoresOnly(nn.Module):
 
 
 class _ForAnyBatch(TorchFunctionMode):
-    """Makes choices that torch would make by the number of rows; such a choice would fix that number in the export."""
+    """Makes the choices that torch bases on the number of rows, because they would fix that number in the export."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -213,7 +213,7 @@ def _sorting(scores: fx.Node) -> fx.Node | None:
 
 
 def _in_float32(scores: fx.Node) -> fx.Node:
-    """Cast scores of half precision, which autocast leaves, to float32, in which exits compute."""
+    """Cast scores to float32, in which exits compute, if they have half precision, for example after autocast."""
     value = tensor_of(scores)
     if value is None or value.dtype not in HALF_PRECISION:
         return scores

@@ -39,9 +39,9 @@ class Cut:
 def find_cuts(module: fx.GraphModule) -> list[Cut]:
     """Return the places where a backbone can be cut, in order of computation.
 
-    A cut without `others` is one as the paper demands (section 3.1): apart from inputs, which the user gave anyway, the
-    answer depends on its value alone. Parameters, and values that follow from parameters and shapes alone, do not
-    count: any stage can recompute them.
+    A cut without `others` meets the paper's condition (section 3.1): the answer depends on its value alone, apart from
+    inputs, which are known anyway. Parameters are ignored, and so are values that follow from parameters and shapes
+    alone, because any stage can recompute them.
     """
     return _Dependence(module).cuts()
 
@@ -55,9 +55,9 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
 
     Returns:
         len(boundaries) + 1 graph modules. The first takes the backbone's inputs as arguments, and each of the others
-        takes the tensors that the stage before it returned. A stage returns a tuple of tensors, the one that a head
-        reads first; the last stage returns a tuple of the scores and the values beside them, such as a detector's
-        boxes. Chained, the stages compute exactly what `module` computes, for any number of rows, and rows may be
+        takes the tensors that the stage before it returned. A stage returns a tuple of tensors, of which a head reads
+        the first. The last stage returns a tuple of the scores and the values beside them, such as a detector's boxes.
+        One after the other, the stages compute exactly what `module` computes, for any number of rows, and rows may be
         dropped between two stages.
 
     Raises:
@@ -87,7 +87,7 @@ class _Dependence:
         self.inputs = tuple(inputs_of(module.graph))
         self._batch = batch_size(module.graph)
         self._memory: dict[fx.Node, fx.Node] = {}
-        """For each node, the node that allocated its memory: another one if the node is a view."""
+        """For each node, the node that allocated its memory. If the node is a view, this is another node."""
         self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         """For each node that allocated memory, the operations that write to this memory."""
         for node in self.nodes:
@@ -170,7 +170,7 @@ class _Dependence:
         origins: dict[fx.Node, frozenset[object]] = {}
         written: dict[fx.Node, frozenset[object]] = defaultdict(frozenset)
         changed = True
-        while changed:  # a later write also counts for earlier nodes that share the memory
+        while changed:  # a later write also affects earlier nodes that share the memory
             changed = False
             for node in self.nodes:
                 if node.op == "placeholder":
@@ -227,7 +227,7 @@ def batch_size(graph: fx.Graph) -> int | torch.SymInt:
 
 
 def keep_beside(scores: fx.Node) -> None:
-    """Add nodes for the values that an operation of this package returns beside the scores: an export drops them."""
+    """Add nodes for the values that an operation of this package returns beside the scores; an export drops them."""
     source = _ours(scores)
     if source is None:
         return

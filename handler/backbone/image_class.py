@@ -13,18 +13,22 @@ from torch import Tensor
 from early_exit.handler.files.names import bare_name
 
 CERTAIN = 0.5
-"""An object with a score below this does not count as an answer."""
+"""Detections with a score below this do not determine the class of an image."""
 
 
 class Strategy(str, Enum):
-    """What the class of an image is, where 0 means that there is nothing: the paper's three ways to update exits."""
+    """The definition of the class of an image, in which 0 means that there is no object.
+
+    The three definitions are the paper's three ways to update exits.
+    """
 
     OBJECT = "most-confident-object"
-    """The label of the detection with the highest score."""
+    """The label of the detection with the highest score, or 0 if this score is below `CERTAIN`."""
     PEDESTRIAN = "most-confident-pedestrian"
     """Whether there is a pedestrian."""
     ALL = "all-objects"
-    """The label with the largest sum of scores over all detections."""
+    """The label with the largest sum of scores over all detections with a score of at least `CERTAIN`, or 0 if there
+    are none."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _examine(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            # Of two entries with one name, some readers take the first and others the last.
+            # If two entries have the same name, some readers take the first and others the last.
             if twice := [name for name, count in Counter(name.lower() for name in names).items() if count > 1]:
                 raise ArchiveError(f"{path.name} holds {twice[0]} twice: export the program again")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -77,7 +77,8 @@ def _examine(path: Path) -> None:
             with PT2ArchiveReader(str(path)) as torchs:
                 for name in names:
                     inner, content = name.partition("/")[2], archive.read(name)
-                    # Torch's reader and Python's find the list of entries differently; each may see another file.
+                    # The readers of torch and Python find the list of entries in different ways, so in a forged file
+                    # they may see different entries.
                     if torchs.read_bytes(inner) != content:
                         raise ArchiveError(f"{path.name} holds two versions of {name}: export the program again")
                     _examine_entry(path, inner, content)

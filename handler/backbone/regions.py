@@ -1,4 +1,4 @@
-"""Inlines subgraphs: operations that torch.export keeps apart from the graph, such as those under autocast.
+"""Inlining of subgraphs: operations that torch.export keeps apart from the graph, such as those under autocast.
 
 Cuts and candidate layers are found between the operations of one graph. A model whose forward begins with
 `with torch.autocast(...)` is exported as a single operation that holds all others in a subgraph.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1e-30
-"""Smaller probabilities count as this; masked classes have the probability 0."""
+"""Smaller probabilities are replaced by this value, because masked classes have the probability 0."""
 _FAR_BELOW, _TIMES_THE_OTHERS = 1000.0, 100.0
-"""Scores are fillers, which stand for no answer, if they lie below the others by more than this distance, and by more
-than this many times the size of the others."""
+"""Scores are fillers, which stand for no answer, if they lie below the other scores by more than this distance, and by
+more than this multiple of the size of the other scores."""
 _CONSTANT_BELOW, _CONSTANT_TIMES = 20.0, 5.0
 """The same limits for scores that equal the expected ones to the last bit, as a constant such as -50 does."""
 

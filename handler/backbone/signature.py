@@ -26,7 +26,8 @@ class InputSpec:
     dtype: str = "float32"
     """Name of the torch dtype."""
     limit: int | None = None
-    """Integers below this are valid rows in every table that they look up; None if they look up no rows."""
+    """Integers below this are valid row numbers in every table in which they look up rows; None if there is no such
+    table."""
 
     def zeros(self, n_rows: int) -> Tensor:
         return torch.zeros((n_rows, *self.shape), dtype=getattr(torch, self.dtype))

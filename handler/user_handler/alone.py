@@ -31,9 +31,9 @@ class ModelReached(BaseException):
 def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model: EarlyExitModel) -> Rows | None:
     """Return the inputs of a handler's first call of its model for one request, or None if it does not call the model.
 
-    The model does not compute, unless the handler catches everything and calls it again, calls it in a thread of its
-    own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay unchanged. Its log
-    lines and its metrics of TorchServe are dropped.
+    The model does not compute, unless the handler catches all exceptions and calls the model again, calls it in a
+    thread of its own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay
+    unchanged. Log lines of the handler and its metrics of TorchServe are dropped.
 
     Args:
         call: the request; the handler may change its inputs.
@@ -45,9 +45,10 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
     here = threading.get_ident()
 
     def stop(inputs: Live) -> None:
-        if not reached:  # a handler that catches everything may call again, and must then be able to end
+        if not reached:  # a handler that catches all exceptions may call again; then it must be able to end
             reached.append(copied(inputs))
-            # A thread that also works for other calls, or a handler that must release a lock, continues.
+            # Another thread is not interrupted, because it may also work for other calls. A handler that holds a lock
+            # is not interrupted either, because it must release the lock.
             if threading.get_ident() == here and not _holds_a_lock(handler):
                 raise ModelReached(inputs, {})
 

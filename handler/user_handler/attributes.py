@@ -19,12 +19,12 @@ _State = list[dict[str, Any]]
 
 
 class HandlerAttributes:
-    """Lets calls of one handler wait in the middle, in threads of which only one runs at a time.
+    """Lets calls of one handler wait in the middle. Each call has a thread, and only one of the threads runs at a time.
 
     Before it waits, a call may set attributes on the handler, on its context, on its module (global names) or on
-    objects of the user that these reach. When the call continues, it finds its own values, which no other call sees.
-    Calls that begin after it has ended see them too. All calls use the same handler object, because its methods may be
-    known elsewhere, for example to a hook in its model.
+    objects of the user that these reach. When the call continues, it finds its own values. Of all other calls, only
+    those that begin after its end see these values. All calls use the same handler object, because other objects may
+    hold its methods, for example a hook in its model.
     """
 
     def __init__(self, handler: UserHandler, context: HandlerContext) -> None:
@@ -92,7 +92,7 @@ def _helpers(module: ModuleType, handler: UserHandler) -> list[object]:
 
 
 def _is_helper(value: object, module: ModuleType) -> bool:
-    # A thread works with its own attributes at any time, whichever call waits.
+    # A thread may use its own attributes at any time, even while a call waits.
     if isinstance(value, (type, nn.Module, threading.Thread, HandlerContext)) or not isinstance(
             getattr(value, "__dict__", None), Mapping):
         return False

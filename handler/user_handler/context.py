@@ -157,7 +157,7 @@ class HandlerContext:
 
 
 class ToolContext:
-    """The host's context if there is no host: for tools that load a handler, and for hosts in memory."""
+    """A context that replaces the host's, for tools that load a handler without a host, and for hosts in memory."""
 
     header_key_sequence_id = "ts_request_sequence_id"
     header_key_sequence_start = "ts_request_sequence_start"

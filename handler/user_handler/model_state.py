@@ -1,4 +1,4 @@
-"""The state of a model that its answers depend on besides the inputs, so that changes of it are noticed."""
+"""The state of a model, on which its answers depend besides the inputs. Changes of the state are detected."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class ModelState:
 
         Args:
             model: the model.
-            tensors: whether tensors count that are neither parameters nor buffers; some models keep intermediate
-                values of a request in such tensors.
+            tensors: whether the state includes tensors that are neither parameters nor buffers; some models keep
+                intermediate values of a request in such tensors.
         """
         self._kinds = (*_PLAIN, Tensor) if tensors else _PLAIN
         self._parts = [(name, weakref.ref(part), part.training, _state_of(part, self._kinds))
                        for name, part in model.named_modules()]
 
     def changes(self) -> list[str]:
-        """Return everything that has changed, by name; leaving training mode does not count as a change."""
+        """Return the names of everything that has changed; the end of training mode is not a change."""
         found: list[str] = []
         for name, reference, was_training, before in self._parts:
             part = reference()

@@ -1,4 +1,5 @@
-"""The places in which a user's code keeps its model: they are found by following names, and the model is replaced."""
+"""The places in which a user's code keeps its model. They are found by following names, and the model in them is
+replaced."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def at(roots: Roots, place: Place) -> Any:
 
 
 def put(roots: Roots, place: Place, value: object) -> None:
-    """Put an object at a place, in place of any other.
+    """Put an object at a place, where it replaces any other object.
 
     Raises:
         ArchiveError: the object that contains the place cannot be changed, such as a tuple.

@@ -1,4 +1,4 @@
-"""Finds out which rows of the model's input belong to which request, from two requests, together and alone."""
+"""Which rows of the model's input belong to which request: found with two requests, handled together and alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Rows = tuple[Tensor, ...]
 
 _RELATIVE, _OF_LARGEST = 1e-4, 1e-5
 """The tolerances for equal values, relative to the value and to the largest value: pre-processing of several requests
-at once rounds differently than that of one. The second is for differences that cancel out to nearly 0."""
+at once rounds differently than pre-processing of one request. The second tolerance is for values near 0 that are the
+difference of larger values."""
 ANOTHER_ORDER = ("the rows that the handler makes of several requests at once are not those that it makes of each "
                  "alone, in the order of the requests: it reorders, mixes or changes them")
 """The reason if rows of several requests differ from those of each request alone."""
@@ -33,14 +34,14 @@ def rows_per_request(a: Sequence[Rows], b: Sequence[Rows], ab: Sequence[Rows], b
     """Return how rows belong to requests, from the inputs of a handler's calls of its model for two different requests.
 
     The handler may call its model once for all requests, once for each, or for a few at a time, as long as all rows
-    together follow the order of the requests. A handler that orders requests by something in which the two are equal,
-    such as their length, is not detected.
+    together follow the order of the requests. If a handler orders requests by a property that is equal for both, such
+    as their length, this is not detected.
 
     Args:
         a: the calls of the model for the first request alone, in order.
-        b: the same for the second request alone.
-        ab: the same for both at once.
-        ba: the same for both at once, the second one first.
+        b: the calls for the second request alone.
+        ab: the calls for both requests at once.
+        ba: the calls for both requests at once, in the opposite order.
 
     >>> cat, dog = torch.zeros(1, 3), torch.ones(1, 3)
     >>> rows_per_request([(cat,)], [(dog,)], [(cat,), (dog,)], [(torch.cat([dog, cat]),)]).count
@@ -82,7 +83,7 @@ def joined(calls: Sequence[Rows]) -> Rows | None:
 
 
 def is_equal(found: Rows | None, expected: Rows | None) -> bool:
-    """Tell whether rows are equal in number, shape, dtype and, up to rounding, values; None equals nothing."""
+    """Tell whether rows are equal in number, shape, dtype and, up to rounding, values; None is never equal."""
     if found is None or expected is None or len(found) != len(expected):
         return False
     return all(x.shape == y.shape and x.dtype == y.dtype and _is_close(x, y) for x, y in zip(found, expected))

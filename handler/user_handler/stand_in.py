@@ -33,9 +33,9 @@ class StandIn(nn.Module):
             model: the model that answers.
             original: the user's own model, or None if it is not kept.
             is_fixed: whether to refuse setting attributes that the user's own model may compute with, such as a
-                temperature: `model` would answer as if they had not been set.
-            replaced: the user's own model, kept or not. The handler may still hold parts of it; after a change of one
-                of them, no call is answered.
+                temperature, because `model` would answer as if they had not been set.
+            replaced: the user's own model, kept or not. The handler may still hold parts of it. If a part changes, the
+                next call raises `NotExported`.
         """
         super().__init__()
         self.answering = model

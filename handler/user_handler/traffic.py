@@ -17,15 +17,15 @@ _SERVERS = frozenset((
     "deviceIds", "parallelLevel", "parallelType", "torchrun", "maxRetryTimeoutInSec", "clientTimeoutInMills",
     "jobQueueSize", "useJobTicket", "useVenv", "asyncCommunication", "continuousBatching", "sequenceBatching",
     "sequenceMaxIdleMSec", "sequenceTimeoutMSec", "maxNumSequence", "maxSequenceJobQueueSize"))
-"""The settings in model-config.yaml that TorchServe itself reads: they affect how a model is run, not what its requests
-mean."""
+"""The settings in model-config.yaml that TorchServe itself reads. They affect how a model is run, but not which inputs
+are made from its requests."""
 
 
 def digests_of(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Return the sha256 of the files of an archive by their names; it is an empty string for a missing file.
 
-    In a locale without Unicode, such as that of a container that sets none, TorchServe unpacks an archive with a
-    question mark in place of each non-ASCII character of a name.
+    In a locale without Unicode, such as the locale of a container that sets none, TorchServe replaces each non-ASCII
+    character of a file's name by a question mark when it unpacks an archive.
     """
     unpacked_as = {name: name.encode("ascii", "replace").decode() for name in sorted(names)}
     return {name: _sha256(folder / name) or _sha256(folder / found) for name, found in unpacked_as.items()}
@@ -34,9 +34,9 @@ def digests_of(folder: Path, names: Collection[str]) -> dict[str, str]:
 def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file: str | None) -> list[str]:
     """Return the names of the files in an unpacked archive that determine the model's input for a request.
 
-    These are the user's files, except for: the weights, which are part of the backbone's identity; the configuration,
-    of which only a part counts; and compiled Python, which no archive of `ee-archive` contains. The manifest and the
-    files of this project are not among them either.
+    These are the user's files, except for the weights, which are part of the backbone's identity, the configuration, of
+    which `traffic_identity` uses a part, and compiled Python, which no archive of `ee-archive` contains. The manifest
+    and the files of this project are left out, too.
 
     Args:
         folder: the folder of the archive.
