@@ -1,7 +1,7 @@
 """The memory allocator that the model runs with.
 
-By default glibc returns large blocks to the system after every batch, and a third of the CPU time goes into
-page faults to get them back; these settings keep them.
+By default, glibc returns large blocks to the system after every batch, and page faults that get them back take a third
+of the CPU time. With the settings in this module, glibc keeps the blocks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ ALLOCATOR = {
 def restart_with_allocator() -> None:
     """Restart this process with its own command line, unless it has these settings already.
 
-    Measurements in this process then hold for the server's workers. The new process looks for modules where this one
-    does: with `python -m` instead, a file that somebody put into the current folder could run as code.
+    Measurements in this process are then valid for the server's workers. The new process searches for modules in the
+    same folders as this one. With `python -m` instead, it would also search the current folder, where somebody could
+    have put a file, which would run as code.
     """
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
 def return_freed_memory() -> None:
-    """Return to the system the memory that loading a model has freed: malloc would keep it, but no batch needs it."""
+    """Return memory that was freed while a model was loaded to the system; malloc would keep it, but no batch needs it.
+    """
     gc.collect()  # graphs and their modules refer to each other
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

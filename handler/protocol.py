@@ -1,4 +1,4 @@
-"""The names that a served model shares with its server and clients: headers, variables, metrics' prefix.
+"""The names that a served model shares with its server and clients: headers, variables, and the prefix of metrics.
 
 This module imports nothing, so that a client can use it without loading torch.
 """
@@ -18,14 +18,14 @@ SWITCH_HEADER = "X-Early-Exit-Switch"
 that may answer."""
 ANYTIME_HEADER = "X-Early-Exit-Anytime"
 """A prediction request with this header asks for every exit's prediction, whatever the header's value. It costs a full
-pass, so the header counts only together with the right `SECRET_HEADER`, or if the configuration admits all clients."""
+pass, so the header is ignored without the right `SECRET_HEADER`, unless the configuration admits all clients."""
 OPINIONS_HEADER = "X-Early-Exit-Opinions"
 """Response header: a JSON list of {"exit", "class", "confidence"} in the order of the backbone, the whole backbone
 last, with "label" if the handler has an index_to_name.json. It takes about 60 bytes per exit; `EXIT_HEADER` names the
 exit that answered."""
 PROBE_HEADER = "X-Early-Exit-Probe"
-"""A prediction request with this header is answered by the version's probe instead of the user's handler. The header
-counts under the same conditions as `ANYTIME_HEADER`."""
+"""A prediction request with this header is answered by the version's probe instead of the user's handler. The header is
+ignored under the same conditions as `ANYTIME_HEADER`."""
 PROBE_BODY = (b'{"instances": [{}], '
               b'"inputs": [{"name": "probe", "shape": [1], "datatype": "BYTES", "data": ["probe"]}]}')
 """The body of a probe: JSON that every envelope of TorchServe accepts. Without an envelope, nothing reads it."""

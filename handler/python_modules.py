@@ -8,5 +8,5 @@ from typing import Any
 
 
 def own_classes(module: ModuleType) -> list[type[Any]]:
-    """Return the classes that a module defines itself; TorchServe demands exactly one of handlers and models."""
+    """Return the classes that a module defines itself. TorchServe requires exactly one in a handler or model file."""
     return [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]

@@ -78,7 +78,7 @@ def samples_text(samples: Sequence[SampleRequest]) -> str:
 
 
 def samples_in(layout: ArchiveLayout) -> tuple[SampleRequest, ...]:
-    """Return the samples of an extracted archive, also of one that the previous release made.
+    """Return the samples of an extracted archive, which the previous release may have made.
 
     Raises:
         FormatError: this version does not read the format of the samples.

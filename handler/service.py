@@ -1,7 +1,7 @@
 """The class that TorchServe loads.
 
-TorchServe imports this module, requires exactly one class in it and no function called `handle`, so
-everything that could be tested without TorchServe lives elsewhere.
+TorchServe imports this module. It requires exactly one class and no function called `handle` in it, so everything that
+can be tested without TorchServe is elsewhere.
 """
 
 from __future__ import annotations

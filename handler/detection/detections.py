@@ -18,7 +18,7 @@ def detections(stages: Sequence[int], labels: Tensor, confidence: Tensor, detect
     """Return for each image the result of a torchvision detector.
 
     An image that left early has one object, or none if its label is 0. The object has a label and a score; its box and
-    its mask are NaN. The score is raised to the lowest one that counts as a detection, so that no handler drops it.
+    its mask are NaN. A score below `CERTAIN` is raised to `CERTAIN`, so that no handler drops the object.
 
     Args:
         stages: for each of B images, the stage at which it left, or `FULL` if it did not leave.

@@ -1,8 +1,9 @@
-"""Object detectors as classifiers of whole images: what is the main object, is there a pedestrian (the paper, 3.5.1).
+"""Object detectors as classifiers of whole images, which predict the main object, or whether there is a pedestrian.
 
 Exits are placed after the stages of a detector's backbone. The layers after these stages, the tail, depend on the data
 and cannot be exported. In the graph they are one operation, `early_exit::detect`, which returns for each image the
 scores of the classes, by the strategy, and beside them the detections. An image that leaves early has no detections.
+The strategies are those of the paper's section 3.5.1.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Tail(nn.Module):
 
 
 def _is_setting(value: object) -> bool:
-    """Tell whether an attribute of a module is a number, or a dict of numbers, such as one for training and for use."""
+    """Tell whether an attribute is a number or a dict of numbers, such as one for training and one for inference."""
     return isinstance(value, (int, float)) or (
         isinstance(value, dict) and bool(value) and all(isinstance(number, (int, float)) for number in value.values()))
 
@@ -116,7 +117,8 @@ def register(tail: Tail) -> str:
 
 def images_of(spec: DetectorSpec, probabilities: Tensor, stages: Sequence[int],
               detected: Tensor | None) -> list[dict[str, Tensor]]:
-    """Return for each image of a batch the result of the user's detector, as far as it is known.
+    """Return for each image of a batch the result of the user's detector, which has at most one object for an image
+    that left early.
 
     Args:
         spec: the detector.

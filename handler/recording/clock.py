@@ -15,9 +15,9 @@ from early_exit.handler.files.private import read_private, replacing
 _JUMP_S = 3600.0
 """A change of the clock up to this size is taken for a correction, not for a jump."""
 _PROBATION_S = 24 * 3600.0
-"""How long a clock must run on after a jump before it is trusted. A larger gap than this counts as a jump."""
+"""The time that a clock must run on after a jump before it is trusted. A gap larger than this is treated as a jump."""
 _JITTER_S = 60.0
-"""Times of consecutive events may be out of order by this much although nobody set the clock."""
+"""Times of consecutive events may be out of order by this much even if nobody sets the clock."""
 _STATE_FILE = "clock.json"
 
 
@@ -55,9 +55,9 @@ _PROCESS = ProcessClock()
 def in_order(times: Sequence[float]) -> list[float]:
     """Correct the times of consecutive events for changes of the clock between them.
 
-    A longest non-decreasing subsequence is taken to be right: a clock that jumps and comes back leaves it only for a
-    while. Every other time that is off by more than a minute is replaced by the time before it in that subsequence, or
-    by the first time of the subsequence if there is none before it.
+    The times in a longest non-decreasing subsequence are taken to be right: if a clock jumps and comes back, only the
+    times in between are not in the subsequence. Every other time that is off by more than a minute is replaced by the
+    time before it in that subsequence, or by the first time of the subsequence if there is none before it.
 
     >>> in_order([1000.0, 2000.0, 90000.0, 91000.0, 3000.0, 4000.0, 5000.0])
     [1000.0, 2000.0, 2000.0, 2000.0, 3000.0, 4000.0, 5000.0]
@@ -105,11 +105,12 @@ class SharedClock:
 
     A process notices when the clock is set while it runs. The time before the process began is known from a file or, if
     there is none, from the newest of the records that may be deleted. If the clock is more than a day ahead of that
-    time, either it was set, or nothing ran for a day. It is therefore trusted only after it has run on for another day.
+    time, either the clock was set, or nothing ran for a day. The clock is therefore trusted only after it has run on
+    for another day.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Keep the trusted time in a folder, the one that holds the records that may be deleted."""
+        """Keep the trusted time in the folder that holds the records that may be deleted."""
         self._path = folder / _STATE_FILE
 
     def now(self, newest: float | None = None) -> float:

@@ -97,7 +97,7 @@ def _shared_key(path: Path) -> bytes:
 
 
 def _publish(key: bytes, path: Path) -> None:
-    """Write a key, unless another worker is faster. If files can be linked, it appears complete or not at all."""
+    """Write a key, unless another worker is faster. If the file system has hard links, the file is always complete."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
     try:
         with open_private(scratch, "xb") as file:
@@ -137,7 +137,7 @@ def _pieces(value: Any) -> Iterator[bytes | bytearray]:
             yield from _pieces(value[key])
     elif kind is list:
         kinds = set(map(type, value))
-        if kinds == {float}:  # an image as lists of numbers would take long number by number
+        if kinds == {float}:  # such as an image as lists of numbers, which would take long number by number
             yield b"f%d:" % len(value)
             yield struct.pack(f"<{len(value)}d", *value)
         elif kinds <= _SCALARS:

@@ -1,4 +1,4 @@
-"""The record format: what is stored of a request for training. A shard appears complete or not at all."""
+"""The record format: what is stored about a request for training. A shard appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _SYSTEMS_NUMBER = re.compile(r"os error (\d+)")
 ANONYMOUS = -2**63
 """The request of a record if it is not known to which request the recorded row belongs.
 
-Such records do not count as repeats of each other. Their requests are not kept, and no label belongs to them. Several
-of them may come from one request, so they are not independent evidence: exit heads learn from them, but neither the
-choice of exits nor the certificate counts them.
+Such records are not repeats of each other. Their requests are not kept, and no label belongs to them. Several of them
+may come from one request, so they are not independent evidence: exit heads learn from them, but the choice of exits and
+the certificate ignore them.
 """
 
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """The columns of N records: everything but activations and kept requests. A shard holds each under its name.
+    """The columns of N records: everything but activations and kept requests. A shard holds each column by its name.
 
     Class numbers are int32 and exits int16 in a shard, and int64 where training reads them.
     """
@@ -54,9 +54,9 @@ class RecordColumns:
     log_probabilities: Tensor
     """(N, K) float16: the backbone's distribution."""
     backbone_class: Tensor
-    """(N,) int32: the class the backbone predicts."""
+    """(N,) int32: the class that the backbone predicts."""
     full_class: Tensor
-    """(N,) int32: the class that the serving engine predicts without exits; the backbone's if the engine is exact."""
+    """(N,) int32: the class that the serving engine predicts without exits; with an exact engine, `backbone_class`."""
     answered_class: Tensor
     """(N,) int32: the class that was served."""
     exit: Tensor
@@ -109,7 +109,7 @@ class Records(RecordColumns):
         """Return a (N,) bool mask of the records whose scores and activations were all finite.
 
         A value that was not finite is stored as NaN. Infinity in a record only means that the value is too large for
-        float16, which training deals with.
+        float16. Training can handle such a value.
         """
         finite = ~self.log_probabilities.isnan().any(dim=1)
         for activation in self.activations.values():

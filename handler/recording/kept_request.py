@@ -27,7 +27,7 @@ class KeptRequest:
     item: Any
     """A dict of named parts, or an instance as an envelope passes it on: JSON, in which bytes may stand anywhere."""
     content_types: Mapping[str, str] = field(default_factory=dict)
-    """The content types of the request's parts by their names, as far as they are known."""
+    """The known content types of the request's parts, by the names of the parts."""
 
     def call(self, id_: str) -> Call:
         """Return a call that repeats the request."""

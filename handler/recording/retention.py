@@ -1,4 +1,4 @@
-"""Deletes records that are too old or too many. The workers use it, and so does `ee-watch` where no worker runs."""
+"""The deletion of records that are too old or too many, by the workers, and by `ee-watch` where no worker runs."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def shard_name(version: str, process: int, began_ns: int, number: int) -> str:
 def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> None:
     """Delete the shards of a model that are too old, and the oldest ones while all of them together are too large.
 
-    Only files in the folders of the model's backbones are counted and deleted, and only those that have the name of a
-    shard, or of a shard that a killed worker did not finish. A file that cannot be deleted is left for the next time:
-    workers share the folder, and a watcher may see it read-only. A jump of the clock deletes nothing, see
-    `SharedClock`; besides, the times of a worker's shards are corrected by their order.
+    Only files in the folders of the model's backbones are counted and deleted, and only if they have the name of a
+    shard, or of a shard that a killed worker did not finish. If a file cannot be deleted, it is left for the next time,
+    because workers share the folder, and a watcher may see it read-only. A jump of the clock deletes nothing, see
+    `SharedClock`. In addition, the times of a worker's shards are corrected by their order.
 
     Args:
         root: the records folder.

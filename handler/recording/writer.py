@@ -1,4 +1,4 @@
-"""Writes records while the model serves, without ever failing or delaying an answer."""
+"""The writer of records while the model serves. It never makes an answer fail, and never delays one."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class RecordWriter:
     """Takes records from the serving thread and writes them as shards from a thread of its own.
 
     TorchServe ends workers with SIGKILL, so a worker loses at most its unsealed shard. While the disk is full, shards
-    wait in memory, up to a bound, and writing is retried. If the folder cannot be written for another reason, they are
-    dropped.
+    wait in memory, up to a bound, and writing is retried. If the folder cannot be written for another reason, the
+    shards are dropped.
     """
 
     def __init__(self, root: Path, header: ShardHeader, config: ServingConfig) -> None:
@@ -128,7 +128,7 @@ class RecordWriter:
         self._write_sealed()
 
     def _finite(self, records: Records) -> Records:
-        """Return the records whose values are all finite, and count the others: nothing can be learned from them."""
+        """Return the records whose values are all finite, and count the others, from which no head can learn."""
         finite = records.are_finite()
         if not (n := len(finite) - int(finite.sum())):
             return records

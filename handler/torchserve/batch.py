@@ -61,7 +61,7 @@ def answer(replies: Sequence[Reply | None], context: Any, *, in_envelope: bool =
     responses: list[Any] = []
     for item, reply in enumerate(replies):
         if reply is None:
-            del context.request_ids[item]  # TorchServe answers the requests that are in there
+            del context.request_ids[item]  # TorchServe answers only the requests that are in it
             responses.append(None)
             continue
         context.set_response_status(reply.status, reply.phrase, item)
@@ -74,8 +74,8 @@ def answer(replies: Sequence[Reply | None], context: Any, *, in_envelope: bool =
 def _hears_status(headers: Mapping[str, Any], model: str) -> bool:
     """Tell whether a request's client can receive a status for this request alone.
 
-    It cannot over gRPC, whose calls have no HTTP headers, nor in a workflow, which treats every response of its nodes
-    as a success, whatever the status.
+    A client that calls over gRPC cannot: its calls have no HTTP headers. A client of a workflow cannot either: the
+    workflow treats every response of its nodes as a success, whatever the status.
     """
     return _NODE not in model and any(
         name.lower() == "host" and isinstance(value, str) for name, value in headers.items())
