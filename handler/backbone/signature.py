@@ -63,7 +63,7 @@ class OutputSpec:
     """Names or indices of the model's other outputs, which an exported model does not return."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "beside", tuple(self.beside))  # JSON knows lists only
+        object.__setattr__(self, "beside", tuple(self.beside))  # JSON has lists, but no tuples
 
     @classmethod
     def of(cls, output: object, wanted: str | None = None) -> OutputSpec:
@@ -135,7 +135,7 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
         inputs: the inputs that the backbone was exported for.
         given: positional arguments.
         named: named arguments.
-        constants: the values besides the tensors that the backbone was exported for; others are refused.
+        constants: the values besides the tensors that the backbone was exported for; other values are refused.
 
     Raises:
         InputError: the arguments are not those that the backbone was exported for.

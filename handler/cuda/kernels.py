@@ -1,4 +1,7 @@
-"""Kernels that decide on the GPU which rows leave, and move the rows that stay. A model compiles them when it loads."""
+"""Kernels that decide on the GPU which rows leave, and move the rows that stay.
+
+They are compiled when a model is loaded.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 _CACHED = 2**19
-"""How many floats fit into the cache of a core."""
+"""The number of floats that fit into the cache of a core."""
 Read = Callable[[Tensor], Tensor]
 """Converts what an engine passes on to the (B, ...) float32 activation that heads read and records hold."""
 
@@ -25,7 +25,7 @@ def read_and_pool(x: Tensor, read: Read, pool: Callable[[Tensor], Tensor]) -> Te
         return pool(x)
     if x.is_cuda:  # on a GPU, pooling sums in float32 whatever the dtype
         return read(pool(x))
-    # A few rows at a time: the floats of a whole batch would leave the cache before they are pooled.
+    # Only a few rows are read at a time, because the floats of a whole batch would leave the cache before pooling.
     return torch.cat([pool(read(rows)) for rows in torch.split(x, max(1, _CACHED // max(1, x[:1].numel())))])
 
 

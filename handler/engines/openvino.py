@@ -1,9 +1,9 @@
 """Stages executed by OpenVINO, in float32 or with the 8-bit integers that `archiver/packaging/quantize.py` made.
 
 The backbone is quantized in pieces, cut at all its candidate layers, so that the same integers serve any plan. The
-pieces of a stage are joined to one model, as if the backbone had never been cut there. If the next stage quantizes an
-activation first, the activation passes between the stages as integers. The cut then costs no computation, and a quarter
-of the bytes is copied.
+pieces of a stage are joined to one model, as if the backbone had never been cut there. If the next stage begins by
+quantizing an activation, the activation passes between the stages as integers. The cut then costs no computation, and
+only a quarter of the bytes is copied.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Likeness:
 
     @property
     def is_periodic(self) -> bool:
-        """Whether blocks are periods, of which every second one counts."""
+        """Whether blocks are periods, of which every second one is skipped."""
         return self.length > 0 and self.distance == 0
 
     def components(self, states: Tensor) -> Tensor:

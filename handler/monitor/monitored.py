@@ -62,7 +62,7 @@ class Monitored:
         return max(1, math.ceil(_REMEMBERED_PER_LOSS / self.tolerance))
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
-        """Return the loss of each answer, in [0, 1]. If scores are not finite and the loss is not either, it is 1.
+        """Return the loss of each answer, in [0, 1]. A loss that is not finite, because scores are not, becomes 1.
 
         Args:
             outputs: (S, K) served scores of the shadow rows.
@@ -77,7 +77,9 @@ class Monitored:
         return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:
-        """Return the components by which each of S samples is compared with its neighbours, or () without likeness.
+        """Return the components by which each of S samples is compared with its neighbours.
+
+        If each sample is a block of its own, the components of every sample are ().
 
         Args:
             reference: (S, K) scores of the backbone.

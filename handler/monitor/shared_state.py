@@ -57,9 +57,9 @@ class SharedMonitor:
     Every second, each worker locks the file, adds its samples to the state in it and renames the result into place. So
     all workers feed one test, and every sample counts once, in an order that does not depend on its loss. If samples
     form blocks, this is the order of their times, and the newest samples wait in the state for two seconds. The kernel
-    releases the lock of a killed worker, which loses the samples of at most one second. A worker without a folder, or
-    whose folder cannot be written, continues alone from the last state that it knows, and adds its samples to the file
-    as soon as it can.
+    releases the lock of a killed worker, which loses the samples of at most one second. If a worker has no folder, or
+    cannot write to it, it continues alone from the last state that it has read. It adds its samples to the file as soon
+    as it can write.
     """
 
     def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:

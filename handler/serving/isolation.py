@@ -110,7 +110,7 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     if calls[0].instances is None and (not isinstance(results, list) or len(results) != len(items)):
         returned = f"{len(results)} responses" if isinstance(results, list) else type(results).__name__
         raise RuntimeError(f"{type(handler).__name__} returned {returned} for {len(items)} requests")
-    # In an envelope, one call has all items, and the envelope itself checks the number of results.
+    # In an envelope, one call has all items, and the envelope itself checks the result for these items.
     bodies = [results[number] if call.instances is None else results if call.instances else []
               for number, call in enumerate(calls)]
     replies = [context.reply(number, body) for number, body in enumerate(bodies)]

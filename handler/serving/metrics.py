@@ -83,7 +83,7 @@ class ServingMetrics:
         self._mean_loss.update(evidence.lost / max(1, evidence.n))
 
     def bypassed(self, bypassed: dict[int, bool]) -> None:
-        """Report, for each batch size for which it has changed, whether the exits are bypassed."""
+        """Report whether the exits are bypassed, for each batch size at which this has changed."""
         for size, is_bypassed in bypassed.items():
             if self._was_bypassed.get(size) != is_bypassed:
                 self._bypassed.update(int(is_bypassed), str(size))

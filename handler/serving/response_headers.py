@@ -76,7 +76,8 @@ class ResponseHeaders:
         scores = assembly.description.scores
         confidences = scores.log_probabilities(answers.outputs.float()).exp().amax(dim=1).tolist()
         # The header names the monitor's level. A control batch, or a batch that the operator's switch affects, has a
-        # higher level. A call in flight keeps its level when the monitor goes to a higher one. Hence the minimum.
+        # higher level. A call in flight keeps its level when the monitor goes to a higher one. The minimum is right in
+        # both cases.
         level = min(batch.level, self._model.level)
         per_exit: dict[int, str] = {}
         if answers.exit_scores:
