@@ -19,13 +19,13 @@ from early_exit.training.data.shards import times_of
 from early_exit.training.data.split import GAP, Part, Split, SplitRule, in_time_order, split_at_random, split_in_time
 
 _SPREAD = -7046029254386353131
-"""2^64 by the golden ratio, for Fibonacci hashing."""
+"""2^64 divided by the golden ratio, as a signed number, for Fibonacci hashing."""
 
 
 NOT_FINITE = "the model's scores or activations were not finite"
 MAY_REPEAT = ("their requests or contents are not known, so they may repeat those by which exits are chosen and "
               "certified")
-"""Why a request is not among the records."""
+"""The reasons for which a request is not among the records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +44,20 @@ class RecordedTraffic(RecordColumns):
     split: Split
     """The parts of the records."""
     passed_over: Mapping[str, int] = field(default_factory=dict)
-    """The number of other requests of these shards that are not among the records, by reason."""
+    """The number of requests of these shards that are not among the records, by reason."""
 
     @property
     def part(self) -> Tensor:
         """(N,) int8: number of each record's part.
 
-        A record whose request or content is not known is in the train part at most: exits are chosen and certified
-        on independent records.
+        A record whose request or content is not known is in the train part or in no part, because exits are chosen and
+        certified on independent records.
         """
         return self.split.part
 
     @property
     def is_evidence(self) -> Tensor:
-        """(N,) bool: whether the request of each record and its content are known. A record that may be a repeat
+        """(N,) bool: whether both the request and the content of each record are known. A record that may be a repeat
         proves nothing."""
         return (self.request != ANONYMOUS) & (self.content != UNKNOWN_CONTENT)
 
@@ -93,7 +93,9 @@ class RecordedTraffic(RecordColumns):
         return len(self.split.rows(part))
 
     def activation(self, layer: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield for each shard where in N its records begin, and their (M, ...) float16 pooled activations of a layer.
+        """Yield for each shard the position of its first record among the N, and the activations of a layer.
+
+        The activations are pooled: (M, ...) float16 for the M records of the shard.
 
         Raises:
             RecordError: a shard is damaged or has gone.
@@ -102,7 +104,9 @@ class RecordedTraffic(RecordColumns):
             yield start, read_shard(shard, [layer]).activations[layer][inside]
 
     def kept(self) -> Iterator[tuple[int, list[KeptRequest | None]]]:
-        """Yield for each shard where in N its records begin, and their requests; None if a request was not kept.
+        """Yield for each shard the position of its first record among the N, and its requests.
+
+        A request that was not kept is None.
 
         Raises:
             RecordError: a shard is damaged or has gone.

@@ -65,8 +65,8 @@ class Preprocessing:
                 model with one row.
 
         Returns:
-            The M positions of the other requests, ascending, and (M, ...) tensors, in the order of the model's inputs;
-            no tensors if M is 0.
+            The positions of the M requests that were not skipped, ascending, and (M, ...) tensors in the order of the
+            model's inputs; no tensors if M is 0.
         """
         known = [(position, request) for position, request in enumerate(requests) if request is not None]
         for _ in range(len(requests) - len(known)):
@@ -132,7 +132,8 @@ def preprocessing(folder: Path, manifest: dict[str, Any]) -> Iterator[Preprocess
 
 @contextmanager
 def _working_in(folder: Path) -> Iterator[None]:
-    """Run in the folder of the model, as a TorchServe worker does, and return afterwards: our paths may be relative."""
+    """Run in the folder of the model, as a TorchServe worker does, and then go back, because our paths may be relative.
+    """
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -1,7 +1,7 @@
 """Replay: run recorded requests through the frozen backbone again, with augmentations, to get more training data.
 
-The target of a replayed image is the backbone's output for that image, so no label is needed, and heads see many times
-the recorded activations. Only the train part is augmented.
+The target of a replayed image is the backbone's output for that image, so no label is needed. Heads are trained on many
+times as many activations as were recorded. Only the train part is augmented.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         handler: turns requests into the model's input.
         replay: the options of the replay.
         engine: the engine that will serve.
-        on_batch: receives the number of requests that were run.
+        on_batch: receives the number of requests in each batch, including those that are skipped.
         log: receives a line for each reason why requests are skipped.
 
     Raises:
@@ -181,7 +181,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         progress.save(paths.progress)
     traffic = traffic.where(_without(every, progress.failed))
     rows, as_recorded = torch.arange(progress.n_rows), torch.arange(len(traffic))
-    # For records, the class from serving counts: a replay in other batches may round differently.
+    # A record keeps the class that the backbone predicted in service: a replay in other batches may round differently.
     backbone_class = torch.cat([traffic.backbone_class, classes[rows[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,

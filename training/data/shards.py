@@ -161,7 +161,7 @@ def of_engine(shards: Sequence[Path], engine: str) -> list[Path]:
         engine: the identity of the engine that will serve.
 
     Raises:
-        RecordError: other engines made all shards.
+        RecordError: all shards were made by other engines.
     """
     made_on = {shard: read_header(shard).engine for shard in shards}
     alike = [shard for shard in shards if are_alike(made_on[shard], engine)]

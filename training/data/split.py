@@ -1,4 +1,4 @@
-"""Splits records, by time or at random, into those that train, those that choose and those that certify."""
+"""Splits records, by time or at random, into three parts: for training heads, choosing exits and certifying plans."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from early_exit.training.selection.likeness import has_trend, likeness
 GAP = -1
 """Marks records that belong to no part: they lie between two parts, or may repeat a record of a later part."""
 REPEATED = -2
-"""Marks records that repeat a content among the records of the tune part: they show how large blocks are, and no more.
-"""
+"""Marks records of the tune part whose content an earlier request had. They are used only to fix how large blocks are,
+and how many are expected."""
 
 
 class Part(Enum):
@@ -67,9 +67,10 @@ class Split:
     block: Tensor
     """(N,) int64: number of the block that each record is in; see `selection.blocks`."""
     content: Tensor
-    """(N,) int64: equal for records with the same content, if records with the same content are recognised."""
+    """(N,) int64: equal for records with the same content. In a random split, all numbers differ, because it does not
+    compare contents."""
     is_new: Tensor
-    """(N,) bool: whether the record's content was first recorded in its block."""
+    """(N,) bool: whether the record's block is the one in which its content was first recorded."""
     likeness: Likeness | None = None
     """The likeness by which blocks were formed; None if each record is a block of its own."""
     is_trend: bool = False
@@ -77,7 +78,7 @@ class Split:
 
     @classmethod
     def of_nothing(cls, n: int) -> Split:
-        """Return the split of N records that all train."""
+        """Return the split of N records that are all in the train part, each as a block of its own."""
         return cls(torch.zeros(n, dtype=torch.int8), torch.arange(n), torch.arange(n), torch.ones(n, dtype=torch.bool))
 
     def where(self, chosen: Tensor) -> Split:
@@ -90,11 +91,11 @@ class Split:
         return (self.part == part.number).nonzero().flatten()
 
     def evidence(self, counts: Tensor | None = None) -> Evidence:
-        """Return the evidence of the certify part. How large its blocks may be, and how many are expected, is fixed on
-        the tune part.
+        """Return the evidence of the certify part. The size up to which its blocks count fully, and the expected number
+        of its blocks, are fixed on the tune part.
 
         Args:
-            counts: (N,) bool: the records that count; by default all.
+            counts: (N,) bool: the records that are used; by default all.
         """
         counts = torch.ones(len(self.part), dtype=torch.bool) if counts is None else counts
 
@@ -122,7 +123,7 @@ def split_at_random(request: Tensor, trains: Tensor) -> Split:
 
     Args:
         request: (N,) int64 hashes.
-        trains: (N,) bool: records that can only train, because they prove nothing.
+        trains: (N,) bool: records that are in the train part whatever their hash, because they must not be evidence.
     """
     starts = torch.tensor([part.value for part in Part], dtype=torch.float64)
     part = (torch.searchsorted(starts, request.double() / 2.0**64 + 0.5, right=True) - 1).to(torch.int8)
@@ -139,9 +140,10 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
         content: (N,) int64 hashes of the contents of the requests.
         order: (N,) int64: the records in the order in which they came.
         position: (N,) float64: how many requests were served before each.
-        is_evidence: (N,) bool: the records that can prove something. Others train if they came before the tune part;
-            later ones may be copies of records by which exits are chosen or certified.
-        is_fresh: (N,) bool: the records that are newer than the last certificate; all others train, too.
+        is_evidence: (N,) bool: the records that can be evidence. The others are in the train part if they came before
+            the tune part. Later ones are in no part, because they may be copies of records on which exits are chosen or
+            certified.
+        is_fresh: (N,) bool: the records that are newer than the last certificate; older ones are in the train part.
     """
     evidence = order[is_evidence[order]]
     _, first, index = np.unique(request[evidence].numpy(), return_index=True, return_inverse=True)
@@ -173,16 +175,17 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
 
 
 def _likeness(states: Tensor, position: Tensor, content: Tensor, n_fresh: int) -> tuple[Likeness, bool]:
-    """Return how alike the records before those that certify are, and whether that is a trend.
+    """Return the likeness of the records before the certify part, and whether these records have a trend.
 
-    Records from before the last certificate may be of other traffic, and so many that nothing in the fresh ones stands
-    out. Both all records and the fresh ones alone are therefore asked, and the answer that leaves less evidence counts.
+    Records from before the last certificate may be of other traffic, and may be so many that the likeness of the fresh
+    records does not show. The likeness is therefore determined twice: on all records, and on the fresh ones alone. The
+    one that leaves less evidence is returned.
 
     Args:
         states: (N, K) log-probabilities of the backbone, in time order.
         position: (N,) float64: how many requests were served before each.
         content: (N,) int64 hashes of the contents.
-        n_fresh: how many records, the last ones, are newer than the last certificate.
+        n_fresh: the number of records, at the end, that are newer than the last certificate.
     """
     n = len(states)
     asked = [slice(first, n) for first in dict.fromkeys((0, n - n_fresh))]
@@ -197,8 +200,8 @@ def _likeness(states: Tensor, position: Tensor, content: Tensor, n_fresh: int) -
 
 
 def _new(content: Tensor, request: Tensor, block: Tensor, proving: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two (N,) bool masks: records whose content first occurred in their block, and those of the first request
-    with their content.
+    """Return two (N,) bool masks: the records whose content first occurred in their block, and the records of the first
+    request with their content.
 
     Args:
         content: (N,) hashes of contents.
@@ -217,7 +220,7 @@ def _new(content: Tensor, request: Tensor, block: Tensor, proving: Tensor) -> tu
 
 
 def in_time_order(time: Tensor, worker: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order of N records, and how many requests were served before each, as far as the records tell.
+    """Return the order in which N records came, and an estimate of the number of requests that came before each.
 
     Args:
         time: (N,) float64 Unix seconds, corrected if a clock was set in the meantime.

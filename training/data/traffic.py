@@ -15,7 +15,7 @@ from early_exit.training.text_files import parse_yaml
 
 
 def traffic_of(contents: ArchiveContents) -> str:
-    """Return the identity of the traffic of an archive; empty if a version that did not write one made the archive.
+    """Return the identity of the traffic of an archive; empty if an earlier version made the archive and wrote none.
 
     Raises:
         ConfigError: the archive's configuration cannot be read.

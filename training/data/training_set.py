@@ -1,4 +1,4 @@
-"""The training set of a run: its records and their replays, in files of which only a small part is in memory."""
+"""The training set of a run: its records and their replays, in files. Only a small part of the files is in memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainingSet:
     backbone_class: Tensor
     """(N + R,) int64: the class the backbone predicts."""
     full_class: Tensor
-    """(N,) int64: the class that the engine which serves predicts without exits."""
+    """(N,) int64: the class that the engine predicts in service without exits."""
     split: Split
     """The parts of the records, and the blocks in which they are evidence."""
     request: Tensor
@@ -59,7 +59,7 @@ class TrainingSet:
     def rows(self, part: Part) -> Tensor:
         """Return the (M,) rows of a part; replays belong to the train part.
 
-        Rows that float16 cannot hold are in the certify part only, where they count against every exit.
+        Rows that float16 cannot hold are left out, except in the certify part, where they count as errors of all exits.
         """
         rows = self.split.rows(part)
         if part is Part.TRAIN:
@@ -107,8 +107,8 @@ def finish(paths: TrainingSetPaths, layers: Sequence[CandidateLayer], recorded: 
            columns: Mapping[str, Tensor], split: Split, skipped: Mapping[str, int]) -> None:
     """Write the columns, and then the index, which marks the training set as complete.
 
-    A layer is left out if float16 cannot hold its activations for more than a few rows: a head would read other values
-    in service. If they are few, only these rows are lost.
+    A layer is left out if float16 cannot hold its activations in more than a few rows, because a head would read other
+    values in service. If there are only a few such rows, the layer stays, and the rows are marked as not finite.
     """
     finite = {layer: Activations(paths.activations(layer.path)).finite_rows() for layer in layers}
     layers = [layer for layer in layers if (~finite[layer]).double().mean() <= _MOST_EXCEPTIONS]
