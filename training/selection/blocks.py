@@ -1,8 +1,8 @@
 """Groups records into blocks: neighbours that are alike, such as frames of one scene, count as one piece of evidence.
 
 A block begins where the content changes: there, a record is no more like those before it than records far apart are.
-Where records that are alike do not follow each other, blocks are periods of time. `selection.likeness` fixes on earlier
-records how long blocks are and up to which distance records are alike.
+Where records that are alike do not follow each other, blocks are periods of time. `selection.likeness` finds out, on
+earlier records, how long blocks are and up to which distance records are alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def blocks_of(alike: Likeness, states: Tensor, position: Tensor, content: Tensor
         states: (N, K) states of the records, in their order.
         position: (N,) float64, how many requests were served before each.
         content: (N,) int64 hashes of the contents; by default all contents differ. A copy of an earlier record, such as
-            a health check, neither ends a block nor keeps it open, nor does it make it longer.
+            a health check, does not end a block, keep it open or make it longer.
     """
     n = len(states)
     if not alike.length:
@@ -47,7 +47,9 @@ def blocks_of(alike: Likeness, states: Tensor, position: Tensor, content: Tensor
 
 
 def requests_before(position: Tensor, original: Tensor) -> Tensor:
-    """Return the (M,) float64 numbers of requests before each of M records, without those that other records stand for.
+    """Return the (M,) float64 numbers of requests before each of M records.
+
+    Each record stands for the requests since the record before it. Requests of records other than the M are left out.
 
     Args:
         position: (N,) float64, how many requests were served before each of N records.
@@ -57,7 +59,7 @@ def requests_before(position: Tensor, original: Tensor) -> Tensor:
 
 
 def originals(n: int, content: Tensor | None) -> Tensor:
-    """Return the (M,) positions of the first of N records with each content, ascending.
+    """Return the (M,) positions, ascending, of the first record of each content among N records.
 
     Args:
         n: N.
@@ -81,7 +83,7 @@ def changes_between(components: Tensor, distance: float) -> Tensor:
         if gap >= n:
             break
         near = (components[gap:] - components[:-gap]).square().sum(dim=1) < distance  # [i]: i and i + gap
-        for before in range(min(gap, REACH)):  # at the border after i + before, i lies before it and i + gap after it
+        for before in range(min(gap, REACH)):  # the border after record i + before lies between i and i + gap
             if gap - before > REACH:
                 continue
             alike[before:before + len(near)] |= near[:len(alike) - before]

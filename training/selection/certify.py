@@ -62,8 +62,8 @@ def betting_p_value(losses: np.ndarray, tolerance: float, delta: float, expected
         losses: (N,) losses, in their order.
         tolerance: T.
         delta: the level with which the p-value will be compared; it tunes the bets and nothing else.
-        expected: the number of losses for which the bets are tuned, by default N. It must not depend on the losses, as
-            the number of blocks in a given number of records may.
+        expected: the number of losses for which the bets are tuned, by default N. It must not depend on the losses. The
+            number of blocks in a given number of records may depend on them.
     """
     n = len(losses)
     expected = n if expected is None else expected

@@ -1,9 +1,9 @@
 """The evidence of a part's records about a setting: on all requests, and on contents that were not seen before.
 
-A certificate makes two statements about the blocks that came after all records by which the setting was chosen: at most
-the tolerated share of their requests, and of their new contents, is answered differently. Each statement is tested at
-delta. A setting is accepted only if both pass, so delta is not divided (Berger 1982, Multiparameter hypothesis testing
-and acceptance sampling: an intersection-union test).
+A certificate makes two statements about the blocks that came after all records on which the setting was chosen: at most
+the tolerated share of their requests is answered differently, and at most the tolerated share of their new contents.
+Each statement is tested at delta. A setting is accepted only if both pass, so delta is not divided (Berger 1982,
+Multiparameter hypothesis testing and acceptance sampling: an intersection-union test).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Evidence:
     is_new: Tensor
     """(N,) bool: whether the content was first recorded in this block."""
     largest: tuple[float, float] = ONE_RECORD
-    """The largest number of requests, and of new contents, for which a block counts. They must be fixed on earlier
-    records."""
+    """The numbers of requests and of new contents up to which a block counts fully; a larger block counts no more. They
+    must be fixed on earlier records."""
     expected: tuple[float, float] | None = None
-    """How many blocks, and blocks of new contents, earlier records let expect; None stands for those that there are.
-    Bets are tuned to it, because they must not depend on what they are placed on."""
+    """The numbers of blocks, and of blocks with new contents, that earlier records suggest; None for the actual ones.
+    Bets are tuned to these numbers, because a bet must not depend on the records on which it is placed."""
 
     @classmethod
     def of_independent(cls, n: int) -> Evidence:
@@ -66,11 +66,11 @@ class Evidence:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether several records are one piece of evidence anywhere."""
+        """Whether any piece of evidence consists of several records."""
         return len(_sizes(self._block_with_repeats)) < len(self.block)
 
     def after(self, before: Evidence) -> Evidence:
-        """Return this evidence with what earlier records say about how large and how many its blocks are."""
+        """Return this evidence with the size and the number of blocks that earlier records suggest."""
         blocks = before._block_with_repeats, before._blocks_of_new()
         more = len(self.block) / max(1, len(before.block))
         of_requests, of_new = (max(1.0, more * len(_sizes(block))) for block in blocks)
@@ -103,7 +103,7 @@ class Evidence:
             tolerance: T.
             delta: 1 - confidence.
             share: the certify part as a fraction of all records.
-            others: the end of the message, with a sentence about records that do not count.
+            others: the end of the message, with a sentence about records that are ignored.
 
         Raises:
             RecordError: even if no answer differs, nothing can be certified. The message says what is missing.
@@ -115,7 +115,7 @@ class Evidence:
         missing = [(blocks_needed(risk, sizes, largest, tolerance, delta), len(sizes), what)
                    for sizes, largest, what in (of_contents, of_requests)]
         least, n, what = max(missing, key=lambda one: one[0] / max(1, one[1]))
-        least = max(least, n + 1)  # more blocks were expected, or fewer, so the bets were not the best for these
+        least = max(least, n + 1)  # n are too few: the bets were tuned to the expected number, not to n
         n_records = len(self.block)
         found = f"{n_records} records" if n == n_records else f"{n_records} records of {n} {what}"
         n_needed = 1.2 * least * (n_records / n if n else 1) / share
@@ -126,7 +126,7 @@ class Evidence:
 
     @cached_property
     def _block_with_repeats(self) -> Tensor:
-        """Return the (N,) block of each record; that of a new content's repeats is the one in which it was new.
+        """Return the (N,) block of each record. Repeats of a new content are in the block in which the content was new.
 
         A content that is popular for a while is one piece of evidence, as a scene is.
         """
@@ -142,7 +142,7 @@ class Evidence:
     def _of_new(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Return the (M,) losses of the new contents, and their (M,) blocks.
 
-        If a content has several records, the largest of their losses counts, whatever their order.
+        If a content has several records, the largest of their losses is used, whatever their order.
         """
         content, index = torch.unique(self.content[self.is_new], return_inverse=True)
         lowest = torch.full((len(content),), -torch.inf, dtype=losses.dtype)
@@ -161,7 +161,7 @@ def _p_value(risk: Risk, losses: Tensor, block: Tensor, tolerance: float, delta:
     span = 1 - risk.lowest
     share = (tolerance - risk.lowest) / span
     lost = torch.zeros(len(n), dtype=torch.float64).scatter_add(0, index, (losses - risk.lowest) / span)
-    if lost.sum() > share * n.sum():  # what long blocks lose beyond their size that counts must not be certified away
+    if lost.sum() > share * n.sum():  # large blocks count less in the bets below, which must not hide their losses
         return 1.0
     counts = (largest / n.double()).clamp_max(1.0) / largest
     gains = (share * n - lost) * counts  # T n_b - k_b, in parts of the largest block that counts fully
@@ -174,7 +174,7 @@ def blocks_needed(risk: Risk, sizes: Tensor, largest: float, tolerance: float, d
     Args:
         risk: what the losses measure.
         sizes: (B,) int64: numbers of records. The blocks have these sizes in turn; if B is 0, each has one record.
-        largest: the number of records for which a block counts at most.
+        largest: the number of records up to which a block counts fully.
         tolerance: T.
         delta: 1 - confidence.
 

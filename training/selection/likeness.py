@@ -1,14 +1,15 @@
-"""Finds in records how long requests stay alike, and up to which distance: what blocks are formed by.
+"""Finds in records how long requests stay alike, and up to which distance they are alike. Blocks are formed by both.
 
 Frames of one scene need a small distance; requests of one class, which a client may send in a row, need a larger one.
-The distance is the smallest of a few for which neighbouring blocks are no more alike than others. The autocorrelation
-of the states shows whether neighbours are alike at all, with the band of Politis and White (2004, Automatic
-block-length selection for the dependent bootstrap): lags are noise from the first one on of which K in a row stay below
-2 sqrt(log10 n / n).
+A few distances are tried, and the smallest one is used at which neighbouring blocks are no more alike than others. The
+autocorrelation of the states shows whether neighbours are alike at all, with the band of Politis and White (2004,
+Automatic block-length selection for the dependent bootstrap): if the autocorrelation stays below 2 sqrt(log10 n / n) at
+several lags in a row, these lags and all larger ones are noise.
 
 Records may also be alike at a distance in time, as the frames of several cameras are. Pairs of records that are nearly
-equal are therefore counted at all lags up to a tenth of the records. Where they are more frequent than among records
-far apart, and blocks do not hold them together, blocks are periods that are as long as such pairs occur.
+equal are therefore counted at all lags up to a tenth of the records. If such pairs are more frequent at some lags than
+among records far apart, and are not in the same block, then blocks are periods. A period lasts up to the largest of
+these lags.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _ALIKE = (0.01, 0.03, 0.1)
 _NEARLY_EQUAL = 0.001
 """The share of pairs of distant records that count as nearly equal."""
 _CROWDED = 0.04
-"""The share of blocks that have, beyond chance, several nearly equal records at some lags, from which on these lags
-count as alike."""
+"""Lags count as alike if more than this share of blocks have more nearly equal records at these lags than chance
+explains. The share must also exceed the share at distant lags by this much."""
 _MOST_LAGS, _MOST_COMPARED = 256, 1500
 """The largest numbers of lags in a range of lags, and of records, that are compared."""
 _NEAR = 5
@@ -43,7 +44,7 @@ _FEWEST = 100
 
 
 def likeness(states: Tensor, position: Tensor, content: Tensor | None = None) -> Likeness:
-    """Return how alike neighbouring records are; the records must be earlier than those that are to prove something.
+    """Return how alike neighbouring records are; the records must be earlier than those that are to be evidence.
 
     Args:
         states: (N, K) log-probabilities of the backbone for the records, in their order.
@@ -66,7 +67,7 @@ def likeness(states: Tensor, position: Tensor, content: Tensor | None = None) ->
     if not lag:
         return by_change
     is_explained = not _last_lag_alike(components, nearly_equal, block)
-    if is_explained and int(block[-1]) + 1 >= n / (2 * lag):  # otherwise periods are more evidence
+    if is_explained and int(block[-1]) + 1 >= n / (2 * lag):  # otherwise periods give more evidence
         return by_change
     return replace(nothing, length=lag * _requests(position) / LEAST)
 
@@ -74,9 +75,9 @@ def likeness(states: Tensor, position: Tensor, content: Tensor | None = None) ->
 def has_trend(alike: Likeness, states: Tensor, position: Tensor, content: Tensor) -> bool:
     """Tell whether records stay alike for longer than a tenth of all.
 
-    The means of blocks are compared, as records of one block are alike anyway, at lags of a twentieth to a tenth of
-    their number. With independent blocks, the mean autocorrelation of a component at W lags has the standard deviation
-    1 / sqrt(n W).
+    The means of blocks are compared at lags of a twentieth to a tenth of the number of blocks. Single records are not
+    compared, because records of one block are alike anyway. With n independent blocks, the mean autocorrelation of a
+    component at W lags has the standard deviation 1 / sqrt(n W).
 
     Args:
         alike: the result of `likeness` for these records.
@@ -132,15 +133,17 @@ def _requests(position: Tensor) -> float:
 
 
 def _last_lag_alike(components: Tensor, nearly_equal: float, block: Tensor) -> int:
-    """Return the lag, in records, from which on records are no more often nearly equal to those of other blocks.
+    """Return the lag, in records, above which records of different blocks are nearly equal only by chance; 0 if they
+    always are.
 
-    Lags up to a tenth of the records are looked at, in ranges that double: 1, 2 to 3, 4 to 7 and so on. One record of
-    each block is compared with some that follow it in a range, and with as many a tenth of the records later. Blocks
-    with several nearly equal records are counted, and not those records, as a few odd scenes must not decide.
+    Lags up to a tenth of the records are examined, in ranges that double: 1, 2 to 3, 4 to 7 and so on. One record of
+    each block is compared with records that follow it at the lags of a range, and with as many records at lags beyond a
+    tenth of all records. The blocks with several nearly equal records are counted, not those records, so that a few odd
+    scenes do not decide.
 
     Args:
         components: (N, D) components of the records, in their order.
-        nearly_equal: squared distance below which a share of `_NEARLY_EQUAL` of the distant pairs is.
+        nearly_equal: a squared distance; a share `_NEARLY_EQUAL` of the pairs of distant records is below it.
         block: (N,) int64 number of each record's block, ascending from 0.
     """
     n, found = len(components), 0

@@ -48,7 +48,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Which candidates become exits, and the thresholds at which requests leave there."""
+    """The candidates that become exits, and the confidence thresholds at which requests leave there."""
 
     layers: tuple[int, ...]
     """The indices of the chosen candidates, in order."""

@@ -1,4 +1,4 @@
-"""Which exits to keep: the subset that costs least, found exactly (equation 4 of the paper, K(S))."""
+"""Finds the subset of candidates that costs least as exits (equation 4 of the paper, K(S))."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Subset:
-    """Which candidates become exits."""
+    """The candidates that become exits, and what they cost."""
 
     layers: tuple[int, ...]
     """The indices of the candidates, in order."""
@@ -80,7 +80,7 @@ def best_subset(option: Callable[[int, int], Option], costs: Costs, n_records: i
 
 def improved_subset(option: Callable[[int, int], Option], costs: Costs, n_records: int, *,
                     max_loss: float | None = None, best: Subset = Subset((), 1.0)) -> Subset:
-    """Return a good subset of any number of candidates: the best one of up to 16, and of more one found in steps.
+    """Return the best subset of up to 16 candidates. For more candidates, return a good subset that is found in steps.
 
     Each step searches exactly among 16 candidates: the exits chosen so far, and some of the others in turn.
     """

@@ -1,4 +1,4 @@
-"""From calibrated heads to exits with thresholds: certified, or by the paper's budgets."""
+"""Chooses exits and their thresholds for calibrated heads: certified, or by the paper's budgets."""
 
 from __future__ import annotations
 
@@ -90,8 +90,9 @@ def equal_point(tune: Candidates, tolerance: float) -> OperatingPoint:
 def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int) -> list[OperatingPoint]:
     """Return the settings to certify, from "never exit" to aggressive.
 
-    The settings share one subset, and differ in the rate at which risk buys time. The subset is the one that costs
-    least on *tune* at some rate, among those that lose no more there than the certify part can accept.
+    The settings share one subset of exits. They differ in the rate, the chance of an error that is accepted for each
+    unit of time saved. At some rate, the subset costs least on *tune* among the subsets that lose no more there than
+    the certify part can accept.
 
     Args:
         tune: records of the tune part.
@@ -100,8 +101,8 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
         n_certify: the number of records to certify with.
     """
     # The binomial test would accept this many failures. For the other risks the number is a guess, and that suffices:
-    # the walk on the certify part chooses the rate again, and a budget made for their test chose subsets of equal cost.
-    # The losses of the engine without exits are spent already.
+    # the walk on the certify part chooses the rate again, and a budget that was made for the test of those risks led to
+    # subsets of equal cost. The losses of the engine without exits are subtracted, because they occur in any case.
     max_loss = len(tune) * most_failures(n_certify, tolerance, delta) / n_certify - tune.full_losses.sum().item()
     best = Subset((), 1.0)
     by_rate = list(zip(*(_thresholds(tune, layer) for layer in range(tune.n_layers))))
@@ -113,11 +114,11 @@ def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: 
 
 
 def _thresholds(tune: Candidates, layer: int) -> list[float]:
-    """Return the confidence threshold of a candidate for each rate at which risk buys time.
+    """Return the confidence threshold of a candidate for each rate in `_RATES`.
 
-    A threshold maximises the rate times the share of the backbone that is saved minus the chance of an error, in sum
-    over all records that leave, so the first exit may risk more than the last. At the rate 0, no record leaves. At no
-    rate do records leave whose confidence is below that of all records on which the head agrees.
+    A threshold maximises the rate times the share of the backbone that is saved minus the chance of an error, summed
+    over all records that leave. The first exit saves more than the last, so it may risk more. At the rate 0, no record
+    leaves. Records whose confidence is below that of all records on which the head agrees never leave.
     """
     least = least_agreeing(tune.confidence[:, layer], tune.agrees[:, layer])
     confidence, order = tune.confidence[:, layer].sort(descending=True)
@@ -176,7 +177,7 @@ def expected_losses(risk: Risk, losses: Tensor, error_chance: Tensor) -> Tensor:
 
     Whether an answer differs is random, and the calibrated chance of an error is its expected value. Among hundreds of
     subsets of exits, the best one by observed losses is too often just a lucky one. The confidence gap is such an
-    expected value already, and for labels there is none.
+    expected value already. For the risk `accuracy`, no expected value is known.
 
     Args:
         risk: what the losses measure.
