@@ -164,7 +164,7 @@ def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:
 
 
 def _require_enough(sizes: Mapping[Part, int], split: Split, options: TrainingOptions, others: str) -> None:
-    """Check that each part has enough records; the error ends with `others`, about records that prove nothing."""
+    """Check that each part has enough records; the error ends with `others`, a text about records that are not used."""
     if options.thresholds == "certified":
         split.evidence().require_enough(options.risk, options.tolerance, options.delta, Part.CERTIFY.share, others)
     if not all(sizes.values()):
@@ -195,7 +195,7 @@ def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: Tr
 
 def _inputs(run: RunPaths, backbone: BackboneDescription, traffic: str, shards: list[Path], options: TrainingOptions,
             log: Callable[[str], None]) -> tuple[list[Path], dict[str, Any]]:
-    """Return the shards to use and the content of run.json. A run that was started keeps the shards of its start.
+    """Return the shards to use and the content of run.json. A run that is continued keeps the shards of its start.
 
     Raises:
         RecordError: the folder holds a run of another backbone, of other traffic or with other options.

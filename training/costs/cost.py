@@ -18,10 +18,10 @@ from early_exit.handler.exits.head import Head
 
 @dataclass(frozen=True)
 class StepCosts:
-    """The mean costs of L candidate exits for one share of requests that still travel."""
+    """The mean costs of L candidate exits for one share of requests that are still in the batch."""
 
     until: tuple[float, ...]
-    """L + 2 numbers: the k-th, from 0, is the cost of the first k stages; the last is that of the whole backbone."""
+    """L + 2 numbers: number k, counted from 0, is the cost of the first k stages; the last is the whole backbone's."""
     exits: tuple[float, ...]
     """L numbers: the cost of head, decision and shrinking after each candidate."""
 
@@ -54,7 +54,7 @@ class Costs:
         return tuple(full.between(layer, self.n_layers) for layer in range(self.n_layers))
 
     def at(self, alive: float) -> StepCosts:
-        """Return the mean costs when each request of a batch still travels with probability `alive`."""
+        """Return the mean costs if each request of a full batch is still in the batch with probability `alive`."""
         if alive not in self._known:
             chances = np.diff(bdtr(np.arange(self.batch_size + 1), self.batch_size, alive), prepend=0.0)
             until = np.concatenate([[0.0], np.cumsum(self.stages @ chances)])

@@ -35,7 +35,7 @@ _LEAST_ROUNDS = 3
 _SECONDS_PER_SIZE = 4.0
 _OTHERS = 2**22
 """The number of float32 values, 16 MB, that are written before an exit is timed. In service, the stages before the exit
-displace its weights from the caches with about as many."""
+write about as many, which displace the weights of the exit head from the caches."""
 
 T = TypeVar("T")
 Loop = Callable[[Tensor], Tensor]
@@ -105,8 +105,9 @@ def profile_backbone(backbone: Backbone, layers: Sequence[CandidateLayer], *, en
                      device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> Profile:
     """Time every stage between the layers on one thread; each round times all stages for all sizes.
 
-    The comparison of the sizes counts, and if the machine is busy for a while, all of them are affected. On a GPU,
-    stages and copies are launched one by one here, which takes longer than the single launch that serves.
+    The times of the sizes are compared with each other, so a busy moment of the machine must affect all sizes alike. On
+    a GPU, stages and copies are launched one by one here, which takes longer than the single launch that is used in
+    service.
 
     Args:
         backbone: the backbone, on the device.
@@ -138,12 +139,12 @@ def profile_exit(head: Head, layer: CandidateLayer, policy: str, *, engine: str 
                  device: str = "cpu", sizes: Sequence[int] = BATCH_SIZES) -> tuple[float, ...]:
     """Return the seconds of an exit for each batch size: the head, the decision, and half of the batch leaving.
 
-    The loop that serves is timed, with the exit and without it; the result is the difference.
+    The loop that is used in service is timed with the exit and without it; the result is the difference.
 
     Args:
         head: an exit head, trained or not.
         layer: the layer that the exit follows.
-        policy: the kind of the exit's policy; its time does not depend on its values.
+        policy: the kind of the exit's policy; the time of a policy does not depend on its parameters.
         engine: the engine that executes the backbone.
         device: a torch device.
         sizes: batch sizes, ascending.
@@ -208,7 +209,7 @@ def for_counts(sizes: Sequence[int], seconds: Sequence[float], batch_size: int) 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: the CPU time of a request counts, whatever else the machine is doing."""
+    """Run torch on one thread, because the CPU time of a request is measured, whatever else the machine is doing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -236,7 +237,7 @@ def _medians(measures: Sequence[Callable[[], list[float]]], desc: str | None = N
 
 
 def timed(step: Callable[..., T], live: Live, device: str) -> tuple[float, T]:
-    # On a CPU, only the time for which this process works counts, however busy the machine is.
+    # On a CPU, only the CPU time of this process is measured, however busy the machine is.
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     started = clock()
     result = step(*live)

@@ -42,7 +42,7 @@ class TrainedHead:
 def find_architectures(evaluators: Sequence[Evaluator], run: RunPaths, space: SearchSpace, search: Search | None,
                        service: Service | None = None, log: Callable[[str], None] = lambda line: None,
                        ) -> tuple[dict[str, Architecture], list[str]]:
-    """Return the architecture for each layer that is worth a head, by layer path, and why the others are not.
+    """Return the architecture of each layer's head, by layer path, and the reasons why the other layers get no head.
 
     Args:
         evaluators: one for each layer, in the order of the backbone.

@@ -59,7 +59,7 @@ class HeadTpe(TpeTuner):  # type: ignore[misc]
 
 
 class _NewHeads:
-    """Replaces NNI's `Deduplicator`, for which choices differ although they describe the same head.
+    """Replaces NNI's `Deduplicator`, which takes choices for different ones although they describe the same head.
 
     Of 20 choices of plain TPE for a feature map, a quarter to two fifths were heads that had been tried before.
     """

@@ -42,8 +42,8 @@ _USERS = Path("/proc/net/tcp")
 """The file in which the script looks up which user a connection belongs to."""
 _POLL_SECONDS = 2.0
 _STARTS = 3
-"""How often an experiment is started at most: NNI gives its tuner ten seconds to connect, which may be too short on a
-busy machine."""
+"""The largest number of times that an experiment is started: NNI gives its tuner ten seconds to connect, which may be
+too short on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _stop_left_over(run: RunPaths) -> None:
         return
     left = json.loads(run.running.read_text())
     try:
-        # The process is checked first: another program that uses the port by now would name the process to stop.
+        # The process is checked first: if another program uses the port by now, it would choose the process to stop.
         if psutil.Process(left["process"]).create_time() != left["started"]:
             return
         experiment = Experiment.connect(left["port"])

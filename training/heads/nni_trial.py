@@ -13,8 +13,8 @@ import nni
 
 def main() -> None:
     """Train and evaluate the head that the tuner asks for; write the result into the folder of the run."""
-    # This comes first: if trials ask in another order than they were started, NNI gives them the parameters of others,
-    # and the imports below take seconds, which vary.
+    # This comes before the imports, because they take a varying number of seconds. If trials ask in another order than
+    # they were started, NNI gives them the parameters of others.
     parameters = nni.get_next_parameter()
 
     from early_exit.training.heads.journal import save_trained, write_result

@@ -71,8 +71,8 @@ def search_layer(evaluator: Evaluator, space: SearchSpace, search: Search, run: 
 def best_trial(trials: list[Trial]) -> Trial | None:
     """Return the trial with the least objective, or None when no head is better than chance.
 
-    A trial that was stopped early counts only if no finished one is better than chance; its head is trained in full
-    later.
+    A trial that was stopped early is returned only if no finished one is better than chance; its head is trained in
+    full later.
     """
     return min((trial for trial in trials if trial.better_than_chance),
                key=lambda trial: (trial.stopped, trial.objective), default=None)

@@ -110,7 +110,7 @@ def default_choice(choices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] |
 
 
 def used(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a tuner's choice that the head uses: not the second width if it has one linear layer.
+    """Return the parameters of a tuner's choice that the head uses; a head with one linear layer has no second width.
 
     >>> used({"linears": 1, "width1": 64, "width2": 32})
     {'linears': 1, 'width1': 64}

@@ -43,7 +43,7 @@ def choose(predictions: HeadPredictions, options: TrainingOptions,
         path: the result of `path_to_certify`, if it is known already.
 
     Raises:
-        RecordError: the records cannot certify even that nobody leaves.
+        RecordError: the records cannot certify even the setting in which no request leaves early.
     """
     tune = predictions.tune.candidates
     if options.thresholds == "paper":

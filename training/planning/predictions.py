@@ -77,7 +77,8 @@ class HeadPredictions:
     def load(cls, path: Path) -> HeadPredictions:
         """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
-            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            # The file is not a mapping, so `file.keys()` is needed.
+            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         costs = Costs(about["measure"], int(about["batch_size"]), tensors["stages"].numpy(), tensors["exits"].numpy())
 
         def read(part: Part) -> PartPredictions:
@@ -117,7 +118,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
 
     def predictions_for(rows: Tensor, logits: Tensor) -> PartPredictions:
         teacher, full = training_set.backbone_class[rows], training_set.full_class[rows]
-        # These are the formulas that will serve.
+        # These formulas are also used in service.
         confidence = torch.stack([fitted.confidence(logits[:, index]) for index, fitted in enumerate(policies)], dim=1)
         error_chance = torch.stack([fitted.error_chance(logits[:, index]) for index, fitted in enumerate(policies)],
                                    dim=1)
@@ -125,7 +126,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         losses = risk.losses(torch.cat([answers, full[:, None]], dim=1), teacher, training_set.log_probabilities[rows],
                              known[rows])
         agrees, of_heads = answers == teacher[:, None], losses[:, :-1]
-        # It is unknown what a head would answer for activations that were too large to record: it counts as the worst.
+        # A head's answer to activations that were too large to record is unknown: it counts as the worst answer.
         unknown = ~training_set.finite[rows][:, None]
         candidates = Candidates(confidence.masked_fill(unknown, 1.0), error_chance.masked_fill(unknown, 1.0),
                                 agrees & ~unknown, of_heads.masked_fill(unknown, 1.0), full == teacher, losses[:, -1],

@@ -1,4 +1,4 @@
-"""The present cost of a plan that serves, on a new run's records and timed like the plan that may replace it."""
+"""Computes the present cost of a served plan: on the records of a new run, timed like the plan that may replace it."""
 
 from __future__ import annotations
 

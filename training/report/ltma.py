@@ -18,7 +18,7 @@ from early_exit.training.report.scripted_model import ScriptedModel
 class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that operations allocate inside the block, without views and in-place results.
 
-    Workspaces inside an operation do not count: they are not tensors of the model, and differ between libraries.
+    Workspaces inside an operation are not counted: they are not tensors of the model, and differ between libraries.
     """
 
     def __init__(self) -> None:

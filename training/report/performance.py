@@ -16,7 +16,8 @@ CURVE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
 @dataclass(frozen=True)
 class Categories:
-    """The numbers of answers with a known label by category of Table 1: in B, the backbone is right, in C, the exit."""
+    """The numbers of answers with a known label by category of Table 1. In B, the backbone is right; in C, the exit is.
+    """
 
     both_right: int
     """BC: both are right."""
