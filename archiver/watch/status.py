@@ -38,7 +38,7 @@ class ModelStatus:
     shards: tuple[Path, ...]
     """The shards of this traffic that can be read: a damaged one must not stop the loop."""
     times: Tensor
-    """(N,) float64 Unix times in seconds, ascending, of the records that can prove something."""
+    """(N,) float64 Unix times in seconds, ascending, of the records that can be evidence."""
     monitors: tuple[MonitorState, ...]
     """The states of the monitors of this version and plan, one for each records folder that has one."""
 
@@ -102,7 +102,7 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
 
 def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription, traffic: str,
              log: Callable[[str], None]) -> tuple[list[Path], list[Tensor]]:
-    """Return the shards of the given traffic, and the times of their records that can prove something."""
+    """Return the shards of the given traffic, and the times of their records that can be evidence."""
     try:
         found = find_shards(folders, model, backbone)
     except RecordError:  # there are none yet

@@ -71,10 +71,10 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
 
 
 def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
-    """Return the Unix time after which records are fresh: no plan was certified, or refused, on any later one.
+    """Return the Unix time after which records are fresh: no plan was certified or refused on later records.
 
-    If a clock was ahead while records were made, all later records would look old. In that case, the records are fresh
-    that were made after a watcher noticed this.
+    If a clock was ahead while records were made, all later records would look old. In that case, records are fresh if
+    they were made after a watcher noticed that.
     """
     since = newest_mark(status, audit)
     if since <= now:
@@ -84,11 +84,11 @@ def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
 
 
 def newest_mark(status: ModelStatus, audit: Audit) -> float:
-    """Return the Unix time of the newest record that a plan was certified or refused on, or of the first alarm since.
+    """Return the Unix time of the newest record on which a plan was certified or refused, or of the first later alarm.
 
-    The first alarm counts, because changed traffic makes the fallback levels raise alarms, too, one after the other,
-    and each alarm would put the renewal off. The fresh records may have led to the later alarms, which does no harm:
-    those alarms only show that the served plan is even worse.
+    Later alarms are ignored. Changed traffic makes one fallback level after the other raise an alarm, and each of these
+    alarms would delay the renewal. The fresh records may have led to the later alarms, which does no harm: those alarms
+    only show that the served plan is even worse.
     """
     plan = status.plan
     marks = [0.0]

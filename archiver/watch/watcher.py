@@ -107,7 +107,7 @@ class Watcher:
             self._roll(self._note_roll(pending))
         elif (attempt := self._attempt(status)) is not None:
             self._require_agreement(status)
-            for server in self._watched.servers:  # before minutes of training, not after
+            for server in self._watched.servers:  # checked before the training, which takes minutes
                 require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
 
@@ -131,7 +131,7 @@ class Watcher:
         self._note(ROLLED_BACK, version=begun["version"], version_now=begun["to"])
 
     def _replace(self, version: str, by: str, archive: str) -> None:
-        """Let every server that serves a version serve another one, whatever an interrupted roll has left there."""
+        """Replace a version by another one on every server that serves it, whatever an interrupted roll has left."""
         for server in self._watched.servers:
             versions = server.versions(self._watched.model)
             serves = next((registered.version for registered in versions if registered.is_default), None)
@@ -175,14 +175,14 @@ class Watcher:
             self._note(ACCEPTED, **evidence)
 
     def _pending(self, status: ModelStatus) -> Event | None:
-        """Return a roll that failed or was interrupted before the switch and gets another try; give up any other."""
+        """Return a roll that failed or was interrupted before the switch, if it gets another try; else, give it up."""
         event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED, GIVEN_UP)
         if event is None or event["event"] in (ROLLED, GIVEN_UP):
             return None
         if event["replaces"] != status.version or event["tries"] >= _TRIES:
             self._give_up(event)
             return None
-        for server in self._watched.servers:  # which the earlier try may have left there
+        for server in self._watched.servers:  # the earlier try may have left the version there
             self._retire(server, event["version"])
         return event
 
