@@ -17,8 +17,9 @@ from early_exit.handler.protocol import SECRET_VARIABLE
 POLL_S = 0.2
 """The seconds between two checks of a server's state."""
 LONGEST_BATCH_S = 5.0
-"""The least time, in seconds, that a worker gets for the batch that it took before its queue was seen empty: a server
-does not report such batches, and removing a version ends its workers."""
+"""The least time, in seconds, that a worker gets for its last batch, unless another time is given. A worker may have
+taken a batch before its queue was seen empty: a server does not report such batches, and removing a version ends its
+workers."""
 
 
 def require_known_batch(server: ModelServer, longest_batch_s: float | None) -> None:
@@ -61,7 +62,8 @@ def retire(server: ModelServer, model: str, version: VersionStatus, *, drain_lim
 
 @contextlib.contextmanager
 def kept_in_store(archive: Path) -> Iterator[bool]:
-    """Keep an archive that the server deletes from its model store with the version; yield whether that is possible."""
+    """Keep an archive that the server deletes from its model store together with the version; yield whether it is kept.
+    """
     aside = archive.with_name(f".{archive.name}.{secrets.token_hex(4)}")
     try:
         _link_or_copy(archive, aside)

@@ -25,24 +25,24 @@ gone. Once the old version is removed, the roll looks a last time, and reports s
 registration.
 
 **Assumptions.** Clocks need not agree, but no clock runs faster than another by more than the factor `SETTLE_S` /
-`SWITCH_S`. A switch takes effect before it is answered, and within `SWITCH_S` of the beginning of the look before it:
-the call is cut off then, and if its answer is lost, the version is removed unless it is the default, so that a late
-call finds no version. A look reads the default first and then the versions. Nobody else makes a version the default; if
-somebody does, the last look shows it.
+`SWITCH_S`. A switch takes effect before it is answered, and within `SWITCH_S` of the beginning of the look before it.
+The call is cut off after that time. If its answer is lost, the version is removed unless it is the default, so that a
+late call finds no version. A look reads the default first and then the versions. Nobody else makes a version the
+default; if somebody does, the last look shows it.
 
-**At most one continues.** Let A and B be rolls of which neither found the other's version as the default in look 1 (a
-roll that did so begins after the other's switch, and replaces its version). Suppose that both continue, and that A's
-look 3 reads the versions before B is registered. Then A's switch takes effect at most `SWITCH_S` after B's
-registration. B's look 3 begins `SETTLE_S` or more after that registration, so it finds a default that is neither its
-own nor that of its look 1: B does not continue. The same holds with A and B exchanged. So each is registered when the
-other's look 3 reads the versions. Both see the same tickets and nonces, which put one roll before the other, so the
-other does not continue: a contradiction. Of two first versions, only one is the default. The other finds a default that
-did not exist in its look 1, and gives up.
+**At most one continues.** Let A and B be two rolls, neither of which found the other's version as the default in its
+look 1. (A roll that found it began after the other's switch, and replaces the other's version.) Suppose that both
+continue, and that A's look 3 reads the versions before B is registered. Then A's switch takes effect at most `SWITCH_S`
+after B's registration. B's look 3 begins `SETTLE_S` or more after that registration, so it finds a default that is
+neither its own nor that of its look 1: B does not continue. The same holds with A and B exchanged. So each is
+registered when the other's look 3 reads the versions. Both see the same tickets and nonces, which put one roll before
+the other, so the other does not continue: a contradiction. Of two first versions, only one is the default. The other
+finds a default that did not exist in its look 1, and gives up.
 
 **At least one continues,** if both versions pass their trials and no call is cut off. Of two rolls that see each other,
-the first continues unless the default has changed, which takes a switch by the other. A roll that sees no rival
-continues. A first version waits for the end of its rival: a rival that found no default in its look 1 gives up, and a
-rival that found this version there has a higher ticket, so it continues.
+the first continues unless the default has changed, and only a switch by the other changes the default. A roll that sees
+no rival continues. A first version waits for the end of its rival: a rival that found no default in its look 1 gives
+up, and a rival that found this version there has a higher ticket, so it continues.
 
 **A reported success is true:** the last look finds the roll's own registration as the default. A roll that began after
 this one's switch may replace the version later, as it may at any time.
@@ -60,7 +60,7 @@ from early_exit.handler.errors import ServerError
 SWITCH_S = 4.0
 """How long a roll may take from the beginning of its last look until its version is the default."""
 SETTLE_S = 5.0
-"""How long after its registration a roll looks whether it has rivals; longer than any of them may take to switch."""
+"""How long a roll waits after its registration before it looks for rivals; longer than a rival may take to switch."""
 _LEAST_TO_SWITCH_S = 1.0
 """If less time than this is left, a roll looks again instead of switching."""
 _TAKE_BACK_S = 30.0
@@ -212,7 +212,7 @@ class Candidate:
 
 
 def default_of(versions: Sequence[VersionStatus]) -> tuple[str, Claim | None] | None:
-    """Return the version and claim of the default, which no other registration shares; None if there is no default."""
+    """Return the version and claim of the default, which identify its registration; None if there is no default."""
     return next(((status.version, status.claim) for status in versions if status.is_default), None)
 
 

@@ -1,7 +1,7 @@
 """Brings a new model version into service without losing a request.
 
-The order loses nothing: register beside the old version, wait until the workers are ready, try the new
-version out, make it the default, let the old version finish its requests, and only then remove it.
+The order of the steps loses no request: register the new version beside the old one, wait until its workers are ready,
+try it out, make it the default, let the old version finish its requests, and only then remove the old version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from early_exit.handler.errors import EarlyExitError, ServerError
 from early_exit.handler.sample_request import SampleRequest
 
 _BUSY_FACTOR = 2
-"""A batch may take this many times as long as its requests one after the other, on a machine that is busy."""
+"""On a busy machine, a batch may take this many times as long as its requests take one after the other."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RollReport:
     drained_s: float
     """The seconds from the switch until the old version was removed."""
     longest_batch_s: float
-    """The time for which a batch was assumed to last at most."""
+    """The longest time, in seconds, that a batch was assumed to take."""
     replaced_archive: str | None = None
     """The file name of the removed version's archive in the model store; None if the model was new."""
     replaced_settings: RunSettings | None = None
@@ -55,7 +55,7 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
          settings: RunSettings | None = None, request: SampleRequest | None = None, untried: bool = False,
          ready_limit_s: float = 300.0, drain_limit_s: float = 300.0, longest_batch_s: float | None = None,
          clock: Clock = MACHINE_CLOCK, log: Callable[[str], None] = lambda line: None) -> RollReport:
-    """Replace the served version of a model by the one in an archive, of `ee-archive` or of torch-model-archiver.
+    """Replace the served version of a model by the one in an archive that `ee-archive` or torch-model-archiver made.
 
     Args:
         server: the server to bring the version into.
@@ -67,11 +67,11 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
         request: a request that the new version must answer before it gets any traffic; by default
             the archive's sample request.
         untried: whether the version may serve although no request is known to try it out with.
-        ready_limit_s: how long the new workers may take to start, and rolls at the same time to end.
+        ready_limit_s: how long the new workers may take to start, and how long to wait for other rolls of the model.
         drain_limit_s: how long the old version may take to answer its requests.
-        longest_batch_s: how long the old version's workers may take for one batch; by default `LONGEST_BATCH_S`, or
-            longer if the request that tries out the new version, run to the end, shows so. Without the server's secret,
-            no request can show it, and the time must be given.
+        longest_batch_s: how long the old version's workers may take for one batch; by default `LONGEST_BATCH_S`. The
+            request that tries out the new version is run to the end, and if its time suggests longer batches, that time
+            is used. Without the server's secret, no request can be run to the end, and the time must be given.
         clock: the clock of this roll.
         log: receives a line for each step.
 
@@ -125,7 +125,8 @@ class _Roll:
     log: Callable[[str], None]
 
     def bring_in(self, file_name: str, ready_limit_s: float) -> tuple[float, float]:
-        """Make the new version the default; return the seconds until it was ready, and those of a batch of the old one.
+        """Make the new version the default; return the seconds until it was ready, and the seconds that a batch of the
+        old version may take, or 0 if they are not known.
 
         Raises:
             ServerError: a step failed; the version is removed.
@@ -186,7 +187,7 @@ def _archive_of(old: VersionStatus | None, store: Path) -> RegisteredArchive | N
 
 def _plan(archive: RegisteredArchive, old: VersionStatus | None, old_archive: RegisteredArchive | None,
           settings: RunSettings | None) -> SettingsPlan:
-    if settings is not None:  # those of this archive, when it served before
+    if settings is not None:  # the settings with which this archive served before
         return plan_settings(settings, archive.configured, archive)
     return plan_settings(old.settings if old else None, old_archive.configured if old_archive else None, archive)
 

@@ -1,8 +1,8 @@
-"""Replaces a version's probe, if the server's secret is not known, by the version's answer to the sample request.
+"""Checks a version by its answer to the sample request, if the server's secret, which a probe needs, is not known.
 
 `ee-archive` notes the new archive's answers to its sample request, at every fallback level. A version that gives the
-same answer has very likely been loaded from that archive, and computes the same as the machine that made it, as far as
-one request shows: a probe goes through every stage and exit head, but a sample leaves at one exit.
+same answer has very likely been loaded from that archive, and computes the same as the machine that made it. One answer
+proves less than a probe, which goes through every stage and exit head: a sample leaves at one exit.
 """
 
 from __future__ import annotations

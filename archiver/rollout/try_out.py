@@ -30,7 +30,7 @@ class TryOut:
     """The request that the version must answer; by default a sample of its own, or of the old version."""
 
     def require_request(self) -> None:
-        """Check that the backbone can answer a real request before it serves, or that it serves already.
+        """Check that there is a request to try the backbone out with, or that the same backbone serves already.
 
         Raises:
             ServerError: no request is known.
@@ -77,14 +77,17 @@ class TryOut:
 
     @property
     def _sample(self) -> SampleRequest | None:
-        """The request to try the version out with; a request that our archive answers, the original answers, too."""
+        """The request to try the version out with; for an original, a sample of the archive that `ee-archive` made."""
         known: tuple[ArchiveContents | None, ...] = (self.archive.ours,)
         if self.archive.ours is None and self.old is not None:
             known = (self.old.ours,)
         return self.request or next((sample for ours in known if ours is not None for sample in ours.samples), None)
 
     def _answer_to_the_end(self, server: ModelServer, model: str, clock: Clock, log: Callable[[str], None]) -> float:
-        """Let the version answer a request, and then once more to the end; an archive that is not ours has no exits."""
+        """Let the version answer a request, and then once more to the end; return the seconds of the second answer.
+
+        An archive that is not ours has no exits, so every request runs to the end.
+        """
         sample, version = self._sample, self.archive.version
         if sample is None:
             if self.archive.ours is None:
