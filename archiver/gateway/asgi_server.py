@@ -21,8 +21,9 @@ from early_exit.archiver.gateway.upstream import PREDICTION_S
 _PING_S = 20.0
 _GRACE_S = 10
 HEADERS_S, BODY_S = 10.0, 60.0
-"""The seconds that the headers of a request may take to arrive, counted from the connection or their first byte, and
-those that its body may take after that. A client may also take the second time to read an answer that waits for it."""
+"""`HEADERS_S` is the time that the headers of a request may take to arrive, counted from the connection or from their
+first byte. `BODY_S` is the time that its body may take after that, and the time within which a client must read an
+answer that waits for it."""
 _BESIDE = 64
 """The number of connections without a WebSocket that may be open: of the page, of `/ask`, and those that have sent
 nothing yet."""

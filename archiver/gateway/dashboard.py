@@ -77,7 +77,7 @@ class Live:
             models = await self._upstream.models()
             scrape = await self._upstream.metrics()
             self._trouble = None
-        except Exception as error:  # a look that fails must not be the last
+        except Exception as error:  # one failed look must not end the loop
             self._trouble = _in_a_sentence(error)
             return
         for model in models:
@@ -85,7 +85,7 @@ class Live:
             try:
                 await self._look_at(model, history, scrape.get(model, {}))
                 history.trouble = None
-            except Exception as error:  # and must not hide the other models
+            except Exception as error:  # one failed look must not hide the other models
                 history.trouble = _in_a_sentence(error)
         self._models, self._looked_at = models, time.time()
 

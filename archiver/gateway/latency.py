@@ -15,13 +15,13 @@ FIRST_MS, PER_DECADE, DECADES = 1.0, 10, 5
 
 
 class Latencies:
-    """The milliseconds of the latest answers of the latest versions, apart for early and for full answers."""
+    """The milliseconds of the latest answers of the latest versions, separately for early and for full answers."""
 
     def __init__(self) -> None:
         self._ms: dict[str, dict[bool, deque[float]]] = {}
 
     def add(self, message: Mapping[str, Any]) -> None:
-        """Note a message of the protocol. Only answers without opinions count, because opinions need a full pass."""
+        """Note a message of the protocol. Answers with opinions are ignored, because opinions need a full pass."""
         if message["status"] != 200 or "version" not in message or "opinions" in message:
             return
         version = message["version"]
