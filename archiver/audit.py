@@ -1,6 +1,6 @@
-"""The audit of a model: the decisions of a watcher or an operator and their reasons, one JSON line each, only appended.
+"""The audit of a model: the decisions of a watcher or an operator and their reasons, one JSON line each.
 
-`ee-watch` and `ee-exits` write one audit each, and the gateway's page shows both.
+Lines are only appended. `ee-watch` and `ee-exits` write one audit each, and the gateway's page shows both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def audit_of(folder: Path, model: str) -> Audit:
-    """Return the audit of a model below a folder, which is that of a watcher or that of the switches.
+    """Return the audit of a model below a folder: the folder of the watchers or the folder of the switches.
 
     Raises:
         ServerError: the name of the model leads out of the folder.

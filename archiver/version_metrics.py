@@ -31,7 +31,7 @@ class VersionMetrics:
     """The sum of the seconds that all answered requests took, waiting included."""
 
     def since(self, before: VersionMetrics) -> VersionMetrics:
-        """Return the counts between two scrapes; values that are no counters are the present ones.
+        """Return the counts between two scrapes; values that are not counters are those of the later scrape.
 
         A counter that has fallen belongs to a server that was restarted.
         """

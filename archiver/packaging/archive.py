@@ -139,14 +139,14 @@ def _file_name(layout: ArchiveLayout) -> str:
 
 
 def _zip_and_check(layout: ArchiveLayout, draft: Path, source: Source, aside: Path, log: Callable[[str], None]) -> None:
-    """Zip a folder and compare the archive's answers; whether the user's own model must be loaded is found by trying.
+    """Zip a folder and compare the archive's answers; find out by trying whether the user's own model must be loaded.
 
     Raises:
         ArchiveError: the archive does not answer as its source does, however the model is loaded.
     """
     layout.sample_answers.unlink(missing_ok=True)
     answers = _checked(layout, draft, source, aside, log)
-    if answers:  # ee-roll recognises the archive by them if it may not probe
+    if answers:  # ee-roll recognises the archive by these answers if it cannot probe
         layout.sample_answers.write_text(json.dumps(answers, indent=1, sort_keys=True))
         zip_folder(layout.root, draft)
 
@@ -183,7 +183,7 @@ def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
 
 
 def _for_want_of_outputs(error: ArchiveError, layout: ArchiveLayout) -> ArchiveError:
-    """Return the error of an archive that answers differently from its source, with the model's further outputs."""
+    """Return the error of an archive that answers differently from its source; it names the model's further outputs."""
     beside = BackboneDescription.load(layout.folder / DESCRIPTION_FILE).output.beside
     if not beside:
         return error

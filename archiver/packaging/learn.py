@@ -49,7 +49,7 @@ def _varied(own: list[SampleRequest]) -> list[SampleRequest]:
 
 
 def _take_over(request: ArchiveRequest, layout: ArchiveLayout, log: Callable[[str], None]) -> None:
-    """Keep the contents of an archive of ours; if new samples are given, the archive answers them."""
+    """Keep the contents of an archive that `ee-archive` made; if new samples are given, let the archive answer them."""
     own = _own_samples(request)
     samples = own + _varied(own) or list(samples_in(layout))
     if samples:

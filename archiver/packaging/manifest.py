@@ -9,7 +9,7 @@ from early_exit.handler.archive_layout import HANDLER
 from early_exit.handler.errors import ArchiveError
 
 _CREATED = "01/01/1980 00:00:00"
-"""The time of creation of every archive: the clock must not change its bytes."""
+"""The time of creation in every archive. The real time would give the same contents other bytes."""
 
 
 def manifest_text(original: dict[str, Any], *, name: str | None, version: str | None, config_file: str | None) -> str:

@@ -37,7 +37,9 @@ def zip_folder(folder: Path, target: Path, without: Path | None = None) -> None:
 
 
 def publish(draft: Path, target: Path) -> None:
-    """Put an archive into a model store. It appears when it is complete, under a name that is free; the draft stays.
+    """Put an archive into a model store, under a name that is free or that the same archive has; the draft stays.
+
+    The archive appears when it is complete. In a store without hard links, it appears when its copy begins.
 
     Raises:
         ArchiveError: another archive has the name. A server may serve it, and would load this one after a restart.

@@ -71,7 +71,7 @@ def quantize(backbone: Backbone, inputs: Live, folder: Path,
              log: Callable[[str], None] = lambda line: None) -> None:
     """Write the 8-bit pieces of a backbone into a folder below an existing one; earlier pieces are replaced.
 
-    The ranges of activations are those that the inputs lead to, piece by piece, in float32.
+    The ranges of the activations are measured on the inputs, piece by piece, in float32.
 
     Args:
         backbone: the backbone to quantize.

@@ -37,7 +37,7 @@ class RegisteredArchive:
     """The name that the model is served under unless another is given."""
     version: str
     configured: RunSettings
-    """The settings in its model-config.yaml, as far as TorchServe accepts them."""
+    """The settings in its model-config.yaml that TorchServe accepts."""
     may_have_more_workers: bool
     """Whether the model may have more workers than its configuration says; early answers need exactly one."""
     ours: ArchiveContents | None

@@ -47,8 +47,8 @@ class ArchiveRequest:
     config: Path | None = None
     """The file that replaces the source's model-config.yaml."""
     engine: str | None = None
-    """The engine to write into model-config.yaml. Only that file names the engine, which archives without a plan have,
-    too."""
+    """The engine to write into model-config.yaml. Only that file names the engine, because archives without a plan have
+    an engine, too."""
     calibrate: Path | None = None
     """The folder with recorded requests, for an engine that is made from them."""
     requests: Sequence[Path] = field(default_factory=tuple)

@@ -76,7 +76,7 @@ class TorchServe:
             threads: the threads of one worker; by default OMP_NUM_THREADS, or `default_threads()`.
             config: a config.properties with further settings. With it, TorchServe also keeps its snapshots, among the
                 logs.
-            log: receives a line for each setting in it that does not count.
+            log: receives a line for each setting in the configuration that is ignored.
 
         Raises:
             ConfigError: the configuration cannot be read.

@@ -25,7 +25,7 @@ _VARIABLES = "enable_envvars_config"
 """The setting with which TorchServe's environment variables override its configuration."""
 _NAMED_OTHERWISE = {"TS_TOKEN_EXPIRATION_TIME_MIN": "token_expiration_min",
                     "TS_OPEN_INFERENCE_PROTOCOL": "ts_open_inference_protocol"}
-"""The settings of the variables whose names after TS_ are not those of their settings."""
+"""The settings of the variables whose names, without TS_, are not the names of their settings."""
 _VARIABLE = re.compile(r"\$\$([^$]+)\$\$")
 """The form of an environment variable in a value."""
 _SHOWN = 100
@@ -76,7 +76,7 @@ def merged(settings: Mapping[str, str], decided: Mapping[str, Decided], source: 
         settings: the user's settings.
         decided: the settings that the user cannot decide.
         source: the user's file.
-        log: receives a line for each setting of the user that does not count.
+        log: receives a line for each setting of the user that is ignored.
     """
     for name, decision in decided.items():
         if name in settings and settings[name] != decision.value:
@@ -94,7 +94,7 @@ def vm_arguments(settings: Mapping[str, str], ours: Mapping[str, str], source: P
         settings: the user's settings.
         ours: our own system properties, by name.
         source: the user's file.
-        log: receives a line for each argument of the user that does not count.
+        log: receives a line for each argument of the user that is ignored.
     """
     arguments = []
     for argument in settings.get(VM_ARGUMENTS, "").split():

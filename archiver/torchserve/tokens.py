@@ -45,7 +45,8 @@ def read_secret(secret_file: Path | None) -> str | None:
 
     Raises:
         ServerError: the file cannot be read, holds something that a header cannot carry, is a link, or is somebody
-            else's. Such a file could make us send the secret or the keys of another server to one that was taken over.
+            else's. A link, or somebody else's file, could make us send the secret or the keys of one server to another
+            server, which an attacker controls.
     """
     if secret_file is None:
         return None

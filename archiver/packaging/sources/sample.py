@@ -56,7 +56,7 @@ def sample_images(shape: Sequence[int] | None = None) -> list[SampleRequest]:
 
 
 def varied(sample: SampleRequest) -> list[SampleRequest]:
-    """Return a request of the same kind with other content, in a list, which is empty if none can be made.
+    """Return a list with a request of the same kind and other content; empty if no such request can be made.
 
     If a request has several parts, the largest one that can be varied is varied. The others, which may be options, stay
     as they are.

@@ -211,7 +211,7 @@ def require_same(before: ModelState, calls: Sequence[ModelCall]) -> None:
         calls: the calls of the model.
 
     Raises:
-        ArchiveError: requests have changed the model, if only during a call; the message names the parts.
+        ArchiveError: requests have changed the model, even if only during a call; the message names the parts.
     """
     changed = sorted({name for call in calls for name in call.changed} | set(before.changes()))
     if changed:

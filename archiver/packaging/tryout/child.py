@@ -22,7 +22,7 @@ from early_exit.training.environment import MORE_VARIABLES, minimal_environment
 LIMIT_S = 600.0
 """How long a model may take to be loaded, exported and tried out."""
 _SHOWN = 2000
-"""The number of characters of a program's output with which a message ends."""
+"""The number of characters from the end of a program's output that a message shows."""
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _running: list[Launcher] = []
 """The launcher of this process, while there is one."""

@@ -15,7 +15,7 @@ import numpy as np
 from early_exit.archiver.packaging.tryout.answers import Answer, AnsweredBatch
 
 TOLERANCE = 1e-4
-"""The largest difference of two equal numbers, relative to the largest number in their list."""
+"""The largest difference of two numbers that count as equal, relative to the largest number in their list."""
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _NUMPY = b"\x93NUMPY"
 _LARGEST = 1e9
@@ -36,7 +36,8 @@ def differences(expected: Answer, found: Answer, ignored: Sequence[str] = ()) ->
 def unstable(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[tuple[str, ...], ...]:
     """Return for each answer the paths at which it differs from the second answer to the same request.
 
-    Single numbers are compared exactly, because a clock advances by less than the rounding of so large a number.
+    Numbers outside of lists are compared exactly. The rounding that `differences` allows would hide a clock, which is a
+    large number that advances by little.
     """
     comparison = _Comparison(frozenset(), is_exact=True)
     return tuple(tuple(dict.fromkeys(path for path, _ in comparison.of_answers(*pair))) for pair in zip(first, second))
@@ -82,7 +83,7 @@ class _Comparison:
     """How answers are compared."""
 
     ignored: frozenset[str]
-    """The paths of values that are not compared and do not count as the largest number of their object."""
+    """The paths of values that are not compared, and are ignored when the largest number of their object is found."""
     is_exact: bool = False
     """Whether numbers outside of lists must be the same to the last digit."""
 

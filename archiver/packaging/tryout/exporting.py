@@ -25,12 +25,12 @@ _Inputs = Sequence[tuple[str, tuple[int, ...], str]]
 
 
 def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]) -> tuple[Backbone, bool]:
-    """Return a model as a backbone, and whether its calls fit it.
+    """Return a model as a backbone, and whether the calls of the model fit the backbone.
 
     Args:
         job: as `adopt` in `trials.py` makes it.
         model: the model to export.
-        calls: the calls of the model by sample requests.
+        calls: the calls of the model that sample requests led to.
 
     Raises:
         EarlyExitError: the model cannot be exported, or the user's own samples do not fit the shape or the inputs that

@@ -35,7 +35,7 @@ def recorded_calls(reached: Sequence[nn.Module]) -> Iterator[list[ModelCall]]:
     """Collect the calls of modules that are not made by other modules, in the order in which they end.
 
     Args:
-        reached: modules whose `forward` may be called by its name, past `__call__`.
+        reached: modules whose `forward` may be called directly, without `__call__`.
     """
     calls: list[ModelCall] = []
     inside = threading.local()

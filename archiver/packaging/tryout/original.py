@@ -132,7 +132,7 @@ def adopt(job: dict[str, Any]) -> list[str]:
 
 def _exported(job: dict[str, Any], model: CalledModel, alone: Sequence[Sequence[ModelCall]],
               together: Sequence[Sequence[ModelCall]]) -> bool:
-    """Export a model; return whether its calls, by single samples and by two together, fit it.
+    """Export a model; return whether its calls, for single samples and for two together, fit the exported backbone.
 
     This runs in a separate process, because an export changes the model, which the handler still needs for answers, and
     because threads of the handler could call the model during the export.
@@ -189,7 +189,7 @@ def _answers(original: Original, samples: list[SampleRequest]) -> list[AnsweredB
             continue  # the handler has no explanations
         second = original.archive.answer(chosen, headers)
         differing = unstable(first, second)
-        if original.envelope == "kservev2":  # it names the version, which will be another one
+        if original.envelope == "kservev2":  # its answers name the version, and the new archive has another one
             differing = tuple((*paths, "$.model_version") for paths in differing)
         answered.append(AnsweredBatch(batch, tuple(first), differing))
     return answered

@@ -78,7 +78,7 @@ def check(mar: Path, expected: Path | None = None) -> dict[str, Any]:
 
 
 def answer_in_full(mar: Path, samples: Sequence[SampleRequest], out: Path) -> None:
-    """Write the answers of an archive of ours to some requests, with exits off.
+    """Write the answers of an archive that `ee-archive` made to some requests, with exits off.
 
     Raises:
         ArchiveError: the archive does not load or does not answer.
@@ -91,5 +91,5 @@ def _run(mar: Path, job: dict[str, Any], what: str) -> Any:
         folder = Path(scratch) / "model"
         folder.mkdir()
         unpack(mar, folder)
-        read_manifest(ArchiveLayout(folder).manifest)  # checks the names, which are followed there
+        read_manifest(ArchiveLayout(folder).manifest)  # checks the file names, because the program opens these files
         return run_child(_REPACKAGED, {**job, "folder": str(folder)}, what)
