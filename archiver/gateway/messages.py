@@ -15,8 +15,8 @@ For every item, one message is sent as soon as its answer is ready, in any order
 
 `answer` is the JSON or the text that the model's handler returned; for other bytes, there is `answer_base64` instead.
 With "anytime" there are also `opinions`, the answers of all exits. An item that cannot be answered has a status of 4xx
-or 5xx and an `error`; the other items are not affected. A client that was cut off sends again the items for which it
-has no answer: the gateway keeps nothing.
+or 5xx and an `error`; the other items are not affected. A client that was cut off must send the items without an answer
+again, because the gateway keeps nothing.
 """
 
 from __future__ import annotations

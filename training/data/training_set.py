@@ -40,7 +40,7 @@ class TrainingSet:
     full_class: Tensor
     """(N,) int64: the class that the engine predicts in service without exits."""
     split: Split
-    """The parts of the records, and the blocks in which they are evidence."""
+    """The parts of the records, and the blocks that each count as one piece of evidence."""
     request: Tensor
     """(N,) int64: hash of each record's request id."""
     row: Tensor

@@ -1,4 +1,4 @@
-"""One trial of an NNI experiment, on whatever machine its training service runs it.
+"""One trial of an NNI experiment, on the machine that the experiment's training service chooses.
 
     python -m early_exit.training.heads.nni_trial RUN LAYER FIRST
 """

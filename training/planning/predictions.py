@@ -58,7 +58,7 @@ class HeadPredictions:
     tune: PartPredictions
     certify: PartPredictions
     evidence: Evidence
-    """The blocks and contents by which the records of *certify* are evidence."""
+    """The evidence that the records of *certify* give: their blocks and contents."""
 
     def save(self, path: Path) -> None:
         costs = self.tune.candidates.costs

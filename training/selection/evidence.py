@@ -26,7 +26,7 @@ ONE_RECORD = (1.0, 1.0)
 
 @dataclass(frozen=True)
 class Evidence:
-    """The blocks and contents of N records, by which they count as evidence."""
+    """The blocks and contents of N records. They determine how much evidence the records are."""
 
     block: Tensor
     """(N,) int64: number of the block that each record is in."""

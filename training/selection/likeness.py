@@ -8,8 +8,8 @@ several lags in a row, these lags and all larger ones are noise.
 
 Records may also be alike at a distance in time, as the frames of several cameras are. Pairs of records that are nearly
 equal are therefore counted at all lags up to a tenth of the records. If such pairs are more frequent at some lags than
-among records far apart, and are not in the same block, then blocks are periods. A period lasts up to the largest of
-these lags.
+among records far apart, blocks are periods, unless blocks that begin at changes hold these pairs together and give at
+least as much evidence. A period is as long as the largest of these lags.
 """
 
 from __future__ import annotations

@@ -90,9 +90,9 @@ def equal_point(tune: Candidates, tolerance: float) -> OperatingPoint:
 def certified_path(tune: Candidates, tolerance: float, delta: float, n_certify: int) -> list[OperatingPoint]:
     """Return the settings to certify, from "never exit" to aggressive.
 
-    The settings share one subset of exits. They differ in the rate, the chance of an error that is accepted for each
-    unit of time saved. At some rate, the subset costs least on *tune* among the subsets that lose no more there than
-    the certify part can accept.
+    The settings share one subset of exits. They differ in the rate: the chance of an error that is accepted for each
+    unit of cost that is saved. The subset is the one that costs least on *tune*, over several rates, among the subsets
+    that lose no more there than the certify part can accept.
 
     Args:
         tune: records of the tune part.
