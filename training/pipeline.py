@@ -111,7 +111,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
             shards = _alike(of_engine(shards, options.engine), log)
         tell_keys(shards, log)
         traffic = load_traffic(shards, options.fresh_after, options.split)
-        for reason, count in traffic.passed_over.items():
+        for reason, count in traffic.skipped.items():
             log(f"{count} requests are skipped: {reason}")
         if traffic.split.is_trend:
             log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "

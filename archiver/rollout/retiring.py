@@ -99,7 +99,10 @@ def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, 
         if status is None:
             raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
         now = clock.now()
-        empty_since = (empty_since or now) if status.pending_requests == 0 else None
+        if status.pending_requests:
+            empty_since = None
+        elif empty_since is None:
+            empty_since = now
         if empty_since is not None and now - empty_since >= settle_s:
             return
         clock.sleep(POLL_S)

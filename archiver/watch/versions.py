@@ -9,7 +9,8 @@ from pathlib import Path
 
 def stored_versions(store: Path, model: str) -> dict[float, Path]:
     """Return the archives of a model in a store by version, if the version is a number."""
-    versions = {mar.stem.removeprefix(f"{model}-"): mar for mar in store.glob("*.mar")}
+    prefix = f"{model}-"
+    versions = {mar.stem.removeprefix(prefix): mar for mar in store.glob("*.mar") if mar.stem.startswith(prefix)}
     return {float(version): mar for version, mar in versions.items() if _is_number(version)}
 
 

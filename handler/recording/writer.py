@@ -152,8 +152,8 @@ class RecordWriter:
                 continue
             name = shard_name(self._header.version, os.getpid(), self._began_ns, self._n_shards)
             try:
-                passed_over = self._not_finite
-                header = replace(self._header, content_key=self.contents.name, n_not_finite=passed_over)
+                n_skipped = self._not_finite
+                header = replace(self._header, content_key=self.contents.name, n_not_finite=n_skipped)
                 write_shard(header.folder(self._root) / name, header, records)
             except Exception as error:  # no error may stop this thread
                 if isinstance(error, OSError) and error.errno in _FULL:
@@ -164,7 +164,7 @@ class RecordWriter:
                 self._done(len(records), written=False)
             else:
                 self._n_shards += 1
-                self._not_finite -= passed_over
+                self._not_finite -= n_skipped
                 self._done(len(records), written=True)
                 self._tell_if_mended()
             self._sealed.popleft()

@@ -43,7 +43,7 @@ class RecordedTraffic(RecordColumns):
     """(N,) int64, ascending: positions, in the concatenated shards, of the records in use."""
     split: Split
     """The parts of the records."""
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     """The number of requests of these shards that are not among the records, by reason."""
 
     @property
@@ -150,11 +150,11 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
-                              split=Split.of_nothing(len(rows)), passed_over={}, **columns)
+                              split=Split.of_nothing(len(rows)), skipped={}, **columns)
     traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule))
-    passed_over = {NOT_FINITE: int((~finite).sum()) + sum(header.n_not_finite for header in headers),
+    skipped = {NOT_FINITE: int((~finite).sum()) + sum(header.n_not_finite for header in headers),
                    MAY_REPEAT: int((~traffic.is_evidence & (traffic.part == GAP)).sum())}
-    traffic = replace(traffic, passed_over={reason: count for reason, count in passed_over.items() if count})
+    traffic = replace(traffic, skipped={reason: count for reason, count in skipped.items() if count})
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
 

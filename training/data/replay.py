@@ -185,7 +185,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     backbone_class = torch.cat([traffic.backbone_class, classes[rows[len(traffic):]]])
     finish(paths, layers, replay.pool, backbone.description.n_classes, {
         **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,
-        "full_class": full[as_recorded]}, traffic.split, {**progress.skipped, **traffic.passed_over})
+        "full_class": full[as_recorded]}, traffic.split, {**progress.skipped, **traffic.skipped})
     return TrainingSet.load(paths)
 
 

@@ -93,7 +93,7 @@ def prepare(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[
             for start, values in traffic.activation(layer.path):
                 out.write(start, values)
             out.flush()
-        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.split, traffic.passed_over)
+        finish(paths, layers, recorded, n_classes, columns_of(traffic), traffic.split, traffic.skipped)
     return TrainingSet.load(paths)
 
 
