@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
           ee-exits cifar off
         let exits answer again:
           ee-exits cifar on
-        let exits answer at fallback level 1 of the plan, or at a safer level that the monitor has chosen:
+        let exits answer at fallback level 1 of the plan, or at a higher one that the monitor has chosen:
           ee-exits cifar level 1""")
     parser.add_argument("model", metavar="NAME", help="the name under which the model is served")
     parser.add_argument("action", choices=["off", "on", LEVEL, STATUS],
