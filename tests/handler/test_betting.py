@@ -40,7 +40,7 @@ def test_the_bypass_bets_as_it_always_did(pairs: list[tuple[float, float]]) -> N
             x = max(-1.0, min(1.0, (this_s - other_s) / (2 * sum(others) / len(others))))
             capital = [has * (1 + bet * x) for has, bet in zip(capital, (0.1, 0.2, 0.4, 0.8))]
         others.append(other_s)
-        assert list(comparison.capital) == capital
+        assert list(comparison.capital) == pytest.approx(capital)  # sum() rounds differently from Python 3.12 on
         assert comparison.rejected == (sum(capital) / 4 >= 100)
     assert BYPASS_BETS == (0.1, 0.2, 0.4, 0.8)
 
