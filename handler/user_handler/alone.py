@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from early_exit.handler.call import Call
 from early_exit.handler.inference.forward import Live
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.user_handler.context import HandlerContext, NoMetrics
 from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.kept_state import state_kept
 from early_exit.handler.user_handler.rows import Rows
 
 _LOCK = type(threading.Lock())
@@ -32,8 +31,8 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
     """Return the inputs of a handler's first call of its model for one request, or None if it does not call the model.
 
     The model does not compute, unless the handler catches all exceptions and calls the model again, calls it in a
-    thread of its own, or holds a lock. The handler's attributes, and the lists and dictionaries among them, stay
-    unchanged. Log lines of the handler and its metrics of TorchServe are dropped.
+    thread of its own, or holds a lock. What the handler keeps in its attributes, its class and
+    its module stays unchanged (see `state_kept`). Log lines of the handler and its metrics of TorchServe are dropped.
 
     Args:
         call: the request; the handler may change its inputs.
@@ -53,7 +52,7 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
                 raise ModelReached(inputs, {})
 
     model.log.begin()
-    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop), _containers_kept(handler):
+    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop), state_kept(handler):
         its_context = _copy_for(call, context)
         copy.copy(handler).handle([*call.items], its_context)
     model.log.take()
@@ -68,29 +67,6 @@ def copied(inputs: Live) -> Rows:
 
 def _holds_a_lock(handler: UserHandler) -> bool:
     return any(value.locked() for value in vars(handler).values() if isinstance(value, _LOCK))
-
-
-@contextmanager
-def _containers_kept(handler: UserHandler) -> Iterator[None]:
-    """Restore the contents of the lists, dictionaries, sets and queues among a handler's attributes after the block.
-
-    A copy of the handler shares these objects. It must do so, because a thread of the handler may wait for items in
-    them.
-    """
-    before = [(value, copy.copy(value)) for value in vars(handler).values()
-              if isinstance(value, (dict, list, set, deque))]
-    try:
-        yield
-    finally:
-        for value, held in before:
-            if _identities(value) != _identities(held):
-                value.clear()
-                (value.update if isinstance(value, (dict, set)) else value.extend)(held)
-
-
-def _identities(container: Any) -> list[Any]:
-    return [(key, id(inner)) for key, inner in container.items()] if isinstance(container, dict) else [
-        id(inner) for inner in container]
 
 
 def _copy_for(call: Call, context: HandlerContext) -> HandlerContext:

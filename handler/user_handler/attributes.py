@@ -85,13 +85,15 @@ def _helpers(module: ModuleType, handler: UserHandler) -> list[object]:
         for value in list(vars(waiting.pop()).values()):
             inside = value.values() if isinstance(value, dict) else value
             for one in list(inside) if isinstance(value, (dict, list, tuple)) else [value]:
-                if id(one) not in found and _is_helper(one, module):
+                if id(one) not in found and is_helper(one, module):
                     found[id(one)] = one
                     waiting.append(one)
     return [*found.values()][1:]
 
 
-def _is_helper(value: object, module: ModuleType) -> bool:
+def is_helper(value: object, module: ModuleType) -> bool:
+    """Tell whether a value has attributes that a handler may set: an object of a class that comes with the handler's
+    module, or of TorchServe's handlers."""
     # A thread may use its own attributes at any time, even while a call waits.
     if isinstance(value, (type, nn.Module, threading.Thread, HandlerContext)) or not isinstance(
             getattr(value, "__dict__", None), Mapping):
