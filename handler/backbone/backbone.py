@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -25,6 +24,7 @@ from early_exit.handler.backbone.detector_tails import save_tail, tail_parameter
 from early_exit.handler.backbone.export import backbone_graph, export_backbone, prepare_program, scores_dtype
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
+from early_exit.handler.backbone.probe import probe_for, require_independent_rows
 from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec
@@ -184,7 +184,7 @@ class Backbone:
             InputSpec(name, tuple(int(size) for size in node.meta["val"].shape[1:]),
                       str(node.meta["val"].dtype).removeprefix("torch."), limits.get(node.name))
             for node, name in zip(nodes, names or [node.name for node in nodes]))
-        probe = _probe(graph, inputs)
+        probe = probe_for(graph, inputs)
         try:
             candidates, left_out, flops = discover_layers(graph, probe)
         except RuntimeError as error:  # for example, the model needs a token that not every text contains
@@ -201,6 +201,8 @@ class Backbone:
         if scores.dim() != 2 or len(scores) != 1:
             raise GraphError(f"expected (1, classes) scores for a batch of one, found {tuple(scores.shape)}: the model "
                              "treats a batch of one differently, and answers must not depend on the batch")
+        if detector is None:  # for a detector, two images of noise may differ in what rounding decides
+            require_independent_rows(graph, probe)
         if scores.shape[1] < 2:
             raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
                              "to answer with; a binary classifier must return two scores")
@@ -255,21 +257,6 @@ class Backbone:
         if torch.device(device).type != "cpu":
             program = move_to_device_pass(program, torch.device(device))
         return cls(program, backbone_graph(program), description, _load_probe(folder, description), folder)
-
-
-def _probe(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
-    """Return (1, ...) inputs for which a backbone's scores are numbers, if there are such inputs.
-
-    Positive inputs are tried second: a model with a square root, for example, needs them.
-    """
-    probes = [tuple(spec.probe(positive=positive) for spec in inputs) for positive in (False, True)]
-    with torch.no_grad():
-        for probe in probes:
-            with contextlib.suppress(RuntimeError):  # `from_program` reports this error when it counts the FLOPs
-                scores = graph(*probe)
-                if bool(scores.isfinite().any()) and not bool(scores.isnan().any()):
-                    return probe
-    return probes[0]
 
 
 def _load_probe(folder: Path, description: BackboneDescription) -> tuple[Tensor, ...]:
