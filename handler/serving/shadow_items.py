@@ -99,9 +99,13 @@ def _one_of_each(served: Served, items: Sequence[Sequence[_Item]], random: Rando
     for item, rows in shadow.items():
         number, place = random.choice(rows)
         part = drawn[number]
-        part.places.append(place)
-        part.items = [*(part.items or ()), item]
-        part.sampling_rate.append(1 - (1 - part.batch.sampling_rate) ** n_rows[item])
+        rate = part.batch.sampling_rate
+        # One of an item's n rows is drawn with the probability 1 - (1 - rate)^n. Items with many rows would be recorded
+        # more often than others, and the certificate would be about them instead of about all items.
+        if random.random() * (1 - (1 - rate) ** n_rows[item]) < rate:
+            part.places.append(place)
+            part.items = [*(part.items or ()), item]
+            part.sampling_rate.append(rate)
     return drawn
 
 

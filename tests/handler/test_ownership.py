@@ -110,6 +110,20 @@ def test_who_asks_for_every_exit_hears_of_its_own_rows(kind: type[AtOnce], model
     assert all([one["exit"] for one in json.loads(heard[number] or "")] == [*exits, "full"] for number in (1, 3, 5))
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_request_of_many_rows_is_recorded_as_often_as_others(
+        kind: type[AtOnce], model: EarlyExitModel, tmp_path: Path) -> None:
+    model.shadow.rate = 0.2
+    worker = worker_of(model, kind(model), ServingConfig(records=str(tmp_path)),
+                       description=HandlerDescription(rows_per_request=kind.rows_per_request))
+    calls = calls_of(requests(480))
+    for first in range(0, 480, 8):
+        replied(worker, calls[first:first + 8])
+    worker.close()
+    n_recorded = sum(len(records.request) for records in recorded(tmp_path))
+    assert abs(n_recorded - 0.2 * 480) < 4.5 * (480 * 0.2 * 0.8) ** 0.5, "6 in a million draws differ more"
+
+
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("kind", KNOWN)
 def test_a_request_is_recorded_once_with_what_belongs_to_it(
@@ -128,7 +142,7 @@ def test_a_request_is_recorded_once_with_what_belongs_to_it(
     assert [KeptRequest.from_bytes(kept).item for kept in records.kept or ()] == [
         {"rows": asked[number], "body": f"body-{number}".encode()} for number in numbers]
     k = kind.rows_per_request or 1
-    assert records.sampling_rate.tolist() == pytest.approx([1 - (1 - rate) ** k] * len(numbers))
+    assert records.sampling_rate.tolist() == pytest.approx([rate] * len(numbers))
     seen = set()
     for number, log_probabilities in zip(numbers, records.log_probabilities):
         rows = views({"rows": asked[number]})[:k]
