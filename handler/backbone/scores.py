@@ -25,10 +25,13 @@ class ScoreKind(str, Enum):
     PROBABILITIES = "probabilities"
 
     def log_probabilities(self, scores: Tensor) -> Tensor:
-        """Return (B, K) log-probabilities for scores of this kind."""
+        """Return (B, K) log-probabilities for scores of this kind.
+
+        They are at least log(`_SMALLEST`), so that they are finite in float16, too. NaN stays NaN.
+        """
         if self is ScoreKind.PROBABILITIES:
             return scores.clamp_min(_SMALLEST).log()
-        return scores.log_softmax(dim=1)  # log-probabilities are logits too
+        return scores.log_softmax(dim=1).clamp_min(math.log(_SMALLEST))  # log-probabilities are logits too
 
     def from_logits(self, logits: Tensor) -> Tensor:
         """Return (B, K) scores of this kind for logits."""

@@ -91,6 +91,14 @@ def test_what_only_float16_cannot_hold_is_recorded_as_infinite(tmp_path: Path) -
 MONITORED = Monitored(Risk.CONFIDENCE_GAP, 0.02, 0.05)
 
 
+@pytest.mark.parametrize("kind", list(ScoreKind))
+def test_log_probabilities_are_finite_in_float16_also_for_masked_classes(kind: ScoreKind) -> None:
+    logits = torch.tensor([[1.0, -1e9, 2.0], [0.0, -math.inf, 0.0], [math.nan, 0.0, 0.0]])
+    found = kind.log_probabilities(kind.from_logits(logits)).half()
+    assert found[:2].isfinite().all() and found[2].isnan().any()
+    torch.testing.assert_close(found[:2, [0, 2]].float(), logits[:2, [0, 2]].log_softmax(1), atol=1e-3, rtol=1e-3)
+
+
 def test_a_loss_that_is_no_number_counts_as_one_and_the_monitor_goes_on() -> None:
     good, none = torch.tensor([[5.0, 0.0]]), torch.tensor([[math.nan, math.nan]])
     losses = MONITORED.losses(torch.cat([good, none, good]), torch.cat([good, none, none]), ScoreKind.LOGITS)
