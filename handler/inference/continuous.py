@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from early_exit.handler.inference.at_once import AtOnceExecutor
@@ -46,8 +47,10 @@ class ContinuousExecutor:
         if coroutine is None or not len(shadow):
             with self._computing:
                 return self._at_once.run(inputs, level, shadow, anytime)
-        # A stage may write into its input, which torch forbids if the input was created in inference mode.
-        own = tuple(x.clone() if x.is_inference() else x for x in inputs)
+        # While the call waits, the handler may fill the same tensors with the next request. A stage may write into its
+        # input, which torch forbids if the input was created in inference mode.
+        with torch.inference_mode(False):
+            own = tuple(x.clone() for x in inputs)
         with self.waiting():
             call: InFlightCall = coroutine.ask((own, shadow, anytime, level))
         return Execution(call.answers(), call.activations(), call.level)

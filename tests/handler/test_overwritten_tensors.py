@@ -1,0 +1,79 @@
+"""A handler or a stage may write into the tensors that it is given, which changes no other request and no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.model.loading import build_model
+from tests.handler.test_early_answers import Frontend
+from tests.support.row_handlers import AtOnce, backbone_of_rows, requests
+
+
+class FillingABuffer(AtOnce):
+    """A handler that fills the same tensor with the rows of each request."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.buffer = torch.zeros(8, 8)
+
+    @torch.no_grad()
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        for number, item in enumerate(data):
+            self.buffer[number] = torch.tensor(item["body"])
+        scores: Tensor = self.model(self.buffer[:len(data)])
+        return scores.tolist()
+
+
+class InInferenceMode(FillingABuffer):
+    @torch.inference_mode()
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        return super().handle(data, context)
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        return self.last(torch.relu(self.first(x)))
+
+
+def in_flight_at_once(backbone: Backbone, handler: type[AtOnce], bodies: list[list[float]]) -> list[Any]:
+    """Return the status and the body of the answer to each request, with early answers and all requests in flight."""
+    model = build_model(backbone, answers="early")
+    frontend = Frontend(model, handler(model))
+    frontend.waiting = {f"{number}": body for number, body in enumerate(bodies)}
+    frontend.finish()
+    return [frontend.answers[f"{number}"][:2] for number in range(len(bodies))]
+
+
+@pytest.mark.parametrize("handler", [FillingABuffer, InInferenceMode])
+def test_each_request_is_answered_from_its_own_numbers_though_the_handler_fills_one_buffer(
+        handler: type[AtOnce]) -> None:
+    backbone, bodies = backbone_of_rows(), requests(4)
+    found = in_flight_at_once(backbone, handler, bodies)
+    for body, (status, scores) in zip(bodies, found):
+        assert status == 200
+        torch.testing.assert_close(torch.tensor(scores), backbone.graph(torch.tensor([body]))[0])
+
+
+def test_a_stage_may_write_into_inputs_that_were_made_in_inference_mode() -> None:
+    class Making(AtOnce):
+        @torch.inference_mode()
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            scores: Tensor = self.model(torch.tensor([item["body"] for item in data]))
+            return scores.tolist()
+
+    torch.manual_seed(0)
+    original = WritesIntoItsInput().eval()
+    backbone, [body] = Backbone.from_module(original, (8,)), requests(1)
+    [(status, scores)] = in_flight_at_once(backbone, Making, [body])
+    assert status == 200
+    torch.testing.assert_close(torch.tensor(scores), original(torch.tensor([body]))[0])
