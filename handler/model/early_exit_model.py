@@ -111,9 +111,10 @@ class EarlyExitModel(nn.Module):
                            position)
 
     def _as_the_users(self, answers: Answers) -> Any:
-        """Return answers in the form of the user's model's output."""
+        """Return answers in the form of the user's model's output, in tensors of their own."""
         description = self.assembly.description
         if description.detector is not None:
             return images_of(description.detector, answers.outputs, answers.stages.tolist(),
                              next(iter(answers.beside), None))
-        return description.output.output(answers.outputs)
+        # A copy, because a handler may change scores in place, and headers, records and monitor read them afterwards.
+        return description.output.output(answers.outputs.clone())

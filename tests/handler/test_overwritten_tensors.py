@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.protocol import FULL, OPINIONS_HEADER
 from tests.handler.test_early_answers import Frontend
-from tests.support.row_handlers import AtOnce, backbone_of_rows, requests
+from tests.support.host import worker_of
+from tests.support.row_handlers import AtOnce, backbone_of_rows, calls_of, requests
 
 
 class FillingABuffer(AtOnce):
@@ -77,3 +80,41 @@ def test_a_stage_may_write_into_inputs_that_were_made_in_inference_mode() -> Non
     [(status, scores)] = in_flight_at_once(backbone, Making, [body])
     assert status == 200
     torch.testing.assert_close(torch.tensor(scores), original(torch.tensor([body]))[0])
+
+
+class ChangingScores(AtOnce):
+    """A handler that scales the scores in place and rules out a class, as the original model's scores allow."""
+
+    @torch.no_grad()
+    def classes(self, rows: Tensor) -> Tensor:
+        scores: Tensor = self.model(rows)
+        scores.div_(0.01)
+        scores[:, 2] = -torch.inf
+        return scores.argmax(dim=1)
+
+
+@pytest.mark.parametrize("answers", ["plain", "early"])
+def test_what_a_handler_does_to_the_scores_changes_no_header(answers: Literal["plain", "early"]) -> None:
+    backbone, calls = backbone_of_rows(), calls_of(requests(1))
+
+    def headers(handler: type[AtOnce]) -> dict[str, str]:
+        model = build_model(backbone, answers=answers, anytime=True)
+        worker = worker_of(model, handler(model), ServingConfig(answers=answers))
+        while True:
+            [reply] = worker.step(calls)
+            if reply is not None:
+                return reply.headers
+
+    found = headers(ChangingScores)
+    assert found == headers(AtOnce) and OPINIONS_HEADER in found
+
+
+def test_records_and_monitor_read_the_models_own_scores_though_the_handler_changes_its_own() -> None:
+    model, rows = build_model(backbone_of_rows(), sampling_rate=1.0, anytime=True), torch.tensor(requests(3))
+    given: Tensor = model(rows)
+    expected = given.clone()
+    given.fill_(-1.0)
+    [served] = model.log.take()
+    answers = served.answers
+    for scores in (answers.outputs, answers.reference, answers.exit_scores[FULL]):
+        torch.testing.assert_close(scores, expected)
