@@ -94,6 +94,8 @@ class InFlightCalls:
         self._levels, self._record = levels, record
         self._waiting: list[list[_Chunk]] = [[] for _ in levels[0]]
         self._n_run = 0
+        self._writes: dict[int, bool] = {}
+        """For each stage that has run to its end or has written into its input, whether it has ever done so."""
 
     def enter(self, inputs: Live, shadow: Tensor, anytime: Tensor | None = None, level: int = 0) -> InFlightCall:
         """Add a call.
@@ -124,11 +126,14 @@ class InFlightCalls:
         stage = next_stage(waiting, len(self._waiting))
         chunks, self._waiting[stage] = self._waiting[stage], []
         self._n_run += 1
+        before = [_n_writes(live) for live, _ in chunks]
         try:
             return self._advance(stage, chunks)
-        except Exception:
-            # Each call is run alone: one bad row must not fail the others.
+        except Exception as error:
             calls = dict.fromkeys(call for _, rows in chunks for call, _ in rows)
+            if [_n_writes(live) for live, _ in chunks] != before:  # a second run would give wrong answers
+                return [self._fail(call, error) for call in calls]
+            # Each call is run alone: one bad row must not fail the others.
             return [ended for call in calls for ended in self._advance_alone(stage, chunks, call)]
 
     def _advance_alone(self, stage: int, chunks: list[_Chunk], alone: InFlightCall) -> list[InFlightCall]:
@@ -136,9 +141,28 @@ class InFlightCalls:
         try:
             return self._advance(stage, own)
         except Exception as error:
-            alone.error = error
-            self.drop(alone)
-            return [alone]
+            return [self._fail(alone, error)]
+
+    def _fail(self, call: InFlightCall, error: Exception) -> InFlightCall:
+        call.error = error
+        self.drop(call)
+        return call
+
+    def _forward(self, number: int, parts: Sequence[Live]) -> Live:
+        """Run a stage on the rows of several chunks, whose tensors stay as they are, in case the stage fails.
+
+        A single chunk is copied only if the stage may write into its input. Whether it does is not known before its
+        first run, and on a GPU it may depend on the number of rows.
+        """
+        live = _together(parts, copy=self._writes.get(number, True))
+        before = _n_writes(live)
+        try:
+            result = self._levels[0][number].forward(*live)
+            self._writes.setdefault(number, False)
+            return result
+        finally:
+            if _n_writes(live) != before:
+                self._writes[number] = True
 
     def _advance(self, number: int, chunks: list[_Chunk]) -> list[InFlightCall]:
         started = time.perf_counter()
@@ -146,7 +170,7 @@ class InFlightCalls:
         shadows = [position for position, (call, row) in enumerate(rows) if call.shadow[row]]
         is_last, recorded = number == len(self._waiting) - 1, None
         with torch.no_grad():
-            live = self._levels[0][number].forward(*_together([live for live, _ in chunks]))
+            live = self._forward(number, [live for live, _ in chunks])
             if self._record is not None and shadows and not is_last:
                 recorded = self._record(number, take_rows(live[0], numbers_on(live[0].device, shadows)))
             decisions = [self._decide(level, number, live[0], rows)
@@ -207,8 +231,15 @@ def _own(taken: Tensor, x: Tensor) -> Tensor:
     return x.clone() if taken is x and x.is_cuda else taken
 
 
-def _together(parts: Sequence[Live]) -> Live:
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts))
+def _together(parts: Sequence[Live], *, copy: bool) -> Live:
+    if len(parts) > 1:
+        return tuple(torch.cat(tensors) for tensors in zip(*parts))
+    return tuple(x.clone() for x in parts[0]) if copy else parts[0]
+
+
+def _n_writes(live: Live) -> list[int | None]:
+    """Return how often each tensor has been written to; None for tensors of inference mode, which do not count."""
+    return [None if x.is_inference() else x._version for x in live]
 
 
 def _stacked(by_stage: dict[int, dict[int, Tensor]]) -> dict[int, Tensor]:

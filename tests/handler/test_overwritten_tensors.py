@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.inference.forward import Live, Stage
+from early_exit.handler.inference.in_flight import InFlightCall, InFlightCalls
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.protocol import FULL, OPINIONS_HEADER
 from tests.handler.test_early_answers import Frontend
@@ -118,3 +121,50 @@ def test_records_and_monitor_read_the_models_own_scores_though_the_handler_chang
     answers = served.answers
     for scores in (answers.outputs, answers.reference, answers.exit_scores[FULL]):
         torch.testing.assert_close(scores, expected)
+
+
+def picky_doubling(x: Tensor) -> Live:
+    """Double a tensor in place, then refuse it if it holds a large number."""
+    x.mul_(2.0)
+    if (x > 100).any():
+        raise RuntimeError("too large")
+    return (x,)
+
+
+def run_together(stage: Callable[[Tensor], Live], batches: Sequence[Tensor],
+                 warm_up: Sequence[Tensor] = ()) -> list[InFlightCall]:
+    """Return calls that reach a stage in one tensor; other calls have gone through the same stage before them."""
+    in_flight = InFlightCalls([[Stage(lambda x: (x.clone(),)), Stage(stage)]])
+    for calls in (warm_up, batches):
+        entered = [in_flight.enter((batch,), torch.zeros(len(batch), dtype=torch.bool)) for batch in calls]
+        while any(call.n_travelling and call.error is None for call in entered):
+            in_flight.run_stage()
+    return entered
+
+
+@torch.no_grad()
+def test_a_stage_that_writes_into_its_input_and_then_fails_for_one_row_answers_the_others_as_ever() -> None:
+    good, bad, other = run_together(picky_doubling, [torch.full((1, 2), value) for value in (1.0, 99.0, 3.0)])
+    assert good.answers().outputs.tolist() == [[2.0, 2.0]] and other.answers().outputs.tolist() == [[6.0, 6.0]]
+    with pytest.raises(RuntimeError, match="too large"):
+        bad.answers()
+
+
+@torch.no_grad()
+def test_a_call_that_fails_after_writing_into_its_input_is_not_answered_from_what_it_wrote() -> None:
+    """On a GPU, small batches run in a captured graph, which leaves its input as it is, and large ones do not."""
+    def in_place_for_many(x: Tensor) -> Live:
+        if len(x) == 1:
+            return (x * 2.0,)
+        seen.append(len(x))
+        x.mul_(2.0)
+        if len(seen) == 1:
+            raise RuntimeError("out of memory")
+        return (x,)
+
+    for sizes in ([2], [1, 1]):
+        seen: list[int] = []
+        for call in run_together(in_place_for_many, [torch.ones(size, 2) for size in sizes], [torch.ones(1, 2)]):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                call.answers()
+        assert seen == [2]
