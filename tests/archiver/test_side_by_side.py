@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +15,17 @@ import pytest
 from early_exit.archiver.packaging.tryout.answers import Answer
 from early_exit.archiver.packaging.tryout.checking import require_side_by_side
 from early_exit.archiver.packaging.tryout.child import LoadingError
+from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.errors import ArchiveError
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
+from tests.archiver.test_tryout import HANDLER, PLAIN, archived, samples
 from tests.support.host import worker_of
 from tests.support.plans import random_exits
 from tests.support.row_handlers import AtOnce, backbone_of_rows, calls_of, requests
+
+__all__ = ["samples"]
 
 
 class UnderALock(AtOnce):
@@ -43,21 +51,85 @@ class InALoopOfItsOwn(AtOnce):
         return answered
 
 
-def ask(handler: type[AtOnce]) -> Sequence[Answer]:
-    """Return the answers to two requests that are made at once; each answer holds only its status."""
-    backbone = backbone_of_rows()
-    model = build_model(backbone, *random_exits(backbone), answers="early")
-    worker = worker_of(model, handler(model), ServingConfig(answers="early"))
-    waiting, answers = calls_of(requests(2)), list[Answer]()
-    while waiting:
-        replies = worker.step(waiting)
-        answers += [Answer(reply.status, "", b"") for reply in replies if reply is not None]
-        waiting = [call for call, reply in zip(waiting, replies) if reply is None]
-    return answers
+class KeepingNamesInAList(AtOnce):
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.names: list[str] = []
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.names.clear()
+        self.names.extend(item["body"].decode() for item in data)
+        classes = super().handle(data, context)
+        return [{"of": name, "class": found} for name, found in zip(self.names, classes)]
+
+
+class Counting(AtOnce):
+    """A handler that answers with the number of the request, and with a time that all requests of a moment share."""
+
+    n_handled = 0
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        self.n_handled += 1
+        [found] = super().handle(data, context)
+        return [{"class": found, "number": self.n_handled, "ten": self.n_handled // 4}]
+
+
+class Asked:
+    """A handler with early answers, which two requests can be sent to."""
+
+    def __init__(self, handler: type[AtOnce]) -> None:
+        backbone = backbone_of_rows()
+        model = build_model(backbone, *random_exits(backbone), answers="early")
+        self._worker = worker_of(model, handler(model), ServingConfig(answers="early"))
+        self._calls = calls_of(requests(2))
+
+    def at_once(self) -> list[Answer]:
+        return self._answers(self._calls)
+
+    def alone(self) -> list[Answer]:
+        return [answer for call in self._calls for answer in self._answers([call])]
+
+    def _answers(self, waiting: Sequence[Call]) -> list[Answer]:
+        answers: dict[str, Answer] = {}
+        ids = [call.id for call in waiting]
+        while waiting:
+            replies = self._worker.step(waiting)
+            answers |= {call.id: Answer(reply.status, "", json.dumps(reply.body).encode())
+                        for call, reply in zip(waiting, replies) if reply is not None}
+            waiting = [call for call in waiting if call.id not in answers]
+        return [answers[id_] for id_ in ids]
 
 
 def test_a_handler_whose_calls_go_on_side_by_side_is_taken() -> None:
-    require_side_by_side(lambda: ask(AtOnce))
+    asked = Asked(AtOnce)
+    require_side_by_side(asked.at_once, asked.alone)
+
+
+def test_a_handler_that_keeps_a_request_in_a_list_while_the_next_one_begins_is_refused() -> None:
+    asked = Asked(KeepingNamesInAList)
+    with pytest.raises(LoadingError, match=r"(?s)local variables:\nsample 1 .*\$\.of: 'body-0' has become 'body-1'"):
+        require_side_by_side(asked.at_once, asked.alone)
+
+
+@pytest.mark.parametrize("kept", ["self.kept", "kept"])
+def test_an_archive_whose_handler_keeps_a_request_in_a_dict_of_its_own_is_refused_and_one_with_a_local_dict_is_not(
+        tmp_path: Path, samples: list[Path], kept: str) -> None:
+    handler = HANDLER.format(initialize="        self.kept = {}", postprocess=PLAIN) + f"""
+    def handle(self, data, context):
+        kept = {{}}
+        {kept}["first"] = data[0]["body"][0]
+        return [{{"first": {kept}["first"], "scores": scores}} for scores in super().handle(data, context)]
+"""
+    config = tmp_path / "early.yaml"
+    config.write_text("batchSize: 4\nearly_exit: {answers: early}\n")
+    refused = pytest.raises(ArchiveError, match=r"(?s)local variables.*\$\.first: 0\.1 has become -1\.0")
+    with refused if kept == "self.kept" else nullcontext():
+        archived(tmp_path, handler, samples, config=config)
+
+
+def test_what_differs_from_request_to_request_in_any_case_is_not_compared() -> None:
+    asked = Asked(Counting)
+    require_side_by_side(asked.at_once, asked.alone)
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -65,4 +137,4 @@ def test_a_handler_whose_calls_go_on_side_by_side_is_taken() -> None:
                                                (InALoopOfItsOwn, "one was answered with 500")])
 def test_a_handler_that_holds_what_the_next_call_needs_is_refused(handler: type[AtOnce], told: str) -> None:
     with pytest.raises(LoadingError, match=f"{told}.*answers: plain"):
-        require_side_by_side(lambda: ask(handler), limit_s=2)
+        require_side_by_side(Asked(handler).at_once, limit_s=2)

@@ -15,13 +15,14 @@ import yaml
 from early_exit.archiver.packaging.tryout.answers import (
     Answer,
     AnsweredBatch,
+    Batch,
     as_read,
     batches_of,
     load_answers,
     save_answers,
 )
 from early_exit.archiver.packaging.tryout.child import LoadingError, in_a_fork
-from early_exit.archiver.packaging.tryout.comparison import contradictions
+from early_exit.archiver.packaging.tryout.comparison import contradictions, unstable
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
@@ -62,24 +63,46 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     [probe] = archive.answer([probed], {PROBE_HEADER: "1", SECRET_HEADER: secret})
     if probe.status != 200:
         raise LoadingError(f"the probe was answered with {probe}")
-    samples = samples_in(ArchiveLayout(folder))[:1]
+    samples = samples_in(ArchiveLayout(folder))[:2]
     service: Any = archive.roots[Root.HANDLER]
-    answers = _answers_by_exit(archive, samples)
+    answers = _answers_by_exit(archive, samples[:1])
     if samples and service.worker.is_early:
-        require_side_by_side(lambda: archive.answer(samples * 2))
+        _try_side_by_side(archive, samples)
     return answers
 
 
-def require_side_by_side(ask: Callable[[], Sequence[Answer]], limit_s: float = _SIDE_BY_SIDE_S) -> None:
-    """Refuse a handler that cannot begin with a request while another request waits in its call of the model.
+def _try_side_by_side(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> None:
+    service: Any = archive.roots[Root.HANDLER]
+    model = service.worker.model
+    model.fall_back(model.assembly.last_level)  # all requests go through all stages, so they wait side by side
+    samples = [sample for sample in samples if archive.answer([sample])[0].status == 200]
+    pair = samples if len(samples) > 1 else samples * 2
+
+    def alone() -> list[Answer]:
+        # A handler may answer with the id of the request, so each request has the same id alone as in the pair.
+        return [answer for number, sample in enumerate(pair) for answer in archive.answer([sample], first=number)]
+
+    # The numbers of an engine that is not exact depend on the rows that run together.
+    require_side_by_side(lambda: archive.answer(pair), alone if model.assembly.engine.is_exact else None)
+
+
+def require_side_by_side(ask: Callable[[], Sequence[Answer]], alone: Callable[[], Sequence[Answer]] | None = None,
+                         limit_s: float = _SIDE_BY_SIDE_S) -> None:
+    """Refuse a handler whose calls cannot run side by side.
+
+    Such a handler cannot begin with a request while another request waits in its call of the model, or it answers with
+    what it has kept of the other request.
 
     Args:
         ask: sends several requests at once and returns their answers.
-        limit_s: how long the answers may take.
+        alone: sends each of these requests alone and returns their answers; None if the answers are not compared.
+            Where the handler answers differently when it is asked twice, the answers are not compared.
+        limit_s: how long the answers to the requests at once may take.
 
     Raises:
-        LoadingError: the requests were not answered.
+        LoadingError: the requests were not answered, or differently than alone.
     """
+    before = tuple(alone()) if alone is not None else ()
     advice = ("with early answers, calls of a handler run side by side, which is not possible while a handler holds a "
               "lock or an event loop of its own around the call of its model. Set 'answers: plain', or call the model "
               "outside of the lock or loop")
@@ -91,6 +114,15 @@ def require_side_by_side(ask: Callable[[], Sequence[Answer]], limit_s: float = _
         raise LoadingError(f"requests that came at once were not answered within {limit_s:.0f} s: {advice}")
     if wrong := [answer for answer in answers if answer.status != 200]:
         raise LoadingError(f"of several requests that came at once, one was answered with {wrong[0]}: {advice}")
+    if alone is None:
+        return
+    # Asked again afterwards, so that a clock or a counter has moved on in between.
+    expected = AnsweredBatch(Batch(tuple(range(len(before)))), before, unstable(before, alone()))
+    if told := contradictions(expected, answers):
+        raise LoadingError("with early answers, a request is answered differently when another one comes at once. The "
+                           "handler keeps something of a request where the request beside it overwrites it, such as a "
+                           "list, a dict or an attribute of a class. Set 'answers: plain', or keep it in local "
+                           "variables:\n" + "\n".join(told[:3]))
 
 
 def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:

@@ -59,14 +59,16 @@ class LoadedArchive:
         self.roots = _roots(manifest["handler"], self._service._entry_point, envelope)
         """The objects at which the handler's names begin."""
 
-    def answer(self, samples: Sequence[SampleRequest], headers: dict[str, str] | None = None) -> list[Answer]:
+    def answer(self, samples: Sequence[SampleRequest], headers: dict[str, str] | None = None, *,
+               first: int = 0) -> list[Answer]:
         """Return the answers to a batch.
 
         Args:
             samples: the requests of the batch.
             headers: the headers of each request.
+            first: the number in the id of the first request; the other ids count on from there.
         """
-        waiting = {f"sample-{number}": sample for number, sample in enumerate(samples)}
+        waiting = {f"sample-{number}": sample for number, sample in enumerate(samples, first)}
         answers: dict[str, Answer] = {}
         for _ in range(_NEVER_ANSWERED):  # with early answers a request comes again until it is answered
             answers |= self._call({id_: sample for id_, sample in waiting.items() if id_ not in answers}, headers or {})
