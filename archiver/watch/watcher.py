@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.audit import Event
-from early_exit.archiver.control import ModelServer
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
-from early_exit.archiver.rollout.retiring import require_known_batch, retire
+from early_exit.archiver.rollout.retiring import require_known_batch
 from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name
+from early_exit.archiver.watch.served import remove_version, replace_version, require_agreement
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.triggers import (
     ATTEMPT,
@@ -31,7 +31,7 @@ from early_exit.archiver.watch.triggers import (
 from early_exit.archiver.watch.versions import next_version, stored_versions
 from early_exit.archiver.watch.watched import Watched
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.errors import EarlyExitError, RecordError, ServerError
+from early_exit.handler.errors import EarlyExitError, RecordError
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.files.names import bare_name
 from early_exit.training.paths import RunPaths
@@ -106,7 +106,7 @@ class Watcher:
         elif (pending := self._pending(status)) is not None:
             self._roll(self._note_roll(pending))
         elif (attempt := self._attempt(status)) is not None:
-            self._require_agreement(status)
+            require_agreement(self._watched, status)
             for server in self._watched.servers:  # checked before the training, which takes minutes
                 require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
@@ -118,7 +118,7 @@ class Watcher:
 
     def _finish(self, trial: Event) -> None:
         """Complete a roll that was interrupted after the first switch."""
-        self._replace(trial["replaces"], trial["version"], trial["archive"])
+        replace_version(self._watched, trial["replaces"], trial["version"], trial["archive"], self._log)
         self._note(ROLLED, **{key: value for key, value in trial.items() if key not in ("time", "event")})
 
     def _taken_back_in_part(self) -> Event | None:
@@ -127,40 +127,8 @@ class Watcher:
         return event if event is not None and event["event"] == TAKING_BACK else None
 
     def _take_back(self, begun: Event) -> None:
-        self._replace(begun["version"], begun["to"], begun["archive"])
+        replace_version(self._watched, begun["version"], begun["to"], begun["archive"], self._log)
         self._note(ROLLED_BACK, version=begun["version"], version_now=begun["to"])
-
-    def _replace(self, version: str, by: str, archive: str) -> None:
-        """Replace a version by another one on every server that serves it, whatever an interrupted roll has left."""
-        for server in self._watched.servers:
-            versions = server.versions(self._watched.model)
-            serves = next((registered.version for registered in versions if registered.is_default), None)
-            if serves == by:
-                self._retire(server, version)
-            elif serves == version:
-                self._retire(server, by)
-                roll_all([server], self._watched.store / archive, longest_batch_s=self._watched.longest_batch_s,
-                         log=self._log)
-            else:  # somebody else decided
-                self._log(f"{server} serves {serves}, neither {version} nor {by}, and keeps it")
-
-    def _retire(self, server: ModelServer, version: str) -> None:
-        """Remove a version that gets no new requests, if it is registered."""
-        for registered in server.versions(self._watched.model):
-            if registered.version == version and not registered.is_default:
-                retire(server, self._watched.model, registered, longest_batch_s=self._watched.longest_batch_s)
-
-    def _require_agreement(self, status: ModelStatus) -> None:
-        """Check that all servers serve the version of the first one; a server that was restarted may not.
-
-        Raises:
-            ServerError: a server serves another version.
-        """
-        for server in self._watched.servers:
-            if not any(registered.version == status.version and registered.is_default
-                       for registered in server.versions(status.model)):
-                raise ServerError(f"{server} does not serve {status.model} {status.version} as "
-                                  f"{self._watched.servers[0]} does: bring one version into all of them with ee-roll")
 
     def _judge(self, status: ModelStatus, trial: Event) -> None:
         """Accept a new version, take it back, or let its trial continue."""
@@ -183,13 +151,13 @@ class Watcher:
             self._give_up(event)
             return None
         for server in self._watched.servers:  # the earlier try may have left the version there
-            self._retire(server, event["version"])
+            remove_version(self._watched, server, event["version"])
         return event
 
     def _give_up(self, rolled: Event) -> None:
         """Remove a version that could not be rolled in from all servers, and then its archive from the store."""
         for server in self._watched.servers:
-            self._retire(server, rolled["version"])
+            remove_version(self._watched, server, rolled["version"])
         if not any(registered.version == rolled["version"] for server in self._watched.servers
                    for registered in server.versions(self._watched.model)):
             (self._watched.store / bare_name(rolled["archive"], "an archive in the audit")).unlink(missing_ok=True)
