@@ -57,6 +57,10 @@ class ModelStatus:
         """The number of shadow samples of this version that the monitors have seen."""
         return sum(state.evidence.n + sum(alarm.n for alarm in state.alarms) for state in self.monitors)
 
+    def has_alarm_after(self, time: float) -> bool:
+        """Tell whether an alarm came after a Unix time."""
+        return any(alarm > time for alarm in self.alarm_times)
+
     def n_newer(self, than: float) -> int:
         return int((self.times > than).sum())
 

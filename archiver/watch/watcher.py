@@ -42,6 +42,8 @@ _TRIES = 3
 ROLLED, ROLL_FAILED, GIVEN_UP = "rolled", "roll failed", "given up"
 ACCEPTED, TAKING_BACK, ROLLED_BACK = "accepted", "taking back", "rolled back"
 TROUBLE = "trouble"
+ALARM_CAME = "an alarm came meanwhile"
+"""Why a plan is not rolled in although it is better: it was certified on records from before the alarm."""
 
 
 class Watcher:
@@ -82,8 +84,14 @@ class Watcher:
             self._log(line)
 
     def trigger(self, status: ModelStatus) -> Trigger | None:
-        """Return the reason to renew the plan; None while a new version is on trial or being taken back."""
+        """Return the reason to renew the plan, if there is one.
+
+        There is none while a new version is on trial or being taken back, and none after an alarm until a newer record
+        shows the traffic since then.
+        """
         if self.on_trial(status) is not None or self._taken_back_in_part() is not None:
+            return None
+        if len(status.times) and status.has_alarm_after(status.times[-1].item()):
             return None
         return fired(status, self._audit, self._watched.terms, time.time())
 
@@ -147,28 +155,32 @@ class Watcher:
         event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED, GIVEN_UP)
         if event is None or event["event"] in (ROLLED, GIVEN_UP):
             return None
-        if event["replaces"] != status.version or event["tries"] >= _TRIES:
-            self._give_up(event)
+        attempt = self._audit.latest(ATTEMPT)
+        is_late = attempt is not None and status.has_alarm_after(attempt["newest_record"])
+        if is_late or event["replaces"] != status.version or event["tries"] >= _TRIES:
+            self._give_up(event, **({"why": ALARM_CAME} if is_late else {}))
             return None
         for server in self._watched.servers:  # the earlier try may have left the version there
             remove_version(self._watched, server, event["version"])
         return event
 
-    def _give_up(self, rolled: Event) -> None:
+    def _give_up(self, rolled: Event, **reason: str) -> None:
         """Remove a version that could not be rolled in from all servers, and then its archive from the store."""
         for server in self._watched.servers:
             remove_version(self._watched, server, rolled["version"])
         if not any(registered.version == rolled["version"] for server in self._watched.servers
                    for registered in server.versions(self._watched.model)):
             (self._watched.store / bare_name(rolled["archive"], "an archive in the audit")).unlink(missing_ok=True)
-        self._note(GIVEN_UP, **{key: rolled[key] for key in ("version", "archive", "replaces", "tries")})
+        self._note(GIVEN_UP, **{key: rolled[key] for key in ("version", "archive", "replaces", "tries")}, **reason)
 
     def _attempt(self, status: ModelStatus) -> Event | None:
         """Return the renewal that was interrupted, or a new one if there is a reason."""
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
         if (event is not None and event["event"] == ATTEMPT and event["version"] == status.version
                 and event.get("tries", _TRIES) < _TRIES):  # older audits do not count tries
-            return {key: value for key, value in event.items() if key not in ("time", "event")}
+            if not status.has_alarm_after(event["newest_record"]):
+                return {key: value for key, value in event.items() if key not in ("time", "event")}
+            self._note(KEPT, version=status.version, run=event["run"], why=ALARM_CAME)
         if (trigger := self.trigger(status)) is None:
             return None
         return {
@@ -194,11 +206,17 @@ class Watcher:
         mar = build_archive(ArchiveRequest(str(status.archive), self._watched.store, plan=run.plan, version=version),
                             self._log)
         try:
-            facts = self._note_roll({"version": version, "archive": mar.name, "replaces": status.version,
-                                     "replaced_archive": status.archive.name, "tries": 0, **evidence})
-        except OSError:  # without the note, the archive would belong to no roll
+            is_late = self.look().has_alarm_after(attempt["newest_record"])  # training and packing take minutes
+            facts = None if is_late else self._note_roll(
+                {"version": version, "archive": mar.name, "replaces": status.version,
+                 "replaced_archive": status.archive.name, "tries": 0, **evidence})
+        except (OSError, EarlyExitError):  # without the note, the archive would belong to no roll
             mar.unlink()
             raise
+        if facts is None:
+            mar.unlink()
+            self._note(KEPT, version=status.version, **{**evidence, "why": ALARM_CAME})
+            return
         self._roll(facts)
 
     def _train(self, status: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:

@@ -1,0 +1,155 @@
+"""On which records a renewal is decided when training takes time, fails or is refused, and when a trial is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+from unittest import mock
+
+import pytest
+import torch
+
+from early_exit.archiver.watch import watcher as watching
+from early_exit.archiver.watch.status import ModelStatus
+from early_exit.archiver.watch.triggers import Terms
+from early_exit.archiver.watch.watched import Watched
+from early_exit.archiver.watch.watcher import Watcher
+from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.monitor.sequential_test import Alarm, Evidence, MonitorState
+from early_exit.training.options import TrainingOptions
+from early_exit.training.paths import RunPaths
+from tests.archiver.test_triggers import PLAN
+
+START = time.time() - 50_000
+"""The Unix time of the first record; one record comes each second."""
+CERTIFICATE = replace(PLAN.certificate, window=(START - 2000, START - 1000)) if PLAN.certificate else None
+SERVED = replace(PLAN, certificate=CERTIFICATE)
+BETTER = replace(SERVED, expected_cost=0.5)
+BACKBONE = cast(BackboneDescription, SimpleNamespace(sha256="ab"))
+
+
+def alarm_at(second: float) -> MonitorState:
+    return MonitorState(1, Evidence(), (Alarm(0, START + second, 200, 0.2, 21.0),))
+
+
+def seen(n_records: int, *monitors: MonitorState, plan: ExitPlan | None = SERVED,
+         version: str = "2.0") -> ModelStatus:
+    times = START + torch.arange(n_records).double()
+    return ModelStatus("digits", version, (version,), Path(f"digits-{version}.mar"), BACKBONE, plan, "", (), times,
+                       monitors)
+
+
+@dataclass
+class Training:
+    """Stands for a training, which would take minutes."""
+
+    does: Callable[[ModelStatus, float, RunPaths], None] = lambda status, certify_after, run: None
+    """What happens in the meantime."""
+    plan: ExitPlan = BETTER
+    asked: list[float] = field(default_factory=list)
+    """The second of the newest record of each training."""
+
+
+class WatcherOfSights(Watcher):
+    """A watcher with a real audit, which looks at `sight` instead of a server, and trains with `training`."""
+
+    sight: ModelStatus
+    training: Training
+
+    def look(self) -> ModelStatus:
+        return self.sight
+
+    def _train(self, status: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
+        self.training.asked.append(status.times[-1].item() - START)
+        self.training.does(status, certify_after, run)
+        return self.training.plan, 0.7
+
+
+@pytest.fixture
+def rolled() -> Iterator[list[str]]:
+    """The archives that were rolled in."""
+    names: list[str] = []
+
+    def build(request: object, log: object) -> Path:
+        mar: Path = request.to / f"digits-{request.version}.mar"  # type: ignore[attr-defined]
+        mar.write_bytes(b"")
+        return mar
+
+    with mock.patch.object(watching, "build_archive", build), \
+            mock.patch.object(watching, "roll_all", lambda servers, mar, **settings: names.append(mar.name)):
+        yield names
+
+
+@pytest.fixture
+def watcher(tmp_path: Path, rolled: list[str]) -> WatcherOfSights:
+    (tmp_path / "store").mkdir()
+    watcher = WatcherOfSights(Watched(
+        "digits", [], tmp_path / "store", [str(tmp_path)], tmp_path / "state", lambda archive: TrainingOptions(), None,
+        Terms(0.02, 0.05, 30 * 24 * 3600.0), trial_samples=300, longest_batch_s=1.0))
+    watcher.sight, watcher.training = seen(3000), Training()
+    return watcher
+
+
+def decisions(watcher: Watcher) -> list[tuple[str, str]]:
+    return [(event["event"], event.get("why", "")) for event in watcher._watched.audit.read()]
+
+
+def test_a_better_plan_is_rolled_in_if_no_alarm_comes(watcher: WatcherOfSights, rolled: list[str]) -> None:
+    watcher.tick()
+    assert [event for event, _ in decisions(watcher)] == ["attempt", "rolling", "rolled"]
+    assert len(rolled) == 1
+
+
+def test_a_plan_is_not_rolled_in_if_an_alarm_comes_while_it_is_trained(
+        watcher: WatcherOfSights, rolled: list[str]) -> None:
+    def drift(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        watcher.sight = seen(9000, alarm_at(5000))
+
+    watcher.training.does = drift
+    watcher.tick()
+    assert [event for event, _ in decisions(watcher)] == ["attempt", "kept"]
+    assert decisions(watcher)[-1] == ("kept", "an alarm came meanwhile")
+    assert not rolled and not list(watcher._watched.store.iterdir())
+
+
+def test_an_alarm_between_two_tries_begins_a_new_renewal_on_what_came_after_it(watcher: WatcherOfSights) -> None:
+    def fail(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        raise MemoryError
+
+    watcher.training.does = fail
+    watcher.tick()
+    watcher.sight = seen(9000, alarm_at(5000))
+    watcher.training.does = lambda status, certify_after, run: None
+    watcher.tick()
+    assert decisions(watcher)[2] == ("kept", "an alarm came meanwhile")
+    renewed = watcher._watched.audit.read()[3]
+    assert (renewed["reason"], renewed["certify_after"]) == ("alarm", START + 5000)
+
+
+def test_a_roll_that_failed_is_given_up_if_an_alarm_has_come(watcher: WatcherOfSights, rolled: list[str]) -> None:
+    def refuse(servers: object, mar: Path, **settings: object) -> None:
+        raise EarlyExitError("no")
+
+    with mock.patch.object(watching, "roll_all", refuse):
+        watcher.tick()
+    watcher.sight = seen(3500, alarm_at(3200))
+    watcher.tick()
+    assert [event for event, _ in decisions(watcher)] == ["attempt", "rolling", "roll failed", "given up"]
+    assert decisions(watcher)[-1] == ("given up", "an alarm came meanwhile")
+    assert not rolled and not list(watcher._watched.store.iterdir())
+
+
+def test_no_renewal_begins_until_a_record_is_newer_than_the_last_alarm(watcher: WatcherOfSights) -> None:
+    again = MonitorState(2, Evidence(), (*alarm_at(100).alarms, *alarm_at(3000).alarms))
+    watcher.sight = seen(3000, again)
+    watcher.tick()
+    assert not decisions(watcher)
+    watcher.sight = seen(3002, again)
+    watcher.tick()
+    assert watcher._watched.audit.read()[0]["certify_after"] == START + 100
