@@ -190,7 +190,10 @@ class Watcher:
 
     def _renew(self, status: ModelStatus, attempt: Event) -> None:
         run = RunPaths(self._watched.state / "runs" / attempt["run"])
-        self._note(ATTEMPT, **{**attempt, "tries": attempt["tries"] + 1})
+        attempt = {**attempt, "tries": attempt["tries"] + 1}
+        if len(status.times) and not run.inputs.exists():  # the training will take all records of today
+            attempt["newest_record"] = status.times[-1].item()
+        self._note(ATTEMPT, **attempt)
         try:
             plan, current_cost = self._train(status, attempt["certify_after"], run)
         except RecordError as error:

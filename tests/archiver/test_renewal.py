@@ -19,7 +19,7 @@ from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import Watcher
 from early_exit.handler.backbone.backbone import BackboneDescription
-from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.errors import EarlyExitError, RecordError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.sequential_test import Alarm, Evidence, MonitorState
 from early_exit.training.options import TrainingOptions
@@ -153,3 +153,36 @@ def test_no_renewal_begins_until_a_record_is_newer_than_the_last_alarm(watcher: 
     watcher.sight = seen(3002, again)
     watcher.tick()
     assert watcher._watched.audit.read()[0]["certify_after"] == START + 100
+
+
+def test_a_try_that_takes_newer_records_is_noted_with_them_so_that_none_certifies_twice(
+        watcher: WatcherOfSights) -> None:
+    def fail(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        raise MemoryError
+
+    def refuse(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        raise RecordError("the records cannot certify 2.00%")
+
+    watcher.training.does = fail
+    watcher.tick()
+    watcher.sight = seen(15000)
+    watcher.training.does = refuse
+    watcher.tick()
+    assert [event["newest_record"] - START for event in watcher._watched.audit.read()
+            if event["event"] == "attempt"] == watcher.training.asked == [2999, 14999]
+    watcher.tick()
+    assert len(watcher.training.asked) == 2, "all records were tested"
+
+
+def test_a_try_that_continues_with_the_records_of_the_first_one_is_noted_with_those(watcher: WatcherOfSights) -> None:
+    def fail(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.inputs.write_text("{}")
+        raise MemoryError
+
+    watcher.training.does = fail
+    watcher.tick()
+    watcher.sight = seen(15000)
+    watcher.tick()
+    attempts = [event for event in watcher._watched.audit.read() if event["event"] == "attempt"]
+    assert [event["newest_record"] - START for event in attempts] == [2999, 2999]
