@@ -51,6 +51,15 @@ class RecordError(EarlyExitError):
     """Records are missing, unreadable, contradictory or too few."""
 
 
+class TooFewRecordsError(RecordError):
+    """Records or labels are too few to certify anything, whatever the losses are: nobody has looked at them yet."""
+
+    def __init__(self, message: str = "", needed: int | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+        """About how many records, newer than the last certificate, are needed in all; None if that is not known."""
+
+
 class ArchiveError(EarlyExitError):
     """A model archive cannot be read, built or loaded."""
 

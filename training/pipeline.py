@@ -15,7 +15,7 @@ from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.backbone.candidates import CandidateLayer, spread_over
 from early_exit.handler.detection.loading import load_backbone
-from early_exit.handler.errors import RecordError
+from early_exit.handler.errors import RecordError, TooFewRecordsError
 from early_exit.handler.exits.plan import save_plan
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.files.private import replacing
@@ -168,21 +168,23 @@ def _require_enough(sizes: Mapping[Part, int], split: Split, options: TrainingOp
     if options.thresholds == "certified":
         split.evidence().require_enough(options.risk, options.tolerance, options.delta, Part.CERTIFY.share, others)
     if not all(sizes.values()):
-        raise RecordError(f"{sum(sizes.values())} records are too few to split into "
-                          f"{', '.join(part.name.lower() for part in Part)}, or have too few distinct contents{others}")
+        raise TooFewRecordsError(
+            f"{sum(sizes.values())} records are too few to split into "
+            f"{', '.join(part.name.lower() for part in Part)}, or have too few distinct contents{others}")
 
 
 def _require_labels(truth: Tensor | None, training_set: TrainingSet, options: TrainingOptions) -> None:
     if truth is None:
-        raise RecordError("the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and "
-                          "classes, or choose --risk disagreement or confidence-gap, which need none")
+        raise TooFewRecordsError(
+            "the risk 'accuracy' compares with true labels: pass --labels FILE with request ids and classes, or choose "
+            "--risk disagreement or confidence-gap, which need none")
     to_certify = records_needed(options.tolerance, options.delta) if options.thresholds == "certified" else 1
     for part, least in ((Part.TUNE, 1), (Part.CERTIFY, to_certify)):
         rows = training_set.rows(part)
         n_labelled = int((truth[rows] >= 0).sum())
         if n_labelled < least:
             fresh = "" if options.fresh_after is None else ", recorded since the last certificate,"
-            raise RecordError(
+            raise TooFewRecordsError(
                 f"{n_labelled} of the {len(rows)} records of the {part.name.lower()} part have a label, but the risk "
                 f"'accuracy' needs at least {least} there: label about {round((least - n_labelled) / part.share)} "
                 f"more requests{fresh} drawn at random, of which {part.share:.0%} belong to that part. No plan was "

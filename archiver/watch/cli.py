@@ -13,7 +13,7 @@ from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
-from early_exit.archiver.watch.triggers import Terms, fresh_after
+from early_exit.archiver.watch.triggers import Terms, fresh_after, n_wanted
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watcher
 from early_exit.handler.errors import ConfigError
@@ -122,7 +122,7 @@ def _status(watched: Watched, *, as_json: bool) -> str:
         "plan": status.plan.digest() if status.plan else "none",
         "certificate": _certificate(status), "step": max((state.step for state in status.monitors), default=0),
         "records": len(status.times), "fresh records": status.n_newer(since),
-        "needed": watched.terms.n_enough,
+        "needed": n_wanted(status, watched.audit, watched.terms),
         "shadow samples watched": status.n_watched,
         "on trial": trial is not None,
         "next": "a verdict on the trial" if trial else f"renew ({trigger.reason})" if trigger else "wait",

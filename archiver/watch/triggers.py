@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from early_exit.archiver.audit import Audit
+from early_exit.archiver.audit import Audit, Event
 from early_exit.archiver.watch.status import ModelStatus
+from early_exit.handler.errors import TooFewRecordsError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.data.split import Part
 from early_exit.training.selection.certify import records_needed
@@ -52,7 +54,7 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
     plan = status.plan
     since = fresh_after(status, audit, now)
     n_new, n_total = status.n_newer(since), len(status.times)
-    if n_new < terms.n_enough:
+    if n_new < n_wanted(status, audit, terms):
         return None
     evidence = {"records": n_total, "fresh_records": n_new, "backbone": status.backbone.sha256,
                 "plan": plan.digest() if plan else None}
@@ -68,6 +70,40 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
     if n_new >= NEW_SHARE * n_total:
         return Trigger("records", since, evidence)
     return None
+
+
+def n_wanted(status: ModelStatus, audit: Audit, terms: Terms) -> int:
+    """Return the number of fresh records with which the next attempt begins.
+
+    It is `terms.n_enough`, or more after an attempt for which there were too few records: traffic in scenes has fewer
+    pieces of evidence than records.
+    """
+    last = audit.latest(ATTEMPT, KEPT, ROLLING)
+    if last is None or last.get("needed_for") != _conditions(status, terms):
+        return terms.n_enough
+    return max(terms.n_enough, int(last["needed"]))
+
+
+def refusal(error: TooFewRecordsError, status: ModelStatus, terms: Terms, since: float) -> dict[str, Any]:
+    """Return what the audit notes of an attempt for which there were too few records or labels.
+
+    The next attempt waits for as many records as the error asks for, and at least for half more than there are: the
+    number is an estimate, and labels have no number of records.
+
+    Args:
+        error: the reason.
+        status: the model at the attempt.
+        terms: the terms of the watch.
+        since: the Unix time after which records were fresh.
+    """
+    half_more = math.ceil(1.5 * status.n_newer(since))
+    return {"why": str(error), "needed": max(error.needed or 0, half_more), "needed_for": _conditions(status, terms)}
+
+
+def _conditions(status: ModelStatus, terms: Terms) -> dict[str, Any]:
+    """Return what the number of records that an attempt needs depends on."""
+    return {"backbone": status.backbone.sha256, "traffic": status.traffic, "tolerance": terms.tolerance,
+            "delta": terms.delta}
 
 
 def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
@@ -86,6 +122,8 @@ def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
 def newest_mark(status: ModelStatus, audit: Audit) -> float:
     """Return the Unix time of the newest record on which a plan was certified or refused, or of the first later alarm.
 
+    An attempt for which there were too few records looked at no loss, so its records can still certify a plan.
+
     Later alarms are ignored. Changed traffic makes one fallback level after the other raise an alarm, and each of these
     alarms would delay the renewal. The fresh records may have led to the later alarms, which does no harm: those alarms
     only show that the served plan is even worse.
@@ -94,10 +132,26 @@ def newest_mark(status: ModelStatus, audit: Audit) -> float:
     marks = [0.0]
     if plan is not None and plan.certificate is not None:
         marks.append(plan.certificate.window[1])
-    marks += [event["newest_record"] for event in audit.read()
-              if event["event"] == ATTEMPT and event["backbone"] == status.backbone.sha256]
+    marks += [attempt["newest_record"] for attempt in _that_may_have_tested(audit.read())
+              if attempt["backbone"] == status.backbone.sha256]
     mark = max(marks)
     return float(next((alarm for alarm in status.alarm_times if alarm > mark), mark))
+
+
+def _that_may_have_tested(events: Sequence[Event]) -> list[Event]:
+    """Return the tries of attempts, without those of attempts that ended because there were too few records."""
+    tries: list[Event] = []
+    n_over = 0  # the first ones, whose attempt is over
+    for event in events:
+        if event["event"] == ATTEMPT:
+            if tries and tries[-1].get("run") != event.get("run"):
+                n_over = len(tries)
+            tries.append(event)
+        elif event["event"] in (KEPT, ROLLING):
+            if "needed" in event:
+                del tries[n_over:]
+            n_over = len(tries)
+    return tries
 
 
 def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost: float | None) -> tuple[bool, str]:

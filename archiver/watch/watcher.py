@@ -27,11 +27,12 @@ from early_exit.archiver.watch.triggers import (
     fired,
     is_better,
     newest_mark,
+    refusal,
 )
 from early_exit.archiver.watch.versions import next_version, stored_versions
 from early_exit.archiver.watch.watched import Watched
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.errors import EarlyExitError, RecordError
+from early_exit.handler.errors import EarlyExitError, RecordError, TooFewRecordsError
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.files.names import bare_name
 from early_exit.training.paths import RunPaths
@@ -196,6 +197,10 @@ class Watcher:
         self._note(ATTEMPT, **attempt)
         try:
             plan, current_cost = self._train(status, attempt["certify_after"], run)
+        except TooFewRecordsError as error:
+            self._note(KEPT, version=status.version, run=run.root.name,
+                       **refusal(error, status, self._watched.terms, attempt["certify_after"]))
+            return
         except RecordError as error:
             self._note(KEPT, version=status.version, why=str(error))
             return
@@ -217,7 +222,7 @@ class Watcher:
             mar.unlink()
             raise
         if facts is None:
-            mar.unlink()
+            mar.unlink(missing_ok=True)
             self._note(KEPT, version=status.version, **{**evidence, "why": ALARM_CAME})
             return
         self._roll(facts)

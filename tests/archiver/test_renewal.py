@@ -19,9 +19,11 @@ from early_exit.archiver.watch.triggers import Terms
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import Watcher
 from early_exit.handler.backbone.backbone import BackboneDescription
-from early_exit.handler.errors import EarlyExitError, RecordError
+from early_exit.handler.errors import EarlyExitError, RecordError, TooFewRecordsError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.monitor.sequential_test import Alarm, Evidence, MonitorState
+from early_exit.training.data.split import Part, split_in_time
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from tests.archiver.test_triggers import PLAN
@@ -186,3 +188,77 @@ def test_a_try_that_continues_with_the_records_of_the_first_one_is_noted_with_th
     watcher.tick()
     attempts = [event for event in watcher._watched.audit.read() if event["event"] == "attempt"]
     assert [event["newest_record"] - START for event in attempts] == [2999, 2999]
+
+
+SCENE = 5
+"""The number of records of one scene."""
+STATES = (torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)).repeat_interleave(SCENE, 0)
+          + 0.1 * torch.randn(2000 * SCENE, 6, generator=torch.Generator().manual_seed(1)))
+"""The backbone's outputs for records in scenes."""
+
+
+def require_enough_scenes(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+    """Do what a training does before it looks at losses."""
+    index, all_of_them = torch.arange(len(status.times)), torch.ones(len(status.times), dtype=torch.bool)
+    split = split_in_time(STATES[:len(index)], index, index, index, index.double(), all_of_them,
+                          status.times > certify_after)
+    split.evidence().require_enough(Risk.DISAGREEMENT, 0.02, 0.05, Part.CERTIFY.share)
+
+
+def test_traffic_in_scenes_gets_its_plan_after_few_refused_attempts(
+        watcher: WatcherOfSights, rolled: list[str]) -> None:
+    """A refused attempt once made all records old, so that there were never enough."""
+    watcher.training.does = require_enough_scenes
+    for n_records in range(900, 2000 * SCENE, 100):
+        watcher.sight = seen(n_records, plan=None)
+        watcher.tick()
+        if rolled:
+            break
+    events = watcher._watched.audit.read()
+    attempts = [event for event in events if event["event"] == "attempt"]
+    refused = [event for event in events if event["event"] == "kept"]
+    assert rolled and len(attempts) <= 4 and n_records < 6000
+    assert refused and all(event["needed"] >= 2000 for event in refused)
+    assert all(later["fresh_records"] >= earlier["needed"] for earlier, later in zip(refused, attempts[1:]))
+
+
+def test_records_that_a_test_refused_are_not_used_again_however_few_there_were_before(watcher: WatcherOfSights) -> None:
+    def cannot(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        require_enough_scenes(status, certify_after, run)
+        raise RecordError("the records cannot certify 2.00%")
+
+    watcher.training.does = cannot
+    for n_records in range(900, 2000 * SCENE, 100):
+        watcher.sight = seen(n_records, plan=None)
+        watcher.tick()
+        if decisions(watcher)[-1:] == [("kept", "the records cannot certify 2.00%")]:
+            break
+    watcher.sight = seen(n_records + 900, plan=None)
+    assert watcher.trigger(watcher.sight) is None
+    watcher.sight = seen(n_records + 1000, plan=None)
+    trigger = watcher.trigger(watcher.sight)
+    assert trigger is not None and trigger.fresh_after == START + n_records - 1
+
+
+def test_an_attempt_without_enough_labels_waits_for_half_more_records_and_uses_all_of_them(
+        watcher: WatcherOfSights) -> None:
+    def lacks_labels(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        raise TooFewRecordsError("0 of the 300 records of the certify part have a label")
+
+    watcher.training.does = lacks_labels
+    for n_records in (1000, 1100, 1499):
+        watcher.sight = seen(n_records, plan=None)
+        watcher.tick()
+    assert watcher.training.asked == [999]
+    trigger = watcher.trigger(seen(1500, plan=None))
+    assert trigger is not None and trigger.evidence["fresh_records"] == 1500
+
+
+def test_with_a_larger_tolerance_an_attempt_does_not_wait_for_the_records_of_the_smaller_one(
+        watcher: WatcherOfSights) -> None:
+    watcher.training.does = require_enough_scenes
+    watcher.sight = seen(1000, plan=None)
+    watcher.tick()
+    assert watcher.trigger(watcher.sight) is None
+    watcher._watched = replace(watcher._watched, terms=Terms(0.1, 0.05, 30 * 24 * 3600.0))
+    assert watcher.trigger(watcher.sight) is not None

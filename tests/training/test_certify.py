@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from early_exit.handler.errors import RecordError
+from early_exit.handler.errors import RecordError, TooFewRecordsError
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.options import TrainingOptions
 from early_exit.training.planning.choose import choose
@@ -59,8 +59,9 @@ def test_a_path_that_never_fails_is_deployed_to_its_end() -> None:
 
 
 def test_too_few_records_say_how_many_are_needed() -> None:
-    with pytest.raises(RecordError, match=r"at least 149 .* collect about 596 records in all"):
+    with pytest.raises(TooFewRecordsError, match=r"at least 149 .* collect about 596 records in all") as refused:
         Evidence.of_independent(100).require_enough(Risk.DISAGREEMENT, 0.02, 0.05, 0.3)
+    assert refused.value.needed == 596
     Evidence.of_independent(149).require_enough(Risk.DISAGREEMENT, 0.02, 0.05, 0.3)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.errors import ConfigError, RecordError
+from early_exit.handler.errors import ConfigError, RecordError, TooFewRecordsError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
 from early_exit.handler.exits.risk import Risk
@@ -208,12 +208,13 @@ def test_too_few_labels_are_said_before_anything_is_trained(
     of_certify = [request for request in ids if certifies[request_hash(request)]]
     others = [request for request in ids if not certifies[request_hash(request)]]
     for labelled, trouble in (
+            (["another"], "none belongs to a record"),
             (others, r"0 of the \d+ records of the certify part .* at least 59 there: label about 197 more requests"),
             (others + of_certify[:50], r"50 of the \d+ records of the certify part .* label about 30 more requests "),
             (of_certify, r"0 of the \d+ records of the tune part have a label, .* label about 5 more")):
         labels = tmp_path / "labels.csv"
         labels.write_text("".join(f"{request},0\n" for request in labelled))
-        with pytest.raises(RecordError, match=trouble):
+        with pytest.raises(TooFewRecordsError, match=trouble):
             train("model", archive, shards, options, run, labels=labels)
     assert not (run.root / "heads").exists()
 

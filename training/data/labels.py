@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.handler.errors import ConfigError, RecordError
+from early_exit.handler.errors import ConfigError, RecordError, TooFewRecordsError
 from early_exit.handler.recording.format import request_hash
 from early_exit.training.text_files import read_text
 
@@ -27,7 +27,8 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
         log: receives a line if most ids belong to no record.
 
     Raises:
-        RecordError: the file cannot be read, a line is wrong or contradicts another, or no line belongs to a record.
+        RecordError: the file cannot be read, or a line is wrong or contradicts another.
+        TooFewRecordsError: no line belongs to a record.
     """
     labels: dict[tuple[int, int], int] = {}
     line_of: dict[tuple[int, int], int] = {}
@@ -45,8 +46,8 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
     classes = torch.tensor([labels.get(record, -1) for record in recorded])
     n_known = len(labels.keys() & set(recorded))
     if not n_known:
-        raise RecordError(f"{path} has {len(labels)} labels, but none belongs to a record: the ids must be those that "
-                          "TorchServe returned in the header x-request-id")
+        raise TooFewRecordsError(f"{path} has {len(labels)} labels, but none belongs to a record: the ids must be "
+                                 "those that TorchServe returned in the header x-request-id")
     if n_known < len(labels) / 2:
         log(f"{n_known} of the {len(labels)} requests in {path} belong to a record; the others were not recorded, or "
             "their ids are not those that TorchServe returned in the header x-request-id")

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from early_exit.handler.errors import RecordError
+from early_exit.handler.errors import TooFewRecordsError
 from early_exit.handler.exits.likeness import COUNTS_FULLY
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.selection.certify import betting_p_value, risk_p_value
@@ -106,7 +106,7 @@ class Evidence:
             others: the end of the message, with a sentence about records that are ignored.
 
         Raises:
-            RecordError: even if no answer differs, nothing can be certified. The message says what is missing.
+            TooFewRecordsError: even if no answer differs, nothing can be certified. The message says what is missing.
         """
         if self.p_value(risk, torch.zeros(len(self.block)), tolerance, delta) <= delta:
             return
@@ -118,11 +118,11 @@ class Evidence:
         least = max(least, n + 1)  # n are too few: the bets were tuned to the expected number, not to n
         n_records = len(self.block)
         found = f"{n_records} records" if n == n_records else f"{n_records} records of {n} {what}"
-        n_needed = 1.2 * least * (n_records / n if n else 1) / share
-        raise RecordError(
+        n_needed = math.ceil(1.2 * least * (n_records / n if n else 1) / share)
+        raise TooFewRecordsError(
             f"{found} to certify with, but {tolerance:.2%} at {1 - delta:.0%} confidence needs at least {least} "
-            f"even if no answer differs: collect about {math.ceil(n_needed)} records in all (twice that to tolerate "
-            f"differences), or ask for a larger --tolerance. No plan was written{others}")
+            f"even if no answer differs: collect about {n_needed} records in all (twice that to tolerate "
+            f"differences), or ask for a larger --tolerance. No plan was written{others}", n_needed)
 
     @cached_property
     def _block_with_repeats(self) -> Tensor:
