@@ -14,6 +14,7 @@ from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.errors import RecordError, ServerError
 from early_exit.handler.exits.plan import ExitPlan
+from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import monitor_file, read_state
 from early_exit.handler.recording.format import ShardHeader, read_header
@@ -56,6 +57,22 @@ class ModelStatus:
     def n_watched(self) -> int:
         """The number of shadow samples of this version that the monitors have seen."""
         return sum(state.evidence.n + sum(alarm.n for alarm in state.alarms) for state in self.monitors)
+
+    @property
+    def n_bets(self) -> int:
+        """The number of bets that the monitors have placed since the last alarm."""
+        return sum(state.evidence.contents.rounds + state.evidence.requests.rounds for state in self.monitors)
+
+    @property
+    def n_tested(self) -> int:
+        """A lower bound on the number of contents that were bet on since the last alarm; at least half of their number.
+
+        Copies, samples in blocks that are open or skipped, and samples that wait are in no bet. If few contents come
+        again and again, only the bets on requests go on, and their contents count instead of the new ones.
+        """
+        certificate = self.plan.certificate if self.plan else None
+        per_round = Monitored.of(certificate).contents_per_round if certificate else 0
+        return sum(max(state.evidence.n_tested, state.evidence.requests.rounds * per_round) for state in self.monitors)
 
     def has_alarm_after(self, time: float) -> bool:
         """Tell whether an alarm came after a Unix time."""

@@ -1,4 +1,4 @@
-"""Decides when a plan is renewed, and whether the new plan is better than the old one."""
+"""Decides when a plan is renewed, whether the new plan is better than the old one, and when its trial is over."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ NEW_SHARE = 0.2
 """The share of new records at which the paper retrains (section 3.6)."""
 ATTEMPT, KEPT, ROLLING = "attempt", "kept", "rolling"
 CLOCK = "clock set back"
+_FEWEST_BETS = 3
+"""The number of bets after which answers that are all wrong have raised an alarm, for tolerances of up to 5 %."""
 
 
 @dataclass(frozen=True)
@@ -176,3 +178,14 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
     if new.expected_cost >= current_cost:
         return False, f"on the new records it costs {new.expected_cost:.3f}, and the current plan {current_cost:.3f}"
     return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current_cost:.3f} on the new records"
+
+
+def has_passed(status: ModelStatus, trial_samples: int) -> bool:
+    """Tell whether the trial of a version that has raised no alarm is over.
+
+    It is over when the monitor has seen enough samples and has bet on them. Without bets, there is no alarm even if all
+    answers are wrong: while one scene lasts, or if all samples are copies. `n_tested` may be as low as half of the
+    number of contents, so half of the samples are required.
+    """
+    return (min(status.n_watched, 2 * status.n_tested) >= trial_samples
+            and status.n_bets >= min(_FEWEST_BETS, trial_samples))

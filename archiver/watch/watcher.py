@@ -25,6 +25,7 @@ from early_exit.archiver.watch.triggers import (
     ROLLING,
     Trigger,
     fired,
+    has_passed,
     is_better,
     newest_mark,
     refusal,
@@ -148,8 +149,8 @@ class Watcher:
             begun = {**evidence, "alarms": alarms, "to": trial["replaces"], "archive": trial["replaced_archive"]}
             self._note(TAKING_BACK, **begun)
             self._take_back(begun)
-        elif status.n_watched >= self._watched.trial_samples:
-            self._note(ACCEPTED, **evidence)
+        elif has_passed(status, self._watched.trial_samples):
+            self._note(ACCEPTED, **evidence, tested=status.n_tested)
 
     def _pending(self, status: ModelStatus) -> Event | None:
         """Return a roll that failed or was interrupted before the switch, if it gets another try; else, give it up."""

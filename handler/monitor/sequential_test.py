@@ -95,6 +95,13 @@ class Evidence:
         return (ON_CONTENTS * self.contents.wealth(_STAKE_EVERY)
                 + ON_REQUESTS * self.requests.wealth(_STAKE_EVERY_OF_REQUESTS))
 
+    @property
+    def n_tested(self) -> int:
+        """A lower bound on the number of contents that were bet on as new ones; more than half of their number."""
+        # States of the previous release have no sizes; in them, each bet was on one sample.
+        smallest = [(1 << number) // 2 + 1 for number in range(len(self.sizes))]
+        return max(self.contents.rounds, sum(size * count for size, count in zip(smallest, self.sizes)))
+
     def _bet_on_contents(self, block: Block, monitored: Monitored) -> Evidence:
         if not block.n_new:
             return self
