@@ -54,7 +54,10 @@ def test_the_order_of_keys_with_other_numbers_counts(scores: list[float]) -> Non
     ([{"label": "cat", "score": 0.5}, {"label": "dog", "score": 0.500001}],
      [{"label": "dog", "score": 0.500001}, {"label": "cat", "score": 0.5}]),
     ("cat 0.12345678", "cat 0.12345679"),
-    ([0.0, 1.0], [1e-6, 1.0]),
+    ([0.0, 1.0], [1e-6, 1.0]), ([15.0, 0.001], [15.0, 0.001004]),
+    ({"cat": 15.0, "dog": 0.001}, {"cat": 15.0, "dog": 0.001004}),
+    ({"width": 1920.0, "score": 0.31}, {"width": 1920.0, "score": 0.31001}),
+    ("size 1920.5 px, cat 0.31", "size 1920.5 px, cat 0.31001"),
 ])
 def test_rounding_and_the_order_of_equals_do_not_count(before: Any, after: Any) -> None:
     assert same(before, after)
@@ -68,6 +71,10 @@ def test_rounding_and_the_order_of_equals_do_not_count(before: Any, after: Any) 
     ({"width": 1920, "score": 0.4}, {"width": 1920, "score": 0.41}),
     ({"id": 281, "score": 0.4}, {"id": 282, "score": 0.4}),
     ("width 1920, score 0.4", "width 1920, score 0.41"), ("class 281 of 21000", "class 282 of 21000"),
+    ({"width": 1920.0, "score": 0.31}, {"width": 1920.0, "score": 0.12}),
+    ({"limit": 250000.0, "probability": 0.9}, {"limit": 250000.0, "probability": 0.1}),
+    ([250000.0, 0.9], [250000.0, 0.1]), ([21000, 5], [21000, 6]),
+    ("size 1920.5 px, cat 0.31", "size 1920.5 px, cat 0.12"),
     (None, []), ([True, False], [False, True]), (b"\x89PNG\xff\x00", b"\x89PNG\xff\x01"),
 ])
 def test_anything_else_counts(before: Any, after: Any) -> None:

@@ -15,7 +15,11 @@ import numpy as np
 from early_exit.archiver.packaging.tryout.answers import Answer, AnsweredBatch
 
 TOLERANCE = 1e-4
-"""The largest difference of two numbers that count as equal, relative to the largest number in their list."""
+"""The largest difference of two numbers that count as equal, relative to their scale."""
+_LEAST = 1e-6
+"""The same, relative to the largest number beside them: a smaller difference never counts."""
+_APART = 1000.0
+"""A number in a list that is so many times as large as those that differ is of another kind, such as a width."""
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _NUMPY = b"\x93NUMPY"
 _LARGEST = 1e9
@@ -102,7 +106,7 @@ class _Comparison:
             expected: the value in the earlier answer.
             found: the value in the present answer.
             path: the path of the values.
-            scale: the largest number of the list or object that holds the values; None if nothing holds them.
+            scale: the scale of the numbers in the list or object that holds the values; None if nothing holds them.
         """
         if path in self.ignored:
             return
@@ -126,14 +130,15 @@ class _Comparison:
             yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}"
             return
         # Integers, such as an id, a width or a number of words, have nothing to do with the scores beside them.
-        scale = _scale(value for key, value in expected.items()
-                       if isinstance(value, float) and f"{path}.{key}" not in self.ignored)
-        scale = 0.0 if self.is_exact else scale
+        floats = [(value, found[key]) for key, value in expected.items()
+                  if isinstance(value, float) and f"{path}.{key}" not in self.ignored]
+        scale = 0.0 if self.is_exact else _scale_of_differing(floats)
         for key, value in expected.items():
             are_counts = isinstance(value, int) and isinstance(found[key], int)
             yield from self.between(value, found[key], f"{path}.{key}", None if are_counts else scale)
+        largest = 0.0 if self.is_exact else _scale(before for before, _ in floats)
         for before, now in zip(expected, found):
-            if before != now and not _tied(expected[before], expected[now], scale):
+            if before != now and not _tied(expected[before], expected[now], largest):
                 yield path, f"the keys {', '.join(expected)} have become {', '.join(found)}, in another order"
                 return
 
@@ -141,7 +146,7 @@ class _Comparison:
         if len(expected) != len(found):
             yield path, f"{len(expected)} values have become {len(found)}"
             return
-        scale = _scale(expected)
+        scale = _scale_of_list(expected, found)
         left = {}
         for index, (before, now) in enumerate(zip(expected, found)):
             if told := list(self.between(before, now, f"{path}[{index}]", scale)):
@@ -161,7 +166,8 @@ class _Comparison:
             return
         if not self.is_exact and _NUMBER.split(expected) == _NUMBER.split(found):
             before, now = (_NUMBER.findall(text) for text in (expected, found))
-            scale = _scale(float(number) for number in before if not number.lstrip("+-").isdigit())
+            scale = _scale_of_differing([(float(number), float(other)) for number, other in zip(before, now)
+                                         if not number.lstrip("+-").isdigit()])
             if all(one == other or _near(float(one), float(other), scale) for one, other in zip(before, now)):
                 return
         yield path, f"{_short(expected)} has become {_short(found)}"
@@ -185,6 +191,25 @@ def _numbers(value: Any) -> Iterator[float]:
 
 def _scale(values: Any) -> float:
     return max((abs(value) for value in values if _is_number(value) and math.isfinite(value)), default=0.0)
+
+
+def _scale_of_differing(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """Return the scale of numbers that may be of different kinds, such as a width and a score.
+
+    A number that is the same in both answers says nothing about the others, so the scale is the largest that differs.
+
+    Args:
+        pairs: each number in the earlier answer, with the one in the present answer.
+    """
+    differing = _scale(before for before, now in pairs if before != now)
+    return max(differing, _LEAST / TOLERANCE * _scale(before for before, _ in pairs))
+
+
+def _scale_of_list(expected: Sequence[Any], found: Sequence[Any]) -> float:
+    """Return the scale of the numbers in a list: the largest, unless it is of another kind than those that differ."""
+    pairs = list(zip(expected, found))
+    largest, differing = _scale(expected), _scale(before for before, now in pairs if before != now)
+    return _scale_of_differing(pairs) if largest > max(1.0, _APART * differing) else largest
 
 
 def _near(one: float, other: float, scale: float) -> bool:
