@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from types import ModuleType
 
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str)
 _State = dict[str, object]
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""The attributes that every module has, such as its hooks."""
+_MANY = 256
+"""The values in a longer list, dict or object are not compared, because every request would wait for that."""
 
 
 class ModelState:
@@ -18,36 +24,70 @@ class ModelState:
 
         Args:
             model: the model.
-            tensors: whether the state includes tensors that are neither parameters nor buffers; some models keep
-                intermediate values of a request in such tensors.
+            tensors: whether the state includes tensors that are neither parameters nor buffers, and the plain values
+                in lists, dicts and objects; some models keep intermediate values of a request there.
         """
-        self._kinds = (*_PLAIN, Tensor) if tensors else _PLAIN
-        self._parts = [(name, weakref.ref(part), part.training, _state_of(part, self._kinds))
+        self._tensors = tensors
+        seen: set[int] = set()
+        self._parts = [(name, weakref.ref(part), part.training, _state_of(part, seen, tensors=tensors))
                        for name, part in model.named_modules()]
 
     def changes(self) -> list[str]:
         """Return the names of everything that has changed; the end of training mode is not a change."""
         found: list[str] = []
+        seen: set[int] = set()
         for name, reference, was_training, before in self._parts:
             part = reference()
             if part is None:
                 continue
             if part.training and not was_training:
                 found.append(f"{name or 'the model'} is in training mode")
-            now = _state_of(part, self._kinds)
+            now = _state_of(part, seen, tensors=self._tensors)
             if now != before:
+                # Reading may add a value to a dict or an object, as a cached property does.
                 found += [f"{name}.{key}".strip(".") for key in sorted(now.keys() | before.keys())
-                          if now.get(key) != before.get(key)]
+                          if now.get(key) != before.get(key) and (key in before or not _is_inside(key))]
         return found
 
 
-def _state_of(part: nn.Module, kinds: tuple[type, ...]) -> _State:
+def _state_of(part: nn.Module, seen: set[int], *, tensors: bool) -> _State:
+    """Return the state of one part.
+
+    Args:
+        part: the part.
+        seen: the ids of lists, dicts and objects whose values other parts have, such as one configuration for all
+            parts; those of this part are added.
+        tensors: as for `ModelState`.
+    """
+    kinds = (*_PLAIN, Tensor) if tensors else _PLAIN
     state: _State = {name: _value(value) for name, value in vars(part).items()
                      if type(value) in kinds and name != "training"}
+    for name, value in vars(part).items():
+        if tensors and name not in _OF_TORCH and type(value) not in kinds and id(value) not in seen:
+            seen.add(id(value))
+            state.update((key, inner) for key, inner in _inside(name, value) if type(inner) in _PLAIN)
     for inside in (part._parameters, part._buffers, part._modules):
         for name, value in inside.items():
             state[name] = _value(value)
     return state
+
+
+def _inside(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the values in an attribute that is a list, a dict or an object, with their names."""
+    if isinstance(value, list):
+        values = [(f"{name}[{number}]", inner) for number, inner in enumerate(value[:_MANY + 1])]
+    elif isinstance(value, dict):
+        values = [(f"{name}[{key!r}]", inner) for key, inner in value.items()] if len(value) <= _MANY else []
+    elif isinstance(value, (nn.Module, Tensor, ModuleType, type)):
+        values = []
+    else:
+        values = [(f"{name}.{key}", inner) for key, inner in getattr(value, "__dict__", {}).items()]
+    if len(values) <= _MANY:
+        yield from values
+
+
+def _is_inside(key: str) -> bool:
+    return "." in key or "[" in key
 
 
 def _value(value: object) -> object:

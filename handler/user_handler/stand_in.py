@@ -43,6 +43,8 @@ class StandIn(nn.Module):
         object.__setattr__(self, "_original", original and original.requires_grad_(False))
         self.train(model.training)
         object.__setattr__(self, "_is_fixed", is_fixed)
+        # A model that was in training mode from the start has nothing that answers differently in that mode.
+        object.__setattr__(self, "_may_train", not is_fixed or self.training or bool(replaced and replaced.training))
         object.__setattr__(self, "_state", replaced and ModelState(replaced, tensors=True))
 
     def forward(self, *given: object, **named: object) -> Any:
@@ -53,8 +55,10 @@ class StandIn(nn.Module):
         output of the user's model. Nothing else in that model requires gradients.
 
         Raises:
-            NotExported: the handler has changed a part of the user's model.
+            NotExported: the handler has changed a part of the user's model, or has set it to training mode.
         """
+        if self.training and not vars(self)["_may_train"]:
+            raise _changed(".training")
         state: ModelState | None = vars(self)["_state"]
         if state is not None and (changed := state.changes()):
             raise _changed(", ".join(f".{name}" for name in changed[:3]))
@@ -75,6 +79,16 @@ class StandIn(nn.Module):
         """Return the weights of the user's own model by name, if it is kept."""
         known: Any = super() if self._original is None else self._original
         return known.state_dict(*given, **named)
+
+    def load_state_dict(self, *given: Any, **named: Any) -> Any:
+        """Load weights, which a handler may do in initialize() only.
+
+        Raises:
+            NotExported: the model answers requests already.
+        """
+        if vars(self)["_is_fixed"]:
+            raise _changed("the weights")
+        return super().load_state_dict(*given, **named)
 
     def __getitem__(self, key: Any) -> Any:
         return self._with_parts()[key]

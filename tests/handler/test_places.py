@@ -190,3 +190,40 @@ def test_what_the_exported_model_cannot_give_is_no_clients_fault() -> None:
         _ = StandIn(nn.Linear(2, 2)).config
     assert refused.value.error_code == 500  # type: ignore[attr-defined]
     assert not hasattr(StandIn(nn.Linear(2, 2)), "config")
+
+
+def test_weights_that_a_request_loads_and_training_mode_are_refused() -> None:
+    """The exported model would keep answering with the weights and in the mode that it was exported with."""
+    original = Original().eval()
+    stand_in = StandIn(nn.Linear(2, 2).eval(), original, is_fixed=True, replaced=original)
+    with pytest.raises(AttributeError, match="changes the weights of its model while it answers"):
+        stand_in.load_state_dict(original.state_dict())
+    stand_in.train(False)(torch.ones(1, 2))
+    with pytest.raises(AttributeError, match=r"changes \.training of its model"):
+        stand_in.train()(torch.ones(1, 2))
+    stand_in.eval()(torch.ones(1, 2))
+    StandIn(nn.Linear(2, 2).eval()).load_state_dict({}, strict=False)  # as initialize() may do
+
+
+def test_a_call_is_refused_once_a_value_in_a_configuration_of_the_users_model_is_changed() -> None:
+    def of_object(model: Any) -> None:
+        model.config.temperature = 5.0
+
+    def of_dict(model: Any) -> None:
+        model.settings["temperature"] = 5.0
+
+    def of_list(model: Any) -> None:
+        model.scales[1] = 5.0
+
+    for change, name in ((of_object, r"\.config\.temperature"), (of_dict, r"\.settings\['temperature'\]"),
+                         (of_list, r"\.scales\[1\]")):
+        original = Original().eval()
+        original.config.temperature, original.settings, original.scales = 1.0, {"temperature": 1.0}, [1.0, 1.0]
+        original.body.config = original.config
+        stand_in = StandIn(nn.Linear(2, 2).eval(), original, is_fixed=True, replaced=original)
+        stand_in(torch.ones(1, 2))
+        original.settings["cached"] = original.config.cached = 1.0
+        stand_in(torch.ones(1, 2))
+        change(stand_in)
+        with pytest.raises(AttributeError, match=f"changes {name} of its model"):
+            stand_in(torch.ones(1, 2))
