@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from early_exit.handler.errors import FormatError
@@ -59,7 +60,7 @@ class SharedMonitor:
     form blocks, this is the order of their times, and the newest samples wait in the state for two seconds. The kernel
     releases the lock of a killed worker, which loses the samples of at most one second. If a worker has no folder, or
     cannot write to it, it continues alone from the last state that it has read. It adds its samples to the file as soon
-    as it can write.
+    as it can write. Whatever a worker reads, it never goes back to a lower fallback level and forgets no alarm.
     """
 
     def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:
@@ -74,6 +75,8 @@ class SharedMonitor:
         self._last_level, self._path = last_level, path
         self._shared = self.state = MonitorState()
         self._unshared: list[Sample] = []
+        self._is_unwritten = False
+        """Whether `_shared` holds something that could not be written to the file yet."""
         self._failing = False
         self._share()
         self._queue: queue.SimpleQueue[Sequence[Sample] | None] = queue.SimpleQueue()
@@ -120,17 +123,19 @@ class SharedMonitor:
                                "watches alone.", self._path, error)
             self._failing = True
             self.state = self._advanced(self._shared)
-            if len(self._unshared) > _MOST_UNSHARED:
-                self._shared, self._unshared = self.state, []
-        for alarm in self.state.alarms[len(before.alarms):]:
+            # An alarm is kept at once. Together with the samples of other workers, its samples might raise none later.
+            if len(self._unshared) > _MOST_UNSHARED or self.state.alarms != self._shared.alarms:
+                self._shared, self._unshared, self._is_unwritten = self.state, [], True
+        known = {alarm.step for alarm in before.alarms}
+        for alarm in (alarm for alarm in self.state.alarms if alarm.step not in known):
             logger.error("ALARM: the mean loss of %d shadow samples is %.4f, and the certificate allows at most %.4f: "
                          "the certificate is void, and the version goes to fallback level %d of %d", alarm.n,
                          alarm.mean_loss, self.monitored.tolerance, alarm.step + 1, self._last_level)
 
     def _share_in(self, path: Path) -> None:
-        if not self._unshared:
+        if not self._unshared and not self._is_unwritten:
             # Writers replace the whole file, so it can be read without the lock.
-            self._shared = read_state(path) or self._shared
+            self._shared = _merged(self._shared, read_state(path))
             return
         private_folder(path.parent)
         with _locked(path.with_suffix(".lock")):
@@ -139,10 +144,10 @@ class SharedMonitor:
             except ValueError as error:
                 logger.warning("the monitor's state in %s is damaged and will be replaced: %s", path, error)
                 written = None
-            state = self._advanced(written or self._shared)
+            state = self._advanced(_merged(self._shared, written))
             with replacing(path) as scratch:
                 scratch.write_text(json.dumps(state.to_json()))
-        self._shared, self._unshared = state, []
+        self._shared, self._unshared, self._is_unwritten = state, [], False
 
     def _advanced(self, state: MonitorState) -> MonitorState:
         return state.after(self._unshared, self.monitored, self._last_level, time.time())
@@ -160,6 +165,22 @@ def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMon
         return None
     path = None if folder is None else monitor_file(folder, version, plan)
     return SharedMonitor(Monitored.of(plan.certificate, plan.likeness), plan.last_level, path)
+
+
+def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
+    """Return the state with the higher fallback level, and with the alarms of both states.
+
+    At equal levels, the evidence with more samples is kept. This choice does not depend on the losses.
+
+    Args:
+        own: the state that the worker has in memory.
+        read: the state in the file, or None if there is no file.
+    """
+    if read is None:
+        return own
+    ahead = own if (own.step, own.evidence.n) > (read.step, read.evidence.n) else read
+    alarms = {alarm.step: alarm for alarm in (*own.alarms, *read.alarms)}
+    return replace(ahead, alarms=tuple(alarms[step] for step in sorted(alarms)))
 
 
 @contextlib.contextmanager
