@@ -165,7 +165,8 @@ class MonitorState:
     level has no exits. The name is that of the field in state files."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
-    """One alarm for each fallback level that was left. The first alarm voids the certificate."""
+    """One alarm for each fallback level that was left. The first alarm voids the certificate. There is none for levels
+    that were left because the state could not be read."""
 
     waiting: tuple[Sample, ...] = ()
     """Samples that are too new for their order to be certain. Only blocks depend on the order, so this is empty if each
@@ -185,7 +186,7 @@ class MonitorState:
         return MonitorState(level, evidence, alarms, tuple(waiting))
 
     def to_json(self) -> dict[str, Any]:
-        return MONITOR_STATE.stamped({"certificate": "void" if self.alarms else "holds", **asdict(self)})
+        return MONITOR_STATE.stamped({"certificate": "void" if self.step else "holds", **asdict(self)})
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str) -> MonitorState:

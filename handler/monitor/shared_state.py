@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import queue
 import threading
 import time
@@ -61,6 +62,9 @@ class SharedMonitor:
     releases the lock of a killed worker, which loses the samples of at most one second. If a worker has no folder, or
     cannot write to it, it continues alone from the last state that it has read. It adds its samples to the file as soon
     as it can write. Whatever a worker reads, it never goes back to a lower fallback level and forgets no alarm.
+
+    If a worker starts and cannot read the file that is there, an alarm may be lost. It therefore starts at the last
+    level. A damaged file is replaced by this state, and a file that is not ours or too new is left as it is.
     """
 
     def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:
@@ -73,10 +77,10 @@ class SharedMonitor:
         """
         self.monitored = monitored
         self._last_level, self._path = last_level, path
-        self._shared = self.state = MonitorState()
-        self._unshared: list[Sample] = []
         self._is_unwritten = False
         """Whether `_shared` holds something that could not be written to the file yet."""
+        self._shared = self.state = self._at_start()
+        self._unshared: list[Sample] = []
         self._failing = False
         self._share()
         self._queue: queue.SimpleQueue[Sequence[Sample] | None] = queue.SimpleQueue()
@@ -108,6 +112,18 @@ class SharedMonitor:
                 share_at = time.monotonic() + _SHARE_EVERY_S
             if noted is None:
                 return
+
+    def _at_start(self) -> MonitorState:
+        try:
+            return MonitorState() if self._path is None else read_state(self._path) or MonitorState()
+        except NotADirectoryError:  # there is no folder, so there is no file either
+            return MonitorState()
+        except (OSError, ValueError, FormatError) as error:
+            logger.error("cannot read the monitor's state in %s: %s. It may hold an alarm, so the version goes to "
+                         "fallback level %d, at which no request leaves early. To start anew, stop all workers of the "
+                         "version, delete this file and start them again", self._path, error, self._last_level)
+            self._is_unwritten = True
+            return MonitorState(self._last_level)
 
     def _share(self) -> None:
         before = self.state
@@ -145,8 +161,10 @@ class SharedMonitor:
                 logger.warning("the monitor's state in %s is damaged and will be replaced: %s", path, error)
                 written = None
             state = self._advanced(_merged(self._shared, written))
-            with replacing(path) as scratch:
-                scratch.write_text(json.dumps(state.to_json()))
+            with replacing(path) as scratch, scratch.open("w") as file:
+                file.write(json.dumps(state.to_json()))
+                file.flush()
+                os.fsync(file.fileno())  # a crash of the machine may otherwise leave an empty file
         self._shared, self._unshared, self._is_unwritten = state, [], False
 
     def _advanced(self, state: MonitorState) -> MonitorState:

@@ -169,16 +169,6 @@ def test_a_folder_that_is_deleted_while_serving_does_not_undo_a_step_back(tmp_pa
     assert state is not None and (state.step, state.evidence.n) == (1, 5)
 
 
-def test_a_damaged_state_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "monitor.json"
-    path.write_text('{"format": 1, "st')
-    watchman = SharedMonitor(MONITORED, 2, path)
-    watchman.note(samples_of([0.0] * 5))
-    watchman.close()
-    state = read_state(path)
-    assert state is not None and state.evidence.n == 5
-
-
 def _watch_for_ever(path: Path) -> None:
     watchman = SharedMonitor(MONITORED, 2, path)
     while True:

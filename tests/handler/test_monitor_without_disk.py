@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from early_exit.handler.monitor import shared_state
 from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
+from tests.support.foreign import give_away
 from tests.support.shadow_samples import samples_of
 from tests.support.waiting import wait_until
 
@@ -107,3 +109,59 @@ def test_a_file_with_a_lower_level_is_not_followed_and_gets_the_alarms_of_the_wo
     worker.note(samples_of([0.0], level=1))
     worker.close()
     assert (worker.state.step, written(path).step, len(written(path).alarms)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"format": 1, "st', '{"format": 1}'])
+def test_a_state_that_is_damaged_at_start_is_replaced_by_one_without_exits(
+        damaged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The damaged file may have held an alarm."""
+    path = tmp_path / "monitor.json"
+    path.write_text(damaged)
+    worker = SharedMonitor(MONITORED, 3, path)
+    assert worker.state.step == written(path).step == 3
+    assert "delete this file" in caplog.text
+    worker.note(samples_of([0.0] * 5))
+    worker.close()
+    restarted = SharedMonitor(MONITORED, 3, path)
+    restarted.close()
+    assert restarted.state.step == 3, "it does not become level 0 by a restart"
+    path.unlink()
+    anew = SharedMonitor(MONITORED, 3, path)
+    anew.close()
+    assert anew.state == MonitorState()
+
+
+def test_a_state_of_somebody_else_is_left_as_it_is_and_the_worker_starts_without_exits(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "monitor.json"
+    certified(path).close()
+    before = path.read_bytes()
+    give_away(path, monkeypatch)
+    worker = SharedMonitor(MONITORED, 3, path)
+    worker.note(samples_of([0.0]))
+    worker.close()
+    assert (worker.state.step, path.read_bytes()) == (3, before)
+
+
+def test_a_state_that_is_damaged_while_a_worker_serves_is_replaced_by_what_the_worker_knows(tmp_path: Path) -> None:
+    path = tmp_path / "monitor.json"
+    worker = certified(path)
+    path.write_text("")
+    worker.note(samples_of([0.0] * 5))
+    worker.close()
+    assert (written(path).step, written(path).evidence.n) == (0, 105)
+
+
+def test_a_state_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, bool]] = []
+    path, real = tmp_path / "monitor.json", os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append((os.fstat(descriptor).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    worker = SharedMonitor(MONITORED, 3, path)
+    worker.note(samples_of([0.0]))
+    worker.close()
+    assert synced == [(path.stat().st_size, False)]
