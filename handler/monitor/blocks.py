@@ -84,8 +84,10 @@ class Blocks:
     """The content of the last sample, if each sample is a block of its own. A copy that follows directly is not another
     block."""
 
-    def after(self, sample: Sample, likeness: Likeness | None, n_remembered: int) -> tuple[Blocks, Block | None]:
-        """Return the blocks after one more sample, and the block that has ended, if one has.
+    def after(self, sample: Sample, likeness: Likeness | None, n_remembered: int) -> tuple[Blocks, Sequence[Block]]:
+        """Return the blocks after one more sample, and the blocks that have ended, in order.
+
+        Several blocks may end at once, because one sample can decide to which blocks the undecided samples belong.
 
         Args:
             sample: the next sample.
@@ -94,9 +96,10 @@ class Blocks:
         """
         if likeness is None:
             if sample.content is not None and sample.content == self.last:
-                return self, None
-            return replace(self._with(sample), last=sample.content)._closed(n_remembered)
-        blocks, ended = self._with_undecided(sample), None
+                return self, []
+            blocks, block = replace(self._with(sample), last=sample.content)._closed(n_remembered)
+            return blocks, [block]
+        blocks, ended = self._with_undecided(sample), list[Block]()
         while blocks.undecided:
             first = blocks.undecided[0]
             if not blocks._is_known(first):
@@ -105,7 +108,8 @@ class Blocks:
                     break
                 ends = blocks._ends_before(originals, likeness)
                 if ends:
-                    blocks, ended = blocks._ended(likeness, n_remembered)
+                    blocks, block = blocks._ended(likeness, n_remembered)
+                    ended += [block] if block else []
                 blocks = replace(blocks, before=(*blocks.before, first.components)[-REACH:],
                                  requests=0.0 if ends or not blocks.before else blocks.requests + first.requests)
             blocks = replace(blocks._with(first), undecided=blocks.undecided[1:])

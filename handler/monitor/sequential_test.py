@@ -88,7 +88,9 @@ class Evidence:
         """
         blocks, ended = self.blocks.after(sample, monitored.likeness, monitored.n_remembered)
         found = replace(self, n=self.n + 1, lost=self.lost + sample.loss, blocks=blocks)
-        return found if ended is None else found._bet_on_contents(ended, monitored)._bet_on_requests(ended, monitored)
+        for block in ended:
+            found = found._bet_on_contents(block, monitored)._bet_on_requests(block, monitored)
+        return found
 
     def wealth(self) -> float:
         """Return the whole capital, on contents and on requests; it began with 1."""

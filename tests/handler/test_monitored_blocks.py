@@ -57,8 +57,8 @@ def after(given_samples: Sequence[Sample], monitored: Monitored = ALONE, evidenc
 def ended(given_samples: Sequence[Sample], alike: Likeness) -> list[Block]:
     blocks, found = Blocks(), []
     for sample in given_samples:
-        blocks, block = blocks.after(sample, alike, 1000)
-        found += [block] if block else []
+        blocks, ended_now = blocks.after(sample, alike, 1000)
+        found += ended_now
     return found
 
 
