@@ -11,8 +11,9 @@ from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
 _MOST_UNDECIDED = 100
 """The length of `Blocks.undecided` from which copies are no longer added to it."""
 _MOST_CONTENTS = 1000
-"""The largest number of contents that are counted in a block. Later contents of the block are ignored, because a camera
-may show one scene for days."""
+"""The largest number of contents that are counted in a block, because a camera may show one scene for days. Of more
+contents, those with the smallest hashes are counted. The hashes are uniform, so these contents are a random sample of
+the whole block. Contents that are not known are counted until the block is full."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Blocks:
     last: int | None = None
     """The content of the last sample, if each sample is a block of its own. A copy that follows directly is not another
     block."""
+    left_out: tuple[int, ...] = ()
+    """Contents of the open block that were counted until contents with smaller hashes came. They are the latest that
+    came, and are kept so that their copies are known as copies."""
 
     def after(self, sample: Sample, likeness: Likeness | None, n_remembered: int) -> tuple[Blocks, Sequence[Block]]:
         """Return the blocks after one more sample, and the blocks that have ended, in order.
@@ -124,7 +128,8 @@ class Blocks:
         """
         return cls(tuple((content, loss) for content, loss in data["open"]), data["requests"],
                    tuple(map(tuple, data["before"])), tuple(map(Sample.from_json, data["undecided"])),
-                   tuple(data["counted"]), data["skips"], data["last"])
+                   tuple(data["counted"]), data["skips"], data["last"],
+                   tuple(data.get("left_out", ())))
 
     def _with_undecided(self, sample: Sample) -> Blocks:
         """Return these blocks with one more undecided sample.
@@ -171,7 +176,8 @@ class Blocks:
     def _is_known(self, sample: Sample) -> bool:
         """Tell whether the content of a sample is in the open block, or came recently."""
         return sample.content is not None and (
-            sample.content in self.counted or any(sample.content == content for content, _ in self.open))
+            sample.content in self.counted or sample.content in self.left_out
+            or any(sample.content == content for content, _ in self.open))
 
     def _with(self, sample: Sample) -> Blocks:
         """Return these blocks with a sample added to the open block."""
@@ -179,12 +185,23 @@ class Blocks:
         if content is not None and any(content == other for other, _ in self.open):
             return replace(self, open=tuple(
                 (other, max(loss, found) if other == content else found) for other, found in self.open))
-        return self if len(self.open) >= _MOST_CONTENTS else replace(self, open=(*self.open, (content, loss)))
+        if len(self.open) < _MOST_CONTENTS:
+            return replace(self, open=(*self.open, (content, loss)))
+        largest = max((other for other, _ in self.open if other is not None), default=None)
+        if content is None or largest is None or content > largest:
+            return self._leaving_out(content) if content in self.left_out else self
+        kept = tuple((other, found) for other, found in self.open if other != largest)
+        return replace(self, open=(*kept, (content, loss)))._leaving_out(largest)
+
+    def _leaving_out(self, content: int | None) -> Blocks:
+        """Return these blocks with a content as the latest of those that are left out."""
+        others = (other for other in self.left_out if other != content)
+        return self if content is None else replace(self, left_out=(*others, content)[-_MOST_CONTENTS:])
 
     def _closed(self, n_remembered: int) -> tuple[Blocks, Block]:
         """Close the open block, which is not empty. Return the blocks without it, and the closed block."""
         new = [(content, loss) for content, loss in self.open if content is None or content not in self.counted]
         came = [content for content, _ in self.open if content is not None]
         kept = (*(content for content in self.counted if content not in came), *came)[-n_remembered:]
-        return replace(self, open=(), counted=kept), Block(
+        return replace(self, open=(), counted=kept, left_out=()), Block(
             len(self.open), sum(loss for _, loss in self.open), len(new), sum(loss for _, loss in new))
