@@ -62,7 +62,10 @@ class Monitored:
         return max(1, math.ceil(_REMEMBERED_PER_LOSS / self.tolerance))
 
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
-        """Return the loss of each answer, in [0, 1]. A loss that is not finite, because scores are not, becomes 1.
+        """Return the loss of each answer, in [0, 1].
+
+        The loss is 1 if only the answer or only the backbone has scores that are not finite. A loss that is not finite
+        becomes 1, too.
 
         Args:
             outputs: (S, K) served scores of the shadow rows.
@@ -71,9 +74,9 @@ class Monitored:
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
         losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        # Without finite scores, the backbone predicts no class. An exit that predicts a class then differs from the
-        # backbone, whatever argmax returns for NaN.
-        is_other = outputs.isfinite().all(dim=1) & ~reference.isfinite().all(dim=1)
+        # Scores that are not finite predict no class. If only one of the two predicts a class, they differ, whatever
+        # argmax returns for NaN.
+        is_other = outputs.isfinite().all(dim=1) != reference.isfinite().all(dim=1)
         return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:

@@ -114,6 +114,14 @@ def test_an_exit_that_names_a_class_where_the_backbone_has_none_differs(risk: Ri
     assert replace(MONITORED, risk=risk).losses(served, reference, ScoreKind.LOGITS) == [1.0]
 
 
+@pytest.mark.parametrize("risk", [Risk.DISAGREEMENT, Risk.CONFIDENCE_GAP])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_answer_that_names_no_class_where_the_backbone_names_one_differs(risk: Risk, bad: float) -> None:
+    """`argmax` returns class 0 for such an answer, which is the class of the first row of the backbone."""
+    served, reference = torch.full((2, 2), bad), torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    assert replace(MONITORED, risk=risk).losses(served, reference, ScoreKind.LOGITS) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["lost", "capital"])
 def test_a_state_with_a_number_that_is_not_finite_is_refused(where: str, number: float) -> None:
