@@ -101,8 +101,8 @@ class Blocks:
         if likeness is None:
             if sample.content is not None and sample.content == self.last:
                 return self, []
-            blocks, block = replace(self._with(sample), last=sample.content)._closed(n_remembered)
-            return blocks, [block]
+            blocks, closed = replace(self._with(sample), last=sample.content)._closed(n_remembered)
+            return blocks, [closed]
         blocks, ended = self._with_undecided(sample), list[Block]()
         while blocks.undecided:
             first = blocks.undecided[0]
