@@ -258,43 +258,6 @@ def test_a_health_check_between_all_other_requests_does_not_keep_the_monitor_fro
     assert found is not None and found < 300
 
 
-@settings(max_examples=60)
-@given(data=st.data(), n_copies=st.sampled_from([2, 97, 98, 99, 100, 101, 150, 400]))
-def test_copies_in_a_row_however_many_are_as_one(data: st.DataObject, n_copies: int) -> None:
-    """A service that gets nothing but health checks at night is watched again in the morning."""
-    alike = alike_of(3)
-    scene_samples = samples(scenes(12, 3, seed=data.draw(st.integers(0, 99))),
-                            data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=36, max_size=36)), alike)
-    at = data.draw(st.integers(0, len(scene_samples)))
-    copied = data.draw(st.sampled_from([scene_samples[max(at - 1, 0)], samples(scenes(1, 1, 77), [0.0], alike)[0]]))
-    losses = [1.0, *[0.0] * (n_copies - 1)]
-    copies = [replace(copied, loss=loss, content=-1) for loss in data.draw(st.sampled_from([losses, losses[::-1]]))]
-    repeated = [*scene_samples[:at], *copies, *scene_samples[at:]]
-    once = [*scene_samples[:at], replace(copies[0], loss=1.0), *scene_samples[at:]]
-    assert ended(repeated, alike) == ended(once, alike)
-
-
-@pytest.mark.parametrize("n_first", [0, 1, 2])
-@pytest.mark.parametrize("n_probes", [90, 150, 5000])
-def test_after_a_long_run_of_health_checks_a_drift_is_an_alarm(n_first: int, n_probes: int) -> None:
-    alike = alike_of(5)
-    [probe] = samples(scenes(1, 1, 77), [0.0], alike)
-    others = samples(scenes(60, 5, 3), [1.0] * 300, alike)
-    stream = [*others[:n_first], *[replace(probe, content=-1)] * n_probes, *others[n_first:]]
-    found = alarms(stream, replace(ALONE, likeness=alike))
-    assert found is not None and found < n_probes + 200
-
-
-def test_what_waits_to_be_decided_is_bounded_whatever_comes_again() -> None:
-    """All files are known, and each of two new ones comes once: neither can be decided until a third one comes."""
-    alike = alike_of(5)
-    files = samples(scenes(400, 1, 5), [0.0] * 400, alike)
-    evidence = after([*files, *files[:300], *files[:300]], replace(ALONE, likeness=alike))
-    waiting = after([*samples(scenes(2, 1, 6), [0.0] * 2, alike), *files[:300] * 3],
-                    replace(ALONE, likeness=alike), evidence).blocks.undecided
-    assert len(waiting) <= 103
-
-
 def test_scenes_of_several_cameras_that_overlap_do_not_keep_the_monitor_from_seeing_them() -> None:
     """The plan is made for scenes that follow each other; later the frames of two cameras come in turns."""
     alike = alike_of(5)
