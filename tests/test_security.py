@@ -86,8 +86,8 @@ def test_the_gateway_holds_no_more_than_its_page_says() -> None:
     text = " ".join((ROOT / "docs" / "live-page.md").read_text().split())
     for pattern, limit in ((r"when (\d+) others are open", Limits.connections),
                            (r"holds (\d+) MiB of messages", Limits.bytes_in_all / 2**20),
-                           (r"Of a connection (\d+) items are with TorchServe at once", Limits.in_flight),
-                           (r"and of all connections together (\d+)\.", Limits.in_flight_in_all)):
+                           (r"At most (\d+) items of one connection", Limits.in_flight),
+                           (r"and (\d+) of all connections, are processed at once", Limits.in_flight_in_all)):
         [told] = re.findall(pattern, text)
         assert int(told) == limit, pattern
 
