@@ -57,7 +57,7 @@ def test_unknown_requests_beside_those_that_choose_and_certify_do_not_even_train
     """Unknown requests may repeat known ones, but a certificate is about requests that no head was trained on."""
     known = [request_hash(str(number)) for number in range(200)]
     read = traffic(tmp_path, known + [ANONYMOUS] * 100, [1.0] * 300)
-    assert read.n_anonymous == 0 and read.passed_over == {MAY_REPEAT: 100}
+    assert read.n_anonymous == 0 and read.skipped == {MAY_REPEAT: 100}
     assert len(read) == 200
 
 
