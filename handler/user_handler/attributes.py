@@ -29,9 +29,8 @@ class HandlerAttributes:
 
     def __init__(self, handler: UserHandler, context: HandlerContext) -> None:
         nothing: frozenset[str] = frozenset()
-        module = handler.module if isinstance(handler, FunctionHandler) else sys.modules[type(handler).__module__]
-        fixed = frozenset(name for name, value in vars(module).items()
-                          if name.startswith("__") or isinstance(value, (ModuleType, type, FunctionType)))
+        module = module_of(handler)
+        fixed = frozenset(name for name, value in vars(module).items() if is_fixed(name, value))
         self._objects = [(vars(handler), nothing), (vars(context), nothing), context.put_on_it(), (vars(module), fixed),
                          *((vars(helper), nothing) for helper in _helpers(module, handler))]
         self._call = threading.local()
@@ -89,6 +88,16 @@ def _helpers(module: ModuleType, handler: UserHandler) -> list[object]:
                     found[id(one)] = one
                     waiting.append(one)
     return [*found.values()][1:]
+
+
+def module_of(handler: UserHandler) -> ModuleType:
+    """Return the module whose global names a handler uses."""
+    return handler.module if isinstance(handler, FunctionHandler) else sys.modules[type(handler).__module__]
+
+
+def is_fixed(name: str, value: object) -> bool:
+    """Tell whether a global name is part of the code, so that no call of a handler changes it."""
+    return name.startswith("__") or isinstance(value, (ModuleType, type, FunctionType))
 
 
 def is_helper(value: object, module: ModuleType) -> bool:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.user_handler.attributes import is_helper
+from early_exit.handler.user_handler.attributes import is_fixed, is_helper, module_of
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import FunctionHandler, UserHandler
 
 _CONTAINERS = (dict, list, set, deque)
 _OPAQUE = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, nn.Module, threading.Thread,
            HandlerContext)
-_CODE = (ModuleType, type, FunctionType, property, staticmethod, classmethod)
+_CODE = (property, staticmethod, classmethod)
 _MOST_VALUES = 10_000
 """The largest number of values that are searched; what lies beyond them is not restored."""
 _MOST_BYTES = 2**26
@@ -37,17 +37,13 @@ def state_kept(handler: UserHandler) -> Iterator[None]:
     Lists, dictionaries, sets, queues, tensors, arrays and objects of the user's classes are restored at any depth, in
     place: a thread of the handler may wait for items in them. The attributes of the handler itself are not restored.
     """
-    module = handler.module if isinstance(handler, FunctionHandler) else sys.modules.get(type(handler).__module__)
+    module = module_of(handler)
     roots: list[object] = [*vars(handler).values()]
     restores: list[_Restore] = []
-    if module is not None:
-        names = {name: value for name, value in vars(module).items() if not _is_fixed(name, value)}
-        restores.append(lambda: _restore_names(vars(module), names))
-        roots += names.values()
-    if not isinstance(handler, FunctionHandler):
-        of_class = {name: value for name, value in vars(type(handler)).items() if not _is_fixed(name, value)}
-        restores.append(lambda: _restore_class(type(handler), of_class))
-        roots += of_class.values()
+    for owner in (module,) if isinstance(handler, FunctionHandler) else (module, type(handler)):
+        held = _names_of(owner)
+        restores.append(partial(_restore_names, owner, held))
+        roots += held.values()
     restores += _restores_of(roots, module)
     try:
         yield
@@ -57,7 +53,7 @@ def state_kept(handler: UserHandler) -> Iterator[None]:
                 restore()
 
 
-def _restores_of(roots: Iterable[object], module: ModuleType | None) -> Iterator[_Restore]:
+def _restores_of(roots: Iterable[object], module: ModuleType) -> Iterator[_Restore]:
     """Yield a function for each value that the roots reach; it restores the content that the value has now."""
     waiting, seen, n_bytes = deque(roots), set[int](), _MOST_BYTES
     while waiting and len(seen) < _MOST_VALUES:
@@ -74,7 +70,7 @@ def _restores_of(roots: Iterable[object], module: ModuleType | None) -> Iterator
             if value.nbytes <= n_bytes and not value.requires_grad:
                 n_bytes -= value.nbytes
                 yield _restore_of_tensor(value, value.clone())
-        elif isinstance(value, SimpleNamespace) or (module is not None and is_helper(value, module)):
+        elif isinstance(value, SimpleNamespace) or is_helper(value, module):
             attributes = vars(value)
             yield _restore_of_container(attributes, dict(attributes))
             waiting.extend(attributes.values())
@@ -112,22 +108,18 @@ def _restore_of_bytes(view: memoryview, held: bytes) -> _Restore:
     return restore
 
 
-def _restore_names(names: dict[str, Any], held: Mapping[str, object]) -> None:
-    for name in [name for name, value in names.items() if name not in held and not _is_fixed(name, value)]:
-        del names[name]
-    names.update({name: value for name, value in held.items() if names.get(name, names) is not value})
+def _names_of(owner: object) -> dict[str, Any]:
+    """Return the attributes of a module or a class, except for those that are code."""
+    return {name: value for name, value in vars(owner).items() if not is_fixed(name, value) and not isinstance(
+        value, _CODE)}
 
 
-def _restore_class(kind: type, held: Mapping[str, object]) -> None:
-    for name in [name for name, value in vars(kind).items() if name not in held and not _is_fixed(name, value)]:
-        delattr(kind, name)
+def _restore_names(owner: object, held: Mapping[str, object]) -> None:
+    for name in _names_of(owner).keys() - held.keys():
+        delattr(owner, name)
     for name, value in held.items():
-        if vars(kind).get(name, held) is not value:
-            setattr(kind, name, value)
-
-
-def _is_fixed(name: str, value: object) -> bool:
-    return name.startswith("__") or isinstance(value, _CODE)
+        if vars(owner).get(name, held) is not value:
+            setattr(owner, name, value)
 
 
 def _identities(container: Any) -> list[Any]:
