@@ -68,10 +68,10 @@ class ModelStatus:
         """A lower bound on the number of contents that were bet on since the last alarm; at least half of their number.
 
         Copies, samples in blocks that are open or skipped, and samples that wait are in no bet. If few contents come
-        again and again, only the bets on requests go on, and their contents count instead of the new ones.
+        again and again, only the bets on requests go on, and their samples count instead of new contents.
         """
         certificate = self.plan.certificate if self.plan else None
-        per_round = Monitored.of(certificate).contents_per_round if certificate else 0
+        per_round = Monitored.of(certificate).samples_per_round if certificate else 0
         return sum(max(state.evidence.n_tested, state.evidence.requests.rounds * per_round) for state in self.monitors)
 
     def has_alarm_after(self, time: float) -> bool:

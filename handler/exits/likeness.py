@@ -48,6 +48,11 @@ class Likeness:
         """Whether blocks are periods, of which every second one is skipped."""
         return self.length > 0 and self.distance == 0
 
+    @property
+    def most_requests(self) -> float:
+        """The largest number of requests in a block; the usual one if blocks are periods."""
+        return self.longest if math.isfinite(self.longest) else self.length
+
     def components(self, states: Tensor) -> Tensor:
         """Return the (N, D) float32 components of (N, K) states, the backbone's log-probabilities."""
         return (states.float() - self.mean) @ self.directions

@@ -13,7 +13,7 @@ from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
 
 _LOSSES_PER_ROUND = 20
-"""The number of losses that a round of the bets on requests has at the tolerated rate. It sets the number of contents
+"""The number of losses that a round of the bets on requests has at the tolerated rate. It sets the number of samples
 in a round."""
 _REMEMBERED_PER_LOSS = 20
 """The number of losses that the remembered contents have at the tolerated rate. It sets how many contents are
@@ -52,8 +52,8 @@ class Monitored:
         return cls(certificate.risk, certificate.tolerance, delta, likeness)
 
     @property
-    def contents_per_round(self) -> int:
-        """The least number of contents in a round of the bets on requests."""
+    def samples_per_round(self) -> int:
+        """The least number of samples in a round of the bets on requests."""
         return max(1, round(_LOSSES_PER_ROUND / self.tolerance))
 
     @property

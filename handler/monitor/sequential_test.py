@@ -6,10 +6,11 @@ at most T over the requests. The test bets against both statements (see `betting
 - Contents. Each bet is on one block. A block with a loss of k in n new contents gains k - T n, divided by the size that
   95 % of the earlier blocks did not exceed (or by n, if n is larger).
 - Requests. Each bet is on the mean loss of a round. A round consists of whole blocks, which together have at least
-  20 / T contents. One scene, however long, is in one round. A content is counted in each block in which it comes.
+  20 / T samples. One scene, however long, is in one round. Samples with one content that follow each other directly
+  count as one.
 
-Both kinds of bets count equal contents within a block once. Nine tenths of the capital are bet on contents, which show
-a change sooner. One tenth is bet on requests, because only these bets show that a popular file is answered wrongly.
+The bets on contents count each content once. Nine tenths of the capital are bet on contents, which show a change
+sooner. One tenth is bet on requests, because only these bets show that a popular file is answered wrongly.
 
 As long as the expected loss of every block and of every round, given the past, is at most T, the probability of ever
 raising an alarm is at most delta, however long the test runs and however often one looks (Ville's inequality). Half of
@@ -72,7 +73,7 @@ class Evidence:
     contents: Capital = field(default_factory=Capital)
     requests: Capital = field(default_factory=Capital)
     round_n: int = 0
-    """The number of contents in the blocks of the open round of the bets on requests."""
+    """The number of samples in the blocks of the open round of the bets on requests."""
     round_lost: float = 0.0
     """The sum of their losses."""
     sizes: tuple[int, ...] = ()
@@ -116,7 +117,7 @@ class Evidence:
 
     def _bet_on_requests(self, block: Block, monitored: Monitored) -> Evidence:
         n, lost = self.round_n + block.n, self.round_lost + block.lost
-        if n < monitored.contents_per_round:
+        if n < monitored.samples_per_round:
             return replace(self, round_n=n, round_lost=lost)
         requests = self.requests.after(lost / n - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
         return replace(self, requests=requests, round_n=0, round_lost=0.0)

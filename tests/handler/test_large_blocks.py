@@ -1,4 +1,4 @@
-"""No block escapes the monitor: neither one that ends together with another, nor the late part of a long one."""
+"""No part of a long block escapes the monitor."""
 
 from __future__ import annotations
 
@@ -17,17 +17,6 @@ PLACE = (torch.zeros(2), torch.eye(2))
 
 def at(x: float, content: int, loss: float = 0.0, requests: float = 1.0) -> Sample:
     return Sample(0, loss, content, 0.0, requests, (x, 0.0))
-
-
-def test_blocks_that_end_at_the_same_sample_all_reach_the_bets() -> None:
-    """The second 1 is a copy until the block of 2 has ended. Then it decides, together with 5, about two blocks."""
-    likeness, n_remembered = Likeness(*PLACE, distance=0.01, length=1.0, longest=4.0), 1
-    blocks, found = Blocks(), []
-    for content in (1, 2, 3, 4, 1, 5):
-        blocks, ended = blocks.after(at(10.0 * content, content, loss=content / 8, requests=20.0), likeness,
-                                     n_remembered)
-        found.append([block.lost * 8 for block in ended])
-    assert found == [[], [], [], [1.0], [], [2.0, 3.0]]
 
 
 def hashes(n: int) -> list[int]:
