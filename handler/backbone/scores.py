@@ -40,6 +40,14 @@ class ScoreKind(str, Enum):
         return logits.log_softmax(dim=1) if self is ScoreKind.LOG_PROBABILITIES else logits
 
 
+def predicts(scores: Tensor) -> Tensor:
+    """Return a (B,) bool mask of the rows of (B, K) scores that predict a class: their largest score is finite.
+
+    A masked class may have the score minus infinity. A row with NaN, whose largest score is NaN, predicts no class.
+    """
+    return scores.amax(dim=1).isfinite()
+
+
 def score_kind(scores: Tensor) -> ScoreKind:
     """Return the kind of (B, K) scores, found from scores of a real forward pass."""
     def sums_to_one(values: Tensor) -> bool:

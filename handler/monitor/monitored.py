@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.backbone.scores import ScoreKind, predicts
 from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
@@ -64,20 +64,18 @@ class Monitored:
     def losses(self, outputs: Tensor, reference: Tensor, kind: ScoreKind) -> list[float]:
         """Return the loss of each answer, in [0, 1].
 
-        The loss is 1 if only the answer or only the backbone has scores that are not finite. A loss that is not finite
-        becomes 1, too.
+        The loss is 1 if the answer predicts no class. A loss that is not finite becomes 1, too.
 
         Args:
             outputs: (S, K) served scores of the shadow rows.
-            reference: (S, K) scores of the backbone.
+            reference: (S, K) scores of the backbone, which all predict a class.
             kind: the kind of both scores.
         """
         served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
         losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        # Scores that are not finite predict no class. If only one of the two predicts a class, they differ, whatever
-        # argmax returns for NaN.
-        is_other = outputs.isfinite().all(dim=1) != reference.isfinite().all(dim=1)
-        return losses.flatten().masked_fill(is_other, 1.0).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
+        # An answer without a class differs, whatever argmax returns for NaN.
+        losses = losses.flatten().masked_fill(~predicts(outputs), 1.0)
+        return losses.nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:
         """Return the components by which each of S samples is compared with its neighbours.

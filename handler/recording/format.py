@@ -105,16 +105,13 @@ class Records(RecordColumns):
         return Records(activations=activations, kept=kept,
                        **{name: column[chosen] for name, column in self.columns().items()})
 
-    def are_finite(self) -> Tensor:
-        """Return a (N,) bool mask of the records whose scores and activations were all finite.
+    def predict(self) -> Tensor:
+        """Return a (N,) bool mask of the records whose scores predict a class.
 
-        A value that was not finite is stored as NaN. Infinity in a record only means that the value is too large for
-        float16. Training can handle such a value.
+        Activations may be NaN or infinite. No exit head learns from such a record, and the certificate counts it as
+        answered wrongly by every exit.
         """
-        finite = ~self.log_probabilities.isnan().any(dim=1)
-        for activation in self.activations.values():
-            finite &= ~activation.flatten(1).isnan().any(dim=1)
-        return finite
+        return ~self.log_probabilities.isnan().any(dim=1)
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
@@ -148,7 +145,7 @@ class ShardHeader:
     """Name of the key that contents were hashed with; empty if none were hashed."""
     n_not_finite: int = 0
     """The number of requests that the worker did not record between its previous shard and this one, because their
-    scores or activations were not finite."""
+    scores were not finite and predicted no class."""
 
     def __post_init__(self) -> None:
         for what in ("model", "version", "backbone"):

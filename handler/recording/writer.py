@@ -70,7 +70,7 @@ class RecordWriter:
             self._queue.put(records)
 
     def take_not_finite(self) -> int:
-        """Return how many records had scores or activations that are not finite, since the last call."""
+        """Return how many records had scores that are not finite and predict no class, since the last call."""
         with self._lock:
             count, self._not_finite_counted = self._not_finite_counted, 0
         return count
@@ -121,26 +121,26 @@ class RecordWriter:
     def _seal(self, parts: list[Records]) -> None:
         if n_records := sum(map(len, parts)):
             try:
-                self._sealed.append(self._finite(Records.concatenate(parts)))
+                self._sealed.append(self._usable(Records.concatenate(parts)))
             except Exception as error:  # no error may stop this thread
                 self._tell(error, n_records)
                 self._done(n_records, written=False)
         self._write_sealed()
 
-    def _finite(self, records: Records) -> Records:
-        """Return the records whose values are all finite, and count the others, from which no head can learn."""
-        finite = records.are_finite()
-        if not (n := len(finite) - int(finite.sum())):
+    def _usable(self, records: Records) -> Records:
+        """Return the records whose scores predict a class, and count the others, of which no certificate can tell."""
+        usable = records.predict()
+        if not (n := len(usable) - int(usable.sum())):
             return records
         if not self._not_finite_told:
-            logger.warning("%d of %d requests have scores or activations that are not finite: such requests are "
-                           "answered with the model's output and counted, but not recorded", n, len(finite))
+            logger.warning("%d of %d requests have scores that are not finite and predict no class: such requests are "
+                           "answered and counted, but not recorded, and no certificate is about them", n, len(usable))
         self._not_finite_told = True
         with self._lock:
             self._waiting -= n
             self._not_finite += n
             self._not_finite_counted += n
-        return records.where(finite)
+        return records.where(usable)
 
     def _write_sealed(self) -> None:
         """Write the waiting shards, oldest first, until the disk is full."""

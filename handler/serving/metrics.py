@@ -70,7 +70,7 @@ class ServingMetrics:
             self._dropped.update(dropped)
 
     def not_finite(self, count: int) -> None:
-        """Count requests that are not recorded because their scores or activations are not finite."""
+        """Count requests that are not recorded because their scores are not finite and predict no class."""
         if count:
             self._not_finite.update(count)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
+from early_exit.handler.backbone.scores import predicts
 from early_exit.handler.call import Call
 from early_exit.handler.errors import RecordError
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -44,8 +46,9 @@ class Recording:
         answers, rows = batch.answers, part.at(batch.answers.shadow)
         scores = self._model.assembly.description.scores
         reference = part.at(answers.reference).float()
-        # NaN wherever a score is not finite, so that the writer recognizes such a record.
-        log_probabilities = torch.add(scores.log_probabilities(reference), reference, alpha=0).cpu()
+        # All NaN if the backbone predicts no class, so that the writer recognizes such a record.
+        log_probabilities = scores.log_probabilities(reference).masked_fill(
+            ~predicts(reference)[:, None], math.nan).cpu()
         known = sample.calls(part)
         n_unknown = len(part.places) - len(known)
         kept = [self._kept(call, number) if served.rows_per_item or call.instances is None else b""

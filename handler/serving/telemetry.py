@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from early_exit.handler.backbone.scores import predicts
 from early_exit.handler.errors import RecordError
 from early_exit.handler.exits.switch import ON, Position
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -88,8 +89,10 @@ class Monitoring:
         monitored = self._monitor.monitored
         losses = monitored.losses(outputs, reference, scores)
         components = monitored.components(reference, scores)
+        # The certificate is about requests for which the backbone predicts a class.
         return [Sample(batch.level, loss, None if content == UNKNOWN_CONTENT else content, batch.time, 1 / rate, state)
-                for loss, content, rate, state in zip(losses, contents, part.sampling_rate, components)]
+                for loss, content, rate, state, counts in zip(losses, contents, part.sampling_rate, components,
+                                                              predicts(reference).tolist()) if counts]
 
 
 class Reporting:

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.scores import ScoreKind
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import Capital, Evidence, MonitorState
+from early_exit.handler.monitor.shared_state import monitor_file, read_state
 from early_exit.handler.recording.format import Records, list_shards, read_header, read_shard, request_hash
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
 from tests.support.shadow_samples import samples_of
@@ -99,19 +103,77 @@ def test_log_probabilities_are_finite_in_float16_also_for_masked_classes(kind: S
     torch.testing.assert_close(found[:2, [0, 2]].float(), logits[:2, [0, 2]].log_softmax(1), atol=1e-3, rtol=1e-3)
 
 
+class Masked(nn.Module):
+    """Masks the last class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :-1], torch.full_like(x[:, -1:], -math.inf)], dim=1)
+
+
+class Overflowing(nn.Module):
+    """Overflows where the input is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1e30 * x[:, :1].abs().clamp_min(1.0)).clamp_max(1e38)
+
+
+class Bounded(nn.Linear):
+    """A linear layer that limits its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-1.0, 1.0))
+
+
+def test_a_class_that_is_masked_by_minus_infinity_costs_no_record_and_is_no_difference(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    masked = Backbone.from_module(nn.Sequential(
+        nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3), Masked()), (8,))
+    rows = torch.randn(16, 8)
+    found, host = recorded(masked, rows, tmp_path)
+    assert len(found) == 16 and host.value("records_not_finite_total") == 0
+    reference = masked.graph(rows)
+    assert found.backbone_class.tolist() == reference.argmax(dim=1).tolist() and bool(reference[:, 2].isinf().all())
+    assert bool(found.log_probabilities.isfinite().all())
+    answers = reference.clamp_min(-30.0)  # exit heads give finite scores
+    assert MONITORED.losses(answers, reference, masked.description.scores) == [0.0] * 16
+
+
+def test_an_activation_that_is_not_finite_costs_no_record_if_the_scores_are(tmp_path: Path) -> None:
+    """The certificate is then about this request, too, and counts it as answered wrongly by every exit."""
+    torch.manual_seed(0)
+    overflowing = Backbone.from_module(nn.Sequential(
+        nn.Linear(8, 8), Overflowing(), Bounded(8, 8), nn.Tanh(), nn.Linear(8, 3)), (8,))
+    rows = torch.randn(16, 8)
+    rows[5] = 1e9
+    found, host = recorded(overflowing, rows, tmp_path)
+    assert len(found) == 16 and host.value("records_not_finite_total") == 0
+    first, *_ = found.activations.values()
+    assert not bool(first[5].isfinite().all())
+
+
+def test_a_request_for_which_the_backbone_predicts_no_class_is_not_watched(backbone: Backbone, tmp_path: Path) -> None:
+    exits = [PlannedExit(layer.path, HeadSpec(widths=()), ConfidencePolicy(1.0, 2.0), layer.cost, 0.01)
+             for layer in backbone.description.candidates[:1]]
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0))
+    plan = ExitPlan(backbone.description.sha256, "certified", tuple(exits), certificate)
+    heads = {one.layer: Head(one.head, backbone.description.layer(one.layer).shape, 3) for one in exits}
+    rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    rows[5] = math.nan
+    model = build_model(backbone, plan, heads, sampling_rate=1.0)
+    worker = worker_of(model, config=ServingConfig(records=str(tmp_path)))
+    worker.step(calls_of_rows([rows], [f"id-{number}" for number in range(8)]))
+    worker.close()
+    state = read_state(monitor_file(next(tmp_path.rglob("monitor-*.json")).parent, "1.0", plan))
+    assert state is not None and state.evidence.n == 7
+
+
 def test_a_loss_that_is_no_number_counts_as_one_and_the_monitor_goes_on() -> None:
     good, none = torch.tensor([[5.0, 0.0]]), torch.tensor([[math.nan, math.nan]])
-    losses = MONITORED.losses(torch.cat([good, none, good]), torch.cat([good, none, none]), ScoreKind.LOGITS)
-    assert losses == [0.0, 1.0, 1.0]
+    losses = MONITORED.losses(torch.cat([good, none]), torch.cat([good, good]), ScoreKind.LOGITS)
+    assert losses == [0.0, 1.0]
     quiet = MonitorState().after(samples_of([0.0] * 2000 + losses), MONITORED, 2, 0.0)
     assert not quiet.alarms and math.isfinite(quiet.evidence.wealth())
     assert quiet.after(samples_of([1.0] * 200), MONITORED, 2, 0.0).alarms, "it still sees"
-
-
-@pytest.mark.parametrize("risk", [Risk.DISAGREEMENT, Risk.CONFIDENCE_GAP])
-def test_an_exit_that_names_a_class_where_the_backbone_has_none_differs(risk: Risk) -> None:
-    served, reference = torch.tensor([[5.0, 0.0]]), torch.tensor([[math.nan, 1.0]])
-    assert replace(MONITORED, risk=risk).losses(served, reference, ScoreKind.LOGITS) == [1.0]
 
 
 @pytest.mark.parametrize("risk", [Risk.DISAGREEMENT, Risk.CONFIDENCE_GAP])

@@ -22,7 +22,7 @@ _SPREAD = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed number, for Fibonacci hashing."""
 
 
-NOT_FINITE = "the model's scores or activations were not finite"
+NOT_FINITE = "the model's scores were not finite and predicted no class"
 MAY_REPEAT = ("their requests or contents are not known, so they may repeat those by which exits are chosen and "
               "certified")
 """The reasons for which a request is not among the records."""
@@ -144,15 +144,15 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     records = replace(records, time=torch.cat([times[shard] for shard in shards]))
     names = {name: number for number, name in enumerate(dict.fromkeys(header.worker for header in headers))}
     worker = torch.cat([torch.full((len(part),), names[header.worker]) for part, header in zip(parts, headers)])
-    finite = records.are_finite()
+    usable = records.predict()
     rows = _first_of_each(records.request, records.row)
-    rows = rows[finite[rows]]
+    rows = rows[usable[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
                               split=Split.of_nothing(len(rows)), skipped={}, **columns)
     traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule))
-    skipped = {NOT_FINITE: int((~finite).sum()) + sum(header.n_not_finite for header in headers),
+    skipped = {NOT_FINITE: int((~usable).sum()) + sum(header.n_not_finite for header in headers),
                    MAY_REPEAT: int((~traffic.is_evidence & (traffic.part == GAP)).sum())}
     traffic = replace(traffic, skipped={reason: count for reason, count in skipped.items() if count})
     trains = traffic.part == Part.TRAIN.number
