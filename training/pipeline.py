@@ -22,7 +22,7 @@ from early_exit.handler.files.private import replacing
 from early_exit.handler.recording.format import read_times
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
-from early_exit.training.data.dataset import RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
@@ -149,6 +149,8 @@ def _no_evidence(traffic: RecordedTraffic) -> str:
            (traffic.n_without_content, "their contents are not known: an earlier version wrote these records, or the "
             "handler received something other than JSON and bytes"))
     told = [f". {n} more records can train heads but prove nothing, because {because}" for n, because in why if n]
+    if n := traffic.skipped.get(DRAWN_MORE_OFTEN):
+        told.append(f". {n} more records are not used, because {DRAWN_MORE_OFTEN}")
     return "".join(told)
 
 

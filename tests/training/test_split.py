@@ -23,7 +23,7 @@ def split(states: Tensor, content: Tensor | None = None, *, n_old: int = 0) -> S
     n = len(states)
     every = torch.ones(n, dtype=torch.bool)
     return split_in_time(states, torch.arange(n), torch.arange(n) if content is None else content, torch.arange(n),
-                         torch.arange(n).double(), every, torch.arange(n) >= n_old)
+                         torch.arange(n).double(), every, torch.arange(n) >= n_old, every)
 
 
 def test_records_that_are_not_alike_are_each_of_its_own_and_none_is_lost() -> None:
@@ -100,7 +100,8 @@ def test_a_trend_is_told_and_scenes_are_none() -> None:
 def test_a_row_of_each_request_chooses_though_all_its_rows_have_one_content() -> None:
     states, request = torch.randn(3000, 6), torch.arange(1000).repeat_interleave(3)
     every = torch.ones(3000, dtype=torch.bool)
-    found = split_in_time(states, request, request, torch.arange(3000), torch.arange(3000).double(), every, every)
+    found = split_in_time(states, request, request, torch.arange(3000), torch.arange(3000).double(), every, every,
+                          every)
     assert len(request[found.rows(Part.TUNE)].unique()) == 200
     assert int((found.part == Part.TUNE.number).sum()) == 600, "one row is drawn later, whichever it is"
 
@@ -119,7 +120,7 @@ def test_positions_count_requests_and_not_records() -> None:
     states = scenes(600, 5)
     n = len(states)
     every, each = torch.ones(n, dtype=torch.bool), torch.arange(n)
-    found = split_in_time(states, each, each, each, 10.0 * each.double(), every, every)
+    found = split_in_time(states, each, each, each, 10.0 * each.double(), every, every, every)
     assert found.likeness is not None and found.likeness.length == pytest.approx(50, rel=0.2)
 
 
@@ -158,7 +159,7 @@ def test_records_of_which_the_content_is_not_known_train_only_if_they_came_befor
     states = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
     each = torch.arange(1000)
     known = each % 4 != 3
-    found = split_in_time(states, each, each, each, each.double(), known, torch.ones(1000, dtype=torch.bool))
+    found = split_in_time(states, each, each, each, each.double(), known, *[torch.ones(1000, dtype=torch.bool)] * 2)
     first = int(found.rows(Part.TUNE)[0])
     assert bool((found.part[~known & (each < first)] == Part.TRAIN.number).all())
     assert bool((found.part[~known & (each > first)] == GAP).all())
@@ -173,7 +174,8 @@ def test_a_split_is_read_as_it_was_written() -> None:
 def test_all_records_of_a_request_are_in_one_part() -> None:
     states, request = torch.randn(999, 6), torch.arange(333).repeat_interleave(3)
     every = torch.ones(999, dtype=torch.bool)
-    found = split_in_time(states, request, torch.arange(999), torch.arange(999), request.double(), every, every)
+    found = split_in_time(states, request, torch.arange(999), torch.arange(999), request.double(), every, every,
+                          every)
     for number in range(333):
         assert len(set(found.part[request == number].tolist())) == 1
 

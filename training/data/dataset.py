@@ -15,16 +15,14 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, COLUMNS, RecordColumns, Records, read_header, read_shard
 from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.training.data.sampling import SPREAD, at_one_rate
 from early_exit.training.data.shards import times_of
 from early_exit.training.data.split import GAP, Part, Split, SplitRule, in_time_order, split_at_random, split_in_time
-
-_SPREAD = -7046029254386353131
-"""2^64 divided by the golden ratio, as a signed number, for Fibonacci hashing."""
-
 
 NOT_FINITE = "the model's scores were not finite and predicted no class"
 MAY_REPEAT = ("their requests or contents are not known, so they may repeat those by which exits are chosen and "
               "certified")
+DRAWN_MORE_OFTEN = "at their time, another worker recorded a smaller share of its requests"
 """The reasons for which a request is not among the records."""
 
 
@@ -151,21 +149,24 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
                for name, column in records.columns().items()}
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
                               split=Split.of_nothing(len(rows)), skipped={}, **columns)
-    traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule))
+    is_drawn = at_one_rate(traffic.time, worker[rows], traffic.sampling_rate, traffic.request)
+    traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule, is_drawn))
     skipped = {NOT_FINITE: int((~usable).sum()) + sum(header.n_not_finite for header in headers),
-                   MAY_REPEAT: int((~traffic.is_evidence & (traffic.part == GAP)).sum())}
+               MAY_REPEAT: int((~traffic.is_evidence & (traffic.part == GAP)).sum()),
+               DRAWN_MORE_OFTEN: int((traffic.is_evidence & ~is_drawn & (traffic.part == GAP)).sum())}
     traffic = replace(traffic, skipped={reason: count for reason, count in skipped.items() if count})
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
 
 
-def _split(traffic: RecordedTraffic, worker: Tensor, fresh_after: float | None, rule: SplitRule) -> Split:
+def _split(traffic: RecordedTraffic, worker: Tensor, fresh_after: float | None, rule: SplitRule,
+           is_drawn: Tensor) -> Split:
     is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
     if rule is SplitRule.RANDOM:
-        return split_at_random(traffic.request, ~traffic.is_evidence | ~is_fresh)
+        return split_at_random(traffic.request, ~(traffic.is_evidence & is_drawn & is_fresh))
     order, position = in_time_order(traffic.time, worker, traffic.sequence)
     return split_in_time(traffic.log_probabilities, traffic.request, traffic.content, order, position,
-                         traffic.is_evidence, is_fresh)
+                         traffic.is_evidence, is_fresh, is_drawn)
 
 
 def _first_of_each(request: Tensor, row: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _first_of_each(request: Tensor, row: Tensor) -> Tensor:
 
 def _drawn_of_each(request: Tensor, row: Tensor) -> Tensor:
     """Return a (N,) bool mask that draws one record of each request; all rows of a request are equally likely."""
-    drawn = (request ^ (row + 1) * _SPREAD) * _SPREAD  # request is a hash; this is a different hash for each row
+    drawn = (request ^ (row + 1) * SPREAD) * SPREAD  # request is a hash; this is a different hash for each row
     order = torch.argsort(drawn)
     order = order[torch.argsort(request[order], stable=True)]
     return torch.zeros(len(request), dtype=torch.bool).scatter(0, order, ~_as_before(request[order]))

@@ -131,7 +131,7 @@ def split_at_random(request: Tensor, trains: Tensor) -> Split:
 
 
 def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tensor, position: Tensor,
-                  is_evidence: Tensor, is_fresh: Tensor) -> Split:
+                  is_evidence: Tensor, is_fresh: Tensor, is_drawn: Tensor) -> Split:
     """Split by time. If records come in blocks, the block at the border of two parts is in neither.
 
     Args:
@@ -144,8 +144,11 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
             the tune part. Later ones are in no part, because they may be copies of records on which exits are chosen or
             certified.
         is_fresh: (N,) bool: the records that are newer than the last certificate; older ones are in the train part.
+        is_drawn: (N,) bool: the records that are drawn at one rate, see `data.sampling`. The others are no evidence,
+            but their contents are known.
     """
-    evidence = order[is_evidence[order]]
+    known = order[is_evidence[order]]
+    evidence = known[is_drawn[known]]
     _, first, index = np.unique(request[evidence].numpy(), return_index=True, return_inverse=True)
     proving = evidence[torch.from_numpy(np.sort(first))]
     fresh = proving[is_fresh[proving]]
@@ -159,7 +162,7 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
     if len(later):
         place = torch.empty(n, dtype=torch.int64)
         place[order] = torch.arange(n)
-        part[~is_evidence & (place >= place[later[0]])] = GAP
+        part[~(is_evidence & is_drawn) & (place >= place[later[0]])] = GAP
     block[later] = blocks = blocks_of(alike, states[later], position[later], content[later])
     n_tune = begin_certify - begin_tune
     part[later[:n_tune]], part[later[n_tune:]] = Part.TUNE.number, Part.CERTIFY.number
@@ -169,7 +172,7 @@ def split_in_time(states: Tensor, request: Tensor, content: Tensor, order: Tenso
         part[later[n_tune:][blocks[n_tune:] % 2 == 0]] = GAP
     of_first = evidence[torch.from_numpy(first[index])]
     part[evidence], block[evidence] = part[of_first], block[of_first]
-    is_new, is_first = _new(content, request, block, evidence)
+    is_new, is_first = _new(content, request, block, known)
     repeats = (part == Part.TUNE.number) & ~is_first
     return Split(part.masked_fill(repeats, REPEATED), block, content, is_new, alike if alike.length else None, is_trend)
 

@@ -1,0 +1,92 @@
+"""Workers that record different shares of their requests give one sample, in which each request counts the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from early_exit.handler.exits.risk import Risk
+from early_exit.handler.recording.format import Records, ShardHeader, request_hash, write_shard
+from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, load_traffic
+from early_exit.training.data.sampling import at_one_rate
+from early_exit.training.data.split import Part, SplitRule
+
+
+def shard_of(folder: Path, worker: str, requests: Sequence[tuple[float, float]], wrong: float, seed: int) -> Path:
+    """Record the requests of a worker, each with a time and a rate. The given share of them is answered wrongly."""
+    draw = random.Random(seed)
+    drawn = [(number, time, rate) for number, (time, rate) in enumerate(requests) if draw.random() < rate]
+    n = len(drawn)
+    zeros = torch.zeros(n, dtype=torch.int32)
+    path = folder / f"{worker}.safetensors"
+    write_shard(path, ShardHeader("model", "1.0", "ab12", 4, ("layer",), worker=worker), Records(
+        activations={"layer": torch.zeros(n, 1).half()},
+        log_probabilities=torch.randn(n, 3, generator=torch.Generator().manual_seed(seed)).log_softmax(1).half(),
+        backbone_class=torch.tensor([int(draw.random() < wrong) for _ in drawn]).int(), full_class=zeros,
+        answered_class=zeros.clone(), exit=zeros.short(), row=zeros.clone(),
+        request=torch.tensor([request_hash(f"{worker} {number}") for number, _, _ in drawn]),
+        content=torch.tensor([request_hash(f"content {worker} {number}") for number, _, _ in drawn]),
+        sequence=torch.tensor([number for number, _, _ in drawn]),
+        time=torch.tensor([time for _, time, _ in drawn], dtype=torch.float64),
+        sampling_rate=torch.tensor([rate for _, _, rate in drawn])))
+    return path
+
+
+@pytest.mark.parametrize("rule", SplitRule)
+def test_a_worker_that_records_everything_does_not_outweigh_one_that_samples(tmp_path: Path, rule: SplitRule) -> None:
+    """Of one worker's requests, 6 % are answered wrongly, so 3 % of all are. Of all records, it is only 0.3 %."""
+    n = 20_000
+    shards = [shard_of(tmp_path, "sampling", [(float(time), 0.05) for time in range(n)], 0.06, 1),
+              shard_of(tmp_path, "full", [(float(time), 1.0) for time in range(n)], 0.0, 2)]
+    traffic = load_traffic(shards, rule=rule)
+    wrong = traffic.backbone_class != traffic.full_class
+    assert float(wrong.double().mean()) < 0.01
+    rows = traffic.split.rows(Part.CERTIFY)
+    assert float(wrong[rows].double().mean()) == pytest.approx(0.03, abs=0.02)
+    evidence = traffic.split.evidence()
+    assert evidence.p_value(Risk.DISAGREEMENT, wrong[rows].double(), 0.02, 0.05) > 0.05
+    assert traffic.size(Part.TRAIN) > 9000, "all early records train"
+    assert (DRAWN_MORE_OFTEN in traffic.skipped) == (rule is SplitRule.TIME)
+
+
+def test_a_worker_whose_rate_changes_loses_no_record(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "alone", [(float(time), 0.1 if time < 4000 else 1.0) for time in range(5000)], 0.0, 1)
+    traffic = load_traffic([shard])
+    assert not traffic.skipped and 1200 < len(traffic) < 1600
+
+
+@given(data=st.data(), n=st.integers(1, 200), n_workers=st.integers(1, 4))
+def test_what_is_drawn_depends_on_no_order_and_leaves_the_rarest_alone(
+        data: st.DataObject, n: int, n_workers: int) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    rates = torch.tensor(data.draw(st.lists(st.sampled_from([0.05, 0.5, 1.0]), min_size=n_workers, max_size=n_workers)))
+    worker = torch.randint(n_workers, (n,), generator=generator)
+    time = torch.rand(n, generator=generator, dtype=torch.float64)
+    request = torch.randint(-2**63, 2**63 - 1, (n,), generator=generator)
+
+    def drawn(order: Tensor) -> Tensor:
+        return at_one_rate(time[order], worker[order], rates[worker[order]], request[order])
+
+    found, shuffled = drawn(torch.arange(n)), torch.randperm(n, generator=generator)
+    assert torch.equal(drawn(shuffled), found[shuffled])
+    assert bool(found[rates[worker] == rates[worker].min()].all())
+
+
+def test_records_are_drawn_by_the_rates_of_their_time() -> None:
+    """The second worker records only in the second half of the time, and then a tenth of its requests."""
+    n = 20_000
+    time = torch.arange(n).double()
+    late = torch.arange(n) >= n // 2
+    rate = torch.where(late & (torch.arange(n) % 2 == 1), 0.1, 1.0)
+    worker = (rate < 1).long()
+    request = torch.randint(-2**63, 2**63 - 1, (n,), generator=torch.Generator().manual_seed(0))
+    found = at_one_rate(time, worker, rate, request)
+    assert bool(found[~late].all()) and bool(found[worker == 1].all())
+    assert float(found[late & (worker == 0)].double().mean()) == pytest.approx(0.1, abs=0.02)
