@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.handler.engines.compiled_stage import without_autocast
 from early_exit.handler.inference.forward import Live
 
 _LOG = logging.getLogger(__name__)
@@ -83,7 +84,9 @@ class Graphed:
         before = self._before._by_size.get(size) if self._before else None
         inputs = before.outputs[:len(live)] if before else tuple(x.new_zeros((size, *x.shape[1:])) for x in live)
         copies = tuple(x.clone() for x in inputs)  # a function may write to its inputs
-        graph, outputs = capture(lambda: self.function(*inputs), self.pool, lambda: self.function(*copies))
+        # Most sizes are captured before the first request. The others must compute alike, whatever the handler does.
+        with without_autocast(inputs[0].device):
+            graph, outputs = capture(lambda: self.function(*inputs), self.pool, lambda: self.function(*copies))
         graph.instantiate()
         return Captured(graph, inputs, outputs)
 

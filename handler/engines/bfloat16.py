@@ -36,5 +36,5 @@ def _lowered(argument: Argument) -> Argument:
 
 def in_bfloat16(stages: list[fx.GraphModule]) -> list[CompiledStage]:
     """Return the stages of a backbone, compiled to compute in bfloat16."""
-    return [CompiledStage(_InBfloat16(stage, is_last=number == len(stages)), Tensor.float)
+    return [CompiledStage(_InBfloat16(stage, is_last=number == len(stages)))
             for number, stage in enumerate(stages, start=1)]

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.graph import inputs_of, split
 from early_exit.handler.backbone.signature import HALF_PRECISION
-from early_exit.handler.engines.compiled_stage import CompiledStage, Read, read_as_it_is
+from early_exit.handler.engines.compiled_stage import CompiledStage, Read
 from early_exit.handler.errors import ArchiveError, ConfigError
 
 PIECES = "int8"
@@ -120,7 +120,7 @@ def compile_int8(backbone: Backbone, boundaries: Sequence[str]) -> list[Compiled
     ends = [0, *(nodes.index(node) + 1 for node in boundaries), len(files)]
     stages = [_joined([core.read_model(file) for file in files[start:end]]) for start, end in pairwise(ends)]
     reads = [_travel_as_integers(stage, following) for stage, following in pairwise(stages)]
-    return [CompiledStage(_Compiled(stage), read) for stage, read in zip(stages, [*reads, read_as_it_is])]
+    return [CompiledStage(_Compiled(stage), read) for stage, read in zip(stages, [*reads, Tensor.float])]
 
 
 def int8_digest(folder: Path) -> str:
@@ -164,7 +164,7 @@ def _travel_as_integers(stage: Model, following: Model) -> Read:
     readers = [reader.get_node() for reader in parameter.get_target_inputs()]
     ranges = [_range(reader) for reader in readers]
     if not ranges or ranges[0] is None or any(limits != ranges[0] for limits in ranges):
-        return read_as_it_is
+        return Tensor.float
     low, high = ranges[0]
     scale = (high - low) / _STEPS
     result = _end(stage.outputs, "out0").get_node()

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.graph import split, tensor_of
-from early_exit.handler.backbone.signature import HALF_PRECISION
+from early_exit.handler.backbone.graph import split
 from early_exit.handler.engines.bfloat16 import in_bfloat16
-from early_exit.handler.engines.compiled_stage import CompiledStage, Read, read_as_it_is
+from early_exit.handler.engines.compiled_stage import CompiledStage, Read
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.fuse import fuse
 from early_exit.handler.engines.openvino import compile_float, compile_int8, int8_digest
@@ -28,7 +27,7 @@ Arrange = Callable[[Tensor], tuple[Tensor, Read]]
 
 def as_given(x: Tensor) -> tuple[Tensor, Read]:
     """Pass an activation on as the backbone computes it; an `Arrange`."""
-    return x, read_as_it_is
+    return x, Tensor.float
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,11 @@ def require_engine(planned: str, identity: str) -> None:
 
 
 def _as_exported(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
-    return _with_reads(split(backbone.graph, boundaries), backbone, boundaries)
+    return [CompiledStage(stage) for stage in split(backbone.graph, boundaries)]
 
 
 def _folded(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
-    return _with_reads(_rewritten(backbone, boundaries), backbone, boundaries)
-
-
-def _with_reads(stages: Sequence[fx.GraphModule], backbone: Backbone,
-                boundaries: Sequence[str]) -> list[CompiledStage]:
-    """Return stages that pass tensors on in the backbone's dtypes, which are half precision under autocast."""
-    values = {node.name: tensor_of(node) for node in backbone.graph.graph.nodes}
-    dtypes = [value.dtype for name in boundaries if (value := values[name]) is not None]
-    return [CompiledStage(stage, Tensor.float if dtype in HALF_PRECISION else read_as_it_is)
-            for stage, dtype in zip(stages, [*dtypes, torch.float32])]
+    return [CompiledStage(stage) for stage in _rewritten(backbone, boundaries)]
 
 
 def _in_bfloat16(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
@@ -125,7 +115,7 @@ def _rewritten(backbone: Backbone, boundaries: Sequence[str]) -> list[fx.GraphMo
 
 
 def _channels_last(x: Tensor) -> tuple[Tensor, Read]:
-    return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), read_as_it_is
+    return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), Tensor.float
 
 
 def _channels_last_bfloat16(x: Tensor) -> tuple[Tensor, Read]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from early_exit.handler.engines.compiled_stage import Read, read_and_pool, read_as_it_is
+from early_exit.handler.engines.compiled_stage import Read, read_and_pool, without_autocast
 from early_exit.handler.exits.head import Head
 
 _LONG, _PARTS = 1024, 16
@@ -23,7 +23,7 @@ _LONG, _PARTS = 1024, 16
 class InferenceHead(nn.Module):
     """Maps a (B, ...) activation, as the engine passes it on, to (B, K) calibrated logits."""
 
-    def __init__(self, head: Head, temperature: float, read: Read = read_as_it_is) -> None:
+    def __init__(self, head: Head, temperature: float, read: Read = Tensor.float) -> None:
         """Prepare a trained head.
 
         Args:
@@ -49,6 +49,10 @@ class InferenceHead(nn.Module):
         self._biases = nn.ParameterList(nn.Parameter(bias, requires_grad=False) for bias in biases)
 
     def forward(self, activation: Tensor) -> Tensor:
+        with without_autocast(activation.device):
+            return self._logits(activation)
+
+    def _logits(self, activation: Tensor) -> Tensor:
         x = read_and_pool(activation, self._read, self._pool)
         if self._convolutions is not None:
             x = self._convolutions(x)

@@ -11,7 +11,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.candidates import spread_over
 from early_exit.handler.backbone.pooling import Side, pool_activation
 from early_exit.handler.cuda.stages import graphed
-from early_exit.handler.engines.compiled_stage import read_and_pool
+from early_exit.handler.engines.compiled_stage import read_and_pool, without_autocast
 from early_exit.handler.engines.registry import DEFAULT_ENGINE, ENGINES, engine_of, require_engine
 from early_exit.handler.errors import ConfigError, InputError
 from early_exit.handler.exits.head import Head
@@ -95,7 +95,8 @@ class Assembly(nn.Module):
         Values that are not finite become NaN, and values that are too large for float16 become infinity.
         """
         def record(stage: int, activation: Tensor) -> Tensor:
-            read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, pool))
+            with without_autocast(activation.device):  # as in the heads, which learn from the records
+                read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, pool))
             return torch.add(read, read, alpha=0).half().cpu()  # 0 times a value that is not finite is NaN
 
         return record

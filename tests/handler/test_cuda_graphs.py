@@ -108,6 +108,18 @@ def test_a_graph_that_was_made_in_inference_mode_serves_outside_of_it() -> None:
 
 
 @needs_gpu
+@torch.no_grad()
+def test_a_size_that_is_first_met_under_autocast_computes_like_the_others() -> None:
+    layer = nn.Linear(64, 64, device=CUDA)
+    function = Graphed(lambda x: (layer(x),), torch.cuda.graph_pool_handle())
+    x = torch.randn(4, 64, device=CUDA)
+    with torch.autocast("cuda"):
+        under_autocast = function(x)[0].clone()
+    assert under_autocast.dtype is torch.float32
+    torch.testing.assert_close(under_autocast, layer(x))
+
+
+@needs_gpu
 def test_what_cannot_be_captured_is_launched_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
     def depends_on_values(x: Tensor) -> tuple[Tensor, ...]:
         return (x * float(x.sum() > 0),)
