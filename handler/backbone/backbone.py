@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.probe import probe_for, require_independent_rows
 from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
-from early_exit.handler.backbone.signature import InputSpec, OutputSpec
+from early_exit.handler.backbone.signature import InputSpec, OutputSpec, Parameters
 from early_exit.handler.errors import ArchiveError, GraphError
 from early_exit.handler.formats import BACKBONE
 
@@ -52,8 +51,10 @@ class BackboneDescription:
     """(K,) scores for the backbone's probe, computed on the machine that made the archive."""
     detector: DetectorSpec | None = None
     """The detector that the backbone is a part of, or None if the model is a classifier."""
-    constants: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    constants: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     """Constant values that the handler passes to the model besides tensors, by the names of the model's parameters."""
+    parameters: Parameters | None = None
+    """The parameters of the user's model; None in files that do not name them."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -112,6 +113,7 @@ class BackboneDescription:
             left_out=tuple(LeftOut(**layer) for layer in data["left_out"]), probe=tuple(data["probe"]),
             detector=DetectorSpec.from_json(data["detector"]) if data.get("detector") else None,
             constants=data.get("constants", {}),
+            parameters=Parameters(**data["parameters"]) if data.get("parameters") else None,
         )
 
 
@@ -136,9 +138,8 @@ class Backbone:
         Raises:
             GraphError: the model cannot be exported, is not a classifier, or has no candidate layer.
         """
-        parameters = list(inspect.signature(model.forward).parameters)
-        name = parameters[0] if parameters else "x"
-        spec = InputSpec(name, tuple(input_shape), str(dtype).removeprefix("torch."))
+        name = Parameters.of(model.forward).name(0)
+        spec = InputSpec(name or "x", tuple(input_shape), str(dtype).removeprefix("torch."))
         return cls.from_inputs(model, [spec], detector, output=output)
 
     @classmethod
@@ -157,13 +158,14 @@ class Backbone:
             GraphError: the model cannot be exported, is not a classifier, or has no candidate layer.
         """
         program, found = export_backbone(model, inputs, constants, output)
-        return cls.from_program(program, [spec.name for spec in inputs], found, detector, constants)
+        return cls.from_program(program, [spec.name for spec in inputs], found, detector, constants,
+                                Parameters.of(model.forward))
 
     @classmethod
     def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
                      output: OutputSpec = OutputSpec(),  # noqa: B008 - it is frozen
-                     detector: DetectorSpec | None = None, constants: Mapping[str, Any] = MappingProxyType({})
-                     ) -> Backbone:
+                     detector: DetectorSpec | None = None, constants: Mapping[str, Any] = MappingProxyType({}),
+                     parameters: Parameters | None = None) -> Backbone:
         """Describe an exported classifier.
 
         Args:
@@ -172,6 +174,7 @@ class Backbone:
             output: the form of the output of the user's model.
             detector: the detector that it is a part of, if any.
             constants: constant values that the user's model takes besides the inputs.
+            parameters: the parameters of the user's model; by default the inputs.
 
         Raises:
             GraphError: the program is not a classifier, or has no candidate layer.
@@ -195,6 +198,7 @@ class Backbone:
             output=replace(output, dtype=scores_dtype(program)), n_classes=0, scores=ScoreKind.LOGITS,
             flops=flops, candidates=tuple(candidates), left_out=tuple(left_out), probe=(),
             detector=detector, constants=dict(constants),
+            parameters=parameters or Parameters(tuple(spec.name for spec in inputs)),
         )
         with torch.no_grad():
             scores = graph(*probe)

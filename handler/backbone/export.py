@@ -24,7 +24,7 @@ from early_exit.handler.backbone.graph import (
     tensor_of,
 )
 from early_exit.handler.backbone.regions import inline_regions
-from early_exit.handler.backbone.signature import HALF_PRECISION, InputSpec, OutputSpec
+from early_exit.handler.backbone.signature import HALF_PRECISION, InputSpec, OutputSpec, Parameters
 from early_exit.handler.errors import GraphError, Unsupported
 
 _BY_NUMBER = "use_mm_for_euclid_dist_if_necessary"
@@ -49,11 +49,13 @@ class ScoresOnly(nn.Module):
         super().__init__()
         self.model = model
         self._names, self._constants, self._output, self._note = names, constants, output, note
+        # Arguments that only a position names cannot be passed by name.
+        self._by_position = [*names] == [Parameters.of(model.forward).name(0)] and not constants
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        alone = len(inputs) == 1 and not self._constants
         with _ForAnyBatch():
-            output = self.model(*inputs) if alone else self.model(**dict(zip(self._names, inputs)), **self._constants)
+            output = self.model(*inputs) if self._by_position else self.model(**dict(zip(self._names, inputs)),
+                                                                              **self._constants)
         spec = OutputSpec.of(output, self._output)
         self._note(spec)  # torch.export undoes what is assigned to the module
         return spec.scores(output)

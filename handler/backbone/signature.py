@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from early_exit.handler.errors import GraphError, InputError, Unsupported
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,59 @@ class InputSpec:
         else:  # an input without a limit may be a mask, and ones let everything through
             values = torch.ones_like(count) if self.limit is None else count % self.limit
         return values.to(dtype).reshape(1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of the forward of a user's model."""
+
+    positional: tuple[str, ...]
+    """The names of the parameters that take arguments by position, in order."""
+    rest: str | None = None
+    """The name of the parameter that takes all other arguments by position, if there is one."""
+    default_none: tuple[str, ...] = ()
+    """The names of the parameters for which None means the same as no argument."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positional", tuple(self.positional))  # JSON has lists, but no tuples
+        object.__setattr__(self, "default_none", tuple(self.default_none))
+
+    @classmethod
+    def of(cls, forward: Callable[..., object]) -> Parameters:
+        """Return the parameters of a model's forward."""
+        parameters = inspect.signature(forward).parameters.values()
+        rest = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
+        return cls(tuple(parameter.name for parameter in parameters if parameter.kind in _BY_POSITION),
+                   rest[0] if rest else None,
+                   tuple(parameter.name for parameter in parameters if parameter.default is None))
+
+    def name(self, position: int) -> str | None:
+        """Return the name of the argument at a position, or None if the model does not take so many."""
+        if position < len(self.positional):
+            return self.positional[position]
+        return None if self.rest is None else f"{self.rest}{position - len(self.positional)}"
+
+    def with_names(self, given: Sequence[object], named: Mapping[str, object]) -> dict[str, object]:
+        """Return the arguments of a call by name, in the order of the call, without None where it means no argument.
+
+        Args:
+            given: positional arguments.
+            named: named arguments.
+
+        Raises:
+            InputError: the model does not take so many arguments by position, or gets an argument twice.
+        """
+        names = [self.name(position) for position in range(len(given))]
+        values = {name: value for name, value in zip(names, given) if name is not None}
+        if len(values) < len(given) or not values.keys().isdisjoint(named):
+            raise InputError(f"expected at most {', '.join(self.positional) or 'no arguments'} by position, found "
+                             f"{len(given)} by position and {', '.join(named) or 'none'} by name")
+        return self.without_none({**values, **named})
+
+    def without_none(self, arguments: Mapping[str, object]) -> dict[str, object]:
+        """Return arguments by name, without None where it means the same as no argument."""
+        return {name: value for name, value in arguments.items()
+                if value is not None or name not in self.default_none}
 
 
 @dataclass(frozen=True)
@@ -128,7 +183,7 @@ class OutputSpec:
 
 
 def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[str, object],
-         constants: Mapping[str, object] | None = None) -> tuple[Tensor, ...]:
+         constants: Mapping[str, object], parameters: Parameters | None) -> tuple[Tensor, ...]:
     """Return the tensors of a call in the order of the inputs.
 
     Args:
@@ -136,19 +191,21 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
         given: positional arguments.
         named: named arguments.
         constants: the values besides the tensors that the backbone was exported for; other values are refused.
+        parameters: the parameters of the user's model, or None if they are not known. Then an argument belongs to the
+            next input or constant, and None before another argument is refused.
 
     Raises:
         InputError: the arguments are not those that the backbone was exported for.
     """
     expected = [spec.name for spec in inputs]
-    given = [value for value in given if value is not None]
-    named = {name: value for name, value in named.items() if value is not None}
-    if constants:
-        given, named = _without(constants, given, named)
-    values = {**dict(zip(expected, given)), **named}
-    if set(values) != set(expected) or len(given) > len(expected):
-        raise InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} by position and "
-                         f"{', '.join(named) or 'none'} by name")
+    values = (_in_order(expected, constants, given, named) if parameters is None else
+              parameters.with_names(given, named))
+    beside = {name: value for name, value in values.items() if name not in expected}
+    if not values.keys() >= set(expected) or any(isinstance(value, Tensor) for value in beside.values()):
+        raise _other_inputs(expected, given, named)
+    if beside != dict(constants):
+        raise InputError(f"expected {dict(constants) or 'nothing'} besides the tensors, found {beside}: the model was "
+                         "exported for the expected values")
     tensors = []
     for spec in inputs:
         value = values[spec.name]
@@ -163,22 +220,31 @@ def bind(inputs: Sequence[InputSpec], given: Sequence[object], named: Mapping[st
     return tuple(tensors)
 
 
-def _without(constants: Mapping[str, object], given: Sequence[object], named: Mapping[str, object]
-             ) -> tuple[list[object], dict[str, object]]:
-    """Return the arguments of a call without the constants.
+def _in_order(expected: Sequence[str], constants: Mapping[str, object], given: Sequence[object],
+              named: Mapping[str, object]) -> dict[str, object]:
+    """Return the arguments of a call of a model whose parameters are not known, by name, without None.
 
     Raises:
-        InputError: a constant has another value, or is not given.
+        InputError: None comes before another argument, or there are too many arguments.
     """
-    beside = [value for value in given if not isinstance(value, Tensor)]
-    found = {name: named[name] for name in constants if name in named}
-    others = [name for name in constants if name not in named]
-    found |= dict(zip(others, beside))
-    if found != dict(constants) or len(beside) > len(others):
-        raise InputError(f"expected {dict(constants)} besides the tensors, found {found or beside}: the model was "
-                         "exported for the expected values")
-    return ([value for value in given if isinstance(value, Tensor)],
-            {name: value for name, value in named.items() if name not in constants})
+    named = {name: value for name, value in named.items() if value is not None}
+    while given and given[-1] is None:
+        given = given[:-1]
+    if any(value is None for value in given):
+        raise InputError("the handler passes None by position, and another argument after it, but this archive, which "
+                         "an earlier version made, does not tell which parameter each argument is for: make the "
+                         "archive again with ee-archive, from the one that you had before")
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    others = [value for value in given if not isinstance(value, Tensor)]
+    names = [name for name in constants if name not in named]
+    if len(tensors) > len(expected) or len(others) > len(names):
+        raise _other_inputs(expected, given, named)
+    return {**dict(zip(expected, tensors)), **dict(zip(names, others)), **named}
+
+
+def _other_inputs(expected: Sequence[str], given: Sequence[object], named: Mapping[str, object]) -> InputError:
+    return InputError(f"expected the inputs {', '.join(expected)}, found {len(given)} by position and "
+                      f"{', '.join(named) or 'none'} by name")
 
 
 def _is_scores(value: object) -> bool:

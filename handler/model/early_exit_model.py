@@ -62,7 +62,7 @@ class EarlyExitModel(nn.Module):
         """
         self.log.ends()
         description = self.assembly.description
-        inputs = bind(description.inputs, given, named, description.constants)
+        inputs = bind(description.inputs, given, named, description.constants, description.parameters)
         self.log.show(inputs)
         self.log.computes()
         if any(x.requires_grad for x in inputs):  # an explanation follows the gradient through the whole backbone

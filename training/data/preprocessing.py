@@ -98,7 +98,7 @@ class Preprocessing:
             with _working_in(self._folder):
                 self._handler.handle([call.inputs for call in calls], self._context)
         except ModelReached as reached:
-            batch = bind(model.inputs, reached.given, reached.named, model.constants)
+            batch = bind(model.inputs, reached.given, reached.named, model.constants, model.parameters)
         except Exception as error:  # the user's own code may raise anything
             raise ArchiveError(f"{self._name} fails on a request with {type(error).__name__}: {error}") from error
         else:

@@ -77,10 +77,13 @@ class ImageClass(nn.Module):
         self._sizes = (scores.shape[1], detections.shape[1], detections.shape[2])
         self.spec = DetectorSpec(model_file, strategy, pedestrian, register(tail))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, K) probabilities and (B, N, 6 + M) detections for (B, 3, H, W) images in [0, 1]."""
-        x = (image - self._mean) / self._std
-        if self._resized != tuple(image.shape[2:]):
+    def forward(self, images: Tensor, targets: None = None) -> tuple[Tensor, Tensor]:
+        """Return (B, K) probabilities and (B, N, 6 + M) detections for (B, 3, H, W) images in [0, 1].
+
+        The parameters are those of the detector, because handlers call it with them.
+        """
+        x = (images - self._mean) / self._std
+        if self._resized != tuple(images.shape[2:]):
             x = functional.interpolate(x, size=self._resized, mode="bilinear", align_corners=False)
         (height, width), (below, right) = self._resized, self._padded
         x = functional.pad(x, (0, right - width, 0, below - height))

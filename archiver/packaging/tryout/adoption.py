@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from early_exit.archiver.packaging.tryout.model_calls import ModelCall, n_parameters
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.backbone.signature import InputSpec, Parameters
 from early_exit.handler.errors import ArchiveError, GraphError, Unsupported
 from early_exit.handler.user_handler.description import Place, Root
 from early_exit.handler.user_handler.model_state import ModelState
@@ -147,7 +147,7 @@ def input_specs(model: CalledModel, calls: Sequence[ModelCall]) -> tuple[list[In
                                "and an exit takes (batch, ...) tensors: let the handler call self.model(x[None]) and "
                                "take the first row of the result")
     for name, value in constants[0].items():
-        if not isinstance(value, (bool, int, float, str)):
+        if value is not None and not isinstance(value, (bool, int, float, str)):
             raise ArchiveError(f"expected the handler to pass tensors to {kind}, found {type(value).__name__} for "
                                f"{name!r}")
     if any(other != constants[0] for other in constants):
@@ -220,7 +220,7 @@ def require_same(before: ModelState, calls: Sequence[ModelCall]) -> None:
 
 
 def _arguments(model: CalledModel, call: ModelCall) -> dict[str, Any]:
-    """Return the arguments of a call by parameter name, without those that are None."""
+    """Return the arguments of a call by parameter name, without None where it means no argument."""
     try:
         bound = inspect.signature(model.exported.forward).bind(*call.given, **call.named)
     except TypeError as error:
@@ -235,7 +235,7 @@ def _arguments(model: CalledModel, call: ModelCall) -> dict[str, Any]:
             arguments |= {f"{name}{index}": one for index, one in enumerate(value)}
         else:
             arguments[name] = value
-    return {name: value for name, value in arguments.items() if value is not None}
+    return Parameters.of(model.exported.forward).without_none(arguments)
 
 
 def _with_places(module: nn.Module, roots: Roots) -> CalledModel:
