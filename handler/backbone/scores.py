@@ -17,6 +17,10 @@ _CONSTANT_BELOW, _CONSTANT_TIMES = 20.0, 5.0
 """The same limits for scores that equal the expected ones to the last bit, as a constant such as -50 does."""
 
 
+NO_CLASS = -1
+"""The class of scores that predict none, see `predicts`."""
+
+
 class ScoreKind(str, Enum):
     """The (B, K) scores are logits, log-probabilities or probabilities."""
 
@@ -46,6 +50,14 @@ def predicts(scores: Tensor) -> Tensor:
     A masked class may have the score minus infinity. A row with NaN, whose largest score is NaN, predicts no class.
     """
     return scores.amax(dim=1).isfinite()
+
+
+def predicted_class(scores: Tensor) -> Tensor:
+    """Return the (B,) int64 classes that (B, K) scores predict, or `NO_CLASS`.
+
+    `argmax` would name a class, such as the first one if all scores are NaN.
+    """
+    return scores.argmax(dim=1).masked_fill(~predicts(scores), NO_CLASS)
 
 
 def score_kind(scores: Tensor) -> ScoreKind:

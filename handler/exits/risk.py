@@ -6,6 +6,7 @@ from enum import Enum
 
 from torch import Tensor
 
+from early_exit.handler.backbone.scores import NO_CLASS
 from early_exit.handler.errors import RecordError
 
 
@@ -32,7 +33,8 @@ class Risk(str, Enum):
         """Return the (N, L) float32 losses of L possible answers to each of N records.
 
         Args:
-            answer: (N, L) int64 classes.
+            answer: (N, L) int64 classes, or `NO_CLASS` for an answer that is not a number. Its loss is that of the
+                worst answer.
             backbone_class: (N,) int64 classes.
             log_probabilities: (N, K) log-probabilities of the backbone.
             labels: (N,) int64 true classes, for the risk `accuracy` only.
@@ -45,8 +47,9 @@ class Risk(str, Enum):
             return differs.float()
         if self is Risk.CONFIDENCE_GAP:
             probabilities = log_probabilities.float().exp()
-            gap = probabilities.gather(1, backbone_class[:, None]) - probabilities.gather(1, answer)
-            return gap.clamp(0.0, 1.0) * differs
+            of_answer = probabilities.gather(1, answer.clamp_min(0))
+            gap = (probabilities.gather(1, backbone_class[:, None]) - of_answer).clamp(0.0, 1.0) * differs
+            return gap.masked_fill(answer == NO_CLASS, 1.0)
         if labels is None:
             raise RecordError("the risk 'accuracy' compares with true labels, but none are given: give labels of some "
                               "requests, or choose the risk 'disagreement' or 'confidence-gap', which need none")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from early_exit.handler.backbone.scores import predicted_class
 from early_exit.handler.exits.switch import Position
 from early_exit.handler.inference.forward import Answers, Live
 
@@ -27,10 +28,15 @@ class ServedBatch:
     """The fallback level that answered."""
     sampling_rate: float
     """The probability with which each shadow row was drawn."""
-    full_class: Tensor
-    """(S,) int64: the class that the serving engine predicts for each shadow row without exits."""
+    full_scores: Tensor
+    """(S, K) scores that the serving engine computes for the shadow rows without exits."""
     switch: Position
     """The position of the operator's switch when the call began."""
+
+    @property
+    def full_class(self) -> Tensor:
+        """(S,) int64: the class that `full_scores` predict for each shadow row, or `NO_CLASS`."""
+        return predicted_class(self.full_scores)
 
 
 class CallLog:

@@ -101,13 +101,13 @@ class EarlyExitModel(nn.Module):
     def _served(self, inputs: Live, execution: Execution, sampling_rate: float, position: Position) -> ServedBatch:
         """Return the served batch, with the fp32 scores of the backbone as the reference of the shadow rows."""
         answers = execution.answers
-        full_class = answers.reference.argmax(dim=1)
+        full_scores = answers.reference
         reference = self.assembly.reference(inputs, answers.shadow)
         if reference is not None:
             answers = replace(answers, reference=reference)
         activations: Mapping[str, Tensor] = {self.assembly.layers[stage]: activation
                                              for stage, activation in execution.activations.items()}
-        return ServedBatch(answers, activations, time.time(), execution.level, sampling_rate, full_class,
+        return ServedBatch(answers, activations, time.time(), execution.level, sampling_rate, full_scores,
                            position)
 
     def _as_the_users(self, answers: Answers) -> Any:

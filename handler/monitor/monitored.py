@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from early_exit.handler.backbone.scores import ScoreKind, predicts
+from early_exit.handler.backbone.scores import ScoreKind, predicted_class
 from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
@@ -71,11 +71,9 @@ class Monitored:
             reference: (S, K) scores of the backbone, which all predict a class.
             kind: the kind of both scores.
         """
-        served, backbone = outputs.argmax(dim=1), reference.argmax(dim=1)
+        served, backbone = predicted_class(outputs), reference.argmax(dim=1)
         losses = self.risk.losses(served[:, None], backbone, kind.log_probabilities(reference.float()))
-        # An answer without a class differs, whatever argmax returns for NaN.
-        losses = losses.flatten().masked_fill(~predicts(outputs), 1.0)
-        return losses.nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
+        return losses.flatten().nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).tolist()
 
     def components(self, reference: Tensor, kind: ScoreKind) -> list[tuple[float, ...]]:
         """Return the components by which each of S samples is compared with its neighbours.

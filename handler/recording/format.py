@@ -56,9 +56,10 @@ class RecordColumns:
     backbone_class: Tensor
     """(N,) int32: the class that the backbone predicts."""
     full_class: Tensor
-    """(N,) int32: the class that the serving engine predicts without exits; with an exact engine, `backbone_class`."""
+    """(N,) int32: the class that the serving engine predicts without exits; with an exact engine, `backbone_class`. It
+    is `NO_CLASS` where only the scores of a lossy engine are not finite."""
     answered_class: Tensor
-    """(N,) int32: the class that was served."""
+    """(N,) int32: the class that was served, or `NO_CLASS`."""
     exit: Tensor
     """(N,) int16: the exit that answered, as a position in the shard's layers, or -1 for the backbone."""
     request: Tensor

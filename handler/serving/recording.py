@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from early_exit.handler.backbone.scores import predicts
+from early_exit.handler.backbone.scores import predicted_class, predicts
 from early_exit.handler.call import Call
 from early_exit.handler.errors import RecordError
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -58,7 +58,7 @@ class Recording:
             log_probabilities=log_probabilities.half(),
             backbone_class=log_probabilities.argmax(dim=1).int(),
             full_class=part.at(batch.full_class).int().cpu(),
-            answered_class=answers.outputs[rows].argmax(dim=1).int().cpu(),
+            answered_class=predicted_class(answers.outputs[rows]).int().cpu(),
             exit=answers.stages[rows].short().cpu(),
             request=torch.tensor([request_hash(call.id) for call, _ in known] + [ANONYMOUS] * n_unknown),
             row=torch.tensor([number for _, number in known] + [0] * n_unknown, dtype=torch.int32),

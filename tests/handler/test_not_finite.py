@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.scores import ScoreKind
+from early_exit.handler.backbone.scores import NO_CLASS, ScoreKind
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
@@ -43,10 +43,10 @@ def backbone() -> Backbone:
         Spread(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 3)), (8,))
 
 
-def recorded(backbone: Backbone, rows: Tensor, folder: Path) -> tuple[Records, MemoryHost]:
+def recorded(backbone: Backbone, rows: Tensor, folder: Path, engine: str = "folded") -> tuple[Records, MemoryHost]:
     """Serve rows in batches of four; return their records and the host."""
     host = MemoryHost()
-    model = build_model(backbone, sampling_rate=1.0, record_layers=8)
+    model = build_model(backbone, engine=engine, sampling_rate=1.0, record_layers=8)
     worker = worker_of(model, config=ServingConfig(records=str(folder), records_per_shard=len(rows)), host=host)
     for start in range(0, len(rows), 4):
         names = [f"id-{number}" for number in range(start, min(start + 4, len(rows)))]
@@ -90,6 +90,39 @@ def test_what_only_float16_cannot_hold_is_recorded_as_infinite(tmp_path: Path) -
     assert len(found) == 8 and host.value("records_not_finite_total") == 0
     [first, *_] = found.activations.values()
     assert bool(first.isinf().any(dim=1).all()) and not bool(first.isnan().any())
+
+
+class Close(nn.Module):
+    """A layer that divides by a small number. If the number was rounded to bfloat16 beside a large one, it is 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / ((x[:, :1].abs() + 300.0) - 300.0)
+
+
+def test_a_request_for_which_only_the_engine_has_no_scores_is_recorded_without_a_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone.from_module(nn.Sequential(
+        nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 3), Close()), (8,))
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * 20
+    with torch.no_grad():
+        model = build_model(backbone, engine="bfloat16", sampling_rate=1.0)
+        has_scores = torch.cat([model(batch) for batch in rows.split(4)]).isfinite().all(dim=1)
+        full_class = torch.cat([served.full_class for served in model.log.take()])
+    assert 8 < has_scores.sum() < 56 and backbone.graph(rows).isfinite().all()
+    assert (full_class[~has_scores] == NO_CLASS).all() and (full_class[has_scores] >= 0).all()
+    found, host = recorded(backbone, rows, tmp_path, "bfloat16")
+    assert found.request.tolist() == [request_hash(f"id-{number}") for number in range(64)]
+    assert found.full_class.tolist() == found.answered_class.tolist() == full_class.tolist()
+    assert host.value("records_not_finite_total") == 0
+
+
+@pytest.mark.parametrize(("risk", "loss"), [
+    (Risk.DISAGREEMENT, [1.0, 1.0]), (Risk.CONFIDENCE_GAP, [1.0, 1.0]), (Risk.ACCURACY, [1.0, 0.0])])
+def test_an_answer_without_a_class_is_the_worst_one(risk: Risk, loss: list[float]) -> None:
+    """With the risk of accuracy it costs as much as any wrong class: nothing where the backbone is wrong itself."""
+    answer, backbone_class, labels = torch.full((2, 1), NO_CLASS), torch.tensor([0, 0]), torch.tensor([0, 1])
+    scores = torch.tensor([[0.1, 0.0]] * 2).log_softmax(dim=1)
+    assert risk.losses(answer, backbone_class, scores, labels).flatten().tolist() == loss
 
 
 MONITORED = Monitored(Risk.CONFIDENCE_GAP, 0.02, 0.05)

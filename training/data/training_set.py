@@ -38,7 +38,8 @@ class TrainingSet:
     backbone_class: Tensor
     """(N + R,) int64: the class the backbone predicts."""
     full_class: Tensor
-    """(N,) int64: the class that the engine predicts in service without exits."""
+    """(N,) int64: the class that the engine predicts in service without exits. It is `NO_CLASS` where only the scores
+    of a lossy engine are not finite."""
     split: Split
     """The parts of the records, and the blocks that each count as one piece of evidence."""
     request: Tensor
