@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from early_exit.handler.errors import FormatError
 from early_exit.handler.exits.plan import ExitPlan
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 MONITOR_FILES = "monitor-*.json"
 _SHARE_EVERY_S = 1.0
+_LOCKED_FOR_S = 2.0
+"""How long a worker waits for the lock, which others hold for as long as they write one small file."""
+_TRY_LOCK_EVERY_S = 0.02
+_CLOSING_FOR_S = 10.0
+"""How long closing waits for the thread, which a disk that does not answer stops for as long as it likes."""
 _MOST_UNSHARED = 10_000
 
 
@@ -59,9 +65,10 @@ class SharedMonitor:
     Every second, each worker locks the file, adds its samples to the state in it and renames the result into place. So
     all workers feed one test, and every sample counts once, in an order that does not depend on its loss. If samples
     form blocks, this is the order of their times, and the newest samples wait in the state for two seconds. The kernel
-    releases the lock of a killed worker, which loses the samples of at most one second. If a worker has no folder, or
-    cannot write to it, it continues alone from the last state that it has read. It adds its samples to the file as soon
-    as it can write. Whatever a worker reads, it never goes back to a lower fallback level and forgets no alarm.
+    releases the lock of a killed worker, which loses the samples of at most one second. If a worker has no folder,
+    cannot write to it, or does not get the lock within two seconds because another worker was stopped while it held it,
+    it continues alone from the last state that it has read. It adds its samples to the file as soon as it can write.
+    Whatever a worker reads, it never goes back to a lower fallback level and forgets no alarm.
 
     If a worker starts and cannot read the file that is there, an alarm may be lost. It therefore starts at the last
     level. A damaged file is replaced by this state, and a file that is not ours or too new is left as it is.
@@ -92,9 +99,12 @@ class SharedMonitor:
         self._queue.put(samples)
 
     def close(self) -> None:
-        """Share the queued samples and stop the thread."""
+        """Share the queued samples and stop the thread; a thread that the disk does not let go of is left behind."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSING_FOR_S)
+        if self._thread.is_alive():
+            logger.warning("the monitor's state in %s could not be shared within %.0f s, and the newest samples are "
+                           "lost: does the disk answer?", self._path, _CLOSING_FOR_S)
 
     def _run(self) -> None:
         share_at = time.monotonic() + _SHARE_EVERY_S
@@ -203,6 +213,22 @@ def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    deadline = time.monotonic() + _LOCKED_FOR_S
     with open_private(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _is_locked(file):
+            # Whoever was stopped by a signal, a debugger or a disk keeps the lock. The monitors of the other workers
+            # must not stop, too.
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"another process has held the lock {path} for {_LOCKED_FOR_S:.0f} s. Was a worker "
+                                   "stopped? 'lslocks' names it; end it or let it continue")
+            time.sleep(_TRY_LOCK_EVERY_S)
         yield
+
+
+def _is_locked(file: TextIO) -> bool:
+    """Lock a file, if nobody else holds its lock; return whether it is locked now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
