@@ -139,6 +139,10 @@ def _certificate(status: ModelStatus) -> str:
     if status.plan is None or status.plan.certificate is None:
         return "none"
     if status.first_alarm is not None:
-        return f"void since {time.strftime('%F %T', time.gmtime(status.first_alarm))} UTC"
+        since = f"{time.strftime('%F %T', time.gmtime(status.first_alarm))} UTC"
+        return (f"not known since {since}: a worker could not read the monitor's state, which may have held an alarm. "
+                "The version answers without exits until the plan is renewed, or until you have stopped its workers, "
+                "deleted the file that their log names, and started them again"
+                if status.is_state_lost else f"void since {since}")
     return status.plan.certificate.in_words()
 

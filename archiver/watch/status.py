@@ -12,7 +12,7 @@ from torch import Tensor
 from early_exit.archiver.control import ModelServer
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import BackboneDescription
-from early_exit.handler.errors import RecordError, ServerError
+from early_exit.handler.errors import FormatError, RecordError, ServerError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import MonitorState
@@ -52,6 +52,12 @@ class ModelStatus:
     def first_alarm(self) -> float | None:
         """The Unix time at which the certificate became void; None while it holds."""
         return self.alarm_times[0] if self.alarm_times else None
+
+    @property
+    def is_state_lost(self) -> bool:
+        """Whether no alarm was raised by samples, but one because a worker could not read its monitor's state."""
+        alarms = [alarm for state in self.monitors for alarm in state.alarms]
+        return bool(alarms) and not any(alarm.n for alarm in alarms)
 
     @property
     def n_watched(self) -> int:
@@ -147,8 +153,12 @@ def _monitors(folders: Sequence[Path], model: str, version: str, backbone: Backb
         path = monitor_file(header.folder(folder), version, plan)
         try:
             state = read_state(path)
-        except (OSError, ValueError) as error:
-            raise RecordError(f"cannot read the monitor's state in {path}: {error}") from error
+        except (OSError, ValueError, FormatError) as error:
+            raise RecordError(
+                f"cannot read the monitor's state in {path}: {error}. It may hold an alarm, so it is not known whether "
+                f"the certificate holds, and a worker of {model} {version} that starts now answers without exits. Let "
+                "its owner run this, or the version that wrote it; or stop all workers of the version, delete the file "
+                "and start them again") from error
         if state is not None:
             states.append(state)
     return tuple(states)

@@ -16,6 +16,8 @@ from early_exit.training.selection.certify import records_needed
 
 NEW_SHARE = 0.2
 """The share of new records at which the paper retrains (section 3.6)."""
+LOST_STATE = "lost state"
+"""The reason to renew a plan if a worker could not read its monitor's state, which may have held an alarm."""
 ATTEMPT, KEPT, ROLLING = "attempt", "kept", "rolling"
 CLOCK = "clock set back"
 _FEWEST_BETS = 3
@@ -27,7 +29,7 @@ class Trigger:
     """The reason to renew a plan."""
 
     reason: str
-    """One of 'alarm', 'backbone', 'traffic', 'expired' and 'records'."""
+    """One of 'alarm', 'lost state', 'backbone', 'traffic', 'expired' and 'records'."""
     fresh_after: float
     """Records up to this Unix time are not used to certify the new plan."""
     evidence: dict[str, Any]
@@ -62,7 +64,7 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
                 "plan": plan.digest() if plan else None}
     if status.first_alarm is not None:
         alarms = [[alarm.__dict__ for alarm in state.alarms] for state in status.monitors]
-        return Trigger("alarm", since, {**evidence, "alarms": alarms})
+        return Trigger(LOST_STATE if status.is_state_lost else "alarm", since, {**evidence, "alarms": alarms})
     if plan is None:
         return Trigger("backbone", since, evidence)
     if plan.certificate is not None and not plan.is_certified_for(status.traffic):
@@ -169,6 +171,8 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
         return False, "it has no certificate"
     if not new.exits:
         return False, "no exit pays within the tolerance"
+    if reason == LOST_STATE:
+        return True, "it is certified, and it is not known whether the current plan is: its monitor's state is lost"
     if reason in ("alarm", "traffic", "expired"):
         return True, f"it is certified, and the current plan no longer is ({reason})"
     if current is None or not current.exits:

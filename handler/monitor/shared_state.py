@@ -20,7 +20,7 @@ from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.files.private import open_private, private_folder, read_private, replacing
 from early_exit.handler.monitor.blocks import Sample
 from early_exit.handler.monitor.monitored import Monitored
-from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.monitor.sequential_test import Alarm, MonitorState
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class SharedMonitor:
     Whatever a worker reads, it never goes back to a lower fallback level and forgets no alarm.
 
     If a worker starts and cannot read the file that is there, an alarm may be lost. It therefore starts at the last
-    level. A damaged file is replaced by this state, and a file that is not ours or too new is left as it is.
+    level, with an alarm that no sample has raised, so that every reader of the state knows that the certificate may be
+    void. A damaged file is replaced by this state, and a file that is not ours or too new is left as it is.
     """
 
     def __init__(self, monitored: Monitored, last_level: int, path: Path | None) -> None:
@@ -130,10 +131,11 @@ class SharedMonitor:
             return MonitorState()
         except (OSError, ValueError, FormatError) as error:
             logger.error("cannot read the monitor's state in %s: %s. It may hold an alarm, so the version goes to "
-                         "fallback level %d, at which no request leaves early. To start anew, stop all workers of the "
-                         "version, delete this file and start them again", self._path, error, self._last_level)
+                         "fallback level %d, at which no request leaves early, until ee-watch brings a new plan in. To "
+                         "start anew, stop all workers of the version, delete this file and start them again",
+                         self._path, error, self._last_level)
             self._is_unwritten = True
-            return MonitorState(self._last_level)
+            return MonitorState(self._last_level, alarms=(Alarm(0, time.time(), n=0, mean_loss=0.0, wealth=0.0),))
 
     def _share(self) -> None:
         before = self.state
@@ -198,7 +200,8 @@ def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMon
 def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
     """Return the state with the higher fallback level, and with the alarms of both states.
 
-    At equal levels, the evidence with more samples is kept. This choice does not depend on the losses.
+    At equal levels, the evidence with more samples is kept. This choice does not depend on the losses. Of two alarms
+    at one level, the older one is kept: the other one may only say that a worker could not read the older one.
 
     Args:
         own: the state that the worker has in memory.
@@ -207,7 +210,8 @@ def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
     if read is None:
         return own
     ahead = own if (own.step, own.evidence.n) > (read.step, read.evidence.n) else read
-    alarms = {alarm.step: alarm for alarm in (*own.alarms, *read.alarms)}
+    newest_first = sorted((*own.alarms, *read.alarms), key=lambda alarm: alarm.time, reverse=True)
+    alarms = {alarm.step: alarm for alarm in newest_first}
     return replace(ahead, alarms=tuple(alarms[step] for step in sorted(alarms)))
 
 

@@ -119,7 +119,8 @@ def test_a_state_that_is_damaged_at_start_is_replaced_by_one_without_exits(
     path.write_text(damaged)
     worker = SharedMonitor(MONITORED, 3, path)
     assert worker.state.step == written(path).step == 3
-    assert "delete this file" in caplog.text
+    assert [alarm.n for alarm in written(path).alarms] == [0], "whoever reads the state must learn of it"
+    assert "delete this file" in caplog.text and "ALARM" not in caplog.text
     worker.note(samples_of([0.0] * 5))
     worker.close()
     restarted = SharedMonitor(MONITORED, 3, path)
@@ -129,6 +130,20 @@ def test_a_state_that_is_damaged_at_start_is_replaced_by_one_without_exits(
     anew = SharedMonitor(MONITORED, 3, path)
     anew.close()
     assert anew.state == MonitorState()
+
+
+def test_the_alarm_of_a_worker_that_cannot_read_the_state_hides_no_alarm_of_samples(tmp_path: Path) -> None:
+    path = tmp_path / "monitor.json"
+    worker = certified(path)
+    worker.note(samples_of([1.0] * 30))
+    wait_until(lambda: written(path).step == 1, "the alarm in the file", limit_s=10)
+    path.write_text("")
+    restarted = SharedMonitor(MONITORED, 3, path)
+    worker.note(samples_of([0.0], level=1))
+    worker.close()
+    restarted.close()
+    assert (worker.state.step, written(path).step) == (3, 3)
+    assert [alarm.n > 0 for alarm in written(path).alarms] == [True]
 
 
 def test_a_state_of_somebody_else_is_left_as_it_is_and_the_worker_starts_without_exits(
