@@ -40,7 +40,8 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
 
     Only files in the folders of the model's backbones are counted and deleted, and only if they have the name of a
     shard, or of a shard that a killed worker did not finish. If a file cannot be deleted, it is left for the next time,
-    because workers share the folder, and a watcher may see it read-only. A jump of the clock deletes nothing, see
+    because workers share the folder, and a watcher may see it read-only. It still counts, so that the others are not
+    too large together with it. A jump of the clock deletes nothing, see
     `SharedClock`. In addition, the times of a worker's shards are corrected by their order.
 
     Args:
@@ -57,12 +58,11 @@ def enforce_limits(root: Path, model: str, max_age_s: float, max_bytes: int) -> 
     now = SharedClock(folder).now(newest=shards[-1][1] if shards else None)
     size = sum(n_bytes for _, _, n_bytes in shards)
     for path, written, n_bytes in shards:
-        if now - written > max_age_s or size > max_bytes:
-            _delete(path)
+        if (now - written > max_age_s or size > max_bytes) and _is_deleted(path):
             size -= n_bytes
     for path, modified, _ in _files(folder, _SCRATCH):
         if now - modified > _ABANDONED_S:
-            _delete(path)
+            _is_deleted(path)
 
 
 def _dated(shards: Sequence[_File]) -> Iterator[_File]:
@@ -99,8 +99,10 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _delete(path: Path) -> None:
+def _is_deleted(path: Path) -> bool:
+    """Delete a file; return whether it is gone."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return
+        return False
+    return True

@@ -48,6 +48,24 @@ def test_foreign_files_do_not_count_towards_the_size_either(tmp_path: Path) -> N
     assert ours.exists()
 
 
+def test_a_shard_that_cannot_be_deleted_still_counts_towards_the_size(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [old_file(HEADER.folder(tmp_path) / shard_name("2.0", 4711, 17_000_000_000, number))
+              for number in range(4)]
+    for number, shard in enumerate(shards):
+        os.utime(shard, (time.time() - 1000 + number, time.time() - 1000 + number))
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == shards[0]:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    enforce_limits(tmp_path, "digits", 1e9, 250)
+    assert [shard.exists() for shard in shards] == [True, False, False, True]
+
+
 @pytest.mark.parametrize("link", ["digits", "digits/ab12"])
 def test_a_link_to_a_folder_with_the_shards_of_others_is_not_followed(link: str, tmp_path: Path) -> None:
     others = old_file(tmp_path / "elsewhere" / "ab12" / SHARD)
