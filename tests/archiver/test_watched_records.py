@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def looked(store: Path, records: Path, lines: list[str]) -> ModelStatus:
+def looked(store: Path, records: Path, lines: list[str], *more: Path) -> ModelStatus:
     server = ServerInMemory("server", store)
     server.register("digits-2.0.mar", RunSettings())
-    return look(server, "digits", store, [str(records)], store / "cache", lines.append)
+    return look(server, "digits", store, [*map(str, (records, *more))], store / "cache", lines.append)
 
 
 def shard_of(folder: Path, traffic: str, **header: str) -> Path:
@@ -66,6 +67,19 @@ def test_only_what_can_be_read_and_is_of_the_served_traffic_counts(store: Path, 
     assert set(status.shards) == {own, old} and len(status.times) == N, "the old one proves nothing"
     assert any(str(damaged) in line and line.endswith("It is skipped") for line in lines)
     assert any(line.startswith(f"{N} records are skipped: they are of other traffic") for line in lines)
+
+
+def test_records_that_are_named_twice_or_copied_count_once(store: Path, tmp_path: Path) -> None:
+    records, copy = tmp_path / "records", tmp_path / "copy"
+    shard = shard_of(records, traffic_of(read_archive(store / "digits-2.0.mar")))
+    shutil.copytree(records, copy)
+    (tmp_path / "link").symlink_to(records)
+    lines: list[str] = []
+    status = looked(store, records, lines, records, tmp_path / "link", shard.parent.parent, copy)
+    assert len(status.times) == N and status.shards == (shard,)
+    half = copy / shard.relative_to(records)
+    half.write_bytes(half.read_bytes()[:100])
+    assert looked(store, copy, lines, records).shards == (shard,), "a copy that is not complete hides nothing"
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])

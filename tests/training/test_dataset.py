@@ -13,7 +13,7 @@ from early_exit.handler.recording.format import ANONYMOUS, Records, ShardHeader,
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.dataset import MAY_REPEAT, RecordedTraffic, load_traffic
 from early_exit.training.data.labels import load_labels
-from early_exit.training.data.split import Part
+from early_exit.training.data.split import Part, SplitRule
 
 HEADER = ShardHeader("model", "1.0", "ab12", 4, ("layer",))
 
@@ -43,6 +43,14 @@ def test_a_request_that_ran_twice_counts_once_and_unknown_ones_count_each(tmp_pa
     read = traffic(tmp_path, [ANONYMOUS, a, ANONYMOUS, ANONYMOUS, a, b], [1.0] * 6)
     assert read.request.tolist() == [ANONYMOUS, a, ANONYMOUS, ANONYMOUS, b]
     assert activations(read) == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("rule", list(SplitRule))
+def test_a_copy_of_a_shard_adds_no_evidence(rule: SplitRule, tmp_path: Path) -> None:
+    traffic(tmp_path, [request_hash(str(number)) for number in range(200)], [*map(float, range(200))])
+    alone, copied = (load_traffic([tmp_path / "a.safetensors"] * n, rule=rule) for n in (1, 2))
+    assert copied.request.tolist() == alone.request.tolist() and copied.part.tolist() == alone.part.tolist()
+    assert copied.split.evidence().n_tested == alone.split.evidence().n_tested > 0
 
 
 def test_unknown_requests_train_and_prove_nothing(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.stop()
 
 
+def test_a_folder_that_is_named_twice_or_by_a_link_is_one_source(tmp_path: Path) -> None:
+    """Otherwise `ee-watch` counts the samples of its monitor twice, and accepts a version after half of its trial."""
+    (tmp_path / "records").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "records")
+    sources = [f"{tmp_path}/records", f"{tmp_path}/other", f"{tmp_path}/records/", f"{tmp_path}/link",
+               f"{tmp_path}/other/../records"]
+    assert local_folders(sources, tmp_path / "cache") == [tmp_path / "records", tmp_path / "other"]
+
+
 def upload(folder: Path, url: str) -> None:
     import fsspec
 

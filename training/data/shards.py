@@ -19,7 +19,11 @@ from early_exit.handler.recording.format import list_shards, read_header, read_s
 
 
 def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
-    """Return the shards of one backbone below some records folders, oldest first.
+    """Return the shards of one backbone below some records folders, each once, the oldest of each folder first.
+
+    A shard that is in several folders, or in a folder that is given twice, is evidence only once. A copy is recognised
+    by its name, which contains the worker and the time at which it began, and by its size: a copy that is not complete
+    must not hide the whole shard.
 
     Raises:
         RecordError: there are no such shards; the message lists the ones that were found.
@@ -31,12 +35,23 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
     shards = [shard for folder in folders for shard in list_shards(folder)]
     matching = [shard for shard in shards if shard.parent.name == backbone.sha256]
     if matching:
-        return matching
+        first_of: dict[tuple[str, int], Path] = {}
+        for shard in matching:
+            first_of.setdefault((shard.name, _size(shard)), shard)
+        return [*first_of.values()]
     others = sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards})
     where = ", ".join(map(str, folders))
     raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
                       f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
                       "first shard is sealed")
+
+
+def _size(shard: Path) -> int:
+    """Return the size of a shard in bytes; 0 if it cannot be read, which its reader will report."""
+    try:
+        return shard.stat().st_size
+    except OSError:
+        return 0
 
 
 def readable_shards(shards: Sequence[Path], log: Callable[[str], None]) -> list[Path]:

@@ -16,12 +16,16 @@ from early_exit.training.credentials import without_credentials
 
 
 def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
-    """Return a local folder for each source; records at a URL are copied into the cache, or updated there.
+    """Return the local folder of each source, each once; records at a URL are copied into the cache, or updated there.
 
     Raises:
         RecordError: a URL cannot be read.
     """
-    return [_copied(source, cache) if "://" in source else Path(source) for source in sources]
+    once: dict[Path, Path] = {}
+    for source in sources:
+        folder = _copied(source, cache) if "://" in source else Path(source)
+        once.setdefault(folder.resolve(), folder)  # a folder and a link to it are one source
+    return [*once.values()]
 
 
 def _copied(url: str, cache: Path) -> Path:
