@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.control import ModelServer
+from early_exit.archiver.packaging.configuration import serving_config
 from early_exit.archiver.packaging.describe import describe
 from early_exit.archiver.packaging.registered import RegisteredArchive
 from early_exit.archiver.rollout.clock import Clock
@@ -61,8 +62,7 @@ class TryOut:
             return self._answer_to_the_end(server, model, clock, log)
         contents = self.archive.ours
         if server.has_secret:
-            described = describe(self.mar)
-            _require_same(described, server.probe(model, self.archive.version))
+            _require_same(contents, server.probe(model, self.archive.version))
             return self._answer_to_the_end(server, model, clock, log)
         samples = [sample for sample in (self.request, *contents.samples[:1]) if sample is not None]
         predictions = [server.predict(model, self.archive.version, sample) for sample in samples]
@@ -103,9 +103,12 @@ def _backbone(archive: RegisteredArchive) -> str | None:
     return None if archive.ours is None else archive.ours.description.sha256
 
 
-def _require_same(contents: dict[str, Any], probe: dict[str, Any]) -> None:
+def _require_same(contents: ArchiveContents, probe: dict[str, Any]) -> None:
     """Check that the server loaded this archive, not another file of that name in its model store."""
-    # The probe names no plan if the configuration says "exits: false".
-    if (probe.get("backbone") != contents["backbone"]["sha256"]
-            or probe.get("plan") not in (None, contents["plan_digest"])):
-        raise ServerError("the server loaded another archive of that name: is this one in its model store?")
+    # With "exits: false" the worker does not even load the plan.
+    plan = contents.plan if serving_config(contents.configuration).exits else None
+    expected = {"backbone": contents.description.sha256, "plan": plan and plan.digest()}
+    found = {name: probe.get(name) for name in expected}
+    if found != expected:
+        raise ServerError(f"the server loaded another archive of that name: expected {expected}, found {found}. Is "
+                          "this one in its model store?")

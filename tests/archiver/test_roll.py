@@ -13,8 +13,10 @@ from early_exit.archiver.control import ModelServer, Prediction, RunSettings
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.roll import RollReport, roll
+from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.errors import ServerError
 from early_exit.handler.sample_request import Part, SampleRequest
+from tests.support.plans import write_plan
 from tests.support.rewritten import renumbered, rewritten
 from tests.support.server_in_memory import ServerInMemory
 from tests.support.untried import build_untried
@@ -78,6 +80,24 @@ def test_a_server_that_loaded_another_archive_of_that_name_is_found_out(store: P
     with pytest.raises(ServerError, match="loaded another archive"):
         rolled(server, store / "digits-3.0.mar")
     assert server.default == "2.0"
+
+
+@pytest.mark.parametrize("exits", [True, False])
+def test_a_server_that_loaded_the_archive_without_its_plan_is_found_out(
+        exits: bool, recorder_mar: Path, tmp_path: Path) -> None:
+    """Only a version whose configuration says so has no exits although its archive has a plan."""
+    (tmp_path / "config.yaml").write_text(f"early_exit: {{exits: {str(exits).lower()}}}")
+    plan = write_plan(tmp_path / "plan", recorder_mar)
+    build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="2.0"))
+    mar = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="3.0", plan=plan,
+                                       config=tmp_path / "config.yaml"))
+    server, backbone = serving("a", tmp_path), read_archive(mar).description.sha256
+    server.probe = lambda model, version: {"backbone": backbone, "plan": None}  # type: ignore[method-assign]
+    if not exits:
+        assert rolled(server, mar).version == "3.0"
+        return
+    with pytest.raises(ServerError, match="loaded another archive of that name: expected .* found .*'plan': None"):
+        rolled(server, mar)
 
 
 def test_when_a_server_fails_those_that_are_done_get_their_old_version_again(store: Path) -> None:
