@@ -9,7 +9,7 @@ from typing import Any
 
 from early_exit.archiver.audit import Audit, Event
 from early_exit.archiver.watch.status import ModelStatus
-from early_exit.handler.errors import TooFewRecordsError
+from early_exit.handler.errors import RecordError, TooFewRecordsError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.training.data.split import Part
 from early_exit.training.selection.certify import records_needed
@@ -88,11 +88,13 @@ def n_wanted(status: ModelStatus, audit: Audit, terms: Terms) -> int:
     return max(terms.n_enough, int(last["needed"]))
 
 
-def refusal(error: TooFewRecordsError, status: ModelStatus, terms: Terms, since: float) -> dict[str, Any]:
-    """Return what the audit notes of an attempt for which there were too few records or labels.
+def refusal(error: RecordError, status: ModelStatus, terms: Terms, since: float) -> dict[str, Any]:
+    """Return what the audit notes of an attempt that failed before it looked at any loss.
 
-    The next attempt waits for as many records as the error asks for, and at least for half more than there are: the
-    number is an estimate, and labels have no number of records.
+    If there were too few records or labels, the next attempt waits for as many records as the error asks for, and at
+    least for half more than there are: the number is an estimate, and labels have no number of records. If the records
+    could not be used for another reason, more of them may not help, and the wait only keeps an attempt from being
+    repeated at each look. It is then no longer than a wait for enough records that are all new.
 
     Args:
         error: the reason.
@@ -100,8 +102,11 @@ def refusal(error: TooFewRecordsError, status: ModelStatus, terms: Terms, since:
         terms: the terms of the watch.
         since: the Unix time after which records were fresh.
     """
-    half_more = math.ceil(1.5 * status.n_newer(since))
-    return {"why": str(error), "needed": max(error.needed or 0, half_more), "needed_for": _conditions(status, terms)}
+    n_fresh = status.n_newer(since)
+    needed = math.ceil(1.5 * n_fresh)
+    needed = (max(error.needed or 0, needed) if isinstance(error, TooFewRecordsError) else
+              min(n_fresh + terms.n_enough, needed))
+    return {"why": str(error), "needed": needed, "needed_for": _conditions(status, terms)}
 
 
 def _conditions(status: ModelStatus, terms: Terms) -> dict[str, Any]:
@@ -126,7 +131,8 @@ def fresh_after(status: ModelStatus, audit: Audit, now: float) -> float:
 def newest_mark(status: ModelStatus, audit: Audit) -> float:
     """Return the Unix time of the newest record on which a plan was certified or refused, or of the first later alarm.
 
-    An attempt for which there were too few records looked at no loss, so its records can still certify a plan.
+    An attempt that failed before it looked at any loss, such as one for which there were too few records, does not
+    count: its records can still certify a plan.
 
     Later alarms are ignored. Changed traffic makes one fallback level after the other raise an alarm, and each of these
     alarms would delay the renewal. The fresh records may have led to the later alarms, which does no harm: those alarms
@@ -143,7 +149,7 @@ def newest_mark(status: ModelStatus, audit: Audit) -> float:
 
 
 def _that_may_have_tested(events: Sequence[Event]) -> list[Event]:
-    """Return the tries of attempts, without those of attempts that ended because there were too few records."""
+    """Return the tries of attempts, without those of attempts that failed before they looked at any loss."""
     tries: list[Event] = []
     n_over = 0  # the first ones, whose attempt is over
     for event in events:

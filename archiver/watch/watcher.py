@@ -33,7 +33,7 @@ from early_exit.archiver.watch.triggers import (
 from early_exit.archiver.watch.versions import next_version, stored_versions
 from early_exit.archiver.watch.watched import Watched
 from early_exit.handler.archive_layout import ArchiveLayout, extract
-from early_exit.handler.errors import EarlyExitError, RecordError, TooFewRecordsError
+from early_exit.handler.errors import EarlyExitError, RecordError
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.files.names import bare_name
 from early_exit.training.paths import RunPaths
@@ -198,12 +198,11 @@ class Watcher:
         self._note(ATTEMPT, **attempt)
         try:
             plan, current_cost = self._train(status, attempt["certify_after"], run)
-        except TooFewRecordsError as error:
-            self._note(KEPT, version=status.version, run=run.root.name,
-                       **refusal(error, status, self._watched.terms, attempt["certify_after"]))
-            return
         except RecordError as error:
-            self._note(KEPT, version=status.version, why=str(error))
+            # No loss of a record that certifies is known before the predictions: these records can still certify.
+            why = {"why": str(error)} if run.predictions.exists() else refusal(
+                error, status, self._watched.terms, attempt["certify_after"])
+            self._note(KEPT, version=status.version, run=run.root.name, **why)
             return
         better, why = is_better(plan, status.plan, attempt["reason"], current_cost)
         evidence = {"why": why, "run": run.root.name, "new": _summary(plan), "current": _summary(status.plan),

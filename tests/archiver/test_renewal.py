@@ -157,18 +157,22 @@ def test_no_renewal_begins_until_a_record_is_newer_than_the_last_alarm(watcher: 
     assert watcher._watched.audit.read()[0]["certify_after"] == START + 100
 
 
+def refuse_by_losses(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+    """Do what a training does that finds too many losses."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    run.predictions.touch()
+    raise RecordError("the records cannot certify 2.00%")
+
+
 def test_a_try_that_takes_newer_records_is_noted_with_them_so_that_none_certifies_twice(
         watcher: WatcherOfSights) -> None:
     def fail(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
         raise MemoryError
 
-    def refuse(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
-        raise RecordError("the records cannot certify 2.00%")
-
     watcher.training.does = fail
     watcher.tick()
     watcher.sight = seen(15000)
-    watcher.training.does = refuse
+    watcher.training.does = refuse_by_losses
     watcher.tick()
     assert [event["newest_record"] - START for event in watcher._watched.audit.read()
             if event["event"] == "attempt"] == watcher.training.asked == [2999, 14999]
@@ -225,7 +229,7 @@ def test_traffic_in_scenes_gets_its_plan_after_few_refused_attempts(
 def test_records_that_a_test_refused_are_not_used_again_however_few_there_were_before(watcher: WatcherOfSights) -> None:
     def cannot(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
         require_enough_scenes(status, certify_after, run)
-        raise RecordError("the records cannot certify 2.00%")
+        refuse_by_losses(status, certify_after, run)
 
     watcher.training.does = cannot
     for n_records in range(900, 2000 * SCENE, 100):
@@ -252,6 +256,19 @@ def test_an_attempt_without_enough_labels_waits_for_half_more_records_and_uses_a
     assert watcher.training.asked == [999]
     trigger = watcher.trigger(seen(1500, plan=None))
     assert trigger is not None and trigger.evidence["fresh_records"] == 1500
+
+
+def test_records_that_could_not_be_used_before_any_loss_was_known_can_still_certify(watcher: WatcherOfSights) -> None:
+    def cannot_use(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
+        raise RecordError("the archive is executed by folded, but openvino made the records")
+
+    watcher.training.does = cannot_use
+    for n_records in (3000, 3100, 3993):
+        watcher.sight = seen(n_records, plan=None)
+        watcher.tick()
+    assert watcher.training.asked == [2999], "it is not repeated at each look"
+    trigger = watcher.trigger(seen(3994, plan=None))
+    assert trigger is not None and trigger.evidence["fresh_records"] == 3994
 
 
 def test_with_a_larger_tolerance_an_attempt_does_not_wait_for_the_records_of_the_smaller_one(
