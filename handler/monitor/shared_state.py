@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 from early_exit.handler.errors import FormatError
 from early_exit.handler.exits.plan import ExitPlan
@@ -229,7 +229,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_locked(file: TextIO) -> bool:
+def _is_locked(file: IO[Any]) -> bool:
     """Lock a file, if nobody else holds its lock; return whether it is locked now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
