@@ -24,6 +24,7 @@ from early_exit.archiver.packaging.tryout.child import launcher
 from early_exit.archiver.packaging.tryout.trials import check
 from early_exit.handler.archive_layout import COMPILED, DESCRIPTION_FILE, ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
 from early_exit.handler.engines.registry import ENGINES, require_engine
@@ -59,7 +60,7 @@ def build_archive(request: ArchiveRequest, log: Callable[[str], None] = lambda l
         learn(request, layout, source, aside, log)
         _advance(progress, "fill")
         _write_root(request, layout, source, configuration)
-        _write_own_folder(request, layout, source, configuration.engine, aside, log, skipped or Skipped())
+        _write_own_folder(request, layout, source, configuration.serving, aside, log, skipped or Skipped())
         _advance(progress, "try out")
         request.to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=request.to, prefix=".building-") as building:
@@ -76,12 +77,12 @@ def _advance(progress: Any, to: str) -> None:
     progress.set_description(to)
 
 
-def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: Source, engine: str, aside: Path,
-                      log: Callable[[str], None], skipped: Skipped) -> None:
+def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: Source, serving: ServingConfig,
+                      aside: Path, log: Callable[[str], None], skipped: Skipped) -> None:
     """Replace the contents of the archive's own folder: the handler code, the engine's pieces and the plan."""
     backbone = load_backbone(layout.folder)
-    if ENGINES[engine].needs_calibration:
-        _keep_or_quantize(request, engine, layout, source, backbone, aside, log, skipped)
+    if ENGINES[serving.engine].needs_calibration:
+        _keep_or_quantize(request, serving.engine, layout, source, backbone, aside, log, skipped)
     traffic, kept = traffic_in(layout, backbone.description), aside / "kept"
     layout.folder.rename(kept)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
@@ -93,11 +94,15 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
         shutil.move(aside / PIECES, layout.folder / PIECES)
     if request.plan is not None:
         plan, tensors = load_plan(request.plan)
-        require_engine(plan.engine, ENGINES[engine].identity(layout.folder))
+        require_engine(plan.engine, ENGINES[serving.engine].identity(layout.folder))
         if plan.certificate and not plan.is_certified_for(traffic):
             log("the plan's certificate is about other traffic: the handler, its files or its configuration differ "
                 "from those of the archive that the plan was trained for. The new archive answers every request in "
                 "full until it has a plan from records of its own")
+        elif plan.certificate and plan.exits and serving.exits and not serving.sampling(has_exits=True):
+            log("nothing watches the plan's certificate, because early_exit.sampling_rate is 0 and so no request is "
+                "compared with the whole model: if the traffic changes, nobody notices, and ee-watch renews nothing. "
+                "Leave sampling_rate out, or set it above 0")
         save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
 
 

@@ -21,8 +21,8 @@ class Configuration:
 
     text: str | None
     """The content of the file; None if the archive needs no file."""
-    engine: str
-    """The name of the engine that executes the archive."""
+    serving: ServingConfig
+    """How the archive serves and records."""
 
 
 def serving_config(text: str) -> ServingConfig:
@@ -59,4 +59,4 @@ def read_configuration(file: Path | None, engine: str | None, log: Callable[[str
             "sets " + ", ".join(f"{name}: {str(value).lower()}" for name, value in needed.items()))
     if changed != (content or {}):
         text = yaml.safe_dump(changed, sort_keys=False)
-    return Configuration(None if file is None and engine is None else text, serving.engine)
+    return Configuration(None if file is None and engine is None else text, serving)

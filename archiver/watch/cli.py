@@ -126,6 +126,7 @@ def _status(watched: Watched, *, as_json: bool) -> str:
         "shadow samples watched": status.n_watched,
         "on trial": trial is not None,
         "next": "a verdict on the trial" if trial else f"renew ({trigger.reason})" if trigger else "wait",
+        **({"obstacle": obstacle} if (obstacle := watcher.obstacle(status)) else {}),
         "last decision": events[-1] if events else None,
     }
     if as_json:

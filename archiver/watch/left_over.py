@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from early_exit.archiver.audit import Event
 from early_exit.archiver.packaging.configuration import serving_config
+from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.triggers import ATTEMPT, KEPT, ROLLING
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.recording.retention import enforce_limits
@@ -61,6 +63,34 @@ def limit_records(sources: Sequence[str], model: str, archive: Path) -> None:
     for source in sources:
         if "://" not in source:
             enforce_limits(Path(source), model, config.records_max_age_s, config.records_max_bytes)
+
+
+def too_little_room(status: ModelStatus, n_wanted: int, n_folders: int) -> str | None:
+    """Return a sentence about the limit on the size of records, if it keeps fewer records than a renewal needs.
+
+    Args:
+        status: the model.
+        n_wanted: the number of records that the next renewal needs.
+        n_folders: the number of records folders, each of which has this limit.
+    """
+    limit, n_bytes = status.config.records_max_bytes, sum(map(_size, status.shards))
+    if not len(status.times) or not n_bytes:
+        return None
+    n_kept = max(1, int(n_folders * limit * len(status.times) / n_bytes))
+    if n_kept >= n_wanted:
+        return None
+    needed = math.ceil(limit * n_wanted / n_kept)
+    return (f"the next renewal needs {n_wanted} new records, but early_exit.records_max_bytes, which is {limit}, keeps "
+            f"only about {n_kept} of their size, so it never begins: set at least {needed} in model-config.yaml, "
+            "record less of each request (early_exit.layers, pool), or pass a larger --tolerance")
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it has gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _runs_with_plan(events: Sequence[Event]) -> set[str]:

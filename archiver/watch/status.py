@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from early_exit.archiver.control import ModelServer
+from early_exit.archiver.packaging.configuration import serving_config
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import BackboneDescription
+from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import FormatError, RecordError, ServerError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.monitored import Monitored
@@ -42,6 +44,8 @@ class ModelStatus:
     """(N,) float64 Unix times in seconds, ascending, of the records that can be evidence."""
     monitors: tuple[MonitorState, ...]
     """The states of the monitors of this version and plan, one for each records folder that has one."""
+    config: ServingConfig = field(default_factory=ServingConfig)
+    """How the archive's configuration serves and records."""
 
     @property
     def alarm_times(self) -> tuple[float, ...]:
@@ -124,7 +128,7 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
     return ModelStatus(
         model, served.version, tuple(registered.version for registered in versions), archive, backbone, plan, traffic,
         tuple(shards), torch.cat([torch.empty(0, dtype=torch.float64), *times]).sort().values,
-        _monitors(folders, model, served.version, backbone, plan))
+        _monitors(folders, model, served.version, backbone, plan), serving_config(contents.configuration))
 
 
 def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription, traffic: str,

@@ -1,4 +1,4 @@
-"""Decides when a plan is renewed, whether the new plan is better than the old one, and when its trial is over."""
+"""Decides when a plan is renewed, and whether the new plan is better than the old one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ LOST_STATE = "lost state"
 """The reason to renew a plan if a worker could not read its monitor's state, which may have held an alarm."""
 ATTEMPT, KEPT, ROLLING = "attempt", "kept", "rolling"
 CLOCK = "clock set back"
-_FEWEST_BETS = 3
-"""The number of bets after which answers that are all wrong have raised an alarm, for tolerances of up to 5 %."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +188,13 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
     return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current_cost:.3f} on the new records"
 
 
-def has_passed(status: ModelStatus, trial_samples: int) -> bool:
-    """Tell whether the trial of a version that has raised no alarm is over.
-
-    It is over when the monitor has seen enough samples and has bet on them. Without bets, there is no alarm even if all
-    answers are wrong: while one scene lasts, or if all samples are copies. `n_tested` may be as low as half of the
-    number of contents, so half of the samples are required.
-    """
-    return (min(status.n_watched, 2 * status.n_tested) >= trial_samples
-            and status.n_bets >= min(_FEWEST_BETS, trial_samples))
+def summary(plan: ExitPlan | None) -> dict[str, Any] | None:
+    """Return the summary of a plan for the audit."""
+    if plan is None:
+        return None
+    certificate = plan.certificate
+    return {"plan": plan.digest(), "exits": [planned.layer for planned in plan.exits], "measure": plan.measure,
+            "expected_cost": plan.expected_cost,
+            "certificate": None if certificate is None else {
+                "risk": certificate.risk, "bound": certificate.tolerance, "confidence": certificate.confidence,
+                "n": certificate.n, "k": certificate.k, "p_value": certificate.p_value}}

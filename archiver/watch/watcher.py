@@ -15,9 +15,10 @@ from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.retiring import require_known_batch
-from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name
+from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name, too_little_room
 from early_exit.archiver.watch.served import remove_version, replace_version, require_agreement
 from early_exit.archiver.watch.status import ModelStatus, look
+from early_exit.archiver.watch.trial import failure, has_passed, require_watched, why_unwatched
 from early_exit.archiver.watch.triggers import (
     ATTEMPT,
     CLOCK,
@@ -25,10 +26,11 @@ from early_exit.archiver.watch.triggers import (
     ROLLING,
     Trigger,
     fired,
-    has_passed,
     is_better,
+    n_wanted,
     newest_mark,
     refusal,
+    summary,
 )
 from early_exit.archiver.watch.versions import next_version, stored_versions
 from early_exit.archiver.watch.watched import Watched
@@ -80,8 +82,15 @@ class Watcher:
         return look(watched.servers[0], watched.model, watched.store, watched.sources, watched.state / "remote",
                     self._tell_once)
 
-    def _tell_once(self, line: str) -> None:
-        if (said := line.lstrip("0123456789")) not in self._told:  # apart from the number of records, which grows
+    def obstacle(self, status: ModelStatus) -> str | None:
+        """Return why there can be no renewal, however many requests come; None if nothing is in its way."""
+        if (why := why_unwatched(status.config)) is not None:
+            return f"no monitor would watch a new plan: {why}"
+        return too_little_room(status, n_wanted(status, self._audit, self._watched.terms), len(self._watched.sources))
+
+    def _tell_once(self, line: str, about: str | None = None) -> None:
+        said = about or line.lstrip("0123456789")  # apart from the number of records, which grows
+        if said not in self._told:
             self._told.add(said)
             self._log(line)
 
@@ -116,10 +125,13 @@ class Watcher:
         elif (pending := self._pending(status)) is not None:
             self._roll(self._note_roll(pending))
         elif (attempt := self._attempt(status)) is not None:
+            require_watched(status)
             require_agreement(self._watched, status)
             for server in self._watched.servers:  # checked before the training, which takes minutes
                 require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
+        elif (obstacle := self.obstacle(status)) is not None:
+            self._tell_once(obstacle, about="obstacle")
 
     def _note_clock(self, status: ModelStatus) -> None:
         mark, noticed = newest_mark(status, self._audit), self._audit.latest(CLOCK)
@@ -144,9 +156,10 @@ class Watcher:
         """Accept a new version, take it back, or let its trial continue."""
         evidence = {"version": status.version, "samples": status.n_watched,
                     "plan": status.plan.digest() if status.plan else None}
-        if status.first_alarm is not None:
+        if (why := failure(status)) is not None:
             alarms = [alarm.__dict__ for state in status.monitors for alarm in state.alarms]
-            begun = {**evidence, "alarms": alarms, "to": trial["replaces"], "archive": trial["replaced_archive"]}
+            begun = {**evidence, "why": why, "alarms": alarms, "to": trial["replaces"],
+                     "archive": trial["replaced_archive"]}
             self._note(TAKING_BACK, **begun)
             self._take_back(begun)
         elif has_passed(status, self._watched.trial_samples):
@@ -200,12 +213,12 @@ class Watcher:
             plan, current_cost = self._train(status, attempt["certify_after"], run)
         except RecordError as error:
             # No loss of a record that certifies is known before the predictions: these records can still certify.
-            why = {"why": str(error)} if run.predictions.exists() else refusal(
+            refused = {"why": str(error)} if run.predictions.exists() else refusal(
                 error, status, self._watched.terms, attempt["certify_after"])
-            self._note(KEPT, version=status.version, run=run.root.name, **why)
+            self._note(KEPT, version=status.version, run=run.root.name, **refused)
             return
         better, why = is_better(plan, status.plan, attempt["reason"], current_cost)
-        evidence = {"why": why, "run": run.root.name, "new": _summary(plan), "current": _summary(status.plan),
+        evidence = {"why": why, "run": run.root.name, "new": summary(plan), "current": summary(status.plan),
                     "current_cost_now": current_cost}
         if not better:
             self._note(KEPT, version=status.version, **evidence)
@@ -280,15 +293,3 @@ class Watcher:
         about = ", ".join(f"{key} {value}" for key, value in evidence.items() if not isinstance(value, (dict, list)))
         self._log(f"{event}: {about}")
         self._audit.append(event, **evidence)
-
-
-def _summary(plan: ExitPlan | None) -> dict[str, Any] | None:
-    """Return the summary of a plan for the audit."""
-    if plan is None:
-        return None
-    certificate = plan.certificate
-    return {"plan": plan.digest(), "exits": [planned.layer for planned in plan.exits], "measure": plan.measure,
-            "expected_cost": plan.expected_cost,
-            "certificate": None if certificate is None else {
-                "risk": certificate.risk, "bound": certificate.tolerance, "confidence": certificate.confidence,
-                "n": certificate.n, "k": certificate.k, "p_value": certificate.p_value}}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from early_exit.archiver.watch.status import ModelStatus
-from early_exit.archiver.watch.triggers import has_passed
+from early_exit.archiver.watch.trial import has_passed
 from early_exit.handler.backbone.backbone import BackboneDescription
 from early_exit.handler.exits.likeness import Likeness
 from early_exit.handler.exits.risk import Risk
