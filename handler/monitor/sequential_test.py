@@ -168,8 +168,8 @@ class MonitorState:
     level has no exits. The name is that of the field in state files."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
-    """One alarm for each fallback level that was left. The first alarm voids the certificate. There is none for levels
-    that were left because the state could not be read."""
+    """One alarm for each fallback level that was left. The first alarm voids the certificate. If a worker could not
+    read the state, there is one for level 0 that no sample has raised, and none for the other levels."""
 
     waiting: tuple[Sample, ...] = ()
     """Samples that are too new for their order to be certain. Only blocks depend on the order, so this is empty if each

@@ -50,7 +50,7 @@ def adoption(folder: Path) -> dict[str, Any]:
         assert served(management).settings == SETTINGS, served(management)
         [before] = send(server, MODEL, [body])
         management.scale(MODEL, "1.0", SCALED)
-        with BackgroundLoad(server, MODEL, [body], clients=2) as load:
+        with BackgroundLoad(server, MODEL, [body], clients=2, pause_s=0.0) as load:
             put_back, said = is_put_back(management, recorder)
         [after] = send(server, MODEL, [body])
         put_back &= failed(load.replies) == 0 and (before.body, before.version) == (after.body, after.version)

@@ -36,7 +36,7 @@ from tests.support.rewritten import renumbered
 from tests.support.workers import wait_until_ready
 
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 5\nearly_exit:\n  answers: {answers}\n"
-CLIENTS = 8
+CLIENTS, PAUSE_S = 8, 0.0
 WARM_UP_S, QUIET_S = 5.0, 20.0
 MODEL = "digits"
 
@@ -83,9 +83,9 @@ def measure(folder: Path, answers: str, n_rolls: int, n_rollbacks: int, n_reques
     with TorchServe(store, folder / "state", Addresses.free(), records=folder / "records",
                     models=[first.name]) as server:
         management = Management(server.addresses, server.key_file, server.secret_file)
-        with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as warm_up:
+        with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS, pause_s=PAUSE_S) as warm_up:
             time.sleep(WARM_UP_S)
-        with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS) as load:
+        with BackgroundLoad(server, MODEL, bodies, clients=CLIENTS, pause_s=PAUSE_S) as load:
             time.sleep(QUIET_S)
             n_quiet = len(load.replies)
             every = -(-n_rolls // n_rollbacks) if n_rollbacks else n_rolls + 1

@@ -88,7 +88,7 @@ def test_answers_leave_in_three_modes(run: Run, recorder_mar: Path, monkeypatch:
 
 def test_rolls_lose_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     roll = command("benchmarks.roll")
-    for name, value in {"WARM_UP_S": 1.0, "QUIET_S": 2.0,
+    for name, value in {"WARM_UP_S": 1.0, "QUIET_S": 2.0, "CLIENTS": 2, "PAUSE_S": 0.02,
                         "exits_off_s": partial(roll.exits_off_s, times=1, silent_s=1.0)}.items():
         monkeypatch.setattr(roll, name, value)
     for name in ("adoption", "rivals"):

@@ -104,8 +104,20 @@ def send_openly(server: TorchServe, model: str, bodies: Sequence[bytes], rate: f
 class BackgroundLoad:
     """Clients that send the bodies again and again while the block runs."""
 
-    def __init__(self, server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: int = 4) -> None:
+    def __init__(self, server: TorchServe, model: str, bodies: Sequence[bytes], *, clients: int = 4,
+                 pause_s: float = 0.02) -> None:
+        """Take what is sent.
+
+        Args:
+            server: the server, which must serve the model.
+            model: the name of the model.
+            bodies: the bodies of the requests.
+            clients: the number of clients. Each sends its next request after it has the answer.
+            pause_s: how long a client then waits. Without a pause, the clients take the time of the processor that the
+                server needs to start a new version.
+        """
         self.replies: list[Reply] = []
+        self._pause_s = pause_s
         self._server, self._model, self._bodies = server, model, bodies
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(start,)) for start in range(clients)]
@@ -128,6 +140,7 @@ class BackgroundLoad:
             reply = _post(session, self._server, self._model, self._bodies[number % len(self._bodies)])
             self.replies.append(replace(reply, number=number % len(self._bodies)))
             number += len(self._threads)
+            self._stop.wait(self._pause_s)
 
 
 def metrics(server: TorchServe) -> str:
