@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str)
@@ -15,21 +16,26 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 _MANY = 256
 """The values in a longer list, dict or object are not compared, because every request would wait for that."""
 
+_SAMPLED = 1024
+"""At least so many numbers of each weight are compared, where numbers are compared."""
+
 
 class ModelState:
     """A model's plain attributes, parts and weights at one moment; it does not keep any of them alive."""
 
-    def __init__(self, model: nn.Module, *, tensors: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, tensors: bool = False, numbers: bool = False) -> None:
         """Take the state of a model and of all its parts.
 
         Args:
             model: the model.
             tensors: whether the state includes tensors that are neither parameters nor buffers, and the plain values
                 in lists, dicts and objects; some models keep intermediate values of a request there.
+            numbers: whether the state includes some numbers of each weight, because torch does not count writes through
+                `.data`. Every request would wait for that.
         """
-        self._tensors = tensors
+        self._tensors, self._numbers = tensors, numbers
         seen: set[int] = set()
-        self._parts = [(name, weakref.ref(part), part.training, _state_of(part, seen, tensors=tensors))
+        self._parts = [(name, weakref.ref(part), part.training, _state_of(part, seen, tensors=tensors, numbers=numbers))
                        for name, part in model.named_modules()]
 
     def changes(self) -> list[str]:
@@ -42,7 +48,7 @@ class ModelState:
                 continue
             if part.training and not was_training:
                 found.append(f"{name or 'the model'} is in training mode")
-            now = _state_of(part, seen, tensors=self._tensors)
+            now = _state_of(part, seen, tensors=self._tensors, numbers=self._numbers)
             if now != before:
                 # Reading may add a value to a dict or an object, as a cached property does.
                 found += [f"{name}.{key}".strip(".") for key in sorted(now.keys() | before.keys())
@@ -50,14 +56,14 @@ class ModelState:
         return found
 
 
-def _state_of(part: nn.Module, seen: set[int], *, tensors: bool) -> _State:
+def _state_of(part: nn.Module, seen: set[int], *, tensors: bool, numbers: bool) -> _State:
     """Return the state of one part.
 
     Args:
         part: the part.
         seen: the ids of lists, dicts and objects whose values other parts have, such as one configuration for all
             parts; those of this part are added.
-        tensors: as for `ModelState`.
+        tensors, numbers: as for `ModelState`.
     """
     kinds = (*_PLAIN, Tensor) if tensors else _PLAIN
     state: _State = {name: _value(value) for name, value in vars(part).items()
@@ -68,7 +74,7 @@ def _state_of(part: nn.Module, seen: set[int], *, tensors: bool) -> _State:
             state.update((key, inner) for key, inner in _inside(name, value) if type(inner) in _PLAIN)
     for inside in (part._parameters, part._buffers, part._modules):
         for name, value in inside.items():
-            state[name] = _value(value)
+            state[name] = _value(value, numbers=numbers)
     return state
 
 
@@ -90,8 +96,18 @@ def _is_inside(key: str) -> bool:
     return "." in key or "[" in key
 
 
-def _value(value: object) -> object:
-    """Return a key that stays equal while a value is unchanged: for a tensor, its id and its number of writes."""
+def _value(value: object, *, numbers: bool = False) -> object:
+    """Return a key that stays equal while a value is unchanged: for a tensor, its id, the number of writes that torch
+    counts and, if `numbers`, some of its numbers."""
     if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
+        return id(value), None if value.is_inference() else value._version, _numbers_in(value) if numbers else b""
     return value if type(value) in _PLAIN else id(value)
+
+
+def _numbers_in(weight: Tensor) -> bytes:
+    """Return some numbers of a weight, at equal distances; none if its numbers cannot be read one by one."""
+    try:
+        sample = weight.detach().reshape(-1)[::max(1, weight.numel() // _SAMPLED)]
+        return sample.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    except RuntimeError:  # it is sparse, for example, or on no device
+        return b""

@@ -14,6 +14,7 @@ __all__ = ["samples"]
 
 @pytest.mark.parametrize(("inference", "message", "why"), [
     ("self._with_scale(x)", r"changes its model while it answers \(head.scale", Unsupported.CHANGES),
+    ("self._with_other_weights(x)", r"changes its model while it answers \(head.weight", Unsupported.CHANGES),
     ("torch.stack([self.model(row) for row in x])", r"without a batch dimension: .*\(4,\).* gives \(3,\)", None),
 ])
 def test_what_only_the_calls_of_the_model_show_is_refused(
@@ -26,6 +27,10 @@ def test_what_only_the_calls_of_the_model_show_is_refused(
         scores = self.model(x)
         self.model.head.scale = 1.0
         return scores
+
+    def _with_other_weights(self, x):
+        self.model.head.weight.data.mul_(1.01)
+        return self.model(x)
 """, samples)
     assert refused.value.unsupported is why
 

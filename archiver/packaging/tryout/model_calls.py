@@ -39,13 +39,15 @@ def recorded_calls(reached: Sequence[nn.Module]) -> Iterator[list[ModelCall]]:
     """
     calls: list[ModelCall] = []
     inside = threading.local()
-    states = {module: ModelState(module) for module in reached}
+    states = {module: ModelState(module, numbers=True) for module in reached}
 
     def noted(module: nn.Module, call: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if getattr(inside, "module", None) is not None:
             return call(*given, **named)
         copied, is_training = (_copy(given), _copy(named)), module.training
-        changed = states.setdefault(module, ModelState(module)).changes()
+        if module not in states:
+            states[module] = ModelState(module, numbers=True)
+        changed = states[module].changes()
         inside.module = module
         try:
             result = call(*given, **named)

@@ -97,7 +97,7 @@ def adopt(job: dict[str, Any]) -> list[str]:
     # A handler that caches answers calls its model for the first of equal requests only.
     calls = original.calls(samples[:1]) or first_calls[0] if samples else []
     model = called_model(calls, original.roots) if samples else held_model(original.roots)
-    before = ModelState(model.exported)
+    before = ModelState(model.exported, numbers=True)
     rows = RowsPerRequest(HandlerDescription().rows_per_request)  # until two samples, or a worker's own check, say more
     alone: list[list[ModelCall]] = []
     if samples:
