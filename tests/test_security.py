@@ -102,7 +102,7 @@ def test_tokens_last_as_long_as_the_manifest_and_the_page_for_operators_say() ->
     assert asked.token_minutes == int(days) * 24 * 60
 
 
-def test_a_hole_that_is_left_open_is_of_a_pinned_package_and_has_a_reason_and_no_other_is_passed_over() -> None:
+def test_a_hole_that_is_left_open_is_of_a_pinned_package_and_has_a_reason_and_no_other_is_ignored() -> None:
     lines = [line for line in (ROOT / "ignored-advisories.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     for line in lines:

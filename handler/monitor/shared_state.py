@@ -32,6 +32,8 @@ _TRY_LOCK_EVERY_S = 0.02
 _CLOSING_FOR_S = 10.0
 """How long closing waits for the thread, which a disk that does not answer stops for as long as it likes."""
 _MOST_UNSHARED = 10_000
+_MOST_QUEUED = 10_000
+"""The largest number of calls of `note` that wait for the thread, as they do while a disk does not answer."""
 
 
 def monitor_file(folder: Path, version: str, plan: ExitPlan) -> Path:
@@ -96,8 +98,9 @@ class SharedMonitor:
         self._thread.start()
 
     def note(self, samples: Sequence[Sample]) -> None:
-        """Queue shadow samples; this never blocks."""
-        self._queue.put(samples)
+        """Queue shadow samples; this never blocks. If too many wait, these are dropped, whatever their losses."""
+        if self._queue.qsize() < _MOST_QUEUED:
+            self._queue.put(samples)
 
     def close(self) -> None:
         """Share the queued samples and stop the thread; a thread that the disk does not let go of is left behind."""

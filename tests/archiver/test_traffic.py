@@ -154,7 +154,7 @@ def test_a_set_in_the_configuration_is_the_same_in_each_process(source: Path, tm
     assert found == {f"{traffic(mar)}\n"} != {"\n"}
 
 
-def test_shards_of_other_traffic_are_passed_over_with_their_number(first: Path, source: Path, tmp_path: Path,
+def test_shards_of_other_traffic_are_skipped_with_their_number(first: Path, source: Path, tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     other = packed(rewritten(source, tmp_path / "other.mar", **CHANGES["file"]), tmp_path)
     for number, mar in enumerate((first, other)):

@@ -23,7 +23,7 @@ def test_a_write_through_data_is_noticed_where_numbers_are_compared(weight: Tens
     assert state.changes() == ["weight"]
 
 
-def test_a_weight_whose_numbers_cannot_be_read_one_by_one_is_passed_over() -> None:
+def test_a_weight_whose_numbers_cannot_be_read_one_by_one_is_skipped() -> None:
     model = nn.ParameterDict({"plain": nn.Parameter(torch.zeros(2))})
     model.register_buffer("sparse", torch.eye(3).to_sparse())
     model.register_buffer("elsewhere", torch.zeros(3, device="meta"))

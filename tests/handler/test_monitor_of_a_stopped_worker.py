@@ -75,10 +75,13 @@ def test_a_worker_closes_while_its_disk_does_not_answer(
     answers = threading.Event()
     monkeypatch.setattr(os, "fsync", lambda descriptor: answers.wait())
     monkeypatch.setattr(shared_state, "_CLOSING_FOR_S", 0.1)
+    monkeypatch.setattr(shared_state, "_MOST_QUEUED", 3)
     worker = SharedMonitor(MONITORED, 3, tmp_path / "monitor.json")
     worker.note(samples_of([0.0]))
     worker.close()
     assert "does the disk answer?" in caplog.text
+    for _ in range(10):
+        worker.note(samples_of([0.0]))
     answers.set()
     worker.close()
-    assert worker.state.evidence.n == 1
+    assert 1 <= worker.state.evidence.n <= 5, "what waits for the disk is bounded"

@@ -50,7 +50,7 @@ def changed(shard: Path, to: Path, number: int, **header: object) -> Path:
     return copy
 
 
-def test_records_of_other_traffic_are_passed_over_with_their_number_and_other_keys_are_told(
+def test_records_of_other_traffic_are_skipped_with_their_number_and_other_keys_are_told(
         backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
     shards, lines = find_shards(records, "model", backbone.description), list[str]()
     other = changed(shards[0], tmp_path, 0, traffic="0" * 64)

@@ -252,7 +252,7 @@ def test_a_head_for_a_layer_without_records_is_refused_with_the_one_that_was_mea
         train("model", archive, find_shards(records, "model", backbone.description), options, RunPaths(tmp_path))
 
 
-def test_records_of_an_older_setting_are_passed_over_and_counted(
+def test_records_of_an_older_setting_are_skipped_and_counted(
         backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
     inputs = torch.randn(1000, 16, generator=torch.Generator().manual_seed(1))
     record(backbone, inputs[:100], tmp_path / "records", pool=2)

@@ -152,7 +152,7 @@ def test_what_a_handler_gives_its_model_besides_tensors_is_asked_for_and_not_rep
         assert ["expected {'scale': 3.0} besides the tensors" in reason for reason in skipped.counts] == [True]
 
 
-def test_a_request_that_a_handler_fails_on_is_passed_over_and_counted_with_the_reason(
+def test_a_request_that_a_handler_fails_on_is_skipped_and_counted_with_the_reason(
         model: nn.Sequential, backbone: Backbone, tmp_path: Path) -> None:
     """Of the 90 requests, 12 are too short, each with another length, and 3 could not be kept."""
     images = torch.randn(N_RECORDS, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -236,7 +236,7 @@ def test_rows_of_several_requests_that_cannot_be_told_apart_are_asked_for_one_by
     assert torch.equal(inputs, images)
 
 
-def test_records_without_requests_are_passed_over_and_where_there_are_no_others_the_remedy_is_named(
+def test_records_without_requests_are_skipped_and_where_there_are_no_others_the_remedy_is_named(
         backbone: Backbone, tmp_path: Path, handler: Preprocessing) -> None:
     images = torch.randn(40, *SHAPE)
     record(backbone, images[:20], tmp_path / "without")

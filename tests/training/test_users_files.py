@@ -96,7 +96,7 @@ def test_a_version_that_cannot_be_counted_up_asks_for_another(version: str) -> N
         manifest_text(original, name=None, version=None, config_file=None)
 
 
-def test_a_shard_that_was_cut_short_is_passed_over_and_told(tmp_path: Path) -> None:
+def test_a_shard_that_was_cut_short_is_skipped_and_told(tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_records(tmp_path, name, 4)
     first, second = list_shards(tmp_path)
@@ -134,7 +134,7 @@ def without_a_row(path: Path) -> None:
     lambda path: save_file({"time": torch.zeros(3)}, path, {"format": "999"})],
     ids=["gone", "a link to itself", "a short column", "empty", "foreign", "cut short", "foreign safetensors",
          "no header", "another header", "newer"])
-def test_a_file_that_is_no_shard_is_passed_over_and_told(damage: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_file_that_is_no_shard_is_skipped_and_told(damage: Callable[[Path], object], tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_records(tmp_path, name, 4)
     first, second = list_shards(tmp_path)
