@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from early_exit.handler.exits.likeness import LEAST, REACH, Likeness
@@ -43,41 +43,52 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Count:
+    """The samples of some requests."""
+
+    n: int = 0
+    """The number of samples."""
+    n_runs: int = 0
+    """The number of runs of samples with one content that follow each other directly, as when a client repeats a
+    request."""
+    lost: float = 0.0
+    """The sum of the losses of the first samples of the runs. A client that repeats a request is no evidence."""
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.n + other.n, self.n_runs + other.n_runs, self.lost + other.lost)
+
+
+@dataclass(frozen=True)
 class Waiting:
     """A sample with a new content that is not assigned to a block yet, and its copies that came in the meantime."""
 
     sample: Sample
     """The sample, with the largest loss of its copies."""
-    n: int
-    """The number of samples, with copies; see `Block.n`."""
-    lost: float
-    """The sum of their losses."""
+    count: Count
+    """The sample and its copies."""
 
-    def and_copy(self, copy: Sample, n: int) -> Waiting:
-        """Return this with a copy that counts as n samples, 0 or 1."""
-        worst = replace(self.sample, loss=max(self.sample.loss, copy.loss))
-        return Waiting(worst, self.n + n, self.lost + n * copy.loss)
+    def and_copy(self, loss: float, count: Count) -> Waiting:
+        """Return this with a copy."""
+        return Waiting(replace(self.sample, loss=max(self.sample.loss, loss)), self.count + count)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Waiting:
-        """Read the JSON of a state. An older version stored the sample alone."""
+        """Read the JSON of a state. Version 0.2.0 stored the sample alone."""
         if "sample" in data:
-            return cls(Sample.from_json(data["sample"]), data["n"], data["lost"])
+            return cls(Sample.from_json(data["sample"]), Count(**data["count"]))
         sample = Sample.from_json(data)
-        return cls(sample, 1, sample.loss)
+        return cls(sample, Count(1, 1, sample.loss))
 
 
 @dataclass(frozen=True)
 class Block:
     """A block that has ended."""
 
-    n: int
-    """The number of samples in it. Samples with one content that follow each other directly count as one."""
-    lost: float
-    """The sum of their losses."""
-    n_new: int
+    count: Count
+    """The samples in it."""
+    n_new: int = 0
     """The number of contents in it that are new: they are not among the remembered contents, see `Blocks.counted`."""
-    lost_new: float
+    lost_new: float = 0.0
     """The sum of the losses of the new contents. A content with several samples counts with the largest of their
     losses."""
 
@@ -88,22 +99,21 @@ class Blocks:
 
     A block ends by the rule of `training.selection.blocks`: it ends where none of the next three samples is like any of
     the last three. It has at least half of the usual length, and it ends at the latest when it has the largest length.
-    A sample whose content has come before, such as a health check, neither ends a block nor keeps it open. It counts in
-    the block that is open when it comes. If no new content comes for the largest length of a block, the samples so far
-    are a block without new contents.
+
+    A sample whose content has come before, such as a health check, neither ends a block nor keeps it open. If the
+    content is remembered from an earlier block, the sample is a block of its own, without new contents. If the content
+    is in the open block, the sample counts in the open block, unless no new content has come for longer than a block
+    lasts. Such a sample is a block of its own, too: the scene is over, and only its content is still asked for.
     """
 
     open: tuple[tuple[int | None, float], ...] = ()
     """Content and loss of each content in the open block."""
-    n: int = 0
-    """The number of samples in the open block, see `Block.n`."""
-    lost: float = 0.0
-    """The sum of their losses."""
+    count: Count = field(default_factory=Count)
+    """The samples in the open block."""
     requests: float = 0.0
     """The number of requests, without copies, that have been served since the open block began."""
     requests_since_new: float = 0.0
-    """The number of requests that have been served since the latest new content came, or since the latest block without
-    new contents."""
+    """The number of requests that have been served since the latest new content came."""
     before: tuple[tuple[float, ...], ...] = ()
     """Components of the last samples of new contents that were assigned to a block."""
     undecided: tuple[Waiting, ...] = ()
@@ -114,7 +124,7 @@ class Blocks:
     skips: bool = False
     """Whether the open block will be skipped when it ends. If blocks are periods, every second block is skipped."""
     last: int | None = None
-    """The content of the last sample. A copy that follows directly is not another sample."""
+    """The content of the last sample."""
     left_out: tuple[int, ...] = ()
     """Contents of the open block that were counted until contents with smaller hashes came. They are the latest that
     came, and are kept so that their copies are known as copies."""
@@ -127,17 +137,17 @@ class Blocks:
             likeness: how samples are compared, or None if each sample is a block of its own.
             n_remembered: how many contents are remembered.
         """
-        n = 0 if sample.content is not None and sample.content == self.last else 1
+        repeats = sample.content is not None and sample.content == self.last
+        count = Count(1, 0, 0.0) if repeats else Count(1, 1, sample.loss)
         blocks = replace(self, last=sample.content)
         if likeness is None:
-            if not n:
-                return self, []
-            blocks, closed = blocks._with(sample)._counting(n, sample.loss)._closed(n_remembered)
+            if repeats:
+                return blocks, [Block(count)]
+            blocks, closed = blocks._with(sample, count)._closed(n_remembered)
             return blocks, [closed]
         if blocks._is_copy(sample):
-            return blocks._with_copy(sample, n, likeness)
-        blocks = replace(blocks, requests_since_new=0.0,
-                         undecided=(*self.undecided, Waiting(sample, n, n * sample.loss)))
+            return blocks._with_copy(sample, count, likeness)
+        blocks = replace(blocks, requests_since_new=0.0, undecided=(*self.undecided, Waiting(sample, count)))
         ended = list[Block]()
         while len(blocks.undecided) >= REACH:
             first = blocks.undecided[0]
@@ -146,7 +156,7 @@ class Blocks:
                 ended += [block] if block else []
             blocks = replace(blocks, before=(*blocks.before, first.sample.components)[-REACH:],
                              requests=0.0 if ends or not blocks.before else blocks.requests + first.sample.requests,
-                             undecided=blocks.undecided[1:])._with(first.sample)._counting(first.n, first.lost)
+                             undecided=blocks.undecided[1:])._with(first.sample, first.count)
         return blocks, ended
 
     @classmethod
@@ -157,33 +167,34 @@ class Blocks:
             KeyError, TypeError: the JSON does not describe blocks.
         """
         is_open = tuple((content, loss) for content, loss in data["open"])
-        # An older version stored no numbers of samples. Each content then counts as one.
-        return cls(is_open, data.get("n", len(is_open)), data.get("lost", sum(loss for _, loss in is_open)),
-                   data["requests"], data.get("requests_since_new", 0.0),
+        # Version 0.2.0 stored no numbers of samples. Each content then counts as one.
+        count = Count(**data.get("count", {"n": len(is_open), "n_runs": len(is_open),
+                                           "lost": sum(loss for _, loss in is_open)}))
+        return cls(is_open, count, data["requests"], data.get("requests_since_new", 0.0),
                    tuple(map(tuple, data["before"])), tuple(map(Waiting.from_json, data["undecided"])),
                    tuple(data["counted"]), data["skips"], data["last"],
                    tuple(data.get("left_out", ())))
 
-    def _with_copy(self, copy: Sample, n: int, likeness: Likeness) -> tuple[Blocks, Sequence[Block]]:
-        """Return these blocks with a copy of an earlier sample, and the block that has ended.
+    def _with_copy(self, copy: Sample, count: Count, likeness: Likeness) -> tuple[Blocks, Sequence[Block]]:
+        """Return these blocks with a copy of an earlier sample, and a block if the copy is one of its own.
 
         Args:
             copy: the copy.
-            n: 1, or 0 if it follows a sample with the same content directly.
+            count: the copy as a count.
             likeness: how samples are compared.
         """
         blocks = replace(self, requests_since_new=self.requests_since_new + copy.requests)
+        is_over = blocks.requests_since_new > likeness.most_requests
+        ended = list[Block]()
+        if is_over or copy.content in self.counted:
+            # Where every second block is skipped, so are the copies that come meanwhile: they must not weigh more.
+            ended, count = [Block(count)] if is_over or not self.skips else [], Count()
         waits = [one.sample.content for one in self.undecided]
         if copy.content in waits:
             place = waits.index(copy.content)
-            blocks = replace(blocks, undecided=(*self.undecided[:place], self.undecided[place].and_copy(copy, n),
-                                                *self.undecided[place + 1:]))
-        else:
-            blocks = blocks._with(copy)._counting(n, n * copy.loss)
-        if blocks.requests_since_new < likeness.most_requests:
-            return blocks, []
-        ended = [Block(blocks.n, blocks.lost, 0, 0.0)] if blocks.n else []
-        return replace(blocks, n=0, lost=0.0, requests_since_new=0.0), ended
+            return replace(blocks, undecided=(*self.undecided[:place], self.undecided[place].and_copy(copy.loss, count),
+                                              *self.undecided[place + 1:])), ended
+        return blocks._with(copy, count), ended
 
     def _ends_before_undecided(self, likeness: Likeness) -> bool:
         """Tell whether the open block ends before the first of the undecided samples."""
@@ -207,9 +218,12 @@ class Blocks:
             or any(sample.content == content for content, _ in self.open)
             or any(sample.content == one.sample.content for one in self.undecided))
 
-    def _with(self, sample: Sample) -> Blocks:
-        """Return these blocks with a sample added to the open block."""
-        content, loss = sample.content, sample.loss
+    def _with(self, sample: Sample, count: Count) -> Blocks:
+        """Return these blocks with a sample, and the number of samples that it stands for, added to the open block."""
+        return replace(self, count=self.count + count)._with_content(sample.content, sample.loss)
+
+    def _with_content(self, content: int | None, loss: float) -> Blocks:
+        """Return these blocks with the content of a sample added to the open block."""
         if content is not None and any(content == other for other, _ in self.open):
             return replace(self, open=tuple(
                 (other, max(loss, found) if other == content else found) for other, found in self.open))
@@ -221,10 +235,6 @@ class Blocks:
         kept = tuple((other, found) for other, found in self.open if other != largest)
         return replace(self, open=(*kept, (content, loss)))._leaving_out(largest)
 
-    def _counting(self, n: int, lost: float) -> Blocks:
-        """Return these blocks with n more samples, and the sum of their losses, in the open block."""
-        return replace(self, n=self.n + n, lost=self.lost + lost)
-
     def _leaving_out(self, content: int | None) -> Blocks:
         """Return these blocks with a content as the latest of those that are left out."""
         others = (other for other in self.left_out if other != content)
@@ -235,5 +245,5 @@ class Blocks:
         new = [(content, loss) for content, loss in self.open if content is None or content not in self.counted]
         came = [content for content, _ in self.open if content is not None]
         kept = (*(content for content in self.counted if content not in came), *came)[-n_remembered:]
-        return (replace(self, open=(), n=0, lost=0.0, counted=kept, left_out=()),
-                Block(self.n, self.lost, len(new), sum(loss for _, loss in new)))
+        return (replace(self, open=(), count=Count(), counted=kept, left_out=()),
+                Block(self.count, len(new), sum(loss for _, loss in new)))

@@ -53,7 +53,7 @@ class Monitored:
 
     @property
     def samples_per_round(self) -> int:
-        """The least number of samples in a round of the bets on requests."""
+        """The least number of samples in a round of the bets on requests; see `Count.n_runs`."""
         return max(1, round(_LOSSES_PER_ROUND / self.tolerance))
 
     @property

@@ -6,8 +6,8 @@ at most T over the requests. The test bets against both statements (see `betting
 - Contents. Each bet is on one block. A block with a loss of k in n new contents gains k - T n, divided by the size that
   95 % of the earlier blocks did not exceed (or by n, if n is larger).
 - Requests. Each bet is on the mean loss of a round. A round consists of whole blocks, which together have at least
-  20 / T samples. One scene, however long, is in one round. Samples with one content that follow each other directly
-  count as one.
+  20 / T samples. One scene, however long, is in one round. Of samples with one content that follow each other
+  directly, only the first one can lose, so a client that repeats a request raises no alarm by itself.
 
 The bets on contents count each content once. Nine tenths of the capital are bet on contents, which show a change
 sooner. One tenth is bet on requests, because only these bets show that a popular file is answered wrongly.
@@ -28,7 +28,7 @@ from typing import Any
 from early_exit.handler.betting import after_round, rejects, wealth
 from early_exit.handler.exits.likeness import COUNTS_FULLY
 from early_exit.handler.formats import MONITOR_STATE
-from early_exit.handler.monitor.blocks import Block, Blocks, Sample
+from early_exit.handler.monitor.blocks import Block, Blocks, Count, Sample
 from early_exit.handler.monitor.monitored import Monitored
 
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -72,10 +72,8 @@ class Evidence:
     """The sum of the losses."""
     contents: Capital = field(default_factory=Capital)
     requests: Capital = field(default_factory=Capital)
-    round_n: int = 0
-    """The number of samples in the blocks of the open round of the bets on requests."""
-    round_lost: float = 0.0
-    """The sum of their losses."""
+    round: Count = field(default_factory=Count)
+    """The samples in the blocks of the open round of the bets on requests."""
     sizes: tuple[int, ...] = ()
     """The number of blocks by size: with 1 content, with 2, with 3 or 4, with 5 to 8, and so on."""
     blocks: Blocks = field(default_factory=Blocks)
@@ -116,11 +114,12 @@ class Evidence:
         return replace(self, contents=self.contents.after(gain, monitored.tolerance, _STAKE_EVERY), sizes=tuple(sizes))
 
     def _bet_on_requests(self, block: Block, monitored: Monitored) -> Evidence:
-        n, lost = self.round_n + block.n, self.round_lost + block.lost
-        if n < monitored.samples_per_round:
-            return replace(self, round_n=n, round_lost=lost)
-        requests = self.requests.after(lost / n - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
-        return replace(self, requests=requests, round_n=0, round_lost=0.0)
+        count = self.round + block.count
+        if count.n_runs < monitored.samples_per_round:
+            return replace(self, round=count)
+        gain = count.lost / count.n - monitored.tolerance
+        return replace(self, requests=self.requests.after(gain, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS),
+                       round=Count())
 
     def _largest(self) -> int:
         """Return the smallest power of two that the size of 95 % of the blocks so far does not exceed."""
@@ -141,8 +140,10 @@ class Evidence:
             return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])))
         contents, requests = (Capital(found["rounds"], tuple(found["stakes"]))
                               for found in (data["contents"], data["requests"]))
-        return cls(int(data["n"]), float(data["lost"]), contents, requests, int(data["round_n"]),
-                   float(data["round_lost"]), tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
+        # Version 0.2.0 stored a number and a loss, of samples that did not repeat the one before.
+        in_round = data.get("round") or {"n": data["round_n"], "n_runs": data["round_n"], "lost": data["round_lost"]}
+        return cls(int(data["n"]), float(data["lost"]), contents, requests, Count(**in_round), tuple(data["sizes"]),
+                   Blocks.from_json(data["blocks"]))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def test_copies_and_permutations_of_a_content_within_its_block_change_nothing_th
         [copy for sample in each[first:first + size] for copy in [sample] * data.draw(st.integers(1, 3))]))]
     once, again = ended([*each, *tail], alike), ended([*copied, *tail], alike)
     assert [(one.n_new, one.lost_new) for one in again] == [(one.n_new, one.lost_new) for one in once]
-    assert all(one.n >= one.n_new for one in again)
+    assert all(one.count.n >= one.n_new for one in again)
     watched = replace(ALONE, likeness=alike)
     assert after([*copied, *tail], watched).contents == after([*each, *tail], watched).contents
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 SPREAD = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed number, for Fibonacci hashing."""
+_GAPS = 10
+"""The time before a worker's first record and after its last one, in mean gaps between all records of the same rate."""
 
 
 def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> Tensor:
@@ -17,6 +19,10 @@ def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> 
     that is recorded rarely. At each time, records are therefore drawn as if every worker had recorded at the lowest
     rate of all workers at that time. The rate may change with time. A hash of the request draws.
 
+    A worker serves for longer than from its first to its last record. If it records rarely, or is restarted often, much
+    of the time lies before, after or between the records of such workers. Each worker therefore counts for some more
+    time on both sides.
+
     Args:
         time: (N,) float64 Unix seconds.
         worker: (N,) int64 number of the worker that recorded each.
@@ -25,13 +31,18 @@ def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> 
     """
     if not len(rate) or bool((rate == rate[0]).all()):
         return torch.ones(len(rate), dtype=torch.bool)
+    margin = torch.zeros_like(time)
+    for one in torch.unique(rate):
+        at_rate = rate == one
+        times = time[at_rate]
+        margin[at_rate] = _GAPS * (times.max() - times.min()) / max(1, len(times) - 1)
     lowest = rate.clone()
     for number in torch.unique(worker):
         of_worker = (worker == number).nonzero().flatten()
         of_worker = of_worker[torch.argsort(time[of_worker], stable=True)]
-        times = time[of_worker]
-        meanwhile = ((time >= times[0]) & (time <= times[-1])).nonzero().flatten()
-        last = torch.searchsorted(times, time[meanwhile], right=True) - 1
-        lowest[meanwhile] = torch.minimum(lowest[meanwhile], rate[of_worker[last]])
+        times, (first, last) = time[of_worker], of_worker[[0, -1]]
+        meanwhile = ((time >= times[0] - margin[first]) & (time <= times[-1] + margin[last])).nonzero().flatten()
+        latest = (torch.searchsorted(times, time[meanwhile], right=True) - 1).clamp_min(0)
+        lowest[meanwhile] = torch.minimum(lowest[meanwhile], rate[of_worker[latest]])
     uniform = (request * SPREAD).double() / 2.0**64 + 0.5
     return uniform < lowest / rate
