@@ -247,7 +247,7 @@ def test_everything_is_recorded_as_without_trouble_but_what_has_no_values(compar
 
 def test_what_has_no_values_is_counted_and_said(troubled: Troubled) -> None:
     assert troubled.not_finite == len(BAD)
-    assert "scores or activations that are not finite" in troubled.log
+    assert "scores that are not finite and predict no class" in troubled.log
     bad = {json.dumps(row) for row in BAD}
     sent = {name for name, body in troubled.sent[0].items() if body in bad}
     assert len(sent) == len(BAD) and not {request_hash(name) for name in sent} & _recorded(troubled.records)

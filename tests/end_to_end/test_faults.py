@@ -82,9 +82,10 @@ def default(management: Management) -> str:
 
 
 @contextlib.contextmanager
-def loaded(server: TorchServe, expected: list[Answer], *, may_fail: int = 0) -> Iterator[BackgroundLoad]:
+def loaded(server: TorchServe, expected: list[Answer], *, may_fail: int = 0, pause_s: float = 0.02,
+           ) -> Iterator[BackgroundLoad]:
     """Load the server from 8 clients while the block runs; no answer may be wrong, and at most `may_fail` may fail."""
-    with BackgroundLoad(server, "digits", BODIES, clients=CLIENTS) as load:
+    with BackgroundLoad(server, "digits", BODIES, clients=CLIENTS, pause_s=pause_s) as load:
         time.sleep(1)
         yield load
         time.sleep(1)
@@ -111,7 +112,7 @@ def test_a_killed_worker_costs_at_most_what_it_had_taken(server: TorchServe, exp
     records = server.state.parent / "records"
     time.sleep(2.5)  # until the earlier records are on disk
     before, counted = n_records(records), n_sampled(server)
-    with loaded(server, expected, may_fail=4):
+    with loaded(server, expected, may_fail=4, pause_s=0.0):
         kill_worker(server)
         time.sleep(3)
     wait_until_ready(server)
