@@ -13,7 +13,7 @@ from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
-from early_exit.archiver.watch.triggers import Terms, fresh_after, n_wanted
+from early_exit.archiver.watch.triggers import Terms, fresh_after, wanted_records
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watcher
 from early_exit.handler.errors import ConfigError
@@ -115,14 +115,16 @@ def _status(watched: Watched, *, as_json: bool) -> str:
     watcher = Watcher(watched)
     status = watcher.look()
     trigger, trial = watcher.trigger(status), watcher.on_trial(status)
-    since = fresh_after(status, watched.audit, time.time())
+    now = time.time()
+    n_fresh = status.n_newer(fresh_after(status, watched.audit, now))
+    wanted = wanted_records(status, watched.audit, watched.terms, now)
     events = watched.audit.read()
     facts = {
         "model": status.model, "version": status.version, "backbone": status.backbone.sha256[:12],
         "plan": status.plan.digest() if status.plan else "none",
         "certificate": _certificate(status), "step": max((state.step for state in status.monitors), default=0),
-        "records": len(status.times), "fresh records": status.n_newer(since),
-        "needed": n_wanted(status, watched.audit, watched.terms),
+        "records": len(status.times), "fresh records": n_fresh,
+        "needed": n_fresh - status.n_newer(wanted.newer_than) + wanted.n,
         "shadow samples watched": status.n_watched,
         "on trial": trial is not None,
         "next": "a verdict on the trial" if trial else f"renew ({trigger.reason})" if trigger else "wait",

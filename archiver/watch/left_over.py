@@ -18,6 +18,8 @@ from early_exit.handler.recording.retention import enforce_limits
 from early_exit.training.paths import RunPaths
 
 _RUN = re.compile(r"\d{8}-\d{6}")
+_TELLS_THE_RATE = 0.1
+"""Records tell the rate at which they come if they span this share of the age at which they are deleted."""
 
 
 def run_name() -> str:
@@ -66,23 +68,30 @@ def limit_records(sources: Sequence[str], model: str, archive: Path) -> None:
 
 
 def too_little_room(status: ModelStatus, n_wanted: int, n_folders: int) -> str | None:
-    """Return a sentence about the limit on the size of records, if it keeps fewer records than a renewal needs.
+    """Return a sentence about a limit on the size or the age of records that keeps fewer than a renewal needs.
 
     Args:
         status: the model.
         n_wanted: the number of records that the next renewal needs.
-        n_folders: the number of records folders, each of which has this limit.
+        n_folders: the number of records folders, each of which has the limit on the size.
     """
-    limit, n_bytes = status.config.records_max_bytes, sum(map(_size, status.shards))
-    if not len(status.times) or not n_bytes:
-        return None
-    n_kept = max(1, int(n_folders * limit * len(status.times) / n_bytes))
-    if n_kept >= n_wanted:
-        return None
-    needed = math.ceil(limit * n_wanted / n_kept)
-    return (f"the next renewal needs {n_wanted} new records, but early_exit.records_max_bytes, which is {limit}, keeps "
-            f"only about {n_kept} of their size, so it never begins: set at least {needed} in model-config.yaml, "
-            "record less of each request (early_exit.layers, pool), or pass a larger --tolerance")
+    max_bytes, max_age_s = status.config.records_max_bytes, status.config.records_max_age_s
+    n_bytes = sum(map(_size, status.shards))
+    if len(status.times) and n_bytes and (
+            n_kept := max(1, int(n_folders * max_bytes * len(status.times) / n_bytes))) < n_wanted:
+        return (f"the next renewal needs {n_wanted} new records, but early_exit.records_max_bytes, which is "
+                f"{max_bytes}, keeps only about {n_kept} of their size, so it never begins: set at least "
+                f"{math.ceil(max_bytes * n_wanted / n_kept)} in model-config.yaml, record less of each request "
+                "(early_exit.layers, pool), or pass a larger --tolerance")
+    span_s = (status.times[-1] - status.times[0]).item() if len(status.times) else 0.0
+    n_later = max(1, len(status.times) - 1)  # the first one opens the span
+    # The first hours do not tell how many requests come in days.
+    if span_s >= _TELLS_THE_RATE * max_age_s and (n_kept := int(n_later * max_age_s / span_s)) < n_wanted:
+        return (f"the next renewal needs {n_wanted} new records, but at the rate so far only about {n_kept} come "
+                f"within early_exit.records_max_age_s, which is {max_age_s:.0f}, so it never begins: set at least "
+                f"{math.ceil(span_s * n_wanted / n_later)} in model-config.yaml, raise "
+                "early_exit.sampling_rate, or pass a larger --tolerance")
+    return None
 
 
 def _size(path: Path) -> int:

@@ -51,12 +51,23 @@ class Terms:
         return math.ceil(2 * records_needed(self.tolerance, self.delta) / Part.CERTIFY.share)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The records with which the next attempt begins."""
+
+    n: int
+    """The number of records."""
+    newer_than: float
+    """The Unix time in seconds after which they were made."""
+
+
 def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigger | None:
     """Return the reason to renew the plan now; None if there is none, or too few fresh records to certify a plan."""
     plan = status.plan
     since = fresh_after(status, audit, now)
     n_new, n_total = status.n_newer(since), len(status.times)
-    if n_new < n_wanted(status, audit, terms):
+    wanted = wanted_records(status, audit, terms, now)
+    if status.n_newer(wanted.newer_than) < wanted.n:
         return None
     evidence = {"records": n_total, "fresh_records": n_new, "backbone": status.backbone.sha256,
                 "plan": plan.digest() if plan else None}
@@ -74,37 +85,44 @@ def fired(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Trigge
     return None
 
 
-def n_wanted(status: ModelStatus, audit: Audit, terms: Terms) -> int:
-    """Return the number of fresh records with which the next attempt begins.
+def wanted_records(status: ModelStatus, audit: Audit, terms: Terms, now: float) -> Wanted:
+    """Return the records with which the next attempt begins.
 
-    It is `terms.n_enough`, or more after an attempt for which there were too few records: traffic in scenes has fewer
-    pieces of evidence than records.
+    These are `terms.n_enough` fresh records. They are more after an attempt for which there were too few records,
+    because traffic in scenes has fewer pieces of evidence than records; and they are newer than those of an attempt
+    whose records could not be used.
     """
+    since = fresh_after(status, audit, now)
     last = audit.latest(ATTEMPT, KEPT, ROLLING)
     if last is None or last.get("needed_for") != _conditions(status, terms):
-        return terms.n_enough
-    return max(terms.n_enough, int(last["needed"]))
+        return Wanted(terms.n_enough, since)
+    return Wanted(max(terms.n_enough, int(last["needed"])), max(since, last.get("newer_than", since)))
 
 
-def refusal(error: RecordError, status: ModelStatus, terms: Terms, since: float) -> dict[str, Any]:
+def refusal(error: RecordError, status: ModelStatus, terms: Terms, attempt: Event, now: float) -> dict[str, Any]:
     """Return what the audit notes of an attempt that failed before it looked at any loss.
 
     If there were too few records or labels, the next attempt waits for as many records as the error asks for, and at
     least for half more than there are: the number is an estimate, and labels have no number of records. If the records
     could not be used for another reason, more of them may not help, and the wait only keeps an attempt from being
-    repeated at each look. It is then no longer than a wait for enough records that are all new.
+    repeated at each look. It is then a wait for enough records that are all new, which ends even if a limit on the age
+    or the size of the records keeps their number as it is.
 
     Args:
         error: the reason.
         status: the model at the attempt.
         terms: the terms of the watch.
-        since: the Unix time after which records were fresh.
+        attempt: the attempt.
+        now: the Unix time.
     """
-    n_fresh = status.n_newer(since)
-    needed = math.ceil(1.5 * n_fresh)
-    needed = (max(error.needed or 0, needed) if isinstance(error, TooFewRecordsError) else
-              min(n_fresh + terms.n_enough, needed))
-    return {"why": str(error), "needed": needed, "needed_for": _conditions(status, terms)}
+    told = {"why": str(error), "needed_for": _conditions(status, terms)}
+    if isinstance(error, TooFewRecordsError):
+        half_more = math.ceil(1.5 * status.n_newer(attempt["certify_after"]))
+        return {**told, "needed": max(error.needed or 0, half_more)}
+    # Records of a clock that was ahead seem to be newer than any record of the next hours.
+    newer_than = min(attempt["newest_record"], now)
+    n_ahead = status.n_newer(newer_than) - status.n_newer(attempt["newest_record"])
+    return {**told, "needed": terms.n_enough + n_ahead, "newer_than": newer_than}
 
 
 def _conditions(status: ModelStatus, terms: Terms) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,10 +28,10 @@ from early_exit.archiver.watch.triggers import (
     Trigger,
     fired,
     is_better,
-    n_wanted,
     newest_mark,
     refusal,
     summary,
+    wanted_records,
 )
 from early_exit.archiver.watch.versions import next_version, stored_versions
 from early_exit.archiver.watch.watched import Watched
@@ -38,6 +39,7 @@ from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.errors import EarlyExitError, RecordError
 from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
 from early_exit.handler.files.names import bare_name
+from early_exit.training.data.sources import each_once
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.planning.reassess import cost_on_run
@@ -86,7 +88,8 @@ class Watcher:
         """Return why there can be no renewal, however many requests come; None if nothing is in its way."""
         if (why := why_unwatched(status.config)) is not None:
             return f"no monitor would watch a new plan: {why}"
-        return too_little_room(status, n_wanted(status, self._audit, self._watched.terms), len(self._watched.sources))
+        wanted = wanted_records(status, self._audit, self._watched.terms, time.time())
+        return too_little_room(status, wanted.n, len(each_once(self._watched.sources)))
 
     def _tell_once(self, line: str, about: str | None = None) -> None:
         said = about or line.lstrip("0123456789")  # apart from the number of records, which grows
@@ -131,7 +134,7 @@ class Watcher:
                 require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
         elif (obstacle := self.obstacle(status)) is not None:
-            self._tell_once(obstacle, about="obstacle")
+            self._tell_once(obstacle, about=re.sub(r"\d+", "", obstacle))  # the same one with other numbers is not news
 
     def _note_clock(self, status: ModelStatus) -> None:
         mark, noticed = newest_mark(status, self._audit), self._audit.latest(CLOCK)
@@ -214,7 +217,7 @@ class Watcher:
         except RecordError as error:
             # No loss of a record that certifies is known before the predictions: these records can still certify.
             refused = {"why": str(error)} if run.predictions.exists() else refusal(
-                error, status, self._watched.terms, attempt["certify_after"])
+                error, status, self._watched.terms, attempt, time.time())
             self._note(KEPT, version=status.version, run=run.root.name, **refused)
             return
         better, why = is_better(plan, status.plan, attempt["reason"], current_cost)

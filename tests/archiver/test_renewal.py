@@ -205,7 +205,7 @@ def require_enough_scenes(status: ModelStatus, certify_after: float, run: RunPat
     """Do what a training does before it looks at losses."""
     index, all_of_them = torch.arange(len(status.times)), torch.ones(len(status.times), dtype=torch.bool)
     split = split_in_time(STATES[:len(index)], index, index, index, index.double(), all_of_them,
-                          status.times > certify_after)
+                          status.times > certify_after, all_of_them)
     split.evidence().require_enough(Risk.DISAGREEMENT, 0.02, 0.05, Part.CERTIFY.share)
 
 

@@ -99,3 +99,38 @@ def test_a_limit_that_keeps_fewer_records_than_a_renewal_needs_is_reported_once(
     enough = replace(watcher.sight, config=ServingConfig(records_max_bytes=1_000_000))
     assert watcher.obstacle(enough) is None
     assert watcher.obstacle(replace(enough, times=torch.zeros(0), shards=())) is None, "nothing is known yet"
+
+
+def test_an_age_limit_that_keeps_fewer_records_than_a_renewal_needs_is_reported_when_the_rate_is_known(
+        watcher: WatcherOfSights) -> None:
+    lines: list[str] = []
+    watcher._log = lines.append
+    watcher.sight = replace(seen(100, plan=None), config=ServingConfig(records_max_age_s=991.0))
+    watcher.tick()
+    assert not lines, "99 s do not tell how many come in 991 s"
+    watcher.sight = replace(seen(101, plan=None), config=ServingConfig(records_max_age_s=990.0))
+    watcher.tick()
+    [line] = lines
+    assert "needs 994 new records" in line and "early_exit.records_max_age_s, which is 990," in line
+    watcher.sight = replace(watcher.sight, config=ServingConfig(records_max_age_s=994.0))
+    assert watcher.obstacle(watcher.sight) is None
+
+
+def test_another_obstacle_is_reported_although_one_was(watcher: WatcherOfSights) -> None:
+    lines: list[str] = []
+    watcher._log = lines.append
+    for config in (*UNWATCHED.values(), ServingConfig(records_max_age_s=100.0)) * 2:
+        watcher.sight = replace(seen(100, plan=None), config=config)
+        watcher.tick()
+    assert [any(what in line for line in lines) for what in (*UNWATCHED, "records_max_age_s")] == [True] * 3
+    assert len(lines) == 3, "each once"
+
+
+def test_a_folder_that_is_named_twice_has_no_room_for_twice_as_many_records(
+        watcher: WatcherOfSights, tmp_path: Path) -> None:
+    shard = tmp_path / "a.safetensors"
+    shard.write_bytes(b"0" * 100_000)
+    (tmp_path / "link").symlink_to(tmp_path)
+    watcher._watched = replace(watcher._watched, sources=[str(tmp_path), f"{tmp_path}/.", str(tmp_path / "link")])
+    sight = replace(seen(100, plan=None), shards=(shard,), config=ServingConfig(records_max_bytes=500_000))
+    assert "keeps only about 500 of" in (watcher.obstacle(sight) or "")

@@ -21,10 +21,15 @@ def local_folders(sources: Sequence[str], cache: Path) -> list[Path]:
     Raises:
         RecordError: a URL cannot be read.
     """
-    once: dict[Path, Path] = {}
+    return [_copied(source, cache) if "://" in source else Path(source) for source in each_once(sources)]
+
+
+def each_once(sources: Sequence[str]) -> list[str]:
+    """Return the sources without those that name the folder or URL of an earlier one."""
+    once: dict[str, str] = {}
     for source in sources:
-        folder = _copied(source, cache) if "://" in source else Path(source)
-        once.setdefault(folder.resolve(), folder)  # a folder and a link to it are one source
+        # A folder and a link to it are one source.
+        once.setdefault(source if "://" in source else str(Path(source).resolve()), source)
     return [*once.values()]
 
 
