@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,11 @@ class SharedMonitor:
                 self._shared, self._unshared, self._is_unwritten = self.state, [], True
         known = {alarm.step for alarm in before.alarms}
         for alarm in (alarm for alarm in self.state.alarms if alarm.step not in known):
+            if not alarm.n:
+                logger.error("a worker of this version could not read the monitor's state in %s, which may have held "
+                             "an alarm: the certificate may be void, and the version goes to fallback level %d of %d",
+                             self._path, self.state.step, self._last_level)
+                continue
             logger.error("ALARM: the mean loss of %d shadow samples is %.4f, and the certificate allows at most %.4f: "
                          "the certificate is void, and the version goes to fallback level %d of %d", alarm.n,
                          alarm.mean_loss, self.monitored.tolerance, alarm.step + 1, self._last_level)
@@ -204,7 +210,8 @@ def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
     """Return the state with the higher fallback level, and with the alarms of both states.
 
     At equal levels, the evidence with more samples is kept. This choice does not depend on the losses. Of two alarms
-    at one level, the older one is kept: the other one may only say that a worker could not read the older one.
+    at one level, the one that samples have raised is kept, or the older one of two such alarms: an alarm without
+    samples only says that a worker could not read the state. The certificate may be void since the earlier time.
 
     Args:
         own: the state that the worker has in memory.
@@ -213,9 +220,12 @@ def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
     if read is None:
         return own
     ahead = own if (own.step, own.evidence.n) > (read.step, read.evidence.n) else read
-    newest_first = sorted((*own.alarms, *read.alarms), key=lambda alarm: alarm.time, reverse=True)
-    alarms = {alarm.step: alarm for alarm in newest_first}
-    return replace(ahead, alarms=tuple(alarms[step] for step in sorted(alarms)))
+    of_step: dict[int, list[Alarm]] = defaultdict(list)
+    for alarm in (*own.alarms, *read.alarms):
+        of_step[alarm.step].append(alarm)
+    return replace(ahead, alarms=tuple(
+        replace(min(alarms, key=lambda alarm: (not alarm.n, alarm.time)), time=min(alarm.time for alarm in alarms))
+        for _, alarms in sorted(of_step.items())))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.monitor import shared_state
 from early_exit.handler.monitor.monitored import Monitored
-from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.monitor.sequential_test import Alarm, MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor, read_state
 from tests.support.foreign import give_away
 from tests.support.shadow_samples import samples_of
@@ -130,6 +131,30 @@ def test_a_state_that_is_damaged_at_start_is_replaced_by_one_without_exits(
     anew = SharedMonitor(MONITORED, 3, path)
     anew.close()
     assert anew.state == MonitorState()
+
+
+def test_a_worker_says_of_a_state_that_another_one_could_not_read_that_it_is_lost(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "monitor.json"
+    healthy = certified(path)
+    path.write_text("")
+    SharedMonitor(MONITORED, 3, path).close()
+    caplog.clear()
+    wait_until(lambda: healthy.state.step == 3, "the last level", limit_s=10)
+    healthy.close()
+    assert "ALARM" not in caplog.text
+    [line] = [line for line in caplog.messages if "a worker of this version could not read" in line]
+    assert f"state in {path}" in line and "fallback level 3 of 3" in line
+
+
+@pytest.mark.parametrize("is_lost_first", [False, True])
+def test_of_a_lost_state_and_an_alarm_of_samples_the_alarm_is_kept_with_the_earlier_time(is_lost_first: bool) -> None:
+    lost, raised = Alarm(0, 100.0, 0, 0.0, 0.0), Alarm(0, 200.0, 30, 0.5, 21.0)
+    if not is_lost_first:
+        lost, raised = replace(lost, time=200.0), replace(raised, time=100.0)
+    for own, read in ((lost, raised), (raised, lost)):
+        merged = shared_state._merged(MonitorState(3, alarms=(own,)), MonitorState(3, alarms=(read,)))
+        assert merged.alarms == (replace(raised, time=100.0),)
 
 
 def test_the_alarm_of_a_worker_that_cannot_read_the_state_hides_no_alarm_of_samples(tmp_path: Path) -> None:
