@@ -232,8 +232,9 @@ def _in_order(expected: Sequence[str], constants: Mapping[str, object], given: S
         given = given[:-1]
     if any(value is None for value in given):
         raise InputError("the handler passes None by position, and another argument after it, but this archive, which "
-                         "an earlier version made, does not tell which parameter each argument is for: make the "
-                         "archive again with ee-archive, from the one that you had before")
+                         "an earlier version made, or which has a program with other names than the model, does not "
+                         "tell which parameter each argument is for: make the archive again with ee-archive, from the "
+                         "one that you had before, and with a program that was exported from the model itself")
     tensors = [value for value in given if isinstance(value, Tensor)]
     others = [value for value in given if not isinstance(value, Tensor)]
     names = [name for name in constants if name not in named]

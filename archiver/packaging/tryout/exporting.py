@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.image_class import Strategy
 from early_exit.handler.backbone.program_file import load_program
-from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.backbone.signature import InputSpec, Parameters
 from early_exit.handler.errors import ArchiveError
 
 _Inputs = Sequence[tuple[str, tuple[int, ...], str]]
@@ -39,7 +40,7 @@ def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]
     shape = job["input_shape"] and tuple(job["input_shape"])
     program = job["program"] or _program_of_archive(Path(job["folder"]), model)
     if program is not None:
-        backbone = Backbone.from_program(load_program(Path(program)))
+        backbone = _with_parameters(Backbone.from_program(load_program(Path(program))), model)
         return backbone, not calls or _fit(job, _described(input_specs(model, calls)[0], names=False),
                                            _described(backbone.description.inputs, names=False))
     if is_detector(model.exported):
@@ -99,6 +100,20 @@ def _fit(job: dict[str, Any], found: _Inputs, wanted: _Inputs) -> bool:
 
 def _described(inputs: Sequence[InputSpec], *, names: bool = True) -> _Inputs:
     return [(spec.name if names else "", spec.shape, spec.dtype) for spec in inputs]
+
+
+def _with_parameters(backbone: Backbone, model: CalledModel) -> Backbone:
+    """Return the backbone of a program with the parameters of the model in whose place it is called.
+
+    None is no argument for a program, which has no parameters besides its inputs. If the model does not have the inputs
+    among its parameters, the parameters are not known, and a call gives its tensors to the inputs in order.
+    """
+    parameters = Parameters.of(model.exported.forward)
+    inputs = {spec.name for spec in backbone.description.inputs}
+    by_position = len(parameters.positional) == len(inspect.signature(model.exported.forward).parameters)
+    known = replace(parameters, default_none=tuple(name for name in parameters.positional if name not in inputs)
+                    ) if by_position and inputs <= {*parameters.positional} else None
+    return replace(backbone, description=replace(backbone.description, parameters=known))
 
 
 def _program_of_archive(folder: Path, model: CalledModel) -> Path | None:
