@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,39 @@ def exported(job: dict[str, Any], model: CalledModel, calls: Sequence[ModelCall]
     given = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in job["inputs"]]
     if calls:
         found, constants = input_specs(model, calls)
+        if [spec.name for spec in given] != [spec.name for spec in found]:
+            given = _of_forward(given, model, constants)
         wanted = [replace(spec, shape=shape) for spec in found] if shape is not None else given or found
         fits = _fit(job, _described(found), _described(wanted))
         return Backbone.from_inputs(model.exported, wanted, constants=constants, output=job["output"]), fits
     if given:
-        return Backbone.from_inputs(model.exported, given, output=job["output"]), False
+        return Backbone.from_inputs(model.exported, _of_forward(given, model, {}), output=job["output"]), False
     if shape is None:
         raise ArchiveError("the handler does not answer a sample image, so the model's input shape is not known: pass "
                            "--request FILE with a typical request, or --input-shape C,H,W")
     return Backbone.from_module(model.exported, shape, output=job["output"]), False
+
+
+def _of_forward(given: list[InputSpec], model: CalledModel, constants: Mapping[str, Any]) -> list[InputSpec]:
+    """Return the user's inputs with the names of the model's parameters.
+
+    A single input with a name that the model does not have is the first parameter, whatever the user calls it.
+
+    Raises:
+        ArchiveError: the model has no parameters with the names of several inputs.
+    """
+    parameters = inspect.signature(model.exported.forward).parameters.values()
+    known = [parameter.name for parameter in parameters
+             if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
+    unknown = [spec.name for spec in given if spec.name not in known]
+    first = Parameters.of(model.exported.forward).name(0)
+    if unknown and len(given) == 1 and not constants and first is not None:
+        return [replace(given[0], name=first)]
+    if unknown and len(known) == len(parameters):
+        raise ArchiveError(f"the forward of {type(model.exported).__name__} takes "
+                           f"{', '.join(known) or 'no arguments'}, but --input names {unknown[0]!r}: give each --input "
+                           "the name of a parameter")
+    return given
 
 
 def images_of(call: ModelCall) -> list[Tensor]:
