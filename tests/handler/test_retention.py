@@ -66,6 +66,28 @@ def test_a_shard_that_cannot_be_deleted_still_counts_towards_the_size(
     assert [shard.exists() for shard in shards] == [True, False, False, True]
 
 
+def test_shards_that_cannot_be_deleted_and_fill_the_limit_leave_the_newest_and_are_reported_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    stuck = [old_file(HEADER.folder(tmp_path) / shard_name("1.0", 4711, 17_000_000_000, number)) for number in range(3)]
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path in stuck:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for number in range(3):
+        newest = old_file(HEADER.folder(tmp_path) / shard_name("2.0", 4712, 17_000_000_000, number))
+        os.utime(newest, (time.time() - 1000 + number, time.time() - 1000 + number))
+        enforce_limits(tmp_path, "digits", 1e9, 250)
+        assert set(HEADER.folder(tmp_path).iterdir()) == {*stuck, newest}
+    [line] = caplog.messages
+    assert "3 shards in" in line and "records_max_bytes, which is 250," in line and str(stuck[0]) in line
+    enforce_limits(tmp_path, "digits", 1, 250)
+    assert not newest.exists(), "it is too old"
+
+
 @pytest.mark.parametrize("link", ["digits", "digits/ab12"])
 def test_a_link_to_a_folder_with_the_shards_of_others_is_not_followed(link: str, tmp_path: Path) -> None:
     others = old_file(tmp_path / "elsewhere" / "ab12" / SHARD)
