@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ class ScoresOnly(nn.Module):
         super().__init__()
         self.model = model
         self._names, self._constants, self._output, self._note = names, constants, output, note
-        # Arguments that only a position names cannot be passed by name.
-        self._by_position = [*names] == [Parameters.of(model.forward).name(0)] and not constants
+        # Arguments that only a position names cannot be passed by name, and a name that the model lacks names none.
+        first, known = Parameters.of(model.forward).name(0), inspect.signature(model.forward).parameters.values()
+        self._by_position = len(names) == 1 and not constants and first is not None and (names[0] == first or not any(
+            one.name == names[0] or one.kind is inspect.Parameter.VAR_KEYWORD for one in known))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         with _ForAnyBatch():
