@@ -223,7 +223,7 @@ def _in_time(states: Tensor, records: Records) -> Split:
     n = len(records.frame)
     each, every = torch.arange(n), torch.ones(n, dtype=torch.bool)
     return split_in_time(states[torch.from_numpy(records.frame)], each, torch.from_numpy(records.content), each,
-                         torch.from_numpy(records.position).double(), every, every)
+                         torch.from_numpy(records.position).double(), every, every, every)
 
 
 def _drifted(differs: np.ndarray, later: Records) -> Records:
