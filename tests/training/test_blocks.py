@@ -46,7 +46,7 @@ class Frames:
 def by_time(frames: Frames) -> Split:
     n = len(frames.states)
     each, every = torch.arange(n), torch.ones(n, dtype=torch.bool)
-    return split_in_time(frames.states, each, each, each, each.double(), every, every)
+    return split_in_time(frames.states, each, each, each, each.double(), every, every, every)
 
 
 def at_random(frames: Frames) -> Split:
