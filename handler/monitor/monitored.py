@@ -41,14 +41,15 @@ class Monitored:
         The risk `accuracy` needs labels, and serving has none. The monitor therefore watches the disagreement. Its
         tolerance is the upper confidence limit of the disagreement on the records of the certificate. An alarm then
         says that the traffic is not like that of the certificate. The monitor does not notice a loss of accuracy if the
-        disagreement stays the same. If the records were certified in blocks, this limit is computed as if all blocks
-        had the largest size and each block were one record.
+        disagreement stays the same. This limit may be too low by chance. Therefore, one half of the false-alarm rate is
+        spent on the limit, and the other half on the bets. If the records were certified in blocks, this limit is
+        computed as if all blocks had the largest size and each block were one record.
         """
         delta = 1 - certificate.confidence
         if certificate.risk == Risk.ACCURACY:
             size = max(1.0, certificate.largest_block)
-            limit = upper_limit(math.ceil(certificate.k / size), max(1, int(certificate.n / size)), delta)
-            return cls(Risk.DISAGREEMENT, limit, delta, likeness)
+            limit = upper_limit(math.ceil(certificate.k / size), max(1, int(certificate.n / size)), delta / 2)
+            return cls(Risk.DISAGREEMENT, limit, delta / 2, likeness)
         return cls(certificate.risk, certificate.tolerance, delta, likeness)
 
     @property

@@ -64,7 +64,10 @@ class Capital:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence of the shadow samples of one fallback level against the certificate."""
+    """The evidence of the shadow samples of one fallback level against the certificate.
+
+    While the operator's switch demands a higher level, the samples of that level count, too.
+    """
 
     n: int = 0
     """The number of samples."""
@@ -151,7 +154,8 @@ class Alarm:
     """Why a fallback level was left."""
 
     step: int
-    """The fallback level that was left. The name is that of the field in state files."""
+    """The fallback level that was left: that of the sample that raised the alarm. The name is that of the field in
+    state files."""
     time: float
     """Unix time in seconds."""
     n: int
@@ -169,7 +173,7 @@ class MonitorState:
     level has no exits. The name is that of the field in state files."""
     evidence: Evidence = field(default_factory=Evidence)
     alarms: tuple[Alarm, ...] = ()
-    """One alarm for each fallback level that was left. The first alarm voids the certificate. If a worker could not
+    """The alarms, at most one for each fallback level. The first alarm voids the certificate. If a worker could not
     read the state, there is one for level 0 that no sample has raised, and none for the other levels."""
 
     waiting: tuple[Sample, ...] = ()
@@ -177,16 +181,21 @@ class MonitorState:
     sample is a block of its own."""
 
     def after(self, samples: Iterable[Sample], monitored: Monitored, last_level: int, now: float) -> MonitorState:
-        """Return the state after some samples; samples that were answered at another level are ignored."""
+        """Return the state after some samples.
+
+        Samples of lower levels are ignored, because those levels have been left. Samples of higher levels come from
+        batches for which the operator's switch demanded such a level. They count, because exits answered them, too;
+        only those of the last level, which has no exits, are ignored.
+        """
         level, evidence, alarms = self.step, self.evidence, self.alarms
         settled, waiting = _settled((*self.waiting, *samples), monitored, now)
         for sample in settled:
-            if sample.level != level or level >= last_level:
+            if not level <= sample.level < last_level:
                 continue
             evidence = evidence.after(sample, monitored)
             if rejects(evidence.wealth(), monitored.delta):
-                alarms = (*alarms, Alarm(level, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
-                level, evidence = level + 1, Evidence()
+                alarms = (*alarms, Alarm(sample.level, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
+                level, evidence = sample.level + 1, Evidence()
         return MonitorState(level, evidence, alarms, tuple(waiting))
 
     def to_json(self) -> dict[str, Any]:

@@ -86,6 +86,14 @@ def test_after_an_alarm_the_next_step_begins_with_fresh_evidence_and_the_last_on
     assert last.after(samples_of([1.0] * 500, level=2), MONITORED, 2, 9.0) == last
 
 
+def test_at_a_level_that_the_switch_demands_wrong_answers_are_an_alarm_that_leaves_this_level() -> None:
+    state = MonitorState().after(samples_of([1.0] * 50, level=1), MONITORED, 3, 7.0)
+    assert [alarm.step for alarm in state.alarms] == [1] and (state.step, state.evidence) == (2, Evidence())
+    quiet = MonitorState().after(samples_of([0.0] * 50, level=1), MONITORED, 3, 7.0)
+    assert quiet.evidence.n == 50 and not quiet.alarms
+    assert MonitorState().after(samples_of([0.0] * 50, level=3), MONITORED, 3, 7.0) == MonitorState()
+
+
 def test_the_upper_limit_is_that_of_clopper_and_pearson() -> None:
     for k, n in ((0, 50), (3, 200), (40, 1500)):
         assert upper_limit(k, n, 0.05) == pytest.approx(beta.ppf(0.95, k + 1, n - k), rel=1e-6)
@@ -108,7 +116,8 @@ def test_without_labels_accuracy_is_watched_by_the_disagreement_it_was_certified
     certificate = Certificate(Risk.ACCURACY, 0.01, 0.95, 1000, 30, 0.002, 0.01, "-", (0.0, 1.0))
     monitored = Monitored.of(certificate)
     assert monitored.risk is Risk.DISAGREEMENT
-    assert monitored.tolerance == pytest.approx(beta.ppf(0.95, 31, 970), rel=1e-6)
+    assert monitored.tolerance == pytest.approx(beta.ppf(0.975, 31, 970), rel=1e-6)
+    assert monitored.delta == pytest.approx(0.025), "the limit may be too low, which is a false alarm, too"
 
 
 def test_workers_share_one_state_and_all_step_back(tmp_path: Path) -> None:

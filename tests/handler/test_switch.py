@@ -112,10 +112,10 @@ def test_a_level_is_answered_at_or_a_safer_one_where_the_monitor_has_stepped_fur
     assert exits(answered(worker)) == {"full"}, "beyond the last setting of the plan"
 
 
-def test_the_monitor_has_not_stepped_back_where_an_operator_has(
+def test_the_monitor_has_not_stepped_back_where_an_operator_has_and_watches_the_exits_that_answer(
         backbone: Backbone, plan: ExitPlan, switch: ExitSwitch) -> None:
     n_samples = {}
-    for position in (OFF, ON):
+    for position in (OFF, Position(1), ON):
         host = MemoryHost()
         worker = worker_of(served(backbone, plan, sampling_rate=1.0), host=host)
         switch.set(position)
@@ -125,6 +125,7 @@ def test_the_monitor_has_not_stepped_back_where_an_operator_has(
         assert any(STEP_HEADER in reply.headers for reply in replies) == (position == ON)
         n_samples[position] = host.value("monitor_samples")
     assert n_samples[OFF] == 0, "answers of the whole model say nothing about the exits"
+    assert n_samples[Position(1)] > 0, "exits answer at this level, too"
 
 
 def test_early_answers_leave_by_exits_until_it_is_off_and_calls_in_flight_end_as_they_began(
