@@ -126,9 +126,9 @@ def test_a_row_whose_certificate_did_not_hold_says_so() -> None:
 
 
 def test_a_section_tells_which_run_it_comes_from() -> None:
-    run = {**RUN, "commit": "0123456789ab+"}
+    run = {**RUN, "commit": "0123456789ab"}
     text = page({"fuzz": {"run": run, "sent": 5, "wrong_by_kind": {"empty body": 1}}})
-    assert RUN["processor"] in text and "commit 0123456789ab with changes that are in no commit, 12 s" in text
+    assert RUN["processor"] in text and "commit 0123456789ab, 12 s" in text
     assert "rounds 3" in text and "| sent | 5 |" in text
 
 
@@ -137,6 +137,13 @@ def test_each_of_several_runs_of_one_benchmark_is_told_before_its_tables() -> No
     text = page({f"paper-{row['backbone']}": {"run": {**RUN, "commit": f"of {row['backbone']}"}, "rows": [row]}
                  for row in rows})
     assert text.index("of large") < text.index("large, ") < text.index("of small") < text.index("small, ")
+
+
+@pytest.mark.parametrize("commit", ["0123456789ab+", None])
+def test_a_result_of_code_that_is_in_no_commit_is_refused(commit: str | None, tmp_path: Path) -> None:
+    (tmp_path / "loop.json").write_text(json.dumps({"run": {**RUN, "commit": commit}}))
+    with pytest.raises(ValueError, match=r"loop\.json was measured with code that is in no commit"):
+        read_results(tmp_path)
 
 
 def test_a_file_of_no_benchmark_or_without_its_run_is_refused(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Return the contents of the result files by name.
 
     Raises:
-        ValueError: a file belongs to no benchmark that the page knows, or does not say which run it comes from.
+        ValueError: a file belongs to no benchmark that the page knows, does not say which run it comes from, or was
+            measured with code that is in no commit, so that nobody can repeat it.
     """
     found = {}
     for file in sorted(folder.glob("*.json")):
@@ -123,6 +124,9 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
         found[file.stem] = json.loads(file.read_text())
         if "run" not in found[file.stem]:
             raise ValueError(f"{file.name} does not say what run it comes from")
+        if not (commit := found[file.stem]["run"]["commit"]) or commit.endswith("+"):
+            raise ValueError(f"{file.name} was measured with code that is in no commit (commit: {commit}); commit the "
+                             "code and measure again")
     return found
 
 
@@ -161,8 +165,7 @@ def told(section: Section, run: Mapping[str, Any]) -> str:
     """Return a sentence about the code, the machine and the settings of a run."""
     settings = ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in run["settings"].items())
     gpu = f", {run['gpu']}" if run["gpu"] else ""
-    commit = run["commit"].replace("+", " with changes that are in no commit") if run["commit"] else "not known"
-    return (f"`python -m {section.command}`, {run['date'][:10]}, commit {commit}, {run['seconds']} s; "
+    return (f"`python -m {section.command}`, {run['date'][:10]}, commit {run['commit']}, {run['seconds']} s; "
             f"{run['processor']} ({', '.join(run['instructions'])}){gpu}, {run['cores']} cores, load "
             f"{run['load_before']} before; torch {run['torch']}, {run['threads']} threads, Python {run['python']}. "
             f"Settings: {settings or 'none'}.")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-_WIDTH, _HEIGHT = 880, 300
+_WIDTH, _HEIGHT = 880, 214
 _LEFT, _RIGHT, _TOP, _BOTTOM = 20, 20, 46, 88
 _ACROSS, _DEEP = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _BEND = 17
