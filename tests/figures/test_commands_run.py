@@ -15,12 +15,25 @@ import torch
 from torchvision.models import ResNet
 from torchvision.models.resnet import Bottleneck
 
+from early_exit.handler.recording.format import list_shards, read_shard
+from early_exit.handler.recording.kept_request import KeptRequest
+from early_exit.handler.sample_request import BODY
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.options import TrainingOptions
 from tests.benchmarks import subjects
+from tests.benchmarks.published import PUBLISHED
 from tests.benchmarks.subjects import Subject
 from tests.support.models.digits_resnet import DigitsResNet
-from tests.support.toy_size import N_MEASURED, Requests, Run, command, digits_subject, in_one_batch, require_ratios
+from tests.support.toy_size import (
+    N_MEASURED,
+    N_RECORDED,
+    Requests,
+    Run,
+    command,
+    digits_subject,
+    in_one_batch,
+    require_ratios,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +74,10 @@ def test_engines_are_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     require_ratios(*(one["ratio_to_same_engine"] for one in rows.values()),
                    *(one["ratio_to_eager"] for one in rows.values()), figures["exits_same_engine_b8"])
     assert figures["exits_same_engine_b8"] == rows["folded", engine.EXITS]["ratio_to_same_engine"]
+    for name in ("eager", "folded"):
+        row = rows[name, engine.EXITS]
+        saved, ideally = 1 - row["ratio_to_same_engine"], 1 - row["ideal_ratio"]
+        assert row["share_of_ideal"] == figures["share_of_ideal"][name]["8"] == pytest.approx(saved / ideally)
     assert all(sum(counts) == 8 for counts in figures["counts"]["8"])
 
 
@@ -123,10 +140,25 @@ def test_methods_have_rows(run: Run, subject: Subject, monkeypatch: pytest.Monke
     figures = run(paper, "--subjects", "resnet18", "--methods", *methods, "--budgets", 0.05, "--measured", N_MEASURED)
     rows = figures["rows"]
     assert {row["method"] for row in rows} == {*methods} and not any("left_out" in row for row in rows)
+    assert {row["tolerance"] for row in rows} == {0.05}, "no budget follows from what was measured"
     for row in rows:
         assert sum(row["hits"].values()) == pytest.approx(1)
         assert 0 <= row["disagreement"] <= 1 and -1 <= row["accuracy_loss"] <= 1 and 0 < row["flops_ratio"] < 1.5
         require_ratios(*row["cpu_time_ratio"].values(), row["size_ratio"], row["ltma_ratio"])
+
+
+def test_what_is_measured_is_neither_recorded_nor_labelled(subject: Subject, requests: Requests) -> None:
+    shards = [read_shard(shard, [], kept=True) for shard in list_shards(subject.records)]
+    recorded = [KeptRequest.from_bytes(kept).item[BODY] for shard in shards for kept in shard.kept or ()]
+    assert sorted(recorded) == sorted(requests.bodies[:N_RECORDED]), "each once, and no other"
+    assert not {*recorded} & {*requests.bodies[N_RECORDED:]}
+    assert [line.split(",")[0] for line in subject.labels.read_text().splitlines()] == [*requests.ids]
+    assert len(subject.inputs) == len(subject.truth) == N_MEASURED
+
+
+def test_each_network_of_the_paper_is_that_of_a_subject() -> None:
+    source = Path(subjects.__file__).read_text()
+    assert [name for name in PUBLISHED if f'"{name}"' not in source] == []
 
 
 def test_malformed_requests_are_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ def require_three_arms(figures: dict[str, Any]) -> None:
     assert figures["disagreement_without_exits"] == 0 <= figures["disagreement"] <= 1
     for other in ("vs_original", "vs_without_exits"):
         require_ratios(*figures[other]["cpu_time_ratio_by_batch"].values(), figures[other]["flops_ratio"])
+    for name in ("flops_ratio", "cpu_time_ratio", "cpu_time_ratio_by_batch"):
+        assert figures[name] == figures["vs_without_exits"][name], "fields without a baseline in their name keep theirs"
     assert all(figures["worker_cpu_ms_per_request"][arm] > 0 for arm in ARMS)
 
 
