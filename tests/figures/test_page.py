@@ -65,7 +65,8 @@ def corners(path: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("document", QUOTES)
 def test_a_document_quotes_the_page(document: str) -> None:
-    assert misquoted((ROOT / document).read_text(), QUOTES[document], read_results()) == []
+    assert misquoted((ROOT / document).read_text(), QUOTES[document], read_results(),
+                     everywhere=document == README.name) == []
 
 
 RESULTS = {"loop": {"flops_ratio": 0.734, "p50_ms": {"8": 41.27}, "rows": [
@@ -82,6 +83,21 @@ QUOTE = ("It takes {loop[flops_ratio]:.2f} of the FLOPs, {loop[p50_ms][8]:.1f} m
     ("It takes 0.73 of the FLOPs, 41.3 ms, and 1.3 % at 2 %.\n\n[All](docs/benchmarks.md).\n\nPython 3.10.", 0)])
 def test_a_figure_that_no_result_vouches_for_is_found(text: str, wrong: int) -> None:
     assert len(misquoted(text, [QUOTE], RESULTS)) == wrong
+
+
+def test_everywhere_a_paragraph_without_a_link_is_looked_at_too() -> None:
+    text = "It takes 0.73 of the FLOPs,\n41.3 ms, and 1.3 % at 2 %.\n\nExits save 63 %.\n\n```\nshown 9.9\n```\n"
+    [wrong] = misquoted(text, [QUOTE], RESULTS, everywhere=True)
+    assert "63 %" in wrong and misquoted(text, [QUOTE], RESULTS) == []
+
+
+def test_every_network_of_the_paper_that_has_no_result_is_named() -> None:
+    networks = SECTIONS["paper"].parts
+    text = (ROOT / "Makefile").read_text()
+    assert [line.split(":=")[1].split() for line in text.splitlines() if line.startswith("NETWORKS")] == [[*networks]]
+    row = {**ROW, "method": "certified"}
+    missing = page({"paper-vit": {"run": RUN, "rows": [row]}}).partition("## Not measured")[2]
+    assert [name for name in networks if f"- The paper's networks, {name}: `" not in missing] == ["vit"]
 
 
 def test_a_quote_of_no_row_or_of_several_is_refused() -> None:

@@ -38,8 +38,12 @@ class Section:
     about: str
     """What a reader needs to know beside the table."""
     tables: Callable[[Mapping[str, Any]], Iterator[str]] = any_figures
+    parts: tuple[str, ...] = ()
+    """What a result file of its own is due for, NAME-PART.json, if a single file is not enough."""
 
 
+NETWORKS = ("resnet18-full", "resnet50", "resnet56", "efficientnet", "vit", "mobilefacenet", "dlrm", "mask-rcnn")
+"""The networks of the section on the paper's networks, as the command names them."""
 SECTIONS = {
     "demo": Section("The demo", "tests.demo", "Scikit-learn's digits through a real TorchServe. Each part of the "
                     "records shows digits of its own, and what is measured others again. Records that choose and "
@@ -60,7 +64,7 @@ SECTIONS = {
                      "pictures: a certificate that counts each variant as evidence is too optimistic. Rows of a "
                      "network are certified with the same records, so luck with these records helps or hurts all of "
                      "them; [the certificate](#the-certificate) draws records anew and counts how often it is false.",
-                     sections.paper),
+                     sections.paper, NETWORKS),
     "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
                        "layers on one network.", sections.paper),
     "engine": Section("Engines", "tests.benchmarks.engine", "ResNet-50 at 224 px; which rows leave is scripted, 10, 60 "
@@ -140,8 +144,9 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         for result in runs:
             figures = {key: value for key, value in result.items() if key != "run"}
             parts += [told(section, result["run"]), *section.tables(figures)]
-    missing = [f"- {section.title}: `python -m {section.command}`" for name, section in SECTIONS.items()
-               if name not in map(_section, results)]
+    missing = [f"- {section.title}{f', {part}' if part else ''}: `python -m {section.command}`"
+               for name, section in SECTIONS.items() for part in section.parts or ("",)
+               if (f"{name}-{part}" if part else name) not in results]
     if missing:
         parts += ["## Not measured", "There is no result yet of:", "\n".join(missing)]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -6,7 +6,8 @@ figure, and its format, as in `{loop[flops_ratio]:.2f}`. In a list of rows, the 
 of numbers or lines, the path gives the index; a list of lines without an index is quoted whole. The instructions of the
 processor become "with" or "without" those for 8-bit products (`{int8[run][instructions]:8-bit}`) or for bfloat16. If a
 paragraph of such a document links to the page, the paragraph and the table below it may contain no other figures than
-those of quotes. Numbers that are no results must be in the text of a quote.
+those of quotes; in the README, this is true of all paragraphs. Numbers that are no results must be in the text of a
+quote.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ QUOTES: dict[str, tuple[str, ...]] = {
         _row_of_paper("ResNet-18"),
         "{paper-resnet18-full[rows][method=certified][disagreement]:.1 %} of the answers differed where at most 2 % "
         "were certified",
-        "A certificate with 95 % confidence may be false",
+        "A certificate with 95 % confidence may be false", "Python >= 3.10", "TorchServe 0.12", "torch >= 2.9",
+        "early_exit_torchserve-0.2.0-py3-none-any.whl",
         "{loop[told][0]} {loop[told][-1]}"),
     "docs/loop.md": ("{loop[told]}",),
     "docs/engines.md": (
@@ -140,18 +142,20 @@ def _only_row(rows: Sequence[Mapping[str, Any]], step: str) -> Mapping[str, Any]
     return found[0]
 
 
-def misquoted(document: str, quotes: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def misquoted(document: str, quotes: Sequence[str], results: Mapping[str, Mapping[str, Any]], *,
+              everywhere: bool = False) -> list[str]:
     """Return where a document contradicts the results: quotes that it lacks, and figures that are in no quote.
 
     Args:
         document: the text of the document.
         quotes: the quotes that it should contain; the module's docstring explains them.
         results: the contents of the result files by name.
+        everywhere: whether to look for figures in every paragraph, and not only in those that link to the page.
     """
     told = [one_line(_Figures().vformat(quote, (), results)) for quote in quotes]
     text = one_line(document)
     wrong = [f"it does not say: {quote}" for quote in told if quote not in text]
-    for paragraph in paragraphs_with(_LINK, document):
+    for paragraph in paragraphs_with("" if everywhere else _LINK, document):
         rest = one_line(paragraph)
         for quote in told:
             rest = rest.replace(quote, " ")
