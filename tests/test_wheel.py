@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -31,21 +32,33 @@ print(*(module.__file__ for name, module in sys.modules.items() if name.startswi
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel that pip has built from a source distribution."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a source distribution of the files of the repository."""
+    folder = tmp_path_factory.mktemp("sources")
     source = folder / "source"  # building leaves files behind
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "site"))
     subprocess.run([sys.executable, "-c", "import sys, setuptools.build_meta as built; built.build_sdist(sys.argv[1])",
                     folder], cwd=source, check=True, capture_output=True)
-    [sources] = folder.glob("*.tar.gz")
+    [built] = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel that pip has built from the source distribution."""
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
                     folder, sources], check=True, capture_output=True)
     [built] = folder.glob("*.whl")
     return built
+
+
+def test_a_source_distribution_has_the_code_and_what_users_read_but_no_tests(sources: Path) -> None:
+    with tarfile.open(sources) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "LICENSE", "pyproject.toml"} <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert {*PACKAGES} <= folders and not folders & {"tests", "docs"}, "tests do not work without all their files"
 
 
 def test_a_wheel_has_every_module_the_page_and_the_type_markers(wheel: Path) -> None:
