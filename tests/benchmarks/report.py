@@ -73,7 +73,7 @@ def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: what else the figures depend on, such as the options of the command.
     """
     return {
-        "commit": _commit(),
+        "commit": commit_of_code(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": _of_processor("model name") or platform.processor() or platform.machine(),
         "instructions": [name for name in _INSTRUCTIONS if name in _of_processor("flags", "Features").split()],
@@ -87,7 +87,7 @@ def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit_of_code() -> str | None:
     """Return the commit of the code, with a plus if there are other files or changes. Results and pages are no code."""
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)

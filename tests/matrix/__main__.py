@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
+from tests.benchmarks.report import commit_of_code
 from tests.support.documents import ROOT
 
 RESULTS = ROOT / "docs" / "versions.json"
@@ -55,6 +56,10 @@ class Run:
     handler: Outcome | None = None
     round_trip: Outcome | None = None
     seconds: int = 0
+    date: str | None = None
+    """The day of the run; None if it was not noted."""
+    commit: str | None = None
+    """The commit of the code, with a plus if there were other changes; None if it is not known."""
     not_tried: str | None = None
     """Why there are no results."""
 
@@ -69,12 +74,12 @@ def main() -> None:
             known[python, wanted] = {"wanted": wanted, **asdict(run)}
             print(json.dumps(known[python, wanted]), flush=True)
             runs = sorted(known.values(), key=lambda one: (PYTHONS.index(one["python"]), one["wanted"] == NEWEST))
-            RESULTS.write_text(json.dumps({"date": date.today().isoformat(), "runs": runs}, indent=1) + "\n")
+            RESULTS.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 def tried(uv: str, python: str, wanted: str) -> Run:
     """Make an environment, run the tests in it, and delete it."""
-    started = time.monotonic()
+    started, began, commit = time.monotonic(), date.today().isoformat(), commit_of_code()
     with tempfile.TemporaryDirectory(prefix="matrix-") as scratch:
         folder = Path(scratch)
         interpreter = folder / "env" / "bin" / "python"
@@ -89,7 +94,7 @@ def tried(uv: str, python: str, wanted: str) -> Run:
         handler = outcome(interpreter, ["tests/handler"], folder)
         round_trip = outcome(interpreter, ROUND_TRIPS, folder)
         return Run(python, versions["torch"], versions["torchvision"], handler, round_trip,
-                   round(time.monotonic() - started))
+                   round(time.monotonic() - started), began, commit)
 
 
 def installation(uv: str, python: str, wanted: str, folder: Path) -> Iterator[tuple[list[str], str]]:

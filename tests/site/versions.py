@@ -18,7 +18,7 @@ exits answer. What does not work is not admitted by `pyproject.toml`.
 
 {results}
 
-The last run was on {date}. {not_tried}
+{not_tried}
 """
 
 
@@ -27,11 +27,11 @@ def versions_page() -> str:
     results = json.loads(RESULTS.read_text())
     runs = [run for run in results["runs"] if run["torch"]]
     return VERSIONS.format(
-        date=results["date"], not_tried=not_tried(results["runs"]),
+        not_tried=not_tried(results["runs"]),
         results="There are no results yet." if not runs else table(
-            ("Python", "torch", "torchvision", "the handler's tests", "serving round trips"),
-            ((run["python"], f"{run['torch']} ({run['wanted']})", run["torchvision"],
-              in_words(run["handler"]), in_words(run["round_trip"])) for run in runs)))
+            ("Python", "torch", "torchvision", "the handler's tests", "serving round trips", "date", "commit"),
+            ((run["python"], f"{run['torch']} ({run['wanted']})", run["torchvision"], in_words(run["handler"]),
+              in_words(run["round_trip"]), run["date"] or "not noted", run["commit"] or "not noted") for run in runs)))
 
 
 def in_words(outcome: dict[str, Any]) -> str:
