@@ -15,14 +15,14 @@ was answered, it looks again (3), and continues if
 
 - its own registration still exists,
 - the default is the one of look 1, or its own, and
-- among the other rolls' versions that are registered beside the default, none has a higher ticket than its own, or the
-  same ticket and a higher nonce.
+- no other roll whose version is registered beside the default comes before it: none has a higher ticket, or the same
+  ticket and a higher nonce.
 
 Then it makes its version the default (4), within `SWITCH_S` of the beginning of look 3; if too little of that time is
-left, it looks again instead. A roll that may not continue takes its version back. A first version, which is the default
-and cannot be taken back while others exist, waits until the rival that comes before it has become the default or is
-gone. Once the old version is removed, the roll looks a last time, and reports success only if the default is its own
-registration.
+left, it looks again instead. A roll that may not continue takes its version back. A roll whose version is the model's
+first cannot take it back while other versions exist, because it is the default. It waits until the rival that comes
+before it has become the default or is gone. Once the old version is removed, the roll looks a last time, and reports
+success only if the default is its own registration.
 
 **Assumptions.** Clocks need not agree, but no clock runs faster than another by more than the factor `SETTLE_S` /
 `SWITCH_S`. A switch takes effect before it is answered, and within `SWITCH_S` of the beginning of the look before it.
@@ -202,8 +202,8 @@ class Candidate:
     def _own(self, versions: Sequence[VersionStatus]) -> VersionStatus:
         own = self._find(versions)
         if own is None:
-            raise ServerError(f"{self._model} {self._version} is not registered by this roll (any more): did someone "
-                              "else roll, or was the server restarted?")
+            raise ServerError(f"{self._model} {self._version} is no longer registered by this roll: did someone else "
+                              "roll, or was the server restarted?")
         self._has_been_default |= own.is_default
         return own
 

@@ -27,7 +27,7 @@ from early_exit.handler.protocol import FULL, FULL_NAME
 class Assembly(nn.Module):
     """Everything that an executor needs to run batches, on the device of the backbone.
 
-    It is a module so that its weights move with the model that holds it; it is not called itself.
+    It is a module only so that its weights move with the model that holds it. Nobody calls it.
     """
 
     def __init__(self, backbone: Backbone, plan: ExitPlan | None = None, heads: Mapping[str, Head] | None = None,
@@ -43,7 +43,7 @@ class Assembly(nn.Module):
                 exit.
 
         Raises:
-            PlanError: the plan's heads and certificate are about another engine.
+            PlanError: the plan was made for another engine.
             ConfigError: the backbone is that of a detector, which the engine does not execute.
         """
         super().__init__()
@@ -95,7 +95,7 @@ class Assembly(nn.Module):
         Values that are not finite become NaN, and values that are too large for float16 become infinity.
         """
         def record(stage: int, activation: Tensor) -> Tensor:
-            with without_autocast(activation.device):  # as in the heads, which learn from the records
+            with without_autocast(activation.device):  # heads are trained on the records and run without it, too
                 read = read_and_pool(activation, self._reads[stage], lambda x: pool_activation(x, pool))
             return torch.add(read, read, alpha=0).half().cpu()  # 0 times a value that is not finite is NaN
 

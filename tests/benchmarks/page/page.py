@@ -68,48 +68,50 @@ SECTIONS = {
     "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
                        "layers on one network.", sections.paper),
     "engine": Section("Engines", "tests.benchmarks.engine", "ResNet-50 at 224 px; which rows leave is scripted, 10, 60 "
-                      "and 12 % after layers 1 to 3, and their numbers vary from batch to batch. The ideal pays for "
-                      "nothing but the stages up to a row's exit, at the speed of full batches.", sections.engine),
+                      "and 12 % after layers 1 to 3, and their numbers vary from batch to batch. The ideal is "
+                      "the cost of the stages up to each row's exit, at the speed of full batches.", sections.engine),
     "overhead": Section("Overhead and recording", "tests.benchmarks.overhead", "Recording is timed over whole shards, "
                         "until they are written.", sections.overhead),
     "answers": Section("When answers leave", "tests.benchmarks.answers", "(a) ResNet-50 at 224 px with scripted "
                        "exits, (b) ResNet-18 (width 32) with a certified plan, through TorchServe. `plain` is ours "
                        "without exits.", sections.answers),
-    "certify": Section("The certificate", "tests.benchmarks.certify", "How often the loss of a rule exceeds the budget "
-                       "for which the rule chose its thresholds. Each of n splits draws the requests with which a rule "
-                       "chooses from a pool of 5,000; its loss is then that on the whole pool. The broken share is the "
-                       "share of the splits whose loss exceeds the budget, with its exact 95 % interval. The first "
-                       "table shows the worst network and budget of each rule. The promise is the loss that a rule "
-                       "bounds, and the columns mean and worst are over the splits."),
-    "dependence": Section("Requests that are alike", "tests.benchmarks.dependence", "How often the certificate is "
-                          "false where requests depend on each other. From each kind of traffic records are drawn "
-                          "again and again; each time a plan is chosen and certified at 2 % with 95 % confidence. It "
-                          "is refused if nothing is certified or fewer than 5 % leave, and broken if more than 2 % of "
-                          "the requests, or of the new contents, that could follow are answered differently. The "
-                          "monitor watches the plans that hold, so that each of its alarms is a false alarm. A low end "
-                          "is that of the 95 % interval of the share before it. The saving is that of FLOPs; beside it "
-                          "stands the saving of the rule for independent requests. Traffic that may be refused has too "
-                          "few blocks of its own to certify anything."),
-    "drift": Section("Drift", "tests.benchmarks.drift", "How soon the monitor raises an alarm, and how often a false "
-                     "one. Streams of shadow samples are drawn from answered requests, clean ones at first and then "
-                     "drifted ones. The strength is the radius of a blur in pixels, the standard deviation of noise, "
-                     "or the share by which contrast falls. Medians are over the streams; steps are fallback levels. "
-                     "Disagreement by step is that of the drifted traffic at each fallback level. *Mixed* traffic has "
-                     "just so many drifted requests that the disagreement is three times the tolerance."),
-    "recovery": Section("Recovery", "tests.benchmarks.recovery", "From a drift to a new certified plan, on a server "
-                        "with its watcher. Every run is listed, also those that did not end with a new plan. Where "
-                        "the first plan stays within the tolerance on drifted traffic, no alarm is due. Disagreement "
-                        "by step is that of the drifted traffic at each fallback level; n and k of the new plan are "
-                        "the records that certify it, and how many of them differed."),
-    "search": Section("The search for heads", "tests.benchmarks.search", "The time of a search, what is lost when it "
-                      "is killed halfway and started again, and the largest memory of a training on many records, in "
-                      "MB. Trials that are clearly worse than others are stopped early."),
+    "certify": Section("The certificate", "tests.benchmarks.certify", "The section counts how often the loss of a "
+                       "rule exceeds the budget for which the rule chose its thresholds. Each of n splits draws the "
+                       "requests with which a rule chooses from a pool of 5,000; its loss is then that on the whole "
+                       "pool. The broken share is the share of the splits whose loss exceeds the budget, with its "
+                       "exact 95 % interval. The first table shows the worst network and budget of each rule. The "
+                       "promise is the loss that a rule bounds, and the columns mean and worst are over the splits."),
+    "dependence": Section("Requests that are alike", "tests.benchmarks.dependence", "The section counts how often the "
+                          "certificate is false where requests depend on each other. From each kind of traffic "
+                          "records are drawn again and again; each time a plan is chosen and certified at 2 % with 95 "
+                          "% confidence. It is refused if nothing is certified or fewer than 5 % leave, and broken if "
+                          "more than 2 % of the requests, or of the new contents, that could follow are answered "
+                          "differently. The monitor watches the plans that hold, so that each of its alarms is a "
+                          "false alarm. A low end is that of the 95 % interval of the share before it. The saving is "
+                          "that of FLOPs; beside it stands the saving of the rule for independent requests. Traffic "
+                          "that may be refused has too few blocks of its own to certify anything."),
+    "drift": Section("Drift", "tests.benchmarks.drift", "The section tells how soon the monitor raises an alarm, and "
+                     "how often a false one. Streams of shadow samples are drawn from answered requests, clean ones "
+                     "at first and then drifted ones. The strength is the radius of a blur in pixels, the standard "
+                     "deviation of noise, or the share by which contrast falls. Medians are over the streams; steps "
+                     "are fallback levels. Disagreement by step is that of the drifted traffic at each fallback "
+                     "level. *Mixed* traffic has just so many drifted requests that the disagreement is three times "
+                     "the tolerance."),
+    "recovery": Section("Recovery", "tests.benchmarks.recovery", "The runs go from a drift to a new certified plan, "
+                        "on a server with its watcher. Every run is listed, also those that did not end with a new "
+                        "plan. Where the first plan stays within the tolerance on drifted traffic, no alarm is due. "
+                        "Disagreement by step is that of the drifted traffic at each fallback level; n and k of the "
+                        "new plan are the records that certify it, and how many of them differed."),
+    "search": Section("The search for heads", "tests.benchmarks.search", "The figures are the time of a search, what "
+                      "is lost when it is killed halfway and started again, and the largest memory of a training on "
+                      "many records, in MB. Trials that are clearly worse than others are stopped early."),
     "roll": Section("Rolls", "tests.benchmarks.roll", "Versions are rolled in and back under load."),
     "coverage": Section("Models", "tests.benchmarks.coverage", "Classifiers that go through the project with no code."),
     "habits": Section("Handlers", "tests.benchmarks.habits", "What clients notice of a repackaged handler."),
     "fuzz": Section("Malformed requests", "tests.benchmarks.fuzz", "Good requests among malformed ones: how many were "
                     "answered wrongly, by kind and status, and how much the memory of the worker grew, in MB."),
-    "gpu": Section("GPU", "tests.benchmarks.gpu", "ResNets at 224 px against the plain backbone in CUDA graphs."),
+    "gpu": Section("GPU", "tests.benchmarks.gpu", "ResNets at 224 px are compared with the plain backbone in CUDA "
+                   "graphs."),
 }
 """Keys are the names of result files. One benchmark may have several files, NAME-PART.json."""
 
