@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -21,23 +22,60 @@ MESSAGES = """<!-- Written by `make docs` from the code: change the code, not th
 # Error messages
 
 These are the errors of the commands, of the workers and of the WebSocket. `…` stands for a name, a path, a number or
-the text of another error. [Troubleshooting](troubleshooting.md) explains those that come up most often, and what to do.
+the text of another error. Where a message does not say what to do, [troubleshooting](troubleshooting.md) does.
 A wrong use of an option is reported together with the options of the command.
 
 {sections}
 """
 
 
+ACTIONS = ("archive", "build", "call", "choose", "collect", "create", "delete", "export", "give", "install", "keep",
+           "label", "leave", "let", "make", "move", "name", "pass", "put", "quantize", "record", "remove", "repackage",
+           "roll", "run", "save", "scale", "see", "set", "stop", "train", "use")
+"""The verbs with which a message tells its reader to do something."""
+_INSTRUCTION = re.compile(rf"[:;.?] (?:if [^:;.,]*, )?(?:{'|'.join(ACTIONS)})\b(?! (?:is|are|has|of|was|were)\b)",
+                          re.IGNORECASE)
+_ENTRY = re.compile(r"^((?:`.+`\n)+):   ", re.MULTILINE)
+"""The messages that one entry of the page on troubleshooting explains, each in a line of its own."""
+
+
 def messages_page() -> str:
     """Return the page about error messages."""
-    trees = [ast.parse(file.read_text()) for file in sources()]
-    found = sorted({(kind, text) for tree in trees for kind, text in messages_in(tree) if has_words(text)})
     sections = []
     for name, meaning in sorted(kinds().items()):
-        lines = [f"- `{text}`" for own, text in found if own == name]
+        lines = [f"- `{text}`" for own, text in messages() if own == name]
         if lines:
             sections.append("\n\n".join([f"## {name}", meaning, "\n".join(lines)]))
     return MESSAGES.format(sections="\n\n".join(sections))
+
+
+@cache
+def messages() -> list[tuple[str, str]]:
+    """Return the errors that users may see: the kind, and the text with `SOMETHING` in place of filled-in values."""
+    trees = [ast.parse(file.read_text()) for file in sources()]
+    return sorted({(kind, text) for tree in trees for kind, text in messages_in(tree) if has_words(text)})
+
+
+def instructs(text: str) -> bool:
+    """Return whether a message itself says what to do: one of its sentences or clauses begins with a verb of `ACTIONS`.
+
+    A clause begins after a colon, a semicolon, a full stop or a question mark. A condition may come first.
+
+    >>> instructs("no records at x: record first"), instructs("cannot read x: record is damaged")
+    (True, False)
+    """
+    return bool(_INSTRUCTION.search(text))
+
+
+def explained(troubleshooting: str) -> list[str]:
+    """Return the messages, or parts of messages, that a page on troubleshooting explains."""
+    return [line.strip("`") for lines in _ENTRY.findall(troubleshooting) for line in lines.splitlines()]
+
+
+def without_advice(troubleshooting: str) -> list[str]:
+    """Return the messages that neither say what to do nor are explained on a page on troubleshooting."""
+    parts = explained(troubleshooting)
+    return [text for _, text in messages() if not instructs(text) and not any(part in text for part in parts)]
 
 
 def sources() -> list[Path]:
