@@ -47,6 +47,13 @@ def test_the_area_of_the_river_is_the_work_that_is_done() -> None:
     assert area / (right - left) / (bottom - top) == pytest.approx(spent, abs=1e-3)
 
 
+def test_no_label_of_the_river_begins_left_of_the_picture() -> None:
+    drawn = ElementTree.fromstring(river([{"layer": "relu", "cost": 0.003, "share": 0.4},
+                                          {"layer": "full", "cost": 1.0, "share": 0.6}], "at the left edge"))
+    labels = [one for one in drawn.iter("{http://www.w3.org/2000/svg}text") if one.text == "relu"]
+    assert [(one.get("text-anchor"), one.get("x")) for one in labels] == [("start", "20")]
+
+
 def corners(path: str) -> list[tuple[float, float]]:
     """Return the end points of the lines and curves of a path.
 

@@ -62,7 +62,7 @@ def river(exits: Sequence[Mapping[str, Any]], title: str) -> str:
         else:
             path += f"H{x - bend:.1f}C{x},{above} {x},{below} {x + bend:.1f},{below}"
             leaving.append(f'<path d="M{x},{above}V{surface + 8 + 34 * row}" stroke="#94a3b8" stroke-dasharray="2 3"/>')
-        anchor, at = ("end", _WIDTH - _RIGHT) if is_last else ("middle", x)
+        anchor, at = ("end", _WIDTH - _RIGHT) if is_last else ("middle", x) if x > _APART / 2 else ("start", _LEFT)
         name = "whole model" if is_last else one["layer"]
         labels.append(f'<text x="{at}" y="{surface + 22 + 34 * row}" text-anchor="{anchor}">{escape(name)}'
                       f'<tspan class="quiet" x="{at}" dy="15">{100 * one["share"]:.0f} % after '
