@@ -68,8 +68,8 @@ def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callabl
         if serves != report.version:
             return f"{server} now serves {serves}, which somebody else has brought in, and keeps it"
         roll(server, store / report.replaced_archive, log=log, **{
-            **limits, "name": report.model, "settings": report.replaced_settings, "request": None, "untried": True,
-            "longest_batch_s": report.longest_batch_s})
+            **limits, "name": report.model, "replaces": report.version, "settings": report.replaced_settings,
+            "request": None, "untried": True, "longest_batch_s": report.longest_batch_s})
     except EarlyExitError as error:
         return f"{server} keeps {report.version}: {error}"
     return f"{server} was put back to {report.replaced}"

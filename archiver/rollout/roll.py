@@ -52,9 +52,10 @@ class RollReport:
 
 
 def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequence[VersionStatus] | None = None,
-         settings: RunSettings | None = None, request: SampleRequest | None = None, untried: bool = False,
-         ready_limit_s: float = 300.0, drain_limit_s: float = 300.0, longest_batch_s: float | None = None,
-         clock: Clock = MACHINE_CLOCK, log: Callable[[str], None] = lambda line: None) -> RollReport:
+         replaces: str | None = None, settings: RunSettings | None = None, request: SampleRequest | None = None,
+         untried: bool = False, ready_limit_s: float = 300.0, drain_limit_s: float = 300.0,
+         longest_batch_s: float | None = None, clock: Clock = MACHINE_CLOCK,
+         log: Callable[[str], None] = lambda line: None) -> RollReport:
     """Replace the served version of a model by the one in an archive that `ee-archive` or torch-model-archiver made.
 
     Args:
@@ -63,6 +64,7 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
         name: the name of the model on the server; by default the name in the archive.
         found: the versions that were registered when the roll began; by default those that are registered now. The roll
             fails if another version has become the default since.
+        replaces: the version that must be the default when the roll begins; by default any version may be.
         settings: the settings that the new version's configuration leaves open; by default those of the old version.
         request: a request that the new version must answer before it gets any traffic; by default
             the archive's sample request.
@@ -88,8 +90,11 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
     if found is not None and default_of(found) != default_of(registered):
         raise ServerError(f"another version of {model} has become the default since this roll began: did someone else "
                           "roll?")
-    candidate = Candidate(server, model, version, registered if found is None else found, clock)
     old = next((status for status in registered if status.is_default), None)
+    if replaces is not None and (old is None or old.version != replaces):
+        raise ServerError(f"{version} is to replace {model} {replaces}, so that must be the default, but "
+                          f"{old.version if old else 'no version'} is: did someone else roll?")
+    candidate = Candidate(server, model, version, registered if found is None else found, clock)
     old_archive = _archive_of(old, mar.parent)
     trial = TryOut(mar, archive, old_archive, request)
     if not untried:

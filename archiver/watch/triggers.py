@@ -20,6 +20,8 @@ LOST_STATE = "lost state"
 """The reason to renew a plan if a worker could not read its monitor's state, which may have held an alarm."""
 ATTEMPT, KEPT, ROLLING = "attempt", "kept", "rolling"
 CLOCK = "clock set back"
+ALARM_CAME = "an alarm came meanwhile"
+OTHER_CAME = "another version was brought in meanwhile"
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,20 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
     if new.expected_cost >= current_cost:
         return False, f"on the new records it costs {new.expected_cost:.3f}, and the current plan {current_cost:.3f}"
     return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current_cost:.3f} on the new records"
+
+
+def came_meanwhile(now: ModelStatus, replaces: str, newest_record: float) -> str | None:
+    """Return why a plan is not rolled in although it is better; None if nothing has changed since its training began.
+
+    Args:
+        now: the model now.
+        replaces: the version that the plan was made for. If another one serves, the operator has brought it in, perhaps
+            with another backbone, and the plan must not replace it.
+        newest_record: the Unix time of the newest record of the training. A later alarm makes its certificate void.
+    """
+    if now.version != replaces:
+        return OTHER_CAME
+    return ALARM_CAME if now.has_alarm_after(newest_record) else None
 
 
 def summary(plan: ExitPlan | None) -> dict[str, Any] | None:

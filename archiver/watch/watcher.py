@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from early_exit.archiver.audit import Event
@@ -17,15 +15,18 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.retiring import require_known_batch
 from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name, too_little_room
+from early_exit.archiver.watch.retraining import train_anew
 from early_exit.archiver.watch.served import remove_version, replace_version, require_agreement
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.trial import failure, has_passed, require_watched, why_unwatched
 from early_exit.archiver.watch.triggers import (
+    ALARM_CAME,
     ATTEMPT,
     CLOCK,
     KEPT,
     ROLLING,
     Trigger,
+    came_meanwhile,
     fired,
     is_better,
     newest_mark,
@@ -35,21 +36,16 @@ from early_exit.archiver.watch.triggers import (
 )
 from early_exit.archiver.watch.versions import next_version, stored_versions
 from early_exit.archiver.watch.watched import Watched
-from early_exit.handler.archive_layout import ArchiveLayout, extract
 from early_exit.handler.errors import EarlyExitError, RecordError
-from early_exit.handler.exits.plan import ExitPlan, build_heads, load_plan
+from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.files.names import bare_name
 from early_exit.training.data.sources import each_once
 from early_exit.training.paths import RunPaths
-from early_exit.training.pipeline import train
-from early_exit.training.planning.reassess import cost_on_run
 
 _TRIES = 3
 ROLLED, ROLL_FAILED, GIVEN_UP = "rolled", "roll failed", "given up"
 ACCEPTED, TAKING_BACK, ROLLED_BACK = "accepted", "taking back", "rolled back"
 TROUBLE = "trouble"
-ALARM_CAME = "an alarm came meanwhile"
-"""Why a plan is not rolled in although it is better: it was certified on records from before the alarm."""
 
 
 class Watcher:
@@ -129,7 +125,7 @@ class Watcher:
             self._roll(self._note_roll(pending))
         elif (attempt := self._attempt(status)) is not None:
             require_watched(status)
-            require_agreement(self._watched, status)
+            require_agreement(self._watched, status.version)
             for server in self._watched.servers:  # checked before the training, which takes minutes
                 require_known_batch(server, self._watched.longest_batch_s)
             self._renew(status, attempt)
@@ -174,9 +170,9 @@ class Watcher:
         if event is None or event["event"] in (ROLLED, GIVEN_UP):
             return None
         attempt = self._audit.latest(ATTEMPT)
-        is_late = attempt is not None and status.has_alarm_after(attempt["newest_record"])
-        if is_late or event["replaces"] != status.version or event["tries"] >= _TRIES:
-            self._give_up(event, **({"why": ALARM_CAME} if is_late else {}))
+        obsolete = came_meanwhile(status, event["replaces"], attempt["newest_record"] if attempt else math.inf)
+        if obsolete or event["tries"] >= _TRIES:
+            self._give_up(event, **({"why": obsolete} if obsolete else {}))
             return None
         for server in self._watched.servers:  # the earlier try may have left the version there
             remove_version(self._watched, server, event["version"])
@@ -230,8 +226,9 @@ class Watcher:
         mar = build_archive(ArchiveRequest(str(status.archive), self._watched.store, plan=run.plan, version=version),
                             self._log)
         try:
-            is_late = self.look().has_alarm_after(attempt["newest_record"])  # training and packing take minutes
-            facts = None if is_late else self._note_roll(
+            # Training and packing take minutes.
+            obsolete = came_meanwhile(self.look(), status.version, attempt["newest_record"])
+            facts = None if obsolete else self._note_roll(
                 {"version": version, "archive": mar.name, "replaces": status.version,
                  "replaced_archive": status.archive.name, "tries": 0, **evidence})
         except (OSError, EarlyExitError):  # without the note, the archive would belong to no roll
@@ -239,24 +236,12 @@ class Watcher:
             raise
         if facts is None:
             mar.unlink(missing_ok=True)
-            self._note(KEPT, version=status.version, **{**evidence, "why": ALARM_CAME})
+            self._note(KEPT, version=status.version, **{**evidence, "why": obsolete})
             return
         self._roll(facts)
 
     def _train(self, status: ModelStatus, certify_after: float, run: RunPaths) -> tuple[ExitPlan, float | None]:
-        """Train a new plan; return it, and the cost of the current one on the same records."""
-        with tempfile.TemporaryDirectory() as scratch:
-            layout = ArchiveLayout(Path(scratch))
-            extract(status.archive, layout.root)
-            options = replace(self._watched.options(layout), fresh_after=certify_after)
-            train(status.model, layout, list(status.shards), options, run, mar=status.archive,
-                  labels=self._watched.labels, log=self._log)
-            current_cost = None
-            if layout.plan.exists():
-                current, tensors = load_plan(layout.plan)
-                heads = build_heads(current, tensors, status.backbone)
-                current_cost = cost_on_run(current, heads, run, status.backbone, options)
-        return load_plan(run.plan)[0], current_cost
+        return train_anew(self._watched, status, certify_after, run, self._log)
 
     def _note_roll(self, decision: Event) -> Event:
         """Note that a version is being rolled in, for the first time or again; return the facts about the roll."""
@@ -268,8 +253,9 @@ class Watcher:
 
     def _roll(self, facts: Event) -> None:
         try:
+            require_agreement(self._watched, facts["replaces"])
             roll_all(self._watched.servers, self._watched.store / facts["archive"], put_back=True,
-                     longest_batch_s=self._watched.longest_batch_s, log=self._log)
+                     replaces=facts["replaces"], longest_batch_s=self._watched.longest_batch_s, log=self._log)
         except EarlyExitError as error:
             self._note(ROLL_FAILED, **facts, error=str(error))
             if facts["tries"] >= _TRIES:
