@@ -9,6 +9,7 @@ from typing import Any
 
 from early_exit.archiver.control import ModelServer, VersionStatus
 from early_exit.archiver.packaging.registered import registered_archive
+from early_exit.archiver.rollout.rivals import SWITCH_S
 from early_exit.archiver.rollout.roll import RollReport, roll
 from early_exit.handler.errors import EarlyExitError, ServerError
 
@@ -49,6 +50,19 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, name: str | None = No
             outcomes = [_put_back(rolled, report, mar.parent, log, limits) for rolled, report in reversed(done)]
             raise ServerError("\n".join([f"{server}: {error}", *outcomes])) from error
     return [report for _, report in done]
+
+
+def switch_back(server: ModelServer, model: str, to: str) -> bool:
+    """Make a version that has served before the default again, without another trial.
+
+    Returns:
+        Whether that was possible: the version is still registered, and its workers are ready.
+    """
+    older = next((status for status in server.versions(model) if status.version == to), None)
+    if older is None or older.n_ready < max(1, older.n_workers):
+        return False
+    server.set_default(model, to, limit_s=SWITCH_S)
+    return True
 
 
 def _versions(server: ModelServer, model: str) -> list[VersionStatus] | None:

@@ -16,7 +16,7 @@ from early_exit.archiver.rollout.fleet import roll_all
 from early_exit.archiver.rollout.retiring import require_known_batch
 from early_exit.archiver.watch.left_over import limit_records, remove_left_over, run_name, too_little_room
 from early_exit.archiver.watch.retraining import train_anew
-from early_exit.archiver.watch.served import remove_version, replace_version, require_agreement
+from early_exit.archiver.watch.served import finish_roll, remove_version, require_agreement, take_back
 from early_exit.archiver.watch.status import ModelStatus, look
 from early_exit.archiver.watch.trial import failure, has_passed, require_watched, why_unwatched
 from early_exit.archiver.watch.triggers import (
@@ -118,8 +118,6 @@ class Watcher:
         if (begun := self._taken_back_in_part()) is not None:
             self._take_back(begun)
         elif (trial := self.on_trial(status)) is not None:
-            if trial["event"] == ROLLING:
-                self._finish(trial)
             self._judge(status, trial)
         elif (pending := self._pending(status)) is not None:
             self._roll(self._note_roll(pending))
@@ -139,7 +137,7 @@ class Watcher:
 
     def _finish(self, trial: Event) -> None:
         """Complete a roll that was interrupted after the first switch."""
-        replace_version(self._watched, trial["replaces"], trial["version"], trial["archive"], self._log)
+        finish_roll(self._watched, trial["replaces"], trial["version"], trial["archive"], self._log)
         self._note(ROLLED, **{key: value for key, value in trial.items() if key not in ("time", "event")})
 
     def _taken_back_in_part(self) -> Event | None:
@@ -148,11 +146,15 @@ class Watcher:
         return event if event is not None and event["event"] == TAKING_BACK else None
 
     def _take_back(self, begun: Event) -> None:
-        replace_version(self._watched, begun["version"], begun["to"], begun["archive"], self._log)
+        take_back(self._watched, begun["version"], begun["to"], begun["archive"], self._log)
         self._note(ROLLED_BACK, version=begun["version"], version_now=begun["to"])
 
     def _judge(self, status: ModelStatus, trial: Event) -> None:
-        """Accept a new version, take it back, or let its trial continue."""
+        """Accept a new version, take it back, or let its trial continue.
+
+        A roll that was interrupted is finished first, but not before an alarm: what keeps it from being finished, such
+        as an old version that still gets requests, must not keep a bad version in service.
+        """
         evidence = {"version": status.version, "samples": status.n_watched,
                     "plan": status.plan.digest() if status.plan else None}
         if (why := failure(status)) is not None:
@@ -161,13 +163,16 @@ class Watcher:
                      "archive": trial["replaced_archive"]}
             self._note(TAKING_BACK, **begun)
             self._take_back(begun)
-        elif has_passed(status, self._watched.trial_samples):
+            return
+        if trial["event"] == ROLLING:
+            self._finish(trial)
+        if has_passed(status, self._watched.trial_samples):
             self._note(ACCEPTED, **evidence, tested=status.n_tested)
 
     def _pending(self, status: ModelStatus) -> Event | None:
         """Return a roll that failed or was interrupted before the switch, if it gets another try; else, give it up."""
-        event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED, GIVEN_UP)
-        if event is None or event["event"] in (ROLLED, GIVEN_UP):
+        event = self._audit.latest(ROLLING, ROLLED, ROLL_FAILED, GIVEN_UP, ROLLED_BACK)
+        if event is None or event["event"] not in (ROLLING, ROLL_FAILED):
             return None
         attempt = self._audit.latest(ATTEMPT)
         obsolete = came_meanwhile(status, event["replaces"], attempt["newest_record"] if attempt else math.inf)

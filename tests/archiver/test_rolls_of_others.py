@@ -1,4 +1,4 @@
-"""What an operator rolls in while `ee-watch` trains, packs or takes back is not replaced by what was made before."""
+"""What an operator rolls in while `ee-watch` trains, packs or finishes a roll is not replaced by an earlier plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from early_exit.archiver.control import RunSettings
 from early_exit.archiver.rollout.roll import roll
-from early_exit.archiver.watch.served import replace_version
+from early_exit.archiver.watch.served import finish_roll
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.handler.errors import EarlyExitError, ServerError
 from early_exit.training.paths import RunPaths
@@ -82,7 +82,7 @@ def test_a_roll_replaces_only_the_version_that_it_is_meant_to_replace(servers: l
     assert (servers[0].default, servers[0].calls) == ("2.0", [])
 
 
-def test_what_the_operator_rolls_in_while_a_version_is_taken_back_stays(
+def test_what_the_operator_rolls_in_while_a_roll_is_finished_stays(
         servers: list[ServerInMemory], tmp_path: Path) -> None:
     server = servers[0]
     plain_mar(server.store, "3.0")
@@ -96,5 +96,5 @@ def test_what_the_operator_rolls_in_while_a_version_is_taken_back_stays(
 
     server.unregister = meanwhile  # type: ignore[method-assign]
     with watching_servers([server], tmp_path / "state") as watcher, pytest.raises(EarlyExitError, match=r"but 5\.0 is"):
-        replace_version(watcher._watched, "2.0", "3.0", "digits-3.0.mar", log=lambda line: None)
+        finish_roll(watcher._watched, "2.0", "3.0", "digits-3.0.mar", log=lambda line: None)
     assert list(server.registered) == ["5.0"]
