@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--as", dest="name", metavar="NAME",
                         help="the name of the model on the server, where it differs from the name in the archive")
     parser.add_argument("--put-back", action="store_true",
-                        help="if a server fails, put the previous version back on the servers that were rolled already")
+                        help="if a server fails, put the previous version back on all servers that have the new one")
     parser.add_argument("--request", type=Path, metavar="FILE",
                         help="the body of a request that the new version must answer first; by default the sample "
                              "request of its archive")

@@ -1,4 +1,4 @@
-"""Rolls several servers of one model, one at a time, and puts the old version back on all of them if one fails."""
+"""Rolls servers of one model, one at a time, and puts the old version back on all of them if one fails."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from early_exit.archiver.control import ModelServer, VersionStatus
 from early_exit.archiver.packaging.registered import registered_archive
+from early_exit.archiver.rollout.retiring import retire
 from early_exit.archiver.rollout.rivals import SWITCH_S
-from early_exit.archiver.rollout.roll import RollReport, roll
+from early_exit.archiver.rollout.roll import RollReport, SwitchedError, roll
 from early_exit.handler.errors import EarlyExitError, ServerError
 
 
@@ -25,8 +26,8 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, name: str | None = No
         servers: the servers, each with the archive in its model store.
         mar: the archive.
         name: the name of the model on the servers; by default the name in the archive.
-        put_back: whether to roll the previous version into the servers that have the new one, if a server fails. The
-            previous archive must be in the folder of the new one.
+        put_back: whether to put the previous version back on all servers that have the new one, if a server fails, that
+            server included. The previous archive must be in the folder of the new one.
         log: receives a line for each step.
         limits: keyword arguments of `roll`.
 
@@ -42,6 +43,8 @@ def roll_all(servers: Sequence[ModelServer], mar: Path, *, name: str | None = No
         try:
             done.append((server, roll(server, mar, name=model, found=found[number - 1], log=log, **limits)))
         except EarlyExitError as error:
+            if put_back and isinstance(error, SwitchedError):
+                done.append((server, error.report))
             if not done:
                 raise
             if not put_back:
@@ -74,16 +77,21 @@ def _versions(server: ModelServer, model: str) -> list[VersionStatus] | None:
 
 def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callable[[str], None],
               limits: dict[str, Any]) -> str:
-    """Roll the previous version into a server again, with its old settings; return a sentence about the outcome."""
-    if report.replaced_archive is None:
-        return f"{server} served no {report.model} before, so it keeps {report.version}"
+    """Bring the version from before a roll into service again; return a sentence about the outcome."""
+    model, version, old = report.model, report.version, report.replaced
+    if old is None or report.replaced_archive is None:
+        return f"{server} served no {model} before, so it keeps {version}"
     try:
-        serves = next((status.version for status in server.versions(report.model) if status.is_default), None)
-        if serves != report.version:
-            return f"{server} now serves {serves}, which somebody else has brought in, and keeps it"
-        roll(server, store / report.replaced_archive, log=log, **{
-            **limits, "name": report.model, "replaces": report.version, "settings": report.replaced_settings,
-            "request": None, "untried": True, "longest_batch_s": report.longest_batch_s})
+        new = next((status for status in server.versions(model) if status.is_default), None)
+        if new is None or new.version != version:
+            return f"{server} now serves {new and new.version}, which somebody else has brought in, and keeps it"
+        if switch_back(server, model, old):
+            retire(server, model, new, longest_batch_s=report.longest_batch_s,
+                   **{name: limits[name] for name in ("drain_limit_s", "clock") if name in limits})
+        else:
+            roll(server, store / report.replaced_archive, log=log, **{
+                **limits, "name": model, "replaces": version, "settings": report.replaced_settings, "request": None,
+                "untried": True, "longest_batch_s": report.longest_batch_s})
     except EarlyExitError as error:
-        return f"{server} keeps {report.version}: {error}"
-    return f"{server} was put back to {report.replaced}"
+        return f"putting {server} back to {old} failed: {error}"
+    return f"{server} was put back to {old}"

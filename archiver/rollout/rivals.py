@@ -28,7 +28,8 @@ success only if the default is its own registration.
 `SWITCH_S`. A switch takes effect before it is answered, and within `SWITCH_S` of the beginning of the look before it.
 The call is cut off after that time. If its answer is lost, the version is removed unless it is the default, so that a
 late call finds no version. A look reads the default first and then the versions. Nobody else makes a version the
-default; if somebody does, the last look shows it.
+default; if somebody does, the last look shows it. A failed roll that makes its old version the default again is such a
+somebody.
 
 **At most one continues.** Let A and B be two rolls, neither of which found the other's version as the default in its
 look 1. (A roll that found it began after the other's switch, and replaces the other's version.) Suppose that both
@@ -105,6 +106,14 @@ class Candidate:
             ServerError: the version is not registered, or somebody else registered it.
         """
         return self._own(self._server.versions(self._model))
+
+    def serves(self) -> bool | None:
+        """Tell whether the version is the default; None if the server does not answer."""
+        try:
+            own = self._find(self._server.versions(self._model))
+        except ServerError:
+            return None
+        return own is not None and own.is_default
 
     def become_default(self, limit_s: float) -> None:
         """Make the version the default, if no rival comes before it.

@@ -51,6 +51,15 @@ class RollReport:
     """A warning that the roll did what was asked for, but probably not what was meant."""
 
 
+class SwitchedError(ServerError):
+    """A roll failed after its switch: the new version serves, and the old one may still be registered."""
+
+    def __init__(self, message: str, report: RollReport) -> None:
+        super().__init__(message)
+        self.report = report
+        """The report that the roll would have returned if it had removed the old version."""
+
+
 def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequence[VersionStatus] | None = None,
          replaces: str | None = None, settings: RunSettings | None = None, request: SampleRequest | None = None,
          untried: bool = False, ready_limit_s: float = 300.0, drain_limit_s: float = 300.0,
@@ -79,7 +88,8 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
 
     Raises:
         ServerError: a step failed, or another roll of the model comes first. Before the switch, the old version keeps
-            serving and the new one is removed; after it, the new version serves and the old one is left as it is.
+            serving and the new one is removed; after it, the error is a SwitchedError, the new version serves, and the
+            old one is left as it is.
     """
     archive = registered_archive(mar)
     model, version = name or archive.model, archive.version
@@ -103,16 +113,26 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
         require_known_batch(server, longest_batch_s)
     plan = _plan(archive, old, old_archive, settings)
     rolled = _Roll(server, model, archive, candidate, old, plan, trial, clock, log)
-    warning = _warning(server, mar, model, archive) if old is None else None
-    ready_s, measured_s = rolled.bring_in(mar.name, ready_limit_s)
-    longest_batch_s = max(LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s, measured_s)
-    switched = clock.now()
-    report = RollReport(model, version, None, ready_s, 0.0, longest_batch_s, warning=warning)
+    report = RollReport(model, version, None, 0.0, 0.0, LONGEST_BATCH_S if longest_batch_s is None else longest_batch_s,
+                        warning=_warning(server, mar, model, archive) if old is None else None)
+    if old is not None:
+        report = replace(report, replaced=old.version, replaced_archive=old.file_name, replaced_settings=old.settings,
+                         kept=plan.kept, changed=plan.changed)
+    try:
+        ready_s, measured_s = rolled.bring_in(mar.name, ready_limit_s)
+    except ServerError as error:
+        if old is None:
+            raise
+        raise _failure(error, candidate, report) from error
+    report = replace(report, ready_s=ready_s, longest_batch_s=max(report.longest_batch_s, measured_s))
     if old is None:
         return report
-    rolled.retire(old, mar.parent, drain_limit_s, longest_batch_s)
-    return replace(report, replaced=old.version, drained_s=clock.now() - switched, replaced_archive=old.file_name,
-                   replaced_settings=old.settings, kept=plan.kept, changed=plan.changed)
+    switched = clock.now()
+    try:
+        rolled.retire(old, mar.parent, drain_limit_s, report.longest_batch_s)
+    except ServerError as error:
+        raise _failure_after_switch(error, report) from error
+    return replace(report, drained_s=clock.now() - switched)
 
 
 @dataclass(frozen=True)
@@ -134,7 +154,7 @@ class _Roll:
         old version may take, or 0 if they are not known.
 
         Raises:
-            ServerError: a step failed; the version is removed.
+            ServerError: a step failed; the version is removed, unless its switch took effect late.
         """
         version, old, started = self.archive.version, self.old, self.clock.now()
         self.log(f"registering {self.model} {version}")
@@ -152,10 +172,8 @@ class _Roll:
             self.log(f"ready after {ready_s:.1f} s")
             alone_s = self.trial.run(self.server, self.model, self.clock, self.log)
             self.candidate.become_default(ready_limit_s)
-        except BaseException as error:
+        except BaseException:
             self.candidate.take_back(self.log)
-            if isinstance(error, ServerError) and old is not None:
-                raise ServerError(f"{error}\n{self.model} {old.version} keeps serving") from error
             raise
         self.log(f"{version} is the default")
         return ready_s, _BUSY_FACTOR * (old.settings.batch_size or 1) * alone_s if old else 0.0
@@ -180,6 +198,20 @@ class _Roll:
             self.clock.sleep(POLL_S)
         raise ServerError(f"{self.model} {self.archive.version} was not ready within {limit_s:.0f} s: its log is in "
                           "the server's model log")
+
+
+def _failure(error: ServerError, candidate: Candidate, report: RollReport) -> ServerError:
+    """Return the error of a version that could not be brought in place of another one; it tells what serves now."""
+    old, serves = f"{report.model} {report.replaced}", candidate.serves()
+    if serves:  # its switch took effect after the wait for the answer was over
+        return _failure_after_switch(error, report)
+    if serves is None:
+        return ServerError(f"{error}\nthe server does not answer, so it is not known whether {old} keeps serving")
+    return ServerError(f"{error}\n{old} keeps serving")
+
+
+def _failure_after_switch(error: ServerError, report: RollReport) -> SwitchedError:
+    return SwitchedError(f"the roll of {report.model} {report.version} failed after its switch: {error}", report)
 
 
 def _archive_of(old: VersionStatus | None, store: Path) -> RegisteredArchive | None:

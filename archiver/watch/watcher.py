@@ -179,18 +179,28 @@ class Watcher:
         if obsolete or event["tries"] >= _TRIES:
             self._give_up(event, **({"why": obsolete} if obsolete else {}))
             return None
-        for server in self._watched.servers:  # the earlier try may have left the version there
-            remove_version(self._watched, server, event["version"])
+        self._undo(event)
         return event
 
     def _give_up(self, rolled: Event, **reason: str) -> None:
         """Remove a version that could not be rolled in from all servers, and then its archive from the store."""
-        for server in self._watched.servers:
-            remove_version(self._watched, server, rolled["version"])
+        self._undo(rolled)
         if not any(registered.version == rolled["version"] for server in self._watched.servers
                    for registered in server.versions(self._watched.model)):
             (self._watched.store / bare_name(rolled["archive"], "an archive in the audit")).unlink(missing_ok=True)
         self._note(GIVEN_UP, **{key: rolled[key] for key in ("version", "archive", "replaces", "tries")}, **reason)
+
+    def _undo(self, rolled: Event) -> None:
+        """Remove what a failed try has left on servers; one that serves the version gets the one from before again.
+
+        Raises:
+            ServerError: a server still has the version. Then the roll is neither tried again nor given up: a version
+                that is given up serves nowhere.
+        """
+        version = rolled["version"]
+        take_back(self._watched, version, rolled["replaces"], rolled["replaced_archive"], self._log)
+        for server in self._watched.servers:
+            remove_version(self._watched, server, version)
 
     def _attempt(self, status: ModelStatus) -> Event | None:
         """Return the renewal that was interrupted, or a new one if there is a reason."""

@@ -9,19 +9,12 @@ from unittest import mock
 
 import pytest
 
-from early_exit.archiver.control import RunSettings, VersionStatus
+from early_exit.archiver.control import RunSettings
 from early_exit.handler.errors import ServerError
 from tests.archiver.test_renewal import alarm_at, decisions
 from tests.support.server_in_memory import ServerInMemory
 from tests.support.slow_server import plain_mar
-from tests.support.watched_servers import WatcherOfServers, serving, watching_servers
-
-
-class NamedByClients(ServerInMemory):
-    """A server with a client that names version 2.0 in its requests, so that this version is never idle."""
-
-    def versions(self, model: str) -> list[VersionStatus]:
-        return [replace(status, pending_requests=int(status.version == "2.0")) for status in super().versions(model)]
+from tests.support.watched_servers import NamedByClients, WatcherOfServers, note_roll, serving, watching_servers
 
 
 def half_rolled(name: str, store: Path, kind: type[ServerInMemory] = ServerInMemory,
@@ -54,12 +47,6 @@ def watcher(servers: list[ServerInMemory], tmp_path: Path) -> Iterator[WatcherOf
         note_roll(watcher)
         watcher.monitors = {"3.0": alarm_at(2990)}
         yield watcher
-
-
-def note_roll(watcher: WatcherOfServers) -> None:
-    """Note the roll that was interrupted after its switch."""
-    watcher._watched.audit.append("rolling", version="3.0", archive="digits-3.0.mar", replaces="2.0", tries=1, why="-",
-                                  replaced_archive="digits-2.0.mar", new=None, current=None, current_cost_now=None)
 
 
 def test_an_old_version_that_still_gets_requests_does_not_keep_a_bad_one_in_service(

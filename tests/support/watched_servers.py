@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from early_exit.archiver.control import RunSettings
+from early_exit.archiver.control import RunSettings, VersionStatus
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout import fleet
 from early_exit.archiver.rollout.retiring import retire
@@ -41,12 +41,25 @@ class WatcherOfServers(WatcherOfSights):
         return replace(seen(3000, *monitors, version=first.default), registered=tuple(first.registered))
 
 
+class NamedByClients(ServerInMemory):
+    """A server with a client that names version 2.0 in its requests, so that this version is never idle."""
+
+    def versions(self, model: str) -> list[VersionStatus]:
+        return [replace(status, pending_requests=int(status.version == "2.0")) for status in super().versions(model)]
+
+
 def serving(server: ServerInMemory) -> ServerInMemory:
     """Return a server that serves digits 2.0, whose archive is made if the store has none."""
     plain_mar(server.store, "2.0")
     server.register("digits-2.0.mar", RunSettings())
     server.calls.clear()
     return server
+
+
+def note_roll(watcher: WatcherOfServers, event: str = "rolling", tries: int = 1) -> None:
+    """Note the beginning of a roll of digits 3.0."""
+    watcher._watched.audit.append(event, version="3.0", archive="digits-3.0.mar", replaces="2.0", tries=tries, why="-",
+                                  replaced_archive="digits-2.0.mar", new=None, current=None, current_cost_now=None)
 
 
 @contextmanager
