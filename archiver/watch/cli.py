@@ -13,6 +13,7 @@ from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
+from early_exit.archiver.watch.trial import why_unseen
 from early_exit.archiver.watch.triggers import Terms, fresh_after, wanted_records
 from early_exit.archiver.watch.watched import Watched
 from early_exit.archiver.watch.watcher import ROLL_FAILED, TROUBLE, Watcher
@@ -147,5 +148,7 @@ def _certificate(status: ModelStatus) -> str:
                 "The version answers without exits until the plan is renewed, or until you have stopped its workers, "
                 "deleted the file that their log names, and started them again"
                 if status.is_state_lost else f"void since {since}")
+    if (why := why_unseen(status)) is not None:
+        return f"not known: {why}"
     return status.plan.certificate.in_words()
 

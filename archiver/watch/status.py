@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import glob
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import monitor_file, read_state
 from early_exit.handler.recording.format import ShardHeader, read_header
-from early_exit.training.data.shards import find_shards, of_traffic, readable_shards, times_of
+from early_exit.training.data.shards import find_shards, is_folder_of, of_traffic, readable_shards, times_of
 from early_exit.training.data.sources import local_folders
 from early_exit.training.data.traffic import traffic_of
 
@@ -43,9 +44,11 @@ class ModelStatus:
     times: Tensor
     """(N,) float64 Unix times in seconds, ascending, of the records that can be evidence."""
     monitors: tuple[MonitorState, ...]
-    """The states of the monitors of this version and plan, one for each records folder that has one."""
+    """The states of the monitors of this version and plan, one for each folder of a worker that has one."""
     config: ServingConfig = field(default_factory=ServingConfig)
     """How the archive's configuration serves and records."""
+    is_recorded: bool = False
+    """Whether this version made some of the records."""
 
     @property
     def alarm_times(self) -> tuple[float, ...]:
@@ -124,37 +127,36 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
         raise RecordError(f"none of the records folders {', '.join(sources)} exists: pass the folders that the servers "
                           "write to")
     traffic = traffic_of(contents)
-    shards, times = _records(folders, model, backbone, traffic, log)
+    headers, times = _records(folders, model, backbone, traffic, log)
     return ModelStatus(
         model, served.version, tuple(registered.version for registered in versions), archive, backbone, plan, traffic,
-        tuple(shards), torch.cat([torch.empty(0, dtype=torch.float64), *times]).sort().values,
-        _monitors(folders, model, served.version, backbone, plan), serving_config(contents.configuration))
+        tuple(headers), torch.cat([torch.empty(0, dtype=torch.float64), *times]).sort().values,
+        _monitors(folders, model, served.version, backbone, plan), serving_config(contents.configuration),
+        any(header.version == served.version for header in headers.values()))
 
 
 def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription, traffic: str,
-             log: Callable[[str], None]) -> tuple[list[Path], list[Tensor]]:
-    """Return the shards of the given traffic, and the times of their records that can be evidence."""
+             log: Callable[[str], None]) -> tuple[dict[Path, ShardHeader], list[Tensor]]:
+    """Return the headers of the shards of the given traffic, and the times of their records that can be evidence."""
     try:
         found = find_shards(folders, model, backbone)
     except RecordError:  # there are none yet
-        return [], []
+        return {}, []
     try:
         shards = of_traffic(readable_shards(found, log), traffic, log)
-        times = times_of(shards)
+        times, headers = times_of(shards), {shard: read_header(shard) for shard in shards}
     except RecordError as error:  # all are damaged or of other traffic, or one was just deleted
         log(str(error))
-        return [], []
-    return shards, [times[shard] for shard in shards if read_header(shard).content_key]
+        return {}, []
+    return headers, [times[shard] for shard, header in headers.items() if header.content_key]
 
 
 def _monitors(folders: Sequence[Path], model: str, version: str, backbone: BackboneDescription,
               plan: ExitPlan | None) -> tuple[MonitorState, ...]:
     if plan is None:
         return ()
-    header = ShardHeader(model, version, backbone.sha256, None, ())
     states = []
-    for folder in folders:
-        path = monitor_file(header.folder(folder), version, plan)
+    for path in _monitor_files(folders, model, version, backbone, plan):
         try:
             state = read_state(path)
         except (OSError, ValueError, FormatError) as error:
@@ -166,3 +168,18 @@ def _monitors(folders: Sequence[Path], model: str, version: str, backbone: Backb
         if state is not None:
             states.append(state)
     return tuple(states)
+
+
+def _monitor_files(folders: Sequence[Path], model: str, version: str, backbone: BackboneDescription,
+                   plan: ExitPlan) -> Iterator[Path]:
+    """Yield the files in which there may be states of the monitor: wherever the records of the model are found, too.
+
+    A folder may be that of a worker, a part of it, or one above the folders of several hosts.
+    """
+    header = ShardHeader(model, version, backbone.sha256, None, ())
+    for folder in folders:
+        own = monitor_file(header.folder(folder), version, plan)
+        yield own
+        for path in folder.rglob(glob.escape(own.name)):
+            if path != own and is_folder_of(path.parent, model, backbone):
+                yield path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ConfigError
+from early_exit.handler.monitor.shared_state import MONITOR_FILES
 
 _FEWEST_BETS = 3
 """The number of bets after which answers that are all wrong have raised an alarm, for tolerances of up to 5 %."""
@@ -53,3 +54,17 @@ def why_unwatched(config: ServingConfig) -> str | None:
         return ("early_exit.sampling_rate is 0 in its model-config.yaml, so no request is compared with the whole "
                 "model")
     return None
+
+
+def why_unseen(status: ModelStatus) -> str | None:
+    """Return why an alarm of the served version would not be seen; None if it would be, or if there can be none yet.
+
+    A worker writes the state of its monitor before the first shard.
+    """
+    plan = status.plan
+    if (status.monitors or not status.is_recorded or plan is None or not plan.exits
+            or not plan.is_certified_for(status.traffic) or why_unwatched(status.config) is not None):
+        return None
+    return (f"there are records of {status.model} {status.version}, but the state of its monitor, a file "
+            f"{MONITOR_FILES} beside them, is not there, so an alarm would not be seen: pass the records folders that "
+            "the workers write to, with all their files")

@@ -18,7 +18,7 @@ from early_exit.archiver.watch.left_over import limit_records, remove_left_over,
 from early_exit.archiver.watch.retraining import train_anew
 from early_exit.archiver.watch.served import finish_roll, remove_version, require_agreement, take_back
 from early_exit.archiver.watch.status import ModelStatus, look
-from early_exit.archiver.watch.trial import failure, has_passed, require_watched, why_unwatched
+from early_exit.archiver.watch.trial import failure, has_passed, require_watched, why_unseen, why_unwatched
 from early_exit.archiver.watch.triggers import (
     ALARM_CAME,
     ATTEMPT,
@@ -85,7 +85,7 @@ class Watcher:
         if (why := why_unwatched(status.config)) is not None:
             return f"no monitor would watch a new plan: {why}"
         wanted = wanted_records(status, self._audit, self._watched.terms, time.time())
-        return too_little_room(status, wanted.n, len(each_once(self._watched.sources)))
+        return why_unseen(status) or too_little_room(status, wanted.n, len(each_once(self._watched.sources)))
 
     def _tell_once(self, line: str, about: str | None = None) -> None:
         said = about or line.lstrip("0123456789")  # apart from the number of records, which grows

@@ -15,7 +15,14 @@ from early_exit.handler.engines.registry import are_alike
 from early_exit.handler.errors import FormatError, RecordError
 from early_exit.handler.recording.clock import in_order
 from early_exit.handler.recording.content import KEY_FILE
-from early_exit.handler.recording.format import list_shards, read_header, read_sequence, read_shard, read_times
+from early_exit.handler.recording.format import (
+    SUFFIX,
+    list_shards,
+    read_header,
+    read_sequence,
+    read_shard,
+    read_times,
+)
 
 
 def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
@@ -44,6 +51,25 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
     raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
                       f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
                       "first shard is sealed")
+
+
+def is_folder_of(folder: Path, model: str, backbone: BackboneDescription) -> bool:
+    """Tell whether a folder is one in which workers record a model with a backbone.
+
+    The folder above it has the name of the model, except in a copy of a part of a records folder. There, the shards
+    name the model.
+    """
+    return folder.name == backbone.sha256 and (
+        folder.resolve().parent.name == model
+        or any(_model_of(shard) == model for shard in folder.glob("*" + SUFFIX)))
+
+
+def _model_of(shard: Path) -> str | None:
+    """Return the name under which the recorded model was served; None if the shard cannot be read."""
+    try:
+        return read_header(shard).model
+    except (RecordError, FormatError):
+        return None
 
 
 def _size(shard: Path) -> int:
