@@ -19,7 +19,7 @@ from early_exit.handler.errors import FormatError, RecordError, ServerError
 from early_exit.handler.exits.plan import ExitPlan
 from early_exit.handler.monitor.monitored import Monitored
 from early_exit.handler.monitor.sequential_test import MonitorState
-from early_exit.handler.monitor.shared_state import monitor_file, read_state
+from early_exit.handler.monitor.shared_state import merged, monitor_file, read_state
 from early_exit.handler.recording.format import ShardHeader, read_header
 from early_exit.training.data.shards import find_shards, is_folder_of, of_traffic, readable_shards, times_of
 from early_exit.training.data.sources import local_folders
@@ -44,7 +44,8 @@ class ModelStatus:
     times: Tensor
     """(N,) float64 Unix times in seconds, ascending, of the records that can be evidence."""
     monitors: tuple[MonitorState, ...]
-    """The states of the monitors of this version and plan, one for each folder of a worker that has one."""
+    """The states of the monitors of this version and plan, one for each folder of a worker that has one. A copy of a
+    state, as in a mirror of the folder, is not one more."""
     config: ServingConfig = field(default_factory=ServingConfig)
     """How the archive's configuration serves and records."""
     is_recorded: bool = False
@@ -155,7 +156,7 @@ def _monitors(folders: Sequence[Path], model: str, version: str, backbone: Backb
               plan: ExitPlan | None) -> tuple[MonitorState, ...]:
     if plan is None:
         return ()
-    states = []
+    states: dict[str, MonitorState] = {}
     for path in _monitor_files(folders, model, version, backbone, plan):
         try:
             state = read_state(path)
@@ -166,8 +167,9 @@ def _monitors(folders: Sequence[Path], model: str, version: str, backbone: Backb
                 "its owner run this, or the version that wrote it; or stop all workers of the version, delete the file "
                 "and start them again") from error
         if state is not None:
-            states.append(state)
-    return tuple(states)
+            same = state.origin or repr(state)  # earlier versions wrote no origin
+            states[same] = merged(state, states.get(same))
+    return tuple(states.values())
 
 
 def _monitor_files(folders: Sequence[Path], model: str, version: str, backbone: BackboneDescription,

@@ -179,6 +179,9 @@ class MonitorState:
     waiting: tuple[Sample, ...] = ()
     """Samples that are too new for their order to be certain. Only blocks depend on the order, so this is empty if each
     sample is a block of its own."""
+    origin: str = ""
+    """The name of the file that the state was first written to, which its copies in other folders keep. It is empty in
+    memory and in states of earlier versions."""
 
     def after(self, samples: Iterable[Sample], monitored: Monitored, last_level: int, now: float) -> MonitorState:
         """Return the state after some samples.
@@ -196,7 +199,7 @@ class MonitorState:
             if rejects(evidence.wealth(), monitored.delta):
                 alarms = (*alarms, Alarm(sample.level, now, evidence.n, evidence.lost / evidence.n, evidence.wealth()))
                 level, evidence = sample.level + 1, Evidence()
-        return MonitorState(level, evidence, alarms, tuple(waiting))
+        return replace(self, step=level, evidence=evidence, alarms=alarms, waiting=tuple(waiting))
 
     def to_json(self) -> dict[str, Any]:
         return MONITOR_STATE.stamped({"certificate": "void" if self.step else "holds", **asdict(self)})
@@ -213,7 +216,8 @@ class MonitorState:
         try:
             state = cls(int(data["step"]), Evidence.from_json(data["evidence"]),
                         tuple(Alarm(**alarm) for alarm in data["alarms"]),
-                        tuple(Sample.from_json(sample) for sample in data.get("waiting", ())))
+                        tuple(Sample.from_json(sample) for sample in data.get("waiting", ())),
+                        str(data.get("origin", "")))
             if not all(map(math.isfinite, _numbers(data))):
                 raise ValueError(f"expected finite numbers in the state of a monitor, found {data!r:.200}")
             return state

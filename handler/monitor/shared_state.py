@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -172,7 +173,7 @@ class SharedMonitor:
     def _share_in(self, path: Path) -> None:
         if not self._unshared and not self._is_unwritten:
             # Writers replace the whole file, so it can be read without the lock.
-            self._shared = _merged(self._shared, read_state(path))
+            self._shared = merged(self._shared, read_state(path))
             return
         private_folder(path.parent)
         with _locked(path.with_suffix(".lock")):
@@ -181,7 +182,8 @@ class SharedMonitor:
             except ValueError as error:
                 logger.warning("the monitor's state in %s is damaged and will be replaced: %s", path, error)
                 written = None
-            state = self._advanced(_merged(self._shared, written))
+            state = self._advanced(merged(self._shared, written))
+            state = replace(state, origin=state.origin or uuid.uuid4().hex)
             with replacing(path) as scratch, scratch.open("w") as file:
                 file.write(json.dumps(state.to_json()))
                 file.flush()
@@ -206,7 +208,7 @@ def watch(plan: ExitPlan | None, folder: Path | None, version: str) -> SharedMon
     return SharedMonitor(Monitored.of(plan.certificate, plan.likeness), plan.last_level, path)
 
 
-def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
+def merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
     """Return the state with the higher fallback level, and with the alarms of both states.
 
     At equal levels, the evidence with more samples is kept. This choice does not depend on the losses. Of two alarms
@@ -223,7 +225,7 @@ def _merged(own: MonitorState, read: MonitorState | None) -> MonitorState:
     of_step: dict[int, list[Alarm]] = defaultdict(list)
     for alarm in (*own.alarms, *read.alarms):
         of_step[alarm.step].append(alarm)
-    return replace(ahead, alarms=tuple(
+    return replace(ahead, origin=read.origin or own.origin, alarms=tuple(
         replace(min(alarms, key=lambda alarm: (not alarm.n, alarm.time)), time=min(alarm.time for alarm in alarms))
         for _, alarms in sorted(of_step.items())))
 

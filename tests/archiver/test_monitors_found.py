@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from early_exit.archiver.packaging.publish import zip_folder
 from early_exit.archiver.watch.cli import _certificate
-from early_exit.archiver.watch.trial import why_unseen
+from early_exit.archiver.watch.trial import has_passed, why_unseen
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.exits.head import Head, HeadSpec
@@ -94,3 +95,41 @@ def test_records_without_the_monitors_state_are_no_sign_that_the_certificate_hol
 def test_before_a_version_has_made_records_its_monitor_is_not_missed(store: Path, tmp_path: Path) -> None:
     shard_of(tmp_path / "records", traffic_of(read_archive(store / MAR)), version="1.0")
     assert why_unseen(looked(store, tmp_path / "records", [])) is None
+
+
+def test_a_mirror_of_a_host_brings_no_samples_also_if_it_lags_behind(store: Path, tmp_path: Path) -> None:
+    host, mirror, lagging = (tmp_path / name for name in ("host", "mirror", "lagging"))
+    served(store, host, 0.0, 100)
+    shutil.copytree(host, lagging)
+    served(store, host, 0.0, 60)
+    shutil.copytree(host, mirror)
+    alone = looked(store, host, [])
+    for folders in ([host, mirror, lagging], [lagging, host], [tmp_path, mirror]):
+        status = looked(store, folders[0], [], *folders[1:])
+        assert (status.n_watched, status.n_tested, status.n_bets) == (160, alone.n_tested, alone.n_bets)
+        assert not has_passed(status, 300)
+
+
+def test_an_alarm_that_only_the_mirror_still_has_counts(store: Path, tmp_path: Path) -> None:
+    state = served(store, tmp_path / "host", 1.0)
+    shutil.copytree(tmp_path / "host", tmp_path / "mirror")
+    [path] = (tmp_path / "host").rglob(MONITOR_FILES)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 0, "alarms": []}))
+    assert looked(store, tmp_path / "host", [], tmp_path / "mirror").alarm_times == tuple(
+        alarm.time for alarm in state.alarms)
+
+
+def test_the_samples_of_two_hosts_count_together(store: Path, tmp_path: Path) -> None:
+    for host in ("one", "two"):
+        served(store, tmp_path / host, 0.0, 160)
+    assert looked(store, tmp_path / "one", [], tmp_path / "two").n_watched == 320
+
+
+def test_a_copied_state_of_an_earlier_version_counts_once(store: Path, tmp_path: Path) -> None:
+    served(store, tmp_path / "host", 0.0, 160)
+    [path] = (tmp_path / "host").rglob(MONITOR_FILES)
+    state = json.loads(path.read_text())
+    assert state.pop("origin")
+    path.write_text(json.dumps(state))
+    shutil.copytree(tmp_path / "host", tmp_path / "mirror")
+    assert looked(store, tmp_path / "host", [], tmp_path / "mirror").n_watched == 160

@@ -153,7 +153,7 @@ def test_of_a_lost_state_and_an_alarm_of_samples_the_alarm_is_kept_with_the_earl
     if not is_lost_first:
         lost, raised = replace(lost, time=200.0), replace(raised, time=100.0)
     for own, read in ((lost, raised), (raised, lost)):
-        merged = shared_state._merged(MonitorState(3, alarms=(own,)), MonitorState(3, alarms=(read,)))
+        merged = shared_state.merged(MonitorState(3, alarms=(own,)), MonitorState(3, alarms=(read,)))
         assert merged.alarms == (replace(raised, time=100.0),)
 
 
