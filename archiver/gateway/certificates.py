@@ -9,6 +9,7 @@ from typing import Any
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.errors import EarlyExitError
 from early_exit.handler.monitor.monitored import Monitored
+from early_exit.training.data.traffic import is_of_other_traffic
 
 
 class Promises:
@@ -34,16 +35,18 @@ class Promises:
 
 def _read(mar: Path) -> dict[str, Any] | None:
     try:
-        plan = read_archive(mar).plan
+        contents = read_archive(mar)
+        is_other = is_of_other_traffic(contents)
     except EarlyExitError:  # the archive is not ours, or was made by another version of this software
         return None
-    if plan is None:
+    if (plan := contents.plan) is None:
         return None
-    certificate = plan.certificate
+    certificate = None if is_other else plan.certificate  # nobody leaves early with this plan
     return {
         "exits": [{"layer": planned.layer, "cost": planned.cost, "head_cost": planned.head_cost,
                    "threshold": planned.threshold} for planned in plan.exits],
         "safer": plan.safer, "measure": plan.measure, "expected_cost": plan.expected_cost,
+        "is_of_other_traffic": is_other,
         "certificate": None if certificate is None else {**asdict(certificate), "words": certificate.in_words()},
         "watched": None if certificate is None else _watched(Monitored.of(certificate))}
 

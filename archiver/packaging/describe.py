@@ -7,6 +7,7 @@ from typing import Any
 
 from early_exit.handler.archive_contents import ArchiveContents, read_archive
 from early_exit.handler.config import ServingConfig
+from early_exit.training.data.traffic import OTHER_TRAFFIC, is_of_other_traffic
 from early_exit.training.text_files import parse_yaml
 
 
@@ -73,5 +74,5 @@ def in_words(mar: Path) -> str:
         lines.append(f"    {layer['path']:{width}}  cost {layer['cost']:.2f}  {role}")
     lines += [f"    {layer['path']:{width}}  left out: {layer['reason']}" for layer in backbone["left_out"]]
     if plan and plan.certificate:
-        lines.append("  " + plan.certificate.in_words())
+        lines.append("  " + (OTHER_TRAFFIC if is_of_other_traffic(archive) else plan.certificate.in_words()))
     return "\n".join(lines)

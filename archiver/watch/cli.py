@@ -21,6 +21,7 @@ from early_exit.handler.errors import ConfigError
 from early_exit.handler.files.names import bare_name
 from early_exit.training.cli import add_options, options_of
 from early_exit.training.command import command_parser, log_to_stderr, raise_on_terminate, run_command
+from early_exit.training.data.traffic import OTHER_TRAFFIC
 
 _DAY_S = 24 * 3600.0
 
@@ -142,6 +143,8 @@ def _status(watched: Watched, *, as_json: bool) -> str:
 def _certificate(status: ModelStatus) -> str:
     if status.plan is None or status.plan.certificate is None:
         return "none"
+    if not status.plan.is_certified_for(status.traffic):
+        return f"none for this traffic: {OTHER_TRAFFIC}"
     if status.first_alarm is not None:
         since = f"{time.strftime('%F %T', time.gmtime(status.first_alarm))} UTC"
         return (f"not known since {since}: a worker could not read the monitor's state, which may have held an alarm. "

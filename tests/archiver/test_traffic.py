@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from early_exit.archiver.gateway.certificates import Promises
+from early_exit.archiver.packaging.describe import in_words
 from early_exit.archiver.packaging.request import ArchiveRequest
+from early_exit.archiver.watch.cli import _certificate
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.archive_layout import MANIFEST, ArchiveLayout, extract
 from early_exit.handler.call import Call
@@ -25,6 +28,7 @@ from early_exit.handler.serving.worker import Worker
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.data.shards import of_traffic
 from early_exit.training.data.traffic import traffic_in, traffic_of
+from tests.archiver.test_renewal import seen
 from tests.support.host import MemoryHost
 from tests.support.models.rows_model import rows_model
 from tests.support.original import original_mar
@@ -193,6 +197,21 @@ def test_a_plan_that_is_certified_for_other_traffic_lets_nobody_leave(
     assert is_other == any("certificate is about other traffic" in line for line in caplog.messages)
     if is_other:
         assert worker.model.shadow.rate == ServingConfig().sampling(has_exits=False), "so a new plan is soon there"
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_certificate_about_other_traffic_is_shown_nowhere(is_other: bool, first: Path, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "plan", first, certificate=CERTIFICATE)
+    mar = packed(first, tmp_path, "3.0", plan=certified(plan, "0" * 64 if is_other else traffic(first)))
+    contents, promise = read_archive(mar), Promises(mar.parent).of(mar.name)
+    served = replace(seen(100, plan=contents.plan), traffic=traffic_of(contents))
+    assert promise is not None and contents.plan is not None and contents.plan.certificate == CERTIFICATE
+    assert (promise["certificate"] is None, promise["watched"] is None) == (is_other, is_other)
+    assert promise["is_of_other_traffic"] == is_other
+    for shown in (in_words(mar), _certificate(served), json.dumps(promise)):
+        assert (CERTIFICATE.in_words() in shown) != is_other
+    for shown in (in_words(mar), _certificate(served)):
+        assert ("the plan is certified for other traffic than this version gets" in shown) == is_other
 
 
 def test_an_archive_of_before_has_no_traffic_and_its_plan_is_taken_as_it_is(first: Path, tmp_path: Path) -> None:

@@ -13,6 +13,19 @@ from early_exit.handler.user_handler.traffic import traffic_identity
 from early_exit.training.data.preprocessing import archived_config
 from early_exit.training.text_files import parse_yaml
 
+OTHER_TRAFFIC = ("the plan is certified for other traffic than this version gets, so it answers every request in full "
+                 "until it has a plan from records of its own")
+
+
+def is_of_other_traffic(contents: ArchiveContents) -> bool:
+    """Tell whether the certificate of an archive's plan is about other traffic, so that it promises nothing here.
+
+    Raises:
+        ConfigError: the archive's configuration cannot be read.
+    """
+    plan = contents.plan
+    return plan is not None and plan.certificate is not None and not plan.is_certified_for(traffic_of(contents))
+
 
 def traffic_of(contents: ArchiveContents) -> str:
     """Return the identity of the traffic of an archive; empty if an earlier version made the archive and wrote none.

@@ -10,6 +10,8 @@ export function drawPromise(place, current) {
   const plan = current?.plan, certificate = plan?.certificate, monitor = current?.monitor;
   if (!certificate) {
     place.replaceChildren(make("p", !current ? "No version serves."
+      : plan?.is_of_other_traffic ? "The plan of this version is certified for other traffic than the version gets, so it "
+        + "answers every request in full until it has a plan from records of its own."
       : plan?.exits.length ? "The thresholds of this version follow a rule of the paper, which promises nothing. Train "
         + "with --thresholds certified for a guarantee."
       : "This version answers every request in full: its answers are the model's own and need no promise."));
