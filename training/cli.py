@@ -48,7 +48,8 @@ def _train(options: argparse.Namespace) -> int:
         archive = ArchiveLayout(Path(scratch))
         extract(options.archive, archive.root)
         run = RunPaths(options.to)
-        found = find_shards(local_folders(options.records, run.remote), contents.model, contents.description)
+        found = find_shards(local_folders(options.records, run.remote), contents.model, contents.description, _log,
+                            may_be_renamed=True)
         shards = readable_shards(found, _log)
         report = train(contents.model, archive, shards, options_of(options, archive), run, mar=options.archive,
                        labels=options.labels, log=_log)

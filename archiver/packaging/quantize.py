@@ -45,7 +45,7 @@ def recorded_inputs(records: Path, layout: ArchiveLayout, original: dict[str, An
         RecordError: no requests of this backbone were recorded, or the handler fails on all of them.
     """
     name = original["model"]["modelName"]
-    shards = readable_shards(find_shards(records, name, backbone.description), log)
+    shards = readable_shards(find_shards(records, name, backbone.description, log, may_be_renamed=True), log)
     shards = of_traffic(shards, traffic_in(layout, backbone.description), log)
     traffic = load_traffic(shards).of_known_requests()
     is_train = traffic.part == Part.TRAIN.number

@@ -140,7 +140,7 @@ def _records(folders: Sequence[Path], model: str, backbone: BackboneDescription,
              log: Callable[[str], None]) -> tuple[dict[Path, ShardHeader], list[Tensor]]:
     """Return the headers of the shards of the given traffic, and the times of their records that can be evidence."""
     try:
-        found = find_shards(folders, model, backbone)
+        found = find_shards(folders, model, backbone, log)
     except RecordError:  # there are none yet
         return {}, []
     try:

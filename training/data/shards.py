@@ -1,4 +1,4 @@
-"""The shards of one backbone: where they are, which of them can be read, and which belong together."""
+"""The shards of a model: where they are, which of them can be read, and which belong together."""
 
 from __future__ import annotations
 
@@ -25,12 +25,22 @@ from early_exit.handler.recording.format import (
 )
 
 
-def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription) -> list[Path]:
-    """Return the shards of one backbone below some records folders, each once, the oldest of each folder first.
+def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDescription,
+                log: Callable[[str], None] = lambda line: None, *, may_be_renamed: bool = False) -> list[Path]:
+    """Return the shards of a model below some records folders, each once, the oldest of each folder first.
 
     A shard that is in several folders, or in a folder that is given twice, is evidence only once. A copy is recognised
     by its name, which contains the worker and the time at which it began, and by its size: a copy that is not complete
-    must not hide the whole shard.
+    must not hide the whole shard. Shards that cannot be read are returned, too, because nobody knows whose they are,
+    and their reader reports them.
+
+    Args:
+        records: one records folder or several.
+        model: the name of the model.
+        backbone: the backbone of the model.
+        log: receives a line about the records of other models with the same backbone.
+        may_be_renamed: whether the model may have been served under another name. If so, and if there are no records
+            of its own name, but records of one other name, these are returned.
 
     Raises:
         RecordError: there are no such shards; the message lists the ones that were found.
@@ -40,17 +50,26 @@ def find_shards(records: Path | Sequence[Path], model: str, backbone: BackboneDe
         if not folder.is_dir():
             raise RecordError(f"no records folder at {folder}: pass the one that ee-serve printed")
     shards = [shard for folder in folders for shard in list_shards(folder)]
-    matching = [shard for shard in shards if shard.parent.name == backbone.sha256]
-    if matching:
-        first_of: dict[tuple[str, int], Path] = {}
-        for shard in matching:
+    model_of = {shard: _model_of(shard) for shard in shards if shard.parent.name == backbone.sha256}
+    others = sorted({name for name in model_of.values() if name not in (None, model)})
+    served_as = others[0] if may_be_renamed and len(others) == 1 and model not in model_of.values() else model
+    first_of: dict[tuple[str, int], Path] = {}
+    for shard, name in model_of.items():
+        if name in (None, served_as):
             first_of.setdefault((shard.name, _size(shard)), shard)
+    if served_as != model:
+        log(f"there are no records of {model}, so those of {served_as} are used: if {model} is not served under that "
+            "name, a plan from them is certified for requests to another model")
+    elif others:
+        log(f"records of {', '.join(others)} are skipped: they are requests to another model, although its backbone is "
+            f"that of {model}")
+    if first_of:
         return [*first_of.values()]
-    others = sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards})
-    where = ", ".join(map(str, folders))
-    raise RecordError(f"{where} has no records of {model} with the backbone {backbone.sha256[:12]}; it has "
-                      f"{', '.join(others) or 'none at all'}. Serve the archive, send requests, and wait until the "
-                      "first shard is sealed")
+    found = ", ".join(sorted({f"{shard.parent.parent.name} {shard.parent.name[:12]}" for shard in shards}))
+    raise RecordError(f"{', '.join(map(str, folders))} has no records of {model} with the backbone "
+                      f"{backbone.sha256[:12]}; it has {found or 'none at all'}. Serve the archive, send requests, and "
+                      "wait until the first shard is sealed; if the model is served under another name, pass only the "
+                      "records folder of that name")
 
 
 def is_folder_of(folder: Path, model: str, backbone: BackboneDescription) -> bool:
