@@ -106,34 +106,7 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
     if run.training_set.index.exists():  # the shards may have been deleted in the meantime
         training_set = TrainingSet.load(run.training_set)
     else:
-        shards = of_traffic(shards, identity, log)
-        if options.replay is None:
-            shards = _alike(of_engine(shards, options.engine), log)
-        tell_keys(shards, log)
-        traffic = load_traffic(shards, options.fresh_after, options.split)
-        for reason, count in traffic.skipped.items():
-            log(f"{count} requests are skipped: {reason}")
-        if traffic.split.is_trend:
-            log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
-                "assumes that it continues as in the records that certify")
-        others = _no_evidence(traffic)
-        if options.replay is not None:
-            traffic = traffic.of_known_requests()
-        _require_enough({part: traffic.size(part) for part in Part}, traffic.split, options, others)
-        with replacing(run.inputs) as scratch:
-            scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
-        if options.replay is None:
-            recorded, pool = recorded_layers(shards)
-            layers = spread_over([layer for layer in description.candidates if layer.path in recorded], options.layers)
-            training_set = prepare(run.training_set, traffic, layers, description.n_classes, pool)
-        else:
-            layers = spread_over(description.candidates, options.layers)
-            original = read_manifest(archive.original_manifest)
-            with preprocessing(archive.root, original) as handler, \
-                    tqdm(desc="replay", unit="request", disable=None,
-                         total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
-                training_set = replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
-                                              engine=options.engine, on_batch=progress.update, log=log)
+        training_set = _collected(archive, mar, backbone, identity, shards, inputs, options, run, log)
     if n_skipped := sum(training_set.skipped.values()):
         _require_enough({part: len(training_set.rows(part)) for part in Part}, training_set.split, options,
                         f". {n_skipped} requests are skipped")
@@ -141,6 +114,59 @@ def _training_set(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, 
     return training_set, [f"{layer.path}: not recorded, too large for float16, or not one of the {options.layers} "
                           "layers that cover the cost evenly"
                           for layer in description.candidates if layer.path not in kept]
+
+
+def _collected(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, identity: str, shards: list[Path],
+               inputs: Mapping[str, Any], options: TrainingOptions, run: RunPaths,
+               log: Callable[[str], None]) -> TrainingSet:
+    """Return the training set from the shards that stay until it is complete.
+
+    Workers delete old shards at any time, and their age says nothing about losses, so the others are still evidence.
+    """
+    while True:
+        try:
+            return _collect(archive, mar, backbone, identity, shards, inputs, options, run, log)
+        except RecordError:
+            present = [shard for shard in shards if shard.exists()]
+            if not present or len(present) == len(shards):
+                raise
+            log(f"{len(shards) - len(present)} of {len(shards)} shards were deleted meanwhile, as too old or too many "
+                "records are: the run begins again with the others")
+            shards, inputs = present, {**inputs, "shards": [str(shard.resolve()) for shard in present]}
+            run.training_set.progress.unlink(missing_ok=True)  # it counts the records of all of them
+
+
+def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, identity: str, shards: list[Path],
+             inputs: Mapping[str, Any], options: TrainingOptions, run: RunPaths,
+             log: Callable[[str], None]) -> TrainingSet:
+    description = backbone.description
+    shards = of_traffic(shards, identity, log)
+    if options.replay is None:
+        shards = _alike(of_engine(shards, options.engine), log)
+    tell_keys(shards, log)
+    traffic = load_traffic(shards, options.fresh_after, options.split)
+    for reason, count in traffic.skipped.items():
+        log(f"{count} requests are skipped: {reason}")
+    if traffic.split.is_trend:
+        log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
+            "assumes that it continues as in the records that certify")
+    others = _no_evidence(traffic)
+    if options.replay is not None:
+        traffic = traffic.of_known_requests()
+    _require_enough({part: traffic.size(part) for part in Part}, traffic.split, options, others)
+    with replacing(run.inputs) as scratch:
+        scratch.write_text(json.dumps({**inputs, "archive": mar and str(mar.resolve())}, indent=1))
+    if options.replay is None:
+        recorded, pool = recorded_layers(shards)
+        layers = spread_over([layer for layer in description.candidates if layer.path in recorded], options.layers)
+        return prepare(run.training_set, traffic, layers, description.n_classes, pool)
+    layers = spread_over(description.candidates, options.layers)
+    original = read_manifest(archive.original_manifest)
+    with preprocessing(archive.root, original) as handler, \
+            tqdm(desc="replay", unit="request", disable=None,
+                 total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
+        return replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
+                              engine=options.engine, on_batch=progress.update, log=log)
 
 
 def _no_evidence(traffic: RecordedTraffic) -> str:
