@@ -132,7 +132,7 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
         (layout.root / config_file).write_text(configuration.text)
     layout.manifest.parent.mkdir(exist_ok=True)
     layout.manifest.write_text(manifest_text(
-        source.manifest, name=request.model_name, version=request.version, config_file=config_file))
+        source.manifest, name=request.model_name or source.name, version=request.version, config_file=config_file))
     description = HandlerDescription.load(layout.handler_description)
     names = users_files(layout.root, source.manifest, config_file)
     replace(description, files=digests_of(layout.root, names)).save(layout.handler_description)

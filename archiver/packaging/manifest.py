@@ -12,12 +12,12 @@ _CREATED = "01/01/1980 00:00:00"
 """The time of creation in every archive. The real time would give the same contents other bytes."""
 
 
-def manifest_text(original: dict[str, Any], *, name: str | None, version: str | None, config_file: str | None) -> str:
+def manifest_text(original: dict[str, Any], *, name: str, version: str | None, config_file: str | None) -> str:
     """Return the text of an early-exit archive's manifest.
 
     Args:
         original: the manifest that the user's handler expects.
-        name: the name of the model; by default the original's.
+        name: the name of the model.
         version: the version of the model; by default one above the original's.
         config_file: the name of the archive's model-config.yaml, if it has one.
 
@@ -29,7 +29,7 @@ def manifest_text(original: dict[str, Any], *, name: str | None, version: str | 
 
     model = original["model"]
     described = Model(
-        model_name=name or model["modelName"], serialized_file=None, handler=HANDLER,
+        model_name=name, serialized_file=None, handler=HANDLER,
         model_version=version or _next_version(model.get("modelVersion")),
         requirements_file=model.get("requirementsFile"), config_file=config_file)
     manifest = Manifest("python", described).manifest_dict

@@ -58,11 +58,12 @@ def test_an_archive_holds_the_weights_once_and_the_users_files(recorder_mar: Pat
     assert largest[0] > 0.8 * weights > largest[1], "one member holds the weights and no other comes near"
 
 
-def test_the_version_counts_up_and_can_be_given(recorder_mar: Path, tmp_path: Path) -> None:
+def test_the_version_counts_up_and_a_name_that_is_given_once_is_kept(recorder_mar: Path, tmp_path: Path) -> None:
     assert recorder_mar.name == "digits-2.0.mar"
     assert build_untried(ArchiveRequest(str(recorder_mar), tmp_path)).name == "digits-3.0.mar"
     given = build_untried(ArchiveRequest(str(recorder_mar), tmp_path, version="7.5", model_name="numbers"))
     assert (given.name, describe(given)["model"]) == ("numbers-7.5.mar", "numbers")
+    assert build_untried(ArchiveRequest(str(given), tmp_path)).name == "numbers-8.0.mar"
 
 
 @torch.no_grad()

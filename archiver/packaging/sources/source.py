@@ -26,6 +26,10 @@ class Source:
     has_model: bool
     """Whether the user's files hold the model, so that the handler can load it itself."""
 
+    name: str
+    """The name of the model. An early-exit archive may have been made under another name than the user's archive, which
+    the handler still sees in its manifest."""
+
     @property
     def weights(self) -> str | None:
         """The name of the file with the user's own weights, if there is one."""
@@ -53,18 +57,20 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
                                f"found {request.source!r}")
         if request.weights is None:
             raise ArchiveError("a factory needs --weights FILE.safetensors|.pth")
-    return Source(_lay_out_handler(request, layout), is_ours=False, has_model=False)
+    manifest = _lay_out_handler(request, layout)
+    return Source(manifest, is_ours=False, has_model=False, name=manifest["model"]["modelName"])
 
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     unpack(Path(request.source), layout.root)
     manifest = read_manifest(layout.manifest)
+    name = manifest["model"]["modelName"]
     if not layout.original_manifest.exists():
-        return Source(manifest, is_ours=False, has_model=True)
+        return Source(manifest, is_ours=False, has_model=True, name=name)
     original = read_manifest(layout.original_manifest)
     original["model"] |= {key: manifest["model"][key] for key in ("modelVersion", "configFile")
                           if key in manifest["model"]}
-    return Source(original, is_ours=True, has_model=True)
+    return Source(original, is_ours=True, has_model=True, name=name)
 
 
 def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
