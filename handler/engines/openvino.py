@@ -220,10 +220,11 @@ class _Compiled(nn.Module):
     def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
         # The outputs need memory of their own: the next run overwrites memory that the request allocated itself.
         made = tuple(torch.empty((len(live[0]), *row), dtype=dtype) for row, dtype in self._made)
+        given = [x.detach().contiguous() for x in live]  # held until the run has ended: the request only borrows memory
         if len(live[0]):
             with self._lock:
-                for port, x in zip(self._inputs, live):
-                    self._request.set_tensor(port, self._tensor(x.detach().contiguous().numpy(), shared_memory=True))
+                for port, x in zip(self._inputs, given):
+                    self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
                 for port, x in zip(self._outputs, made):
                     self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
                 self._request.infer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -59,6 +60,34 @@ def test_the_engine_eager_gives_them_bit_for_bit() -> None:
     backbone = network("resnet18")
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(build_model(backbone, engine="eager", record_layers=100)(x), backbone.graph(x))
+
+
+class Adding(nn.Module):
+    """A model with two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.scores = nn.Linear(192, 32), nn.Linear(192, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scores(torch.relu(self.first(x.flatten(1)) - self.second(y.flatten(1))))
+
+
+@pytest.mark.parametrize("name", [engine.name for engine in ENGINES.values() if engine.is_exact])
+@torch.no_grad()
+def test_inputs_in_any_memory_layout_are_read_as_they_are(name: str) -> None:
+    """A handler that turns pictures from HWC to CHW passes a permuted view."""
+    torch.manual_seed(0)
+    model = Adding().eval()
+    served = build_model(Backbone.from_inputs(model, [InputSpec("x", (3, 8, 8)), InputSpec("y", (3, 8, 8))]),
+                         engine=name)
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        lambda x: torch.stack((x, x), dim=-1)[..., 0], lambda x: x[:, :, :1].expand_as(x), lambda x: x.mT]
+    for number in range(40):
+        x, y = (layouts[number % 4](torch.randn(1 + number % 9, 3, 8, 8)) for _ in range(2))
+        assert not x[0].is_contiguous()
+        torch.testing.assert_close(served(x, y), model(x, y), atol=1e-4, rtol=1e-4)
 
 
 def test_no_batch_norm_of_a_resnet_is_left_and_the_weights_are_there_once() -> None:

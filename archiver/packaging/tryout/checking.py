@@ -6,11 +6,13 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from early_exit.archiver.packaging.tryout.answers import (
     Answer,
@@ -22,10 +24,17 @@ from early_exit.archiver.packaging.tryout.answers import (
     save_answers,
 )
 from early_exit.archiver.packaging.tryout.child import LoadingError, in_a_fork
-from early_exit.archiver.packaging.tryout.comparison import contradictions, unstable
+from early_exit.archiver.packaging.tryout.comparison import TOLERANCE, contradictions, unstable
 from early_exit.archiver.packaging.tryout.loaded_archive import EXPLAIN, LoadedArchive
 from early_exit.handler.archive_layout import ArchiveLayout
-from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
+from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.scores import score_error
+from early_exit.handler.detection.loading import load_backbone
+from early_exit.handler.inference.executor import Execution
+from early_exit.handler.inference.forward import Live
+from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.model.precision import rounding_error
+from early_exit.handler.protocol import EXIT_HEADER, FULL, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.sample_request import Part, SampleRequest, samples_in
 from early_exit.handler.user_handler.description import HandlerDescription, Root
 
@@ -65,10 +74,58 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         raise LoadingError(f"the probe was answered with {probe}")
     samples = samples_in(ArchiveLayout(folder))[:2]
     service: Any = archive.roots[Root.HANDLER]
-    answers = _answers_by_exit(archive, samples[:1])
+    model = service.worker.model
+    # An archive that is only asked for its answers may have been made by an older version with an error of its engine.
+    with nullcontext() if job["out"] else scores_compared(model, load_backbone(ArchiveLayout(folder).folder)):
+        answers = _answers_by_exit(archive, samples[:1])
+        model.fall_back(model.assembly.last_level)
+        for batch in batches_of(len(samples)) if samples else []:
+            archive.answer([samples[number] for number in batch.samples])
     if samples and service.worker.is_early:
         _try_side_by_side(archive, samples)
     return answers
+
+
+@contextmanager
+def scores_compared(model: EarlyExitModel, backbone: Backbone) -> Iterator[None]:
+    """Compare the scores of the calls of a model, in the block, with those of the operations as they were exported.
+
+    Answers alone would not show most errors, because a handler may return nothing but a class. The rows that left at an
+    exit are not compared. For an engine that is not exact, the scores with which certificate and monitor compare its
+    answers are compared instead.
+
+    Args:
+        model: the model as it serves.
+        backbone: the backbone of the model.
+
+    Raises:
+        LoadingError: the scores differ by more than rounding.
+    """
+    if backbone.description.detector is not None:  # rounding decides which of a detector's boxes are kept
+        yield
+        return
+    assembly, run, errors = model.assembly, model.executor.run, [0.0]
+
+    def compared(inputs: Live, level: int, shadow: Tensor, anytime: Tensor | None = None) -> Execution:
+        given, again = (tuple(x.clone() for x in inputs) for _ in range(2))  # the model may write into its inputs
+        execution = run(inputs, level, shadow, anytime)
+        rows = (execution.answers.stages == FULL).nonzero().flatten()
+        reference = assembly.reference(given, rows)
+        found = execution.answers.outputs[rows] if reference is None else reference
+        errors.extend(score_error(*pair, backbone.description.scores)
+                      for pair in zip(found, backbone.graph(*again)[rows]) if bool(pair[1].isfinite().any()))
+        return execution
+
+    model.executor.run = compared  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        model.executor.run = run  # type: ignore[method-assign]
+    error, allowed = max(errors), max(TOLERANCE, rounding_error(backbone))
+    if error > allowed:
+        raise LoadingError(f"for a sample request, the engine {assembly.engine.name} computes scores that are off by "
+                           f"{error:.1e} from those of the original model (allowed: {allowed:.0e}): choose another "
+                           "engine, such as --engine eager")
 
 
 def _try_side_by_side(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> None:
