@@ -77,6 +77,41 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     return [known.stage(start, end) for start, end in zip(starts, ends)]
 
 
+class Memory:
+    """The memory of the values of a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.of: dict[fx.Node, fx.Node] = {}
+        """For each node, the node that allocated its memory. If the node is a view, this is another node."""
+        self.viewed: dict[fx.Node, fx.Node] = {}
+        """For each view, the node that it is a view of; for an operation in place, the node that it changes."""
+        self.writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        """For each node that allocated memory, the operations that write to this memory."""
+        for node in graph.nodes:
+            self.of[node] = node
+            self._note(node)
+
+    def _note(self, node: fx.Node) -> None:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            if node.op == "call_function" and node.all_input_nodes:  # an element of a list of views
+                self._view(node, node.all_input_nodes[0])
+            return
+        is_view = any(value.alias_info is not None for value in schema.returns)
+        for index, described in enumerate(schema.arguments):
+            argument = node.args[index] if index < len(node.args) else node.kwargs.get(described.name)
+            if not isinstance(argument, fx.Node):
+                continue
+            # A dropout that drops nothing returns its input, though its schema does not say so.
+            if (is_view and described.alias_info is not None) or "dropout" in str(node.target):
+                self._view(node, argument)
+            if described.alias_info is not None and described.alias_info.is_write:
+                self.writes[self.of[argument]].append(node)
+
+    def _view(self, node: fx.Node, viewed: fx.Node) -> None:
+        self.of[node], self.viewed[node] = self.of[viewed], viewed
+
+
 class _Dependence:
     """The dependences between the nodes of a graph."""
 
@@ -86,12 +121,8 @@ class _Dependence:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.inputs = tuple(inputs_of(module.graph))
         self._batch = batch_size(module.graph)
-        self._memory: dict[fx.Node, fx.Node] = {}
-        """For each node, the node that allocated its memory. If the node is a view, this is another node."""
-        self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        """For each node that allocated memory, the operations that write to this memory."""
-        for node in self.nodes:
-            self._note_memory(node)
+        memory = Memory(module.graph)
+        self._memory, self._writes = memory.of, memory.writes
         origins = self._origins()
         self.data = {node for node in self.nodes if not origins[node] <= {_WEIGHTS}}
         """Nodes that depend on the values of the inputs, not only on their shapes."""
@@ -186,23 +217,6 @@ class _Dependence:
                 changed = changed or origins.get(node) != read
                 origins[node] = read
         return origins
-
-    def _note_memory(self, node: fx.Node) -> None:
-        self._memory[node] = node
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            if node.op == "call_function" and node.all_input_nodes:  # an element of a list of views
-                self._memory[node] = self._memory[node.all_input_nodes[0]]
-            return
-        is_view = any(value.alias_info is not None for value in schema.returns)
-        for argument, described in zip(node.args, schema.arguments):
-            if not isinstance(argument, fx.Node):
-                continue
-            # A dropout that drops nothing returns its input, though its schema does not say so.
-            if (is_view and described.alias_info is not None) or "dropout" in str(node.target):
-                self._memory[node] = self._memory[argument]
-            if described.alias_info is not None and described.alias_info.is_write:
-                self._writes[self._memory[argument]].append(node)
 
     def _count(self, graph: fx.Graph, rows: fx.Node, size: fx.Node) -> fx.Node:
         """Add a dynamic size to a stage: the number of the stage's rows, or a multiple of that number."""

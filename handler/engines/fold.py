@@ -14,20 +14,26 @@ _CONVOLUTIONS = {_ATEN.conv1d.default, _ATEN.conv1d.padding, _ATEN.conv2d.defaul
                  _ATEN.conv3d.default, _ATEN.conv3d.padding}
 
 
-def fold(stage: fx.GraphModule) -> fx.GraphModule:
+def fold(stage: fx.GraphModule, *, channels_last: bool = True) -> fx.GraphModule:
     """Return a stage that computes what `stage` computes, up to rounding.
 
     A batch norm at inference is an affine map of each channel. If nothing else reads the convolution before it, the map
     is folded into that convolution's weight and bias. Parameters that are not rewritten are shared with `stage`.
+
+    Args:
+        stage: a part of a backbone, or all of it.
+        channels_last: whether convolutions compute channels_last maps, which requires that no value of the backbone
+            depends on the order of the numbers in memory. If one does, every map must keep its order, because `reshape`
+            returns a copy for one order and a view for the other, and an operation in place may write through it.
     """
     module = fx.GraphModule(stage, copy.deepcopy(stage.graph))
     for node in list(module.graph.nodes):
         if node.target is _ATEN.batch_norm.default:
             _fold_batch_norm(module, node)
-    for node in module.graph.nodes:
+    for node in module.graph.nodes if channels_last else ():
         if node.target in _CONVOLUTIONS:
             _order_channels_last(module, node)
-        elif node.target is _ATEN.view.default and not any(_writes_to(user, node) for user in node.users):
+        elif node.target is _ATEN.view.default:
             node.target = _ATEN.reshape.default  # not every shape is a view of channels_last memory
     module.graph.eliminate_dead_code()
     module.graph.lint()
@@ -85,8 +91,3 @@ def constant(module: fx.GraphModule, value: Argument) -> Tensor | None:
         return None
     tensor = attrgetter(str(value.target))(module)
     return tensor.detach() if isinstance(tensor, Tensor) else None
-
-
-def _writes_to(user: fx.Node, view: fx.Node) -> bool:
-    schema = getattr(user.target, "_schema", None)
-    return schema is not None and schema.is_mutable and view in user.args

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from early_exit.handler.backbone.graph import Memory
 from early_exit.handler.engines.fold import attach, constant
 
 _ATEN = torch.ops.aten
@@ -25,25 +26,29 @@ def fuse(stage: fx.GraphModule) -> fx.GraphModule:
     for relu in list(stage.graph.nodes):
         if relu.target not in _RELUS:
             continue
-        before = relu.args[0]
+        before, memory = relu.args[0], Memory(stage.graph)
         if _is_convolution(before):
-            _replace(stage, relu, before, _ATEN.cudnn_convolution_relu.default)
+            if _keeps(memory, before.args[0], before, relu):
+                _replace(stage, relu, before, _ATEN.cudnn_convolution_relu.default)
         elif before.target in _SUMS and len(before.users) == 1 and not before.kwargs:
-            _fuse_sum(stage, relu, before)
+            _fuse_sum(stage, relu, before, memory)
     stage.graph.lint()
     stage.recompile()
     return stage
 
 
-def _fuse_sum(stage: fx.GraphModule, relu: fx.Node, total: fx.Node) -> None:
+def _fuse_sum(stage: fx.GraphModule, relu: fx.Node, total: fx.Node, memory: Memory) -> None:
     summands = {node for node in total.args if isinstance(node, fx.Node) and "val" in node.meta}
     if len(summands) < 2:
         return
     other, convolution = sorted(summands)  # the other summand must be computed before the convolution
     if not _is_convolution(convolution) or other.meta["val"].shape != convolution.meta["val"].shape:
         return
-    if total.target is _ATEN.add_.Tensor and total.args[0] is other and len(other.users) > 1:
-        return  # another node also reads the tensor that the sum overwrites
+    if total.target is _ATEN.add_.Tensor and total.args[0] is other and (
+            len(other.users) > 1 or memory.of[other] is not other):
+        return  # another node may also read the tensor that the sum overwrites
+    if not _keeps(memory, convolution.args[0], convolution, relu) or not _keeps(memory, other, total, relu):
+        return
     if _is_convolution(other):
         _move_bias(stage, other, convolution)
     relu.replace_input_with(total, convolution)
@@ -71,6 +76,12 @@ def _move_bias(stage: fx.GraphModule, source: fx.Node, target: fx.Node) -> None:
     with stage.graph.inserting_before(target):
         target.update_arg(2, attach(stage, f"{target.name}_both", biases[0] + biases[1]))
     source.update_arg(2, None)
+
+
+def _keeps(memory: Memory, x: Argument, start: fx.Node, end: fx.Node) -> bool:
+    """Tell whether nothing between two nodes writes to x, which is read at the second node after the fusion."""
+    assert isinstance(x, fx.Node)
+    return not any(start < write < end for write in memory.writes.get(memory.of[x], ()))
 
 
 def _is_convolution(node: Argument) -> bool:

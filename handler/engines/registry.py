@@ -20,6 +20,7 @@ from early_exit.handler.engines.compiled_stage import CompiledStage, Read
 from early_exit.handler.engines.fold import fold
 from early_exit.handler.engines.fuse import fuse
 from early_exit.handler.engines.openvino import compile_float, compile_int8, int8_digest
+from early_exit.handler.engines.rewriting import needs_casts, reads_order
 from early_exit.handler.errors import ConfigError, PlanError
 
 Arrange = Callable[[Tensor], tuple[Tensor, Read]]
@@ -105,11 +106,16 @@ def _folded(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage
 
 
 def _in_bfloat16(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
+    if needs_casts(backbone.graph.graph):
+        raise ConfigError("the engine bfloat16 computes in one dtype, in which a cast returns no copy, but this model "
+                          "writes in place into a tensor that it has cast and reads the other one afterwards: choose "
+                          "another engine, such as ee-archive --engine folded")
     return in_bfloat16(_rewritten(backbone, boundaries))
 
 
 def _rewritten(backbone: Backbone, boundaries: Sequence[str]) -> list[fx.GraphModule]:
-    stages = [fold(stage) for stage in split(backbone.graph, boundaries)]
+    channels_last = not reads_order(backbone.graph.graph)  # of the whole backbone, because maps pass between stages
+    stages = [fold(stage, channels_last=channels_last) for stage in split(backbone.graph, boundaries)]
     is_nvidia = backbone.device.type == "cuda" and torch.version.cuda is not None
     return [fuse(stage) for stage in stages] if is_nvidia else stages
 

@@ -33,8 +33,19 @@ class Odd(nn.Module):
         return self.head(self.between(x, y, self.second(y)).mean(dim=(2, 3)))
 
 
+def _summed_into(view: Tensor, x: Tensor) -> Tensor:
+    return torch.relu(view.add_(torch.conv2d(x, torch.ones(4, 3, 1, 1, device=x.device))))
+
+
+def _after(x: Tensor, written: Tensor) -> Tensor:
+    return torch.relu(x) + written
+
+
 ODD: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
     "a sum that is written over what is read later": (lambda x, y, z: torch.relu(y.add_(z)) + y, 0),
+    "a sum that is written through a view": (lambda x, y, z: _summed_into(y[:, :4], x) + y, 0),
+    "a summand that is written before the ReLU": (lambda x, y, z: _after(y + z, y.mul_(2)), 0),
+    "an input that is written before the ReLU": (lambda x, y, z: _after(z, y.mul_(2)), 0),
     "twice the same": (lambda x, y, z: torch.relu(z + z), 0),
     "of another shape": (lambda x, y, z: torch.relu(z + y.mean(dim=(2, 3), keepdim=True)), 0),
     "with a number": (lambda x, y, z: torch.relu(z + 1), 0),
