@@ -17,6 +17,7 @@ from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 
 from early_exit.handler.backbone.graph import (
+    Memory,
     batch_size,
     inputs_of,
     is_batch_first,
@@ -148,7 +149,8 @@ def prepare_program(program: ExportedProgram) -> None:
 def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     """Return the forward pass of an exported backbone as a graph with its parameters attached.
 
-    The inputs of the graph are (B, ...) tensors in the order of the program, and its output is the (B, K) scores.
+    The inputs of the graph are (B, ...) tensors in the order of the program, and its output is the (B, K) scores. The
+    graph writes into none of its inputs.
 
     Raises:
         GraphError: the program does not map (B, ...) tensors to one (B, K) tensor.
@@ -191,8 +193,24 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)
     keep_beside(scores[0])
+    _keep_inputs(module.graph)
     # A plain module, because the module that torch.export returns forbids eval(), which every handler calls.
     return fx.GraphModule(module, module.graph)
+
+
+def _keep_inputs(graph: fx.Graph) -> None:
+    """Let operations that write into an input write into a copy of it.
+
+    Inputs are read more than once: by later stages, which compute a mask again from them, for example, and for the
+    reference of an engine that is not exact.
+    """
+    inputs, writes = inputs_of(graph), Memory(graph).writes
+    for node in inputs:
+        if node in writes:
+            with graph.inserting_after(inputs[-1]):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
 
 
 def scores_dtype(program: ExportedProgram) -> str:

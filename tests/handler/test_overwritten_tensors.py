@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.signature import InputSpec
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.inference.forward import Live, Stage
 from early_exit.handler.inference.in_flight import InFlightCall, InFlightCalls
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.model.probe import answer_probe
 from early_exit.handler.protocol import FULL, OPINIONS_HEADER
 from tests.handler.test_early_answers import Frontend
 from tests.support.host import worker_of
@@ -168,3 +172,84 @@ def test_a_call_that_fails_after_writing_into_its_input_is_not_answered_from_wha
             with pytest.raises(RuntimeError, match="out of memory"):
                 call.answers()
         assert seen == [2]
+
+
+class Hashing(nn.Module):
+    """A model that hashes ids into buckets, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids.remainder_(10).add_(3)
+        return self.last(torch.relu(self.first(self.embedding(ids).mean(1))))
+
+
+class InHalf(nn.Module):
+    """A model in bfloat16 that scales its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 4)
+        self.bfloat16()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids[:, 1:].sub_(0.5).mul_(4)
+        return self.last(torch.relu(self.first(ids)))
+
+
+class Masked(nn.Module):
+    """A model that turns its mask over, in place, and reads it in each of three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask.neg_().add_(1.0)
+        mask.add_(mask.gt(0.5).float() * 0.25)
+        for layer in self.layers:
+            x = torch.relu(layer(x) * mask)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(("kind", "inputs", "dtype"), [
+    (Hashing, torch.arange(240).reshape(40, 6) % 50, "int64"),
+    (InHalf, torch.linspace(0, 1, 240).reshape(40, 6).bfloat16(), "bfloat16")])
+@torch.no_grad()
+def test_the_reference_of_a_lossy_engine_is_computed_from_the_inputs_as_they_came(
+        kind: type[nn.Module], inputs: Tensor, dtype: str) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    spec = InputSpec("ids", (6,), dtype, 50 if dtype == "int64" else None)
+    served = build_model(Backbone.from_inputs(model, [spec]), engine="bfloat16", sampling_rate=1.0)
+    served(inputs)
+    [batch] = served.log.take()
+    torch.testing.assert_close(batch.answers.reference, model(inputs.clone()).float())
+
+
+@pytest.mark.parametrize("engine", ["eager", "folded"])
+@torch.no_grad()
+def test_a_mask_is_written_once_however_often_the_backbone_is_cut(engine: str) -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+    backbone = Backbone.from_inputs(model, [InputSpec("x", (8,)), InputSpec("mask", (8,))])
+    x, mask = torch.randn(20, 8), torch.rand(20, 8)
+    expected = model(x, mask.clone())
+    for layers in (0, 8):
+        served = build_model(backbone, engine=engine, record_layers=layers)
+        torch.testing.assert_close(served(x, mask), expected)
+    assert len(served.assembly.stages) == 4
+
+
+@torch.no_grad()
+def test_a_probe_tests_the_same_each_time_though_the_model_writes_into_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    row = torch.randn(1, 8)
+    backbone = Backbone.from_module(WritesIntoItsInput().eval(), (8,)).probed_by((row.clone(),))
+    assert torch.equal(backbone.probe[0], row)
+    backbone.save(tmp_path)
+    for model in (build_model(backbone), build_model(load_backbone(tmp_path))):
+        for _ in range(3):
+            assert answer_probe(model)["relative_error"] < 1e-6
