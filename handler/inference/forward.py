@@ -205,7 +205,7 @@ def _numbers(mask: Tensor | None) -> list[int]:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return some rows of x in x's memory format, or x itself if all rows are wanted.
+    """Return some rows of x in x's memory layout, or x itself if all rows are wanted.
 
     Args:
         x: (B, ...) tensor.
@@ -216,4 +216,23 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         # index_select on channels_last returns a slow NCHW copy; on the permuted view it copies whole rows.
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return x.index_select(0, index)
+    return laid_out_like(x, x.index_select(0, index))
+
+
+def laid_out_like(x: Tensor, rows: Tensor) -> Tensor:
+    """Return rows with the strides of x, because later operations, such as `contiguous`, return a copy or a view
+    depending on the strides, and an operation in place may write through a view.
+
+    Args:
+        x: (B, ...) tensor. If its rows overlap or do not follow each other in memory, `rows` is returned as it is.
+        rows: (N, ...) tensor.
+    """
+    if rows.stride()[1:] == x.stride()[1:] and rows.is_contiguous() == x.is_contiguous():
+        return rows
+    inner = [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:]) if size > 1]
+    extent = 1
+    for stride, size in (*sorted(inner), (x.stride(0), 1)):
+        if stride < extent:
+            return rows
+        extent += stride * (size - 1)
+    return x.new_empty_strided(rows.shape, x.stride()).copy_(rows)

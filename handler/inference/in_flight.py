@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.inference.executor import Record
-from early_exit.handler.inference.forward import Answers, Live, Stage, answered, numbers_on, take_rows
+from early_exit.handler.inference.forward import Answers, Live, Stage, answered, laid_out_like, numbers_on, take_rows
 from early_exit.handler.inference.scheduler import Waiting, next_stage
 from early_exit.handler.protocol import FULL
 
@@ -233,7 +233,7 @@ def _own(taken: Tensor, x: Tensor) -> Tensor:
 
 def _together(parts: Sequence[Live], *, copy: bool) -> Live:
     if len(parts) > 1:
-        return tuple(torch.cat(tensors) for tensors in zip(*parts))
+        return tuple(laid_out_like(tensors[0], torch.cat(tensors)) for tensors in zip(*parts))
     return tuple(x.clone() for x in parts[0]) if copy else parts[0]
 
 

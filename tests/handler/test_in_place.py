@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
+from early_exit.handler.exits.head import Head, HeadSpec
+from early_exit.handler.exits.plan import ExitPlan, PlannedExit
+from early_exit.handler.exits.policy import ConfidencePolicy
+from early_exit.handler.inference.forward import laid_out_like
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.protocol import FULL
 from tests.handler.test_engine import network
+from tests.support.row_handlers import requests
 
 EXACT = [engine.name for engine in ENGINES.values() if engine.is_exact]
 
@@ -137,3 +143,62 @@ def test_a_write_that_no_other_tensor_shows_costs_no_channels_last(between: Call
     served, x = build_model(backbone_with(between)), torch.randn(8, 3, 8, 8)
     assert is_channels_last(served.assembly)
     torch.testing.assert_close(served(x), Between(between).eval()(x), atol=1e-4, rtol=1e-4)
+
+
+class Turned(nn.Module):
+    """A layer that returns tokens in another order than that of their numbers in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).view(-1, 4, 8).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    """A layer that clips a copy of its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(tokens.contiguous().clamp_(-0.1, 0.1)) + tokens
+
+
+def turning() -> tuple[nn.Module, Backbone, Tensor]:
+    """Return a model that copies because its tokens are not contiguous, its backbone, and (12, 8) inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned(), Residual(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    x = torch.tensor(requests(12)) * torch.linspace(0.2, 3, 12).view(-1, 1)
+    return model, Backbone.from_module(model, (8,)), x
+
+
+@pytest.mark.parametrize("engine", ["eager", "folded"])
+@torch.no_grad()
+def test_a_copy_in_the_original_stays_a_copy_when_other_rows_leave(engine: str) -> None:
+    model, backbone, x = turning()
+    torch.manual_seed(0)
+    layer, spec = backbone.description.candidates[0], HeadSpec(pool=2, widths=())
+    exits = (PlannedExit(layer.path, spec, ConfidencePolicy(1.0, 0.4), layer.cost, 0.01),)
+    served = build_model(backbone, ExitPlan(backbone.description.sha256, "paper", exits, None, engine),
+                         {layer.path: Head(spec, layer.shape, 4)}, engine=engine)
+    found = served(x)
+    stays = served.log.take()[0].answers.stages == FULL
+    assert 0 < stays.sum() < len(x), "some rows must leave"
+    torch.testing.assert_close(found[stays], model(x)[stays], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_are_put_together_keep_the_order_of_their_numbers_and_the_gaps_between_them() -> None:
+    x = torch.arange(60.0).view(3, 4, 5)
+    for source in (x.mT, x[:, 1:3], x[:, :, ::2], x.mT[:, 1:, 1:], x):
+        twice = laid_out_like(source, torch.cat((source, source)))
+        assert torch.equal(twice, torch.cat((source, source))) and twice.stride() == source.stride()
+
+
+def test_rows_whose_numbers_overlap_in_memory_are_taken_as_they_are() -> None:
+    x = torch.arange(24.0).view(2, 12).unfold(1, 4, 2)
+    for source in (x, x[:1].expand(3, -1, -1), x[:, :, :1].expand(-1, -1, 4), torch.arange(21.0).view(3, 7).t()[None]):
+        twice = torch.cat((source, source))
+        assert torch.equal(laid_out_like(source, twice), twice)
