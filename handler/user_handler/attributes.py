@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from early_exit.handler.inference.contents import KeptContents
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import FunctionHandler, UserHandler
 from early_exit.handler.user_handler.places import folder_of
@@ -22,9 +23,9 @@ class HandlerAttributes:
     """Lets calls of one handler wait in the middle. Each call has a thread, and only one of the threads runs at a time.
 
     Before it waits, a call may set attributes on the handler, on its context, on its module (global names) or on
-    objects of the user that these reach. When the call continues, it finds its own values. Of all other calls, only
-    those that begin after its end see these values. All calls use the same handler object, because other objects may
-    hold its methods, for example a hook in its model.
+    objects of the user that these reach. It may also change the lists, dicts and sets that all these contain. When the
+    call continues, it finds its own values. Of all other calls, only those that begin after its end see these values.
+    All calls use the same handler object, because other objects may hold its methods, for example a hook in its model.
     """
 
     def __init__(self, handler: UserHandler, context: HandlerContext) -> None:
@@ -33,6 +34,9 @@ class HandlerAttributes:
         fixed = frozenset(name for name, value in vars(module).items() if is_fixed(name, value))
         self._objects = [(vars(handler), nothing), (vars(context), nothing), context.put_on_it(), (vars(module), fixed),
                          *((vars(helper), nothing) for helper in _helpers(module, handler))]
+        self._classes = [kind for helper in (handler, *_helpers(module, handler)) for kind in type(helper).__mro__
+                         if kind.__module__ == type(helper).__module__]
+        self._contents = KeptContents(self._values, lambda value: is_helper(value, module))
         self._call = threading.local()
 
     @contextmanager
@@ -40,7 +44,8 @@ class HandlerAttributes:
         """Run a call of the handler inside the block."""
         before = self._call.shared = self._state()
         try:
-            yield
+            with self._contents.call():
+                yield
         except BaseException:
             self._restore(self._call.shared)
             raise
@@ -54,12 +59,21 @@ class HandlerAttributes:
     def waiting(self) -> Iterator[None]:
         """Let other calls run inside the block; a call of the handler enters it while it waits."""
         own = self._state()
-        self._restore(self._call.shared)
         try:
-            yield
+            with self._contents.waiting():
+                self._restore(self._call.shared)
+                try:
+                    yield
+                finally:
+                    self._call.shared = self._state()
         finally:
-            self._call.shared = self._state()
             self._restore(own)
+
+    def _values(self) -> Iterator[object]:
+        for attributes, fixed in self._objects:
+            yield from (value for name, value in attributes.items() if name not in fixed)
+        for kind in self._classes:
+            yield from vars(kind).values()
 
     def _state(self) -> _State:
         return [{name: value for name, value in attributes.items() if name not in fixed}

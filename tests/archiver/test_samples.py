@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import email
 import email.policy
+import io
 import json
 from email.message import EmailMessage
 from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from early_exit.archiver.packaging.cli import parser as archive_parser
 from early_exit.archiver.packaging.sources.form import FormFile, form_file
-from early_exit.archiver.packaging.sources.sample import sample_images, samples_of, varied
+from early_exit.archiver.packaging.sources.sample import resized, sample_images, samples_of, varied
 from early_exit.archiver.rollout.cli import parser as roll_parser
 from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.management import Management
@@ -67,6 +69,14 @@ def test_the_varied_request_has_the_same_parts_and_the_largest_differs() -> None
     [other] = varied(SampleRequest((Part(b"\xff" * 15, name="raw"), Part(b"some words", "text/plain", "text"))))
     assert [part.value for part in other.parts] == [b"\xff" * 15, b"words some"], "the largest cannot be varied"
     assert varied(SampleRequest((Part(b"\xff" * 7), Part(b"true", "application/json", "b")))) == []
+
+
+def test_the_resized_request_has_an_image_of_another_width_and_height() -> None:
+    [other] = resized(SampleRequest((Part(b"[1]", "application/json", "options"), Part(PICTURE, "image/png", "image"))))
+    assert other.parts[0].value == b"[1]"
+    with Image.open(io.BytesIO(other.parts[1].value)) as image:
+        assert image.size == (21, 25)
+    assert resized(SampleRequest((Part(b"[1]", "application/json"),))) == []
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -51,14 +51,11 @@ class InALoopOfItsOwn(AtOnce):
         return answered
 
 
-class KeepingNamesInAList(AtOnce):
-    def __init__(self, model: EarlyExitModel) -> None:
-        super().__init__(model)
-        self.names: list[str] = []
+class KeepingNamesInAClass(AtOnce):
+    names: ClassVar[list[str]] = []
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
-        self.names.clear()
-        self.names.extend(item["body"].decode() for item in data)
+        type(self).names = [item["body"].decode() for item in data]
         classes = super().handle(data, context)
         return [{"of": name, "class": found} for name, found in zip(self.names, classes)]
 
@@ -105,25 +102,27 @@ def test_a_handler_whose_calls_go_on_side_by_side_is_taken() -> None:
     require_side_by_side(asked.at_once, asked.alone)
 
 
-def test_a_handler_that_keeps_a_request_in_a_list_while_the_next_one_begins_is_refused() -> None:
-    asked = Asked(KeepingNamesInAList)
+def test_a_handler_that_keeps_a_request_in_its_class_while_the_next_one_begins_is_refused() -> None:
+    asked = Asked(KeepingNamesInAClass)
     with pytest.raises(LoadingError, match=r"(?s)local variables:\nsample 1 .*\$\.of: 'body-0' has become 'body-1'"):
         require_side_by_side(asked.at_once, asked.alone)
 
 
-@pytest.mark.parametrize("kept", ["self.kept", "kept"])
-def test_an_archive_whose_handler_keeps_a_request_in_a_dict_of_its_own_is_refused_and_one_with_a_local_dict_is_not(
+@pytest.mark.parametrize("kept", ["self.array", "self.kept", "kept"])
+def test_an_archive_whose_handler_keeps_a_request_in_an_array_of_its_own_is_refused_and_one_with_a_dict_is_not(
         tmp_path: Path, samples: list[Path], kept: str) -> None:
-    handler = HANDLER.format(initialize="        self.kept = {}", postprocess=PLAIN) + f"""
+    key = 0 if kept == "self.array" else '"first"'
+    handler = HANDLER.format(initialize="        self.kept, self.array = {}, torch.zeros(1)",
+                             postprocess=PLAIN) + f"""
     def handle(self, data, context):
         kept = {{}}
-        {kept}["first"] = data[0]["body"][0]
-        return [{{"first": {kept}["first"], "scores": scores}} for scores in super().handle(data, context)]
+        {kept}[{key}] = data[0]["body"][0]
+        return [{{"first": float({kept}[{key}]), "scores": scores}} for scores in super().handle(data, context)]
 """
     config = tmp_path / "early.yaml"
     config.write_text("batchSize: 4\nearly_exit: {answers: early}\n")
-    refused = pytest.raises(ArchiveError, match=r"(?s)local variables.*\$\.first: 0\.1 has become -1\.0")
-    with refused if kept == "self.kept" else nullcontext():
+    refused = pytest.raises(ArchiveError, match=r"(?s)local variables.*\$\.first: 0\.1.* has become -1\.0")
+    with refused if kept == "self.array" else nullcontext():
         archived(tmp_path, handler, samples, config=config)
 
 

@@ -70,6 +70,13 @@ def varied(sample: SampleRequest) -> list[SampleRequest]:
     return []
 
 
+def resized(sample: SampleRequest) -> list[SampleRequest]:
+    """Return a list with a request whose images have another size; empty if no part of the request is an image."""
+    images = [_varied_image(part.value, is_larger=True) for part in sample.parts]
+    parts = tuple(part if image is None else replace(part, value=image) for part, image in zip(sample.parts, images))
+    return [SampleRequest(parts)] if any(images) else []
+
+
 def _image(height: int, width: int | None = None, *, inverted: bool) -> bytes:
     from PIL import Image, ImageOps
 
@@ -123,7 +130,7 @@ def _varied_text(text: str) -> str:
     return " ".join([*words[1:], words[0]]) if len(set(words)) > 1 else f"{text} {text}"
 
 
-def _varied_image(value: bytes) -> bytes | None:
+def _varied_image(value: bytes, *, is_larger: bool = False) -> bytes | None:
     from PIL import Image, ImageOps
 
     try:
@@ -132,6 +139,9 @@ def _varied_image(value: bytes) -> bytes | None:
             if kind is None:
                 return None
             inverted = ImageOps.invert(ImageOps.mirror(image.convert("L" if mode in ("1", "L") else "RGB")))
+            width, height = image.size
+            if is_larger:
+                inverted = inverted.resize((width + width // 4 + 1, height + height // 2 + 1))
             return _saved(inverted.convert(mode), kind)
     except Exception:  # each image format has its own errors, and most bodies are not images
         return None

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from early_exit.archiver.packaging.sources.sample import resized
 from early_exit.archiver.packaging.tryout.answers import (
     Answer,
     AnsweredBatch,
@@ -132,7 +133,7 @@ def _try_side_by_side(archive: LoadedArchive, samples: Sequence[SampleRequest]) 
     service: Any = archive.roots[Root.HANDLER]
     model = service.worker.model
     model.fall_back(model.assembly.last_level)  # all requests go through all stages, so they wait side by side
-    samples = [sample for sample in samples if archive.answer([sample])[0].status == 200]
+    samples = [sample for sample in (*samples, *resized(samples[0])) if archive.answer([sample])[0].status == 200]
     pair = samples if len(samples) > 1 else samples * 2
 
     def alone() -> list[Answer]:
@@ -178,7 +179,7 @@ def require_side_by_side(ask: Callable[[], Sequence[Answer]], alone: Callable[[]
     if told := contradictions(expected, answers):
         raise LoadingError("with early answers, a request is answered differently when another one comes at once. The "
                            "handler keeps something of a request where the request beside it overwrites it, such as a "
-                           "list, a dict or an attribute of a class. Set 'answers: plain', or keep it in local "
+                           "tensor, an array or an attribute of a class. Set 'answers: plain', or keep it in local "
                            "variables:\n" + "\n".join(told[:3]))
 
 
