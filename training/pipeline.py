@@ -87,7 +87,7 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     point = choose(predictions, options)
     plan = replace(make_plan(point, predictions, heads, training_set, description, options, profile),
                    traffic=identity)
-    save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
+    plan = save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
     records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
     report = make_report(model, records, plan, point, predictions,
                          head_reports(heads, predictions, point, description), (*left_out, *dropped),

@@ -22,14 +22,14 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.source import Source, unpack_source
 from early_exit.archiver.packaging.tryout.child import launcher
 from early_exit.archiver.packaging.tryout.trials import check
-from early_exit.handler.archive_layout import COMPILED, DESCRIPTION_FILE, ArchiveLayout, read_manifest
+from early_exit.handler.archive_layout import COMPILED, DESCRIPTION_FILE, HEADS_FILE, ArchiveLayout, read_manifest
 from early_exit.handler.backbone.backbone import Backbone, BackboneDescription
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.engines.openvino import PIECES
 from early_exit.handler.engines.registry import ENGINES, require_engine
 from early_exit.handler.errors import ArchiveError, Unsupported
-from early_exit.handler.exits.plan import build_heads, load_plan, save_plan
+from early_exit.handler.exits.plan import build_heads, load_plan, write_plan
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
 from early_exit.handler.user_handler.traffic import digests_of, users_files
 from early_exit.training.data.skipped import Skipped
@@ -103,7 +103,8 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
             log("nothing watches the plan's certificate, because early_exit.sampling_rate is 0 and so no request is "
                 "compared with the whole model: if the traffic changes, nobody notices, and ee-watch renews nothing. "
                 "Leave sampling_rate out, or set it above 0")
-        save_plan(layout.folder, plan, build_heads(plan, tensors, backbone.description))
+        build_heads(plan, tensors, backbone.description)  # which checks that they fit this backbone
+        write_plan(layout.folder, plan, request.plan.with_name(HEADS_FILE).read_bytes())
 
 
 def _keep_or_quantize(request: ArchiveRequest, engine: str, layout: ArchiveLayout, source: Source, backbone: Backbone,

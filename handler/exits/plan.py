@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from early_exit.handler.archive_layout import HEADS_FILE, PLAN_FILE
@@ -153,6 +153,8 @@ class ExitPlan:
     with the deployed setting. The level after the last setting has no exits."""
     traffic: str = ""
     """Identity of the traffic that the certificate is about; empty if it is not known."""
+    heads: str = ""
+    """sha256 of the file with the heads' weights; empty in an older plan, which does not contain it."""
     likeness: Likeness | None = field(default=None, compare=False, repr=False)
     """How records were compared to form the certificate's blocks; it is stored beside the heads."""
 
@@ -171,8 +173,9 @@ class ExitPlan:
     def to_json(self) -> dict[str, Any]:
         plan = {**asdict(replace(self, likeness=None)), "exits": [planned.to_json() for planned in self.exits]}
         del plan["likeness"]
-        if not self.traffic:  # the digest of a plan of the previous release must stay the same
-            del plan["traffic"]
+        for name in ("traffic", "heads"):  # the digest of a plan of the previous release must stay the same
+            if not plan[name]:
+                del plan[name]
         if self.certificate is not None and not self.certificate.blocks:
             for name in ("contents", "blocks", "block_length", "largest_block", "is_trend"):
                 del plan["certificate"][name]
@@ -183,7 +186,7 @@ class ExitPlan:
         return self.certificate is not None and (not self.traffic or not traffic or self.traffic == traffic)
 
     def digest(self) -> str:
-        """Return a short hash of the plan without its heads. State files, probes and audit logs name it."""
+        """Return a short hash of the plan and of its heads. State files, probes and audit logs name it."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
@@ -206,20 +209,34 @@ class ExitPlan:
                 else Certificate(**{**certificate, "risk": Risk(certificate["risk"]),
                                     "window": tuple(certificate["window"])}),
                 safer=tuple(tuple(thresholds) for thresholds in data.get("safer", ())),
-                traffic=data.get("traffic", ""),
+                traffic=data.get("traffic", ""), heads=data.get("heads", ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{source} is not a complete plan: {error}") from error
 
 
-def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> None:
-    """Write heads.safetensors and then plan.json into an existing folder; `heads` maps layer paths to heads."""
+def save_plan(folder: Path, plan: ExitPlan, heads: Mapping[str, Head]) -> ExitPlan:
+    """Write a new plan and its heads into an existing folder, and return the plan, which then names these heads.
+
+    Args:
+        folder: receives heads.safetensors and then plan.json.
+        plan: the plan.
+        heads: the heads by the paths of their layers.
+    """
     tensors = {f"{planned.layer}/{name}": tensor.contiguous()
                for planned in plan.exits for name, tensor in heads[planned.layer].state_dict().items()}
     if plan.likeness is not None:
         tensors.update(plan.likeness.to_tensors())
+    content = save(tensors, metadata={"backbone": plan.backbone})
+    plan = replace(plan, heads=hashlib.sha256(content).hexdigest())
+    write_plan(folder, plan, content)
+    return plan
+
+
+def write_plan(folder: Path, plan: ExitPlan, heads: bytes) -> None:
+    """Write a plan, and the content of the file of its heads, into an existing folder."""
     with replacing(folder / HEADS_FILE) as scratch:
-        save_file(tensors, scratch, metadata={"backbone": plan.backbone})
+        scratch.write_bytes(heads)
     with replacing(folder / PLAN_FILE) as scratch:
         scratch.write_text(json.dumps(plan.to_json(), indent=1))
 
@@ -229,11 +246,16 @@ def load_plan(path: Path) -> tuple[ExitPlan, dict[str, Tensor]]:
 
     Raises:
         FormatError: this version does not read the plan's format.
-        PlanError: a file is missing or damaged.
+        PlanError: a file is missing or damaged, or the heads are not those that the plan was made with.
     """
     try:
         plan = ExitPlan.from_json(json.loads(path.read_text()), str(path))
-        tensors = load_file(path.with_name(HEADS_FILE))
+        content = path.with_name(HEADS_FILE).read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if plan.heads and plan.heads != found:
+            raise PlanError(f"{path} was made with other heads than those in {HEADS_FILE} beside it, expected the "
+                            f"sha256 {plan.heads[:12]}..., found {found[:12]}...: use the two files of one run")
+        tensors = load(content)
         return replace(plan, likeness=Likeness.from_tensors(tensors)), tensors
     except (OSError, ValueError, SafetensorError) as error:
         raise PlanError(f"cannot read the plan {path} and {HEADS_FILE} beside it: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from torch import nn
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import PlanError
 from early_exit.handler.exits.head import Head, HeadSpec
-from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit, build_heads, load_plan, save_plan
+from early_exit.handler.exits.plan import (
+    Certificate,
+    ExitPlan,
+    PlannedExit,
+    build_heads,
+    load_plan,
+    save_plan,
+    write_plan,
+)
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.exits.risk import Risk
 
@@ -36,12 +45,35 @@ def plan_for(backbone: Backbone) -> tuple[ExitPlan, dict[str, Head]]:
 
 def test_a_plan_is_read_as_it_was_saved(backbone: Backbone, tmp_path: Path) -> None:
     plan, heads = plan_for(backbone)
-    save_plan(tmp_path, plan, heads)
+    plan = save_plan(tmp_path, plan, heads)
     loaded, tensors = load_plan(tmp_path / "plan.json")
     assert loaded == plan
     x = torch.randn(4, 8)
     for layer, head in build_heads(loaded, tensors, backbone.description).items():
         assert torch.equal(head(x), heads[layer](x))
+
+
+def test_a_plan_with_the_heads_of_another_run_is_refused_and_has_another_digest(
+        backbone: Backbone, tmp_path: Path) -> None:
+    plans = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        plans.append(save_plan(tmp_path / name, *plan_for(backbone)))
+    assert plans[0].digest() != plans[1].digest()
+    shutil.copy(tmp_path / "other" / "heads.safetensors", tmp_path / "one")
+    with pytest.raises(PlanError, match=r"one/plan\.json was made with other heads than those in heads\.safetensors"):
+        load_plan(tmp_path / "one" / "plan.json")
+
+
+def test_an_older_plan_that_names_no_heads_is_read_and_written_again_with_its_digest(
+        backbone: Backbone, tmp_path: Path) -> None:
+    old, heads = plan_for(backbone)
+    save_plan(tmp_path, old, heads)
+    write_plan(tmp_path, old, (tmp_path / "heads.safetensors").read_bytes())
+    assert "heads" not in json.loads((tmp_path / "plan.json").read_text())
+    loaded, tensors = load_plan(tmp_path / "plan.json")
+    assert loaded == old and loaded.digest() == old.digest()
+    assert build_heads(loaded, tensors, backbone.description).keys() == heads.keys()
 
 
 def test_a_plan_without_exits_is_legal(backbone: Backbone, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def expected_stages(backbone: Backbone, layers: tuple[str, ...], heads: dict[str
 @pytest.mark.usefixtures("registered")
 def test_a_plan_by_a_policy_that_registers_itself_is_read_and_served(backbone: Backbone, tmp_path: Path) -> None:
     plan, heads = plan_by_entropy(backbone)
-    save_plan(tmp_path, plan, heads)
+    plan = save_plan(tmp_path, plan, heads)
     loaded, tensors = load_plan(tmp_path / "plan.json")
     assert loaded == plan and loaded.digest() == plan.digest()
     model = build_model(backbone, loaded, build_heads(loaded, tensors, backbone.description))
