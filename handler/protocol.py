@@ -29,6 +29,8 @@ ignored under the same conditions as `ANYTIME_HEADER`."""
 PROBE_BODY = (b'{"instances": [{}], '
               b'"inputs": [{"name": "probe", "shape": [1], "datatype": "BYTES", "data": ["probe"]}]}')
 """The body of a probe: JSON that every envelope of TorchServe accepts. Without an envelope, nothing reads it."""
+EXPLAIN_HEADER = "explain"
+"""A request with this header asks the user's handler for an explanation instead of a prediction; servers set it."""
 SECRET_HEADER = "X-Early-Exit-Secret"
 """A prediction request with the server's secret in this header comes from its operator."""
 SECRET_VARIABLE = "EARLY_EXIT_SECRET"

@@ -17,6 +17,7 @@ from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.monitor.blocks import Sample
 from early_exit.handler.monitor.sequential_test import MonitorState
 from early_exit.handler.monitor.shared_state import SharedMonitor
+from early_exit.handler.protocol import EXPLAIN_HEADER
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.isolation import Served
@@ -102,6 +103,7 @@ class Reporting:
                  monitor: SharedMonitor | None, ownership: RowOwnership) -> None:
         self._model, self._metrics, self._writer, self._monitor = model, metrics, writer, monitor
         self._ownership, self._unknown = ownership, set[Unknown]()
+        self._all_reach_the_model = True
         self._state: MonitorState | None = None
         self._position = ON
         metrics.switched(ON)
@@ -116,6 +118,10 @@ class Reporting:
         if self._writer is not None:
             self._metrics.records(*self._writer.take_counts())
             self._metrics.not_finite(self._writer.take_not_finite())
+        if self._all_reach_the_model and _answers_without_the_model(served):
+            self._all_reach_the_model = False
+            logger.warning("a request was answered without a call of the model, such as from a cache of the handler: "
+                           "such requests are in no record, so certificate and monitor are only about the others")
         for how in self._ownership.unknown - self._unknown:
             self._metrics.rows_unknown(how.value)
             self._unknown.add(how)
@@ -129,3 +135,10 @@ class Reporting:
             self._metrics.switched(position)
             logger.warning("the operator's switch of the exits is now: %s%s", position,
                            f", because it cannot be read: {trouble}" if (trouble := self._model.switch.trouble) else "")
+
+
+def _answers_without_the_model(served: Served) -> bool:
+    """Tell whether fewer rows reached the model than requests were answered; explanations have no rows."""
+    answered = [reply for call, reply in zip(served.calls, served.replies)
+                if reply.status == 200 and not call.has_header(EXPLAIN_HEADER)]
+    return sum(len(batch.answers.outputs) for batch in served.batches) < len(answered)

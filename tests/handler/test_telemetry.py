@@ -11,20 +11,23 @@ import torch
 from torch import nn
 
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.plan import Certificate, ExitPlan, PlannedExit
 from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.exits.risk import Risk
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.monitor.shared_state import SharedMonitor
-from early_exit.handler.protocol import EXIT_HEADER
+from early_exit.handler.protocol import EXIT_HEADER, EXPLAIN_HEADER
 from early_exit.handler.recording.format import list_shards
 from early_exit.handler.recording.writer import RecordWriter
 from early_exit.handler.serving.metrics import ServingMetrics
 from early_exit.handler.serving.response_headers import ResponseHeaders
 from early_exit.handler.serving.worker import Worker
 from tests.support.host import MemoryHost, calls_of_rows, worker_of
+from tests.support.row_handlers import AtOnce, backbone_of_rows, calls_of, replied, requests
 
 BREAKS: dict[str, tuple[type[Any], str]] = {"headers": (ResponseHeaders, "set"), "records": (RecordWriter, "offer"),
                                             "monitor": (SharedMonitor, "note"), "metrics": (ServingMetrics, "served")}
@@ -80,3 +83,42 @@ def test_what_fails_beside_the_answers_is_counted_and_stops_nothing_else(
     assert host.metrics["side_errors_total"].values == {(other,): n_steps * (other == kind) for other in BREAKS}
     assert caplog.text.count(f"side work '{kind}' failed") == 1, "a failure is logged once while it lasts"
     serving.close()
+
+
+def test_the_first_request_that_a_handler_answers_without_its_model_is_logged_once(
+        caplog: pytest.LogCaptureFixture) -> None:
+    class Remembering(AtOnce):
+        def __init__(self, model: EarlyExitModel) -> None:
+            super().__init__(model)
+            self.known: dict[str, Any] = {}
+
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            keys = [str(item["rows"]) for item in data]
+            new = {key: item for key, item in zip(keys, data) if key not in self.known}
+            if new:
+                self.known.update(zip(new, super().handle([*new.values()], context)))
+            return [self.known[key] for key in keys]
+
+    model = build_model(backbone_of_rows())
+    serving = worker_of(model, Remembering(model))
+    first, second = requests(2), requests(4, seed=1)
+    for bodies, n_logged in ((first, 0), (second[:2], 0), ([second[2], first[0]], 1), (first, 1)):
+        assert [reply.status for reply in replied(serving, calls_of(bodies))] == [200, 200]
+        assert caplog.text.count("answered without a call of the model") == n_logged
+
+
+def test_a_request_for_an_explanation_and_one_that_is_refused_need_no_row(caplog: pytest.LogCaptureFixture) -> None:
+    class WithoutTheModel(AtOnce):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            if "refused" in data[0]:
+                context.set_response_status(code=400, idx=0)
+            return ["nothing"]
+
+    model = build_model(backbone_of_rows())
+    serving = worker_of(model, WithoutTheModel(model))
+    replied(serving, [Call("explained", {"rows": [1.0]}, {EXPLAIN_HEADER: "True"})])
+    [refused] = serving.step([Call("refused", {"refused": True})])
+    assert refused is not None and refused.status == 400
+    assert "without a call of the model" not in caplog.text
+    replied(serving, [Call("answered", {"rows": [1.0]})])
+    assert "without a call of the model" in caplog.text

@@ -19,11 +19,12 @@ from ts.model_loader import ModelLoaderFactory
 
 from early_exit.archiver.packaging.tryout.answers import Answer
 from early_exit.archiver.packaging.tryout.child import LoadingError
+from early_exit.handler.protocol import EXPLAIN_HEADER
 from early_exit.handler.sample_request import SampleRequest
 from early_exit.handler.user_handler.description import Root
 from early_exit.handler.user_handler.places import Roots
 
-EXPLAIN = {"explain": "True"}
+EXPLAIN = {EXPLAIN_HEADER: "True"}
 """The header with which TorchServe tells a handler that explanations are asked for."""
 _OF_HTTP = {"host": "localhost"}
 """A header that all requests over HTTP have, and no request over gRPC."""
