@@ -111,8 +111,9 @@ class KeptContents:
                 seen.add(id(value))
             if isinstance(value, _CONTAINERS):
                 pair = self._pairs.get(id(value))
-                held[id(value)] = pair if pair is not None and _is_same(*pair) else (value, _copied(value))
-                inner = value.values() if isinstance(value, dict) else value
+                pair = held[id(value)] = pair if pair is not None and _is_same(*pair) else (value, _copied(value))
+                # A thread of the handler may change the container itself at any time, but not the copy.
+                inner = pair[1].values() if isinstance(value, dict) else pair[1]
             elif isinstance(value, tuple):
                 inner = value
             waiting.extend([one for one in inner if type(one) not in _PLAIN])
@@ -219,8 +220,8 @@ def _without(container: Any, content: Any, before: Any, after: Any) -> Any:
 
 def _taken_up_again(container: Any, own: Any, left: tuple[Any, Any] | None, now: _Held) -> Any:
     """Return the content with which a call continues: its own, without what others have taken out of a container that
-    this call has not changed."""
-    if left is None or not _is_same(own, left[1]):
+    this call has not changed, or out of a queue."""
+    if left is None or not (isinstance(container, deque) or _is_same(own, left[1])):
         return own
     after = now[id(container)][1]
     return own if left[1] is after or _is_refilled(container, left[1], after) else _without(

@@ -71,12 +71,13 @@ class HandlerAttributes:
 
     def _values(self) -> Iterator[object]:
         for attributes, fixed in self._objects:
-            yield from (value for name, value in attributes.items() if name not in fixed)
+            yield from [value for name, value in [*attributes.items()] if name not in fixed]
         for kind in self._classes:
-            yield from vars(kind).values()
+            yield from [*vars(kind).values()]
 
     def _state(self) -> _State:
-        return [{name: value for name, value in attributes.items() if name not in fixed}
+        # Copied first, because a thread of the handler may set an attribute meanwhile.
+        return [{name: value for name, value in [*attributes.items()] if name not in fixed}
                 for attributes, fixed in self._objects]
 
     def _restore(self, state: _State) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from early_exit.archiver.packaging.sources.sample import sample_images
 from early_exit.archiver.packaging.tryout.answers import Answer
 from early_exit.archiver.packaging.tryout.checking import require_side_by_side
 from early_exit.archiver.packaging.tryout.child import LoadingError
@@ -124,6 +125,26 @@ def test_an_archive_whose_handler_keeps_a_request_in_an_array_of_its_own_is_refu
     refused = pytest.raises(ArchiveError, match=r"(?s)local variables.*\$\.first: 0\.1.* has become -1\.0")
     with refused if kept == "self.array" else nullcontext():
         archived(tmp_path, handler, samples, config=config)
+
+
+def test_an_archive_whose_handler_keeps_the_size_of_a_picture_in_a_tensor_is_refused(tmp_path: Path) -> None:
+    handler = HANDLER.format(initialize="        self.size = torch.zeros(2)", postprocess=PLAIN) + """
+    def preprocess(self, data):
+        import io
+        from PIL import Image
+        pictures = [Image.open(io.BytesIO(item["body"])) for item in data]
+        self.size[:] = torch.tensor(pictures[0].size)
+        return torch.tensor([[value / 255 for value in picture.resize((2, 2)).convert("L").getdata()]
+                             for picture in pictures])
+
+    def postprocess(self, scores):
+        return [{"width": int(self.size[0])} for _ in scores]
+"""
+    config, picture = tmp_path / "early.yaml", tmp_path / "picture.png"
+    config.write_text("batchSize: 4\nearly_exit: {answers: early}\n")
+    picture.write_bytes(sample_images((3, 16, 16))[0].parts[0].value)
+    with pytest.raises(ArchiveError, match=r"(?s)local variables.*\$\.width: 16 has become 21"):
+        archived(tmp_path, handler, [picture], config=config)
 
 
 def test_what_differs_from_request_to_request_in_any_case_is_not_compared() -> None:

@@ -138,6 +138,18 @@ def test_what_a_thread_takes_from_a_queue_does_not_come_back(model: EarlyExitMod
     assert sorted(handled) == sorted(bodies)
 
 
+def test_what_a_thread_takes_from_a_queue_while_a_call_waits_is_not_in_it_afterwards() -> None:
+    handler: Any = AtOnce(torch.nn.Identity())  # type: ignore[arg-type]
+    handler.queue = deque(["earlier"])
+    attributes = HandlerAttributes(handler, HandlerContext(ToolContext("m", "."), {}, {}))
+    with attributes.call():
+        handler.queue.append("own")
+        with attributes.waiting():
+            assert handler.queue.popleft() == "earlier"
+        assert [*handler.queue] == ["own"]
+    assert [*handler.queue] == ["own"]
+
+
 @pytest.mark.parametrize("labels", [{str(number): f"label {number}" for number in range(1000)},
                                     {str(number): [f"n{number}", f"label {number}"] for number in range(1000)}],
                          ids=["names", "lists of names"])
