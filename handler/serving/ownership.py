@@ -17,12 +17,15 @@ from early_exit.handler.user_handler.alone import copied, rows_alone
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.handler.user_handler.entry_point import UserHandler
+from early_exit.handler.user_handler.kept_state import StateSharedError
 from early_exit.handler.user_handler.rows import ANOTHER_ORDER, Rows, is_equal, joined
 
 logger = logging.getLogger(__name__)
 
 _ONE_IN = 1000
 """After this many batches of several requests, a worker checks one in this many."""
+_SHARED = ("what the handler keeps in its lists, dicts or arrays has changed while the worker checked this, perhaps in "
+           "a thread of the handler, so the check cannot be undone and is not made again")
 
 
 class Unknown(str, Enum):
@@ -31,7 +34,8 @@ class Unknown(str, Enum):
     ARCHIVE = "archive"
     """`ee-archive` noticed it when it packaged the handler, because it let the handler prepare two requests."""
     CHECK = "check"
-    """The worker's own check failed: a request prepared alone did not give the rows that it had in its batch."""
+    """The worker's own check failed: a request prepared alone did not give the rows that it had in its batch, or the
+    check cannot be made because of threads of the handler."""
     COUNT = "count"
     """Some batches had another number of rows than their requests make. For the other batches, the owners are known."""
     THREADS = "threads"
@@ -54,10 +58,10 @@ class RowOwnership:
             self._say(Unknown.ARCHIVE, "batches of several requests", description.rows_unknown_because)
 
     def contradicted(self, because: str) -> None:
-        """Treat the owners of rows as unknown from now on, because the description of the handler is wrong.
+        """Treat the owners of rows as unknown from now on, because the description is wrong or cannot be checked.
 
         Args:
-            because: the observation that contradicts the description.
+            because: the observation, as a clause that can follow 'because'.
         """
         self.rows_per_request = None
         self._say(Unknown.CHECK, "batches of several requests from now on", because)
@@ -154,7 +158,11 @@ class RowCheck:
         """
         with suppress(Exception):  # such as a lack of memory, which must not affect the answers
             in_batch = drawn.rows(served.owners or ())
-            alone = in_batch and rows_alone(drawn.call, self._handler, self._context, self._model)
+            try:
+                alone = in_batch and rows_alone(drawn.call, self._handler, self._context, self._model)
+            except StateSharedError:
+                self._ownership.contradicted(_SHARED)
+                return False
             if alone is not None and not is_equal(alone, in_batch):
                 self._ownership.contradicted(ANOTHER_ORDER)
                 return False

@@ -39,6 +39,9 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
         handler: the user's handler, between two calls.
         context: the handler's context, from which no more replies are needed.
         model: the model that the handler calls.
+
+    Raises:
+        StateSharedError: what the handler keeps has changed while a thread of it was alive.
     """
     reached: list[Rows] = []
     here = threading.get_ident()
@@ -52,11 +55,13 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
                 raise ModelReached(inputs, {})
 
     model.log.begin()
-    with suppress(Exception, ModelReached), _silence(), model.log.watched(stop), state_kept(handler):
-        its_context = _copy_for(call, context)
-        copy.copy(handler).handle([*call.items], its_context)
-    model.log.take()
-    model.log.take_elsewhere()
+    try:
+        with state_kept(handler), suppress(Exception, ModelReached), _silence(), model.log.watched(stop):
+            its_context = _copy_for(call, context)
+            copy.copy(handler).handle([*call.items], its_context)
+    finally:
+        model.log.take()
+        model.log.take_elsewhere()
     return reached[0] if reached else None
 
 

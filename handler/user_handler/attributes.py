@@ -122,7 +122,11 @@ def is_helper(value: object, module: ModuleType) -> bool:
     if isinstance(value, (type, nn.Module, threading.Thread, HandlerContext)) or not isinstance(
             getattr(value, "__dict__", None), Mapping):
         return False
-    name = type(value).__module__
+    return comes_with(type(value).__module__, module)
+
+
+def comes_with(name: str, module: ModuleType) -> bool:
+    """Tell whether the module with a name is a handler's module, one beside it, or one of TorchServe's handlers."""
     folder = folder_of(module)
     return name == module.__name__ or name.startswith("ts.torch_handler.") or (
         folder is not None and folder_of(sys.modules.get(name)) == folder)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from early_exit.handler.user_handler.attributes import is_fixed, is_helper, module_of
+from early_exit.handler.user_handler.attributes import comes_with, is_fixed, is_helper, module_of
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import FunctionHandler, UserHandler
 
@@ -27,7 +28,17 @@ _MOST_VALUES = 10_000
 _MOST_BYTES = 2**26
 """The largest size of all tensors and arrays that are restored; those that do not fit are left out."""
 
-_Restore = Callable[[], None]
+
+class StateSharedError(Exception):
+    """A value that a handler keeps has changed, perhaps in a thread of the handler, so it was not restored."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The content that a value had at one moment."""
+
+    is_changed: Callable[[], bool]
+    restore: Callable[[], None]
 
 
 @contextmanager
@@ -36,25 +47,54 @@ def state_kept(handler: UserHandler) -> Iterator[None]:
 
     Lists, dictionaries, sets, queues, tensors, arrays and objects of the user's classes are restored at any depth, in
     place: a thread of the handler may wait for items in them. The attributes of the handler itself are not restored.
+
+    Raises:
+        StateSharedError: a value has changed while a thread of the handler was alive. Nothing is restored, because
+            the thread may have changed it, for example have taken an item from a queue.
     """
     module = module_of(handler)
     roots: list[object] = [*vars(handler).values()]
-    restores: list[_Restore] = []
+    held: list[_Held] = []
     for owner in (module,) if isinstance(handler, FunctionHandler) else (module, type(handler)):
-        held = _names_of(owner)
-        restores.append(partial(_restore_names, owner, held))
-        roots += held.values()
-    restores += _restores_of(roots, module)
+        names = _names_of(owner)
+        held.append(_held_names(owner, names))
+        roots += names.values()
+    held += _held_values(roots, module)
+    has_threads = _has_threads(module)
     try:
         yield
     finally:
-        for restore in restores:
+        changed = [value for value in held if _is_changed(value)]
+        if changed and (has_threads or _has_threads(module)):
+            raise StateSharedError
+        for value in changed:
             with suppress(Exception):  # an object of the user may refuse; the others are restored all the same
-                restore()
+                value.restore()
 
 
-def _restores_of(roots: Iterable[object], module: ModuleType) -> Iterator[_Restore]:
-    """Yield a function for each value that the roots reach; it restores the content that the value has now."""
+def _is_changed(held: _Held) -> bool:
+    try:
+        return held.is_changed()
+    except Exception:  # such as a dict that a thread changes while it is compared
+        return True
+
+
+def _has_threads(module: ModuleType) -> bool:
+    """Tell whether another thread runs code of the handler or may do so at any time, as a timer or an event loop."""
+    others = {thread.ident: thread for thread in threading.enumerate() if thread is not threading.current_thread()}
+    for ident, frame in sys._current_frames().items():
+        if isinstance(others.get(ident), threading.Timer):
+            return True
+        while ident in others and frame is not None:
+            name = frame.f_globals.get("__name__", "")
+            if name == "asyncio.base_events" or comes_with(name, module):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _held_values(roots: Iterable[object], module: ModuleType) -> Iterator[_Held]:
+    """Yield the content of each value that the roots reach."""
     waiting, seen, n_bytes = deque(roots), set[int](), _MOST_BYTES
     while waiting and len(seen) < _MOST_VALUES:
         value = waiting.popleft()
@@ -62,64 +102,64 @@ def _restores_of(roots: Iterable[object], module: ModuleType) -> Iterator[_Resto
             continue
         seen.add(id(value))
         if isinstance(value, _CONTAINERS):
-            yield _restore_of_container(value, copy.copy(value))
+            yield _held_container(value, copy.copy(value))
             waiting.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, tuple):
             waiting.extend(value)
         elif isinstance(value, Tensor):
             if value.nbytes <= n_bytes and not value.requires_grad:
                 n_bytes -= value.nbytes
-                yield _restore_of_tensor(value, value.clone())
+                yield _held_tensor(value, value.clone())
         elif isinstance(value, SimpleNamespace) or is_helper(value, module):
             attributes = vars(value)
-            yield _restore_of_container(attributes, dict(attributes))
+            yield _held_container(attributes, dict(attributes))
             waiting.extend(attributes.values())
         else:
             with suppress(TypeError, ValueError, BufferError):  # no array, or one that cannot be written
                 view = memoryview(value)  # type: ignore[arg-type]
                 if not view.readonly and view.c_contiguous and view.nbytes <= n_bytes:
                     n_bytes -= view.nbytes
-                    yield _restore_of_bytes(view.cast("B"), view.tobytes())
+                    yield _held_bytes(view.cast("B"), view.tobytes())
 
 
-def _restore_of_container(container: Any, held: Any) -> _Restore:
+def _held_container(container: Any, content: Any) -> _Held:
     def restore() -> None:
-        if _identities(container) != _identities(held):
-            container.clear()
-            (container.update if isinstance(container, (dict, set)) else container.extend)(held)
+        container.clear()
+        (container.update if isinstance(container, (dict, set)) else container.extend)(content)
 
-    return restore
+    return _Held(lambda: _identities(container) != _identities(content), restore)
 
 
-def _restore_of_tensor(tensor: Tensor, held: Tensor) -> _Restore:
+def _held_tensor(tensor: Tensor, content: Tensor) -> _Held:
     def restore() -> None:
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            if tensor.shape != held.shape or not torch.equal(tensor, held):
-                tensor.copy_(held)
+            tensor.copy_(content)
 
-    return restore
+    return _Held(lambda: tensor.shape != content.shape or not torch.equal(tensor, content), restore)
 
 
-def _restore_of_bytes(view: memoryview, held: bytes) -> _Restore:
+def _held_bytes(view: memoryview, content: bytes) -> _Held:
     def restore() -> None:
-        if view != held:
-            view[:] = held
+        view[:] = content
 
-    return restore
+    return _Held(lambda: view != content, restore)
+
+
+def _held_names(owner: object, names: Mapping[str, object]) -> _Held:
+    def restore() -> None:
+        for name in _names_of(owner).keys() - names.keys():
+            delattr(owner, name)
+        for name, value in names.items():
+            if vars(owner).get(name, names) is not value:
+                setattr(owner, name, value)
+
+    return _Held(lambda: _identities(_names_of(owner)) != _identities(names), restore)
 
 
 def _names_of(owner: object) -> dict[str, Any]:
     """Return the attributes of a module or a class, except for those that are code."""
     return {name: value for name, value in vars(owner).items() if not is_fixed(name, value) and not isinstance(
         value, _CODE)}
-
-
-def _restore_names(owner: object, held: Mapping[str, object]) -> None:
-    for name in _names_of(owner).keys() - held.keys():
-        delattr(owner, name)
-    for name, value in held.items():
-        if vars(owner).get(name, held) is not value:
-            setattr(owner, name, value)
 
 
 def _identities(container: Any) -> list[Any]:

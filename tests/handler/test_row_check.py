@@ -5,14 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections import deque
-from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from early_exit.handler.backbone.backbone import Backbone
@@ -37,7 +34,6 @@ from tests.support.row_handlers import (
     calls_of,
     replied,
     requests,
-    row,
     told,
 )
 
@@ -181,40 +177,6 @@ def test_a_check_leaves_no_trace(
     assert caplog.messages == ["4 requests"] * 3
     assert host.value("shadow_samples_total") == 12
     assert not [one for one in gc.get_objects() if type(one) is DrawnRequest], "what a check keeps is let go"
-
-
-class InMicroBatches(AtOnce):
-    """A handler that puts rows into one of its attributes, from which its own thread takes them."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        super().__init__(model)
-        self.waiting, self.has_some = deque[tuple[Tensor, Future[int]]](), threading.Condition()
-        threading.Thread(target=self.work, daemon=True).start()
-
-    def work(self) -> None:
-        while True:
-            with self.has_some:
-                self.has_some.wait_for(lambda: self.waiting)
-                taken = [*self.waiting]
-                self.waiting.clear()
-            for (_, future), answer in zip(taken, self.classes(torch.stack([x for x, _ in taken])).tolist()):
-                future.set_result(answer)
-
-    def handle(self, data: list[Any], context: Any) -> list[Any]:
-        futures = [Future[int]() for _ in data]
-        with self.has_some:
-            self.waiting.extend((row(item), future) for item, future in zip(data, futures))
-            self.has_some.notify()
-        return [future.result(timeout=20) for future in futures]
-
-
-def test_a_check_reaches_the_threads_that_a_handler_works_with(
-        model: EarlyExitModel, checking_every_batch: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = list[Any]()
-    monkeypatch.setattr("early_exit.handler.serving.ownership.rows_alone",
-                        lambda *given: found.append(rows_alone(*given)) or found[-1])
-    replied(worker_of(model, InMicroBatches(model)), calls_of(requests(3)))
-    assert [rows is not None for rows in found] == [True], "a copy of the handler waits for what no thread sees"
 
 
 def test_a_check_leaves_no_lock_behind(model: EarlyExitModel, checking_every_batch: None) -> None:
