@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-_CONTAINERS = (dict, list, set, deque)
+from early_exit.handler.inference.containers import CONTAINERS, base_of, copied, is_same, put
+
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, Tensor})
 """Types of values that contain no container. Most values have one of these, so they are told apart first."""
 
@@ -41,6 +42,7 @@ class KeptContents:
         """What each root reached when it was last asked for, by the identity of the root."""
         self._pairs: _Held = {}
         self._call = threading.local()
+        self._waiting: set[_Progress] = set()
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -51,31 +53,33 @@ class KeptContents:
             yield
         finally:
             own = self._now({**progress.shared, **progress.first})
-            progress.stop(own)
+            progress.stop(own, self._waiting)
             for key, pair in progress.shared.items():
                 if progress.first.get(key) is not own[key] or own[key] is not pair:
-                    _put(pair[0], progress.with_added(key, *pair, own))
+                    put(pair[0], progress.with_added(key, *pair, own))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Let other calls run inside the block; a call of the handler enters it while it waits."""
         progress: _Progress = self._call.progress
-        own = self._now({**progress.shared, **progress.first})
-        progress.stop(own)
+        own = progress.own = dict(self._now({**progress.shared, **progress.first}))
+        progress.stop(own, self._waiting)
         left = progress.shared
         for key, (container, content) in left.items():
             if own[key][1] is not content:
-                _put(container, content)
+                put(container, content)
+        self._waiting.add(progress)
         try:
             yield
         finally:
+            self._waiting.remove(progress)
             now = self._now(left)
             progress.shared, progress.before = dict(now), dict(own)
             for key, (container, content) in own.items():
                 if now.get(key) is not own[key]:
-                    content = _taken_up_again(container, content, left.get(key), now)
+                    content = progress.go_on(key, *own[key], left.get(key), now)
                     progress.before[key] = container, content
-                    _put(container, content)
+                    put(container, content)
 
     def _now(self, also: _Held) -> _Held:
         """Return all containers that the roots reach, and those in `also`, with their contents.
@@ -91,7 +95,7 @@ class KeptContents:
                     known = _Reached(root, self._walk(root))
                 reached[id(root)] = known
                 held.update(known.held)
-        held.update({key: pair if _is_same(*pair) else (pair[0], _copied(pair[0]))
+        held.update({key: pair if is_same(*pair) else (pair[0], copied(pair[0]))
                      for key, pair in also.items() if key not in held})
         self._reached, self._pairs = reached, held
         return held
@@ -105,13 +109,11 @@ class KeptContents:
                 continue
             seen.add(id(value))
             inner: Iterable[object] = ()
-            is_content = isinstance(value, (*_CONTAINERS, tuple))
-            if isinstance(value, SimpleNamespace) or (not is_content and self._is_helper(value)):
-                value = vars(value)
-                seen.add(id(value))
-            if isinstance(value, _CONTAINERS):
+            if type(value) not in CONTAINERS and (isinstance(value, SimpleNamespace) or self._is_helper(value)):
+                waiting.append(vars(value))
+            if isinstance(value, CONTAINERS):
                 pair = self._pairs.get(id(value))
-                pair = held[id(value)] = pair if pair is not None and _is_same(*pair) else (value, _copied(value))
+                pair = held[id(value)] = pair if pair is not None and is_same(*pair) else (value, copied(value))
                 # A thread of the handler may change the container itself at any time, but not the copy.
                 inner = pair[1].values() if isinstance(value, dict) else pair[1]
             elif isinstance(value, tuple):
@@ -130,38 +132,59 @@ class _Progress:
         """The contents that other calls see, without what this call has taken out."""
         self.before = before
         """The contents when the call began or continued."""
+        self.own: dict[int, tuple[Any, Any]] = {}
+        """The contents with which the call waits."""
         self._refilled: set[int] = set()
         """Lists in whose places the call has put other items."""
 
-    def stop(self, own: _Held) -> None:
-        """Note what the call has taken out since it began or continued; `own` are the contents now."""
+    def stop(self, own: _Held, others: Iterable[_Progress]) -> None:
+        """Note what the call has taken out since it began or continued.
+
+        Args:
+            own: the contents now.
+            others: the calls that wait; they do not find an item either that was taken from a list as they know it.
+        """
         for key, (container, before) in self.before.items():
             _, after = own.get(key, (None, before))
-            if before is after or _is_same(before, after):
+            if before is after or is_same(before, after):
                 continue
             if _is_refilled(container, before, after):
                 self._refilled.add(key)
                 continue
-            for contents in (self.first, self.shared):
+            unaware = [other for other in others if isinstance(container, list) and other.has_not_changed(key)]
+            for contents in (self.first, self.shared, *chain.from_iterable(
+                    (other.first, other.shared, other.own) for other in unaware)):
                 if key in contents:
                     contents[key] = container, _without(container, contents[key][1], before, after)
+
+    def has_not_changed(self, key: int) -> bool:
+        """Tell whether a call that waits knows a container and has not changed it."""
+        return key in self.own and key in self.first and is_same(self.own[key][1], self.first[key][1])
+
+    def go_on(self, key: int, container: Any, own: Any, left: tuple[Any, Any] | None, now: _Held) -> Any:
+        """Return the content with which a call continues: its own, without what others have taken out of a container
+        that this call has not changed, or out of a queue."""
+        if left is None or not (isinstance(container, deque) or self.has_not_changed(key)):
+            return own
+        before, after = left[1], now[key][1]
+        if before is after or _is_refilled(container, before, after):
+            return own
+        if key in self.first:
+            self.first[key] = container, _without(container, self.first[key][1], before, after)
+        return _without(container, own, before, after)
 
     def with_added(self, key: int, container: Any, content: Any, own: _Held) -> Any:
         """Return a content with what the call has added to it."""
         if key not in self.first:
             return content
         (_, first), (_, last) = self.first[key], own[key]
-        if first is last:
+        if first is last or is_same(first, last):
             return content
-        if key in self._refilled:
+        if is_same(first, content) or (key in self._refilled and len(content) == len(first)):
             return last
-        if isinstance(container, dict):
-            return {**content, **{name: value for name, value in last.items()
-                                  if name not in first or first[name] is not value}}
-        if isinstance(container, set):
-            return content | (last - first)
-        n_old = Counter(map(id, first))
-        return [*content, *(item for item in last if not _counts_down(n_old, item))]
+        if key in self._refilled:  # other calls change the length, so this one has taken items out and added others
+            first, content = (_without(container, one, first, last) for one in (first, content))
+        return _merged(container, first, last, content)
 
 
 class _Reached:
@@ -170,36 +193,49 @@ class _Reached:
 
     def __init__(self, root: object, held: _Held) -> None:
         self.root, self.held = root, held
-        self._containers = [container for container, _ in held.values()]
-        self._dicts = [container for container in self._containers if isinstance(container, dict)]
-        self._lengths = [*map(len, self._containers)]
-        self._entries = [*chain.from_iterable(self._containers)]
-        self._values = [*chain.from_iterable(map(dict.values, self._dicts))]
+        # Compared with the copies, because a thread of the handler may have changed the containers since.
+        self._sets = [pair for pair in held.values() if isinstance(pair[0], set)]
+        pairs = [pair for pair in held.values() if not isinstance(pair[0], set)]
+        dicts = [pair for pair in pairs if isinstance(pair[0], dict)]
+        self._containers = [container for container, _ in pairs]
+        self._dict_values = [base_of(container).values(container) for container, _ in dicts]
+        self._lengths = [len(content) for _, content in pairs]
+        self._entries = [*chain.from_iterable(content for _, content in pairs)]
+        self._values = [*chain.from_iterable(content.values() for _, content in dicts)]
 
     def is_unchanged(self) -> bool:
         """Tell whether all containers hold the same objects as before."""
-        return not self._containers or (
+        return all(is_same(*pair) for pair in self._sets) and (
             [*map(len, self._containers)] == self._lengths
             and all(map(is_, chain.from_iterable(self._containers), self._entries))
-            and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values)))
+            and all(map(is_, chain.from_iterable(self._dict_values), self._values)))
 
 
-def _copied(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else (
-        set(container) if isinstance(container, set) else list(container))
+def _merged(container: Any, first: Any, last: Any, content: Any) -> Any:
+    """Return a content with what has been added to another one, the first, to make it the last."""
+    if isinstance(container, set):
+        return content | (last - first)
+    if isinstance(container, dict):
+        return _merged_dicts(first, last, content)
+    n_old = Counter(map(id, first))
+    is_new = [not _counts_down(n_old, item) for item in last]
+    n_before = is_new.index(False) if False in is_new else 0
+    return [*last[:n_before], *content, *(item for item, new in zip(last[n_before:], is_new[n_before:]) if new)]
 
 
-def _is_same(container: Any, content: Any) -> bool:
-    if isinstance(container, set):  # the items of a copy may come in another order
-        return bool(container == content)
-    return len(container) == len(content) and all(map(is_, container, content)) and (
-        not isinstance(container, dict) or all(map(is_, container.values(), content.values())))
-
-
-def _put(container: Any, content: Any) -> None:
-    if not _is_same(container, content):
-        container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+def _merged_dicts(first: dict[Any, Any], last: dict[Any, Any], content: dict[Any, Any]) -> dict[Any, Any]:
+    merged, places, furthest = dict(content), {name: place for place, name in enumerate(first)}, -1
+    for name, value in last.items():
+        place = places.get(name, -1)
+        is_set = name not in first or first[name] is not value
+        if place < furthest and (is_set or name in merged):  # it is new, or was moved to the end
+            value = value if is_set else merged[name]
+            merged.pop(name, None)
+            merged[name] = value
+        elif is_set:
+            merged[name] = value
+        furthest = max(furthest, place)
+    return merged
 
 
 def _is_refilled(container: Any, before: Any, after: Any) -> bool:
@@ -214,18 +250,10 @@ def _without(container: Any, content: Any, before: Any, after: Any) -> Any:
         return {key: value for key, value in content.items() if key not in gone}
     if isinstance(container, set):
         return content - (before - after)
+    if len(before) <= len(after) and all(map(is_, before, after)):  # only appended to
+        return content
     n_gone = Counter(map(id, before)) - Counter(map(id, after))
     return [item for item in content if not _counts_down(n_gone, item)]
-
-
-def _taken_up_again(container: Any, own: Any, left: tuple[Any, Any] | None, now: _Held) -> Any:
-    """Return the content with which a call continues: its own, without what others have taken out of a container that
-    this call has not changed, or out of a queue."""
-    if left is None or not (isinstance(container, deque) or _is_same(own, left[1])):
-        return own
-    after = now[id(container)][1]
-    return own if left[1] is after or _is_refilled(container, left[1], after) else _without(
-        container, own, left[1], after)
 
 
 def _counts_down(counts: Counter[int], item: object) -> bool:
