@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -163,15 +163,17 @@ class _Progress:
 
     def go_on(self, key: int, container: Any, own: Any, left: tuple[Any, Any] | None, now: _Held) -> Any:
         """Return the content with which a call continues: its own, without what others have taken out of a container
-        that this call has not changed, or out of a queue."""
-        if left is None or not (isinstance(container, deque) or self.has_not_changed(key)):
+        that this call has not changed, or out of a queue or a cache. What it has set in a cache itself stays."""
+        if left is None or not (isinstance(container, (deque, OrderedDict)) or self.has_not_changed(key)):
             return own
         before, after = left[1], now[key][1]
         if before is after or _is_refilled(container, before, after):
             return own
+        kept, first = _without(container, own, before, after), self.first.get(key, (None, own))[1]
         if key in self.first:
-            self.first[key] = container, _without(container, self.first[key][1], before, after)
-        return _without(container, own, before, after)
+            self.first[key] = container, _without(container, first, before, after)
+        return {name: value for name, value in own.items() if name in kept or first.get(name, self) is not value
+                } if isinstance(container, dict) else kept
 
     def with_added(self, key: int, container: Any, content: Any, own: _Held) -> Any:
         """Return a content with what the call has added to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -192,3 +193,25 @@ def test_calls_one_after_another_leave_what_they_leave_without_waits(parts: list
         handler.ring, handler.recent, handler.bag, handler.bag.order, handler.counts, handler.groups)]
         for handler in (at_once.handler, waiting.handler))
     assert found == expected
+
+
+def test_a_cache_that_evicts_one_for_each_new_one_stays_bounded_where_calls_wait_in_between() -> None:
+    handler, coroutines = Keeping(), Coroutines()
+    attributes = HandlerAttributes(handler, HandlerContext(ToolContext("m", "."), {}, {}))
+
+    def call(number: int) -> None:
+        with attributes.call():
+            handler.recent[str(number)] = (number, 0)
+            with attributes.waiting():
+                coroutines.current().ask(None)  # type: ignore[union-attr]
+            assert handler.recent[str(number)] == (number, 0)
+            if len(handler.recent) > 10:
+                handler.recent.popitem(last=False)
+
+    running: list[Coroutine] = []
+    for number in range(200):
+        running.append(coroutines.start(partial(call, number)))
+        if len(running) == 4:
+            running[0].resume(None)
+            running.pop(0).result()
+    assert len(handler.recent) < 20
