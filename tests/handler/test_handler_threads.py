@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -68,15 +69,25 @@ class InSeveralThreads(AtOnce):
 class InMicroBatches(AtOnce):
     """A handler that puts parts of its batch into a queue, which two threads of the handler's lifetime process."""
 
+    made: ClassVar[list[InMicroBatches]] = []
+
     def __init__(self, model: EarlyExitModel) -> None:
         super().__init__(model)
         self.waiting: queue.Queue[Any] = queue.Queue()
-        for _ in range(2):
-            threading.Thread(target=self._work, daemon=True).start()
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(2)]
+        for thread in self.threads:
+            thread.start()
+        self.made.append(self)
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.waiting.put(None)
+        for thread in self.threads:
+            thread.join()
 
     def _work(self) -> None:
-        while True:
-            rows, number, done = self.waiting.get()
+        while (given := self.waiting.get()) is not None:
+            rows, number, done = given
             try:
                 done.put((number, self.classes(rows).tolist()))
             except Exception as error:
@@ -92,6 +103,14 @@ class InMicroBatches(AtOnce):
         if failed:
             raise failed[0]
         return [answer for number in range(len(parts)) for answer in answered[number]]
+
+
+@pytest.fixture(autouse=True)
+def ended_threads() -> Iterator[None]:
+    """End the threads of the handlers, because the check of rows in later tests would take them for its handler's."""
+    yield
+    while InMicroBatches.made:
+        InMicroBatches.made.pop().close()
 
 
 KINDS = [InOneThread, InAnEventLoop, InSeveralThreads, InMicroBatches]
