@@ -61,6 +61,8 @@ def convert(stage: fx.GraphModule) -> Model:
     with torch.no_grad():
         program = torch.export.export(_InFloat32(stage, [value.dtype for value in values]), example,
                                       dynamic_shapes=(tuple({0: rows} for _ in example),))
+    if hasattr(program, "_guards_code"):
+        program._guards_code = []  # torch 2.9 cannot run the guards of several inputs that are given as *live
     model = openvino.convert_model(program)
     model.reshape({number: [-1, *tensor.shape[1:]] for number, tensor in enumerate(example)})
     # The nodes get the names, not the tensors: a tensor that passes through, such as a mask, is both input and output.
