@@ -81,15 +81,17 @@ def _is_changed(held: _Held) -> bool:
 
 def _has_threads(module: ModuleType) -> bool:
     """Tell whether another thread runs code of the handler or may do so at any time, as a timer or an event loop."""
-    others = {thread.ident: thread for thread in threading.enumerate() if thread is not threading.current_thread()}
-    for ident, frame in sys._current_frames().items():
-        if isinstance(others.get(ident), threading.Timer):
+    frames: dict[Any, Any] = dict(sys._current_frames())
+    del frames[threading.get_ident()]  # a frame that refers to itself would keep alive whatever its callers hold
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident)
+        if frame is not None and isinstance(thread, threading.Timer):
             return True
-        while ident in others and frame is not None:
+        while frame is not None:
             name = frame.f_globals.get("__name__", "")
             if name == "asyncio.base_events" or comes_with(name, module):
                 return True
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
     return False
 
 
