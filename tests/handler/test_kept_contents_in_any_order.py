@@ -18,6 +18,8 @@ from tests.support.row_handlers import AtOnce
 
 _ACTIONS = ("fact", "forget", "forget all", "cache", "log", "line", "seen", "refill", "recent", "front", "turn",
             "stock", "bag", "count")
+_COROUTINES = Coroutines()
+"""All tests share them, because they keep the threads that they start."""
 _Token = tuple[int, int]
 """What a call puts into a container: its own number and a serial number."""
 
@@ -73,7 +75,7 @@ class Calls:
     def __init__(self, calls: list[list[list[tuple[str, str]]]]) -> None:
         self.handler = Keeping()
         self._attributes = HandlerAttributes(self.handler, HandlerContext(ToolContext("m", "."), {}, {}))
-        self._calls, self._coroutines = calls, Coroutines()
+        self._calls = calls
         self._running: dict[int, Coroutine] = {}
         self.ended: list[int] = []
         self.put: dict[int, dict[str, Any]] = {}
@@ -84,7 +86,7 @@ class Calls:
         if number in self._running:
             self._running[number].resume(None)
         else:
-            self._running[number] = self._coroutines.start(lambda: self._run(number))
+            self._running[number] = _COROUTINES.start(lambda: self._run(number))
         if self._running[number].done:
             self._running[number].result()
 
@@ -95,7 +97,7 @@ class Calls:
             for part, actions in enumerate(self._calls[number]):
                 if part:
                     with self._attributes.waiting():
-                        self._coroutines.current().ask(None)  # type: ignore[union-attr]
+                        _COROUTINES.current().ask(None)  # type: ignore[union-attr]
                     self._check(number, own)
                 for action, name in actions:
                     own["serial"] += 1
@@ -196,22 +198,24 @@ def test_calls_one_after_another_leave_what_they_leave_without_waits(parts: list
 
 
 def test_a_cache_that_evicts_one_for_each_new_one_stays_bounded_where_calls_wait_in_between() -> None:
-    handler, coroutines = Keeping(), Coroutines()
+    handler = Keeping()
     attributes = HandlerAttributes(handler, HandlerContext(ToolContext("m", "."), {}, {}))
 
     def call(number: int) -> None:
         with attributes.call():
             handler.recent[str(number)] = (number, 0)
             with attributes.waiting():
-                coroutines.current().ask(None)  # type: ignore[union-attr]
+                _COROUTINES.current().ask(None)  # type: ignore[union-attr]
             assert handler.recent[str(number)] == (number, 0)
             if len(handler.recent) > 10:
                 handler.recent.popitem(last=False)
 
     running: list[Coroutine] = []
     for number in range(200):
-        running.append(coroutines.start(partial(call, number)))
+        running.append(_COROUTINES.start(partial(call, number)))
         if len(running) == 4:
             running[0].resume(None)
             running.pop(0).result()
     assert len(handler.recent) < 20
+    for one in running:
+        one.drop()

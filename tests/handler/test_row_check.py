@@ -230,3 +230,21 @@ def test_a_request_that_cannot_be_copied_is_answered(model: EarlyExitModel, chec
         deep = [deep]
     calls = [Call(call.id, {**call.inputs, "deep": deep}) for call in calls_of(requests(3))]
     assert all(EXIT_HEADER in reply.headers for reply in replied(worker_of(model, AtOnce(model)), calls))
+
+
+def test_a_reply_that_cannot_be_copied_is_sent(model: EarlyExitModel, checking_every_batch: None) -> None:
+    class Echoing(AtOnce):
+        def handle(self, data: list[Any], context: Any) -> list[Any]:
+            super().handle(data, context)
+            return [item.get("deep", "flat") for item in data]
+
+    deep: list[Any] = []
+    for _ in range(600):
+        deep = [deep]
+    first, *others = calls_of(requests(3))
+    calls = [Call(first.id, {**first.inputs, "deep": deep}), *others]
+    worker = worker_of(model, Echoing(model))
+    for _ in range(4):  # each request is drawn at some time
+        replies = replied(worker, calls)
+        assert [reply.body for reply in replies] == [deep, "flat", "flat"]
+        assert all(EXIT_HEADER in reply.headers for reply in replies)
