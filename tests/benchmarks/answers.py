@@ -93,7 +93,7 @@ def photos(folder: Path) -> tuple[Path, Path, list[bytes]]:
     save_file(torchvision.models.resnet50(weights=None).state_dict(), folder / "resnet50.safetensors")
     archive = build_archive(ArchiveRequest(
         "torchvision.models:resnet50", folder / "original", weights=folder / "resnet50.safetensors",
-        model_name="photos", handler="image_classifier", input_shape=(3, 224, 224), request=files[0]))
+        model_name="photos", handler="image_classifier", input_shape=(3, 224, 224), requests=[files[0]]))
     return archive, scripted_plan(folder, archive, bodies), bodies
 
 
