@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +55,11 @@ class VersionStatus:
     """Whether the server fetched the archive into its store by a URL; TorchServe deletes it there with the version."""
     claim: Claim | None = None
     """The claim of the roll that registered the version; None if no roll did, or the server was restarted since."""
+
+
+def default_of(versions: Sequence[VersionStatus]) -> VersionStatus | None:
+    """Return the version to which requests go that name none, or None if there is none."""
+    return next((status for status in versions if status.is_default), None)
 
 
 @dataclass(frozen=True)

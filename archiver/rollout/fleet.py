@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from early_exit.archiver.control import ModelServer, VersionStatus
+from early_exit.archiver.control import ModelServer, VersionStatus, default_of
 from early_exit.archiver.packaging.registered import registered_archive
 from early_exit.archiver.rollout.retiring import retire
 from early_exit.archiver.rollout.rivals import SWITCH_S
@@ -82,7 +82,7 @@ def _put_back(server: ModelServer, report: RollReport, store: Path, log: Callabl
     if old is None or report.replaced_archive is None:
         return f"{server} served no {model} before, so it keeps {version}"
     try:
-        new = next((status for status in server.versions(model) if status.is_default), None)
+        new = default_of(server.versions(model))
         if new is None or new.version != version:
             return f"{server} now serves {new and new.version}, which somebody else has brought in, and keeps it"
         if switch_back(server, model, old):

@@ -54,7 +54,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 
-from early_exit.archiver.control import Claim, ModelServer, RunSettings, VersionStatus
+from early_exit.archiver.control import Claim, ModelServer, RunSettings, VersionStatus, default_of
 from early_exit.archiver.rollout.clock import Clock
 from early_exit.handler.errors import ServerError
 
@@ -84,7 +84,7 @@ class Candidate:
             clock: the clock of the roll.
         """
         self._server, self._model, self._version, self._clock = server, model, version, clock
-        self._replaces = default_of(found)
+        self._replaces = identity_of_default(found)
         tickets = [status.claim.ticket for status in found if status.claim is not None]
         self._claim = Claim(max(tickets, default=0) + 1, secrets.token_hex(8))
         self._registered = clock.now()
@@ -191,7 +191,7 @@ class Candidate:
         """
         versions = self._server.versions(self._model)
         own = self._own(versions)
-        if not own.is_default and default_of(versions) != self._replaces:
+        if not own.is_default and identity_of_default(versions) != self._replaces:
             raise ServerError(f"{_name_of_default(versions)} has become the default of {self._model} meanwhile: did "
                               "someone else roll?")
         rivals = [status for status in versions if status.claim is not None and not status.is_default
@@ -220,10 +220,12 @@ class Candidate:
         return next((status for status in versions if status.claim == self._claim), None)
 
 
-def default_of(versions: Sequence[VersionStatus]) -> tuple[str, Claim | None] | None:
+def identity_of_default(versions: Sequence[VersionStatus]) -> tuple[str, Claim | None] | None:
     """Return the version and claim of the default, which identify its registration; None if there is no default."""
-    return next(((status.version, status.claim) for status in versions if status.is_default), None)
+    default = default_of(versions)
+    return (default.version, default.claim) if default else None
 
 
 def _name_of_default(versions: Sequence[VersionStatus]) -> str:
-    return next((status.version for status in versions if status.is_default), "no version")
+    default = default_of(versions)
+    return default.version if default else "no version"

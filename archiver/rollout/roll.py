@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from early_exit.archiver.control import ModelServer, RunSettings, VersionStatus
+from early_exit.archiver.control import ModelServer, RunSettings, VersionStatus, default_of
 from early_exit.archiver.packaging.registered import RegisteredArchive, registered_archive
 from early_exit.archiver.rollout.clock import MACHINE_CLOCK, Clock
 from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S, POLL_S, kept_in_store, require_known_batch, retire
-from early_exit.archiver.rollout.rivals import Candidate, default_of
+from early_exit.archiver.rollout.rivals import Candidate, identity_of_default
 from early_exit.archiver.rollout.settings import SettingsPlan, in_words, plan_settings, require_kept
 from early_exit.archiver.rollout.try_out import TryOut
 from early_exit.handler.errors import EarlyExitError, ServerError
@@ -97,10 +97,10 @@ def roll(server: ModelServer, mar: Path, *, name: str | None = None, found: Sequ
     if (same := next((status for status in registered if status.version == version), None)) is not None:
         raise ServerError(f"{model} {version} is registered already{' and serves' if same.is_default else ''}: "
                           "give the archive another --version")
-    if found is not None and default_of(found) != default_of(registered):
+    if found is not None and identity_of_default(found) != identity_of_default(registered):
         raise ServerError(f"another version of {model} has become the default since this roll began: did someone else "
                           "roll?")
-    old = next((status for status in registered if status.is_default), None)
+    old = default_of(registered)
     if replaces is not None and (old is None or old.version != replaces):
         raise ServerError(f"{version} is to replace {model} {replaces}, so that must be the default, but "
                           f"{old.version if old else 'no version'} is: did someone else roll?")

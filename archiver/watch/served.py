@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from early_exit.archiver.control import ModelServer, VersionStatus
+from early_exit.archiver.control import ModelServer, default_of
 from early_exit.archiver.rollout.fleet import roll_all, switch_back
 from early_exit.archiver.rollout.retiring import retire
 from early_exit.archiver.watch.watched import Watched
@@ -18,7 +18,7 @@ def finish_roll(watched: Watched, replaced: str, version: str, archive: str, log
         ServerError: a server failed; those after it have been rolled nevertheless.
     """
     def finish(server: ModelServer) -> None:
-        serves = _default(server.versions(watched.model))
+        serves = _default(server, watched.model)
         if serves == version:
             remove_version(watched, server, replaced)
         elif serves == replaced:
@@ -48,7 +48,7 @@ def take_back(watched: Watched, version: str, to: str, archive: str, log: Callab
         ServerError: a server failed; the version has been taken back from the others nevertheless.
     """
     def switch(server: ModelServer) -> None:
-        serves = _default(server.versions(watched.model))
+        serves = _default(server, watched.model)
         if serves not in (version, to):  # somebody else decided
             log(f"{server} serves {serves}, neither {version} nor {to}, and keeps it")
         elif serves == version and not switch_back(server, watched.model, to):
@@ -57,7 +57,7 @@ def take_back(watched: Watched, version: str, to: str, archive: str, log: Callab
                      log=log)
 
     def remove(server: ModelServer) -> None:
-        if _default(server.versions(watched.model)) == to:
+        if _default(server, watched.model) == to:
             remove_version(watched, server, version)
 
     _on_every_server(watched, switch, remove)
@@ -77,7 +77,7 @@ def require_agreement(watched: Watched, version: str) -> None:
         ServerError: a server serves another version.
     """
     for server in watched.servers:
-        if (serves := _default(server.versions(watched.model))) != version:
+        if (serves := _default(server, watched.model)) != version:
             raise ServerError(f"expected every server to serve {watched.model} {version}, but {server} serves "
                               f"{serves or 'no version'}: bring one version into all of them with ee-roll")
 
@@ -95,5 +95,6 @@ def _on_every_server(watched: Watched, *steps: Callable[[ModelServer], None]) ->
         raise ServerError("\n".join(dict.fromkeys(failures)))
 
 
-def _default(versions: Sequence[VersionStatus]) -> str | None:
-    return next((registered.version for registered in versions if registered.is_default), None)
+def _default(server: ModelServer, model: str) -> str | None:
+    default = default_of(server.versions(model))
+    return default.version if default else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit.archiver.control import ModelServer
+from early_exit.archiver.control import ModelServer, default_of
 from early_exit.archiver.packaging.configuration import serving_config
 from early_exit.handler.archive_contents import read_archive
 from early_exit.handler.backbone.backbone import BackboneDescription
@@ -113,7 +113,7 @@ def look(server: ModelServer, model: str, store: Path, sources: Sequence[str], c
             no records folder, or a monitor's state cannot be read.
     """
     versions = server.versions(model)
-    served = next((registered for registered in versions if registered.is_default), None)
+    served = default_of(versions)
     if served is None:
         raise ServerError(f"{server} does not serve {model}")
     archive = store / served.file_name
