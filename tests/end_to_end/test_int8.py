@@ -37,6 +37,11 @@ CONFIG = ("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 20\n"
           "early_exit:\n  seal_after_s: 1\n  sampling_rate: 1\n  control_rate: 0\n")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def openvino() -> None:
+    """The servers of this module use it, so that it is not hidden from them."""
+
+
 def test_int8_is_made_from_recorded_requests_or_not_at_all(recorder_mar: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="made from recorded requests: pass --calibrate RECORDS"):
         build_archive(ArchiveRequest(str(recorder_mar), tmp_path, engine=INT8))

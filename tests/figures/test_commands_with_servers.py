@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,23 @@ from tests.support.arms import ARMS
 from tests.support.cifar import DataMissing
 from tests.support.loop import LoopResult
 from tests.support.models.demo_resnet import DemoResNet
+from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.plans import write_plan
 from tests.support.skips import NO_DATA
 from tests.support.toy_size import Run, command, in_one_batch, require_ratios
 from tests.support.untried import build_untried
+from tests.support.without_openvino import without_openvino
 
 pytestmark = pytest.mark.slow
 
 N_MEASURED = 96
+
+
+@pytest.fixture(scope="module", autouse=True)
+def openvino(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide OpenVINO from the servers, whose workers start sooner then."""
+    with without_openvino(tmp_path_factory.mktemp("without")):
+        yield
 
 
 def test_the_demo_and_the_loop_compare_three_arms(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +98,14 @@ def test_answers_leave_in_three_modes(run: Run, recorder_mar: Path, monkeypatch:
     require_ratios(figures["early_p50_ratio"], figures["batched_p50_ratio"])
 
 
-def test_rolls_lose_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rolls_lose_nothing(run: Run, digits_backbone: DigitsResNet, monkeypatch: pytest.MonkeyPatch) -> None:
     roll = command("benchmarks.roll")
     for name, value in {"WARM_UP_S": 1.0, "QUIET_S": 2.0, "CLIENTS": 2, "PAUSE_S": 0.02,
                         "exits_off_s": partial(roll.exits_off_s, times=1, silent_s=1.0)}.items():
         monkeypatch.setattr(roll, name, value)
     for name in ("adoption", "rivals"):
         monkeypatch.setattr(f"tests.benchmarks.{name}.build_archive", build_untried)
+        monkeypatch.setattr(f"tests.benchmarks.{name}.train_backbone", lambda n_steps: digits_backbone)
     figures = run(roll, "--answers", "plain", "--rolls", 1, "--rollbacks", 0, "--requests", 100, "--rivals", 1)
     assert figures["requests"] >= 100 and figures["failed"] == figures["lost"] == figures["rivals_wrong"] == 0
     assert figures["settings_kept"] and figures["put_back_to_original"] and 0 < figures["exits_off_s"] < 60

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest.mock import patch
 
 from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
@@ -24,6 +21,7 @@ from tests.support.habits.packing import SUFFIXES, Refused, asked, build_all, or
 from tests.support.habits.serving import Served, alone, left_and_stayed, serving, together
 from tests.support.rewritten import rewritten
 from tests.support.untried import build_untried
+from tests.support.without_openvino import without_openvino
 
 EXITS = "early_exit:\n  control_rate: 0\n"
 """The configuration with exits, which are never bypassed, even if they save no time."""
@@ -91,23 +89,12 @@ def try_habits(habits: Sequence[Habit], folder: Path, *, ways: Sequence[str] = W
     for envelope in dict.fromkeys(habit.envelope for habit in habits):
         own = [trial for trial in trials if trial.habit.envelope == envelope]
         state, config = folder / f"state-{envelope}", configuration(folder, envelope)
-        with without_openvino(folder), TorchServe(store, state, Addresses.free(), config=config) as server:
+        with without_openvino(folder / "without"), TorchServe(store, state, Addresses.free(), config=config) as server:
             for start in range(0, len(own), at_once):
                 _try(own[start:start + at_once], server, ways, build)
                 for trial in own[start:start + at_once]:
                     log(str(trial))
     return trials
-
-
-@contextmanager
-def without_openvino(folder: Path) -> Iterator[None]:
-    """Hide OpenVINO from servers that are started inside the block. TorchServe's handlers import it if it is installed,
-    which takes three seconds for each worker, but they do not use it."""
-    package = folder / "without" / "openvino"
-    package.mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").write_text("raise ImportError('not for this server')\n")
-    with patch.dict(os.environ, PYTHONPATH=str(package.parent)):
-        yield
 
 
 def configuration(folder: Path, envelope: str | None) -> Path:
