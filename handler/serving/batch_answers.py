@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from early_exit.handler.call import Call, Reply
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -51,8 +52,9 @@ class BatchAnswers:
             return self._answered(calls)
         with self._model.log.watched(drawn.keep):
             parts = self._answered(calls)
-        # With several parts, each request was alone.
-        return parts if len(parts) > 1 else [self._check.check(drawn, parts[0])]
+        if len(parts) > 1 or self._check.check(drawn, parts[0]):  # with several parts, each request was alone
+            return parts
+        return [replace(parts[0], owners=None)]
 
     def _answered(self, calls: Sequence[Call]) -> list[Served]:
         return answer_calls(calls, self._handler, self._context, self._model, self._ownership.rows_per_request)

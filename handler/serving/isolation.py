@@ -113,7 +113,9 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     # In an envelope, one call has all items, and the envelope itself checks the result for these items.
     bodies = [results[number] if call.instances is None else results if call.instances else []
               for number, call in enumerate(calls)]
-    replies = [context.reply(number, body) for number, body in enumerate(bodies)]
+    # Copies, so that a handler that keeps its results may write into them again before these replies are sent: for
+    # another request of the batch, for another call whose early answer is ready, or for a check.
+    replies = [context.reply(number, own_copy(body)) for number, body in enumerate(bodies)]
     here, elsewhere = model.log.take(), model.log.take_elsewhere()
     batches = [*here, *elsewhere]
     owners = None

@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from enum import Enum
 from random import Random
 
@@ -150,26 +149,13 @@ class RowCheck:
             return DrawnRequest(position, calls[position])
         return None
 
-    def check(self, drawn: DrawnRequest, served: Served) -> Served:
-        """Check that the request, prepared alone, gives the rows that it had in its batch; this never raises.
+    def check(self, drawn: DrawnRequest, served: Served) -> bool:
+        """Tell whether the request, prepared alone, gives the rows that it had in its batch; this never raises.
 
         Args:
             drawn: the request that was drawn from the batch.
             served: the whole batch.
-
-        Returns:
-            The batch, without owners if the check failed. Its replies are copies: the handler may use their dicts or
-            lists again for the request that it prepares alone, and not everything that it changes can be restored.
-            A batch with a reply that cannot be copied is not checked.
         """
-        try:
-            bodies = copy.deepcopy([reply.body for reply in served.replies])
-        except Exception:  # such as a RecursionError for a reply that is nested too deeply
-            return served
-        served = replace(served, replies=[replace(reply, body=body) for reply, body in zip(served.replies, bodies)])
-        return served if self._is_confirmed(drawn, served) else replace(served, owners=None)
-
-    def _is_confirmed(self, drawn: DrawnRequest, served: Served) -> bool:
         with suppress(Exception):  # such as a lack of memory, which must not affect the answers
             in_batch = drawn.rows(served.owners or ())
             try:

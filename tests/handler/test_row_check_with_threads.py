@@ -162,34 +162,3 @@ def test_a_timer_and_an_event_loop_count_as_threads_of_the_handler(
     for _ in range(3):
         replied(worker, calls_of(requests(4)))
     assert Sizing.sizes == [4, 1, 4, 4]
-
-
-class UsingResultsAgain(AtOnce):
-    """A handler that writes its results into dicts that it keeps."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        super().__init__(model)
-        self.results: list[dict[str, Any]] = [{} for _ in range(9)]
-
-    def handle(self, data: list[Any], context: Any) -> list[Any]:
-        for result, item, answer in zip(self.results, data, super().handle(data, context)):
-            result.update(rows=item["rows"], answer=answer)
-        return self.results[:len(data)]
-
-
-class UsingResultsAgainFirst(UsingResultsAgain):
-    """The same, but it writes before it calls the model, so that also a check that ends there changes the results."""
-
-    def handle(self, data: list[Any], context: Any) -> list[Any]:
-        for result, item in zip(self.results, data):
-            result["rows"] = item["rows"]
-        return super().handle(data, context)
-
-
-@pytest.mark.parametrize("kind", [UsingResultsAgain, UsingResultsAgainFirst])
-def test_a_check_that_cannot_be_undone_does_not_reach_the_replies(
-        kind: type[UsingResultsAgain], model: EarlyExitModel, checking_every_batch: None, timer: None) -> None:
-    """Every reply keeps the data of its own request, also if the handler writes into the same dicts for the check."""
-    for seed in range(9):  # with each of them, another request is drawn
-        worker, calls = worker_of(model, kind(model)), calls_of(requests(4, seed=seed))
-        assert [reply.body["rows"] for reply in replied(worker, calls)] == [call.inputs["rows"] for call in calls]
