@@ -220,30 +220,33 @@ class Blocks:
 
     def _with(self, sample: Sample, count: Count) -> Blocks:
         """Return these blocks with a sample, and the number of samples that it stands for, added to the open block."""
-        return replace(self, count=self.count + count)._with_content(sample.content, sample.loss)
+        is_open, left_out = self._contents_with(sample.content, sample.loss)
+        return replace(self, count=self.count + count, open=is_open, left_out=left_out)
 
-    def _with_content(self, content: int | None, loss: float) -> Blocks:
-        """Return these blocks with the content of a sample added to the open block."""
+    def _contents_with(self, content: int | None, loss: float
+                       ) -> tuple[tuple[tuple[int | None, float], ...], tuple[int, ...]]:
+        """Return the contents of the open block with one more, and the contents that are left out then."""
         if content is not None and any(content == other for other, _ in self.open):
-            return replace(self, open=tuple(
-                (other, max(loss, found) if other == content else found) for other, found in self.open))
+            return tuple((other, max(loss, found) if other == content else found)
+                         for other, found in self.open), self.left_out
         if len(self.open) < _MOST_CONTENTS:
-            return replace(self, open=(*self.open, (content, loss)))
+            return (*self.open, (content, loss)), self.left_out
         largest = max((other for other, _ in self.open if other is not None), default=None)
         if content is None or largest is None or content > largest:
-            return self._leaving_out(content) if content in self.left_out else self
-        kept = tuple((other, found) for other, found in self.open if other != largest)
-        return replace(self, open=(*kept, (content, loss)))._leaving_out(largest)
+            return self.open, self._left_out_with(content) if content in self.left_out else self.left_out
+        kept = (one for one in self.open if one[0] != largest)
+        return (*kept, (content, loss)), self._left_out_with(largest)
 
-    def _leaving_out(self, content: int | None) -> Blocks:
-        """Return these blocks with a content as the latest of those that are left out."""
+    def _left_out_with(self, content: int | None) -> tuple[int, ...]:
+        """Return the contents that are left out, with one as the latest of them."""
         others = (other for other in self.left_out if other != content)
-        return self if content is None else replace(self, left_out=(*others, content)[-_MOST_CONTENTS:])
+        return self.left_out if content is None else (*others, content)[-_MOST_CONTENTS:]
 
     def _closed(self, n_remembered: int) -> tuple[Blocks, Block]:
         """Close the open block, which is not empty. Return the blocks without it, and the closed block."""
-        new = [(content, loss) for content, loss in self.open if content is None or content not in self.counted]
         came = [content for content, _ in self.open if content is not None]
-        kept = (*(content for content in self.counted if content not in came), *came)[-n_remembered:]
-        return (replace(self, open=(), count=Count(), counted=kept, left_out=()),
-                Block(self.count, len(new), sum(loss for _, loss in new)))
+        known = {content for content in came if content in self.counted}
+        new = [loss for content, loss in self.open if content not in known]
+        others = tuple(content for content in self.counted if content not in known) if known else self.counted
+        return (replace(self, open=(), count=Count(), counted=(*others, *came)[-n_remembered:], left_out=()),
+                Block(self.count, len(new), sum(new)))
