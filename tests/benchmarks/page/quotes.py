@@ -37,6 +37,11 @@ def _row_of_paper(model: str) -> str:
             f"{ratio(after / before)} | {ratio(1 - told.cpu_saved)} at {BATCH} |")
 
 
+def _median(part: str, clients: int, mode: str) -> str:
+    """Return the median latency of a part of the benchmark of early answers, in milliseconds."""
+    return f"{{answers[rows][part={part},load={clients} clients,mode={mode}][p50_ms]:.0f}}"
+
+
 QUOTES: dict[str, tuple[str, ...]] = {
     "README.md": (
         "Measured once on two cores of a processor {int8[run][instructions]:8-bit} instructions for 8-bit products, "
@@ -63,6 +68,12 @@ QUOTES: dict[str, tuple[str, ...]] = {
         "with exits it takes "
         "{engine[cells][batch=8,engine=openvino-int8,exits=10/60/12][ratio_to_same_engine]:.2f} of its time without "
         "cuts"),
+    "docs/modes.md": (
+        f"With one client, the median answer of a ResNet-50 at 224 px takes {_median('a', 1, 'plain')} ms without "
+        f"exits, {_median('a', 1, 'batched')} ms with exits, and {_median('a', 1, 'early')} ms with early answers; "
+        f"with 32 clients, {_median('a', 32, 'plain')}, {_median('a', 32, 'batched')} and {_median('a', 32, 'early')} "
+        f"ms. For a small ResNet-18 with 32 clients, it is {_median('b', 32, 'plain')}, {_median('b', 32, 'batched')} "
+        f"and {_median('b', 32, 'early')} ms",),
     "docs/operate.md": (
         "a small ResNet-18 takes {overhead[resnet18w32_32px][recording_ratio][1]:.2f} times the CPU time if every "
         "request is recorded, and a ResNet-50 at 224 px {overhead[resnet50_224px][recording_ratio][1]:.2f} times; in "
