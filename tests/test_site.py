@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tests.site.messages import (
     texts_of,
     without_advice,
 )
-from tests.site.reference import attribute_docstrings, command, settings
+from tests.site.reference import PARSERS, attribute_docstrings, command, settings
 from tests.support.documents import ROOT
 
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -62,6 +63,19 @@ def test_a_command_has_its_arguments_its_defaults_and_its_examples() -> None:
     text = command(parser)
     assert "| `WHAT` | the thing |" in text and "| `--how HOW` | the way (well); one of well, badly |" in text
     assert text.startswith("## ee-do\n\nDoes it.\n\n```\nee-do WHAT [options]\n```") and "```\nee-do x\n```" in text
+
+
+@pytest.mark.parametrize("parser", [make() for make in PARSERS], ids=lambda parser: parser.prog)
+def test_an_example_in_a_commands_help_is_a_use_of_the_command(parser: argparse.ArgumentParser) -> None:
+    """`ee-watch status` has a parser of its own, to which `ee-watch` hands over."""
+    others = tuple(other.prog for other in (make() for make in PARSERS) if other.prog.startswith(f"{parser.prog} "))
+    lines = [line.strip() for line in (parser.epilog or "").splitlines()]
+    examples = [line for line in lines if re.match(r"([A-Z_]+=\S+ )*ee-\w+( |$)", line)]
+    assert examples
+    for example in examples:
+        assert f"{parser.prog} " in f"{example} ", example
+        if not example.startswith((*others, "ee-watch status ")):
+            parser.parse_args(shlex.split(example.partition(parser.prog)[2]))
 
 
 def test_a_message_is_found_with_its_gaps_and_its_alternatives_however_it_is_written() -> None:
