@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 
@@ -110,6 +109,9 @@ def export_backbone(model: nn.Module, inputs: Sequence[InputSpec],
     except GraphError:
         raise
     except Exception as error:  # torch.export raises many kinds, and each is about the user's model
+        # This import takes a while, and most commands export nothing.
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
         sizes = "; ".join(f"{spec.name}: (batch, {', '.join(map(str, spec.shape))})" for spec in inputs)
         branches = isinstance(error, GuardOnDataDependentSymNode)
         raise GraphError(f"{type(model).__name__} cannot be exported for input {sizes}: {_line_of(error)}"

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.pt2_archive import PT2ArchiveReader
 
 from early_exit.handler.errors import ArchiveError, Unsupported
 
@@ -63,6 +62,9 @@ def load_program(path: Path) -> ExportedProgram:
 
 
 def _examine(path: Path) -> None:
+    # This import takes as long as that of torch, and most commands load no program.
+    from torch.export.pt2_archive import PT2ArchiveReader
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
