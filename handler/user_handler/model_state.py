@@ -38,6 +38,10 @@ class ModelState:
         self._parts = [(name, weakref.ref(part), part.training, _state_of(part, seen, tensors=tensors, numbers=numbers))
                        for name, part in model.named_modules()]
 
+    def parts(self) -> list[nn.Module]:
+        """Return the model and its parts, those that are still alive."""
+        return [part for _, reference, *_ in self._parts if (part := reference()) is not None]
+
     def changes(self) -> list[str]:
         """Return the names of everything that has changed; the end of training mode is not a change."""
         found: list[str] = []

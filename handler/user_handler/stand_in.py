@@ -46,13 +46,15 @@ class StandIn(nn.Module):
         # A model that was in training mode from the start has nothing that answers differently in that mode.
         object.__setattr__(self, "_may_train", not is_fixed or self.training or bool(replaced and replaced.training))
         object.__setattr__(self, "_state", replaced and ModelState(replaced, tensors=True))
+        object.__setattr__(self, "_hooks", self._hooks_now())
 
     def forward(self, *given: object, **named: object) -> Any:
         """Answer as the user's model would.
 
-        A hook in the user's model sees activations only if that model runs, so a model with hooks is run as well. If a
-        hook inserts values that require gradients, as explanations by the activations of a layer do, the answer is the
-        output of the user's model. Nothing else in that model requires gradients.
+        A hook in the user's model sees activations only if that model runs, so a model with hooks is run as well. The
+        answer is then the output of the user's model if its hooks are not those that were exported with it, because
+        they may change activations. It is also that output if a hook inserts values that require gradients, as
+        explanations by the activations of a layer do. Nothing else in that model requires gradients.
 
         Raises:
             NotExported: the handler has changed a part of the user's model, or has set it to training mode.
@@ -62,13 +64,26 @@ class StandIn(nn.Module):
         state: ModelState | None = vars(self)["_state"]
         if state is not None and (changed := state.changes()):
             raise _changed(", ".join(f".{name}" for name in changed[:3]))
-        if self._original is not None and any(_has_hooks(part) for part in self._original.modules()):
+        hooks, exported = self._hooks_now(), vars(self)["_hooks"]
+        if self._original is None and hooks - exported:
+            raise _changed("the hooks")
+        if self._original is not None and (hooks or exported):
+            # The user's model may write into its input.
+            own = [_own(value) for value in given], {name: _own(value) for name, value in named.items()}
             output = self._original(*given, **named)
             if state is not None:  # a model may keep values of a request in its attributes
                 object.__setattr__(self, "_state", ModelState(self._original, tensors=True))
-            if _has_gradients(output):
+            if hooks != exported or _has_gradients(output):
                 return output
+            given, named = tuple(own[0]), own[1]
         return self.answering(*given, **named)
+
+    def _hooks_now(self) -> set[int]:
+        """Return torch's numbers, which are never used again, of the hooks in the user's model and in all its parts; if
+        it is not kept, in those parts that the handler still holds."""
+        state: ModelState | None = vars(self)["_state"]
+        parts = self._original.modules() if self._original is not None else state.parts() if state is not None else ()
+        return {hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)}
 
     def named_modules(self, *given: Any, **named: Any) -> Any:
         """Yield the parts of the user's own model by name, if it is kept; parameters and buffers follow from them."""
@@ -145,8 +160,8 @@ def _changed(names: str) -> NotExported:
                        "model")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _own(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _has_gradients(output: object) -> bool:
