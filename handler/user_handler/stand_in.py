@@ -41,7 +41,7 @@ class StandIn(nn.Module):
         self.answering = model
         # Not registered as a submodule: its parameters would be listed, moved and converted with ours.
         object.__setattr__(self, "_original", original and original.requires_grad_(False))
-        self.train(model.training)
+        self.training = model.training
         object.__setattr__(self, "_is_fixed", is_fixed)
         # A model that was in training mode from the start has nothing that answers differently in that mode.
         object.__setattr__(self, "_may_train", not is_fixed or self.training or bool(replaced and replaced.training))
@@ -86,9 +86,37 @@ class StandIn(nn.Module):
         return {hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)}
 
     def named_modules(self, *given: Any, **named: Any) -> Any:
-        """Yield the parts of the user's own model by name, if it is kept; parameters and buffers follow from them."""
-        known: Any = super() if self._original is None else self._original
+        """Yield the parts of the user's own model by name. If it is not kept, only initialize() may ask for parts.
+
+        Raises:
+            NotExported: the model answers requests already, and has other parts than the user's.
+        """
+        known: Any = self._with_parts() if self._original is not None or vars(self)["_is_fixed"] else super()
         return known.named_modules(*given, **named)
+
+    def named_children(self) -> Any:
+        """Yield the direct parts, as `named_modules` does for all; `apply` and `children` follow from them."""
+        known: Any = self._with_parts() if self._original is not None or vars(self)["_is_fixed"] else super()
+        return known.named_children()
+
+    def _named_members(self, *given: Any, **named: Any) -> Any:
+        """Yield parameters or buffers by name, of the user's own model if it is kept."""
+        known: Any = self.answering if self._original is None else self._original
+        return known._named_members(*given, **named)
+
+    def train(self, mode: bool = True) -> StandIn:
+        self.training = mode
+        for model in self._both():
+            model.train(mode)
+        return self
+
+    def _apply(self, *given: Any, **named: Any) -> StandIn:
+        for model in self._both():
+            model._apply(*given, **named)  # type: ignore[no-untyped-call]
+        return self
+
+    def _both(self) -> list[nn.Module]:
+        return [self.answering] if self._original is None else [self.answering, self._original]
 
     def state_dict(self, *given: Any, **named: Any) -> Any:
         """Return the weights of the user's own model by name, if it is kept."""
@@ -119,9 +147,9 @@ class StandIn(nn.Module):
 
     def _with_parts(self) -> Any:
         if self._original is None:
-            raise NotExported("the handler asks its model for its parts by number, which the exported model does not "
-                              "have: make the archive again with a --request whose answer needs them, so that "
-                              "ee-archive keeps the original model")
+            raise NotExported("the handler asks its model for its parts, which the exported model does not have: make "
+                              "the archive again with a --request whose answer needs them, so that ee-archive keeps "
+                              "the original model")
         return self._original
 
     def __setattr__(self, name: str, value: Any) -> None:
