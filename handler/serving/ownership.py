@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _ONE_IN = 1000
 """After this many batches of several requests, a worker checks one in this many."""
-_SHARED = ("what the handler keeps in its lists, dicts or arrays has changed while the worker checked this, perhaps in "
-           "a thread of the handler, so the check cannot be undone and is not made again")
 
 
 class Unknown(str, Enum):
@@ -160,8 +158,8 @@ class RowCheck:
             in_batch = drawn.rows(served.owners or ())
             try:
                 alone = in_batch and rows_alone(drawn.call, self._handler, self._context, self._model)
-            except StateSharedError:
-                self._ownership.contradicted(_SHARED)
+            except StateSharedError as error:
+                self._ownership.contradicted(str(error))
                 return False
             if alone is not None and not is_equal(alone, in_batch):
                 self._ownership.contradicted(ANOTHER_ORDER)

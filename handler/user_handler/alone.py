@@ -41,7 +41,7 @@ def rows_alone(call: Call, handler: UserHandler, context: HandlerContext, model:
         model: the model that the handler calls.
 
     Raises:
-        StateSharedError: what the handler keeps has changed while a thread of it was alive.
+        StateSharedError: what the handler keeps has changed while a thread of it was alive, or cannot be restored.
     """
     reached: list[Rows] = []
     here = threading.get_ident()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
+import random
 from array import array
+from collections import UserDict
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +19,7 @@ from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving import ownership
 from early_exit.handler.user_handler.entry_point import FunctionHandler
 from tests.support.host import worker_of
-from tests.support.row_handlers import AtOnce, backbone_of_rows, calls_of, replied, requests
+from tests.support.row_handlers import AtOnce, backbone_of_rows, calls_of, replied, requests, told
 
 
 @pytest.fixture
@@ -95,3 +100,80 @@ def test_global_names_of_a_handler_that_is_a_function_are_after_a_check_as_befor
     for number in range(3):
         replied(worker, calls_of(requests(2, seed=number)))
     assert vars(module)["n"] == 3 and vars(module)["seen"] == {0: 1, 1: 1, 2: 2, 3: 2, 4: 3, 5: 3}
+
+
+class Drawing(AtOnce):
+    """A handler that answers with random numbers of every generator, so that each request has numbers of its own."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.random, self.torch, self.numpy = random.Random(0), torch.Generator(), np.random.default_rng(0)
+        self.old = np.random.RandomState(0)
+        self.torch.manual_seed(0)
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        numbers = [(self.random.random(), self.torch.get_state().sum() + torch.rand((), generator=self.torch).item(),
+                    self.numpy.random(), self.old.rand(), random.random(), torch.rand(()).item(), np.random.rand())
+                   for _ in data]
+        super().handle(data, context)
+        return numbers
+
+
+class Lending(AtOnce):
+    """A handler with a pool of one thing, which a call that ends at the model does not give back, and a step that
+    counts in the handler itself."""
+
+    n = 0
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.pool: queue.Queue[str] = queue.Queue()
+        self.pool.put("one")
+        self.settings = UserDict(n=0)
+        self.steps = [self.count]
+
+    def count(self) -> None:
+        self.n += 1
+        self.settings["n"] += 1
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        lent = self.pool.get_nowait()
+        for step in self.steps:
+            step()
+        super().handle(data, context)
+        self.pool.put(lent)
+        return [(self.n, self.settings["n"])] * len(data)
+
+
+class Numbering(AtOnce):
+    """A handler that numbers its requests by an iterator."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.numbers = itertools.count()
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        numbers = [next(self.numbers) for _ in data]
+        super().handle(data, context)
+        return numbers
+
+
+@pytest.mark.parametrize("kind", [Drawing, Lending, Numbering])
+def test_answers_after_a_check_are_those_without_it(
+        kind: type[AtOnce], model: EarlyExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers() -> list[Any]:
+        for seeded in (random.seed, torch.manual_seed, np.random.seed):
+            seeded(0)
+        worker = worker_of(model, kind(model))
+        return [reply.body for _ in range(3) for reply in replied(worker, calls_of(requests(2)))]
+
+    checked = answers()
+    monkeypatch.setattr(ownership.RowCheck, "draw", lambda self, calls: None)
+    assert checked == answers()
+
+
+def test_what_moves_on_whenever_it_is_used_ends_the_checks(
+        model: EarlyExitModel, caplog: pytest.LogCaptureFixture) -> None:
+    worker = worker_of(model, Numbering(model))
+    assert told(replied(worker, calls_of(requests(2)))) == [(None, None)] * 2
+    assert "keeps an object of itertools.count" in caplog.text
