@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
 from contextlib import suppress
 from operator import eq, is_
+from types import SimpleNamespace
 from typing import Any
 
 CONTAINERS = (OrderedDict, dict, list, set, deque)
+HOLDERS = (SimpleNamespace, Namespace, UserDict, UserList)
+"""Types of the standard library whose objects keep everything in their attributes."""
 _BASES: dict[type, Any] = {kind: kind for kind in CONTAINERS}
 
 

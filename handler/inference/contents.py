@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from early_exit.handler.inference.containers import CONTAINERS, base_of, copied, is_same, put
+from early_exit.handler.inference.containers import CONTAINERS, HOLDERS, base_of, copied, is_same, put
 
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, Tensor})
 """Types of values that contain no container. Most values have one of these, so they are told apart first."""
@@ -109,7 +109,7 @@ class KeptContents:
                 continue
             seen.add(id(value))
             inner: Iterable[object] = ()
-            if type(value) not in CONTAINERS and (isinstance(value, SimpleNamespace) or self._is_helper(value)):
+            if type(value) not in CONTAINERS and (isinstance(value, HOLDERS) or self._is_helper(value)):
                 waiting.append(vars(value))
             if isinstance(value, CONTAINERS):
                 pair = self._pairs.get(id(value))

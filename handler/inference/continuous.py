@@ -31,7 +31,8 @@ class ContinuousExecutor:
             record: computes what is recorded of an activation; with None, nothing is recorded.
         """
         self._at_once = AtOnceExecutor(levels, record)
-        self._calls = InFlightCalls(levels, record)
+        self.calls = InFlightCalls(levels, record)
+        """The calls that wait; they continue in the order in which a stage returns them."""
         self._coroutines = Coroutines()
         self._waiting: dict[InFlightCall, Coroutine] = {}
         self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -64,7 +65,7 @@ class ContinuousExecutor:
     def run_stage(self) -> None:
         """Run one stage, and resume the functions whose calls have ended with it."""
         with self._computing:
-            ended = self._calls.run_stage()
+            ended = self.calls.run_stage()
         for call in ended:
             coroutine = self._waiting.pop(call)
             coroutine.resume(call)
@@ -74,10 +75,10 @@ class ContinuousExecutor:
         """End a function that nobody waits for any more, and drop its call."""
         for call in [call for call, waiting in self._waiting.items() if waiting is coroutine]:
             del self._waiting[call]
-            self._calls.drop(call)
+            self.calls.drop(call)
         coroutine.drop()
 
     def _enter(self, coroutine: Coroutine) -> None:
         """Add the call at which a function has stopped, if the function has not ended."""
         if not coroutine.done:
-            self._waiting[self._calls.enter(*coroutine.asked)] = coroutine
+            self._waiting[self.calls.enter(*coroutine.asked)] = coroutine

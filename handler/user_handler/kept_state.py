@@ -8,17 +8,17 @@ import queue
 import random
 import sys
 import threading
-from argparse import Namespace
-from collections import UserDict, UserList, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import FunctionType, GeneratorType, ModuleType, SimpleNamespace
+from types import FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from early_exit.handler.inference.containers import HOLDERS
 from early_exit.handler.user_handler.attributes import comes_with, is_fixed, is_helper, module_of
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import FunctionHandler, UserHandler
@@ -27,8 +27,6 @@ _CONTAINERS = (dict, list, set, deque)
 _OPAQUE = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, nn.Module, threading.Thread,
            HandlerContext)
 _CODE = (property, staticmethod, classmethod)
-_OBJECTS = (SimpleNamespace, Namespace, UserDict, UserList, queue.Queue)
-"""Types of the standard library whose objects keep everything in their attributes."""
 _MOST_VALUES = 10_000
 """The largest number of values that are searched; what lies beyond them is not restored."""
 _MOST_BYTES = 2**26
@@ -128,7 +126,7 @@ def _held_values(roots: Iterable[object], module: ModuleType) -> Iterator[_Held]
                 yield _held_tensor(value, value.clone())
         elif (numbers := _held_random(value)) is not None:
             yield numbers
-        elif isinstance(value, _OBJECTS) or is_helper(value, module):
+        elif isinstance(value, (*HOLDERS, queue.Queue)) or is_helper(value, module):
             attributes = vars(value)
             yield _held_container(attributes, dict(attributes))
             waiting.extend(attributes.values())

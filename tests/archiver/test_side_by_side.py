@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import pytest
 
 from early_exit.archiver.packaging.sources.sample import sample_images
 from early_exit.archiver.packaging.tryout.answers import Answer
-from early_exit.archiver.packaging.tryout.checking import require_side_by_side
+from early_exit.archiver.packaging.tryout.checking import last_first, require_side_by_side
 from early_exit.archiver.packaging.tryout.child import LoadingError
 from early_exit.handler.call import Call
 from early_exit.handler.config import ServingConfig
@@ -61,6 +62,19 @@ class KeepingNamesInAClass(AtOnce):
         return [{"of": name, "class": found} for name, found in zip(self.names, classes)]
 
 
+class PassingNamesOn(AtOnce):
+    """A handler whose post-processing takes what its pre-processing has put into a queue."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.names: queue.Queue[str] = queue.Queue()
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        for item in data:
+            self.names.put(item["body"].decode())
+        return [{"of": self.names.get(), "class": found} for found in super().handle(data, context)]
+
+
 class Counting(AtOnce):
     """A handler that answers with the number of the request, and with a time that all requests of a moment share."""
 
@@ -78,6 +92,7 @@ class Asked:
     def __init__(self, handler: type[AtOnce]) -> None:
         backbone = backbone_of_rows()
         model = build_model(backbone, *random_exits(backbone), answers="early")
+        self.model = model
         self._worker = worker_of(model, handler(model), ServingConfig(answers="early"))
         self._calls = calls_of(requests(2))
 
@@ -109,22 +124,34 @@ def test_a_handler_that_keeps_a_request_in_its_class_while_the_next_one_begins_i
         require_side_by_side(asked.at_once, asked.alone)
 
 
-@pytest.mark.parametrize("kept", ["self.array", "self.kept", "kept"])
-def test_an_archive_whose_handler_keeps_a_request_in_an_array_of_its_own_is_refused_and_one_with_a_dict_is_not(
-        tmp_path: Path, samples: list[Path], kept: str) -> None:
-    key = 0 if kept == "self.array" else '"first"'
-    handler = HANDLER.format(initialize="        self.kept, self.array = {}, torch.zeros(1)",
+def test_a_handler_whose_requests_take_what_others_have_put_down_if_they_overtake_them_is_refused() -> None:
+    """In the order of the requests, each takes its own."""
+    asked = Asked(PassingNamesOn)
+    asked.model.fall_back(asked.model.assembly.last_level)
+    require_side_by_side(asked.at_once, asked.alone)
+    told = r"(?s)a queue\.Queue.*'body-0' has become 'body-1'"
+    with last_first(asked.model), pytest.raises(LoadingError, match=told):
+        require_side_by_side(asked.at_once, asked.alone)
+
+
+@pytest.mark.parametrize(("keep", "read"), [
+    ("self.array[0] = first", "self.array[0]"),
+    ("for item in data: self.queue.put(item['body'][0])", "self.queue.get(timeout=9)"),
+    ("self.kept[0] = first", "self.kept[0]"), ("kept = first", "kept")])
+def test_an_archive_whose_handler_keeps_a_request_in_an_array_or_queue_of_its_own_is_refused_and_one_with_a_dict_is_not(
+        tmp_path: Path, samples: list[Path], keep: str, read: str) -> None:
+    handler = HANDLER.format(initialize="        self.kept, self.array, self.queue = {}, torch.zeros(1), queue.Queue()",
                              postprocess=PLAIN) + f"""
     def handle(self, data, context):
-        kept = {{}}
-        {kept}[{key}] = data[0]["body"][0]
-        return [{{"first": float({kept}[{key}]), "scores": scores}} for scores in super().handle(data, context)]
+        first = data[0]["body"][0]
+        {keep}
+        return [{{"scores": scores, "first": float({read})}} for scores in super().handle(data, context)]
 """
     config = tmp_path / "early.yaml"
     config.write_text("batchSize: 4\nearly_exit: {answers: early}\n")
     refused = pytest.raises(ArchiveError, match=r"(?s)local variables.*\$\.first: 0\.1.* has become -1\.0")
-    with refused if kept == "self.array" else nullcontext():
-        archived(tmp_path, handler, samples, config=config)
+    with refused if "array" in keep or "queue" in keep else nullcontext():
+        archived(tmp_path, f"import queue\n{handler}", samples, config=config)
 
 
 def test_an_archive_whose_handler_keeps_the_size_of_a_picture_in_a_tensor_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ class Keeping(AtOnce):
         self.line: deque[Any] = deque()
         self.names: set[str] = set()
         self.space = SimpleNamespace(rows=[])
+        self.options, self.user_dict, self.user_list = Namespace(), UserDict[str, Any](), UserList[Any]()
 
     def initialize(self, context: Any) -> None: ...
 
@@ -51,18 +53,20 @@ class Keeping(AtOnce):
         self.names.clear()
         self.names.add(str(rows))
         self.space.rows[:] = [rows]
+        self.options.rows = self.user_dict["rows"] = rows
+        self.user_list[:] = [rows]
         if rows[0] > 0:
             self.about["positive"] = True
         super().handle(data, context)
         return [[self.about.pop("rows"), self.of_class["rows"], [*self.refilled], self.replaced[0],
                  self.deep[0]["of"]["request"][0], self.line.popleft(), [*self.names], self.space.rows[0],
-                 self.about.pop("positive", False)]]
+                 self.options.rows, self.user_dict["rows"], self.user_list[0], self.about.pop("positive", False)]]
 
 
 def test_what_a_call_puts_into_a_container_at_any_depth_is_its_own_while_others_run(model: EarlyExitModel) -> None:
     bodies = requests(20)
     assert answered(model, Keeping(model), bodies) == [
-        [body, body, body, body, body, body, [str(body)], body, body[0] > 0] for body in bodies]
+        [body, body, body, body, body, body, [str(body)], body, body, body, body, body[0] > 0] for body in bodies]
 
 
 def test_what_calls_have_added_to_containers_is_there_for_calls_that_begin_after_their_end(

@@ -141,7 +141,25 @@ def _try_side_by_side(archive: LoadedArchive, samples: Sequence[SampleRequest]) 
         return [answer for number, sample in enumerate(pair) for answer in archive.answer([sample], first=number)]
 
     # The numbers of an engine that is not exact depend on the rows that run together.
-    require_side_by_side(lambda: archive.answer(pair), alone if model.assembly.engine.is_exact else None)
+    compared = alone if model.assembly.engine.is_exact else None
+    require_side_by_side(lambda: archive.answer(pair), compared)
+    with last_first(model):
+        require_side_by_side(lambda: archive.answer(pair), compared)
+
+
+@contextmanager
+def last_first(model: EarlyExitModel) -> Iterator[None]:
+    """Let requests that reach the end together continue in the opposite order.
+
+    In service, requests that leave early overtake others.
+    """
+    calls: Any = model.executor.calls  # type: ignore[attr-defined]
+    run_stage = calls.run_stage
+    calls.run_stage = lambda: run_stage()[::-1]
+    try:
+        yield
+    finally:
+        calls.run_stage = run_stage
 
 
 def require_side_by_side(ask: Callable[[], Sequence[Answer]], alone: Callable[[], Sequence[Answer]] | None = None,
@@ -178,9 +196,9 @@ def require_side_by_side(ask: Callable[[], Sequence[Answer]], alone: Callable[[]
     expected = AnsweredBatch(Batch(tuple(range(len(before)))), before, unstable(before, alone()))
     if told := contradictions(expected, answers):
         raise LoadingError("with early answers, a request is answered differently when another one comes at once. The "
-                           "handler keeps something of a request where the request beside it overwrites it, such as a "
-                           "tensor, an array or an attribute of a class. Set 'answers: plain', or keep it in local "
-                           "variables:\n" + "\n".join(told[:3]))
+                           "handler keeps something of a request where the request beside it overwrites or takes it, "
+                           "such as a tensor, an array, a queue.Queue or an attribute of a class. Set "
+                           "'answers: plain', or keep it in local variables:\n" + "\n".join(told[:3]))
 
 
 def _answers_by_exit(archive: LoadedArchive, samples: Sequence[SampleRequest]) -> dict[str, Any]:
