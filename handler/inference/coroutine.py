@@ -7,6 +7,7 @@ written. Only one thread runs at any time, so a handler needs no locks.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -26,6 +27,10 @@ class Coroutine:
         self.done = False
         """Whether the function has ended."""
         self._function = function
+        self._before = contextvars.copy_context()
+        self._context = self._before.copy()
+        """The context variables of the function, which begins with those of its caller, as if it was called there.
+        NumPy and `decimal` keep their settings in such variables."""
         self._outcome: Any = None
         self._error: BaseException | None = None
         self._reply: SimpleQueue[Any] = SimpleQueue()
@@ -34,7 +39,11 @@ class Coroutine:
         self._dropped = False
 
     def result(self) -> Any:
-        """Return the result of the function, or raise its exception."""
+        """Return the result of the function, or raise its exception; the caller gets the context variables that the
+        function has set."""
+        for variable, value in self._context.items():
+            if self._before.get(variable, self) is not value:
+                variable.set(value)
         if self._error is not None:
             raise self._error
         return self._outcome
@@ -67,7 +76,7 @@ class Coroutine:
     def run(self) -> None:
         """Run the function to its end in this thread."""
         try:
-            self._outcome = self._function()
+            self._outcome = self._context.run(self._function)
         except BaseException as error:
             self._error = error
         self.done = True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
+import decimal
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,38 @@ def test_what_a_function_sets_in_global_names_and_on_objects_that_these_reach_is
     handler.initialize = lambda context: None  # type: ignore[method-assign]
     bodies = requests(20)
     assert answered(model, handler, bodies) == [[body] * 3 for body in bodies]
+
+
+class InAContext(AtOnce):
+    """A handler that keeps settings and something of a request in context variables."""
+
+    def initialize(self, context: Any) -> None:
+        setting.set("of initialize()")
+        self.decimals = decimal.getcontext().copy()
+        self.decimals.prec = 3
+        decimal.setcontext(self.decimals)
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        before = last.get([])
+        last.set(data[0]["rows"])
+        super().handle(data, context)
+        return [(setting.get(), str(decimal.Decimal(1) / 3), last.get(), before)]
+
+
+setting: ContextVar[str] = ContextVar("setting", default="none")
+last: ContextVar[list[float]] = ContextVar("last")
+
+
+def test_context_variables_are_as_in_one_thread(model: EarlyExitModel) -> None:
+    bodies = requests(12)
+
+    def check() -> None:
+        answers = answered(model, InAContext(model), bodies)
+        assert [answer[:3] for answer in answers] == [("of initialize()", "0.333", body) for body in bodies]
+        assert all(answer[3] in [[], *bodies[:number]] for number, answer in enumerate(answers))
+        assert sum(answer[3] != [] for answer in answers) > 1, "calls see what calls have set that ended before"
+
+    contextvars.copy_context().run(check)
 
 
 def test_what_one_call_deletes_is_gone_for_it_alone_until_it_has_ended(model: EarlyExitModel) -> None:
