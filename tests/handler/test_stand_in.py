@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,47 @@ def test_whatever_way_a_handler_goes_through_the_parts_of_its_model_they_are_the
     assert alone.train().answering.training and not alone.eval().answering.training
     assert alone.double().answering.weight.dtype is torch.float64, "it is converted and moved as before"
     StandIn(nn.Linear(2, 2)).apply(lambda module: None)  # as initialize() may do
+
+
+class Scaled(nn.Module):
+    """A model that computes with settings in many places."""
+
+    of_class = 1.0
+    filler = float("nan")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self.cfg = {"head": {"scales": [1.0]}}
+        self.space = SimpleNamespace(head=SimpleNamespace(scale=1.0))
+        self.masks = {"cats": torch.ones(2)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.body(x) * self.of_class * self.cfg["head"]["scales"][0] * self.space.head.scale
+                * self.masks["cats"] * global_settings["scale"])
+
+
+global_settings: dict[str, Any] = {"scale": 1.0}
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    (lambda model: model.cfg["head"]["scales"].__setitem__(0, 5.0), r"\.cfg\['head'\]\['scales'\]\[0\]"),
+    (lambda model: setattr(model.space.head, "scale", 5.0), r"\.space\.head\.scale"),
+    (lambda model: model.masks["cats"].fill_(5.0), r"\.masks\['cats'\]"),
+    (lambda model: setattr(Scaled, "of_class", 5.0), r"\.Scaled\.of_class"),
+    (lambda model: global_settings.update(scale=5.0), r"\.tests\.handler\.test_stand_in\.global_settings\['scale'\]"),
+])
+def test_a_call_is_refused_once_a_setting_that_the_model_reads_is_changed_wherever_it_is(
+        change: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scaled, "of_class", 1.0)
+    monkeypatch.setitem(global_settings, "scale", 1.0)
+    original = Scaled().eval()
+    stand_in = StandIn(nn.Linear(2, 2).eval(), original, is_fixed=True, replaced=original)
+    original.cfg["head"]["cached"] = global_settings["cached"] = [1.0]
+    stand_in(torch.ones(1, 2))
+    change(stand_in)
+    with pytest.raises(AttributeError, match=f"changes {name} of its model"):
+        stand_in(torch.ones(1, 2))
 
 
 def test_dropout_that_a_request_switches_on_is_refused() -> None:
