@@ -14,10 +14,11 @@ from itertools import accumulate
 import torch
 
 from early_exit.handler.call import Call, Reply, own_copy, share_instances
+from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import InputError
 from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
-from early_exit.handler.protocol import ANYTIME_HEADER
+from early_exit.handler.protocol import ANYTIME_HEADER, FULL
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.entry_point import UserHandler
 
@@ -123,9 +124,23 @@ def _call(positions: tuple[int, ...], calls: Sequence[Call], handler: UserHandle
     if not elsewhere or (alone and 1 in (len(batches), len(calls))):
         n_rows = [len(batch.answers.outputs) for batch in batches]
         owners = _owners(n_rows, calls, rows_per_request, are_its_own=not elsewhere)
+    if model.assembly.description.detector is not None:
+        for number, reply in enumerate(replies):
+            if _left_early(number, batches, owners):  # what is not a number in a full answer is the handler's own
+                reply.body = with_nulls(reply.body)
     n_items = len(items) * (rows_per_request or 0)
     is_known = owners is not None and sum(len(batch.answers.outputs) for batch in batches) == n_items
     return Served(positions, calls, replies, batches, owners, rows_per_request if is_known else None)
+
+
+def _left_early(number: int, batches: Sequence[ServedBatch], owners: Sequence[Sequence[int]] | None) -> bool:
+    """Tell whether a row of a request left early, or may have done so: the owners of the rows are not known, or the
+    handler has kept its answer."""
+    stages = [batch.answers.stages.tolist() for batch in batches]
+    owners = owners or [[number] * len(of_batch) for of_batch in stages]
+    own = [stage for of_batch, of_rows in zip(stages, owners)
+           for stage, owner in zip(of_batch, of_rows) if owner == number]
+    return not own or any(stage != FULL for stage in own)
 
 
 def _owners(n_rows: Sequence[int], calls: Sequence[Call], rows_per_request: int | None, *, are_its_own: bool

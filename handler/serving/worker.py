@@ -12,7 +12,6 @@ from early_exit.handler.allocator import return_freed_memory
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.call import Call, Reply, share_instances
 from early_exit.handler.config import EARLY, ServingConfig
-from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.switch import ExitSwitch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
@@ -122,7 +121,7 @@ class Worker:
             self.probe(call) if call.has_header(PROBE_HEADER) and not is_one_list else None for call in calls]
         others = [position for position, reply in enumerate(replies) if reply is None]
         if others or self.is_early:
-            for position, reply in zip(others, self._answer([calls[position] for position in others])):
+            for position, reply in zip(others, self._answers.step([calls[position] for position in others])):
                 replies[position] = reply
         return replies
 
@@ -138,14 +137,6 @@ class Worker:
         """Write the remaining records, share the monitor's state, and stop the threads that do so."""
         for part in self._closing:
             part.close()
-
-    def _answer(self, calls: Sequence[Call]) -> list[Reply | None]:
-        replies = self._answers.step(calls)
-        if self.model.assembly.description.detector is not None:
-            for answered in replies:
-                if answered is not None:
-                    answered.body = with_nulls(answered.body)
-        return replies
 
 
 def _answer_sample(layout: ArchiveLayout, context: HandlerContext, handler: UserHandler) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +21,17 @@ from early_exit.archiver.packaging.sources.detector import backbone_of_detector,
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.detector_tails import TAILS
 from early_exit.handler.backbone.image_class import CERTAIN, Strategy, class_scores
+from early_exit.handler.call import Call
 from early_exit.handler.detection.detections import with_nulls
 from early_exit.handler.detection.detector import images_of
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
 from early_exit.handler.inference.in_flight import InFlightCalls
+from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
-from early_exit.handler.protocol import FULL
+from early_exit.handler.protocol import EXIT_HEADER, FULL, FULL_NAME
 from tests.support.detector import images, one_exit, sure_detector
+from tests.support.host import worker_of
 from tests.support.models.small_detector import SmallDetector
 from tests.support.original import MODELS
 
@@ -190,6 +195,30 @@ def test_what_is_no_such_detector_is_refused_with_what_is(backbone: Backbone) ->
         backbone_of_detector(SmallDetector(), None, None, 1, "x.py")
     with pytest.raises(ConfigError, match="needs the engine folded or eager"):
         build_model(backbone, engine="openvino")
+
+
+class Rating:
+    """A handler that answers with boxes and a number that is not known."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.model = model
+
+    def initialize(self, context: Any) -> None: ...
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        with torch.no_grad():
+            return [{"boxes": found["boxes"].tolist(), "rating": math.nan}
+                    for found in self.model(torch.stack([item["image"] for item in data]))]
+
+
+def test_of_a_full_answer_nothing_becomes_null_that_the_handler_has_put_there(backbone: Backbone) -> None:
+    served = build_model(backbone, *one_exit(backbone, threshold=0.8))
+    calls = [Call(f"id-{number}", {"image": image}) for number, image in enumerate(images(24, SHAPE))]
+    replies = [reply for reply in worker_of(served, Rating(served)).step(calls) if reply is not None]
+    in_full = [reply for reply in replies if reply.headers[EXIT_HEADER] == FULL_NAME]
+    assert 0 < len(in_full) < len(replies) == 24
+    for reply in replies:
+        assert (reply.body["rating"] is None) == (reply not in in_full)
 
 
 def test_json_has_null_where_there_is_no_box() -> None:
