@@ -238,7 +238,8 @@ def _answer_in_full(folder: Path, job: Mapping[str, Any]) -> None:
         raise LoadingError("without exits, the new archive answers differently from the original:\n"
                            + "\n".join(told[:3]))
     if batches and not reached:
-        raise LoadingError("the new archive answers without calling the exported model: the handler calls another one")
+        raise LoadingError("the new archive answers without calling the exported model: the handler calls another one, "
+                           "or adds a hook to its model for each request; let it add the hook once, in initialize()")
     if expected is None:
         save_answers(Path(job["out"]), found)
 
