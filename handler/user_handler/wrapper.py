@@ -16,7 +16,7 @@ from early_exit.handler.user_handler.entry_point import UserHandler, load_entry_
 from early_exit.handler.user_handler.places import Roots, at, names_of, put
 from early_exit.handler.user_handler.stand_in import StandIn
 
-_LOADERS = ("_load_pickled_model", "_load_torchscript_model", "_load_torch_export_aot_compile")
+LOADERS = ("_load_pickled_model", "_load_torchscript_model", "_load_torch_export_aot_compile")
 """The methods with which TorchServe's base handler reads a model."""
 
 
@@ -52,18 +52,18 @@ def given_to_loaders(handler: object, model: Callable[[], object]) -> Iterator[N
     """Give TorchServe's base handler a model, inside the block, instead of letting it read a file.
 
     Args:
-        handler: the handler; if it has loaders of its own, they are replaced as well, permanently.
+        handler: the handler; if it has loaders of its own, they are replaced as well.
         model: returns the model that the loaders return.
     """
     def load(*args: object, **kwargs: object) -> object:
         return model()
 
-    for name in _LOADERS:
-        if hasattr(handler, name):
-            setattr(handler, name, load)
+    own = [name for name in LOADERS if hasattr(handler, name) and name not in vars(handler)]
+    for name in own:
+        setattr(handler, name, load)
     # A handler that is not a base handler may hold an object that is one.
     base = getattr(sys.modules.get("ts.torch_handler.base_handler"), "BaseHandler", None)
-    before = {name: getattr(base, name) for name in _LOADERS if hasattr(base, name)}
+    before = {name: getattr(base, name) for name in LOADERS if hasattr(base, name)}
     for name in before:
         setattr(base, name, load)
     try:
@@ -71,6 +71,8 @@ def given_to_loaders(handler: object, model: Callable[[], object]) -> Iterator[N
     finally:
         for name, loader in before.items():
             setattr(base, name, loader)
+        for name in own:  # what the handler loads later is not this model
+            vars(handler).pop(name, None)
 
 
 def _is_there(roots: Roots, description: HandlerDescription) -> bool:

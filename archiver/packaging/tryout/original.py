@@ -42,7 +42,7 @@ from early_exit.handler.user_handler.description import HandlerDescription, Load
 from early_exit.handler.user_handler.model_state import ModelState
 from early_exit.handler.user_handler.places import modules_reached, put
 from early_exit.handler.user_handler.rows import Rows, RowsPerRequest, called_often, n_rows_of, rows_per_request
-from early_exit.handler.user_handler.wrapper import given_to_loaders
+from early_exit.handler.user_handler.wrapper import LOADERS, given_to_loaders
 
 
 class Original:
@@ -125,7 +125,9 @@ def adopt(job: dict[str, Any]) -> list[str]:
     layout.folder.mkdir()
     (layout.samples).write_text(samples_text(samples))
     save_answers(layout.answers, answered)
-    HandlerDescription(model.places, Loading.GIVEN if original.loaders_called else Loading.OWN, rows.count,
+    # In place of several models, the worker would give the handler this one several times.
+    is_given = len(original.loaders_called) == 1
+    HandlerDescription(model.places, Loading.GIVEN if is_given else Loading.OWN, rows.count,
                        rows.unknown_because, job["envelope"]).save(layout.handler_description)
     return [str(one.batch) for one in answered if all("$" in paths for paths in one.unstable)]
 
@@ -207,7 +209,7 @@ def _given_model(job: dict[str, Any]) -> nn.Module | None:
 
 @contextlib.contextmanager
 def _found_by_loaders(model: nn.Module | None) -> Any:
-    """Let TorchServe's base handler load a given model; without one, only note whether it loads a model."""
+    """Let TorchServe's base handler load a given model; without one, only note how many models it loads."""
     from ts.torch_handler.base_handler import BaseHandler
 
     called: list[str] = []
@@ -216,17 +218,22 @@ def _found_by_loaders(model: nn.Module | None) -> Any:
         with given_to_loaders(None, lambda: model):
             yield called
         return
-    load = BaseHandler._load_pickled_model
+    before = {name: getattr(BaseHandler, name) for name in LOADERS if hasattr(BaseHandler, name)}
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        called.append("read")
-        return load(self, *args, **kwargs)
+    def noted(load: Any) -> Any:
+        def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+            called.append("read")
+            return load(self, *args, **kwargs)
 
-    BaseHandler._load_pickled_model = noted
+        return read
+
+    for name, load in before.items():
+        setattr(BaseHandler, name, noted(load))
     try:
         yield called
     finally:
-        BaseHandler._load_pickled_model = load
+        for name, load in before.items():
+            setattr(BaseHandler, name, load)
 
 
 if __name__ == "__main__":
