@@ -42,6 +42,13 @@ to the operation that drops chosen dimensions only."""
 _SORTING = (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without wrappers that compile it or spread it over devices."""
+    while inner := getattr(model, "_orig_mod", None) or (isinstance(model, nn.DataParallel) and model.module):
+        model = inner
+    return model
+
+
 class ScoresOnly(nn.Module):
     """Wraps a classifier: it takes the inputs in order, and returns only the scores of the classifier's output."""
 

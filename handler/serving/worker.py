@@ -16,7 +16,7 @@ from early_exit.handler.errors import ArchiveError
 from early_exit.handler.exits.switch import ExitSwitch
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import load_model
-from early_exit.handler.model.probe import answer_probe
+from early_exit.handler.model.probe import answer_probe, require_exported
 from early_exit.handler.monitor.shared_state import SharedMonitor, watch
 from early_exit.handler.protocol import PROBE_HEADER
 from early_exit.handler.recording.content import ContentKey
@@ -101,7 +101,8 @@ class Worker:
                            "writes files should write them elsewhere", ", ".join(changed))
         traffic = traffic_identity(model.assembly.description.sha256, manifest, description, digests,
                                    host.model_config)
-        handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context))
+        handler = load_user_handler(manifest, context, model, description, partial(_answer_sample, layout, context),
+                                    partial(require_exported, model))
         answer_probe(model)  # after the handler, which may have changed weights or settings of torch
         return cls(model, handler, context, config, host, description, traffic)
 

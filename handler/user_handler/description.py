@@ -61,6 +61,9 @@ class HandlerDescription:
     service_envelope: str | None = None
     """TorchServe's envelope around the handler, which receives the samples. A request may then have several instances,
     and `rows_per_request` is the number of rows of each instance."""
+    is_used_as_given: bool = False
+    """Whether the handler uses a given model as it is: a worker refuses one that changes or wraps it, because ours does
+    not have the change. False for a model that is not in the archive, and for older archives."""
     files: Mapping[str, str] | None = None
     """The user's files by name, with the sha256 of each at the time the archive was made; see `traffic`."""
 
@@ -97,6 +100,6 @@ class HandlerDescription:
                             for place in data["model"]),
                 loading=Loading(data["loading"]), rows_per_request=data["rows_per_request"],
                 rows_unknown_because=data["rows_unknown_because"], service_envelope=data.get("service_envelope"),
-                files=data.get("files"))
+                is_used_as_given=data.get("is_used_as_given", False), files=data.get("files"))
         except (KeyError, TypeError, ValueError) as error:
             raise ArchiveError(f"{source} is not a complete description of a handler: {error!r}") from error

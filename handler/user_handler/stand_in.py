@@ -25,6 +25,9 @@ class StandIn(nn.Module):
     parameters, buffers, device and dtype are those of the model that answers.
     """
 
+    written: list[str]
+    """What the handler has set of the model, which has no effect on the model that answers."""
+
     def __init__(self, model: nn.Module, original: nn.Module | None = None, *, is_fixed: bool = False,
                  replaced: nn.Module | None = None) -> None:
         """Replace a model.
@@ -47,6 +50,7 @@ class StandIn(nn.Module):
         object.__setattr__(self, "_may_train", not is_fixed or self.training or bool(replaced and replaced.training))
         object.__setattr__(self, "_state", replaced and ModelState(replaced, tensors=True))
         object.__setattr__(self, "_hooks", self._hooks_now())
+        object.__setattr__(self, "written", [])
 
     def forward(self, *given: object, **named: object) -> Any:
         """Answer as the user's model would.
@@ -131,6 +135,7 @@ class StandIn(nn.Module):
         """
         if vars(self)["_is_fixed"]:
             raise _changed("the weights")
+        self.written.append("the weights")
         return super().load_state_dict(*given, **named)
 
     def __getitem__(self, key: Any) -> Any:
@@ -155,6 +160,8 @@ class StandIn(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training" and vars(self).get("_is_fixed") and not self._is_as_it_was(name, value):
             raise _changed(f".{name}")
+        if name != "training" and "written" in vars(self):  # otherwise, `__init__` sets it
+            self.written.append(f".{name}")
         super().__setattr__(name, value)
 
     def _is_as_it_was(self, name: str, value: object) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from early_exit.handler.backbone.export import unwrapped
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.user_handler.context import HandlerContext
 from early_exit.handler.user_handler.description import HandlerDescription, Loading
@@ -21,8 +22,8 @@ LOADERS = ("_load_pickled_model", "_load_torchscript_model", "_load_torch_export
 
 
 def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, model: nn.Module,
-                      description: HandlerDescription, first: Callable[[UserHandler], object] | None = None
-                      ) -> UserHandler:
+                      description: HandlerDescription, first: Callable[[UserHandler], object] | None = None,
+                      loaded: Callable[[nn.Module], object] = lambda own: None) -> UserHandler:
     """Create the handler that a manifest names, with `model` in place of its own model.
 
     Args:
@@ -31,19 +32,21 @@ def load_user_handler(manifest: Mapping[str, Any], context: HandlerContext, mode
         model: the model that answers in place of the handler's own model.
         description: says where the handler's own model is, and how it is loaded.
         first: lets a handler answer a request; it is called if the handler loads its model at the first request.
+        loaded: receives the model that the handler has loaded, if it loads one, before `model` replaces it.
 
     Raises:
         ArchiveError: the handler cannot be found, or its model is not in the place where `ee-archive` found it.
     """
     handler, roots = load_entry_point(manifest["model"]["handler"])
-    if description.loading is Loading.GIVEN:
-        with given_to_loaders(handler, lambda: StandIn(model)):
+    given = StandIn(model) if description.loading is Loading.GIVEN else None
+    if given is not None:
+        with given_to_loaders(handler, lambda: given):
             handler.initialize(context)
     else:
         handler.initialize(context)
         if first is not None and not _is_there(roots, description):
             first(handler)
-    _replace(roots, description, model)
+    _replace(roots, description, model, given, loaded)
     return handler
 
 
@@ -82,15 +85,39 @@ def _is_there(roots: Roots, description: HandlerDescription) -> bool:
         return False
 
 
-def _replace(roots: Roots, description: HandlerDescription, model: nn.Module) -> None:
+def _replace(roots: Roots, description: HandlerDescription, model: nn.Module, given: StandIn | None,
+             loaded: Callable[[nn.Module], object]) -> None:
     try:
         found = [at(roots, place) for place in description.model]
     except LookupError as error:
         raise ArchiveError(f"the handler does not keep its model in {names_of(description.model)} after initialize(), "
                            f"so it cannot be given one with early exits: {error}") from error
     original = found[0] if description.loading is Loading.KEPT else None
+    has_given = isinstance(found[0], nn.Module) and any(part is given for part in found[0].modules())
+    if given is None or description.is_used_as_given:
+        if given is not None:
+            _require_as_given(given, found[0], has_given=has_given)
+        if isinstance(found[0], nn.Module) and not has_given:
+            loaded(found[0])
     # A handler that was given our model has no model of its own.
     replaced = None if description.loading is Loading.GIVEN else found[0]
     stand_in = StandIn(model, original, is_fixed=True, replaced=replaced)
     for place in description.model:
         put(roots, place, stand_in)
+
+
+def _require_as_given(given: StandIn, found: Any, *, has_given: bool) -> None:
+    """Check that a handler calls the model that it was given, as it was given.
+
+    What initialize() makes of a model may depend on an environment variable or on the configuration, and our model was
+    exported without it. `ee-archive` then lets the handler load its own model, which a worker compares with ours.
+
+    Raises:
+        ArchiveError: the handler has set an attribute of the model, or calls a module around it.
+    """
+    is_other = has_given and unwrapped(found) is not given
+    if given.written or is_other:
+        what = f"puts a {type(found).__name__} around" if is_other else f"sets {', '.join(given.written[:3])} of"
+        raise ArchiveError(f"initialize() of the handler {what} the model that it loads, which it did not do when "
+                           "ee-archive exported the model: does that depend on an environment variable or on "
+                           "model-config.yaml? Make the archive again, from your own one, where they are as in service")

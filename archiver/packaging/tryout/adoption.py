@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from early_exit.archiver.packaging.tryout.model_calls import ModelCall, n_parameters
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.export import unwrapped
 from early_exit.handler.backbone.signature import InputSpec, Parameters
 from early_exit.handler.errors import ArchiveError, GraphError, Unsupported
 from early_exit.handler.user_handler.description import Place, Root
@@ -36,11 +37,7 @@ class CalledModel:
     @property
     def exported(self) -> nn.Module:
         """The module without wrappers that compile it or spread it over devices."""
-        module = self.module
-        while (inner := getattr(module, "_orig_mod", None) or
-               (isinstance(module, nn.DataParallel) and module.module)):
-            module = inner
-        return module
+        return unwrapped(self.module)
 
     def calls(self, calls: Sequence[ModelCall]) -> list[ModelCall]:
         """Return the calls of this model among other calls."""

@@ -128,7 +128,8 @@ def adopt(job: dict[str, Any]) -> list[str]:
     # In place of several models, the worker would give the handler this one several times.
     is_given = len(original.loaders_called) == 1
     HandlerDescription(model.places, Loading.GIVEN if is_given else Loading.OWN, rows.count,
-                       rows.unknown_because, job["envelope"]).save(layout.handler_description)
+                       rows.unknown_because, job["envelope"], is_used_as_given=original.given is None
+                       ).save(layout.handler_description)
     return [str(one.batch) for one in answered if all("$" in paths for paths in one.unstable)]
 
 
