@@ -23,7 +23,7 @@ from early_exit.handler.backbone.detector_tails import save_tail, tail_parameter
 from early_exit.handler.backbone.export import backbone_graph, export_backbone, prepare_program, scores_dtype
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
-from early_exit.handler.backbone.probe import probe_for, require_independent_rows
+from early_exit.handler.backbone.probe import probe_for, require_fixed_rows, require_same_alone
 from early_exit.handler.backbone.program_file import load_program
 from early_exit.handler.backbone.scores import ScoreKind, score_kind
 from early_exit.handler.backbone.signature import InputSpec, OutputSpec, Parameters
@@ -158,8 +158,11 @@ class Backbone:
             GraphError: the model cannot be exported, is not a classifier, or has no candidate layer.
         """
         program, found = export_backbone(model, inputs, constants, output)
-        return cls.from_program(program, [spec.name for spec in inputs], found, detector, constants,
-                                Parameters.of(model.forward))
+        names = [spec.name for spec in inputs]
+        backbone = cls.from_program(program, names, found, detector, constants, Parameters.of(model.forward))
+        if detector is None:
+            require_same_alone(model, names, constants, output, backbone.graph, backbone.probe)
+        return backbone
 
     @classmethod
     def from_program(cls, program: ExportedProgram, names: Sequence[str] = (),
@@ -206,7 +209,7 @@ class Backbone:
             raise GraphError(f"expected (1, classes) scores for a batch of one, found {tuple(scores.shape)}: the model "
                              "treats a batch of one differently, and answers must not depend on the batch")
         if detector is None:  # for a detector, two images of noise may differ in what rounding decides
-            require_independent_rows(graph, probe)
+            require_fixed_rows(graph, probe)
         if scores.shape[1] < 2:
             raise GraphError("expected scores for at least 2 classes, found 1: a regression has no class for an exit "
                              "to answer with; a binary classifier must return two scores")

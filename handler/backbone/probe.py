@@ -1,18 +1,27 @@
-"""Inputs on which a backbone is tried out, and whether its answer to a row depends on the other rows of the batch."""
+"""Whether a backbone's scores of a row depend on that row and on fixed weights alone, by its operations and by trial.
+
+Trials show most dependences on other rows, but not those that begin at a value that none of the inputs has, nor small
+random numbers. The operations show these.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from early_exit.handler.backbone.export import ScoresOnly
+from early_exit.handler.backbone.graph import SYM_SIZE, Memory, split, tensor_of
 from early_exit.handler.backbone.signature import InputSpec
-from early_exit.handler.errors import GraphError
+from early_exit.handler.errors import GraphError, Unsupported
 
 _ROUNDING = 0.02
 """The largest difference that rounding in half precision may make, as a share of the range of a row's scores."""
+_FLAGS, _SHARES = ("train", "training"), ("dropout_p",)
+"""The arguments that switch the randomness of an operation off, by False and by 0."""
 
 
 def probe_for(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
@@ -30,7 +39,22 @@ def probe_for(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tenso
     return probes[0]
 
 
-def require_independent_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) -> None:
+def require_fixed_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) -> None:
+    """Check that a backbone's scores of a row depend on that row and on fixed weights alone.
+
+    Args:
+        graph: the backbone.
+        probe: (1, ...) inputs.
+
+    Raises:
+        GraphError: they depend on something else.
+    """
+    _require_fixed(graph)
+    _require_independent_rows(graph, probe)
+    _require_separate_rows(graph)
+
+
+def _require_independent_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) -> None:
     """Check that a row gets the same scores alone and beside other rows.
 
     If it did not, the answers of requests that stay would depend on which requests have left early.
@@ -53,6 +77,27 @@ def require_independent_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) -
             _require_same(alone, graph(*(torch.cat(pair) for pair in zip(probe, other))).float())
 
 
+def require_same_alone(model: nn.Module, names: Sequence[str], constants: Mapping[str, Any], output: str | None,
+                       graph: fx.GraphModule, probe: tuple[Tensor, ...]) -> None:
+    """Check that a single row gets the scores of the model itself, because torch.export assumes several rows.
+
+    Args:
+        model: the user's model.
+        names, constants, output: as for `ScoresOnly`.
+        graph: the backbone.
+        probe: (1, ...) inputs.
+
+    Raises:
+        GraphError: the scores differ by more than rounding.
+    """
+    scores_only = ScoresOnly(model, names, constants, output, lambda spec: None)
+    with torch.no_grad():
+        own, exported = (scores(*(x.clone() for x in probe)).float() for scores in (scores_only, graph))
+    if own.shape != exported.shape or not _is_same(own, exported):
+        raise GraphError("the model treats a batch of one differently from other batches, as by 'if x.shape[0] > 1', "
+                         "and answers must not depend on the batch: let it compute the same for any number of rows")
+
+
 def _others(x: Tensor) -> list[Tensor]:
     """Return other inputs like a (1, ...) input: first its values in reverse order, then inputs with another mean,
     range and deviation, because a model may compute these over the whole batch."""
@@ -65,10 +110,84 @@ def _others(x: Tensor) -> list[Tensor]:
 
 
 def _require_same(alone: Tensor, together: Tensor) -> None:
-    known = alone.isfinite() & together.isfinite()
-    difference = torch.where(known, alone - together, 0.0).abs().amax(dim=1)
-    numbers = torch.where(alone.isfinite(), alone, 0.0)
-    if bool((difference > _ROUNDING * (numbers.amax(dim=1) - numbers.amin(dim=1))).any()):
-        raise GraphError(f"the scores of a row differ by {float(difference.max()):.3g} if another row is in the batch: "
-                         "the model computes something over the rows of a batch, such as a mean or batch statistics, "
-                         "and answers must not depend on the batch")
+    if not _is_same(alone, together):
+        most = float(_differences(alone, together).max())
+        raise GraphError(f"the scores of a row differ by {most:.3g} if another row is in the batch: the model computes "
+                         "something over the rows of a batch, such as a mean or batch statistics, and answers must not "
+                         "depend on the batch")
+
+
+def _is_same(scores: Tensor, others: Tensor) -> bool:
+    """Tell whether two (N, K) scores of the same rows differ by rounding at most."""
+    numbers = torch.where(scores.isfinite(), scores, 0.0)
+    return not bool((_differences(scores, others) > _ROUNDING * (numbers.amax(dim=1) - numbers.amin(dim=1))).any())
+
+
+def _differences(scores: Tensor, others: Tensor) -> Tensor:
+    known = scores.isfinite() & others.isfinite()
+    return torch.where(known, scores - others, 0.0).abs().amax(dim=1)
+
+
+def _require_fixed(module: fx.GraphModule) -> None:
+    """Check that a backbone answers the same request the same each time.
+
+    Raises:
+        GraphError: an operation that the scores depend on draws at random, or writes into a weight or a buffer.
+    """
+    [whole] = split(module, [])
+    for node in whole.graph.nodes:
+        if _is_random(node):
+            raise GraphError(f"the model draws at random ({node.name}), so that it answers the same request "
+                             "differently each time: leave that out when the model is not in training mode",
+                             Unsupported.CHANGES)
+    for place in Memory(whole.graph).writes:
+        if place.op == "get_attr":
+            raise GraphError(f"the model writes into {place.target} while it answers, so that its answers depend on "
+                             "the requests before: let it compute a new value instead", Unsupported.CHANGES)
+
+
+def _require_separate_rows(module: fx.GraphModule) -> None:
+    """Check that no value on which the scores of a backbone depend is computed from all rows of a batch.
+
+    Raises:
+        GraphError: there is such a value.
+    """
+    [whole] = split(module, [])
+    for node in _values_of_rows(whole.graph, Memory(whole.graph)):
+        value = tensor_of(node)
+        if value is not None and all(isinstance(size, int) for size in value.shape):
+            raise GraphError(f"the model computes one value from all rows of a batch ({node.name} of shape "
+                             f"{tuple(value.shape)}), such as a mean, a largest value or a condition, and answers must "
+                             "not depend on the batch: compute it for each row, as in x.amax(dim=(1, 2, 3))")
+
+
+def _values_of_rows(graph: fx.Graph, memory: Memory) -> list[fx.Node]:
+    """Return the nodes whose values depend on the values of the inputs, in order."""
+    found: set[fx.Node] = set()
+    before = -1
+    while before < len(found):  # a later write also changes earlier nodes that share the memory
+        before = len(found)
+        for node in graph.nodes:
+            if node.op == "placeholder" or (not _needs_shapes_only(node) and (
+                    memory.of[node] in found or any(read in found for read in node.all_input_nodes))):
+                found.add(node)
+        for place, writes in memory.writes.items():
+            if any(write in found for write in writes):
+                found.add(place)
+    return [node for node in graph.nodes if node in found]
+
+
+def _needs_shapes_only(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    return node.target is SYM_SIZE or name.startswith(("new_", "sym_")) or name.endswith("_like")
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Tell whether an operation draws at random, as it is called here."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given: dict[str, Any] = {described.name: node.args[index] if index < len(node.args) else
+                             node.kwargs.get(described.name, described.default_value)
+                             for index, described in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
+    return not any(given.get(name) is False for name in _FLAGS) and not any(
+        name in given and not given[name] for name in _SHARES)
