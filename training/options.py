@@ -20,6 +20,9 @@ Rule = Literal["certified", "paper", "equal"]
 Measure = Literal["seconds", "flops"]
 
 _TRIAL_STEPS = 800
+_SKIPPED = 0.1
+"""The largest share of the records that certify that a replay may skip, as a share of the tolerance: the certificate is
+not about these requests, so they must not matter."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class TrainingOptions:
     @property
     def delta(self) -> float:
         return 1 - self.confidence
+
+    @property
+    def most_skipped(self) -> float:
+        """The largest share of the records that certify that a replay may skip."""
+        return _SKIPPED * self.tolerance if self.thresholds == "certified" else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the options with which a stopped run must be continued.

@@ -166,7 +166,8 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
             tqdm(desc="replay", unit="request", disable=None,
                  total=len(traffic) + options.replay.rounds * traffic.size(Part.TRAIN)) as progress:
         return replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
-                              engine=options.engine, on_batch=progress.update, log=log)
+                              engine=options.engine, on_batch=progress.update, log=log,
+                              most_skipped=options.most_skipped)
 
 
 def _no_evidence(traffic: RecordedTraffic) -> str:

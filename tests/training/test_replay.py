@@ -23,6 +23,7 @@ from early_exit.training.data.replay import Replay, augmentation, replay_records
 from early_exit.training.data.skipped import Skipped
 from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet, columns_of, finish, prepare
+from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import TrainingSetPaths
 from tests.support.images import MANIFEST, SHAPE, image_model, record_images, write_handler
 from tests.support.recording import record
@@ -175,6 +176,12 @@ def test_a_request_that_a_handler_fails_on_is_skipped_and_counted_with_the_reaso
                                               "reason, for 12 of them: raw_images.py fails on a request with "):
             replay_records(TrainingSetPaths(tmp_path / "none"), everything.where(_chosen(short)), layers, backbone,
                            handler, Replay(0))
+        n_certify = everything.size(Part.CERTIFY)
+        skipped = int((everything.part[_chosen([*short, *unkept])] == Part.CERTIFY.number).sum())
+        few, most = TrainingSetPaths(tmp_path / "few"), TrainingOptions(tolerance=0.02).most_skipped
+        with pytest.raises(RecordError, match=f"{skipped} of the {n_certify} requests that certify cannot be run"):
+            replay_records(few, everything, layers, backbone, handler, Replay(0), most_skipped=most)
+    assert TrainingOptions(thresholds="paper").most_skipped == 1
     answered = everything.where(~_chosen([*short, *unkept]))
     assert replayed.n_records == len(answered) == 75
     assert torch.equal(replayed.request, answered.request) and torch.equal(replayed.split.part, answered.split.part)

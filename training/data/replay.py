@@ -116,7 +116,7 @@ class _Progress:
 def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Sequence[CandidateLayer],
                    backbone: Backbone, handler: Preprocessing, replay: Replay, *, engine: str = DEFAULT_ENGINE,
                    on_batch: Callable[[int], object] = lambda n: None,
-                   log: Callable[[str], None] = lambda line: None) -> TrainingSet:
+                   log: Callable[[str], None] = lambda line: None, most_skipped: float = 1.0) -> TrainingSet:
     """Run all recorded requests through the backbone as they are, and those of the train part with augmentations, too.
 
     A replay that was stopped continues after its last complete round. A request on which the handler fails is not in
@@ -132,10 +132,12 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         engine: the engine that will serve.
         on_batch: receives the number of requests in each batch, including those that are skipped.
         log: receives a line for each reason why requests are skipped.
+        most_skipped: the largest share of the records that certify that may be skipped, because no certificate is about
+            those.
 
     Raises:
         RecordError: no requests were kept, the requests to augment are not images, the handler fails on all requests,
-            or the backbone does not answer them as it did when it served.
+            or on too many of those that certify, or the backbone does not answer them as it did when it served.
     """
     transform = augmentation(replay, backbone.description.inputs)
     every, train = torch.ones(len(traffic), dtype=torch.bool), traffic.part == Part.TRAIN.number
@@ -176,6 +178,7 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
             file.flush()
         if number == 0:
             skipped.report(len(traffic), log)
+            _require_few(traffic.part == Part.CERTIFY.number, progress.failed, most_skipped)
             _require_same(classes[torch.arange(row)], traffic.where(_without(every, progress.failed)).backbone_class)
         progress = _Progress(number, row, progress.failed, skipped.counts)
         progress.save(paths.progress)
@@ -187,6 +190,21 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
         **columns_of(traffic), "log_probabilities": answers[rows], "backbone_class": backbone_class,
         "full_class": full[as_recorded]}, traffic.split, {**progress.skipped, **traffic.skipped})
     return TrainingSet.load(paths)
+
+
+def _require_few(certifies: Tensor, failed: Sequence[int], most: float) -> None:
+    """Check that few of the records that certify are skipped: those that are may be of a kind of their own.
+
+    Args:
+        certifies: (N,) bool: the records that certify.
+        failed: the positions of the skipped records among the N.
+        most: the largest share of the records that certify that may be skipped.
+    """
+    n, n_failed = int(certifies.sum()), int(certifies[torch.tensor(failed, dtype=torch.int64)].sum())
+    if n_failed > most * n:
+        raise RecordError(f"{n_failed} of the {n} requests that certify cannot be run again, for the reasons above, so "
+                          "the certificate would not be about such requests: train without --replay, or mend the "
+                          "reasons and record anew")
 
 
 def _without(mask: Tensor, records: Sequence[int]) -> Tensor:
