@@ -20,6 +20,7 @@ from early_exit.handler.exits.plan import save_plan
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.files.private import replacing
 from early_exit.handler.recording.format import read_times
+from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
 from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, RecordedTraffic, load_traffic
@@ -144,6 +145,11 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
     if options.replay is None:
         shards = _alike(of_engine(shards, options.engine), log)
     tell_keys(shards, log)
+    n_rows = HandlerDescription.load(archive.handler_description).rows_per_request
+    if n_rows is not None and n_rows > 1:
+        log(f"each request becomes {n_rows} rows of the model's input, and one of them, drawn at random, stands for "
+            f"it: the certificate is about rows, and up to {n_rows} times as many requests may have a row that is "
+            "answered differently")
     traffic = load_traffic(shards, options.fresh_after, options.split)
     for reason, count in traffic.skipped.items():
         log(f"{count} requests are skipped: {reason}")
