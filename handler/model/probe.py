@@ -43,7 +43,8 @@ def require_exported(model: EarlyExitModel, own: nn.Module) -> None:
                         None if key is None else str(key), lambda spec: None)
     try:
         with torch.no_grad():
-            found = called(*(x.to(first.device) for x in model.assembly.probe_inputs()))[0].float().cpu()
+            found = called(*(x.to(first.device) for x in model.assembly.probe_inputs())).float().cpu()
+        found = found.reshape(len(description.probe))  # of a single row, a model may squeeze the first dimension away
     except Exception as error:  # the user's own model may raise anything, such as for another precision on this device
         logger.warning("the model that the handler has loaded cannot be compared with the exported one: %s: %s",
                        type(error).__name__, error)
