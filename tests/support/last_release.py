@@ -61,7 +61,7 @@ def made_by_last_release(digits_mar: Path, folder: Path) -> LastRelease:
                            f"git says: {packed.stderr.decode().strip()}. Run the tests in a clone with its history: "
                            "git fetch --unshallow")
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tree:
-        tree.extractall(code, filter="data")
+        tree.extractall(code, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since Python 3.11.4
     # PYTHONPATH comes before what is installed, which is the code of this version.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (code.parent, code)))}
     made = subprocess.run([sys.executable, "-", digits_mar, folder], input=_SCRIPT.read_text(), env=environment,

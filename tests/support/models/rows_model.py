@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ class RowsOfJson:
 
     def initialize(self, context: Any) -> None:
         self.model = rows_model()
+        weights = Path(context.system_properties["model_dir"], "weights.pth")
+        if weights.exists():  # with a factory, the weights are in the exported model only
+            self.model.load_state_dict(torch.load(weights, weights_only=True))
         context.batch_size_seen = context.system_properties["batch_size"]
 
     def handle(self, data: list[Any], context: Any) -> list[Any]:
