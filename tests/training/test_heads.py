@@ -69,6 +69,22 @@ def test_a_head_reads_raw_activations_as_it_read_their_records() -> None:
     torch.testing.assert_close(head(raw), head.classify(pooled), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [
+    HeadSpec(widths=()), HeadSpec(widths=(16,)), HeadSpec(convolutions=(Convolution(3, 1, 16),), widths=())])
+@pytest.mark.parametrize("constant", [5000.0, 300.0, 20.0])
+def test_what_float16_rounds_away_in_records_does_not_decide_in_service(spec: HeadSpec, constant: float) -> None:
+    """A channel that is large and nearly constant, as of a transformer, is exactly constant in its records."""
+    generator = torch.Generator().manual_seed(1)
+    pooled, teacher = recorded(1000)
+    nearly = torch.rand(1000, 1, 4, 4, generator=generator) - 0.5  # within half of the resolution, to either side
+    served = torch.cat([pooled, constant * (1 + nearly * torch.finfo(torch.float16).eps * 0.49)], dim=1)
+    held = served.half().float()
+    assert held[:, 6].unique().tolist() == [constant]
+    held[:, :6] = served[:, :6]
+    head = train_head(spec, (7, 8, 8), held, teacher, Distillation(epochs=10))
+    assert (head(served).argmax(1) == head(held).argmax(1)).double().mean() > 0.99
+
+
 def test_the_same_seed_gives_the_same_head_and_leaves_the_global_generator_alone() -> None:
     pooled, teacher = recorded(100)
     torch.manual_seed(5)

@@ -108,7 +108,12 @@ class _Trainee(nn.Module):
         # Zero padding must stay zero before a convolution, so its inputs are scaled but not shifted.
         self.shifts = not head.spec.convolutions
         dims = (0,) if self.shifts else (0, 2, 3)
-        scale = pooled.std(dim=dims, correction=0) + 1e-3
+        deviation = pooled.std(dim=dims, correction=0)
+        # Records hold float16. A change that it rounds away is there in service, and would be taken for a large one, so
+        # the head does not read inputs that are constant in their records, such as a large value or a dead channel.
+        half = torch.finfo(torch.float16)
+        resolution = half.eps * pooled.abs().amax(dim=dims).clamp(min=half.tiny)
+        scale = torch.where(deviation > resolution, deviation + 1e-3, torch.inf)
         self.scale = nn.Buffer(scale if self.shifts else scale[:, None, None])
         self.mean = nn.Buffer(pooled.mean(dim=dims) if self.shifts else torch.zeros(()))
         self.norms = nn.ModuleDict({
