@@ -201,7 +201,7 @@ def _read_integers(x: Tensor, *, scale: float, low: float) -> Tensor:
 
 
 class _Compiled(nn.Module):
-    """An OpenVINO model as a module, which returns new tensors."""
+    """An OpenVINO model as a module, which returns new tensors, or an input that it does not change."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -213,6 +213,8 @@ class _Compiled(nn.Module):
             "INFERENCE_NUM_THREADS": torch.get_num_threads()})
         self._inputs = [_end(compiled.inputs, f"in{number}") for number in range(len(compiled.inputs))]
         self._outputs = [_end(compiled.outputs, f"out{number}") for number in range(len(compiled.outputs))]
+        self._passed = _passed(model)
+        """The number of the input that an output is, for each output that is one."""
         self._made = [([size.get_length() for size in list(end.partial_shape)[1:]],
                        getattr(torch, str(end.element_type.to_dtype()))) for end in self._outputs]
         """The shape of a row and the dtype of each output."""
@@ -220,14 +222,25 @@ class _Compiled(nn.Module):
         self._lock = threading.Lock()
 
     def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
-        # The outputs need memory of their own: the next run overwrites memory that the request allocated itself.
-        made = tuple(torch.empty((len(live[0]), *row), dtype=dtype) for row, dtype in self._made)
         given = [x.detach().contiguous() for x in live]  # held until the run has ended: the request only borrows memory
+        # The outputs need memory of their own: the next run overwrites memory that the request allocated itself. An
+        # input that is passed on gets none: OpenVINO would not copy it, and would write into the input instead.
+        made = tuple(given[self._passed[number]] if number in self._passed else
+                     torch.empty((len(live[0]), *row), dtype=dtype) for number, (row, dtype) in enumerate(self._made))
         if len(live[0]):
             with self._lock:
                 for port, x in zip(self._inputs, given):
                     self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
-                for port, x in zip(self._outputs, made):
-                    self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
+                for number, (port, x) in enumerate(zip(self._outputs, made)):
+                    if number not in self._passed:
+                        self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
                 self._request.infer()
         return made
+
+
+def _passed(model: Model) -> dict[int, int]:
+    """Return the number of the input by the number of the output, for each output that is an input as it is."""
+    sources = {int(end.get_node().get_friendly_name().removeprefix("out")): end.get_node().input_value(0).get_node()
+               for end in model.outputs}
+    return {number: int(source.get_friendly_name().removeprefix("in")) for number, source in sources.items()
+            if source.get_type_name() == "Parameter"}

@@ -72,8 +72,10 @@ class EarlyExitModel(nn.Module):
         with torch.no_grad():
             rate = self.shadow.rate  # the monitor may change the rate while the call is in flight
             shadow, position = self.shadow.draw(len(inputs[0])), self.switch.read()
+            # Before the run: while the call waits in it, a handler may fill the same tensors with the next request.
+            reference = self.assembly.reference(inputs, shadow.nonzero().flatten())
             execution = self._bypassing.run(inputs, self._level_at(position), shadow, self._anytime(inputs))
-            served = self._served(inputs, execution, rate, position)
+            served = self._served(execution, reference, rate, position)
         self.log.add(served)
         return self._as_the_users(served.answers)
 
@@ -98,11 +100,12 @@ class EarlyExitModel(nn.Module):
         asks = [True] * n_rows if self._always_anytime else self.log.anytime_rows(n_rows)
         return torch.tensor(asks) if any(asks) else None
 
-    def _served(self, inputs: Live, execution: Execution, sampling_rate: float, position: Position) -> ServedBatch:
-        """Return the served batch, with the fp32 scores of the backbone as the reference of the shadow rows."""
+    def _served(self, execution: Execution, reference: Tensor | None, sampling_rate: float, position: Position
+                ) -> ServedBatch:
+        """Return the served batch. The reference of its shadow rows is the given one, the (S, K) fp32 scores of the
+        backbone, unless the engine is exact."""
         answers = execution.answers
         full_scores = answers.reference
-        reference = self.assembly.reference(inputs, answers.shadow)
         if reference is not None:
             answers = replace(answers, reference=reference)
         activations: Mapping[str, Tensor] = {self.assembly.layers[stage]: activation

@@ -90,6 +90,35 @@ def test_inputs_in_any_memory_layout_are_read_as_they_are(name: str) -> None:
         torch.testing.assert_close(served(x, y), model(x, y), atol=1e-4, rtol=1e-4)
 
 
+class MaskedAtTheEnd(nn.Module):
+    """A model whose mask passes all its layers and is read after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(4)))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.last(self.layers(x) * mask.float())
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "float32", "bool", "uint8"])
+@pytest.mark.parametrize("name", [engine.name for engine in ENGINES.values() if engine.is_exact])
+@torch.no_grad()
+def test_an_input_that_passes_stages_unchanged_reaches_the_last_and_is_not_written_into(name: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    model = MaskedAtTheEnd().eval()
+    backbone = Backbone.from_inputs(model, [InputSpec("x", (6,)), InputSpec("mask", (6,), dtype)])
+    served = build_model(backbone, engine=name, record_layers=100)
+    assert len(served.assembly.stages) > 3
+    for n_rows in (1, 3, 8):
+        x, mask = torch.randn(n_rows, 6), (torch.arange(6 * n_rows).view(n_rows, 6) % 2).to(getattr(torch, dtype))
+        for own in (mask, torch.ones_like(mask)):
+            before = own.clone()
+            torch.testing.assert_close(served(x, own), model(x, own), atol=1e-4, rtol=1e-4)
+            assert torch.equal(own, before)
+
+
 def test_no_batch_norm_of_a_resnet_is_left_and_the_weights_are_there_once() -> None:
     backbone = network("resnet18")
     served = build_model(backbone, record_layers=100)

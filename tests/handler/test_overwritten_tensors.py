@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.inference.forward import Live, Stage
 from early_exit.handler.inference.in_flight import InFlightCall, InFlightCalls
+from early_exit.handler.model.call_log import ServedBatch
 from early_exit.handler.model.loading import build_model
 from early_exit.handler.model.probe import answer_probe
 from early_exit.handler.protocol import FULL, OPINIONS_HEADER
@@ -72,6 +74,24 @@ def test_each_request_is_answered_from_its_own_numbers_though_the_handler_fills_
     for body, (status, scores) in zip(bodies, found):
         assert status == 200
         torch.testing.assert_close(torch.tensor(scores), backbone.graph(torch.tensor([body]))[0])
+
+
+@pytest.mark.parametrize("engine", ["folded", "bfloat16"])
+def test_each_record_has_the_reference_of_its_own_request_though_the_handler_fills_one_buffer(engine: str) -> None:
+    """For an engine that is not exact, the reference is computed apart from the answer, from the same inputs."""
+    backbone, bodies = backbone_of_rows(), requests(8)
+    model = build_model(backbone, answers="early", engine=engine, sampling_rate=1.0)
+    served: list[ServedBatch] = []
+    with patch.object(model.log, "add", side_effect=served.append):
+        frontend = Frontend(model, FillingABuffer(model))
+        frontend.waiting = {f"{number}": body for number, body in enumerate(bodies)}
+        frontend.finish()
+    found = {tuple(one.answers.reference[0].tolist()) for one in served}
+    with torch.no_grad():
+        expected = backbone.graph(torch.tensor(bodies))
+    assert len(found) == len(bodies)
+    for scores in expected:
+        assert any(torch.allclose(scores, torch.tensor(one), atol=1e-5) for one in found)
 
 
 def test_a_stage_may_write_into_inputs_that_were_made_in_inference_mode() -> None:
