@@ -49,9 +49,11 @@ def require_fixed_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) -> None
     Raises:
         GraphError: they depend on something else.
     """
-    _require_fixed(graph)
+    [whole] = split(graph, [])
+    memory = Memory(whole.graph)
+    _require_fixed(whole.graph, memory)
     _require_independent_rows(graph, probe)
-    _require_separate_rows(graph)
+    _require_separate_rows(whole.graph, memory)
 
 
 def _require_independent_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) -> None:
@@ -132,32 +134,30 @@ def _differences(scores: Tensor, others: Tensor) -> Tensor:
     return torch.where(known, scores - others, 0.0).abs().amax(dim=1)
 
 
-def _require_fixed(module: fx.GraphModule) -> None:
+def _require_fixed(graph: fx.Graph, memory: Memory) -> None:
     """Check that a backbone answers the same request the same each time.
 
     Raises:
         GraphError: an operation that the scores depend on draws at random, or writes into a weight or a buffer.
     """
-    [whole] = split(module, [])
-    for node in whole.graph.nodes:
+    for node in graph.nodes:
         if _is_random(node):
             raise GraphError(f"the model draws at random ({node.name}), so that it answers the same request "
                              "differently each time: leave that out when the model is not in training mode",
                              Unsupported.CHANGES)
-    for place in Memory(whole.graph).writes:
+    for place in memory.writes:
         if place.op == "get_attr":
             raise GraphError(f"the model writes into {place.target} while it answers, so that its answers depend on "
                              "the requests before: let it compute a new value instead", Unsupported.CHANGES)
 
 
-def _require_separate_rows(module: fx.GraphModule) -> None:
+def _require_separate_rows(graph: fx.Graph, memory: Memory) -> None:
     """Check that no value on which the scores of a backbone depend is computed from all rows of a batch.
 
     Raises:
         GraphError: there is such a value.
     """
-    [whole] = split(module, [])
-    for node in _values_of_rows(whole.graph, Memory(whole.graph)):
+    for node in _values_of_rows(graph, memory):
         value = tensor_of(node)
         if value is not None and all(isinstance(size, int) for size in value.shape):
             raise GraphError(f"the model computes one value from all rows of a batch ({node.name} of shape "

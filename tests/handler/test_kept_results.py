@@ -5,8 +5,7 @@ TorchServe sends the replies of a batch before it hands over the next one, so th
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -82,16 +81,6 @@ def numbers_of(calls: Sequence[Call]) -> list[float]:
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Callable[[EarlyExitModel], Keeping]:
     return KINDS[request.param]
-
-
-@pytest.fixture
-def timer() -> Iterator[None]:
-    """Start a timer. As it may call the handler, nothing that changes meanwhile is restored after a check."""
-    timer = threading.Timer(60, print)
-    timer.start()
-    yield
-    timer.cancel()
-    timer.join()
 
 
 def test_a_bad_request_beside_others_does_not_change_their_replies(

@@ -126,16 +126,6 @@ def test_what_a_thread_of_the_handler_does_during_a_check_stays_and_there_is_no_
 
 
 @pytest.fixture
-def timer() -> Iterator[None]:
-    """Start a timer that may call the handler."""
-    timer = threading.Timer(60, print)
-    timer.start()
-    yield
-    timer.cancel()
-    timer.join()
-
-
-@pytest.fixture
 def event_loop() -> Iterator[None]:
     """Start an event loop in a thread; its tasks may call the handler."""
     loop = asyncio.new_event_loop()
