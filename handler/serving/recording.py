@@ -30,10 +30,10 @@ class Recording:
         """The number of requests that this worker has answered."""
 
     def note(self, served: Served) -> None:
-        """Record one shadow row of each item. If the owners of rows are not known, record all shadow rows without a
-        request."""
+        """Record one shadow row of each item of the drawn requests. If the owners of rows are not known, record all
+        shadow rows without a request."""
         sample = self._sampling.of(served)
-        for part in sample.parts:
+        for part in sample.recorded:
             try:
                 self._writer.offer(self._records(part, sample))
             except (OSError, RecordError) as error:  # the key for contents can be neither read nor created

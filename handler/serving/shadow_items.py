@@ -1,9 +1,9 @@
-"""The shadow rows that records and monitor use: one row of each item, with a hash of the item's content."""
+"""The shadow rows that records and monitor use: those of a random sample of the requests, with hashes of contents."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
@@ -19,6 +19,8 @@ from early_exit.handler.serving.isolation import Served
 _Item = tuple[int, int]
 """The position of a request in its batch, and the number of an instance in the request. The number is 0 unless the
 request has several instances."""
+_Row = tuple[int, int]
+"""The number of a call of the model, and the position of a row among the shadow rows of that call."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class ShadowItems:
     items: list[_Item] | None
     """The item that each selected row belongs to; None if that is not known."""
     sampling_rate: list[float]
-    """For each selected row, the probability with which its item was drawn."""
+    """For each selected row, the probability with which its request was drawn."""
 
     def at(self, x: Tensor) -> Tensor:
         """Return the selected ones of (S, ...) shadow rows, without a copy if all are selected."""
@@ -39,15 +41,27 @@ class ShadowItems:
 
 
 class ShadowSample:
-    """The shadow sample of one call of the user's handler. Records and monitor use the same sample."""
+    """The shadow sample of one call of the user's handler. Records and monitor use the same sample of requests."""
+
+    recorded: list[ShadowItems]
+    """One shadow row of each item of the drawn requests; all shadow rows if their owners are not known."""
+    watched: list[ShadowItems]
+    """One shadow row of each drawn request, because its instances may be alike: each is no evidence of its own. If the
+    owners of rows are not known, one row stands for all requests, because all rows may belong to one of them."""
 
     def __init__(self, served: Served, random: Random) -> None:
-        """Draw one shadow row of each item, or select all shadow rows if their owners are not known."""
+        """Draw the sample of a call."""
         self.served = served
         items = _items_of(served)
-        drawn = _all_of(served) if items is None else _one_of_each(served, items, random)
-        self.parts = [part for part in drawn if part.places]
-        self._contents: dict[int, list[int]] = {}
+        if items is None:
+            drawn = _one_of_all(served, random)
+            self.recorded = _selected(served, ((row, None) for row in _shadow_rows(served)))
+            self.watched = _selected(served, () if drawn is None else [(drawn, None)], len(served.calls))
+        else:
+            of_item, watched = _of_requests(served, items, random)
+            self.recorded = _selected(served, ((row, item) for item, row in of_item.items()))
+            self.watched = _selected(served, watched)
+        self._contents: dict[_Item, int] = {}
 
     def calls(self, part: ShadowItems) -> list[tuple[Call, int]]:
         """Return the request of each item, and the number of the instance in it; empty if that is not known."""
@@ -62,14 +76,17 @@ class ShadowSample:
         Raises:
             RecordError, OSError: the key cannot be read or created.
         """
-        if id(part) not in self._contents:
-            known = self.calls(part)
-            if known and not self.served.rows_per_item and known[0][0].instances is not None:
-                found = [key.hash([*known[0][0].items])] * len(known)
-            else:
-                found = [key.hash(call.items[number]) for call, number in known]
-            self._contents[id(part)] = found + [UNKNOWN_CONTENT] * (len(part.places) - len(known))
-        return self._contents[id(part)]
+        return [UNKNOWN_CONTENT] * len(part.places) if part.items is None else [
+            self._content(item, key) for item in part.items]
+
+    def _content(self, item: _Item, key: ContentKey) -> int:
+        position, number = item
+        call = self.served.calls[position]
+        of_all = call.instances is not None and not self.served.rows_per_item
+        known = (position, -1) if of_all else item
+        if known not in self._contents:
+            self._contents[known] = key.hash([*call.items] if of_all else call.items[number])
+        return self._contents[known]
 
 
 class Sampling:
@@ -88,25 +105,62 @@ class Sampling:
         return self._last
 
 
-def _one_of_each(served: Served, items: Sequence[Sequence[_Item]], random: Random) -> list[ShadowItems]:
-    # A random row and not the first one, because a record stands for its item: each row must be equally probable.
-    shadow: dict[_Item, list[tuple[int, int]]] = {}
-    for number, (batch, of_batch) in enumerate(zip(served.batches, items)):
-        for place, row in enumerate(batch.answers.shadow.tolist()):
-            shadow.setdefault(of_batch[row], []).append((number, place))
-    n_rows = Counter(item for of_batch in items for item in of_batch)
-    drawn = [ShadowItems(batch, [], [], []) for batch in served.batches]
-    for item, rows in shadow.items():
-        number, place = random.choice(rows)
-        part = drawn[number]
-        rate = part.batch.sampling_rate
-        # One of an item's n rows is drawn with the probability 1 - (1 - rate)^n. Items with many rows would be recorded
-        # more often than others, and the certificate would be about them instead of about all items.
-        if random.random() * (1 - (1 - rate) ** n_rows[item]) < rate:
-            part.places.append(place)
-            part.items = [*(part.items or ()), item]
-            part.sampling_rate.append(rate)
-    return drawn
+def _of_requests(served: Served, items: Sequence[Sequence[_Item]],
+                 random: Random) -> tuple[dict[_Item, _Row], list[tuple[_Row, _Item]]]:
+    """Draw requests at the sampling rate. Return a random shadow row of each of their items, and one of each request.
+
+    A random row and not the first one, because a row stands for its item or request: each must be equally probable.
+    """
+    rows: dict[int, dict[_Item, list[_Row]]] = {}
+    for number, place in _shadow_rows(served):
+        row = int(served.batches[number].answers.shadow[place])
+        item = items[number][row]
+        rows.setdefault(item[0], {}).setdefault(item, []).append((number, place))
+    n_rows = Counter(position for of_batch in items for position, _ in of_batch)
+    recorded: dict[_Item, _Row] = {}
+    watched: list[tuple[_Row, _Item]] = []
+    for position, of_item in rows.items():
+        drawn, item = random.choice([(row, item) for item, of_one in of_item.items() for row in of_one])
+        if _is_drawn(n_rows[position], served.batches[drawn[0]].sampling_rate, random):
+            recorded |= {one: random.choice(of_one) for one, of_one in of_item.items()}
+            watched.append((drawn, item))
+    return recorded, watched
+
+
+def _one_of_all(served: Served, random: Random) -> _Row | None:
+    """Return a random shadow row of all of a call, or None; the call is drawn at the sampling rate."""
+    rows = [*_shadow_rows(served)]
+    if not rows:
+        return None
+    drawn = random.choice(rows)
+    n_rows = sum(len(batch.answers.outputs) for batch in served.batches)
+    return drawn if _is_drawn(n_rows, served.batches[drawn[0]].sampling_rate, random) else None
+
+
+def _is_drawn(n_rows: int, rate: float, random: Random) -> bool:
+    """Draw from the requests with a shadow row, so that each request is drawn at the sampling rate.
+
+    One of a request's n rows is a shadow row with the probability 1 - (1 - rate)^n. Requests with many rows would be
+    recorded more often than others, and the certificate would be about them instead of about all requests.
+    """
+    return random.random() * (1 - (1 - rate) ** n_rows) < rate
+
+
+def _shadow_rows(served: Served) -> Iterator[_Row]:
+    for number, batch in enumerate(served.batches):
+        for place in range(len(batch.answers.shadow)):
+            yield number, place
+
+
+def _selected(served: Served, rows: Iterable[tuple[_Row, _Item | None]], n_requests: int = 1) -> list[ShadowItems]:
+    """Return the given rows by the calls of the model that they belong to; each stands for a number of requests."""
+    parts: dict[int, ShadowItems] = {}
+    for (number, place), item in rows:
+        part = parts.setdefault(number, ShadowItems(served.batches[number], [], None, []))
+        part.places.append(place)
+        part.items = part.items if item is None else [*(part.items or ()), item]
+        part.sampling_rate.append(part.batch.sampling_rate / n_requests)
+    return [part for _, part in sorted(parts.items())]
 
 
 def _items_of(served: Served) -> Sequence[Sequence[_Item]] | None:
@@ -119,8 +173,3 @@ def _items_of(served: Served) -> Sequence[Sequence[_Item]] | None:
     n_rows = [len(of_batch) for of_batch in served.owners]
     per_item = served.rows_per_item or 1
     return [[(0, row // per_item) for row in range(end - n, end)] for n, end in zip(n_rows, accumulate(n_rows))]
-
-
-def _all_of(served: Served) -> list[ShadowItems]:
-    sizes = [len(batch.answers.shadow) for batch in served.batches]
-    return [ShadowItems(batch, [*range(n)], None, [batch.sampling_rate] * n) for batch, n in zip(served.batches, sizes)]

@@ -65,16 +65,16 @@ class Telemetry:
 
 
 class Monitoring:
-    """Feeds the losses of shadow items to the monitor, and sets the model to the monitor's fallback level."""
+    """Feeds the losses of drawn requests to the monitor, and sets the model to the monitor's fallback level."""
 
     def __init__(self, model: EarlyExitModel, monitor: SharedMonitor, sampling: Sampling) -> None:
         self._model, self._monitor, self._sampling = model, monitor, sampling
         model.fall_back(monitor.state.step)
 
     def note(self, served: Served) -> None:
-        """Feed the shadow items of one call of the handler. The monitor's level applies from the next batch on."""
+        """Feed the drawn requests of one call of the handler. The monitor's level applies from the next batch on."""
         sample = self._sampling.of(served)
-        for part in sample.parts:
+        for part in sample.watched:
             self._monitor.note(self._samples(part, sample))
         if (level := self._monitor.state.step) != self._model.level:
             self._model.fall_back(level)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
 
 from early_exit.archiver.torchserve import api
 from early_exit.handler.config import ServingConfig
+from early_exit.handler.exits.plan import Certificate
+from early_exit.handler.exits.risk import Risk
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.monitor.sequential_test import MonitorState
+from early_exit.handler.monitor.shared_state import MONITOR_FILES, read_state
 from early_exit.handler.protocol import EXIT_HEADER, PROBE_BODY, PROBE_HEADER, SECRET_HEADER, SECRET_VARIABLE
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
-from early_exit.handler.recording.format import ANONYMOUS, list_shards, read_shard, request_hash
+from early_exit.handler.recording.format import ANONYMOUS, Records, list_shards, read_shard, request_hash
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.handler.user_handler.description import HandlerDescription
 from tests.support.host import MemoryHost, worker_of
@@ -119,6 +125,45 @@ def test_each_instance_of_a_request_is_recorded_with_its_number(
     assert records.kept is not None
     kept = {number: KeptRequest.from_bytes(one).item for number, one in zip(records.row.tolist(), records.kept)}
     assert [kept[number] for number in range(4)] == ROWS[:4]
+
+
+def sampled(batches: list[list[dict[str, Any]]], rate: float, folder: Path) -> tuple[list[Records], MonitorState]:
+    """Let a worker that samples answer batches of requests; return its shards and its monitor's state."""
+    backbone = backbone_of_rows()
+    plan, heads = random_exits(backbone)
+    plan = replace(plan, thresholds="certified", certificate=Certificate(
+        Risk.DISAGREEMENT, 0.9, 0.95, 1500, 19, 0.0127, 0.03, "fixed-sequence", (1.0, 2.0)))
+    sampling = build_model(backbone, plan, heads, sampling_rate=rate, record_layers=8)
+    worker = worker_of(sampling, AtOnce(sampling), ServingConfig(records=str(folder)),
+                       description=HandlerDescription(rows_per_request=1))
+    service, n_before = service_of(worker), 0
+    for batch in batches:
+        ids = [f"id-{n_before + number}" for number in range(len(batch))]
+        predict(JSONEnvelope(service.handle).handle, batch, ids=ids)
+        n_before += len(batch)
+    worker.close()
+    [file] = folder.rglob(MONITOR_FILES)
+    state = read_state(file)
+    assert state is not None
+    return [read_shard(path, []) for path in list_shards(folder)], state
+
+
+def test_requests_are_sampled_at_the_same_rate_however_many_instances_they_have(tmp_path: Path) -> None:
+    n, rate = 600, 0.3
+    small = [number % 2 == 0 for number in range(n)]
+    shards, state = sampled([[request(ROWS[:1 if one else 6])] for one in small], rate, tmp_path)
+    recorded = {hash_ for shard in shards for hash_ in shard.request.tolist()}
+    of_small = sum(one and request_hash(f"id-{number}") in recorded for number, one in enumerate(small))
+    for found in (of_small, len(recorded) - of_small):
+        assert abs(found - rate * n / 2) < 4 * math.sqrt(n / 2 * rate * (1 - rate))
+    assert state.evidence.n == len(recorded), "the monitor bets once on each request, not once on each instance"
+    assert sum(map(len, shards)) > 1.2 * len(recorded), "and each sampled instance of these requests is recorded"
+
+
+def test_instances_of_unknown_requests_are_one_sample_because_all_may_be_of_one_request(tmp_path: Path) -> None:
+    batch = [request(ROWS[:2]), request(ROWS[2:])]
+    shards, state = sampled([batch] * 40, 1.0, tmp_path)
+    assert sum(map(len, shards)) == 6 * 40 and state.evidence.n == 40
 
 
 @pytest.mark.parametrize("rows_per_request", [1, None])

@@ -22,7 +22,8 @@ def service_of(worker: Worker) -> EarlyExitService:
 
 
 def predict(handle: Callable[[Any, Context], Any], requests: Sequence[Mapping[str, Any]], *,
-            headers: Sequence[Mapping[str, str]] = (), model: str = "model") -> tuple[Any, Context]:
+            headers: Sequence[Mapping[str, str]] = (), model: str = "model",
+            ids: Sequence[str] = ()) -> tuple[Any, Context]:
     """Call the function that TorchServe calls in an archive for a batch; return its result and the context.
 
     Args:
@@ -30,10 +31,11 @@ def predict(handle: Callable[[Any, Context], Any], requests: Sequence[Mapping[st
         requests: the requests, each by the names of its parts.
         headers: the headers of each request, by default those of a call over HTTP.
         model: the name under which the model is served.
+        ids: the id of each request, by default id-0, id-1 and so on.
     """
     context = Context(model, ".", {"model": {"modelName": model}}, 8, None, "0.12.0", True,
                       MetricsCacheYamlImpl.__new__(MetricsCacheYamlImpl), {})
-    context.request_ids = {number: f"id-{number}" for number in range(len(requests))}
+    context.request_ids = dict(enumerate(ids or [f"id-{number}" for number in range(len(requests))]))
     context.request_processor = [RequestProcessor({"body": {"content-type": "application/json"}, **own})
                                  for own in headers or [OVER_HTTP] * len(requests)]
     return handle([dict(request) for request in requests], context), context
