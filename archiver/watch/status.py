@@ -57,6 +57,14 @@ class ModelStatus:
         return tuple(sorted(alarm.time for state in self.monitors for alarm in state.alarms))
 
     @property
+    def alarm_names(self) -> tuple[str, ...]:
+        """A name for each alarm of this version, which it keeps: that of the monitor's state, and the fallback level.
+
+        The times of alarms cannot tell which of them came first, because hosts' clocks differ.
+        """
+        return tuple(sorted(f"{state.origin} level {alarm.step}" for state in self.monitors for alarm in state.alarms))
+
+    @property
     def first_alarm(self) -> float | None:
         """The Unix time at which the certificate became void; None while it holds."""
         return self.alarm_times[0] if self.alarm_times else None
@@ -73,9 +81,14 @@ class ModelStatus:
         return sum(state.evidence.n + sum(alarm.n for alarm in state.alarms) for state in self.monitors)
 
     @property
-    def n_bets(self) -> int:
-        """The number of bets that the monitors have placed since the last alarm."""
-        return sum(state.evidence.contents.rounds + state.evidence.requests.rounds for state in self.monitors)
+    def shows_wrong_answers(self) -> bool:
+        """Whether a monitor has placed so many bets that it would have raised an alarm if all answers had been wrong.
+
+        Each monitor raises its alarm alone, so the bets of several monitors do not add up.
+        """
+        certificate = self.plan.certificate if self.plan else None
+        return certificate is not None and any(
+            state.evidence.shows_wrong_answers(Monitored.of(certificate).delta) for state in self.monitors)
 
     @property
     def n_tested(self) -> int:

@@ -7,19 +7,15 @@ from early_exit.handler.config import ServingConfig
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.monitor.shared_state import MONITOR_FILES
 
-_FEWEST_BETS = 3
-"""The number of bets after which answers that are all wrong have raised an alarm, for tolerances of up to 5 %."""
-
 
 def has_passed(status: ModelStatus, trial_samples: int) -> bool:
     """Tell whether the trial of a version that has raised no alarm is over.
 
-    It is over when the monitor has seen enough samples and has bet on them. Without bets, there is no alarm even if all
-    answers are wrong: while one scene lasts, or if all samples are copies. `n_tested` may be as low as half of the
-    number of contents, so half of the samples are required.
+    It is over when the monitor has seen enough samples and has bet on them, and when its bets would have raised an
+    alarm if all answers had been wrong. Without bets, there is no alarm: while one scene lasts, or if all samples are
+    copies. `n_tested` may be as low as half of the number of contents, so half of the samples are required.
     """
-    return (min(status.n_watched, 2 * status.n_tested) >= trial_samples
-            and status.n_bets >= min(_FEWEST_BETS, trial_samples))
+    return min(status.n_watched, 2 * status.n_tested) >= trial_samples and status.shows_wrong_answers
 
 
 def failure(status: ModelStatus) -> str | None:

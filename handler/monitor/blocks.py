@@ -52,10 +52,21 @@ class Count:
     """The number of runs of samples with one content that follow each other directly, as when a client repeats a
     request."""
     lost: float = 0.0
-    """The sum of the losses of the first samples of the runs. A client that repeats a request is no evidence."""
+    """The sum of the losses of the first samples of the runs."""
+    lost_by_all: float = 0.0
+    """The sum of the losses of all samples."""
 
     def __add__(self, other: Count) -> Count:
-        return Count(self.n + other.n, self.n_runs + other.n_runs, self.lost + other.lost)
+        return Count(self.n + other.n, self.n_runs + other.n_runs, self.lost + other.lost,
+                     self.lost_by_all + other.lost_by_all)
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of the samples or that of the runs, whichever is less, for at least one run.
+
+        The mean loss of the runs is less if a client repeats one request many times, which is evidence about that
+        request alone.
+        """
+        return min(self.lost_by_all / self.n, self.lost / self.n_runs)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Waiting:
         if "sample" in data:
             return cls(Sample.from_json(data["sample"]), Count(**data["count"]))
         sample = Sample.from_json(data)
-        return cls(sample, Count(1, 1, sample.loss))
+        return cls(sample, Count(1, 1, sample.loss, sample.loss))
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class Blocks:
             n_remembered: how many contents are remembered.
         """
         repeats = sample.content is not None and sample.content == self.last
-        count = Count(1, 0, 0.0) if repeats else Count(1, 1, sample.loss)
+        count = Count(1, 0, 0.0, sample.loss) if repeats else Count(1, 1, sample.loss, sample.loss)
         blocks = replace(self, last=sample.content)
         if likeness is None:
             if repeats:
@@ -168,8 +179,8 @@ class Blocks:
         """
         is_open = tuple((content, loss) for content, loss in data["open"])
         # Version 0.2.0 stored no numbers of samples. Each content then counts as one.
-        count = Count(**data.get("count", {"n": len(is_open), "n_runs": len(is_open),
-                                           "lost": sum(loss for _, loss in is_open)}))
+        lost = sum(loss for _, loss in is_open)
+        count = Count(**data["count"]) if "count" in data else Count(len(is_open), len(is_open), lost, lost)
         return cls(is_open, count, data["requests"], data.get("requests_since_new", 0.0),
                    tuple(map(tuple, data["before"])), tuple(map(Waiting.from_json, data["undecided"])),
                    tuple(data["counted"]), data["skips"], data["last"],

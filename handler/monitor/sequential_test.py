@@ -6,8 +6,9 @@ at most T over the requests. The test bets against both statements (see `betting
 - Contents. Each bet is on one block. A block with a loss of k in n new contents gains k - T n, divided by the size that
   95 % of the earlier blocks did not exceed (or by n, if n is larger).
 - Requests. Each bet is on the mean loss of a round. A round consists of whole blocks, which together have at least
-  20 / T samples. One scene, however long, is in one round. Of samples with one content that follow each other
-  directly, only the first one can lose, so a client that repeats a request raises no alarm by itself.
+  20 / T runs of samples. One scene, however long, is in one round. Samples with one content that follow each other
+  directly are one run. The mean loss of a round is that of its samples or that of its runs, whichever is less, so a
+  client that repeats a request raises no alarm by itself.
 
 The bets on contents count each content once. Nine tenths of the capital are bet on contents, which show a change
 sooner. One tenth is bet on requests, because only these bets show that a popular file is answered wrongly.
@@ -61,6 +62,15 @@ class Capital:
         """Return the whole capital, kept and put down; it began with 1."""
         return wealth(self.stakes, kept=1 / (-(-self.rounds // stake_every) + 1))
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Capital:
+        """Read a capital from the JSON of a monitor's state.
+
+        Raises:
+            KeyError, TypeError: the JSON is not a capital.
+        """
+        return cls(data["rounds"], tuple(data["stakes"]))
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -75,6 +85,9 @@ class Evidence:
     """The sum of the losses."""
     contents: Capital = field(default_factory=Capital)
     requests: Capital = field(default_factory=Capital)
+    contents_all_wrong: Capital = field(default_factory=Capital)
+    requests_all_wrong: Capital = field(default_factory=Capital)
+    """The capitals that the same bets would have led to if all answers had been wrong."""
     round: Count = field(default_factory=Count)
     """The samples in the blocks of the open round of the bets on requests."""
     sizes: tuple[int, ...] = ()
@@ -96,8 +109,18 @@ class Evidence:
 
     def wealth(self) -> float:
         """Return the whole capital, on contents and on requests; it began with 1."""
-        return (ON_CONTENTS * self.contents.wealth(_STAKE_EVERY)
-                + ON_REQUESTS * self.requests.wealth(_STAKE_EVERY_OF_REQUESTS))
+        return _wealth(self.contents, self.requests)
+
+    def shows_wrong_answers(self, delta: float) -> bool:
+        """Tell whether the bets so far would have raised an alarm if all answers had been wrong.
+
+        >>> watched = Monitored("disagreement", 0.02, 0.05)
+        >>> few = Evidence().after(Sample(0, 0.0), watched)
+        >>> more = few.after(Sample(0, 0.0), watched).after(Sample(0, 0.0), watched)
+        >>> few.shows_wrong_answers(0.05), more.shows_wrong_answers(0.05)
+        (False, True)
+        """
+        return rejects(_wealth(self.contents_all_wrong, self.requests_all_wrong), delta)
 
     @property
     def n_tested(self) -> int:
@@ -110,19 +133,25 @@ class Evidence:
         if not block.n_new:
             return self
         # `_largest` depends only on the earlier blocks, because a bet must be fixed before its round.
-        gain = (block.lost_new - monitored.tolerance * block.n_new) / max(block.n_new, self._largest())
+        gain, most = ((lost - monitored.tolerance * block.n_new) / max(block.n_new, self._largest())
+                      for lost in (block.lost_new, block.n_new))
         number = (block.n_new - 1).bit_length()
         sizes = [*self.sizes, *[0] * (number + 1 - len(self.sizes))]
         sizes[number] += 1
-        return replace(self, contents=self.contents.after(gain, monitored.tolerance, _STAKE_EVERY), sizes=tuple(sizes))
+        found = replace(self, contents=self.contents.after(gain, monitored.tolerance, _STAKE_EVERY), sizes=tuple(sizes))
+        if self.shows_wrong_answers(monitored.delta):  # more rounds tell nothing new, and the capital would overflow
+            return found
+        return replace(found, contents_all_wrong=self.contents_all_wrong.after(most, monitored.tolerance, _STAKE_EVERY))
 
     def _bet_on_requests(self, block: Block, monitored: Monitored) -> Evidence:
         count = self.round + block.count
         if count.n_runs < monitored.samples_per_round:
             return replace(self, round=count)
-        gain = count.lost / count.n - monitored.tolerance
-        return replace(self, requests=self.requests.after(gain, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS),
-                       round=Count())
+        requests, all_wrong = (before.after(loss - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
+                               for before, loss in ((self.requests, count.mean_loss()), (self.requests_all_wrong, 1.0)))
+        shows = self.shows_wrong_answers(monitored.delta)
+        return replace(self, requests=requests, round=Count(),
+                       requests_all_wrong=self.requests_all_wrong if shows else all_wrong)
 
     def _largest(self) -> int:
         """Return the smallest power of two that the size of 95 % of the blocks so far does not exceed."""
@@ -141,12 +170,15 @@ class Evidence:
         """Read the output of `to_json`, or the state of the previous release, which had one capital for samples."""
         if "capital" in data:
             return cls(int(data["n"]), float(data["lost"]), Capital(int(data["n"]), tuple(data["capital"])))
-        contents, requests = (Capital(found["rounds"], tuple(found["stakes"]))
-                              for found in (data["contents"], data["requests"]))
+        contents, requests = (Capital.from_json(data[name]) for name in ("contents", "requests"))
+        # Version 0.2.0 did not store what all wrong answers would have led to.
+        contents_all_wrong, requests_all_wrong = (Capital.from_json(data[name]) if name in data else Capital()
+                                                  for name in ("contents_all_wrong", "requests_all_wrong"))
         # Version 0.2.0 stored a number and a loss, of samples that did not repeat the one before.
-        in_round = data.get("round") or {"n": data["round_n"], "n_runs": data["round_n"], "lost": data["round_lost"]}
-        return cls(int(data["n"]), float(data["lost"]), contents, requests, Count(**in_round), tuple(data["sizes"]),
-                   Blocks.from_json(data["blocks"]))
+        in_round = Count(**data["round"]) if "round" in data else Count(
+            data["round_n"], data["round_n"], data["round_lost"], data["round_lost"])
+        return cls(int(data["n"]), float(data["lost"]), contents, requests, contents_all_wrong,
+                   requests_all_wrong, in_round, tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
 
 
 @dataclass(frozen=True)
@@ -223,6 +255,10 @@ class MonitorState:
             return state
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"expected the state of a monitor, found {data!r:.80}") from error
+
+
+def _wealth(contents: Capital, requests: Capital) -> float:
+    return ON_CONTENTS * contents.wealth(_STAKE_EVERY) + ON_REQUESTS * requests.wealth(_STAKE_EVERY_OF_REQUESTS)
 
 
 def _settled(samples: Sequence[Sample], monitored: Monitored, now: float) -> tuple[Sequence[Sample], Sequence[Sample]]:

@@ -11,6 +11,8 @@ from typing import cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from early_exit.archiver.watch.status import ModelStatus
 from early_exit.archiver.watch.trial import has_passed
@@ -43,10 +45,31 @@ def frames(n: int, per_scene: int, loss: float = 0.0) -> list[Sample]:
             for number in range(n)]
 
 
-@pytest.mark.parametrize("trial_samples", [1, 2, 30, 300])
+@pytest.mark.parametrize("trial_samples", [3, 30, 300])
 def test_independent_samples_pass_when_there_are_as_many_as_asked_for(trial_samples: int) -> None:
     assert has_passed(watched(independent(trial_samples)), trial_samples)
     assert not has_passed(watched(independent(trial_samples - 1)), trial_samples)
+
+
+@pytest.mark.parametrize("tolerance", [0.001, 0.02, 0.3])
+@pytest.mark.parametrize("per_scene", [1, 7, 40, 300])
+def test_a_trial_is_over_as_soon_as_wrong_answers_would_have_raised_an_alarm(tolerance: float, per_scene: int) -> None:
+    monitored = replace(SCENES if per_scene > 1 else ALONE, tolerance=tolerance)
+    for n in range(1, 8 * per_scene, max(1, per_scene // 7)):
+        right, wrong = (watched(frames(n, per_scene, loss), monitored) for loss in (0.0, 1.0))
+        assert has_passed(right, 1) == (wrong.first_alarm is not None), n
+
+
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=12), hosts=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_no_version_passes_its_trial_if_all_of_its_answers_may_be_wrong(sizes: list[int], hosts: int) -> None:
+    scenes = [Sample(0, 1.0, 1000 * scene + number, 1000.0 * scene + number, 20.0, (10.0 * scene, 0.0))
+              for scene, size in enumerate(sizes) for number in range(size)]
+    right = [replace(sample, loss=0.0) for sample in scenes]
+    of_host = [watched(wrong, SCENES) for wrong in (scenes[host::hosts] for host in range(hosts))]
+    if not any(status.first_alarm for status in of_host):
+        states = tuple(watched(right[host::hosts], SCENES).monitors[0] for host in range(hosts))
+        assert not has_passed(replace(of_host[0], monitors=states), 1)
 
 
 @pytest.mark.parametrize("loss", [0.0, 1.0])
