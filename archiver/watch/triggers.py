@@ -208,18 +208,28 @@ def is_better(new: ExitPlan, current: ExitPlan | None, reason: str, current_cost
     return True, f"it is certified and costs {new.expected_cost:.3f} instead of {current_cost:.3f} on the new records"
 
 
-def came_meanwhile(now: ModelStatus, replaces: str, newest_record: float) -> str | None:
+def came_meanwhile(now: ModelStatus, replaces: str, attempt: Event | None) -> str | None:
     """Return why a plan is not rolled in although it is better; None if nothing has changed since its training began.
 
     Args:
         now: the model now.
         replaces: the version that the plan was made for. If another one serves, the operator has brought it in, perhaps
             with another backbone, and the plan must not replace it.
-        newest_record: the Unix time of the newest record of the training. A later alarm makes its certificate void.
+        attempt: the attempt that trained the plan; None if the audit has none.
     """
     if now.version != replaces:
         return OTHER_CAME
-    return ALARM_CAME if now.has_alarm_after(newest_record) else None
+    return ALARM_CAME if attempt is not None and has_new_alarm(now, attempt) else None
+
+
+def has_new_alarm(status: ModelStatus, attempt: Event) -> bool:
+    """Tell whether there is an alarm that was not known when the training of an attempt began.
+
+    The alarm voids the certificate of the attempt, whose records may be of the traffic before it.
+    """
+    if (known := attempt.get("known_alarms")) is None:  # version 0.2.0 did not note them
+        return status.has_alarm_after(attempt["newest_record"])
+    return not set(status.alarm_names) <= {*known}
 
 
 def summary(plan: ExitPlan | None) -> dict[str, Any] | None:

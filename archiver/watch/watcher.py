@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from early_exit.archiver.watch.triggers import (
     Trigger,
     came_meanwhile,
     fired,
+    has_new_alarm,
     is_better,
     newest_mark,
     refusal,
@@ -175,7 +175,7 @@ class Watcher:
         if event is None or event["event"] not in (ROLLING, ROLL_FAILED):
             return None
         attempt = self._audit.latest(ATTEMPT)
-        obsolete = came_meanwhile(status, event["replaces"], attempt["newest_record"] if attempt else math.inf)
+        obsolete = came_meanwhile(status, event["replaces"], attempt)
         if obsolete or event["tries"] >= _TRIES:
             self._give_up(event, **({"why": obsolete} if obsolete else {}))
             return None
@@ -207,7 +207,7 @@ class Watcher:
         event = self._audit.latest(ATTEMPT, KEPT, ROLLING)
         if (event is not None and event["event"] == ATTEMPT and event["version"] == status.version
                 and event.get("tries", _TRIES) < _TRIES):  # older audits do not count tries
-            if not status.has_alarm_after(event["newest_record"]):
+            if not has_new_alarm(status, event):
                 return {key: value for key, value in event.items() if key not in ("time", "event")}
             self._note(KEPT, version=status.version, run=event["run"], why=ALARM_CAME)
         if (trigger := self.trigger(status)) is None:
@@ -215,7 +215,7 @@ class Watcher:
         return {
             "reason": trigger.reason, **trigger.evidence, "version": status.version,
             "run": run_name(), "newest_record": status.times[-1].item(),
-            "certify_after": trigger.fresh_after, "tries": 0}
+            "known_alarms": status.alarm_names, "certify_after": trigger.fresh_after, "tries": 0}
 
     def _renew(self, status: ModelStatus, attempt: Event) -> None:
         run = RunPaths(self._watched.state / "runs" / attempt["run"])
@@ -242,7 +242,7 @@ class Watcher:
                             self._log)
         try:
             # Training and packing take minutes.
-            obsolete = came_meanwhile(self.look(), status.version, attempt["newest_record"])
+            obsolete = came_meanwhile(self.look(), status.version, attempt)
             facts = None if obsolete else self._note_roll(
                 {"version": version, "archive": mar.name, "replaces": status.version,
                  "replaced_archive": status.archive.name, "tries": 0, **evidence})

@@ -108,16 +108,26 @@ def test_a_better_plan_is_rolled_in_if_no_alarm_comes(watcher: WatcherOfSights, 
     assert len(rolled) == 1
 
 
+@pytest.mark.parametrize("by_its_clock", [5000, 2900])
 def test_a_plan_is_not_rolled_in_if_an_alarm_comes_while_it_is_trained(
-        watcher: WatcherOfSights, rolled: list[str]) -> None:
+        by_its_clock: int, watcher: WatcherOfSights, rolled: list[str]) -> None:
+    """The clock of the host with the alarm may be behind that of the host with the newest record."""
     def drift(status: ModelStatus, certify_after: float, run: RunPaths) -> None:
-        watcher.sight = seen(9000, alarm_at(5000))
+        watcher.sight = seen(9000, alarm_at(by_its_clock))
 
     watcher.training.does = drift
     watcher.tick()
     assert [event for event, _ in decisions(watcher)] == ["attempt", "kept"]
     assert decisions(watcher)[-1] == ("kept", "an alarm came meanwhile")
     assert not rolled and not list(watcher._watched.store.iterdir())
+
+
+def test_an_alarm_that_was_known_when_the_training_began_is_not_taken_for_a_new_one(
+        watcher: WatcherOfSights, rolled: list[str]) -> None:
+    watcher.sight = seen(9000, alarm_at(5000))
+    watcher.training.does = lambda status, certify_after, run: None
+    watcher.tick()
+    assert [event for event, _ in decisions(watcher)] == ["attempt", "rolling", "rolled"]
 
 
 def test_an_alarm_between_two_tries_begins_a_new_renewal_on_what_came_after_it(watcher: WatcherOfSights) -> None:
