@@ -23,7 +23,13 @@ from early_exit.handler.recording.format import read_times
 from early_exit.handler.user_handler.description import HandlerDescription
 from early_exit.training.costs.cost import FlopCost
 from early_exit.training.costs.profiling import Profile, TimeCost, profile_backbone
-from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, RecordedTraffic, load_traffic
+from early_exit.training.data.dataset import (
+    DRAWN_MORE_OFTEN,
+    NEWER_THAN_OTHERS,
+    NOT_WRITTEN,
+    RecordedTraffic,
+    load_traffic,
+)
 from early_exit.training.data.labels import load_labels
 from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.data.replay import replay_records
@@ -153,9 +159,13 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
     traffic = load_traffic(shards, options.fresh_after, options.split)
     for reason, count in traffic.skipped.items():
         log(f"{count} requests are skipped: {reason}")
+    for folder in traffic.ended:
+        log(f"none of the requests that certify is in {folder}: its newest records are older. If its host still "
+            "serves, the certificate is not about its requests: copy its records anew")
     if traffic.split.is_trend:
         log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
             "assumes that it continues as in the records that certify")
+    _require_written(traffic, options)
     others = _no_evidence(traffic)
     if options.replay is not None:
         traffic = traffic.of_known_requests()
@@ -182,9 +192,19 @@ def _no_evidence(traffic: RecordedTraffic) -> str:
            (traffic.n_without_content, "their contents are not known: an earlier version wrote these records, or the "
             "handler received something other than JSON and bytes"))
     told = [f". {n} more records can train heads but prove nothing, because {because}" for n, because in why if n]
-    if n := traffic.skipped.get(DRAWN_MORE_OFTEN):
-        told.append(f". {n} more records are not used, because {DRAWN_MORE_OFTEN}")
+    told += [f". {n} more records are not used, because {reason}" for reason in (DRAWN_MORE_OFTEN, NEWER_THAN_OTHERS)
+             if (n := traffic.skipped.get(reason))]
     return "".join(told)
+
+
+def _require_written(traffic: RecordedTraffic, options: TrainingOptions) -> None:
+    """Check that few records were dropped beside those that certify: those that were may be of a kind of their own."""
+    n = traffic.size(Part.CERTIFY)
+    if traffic.n_dropped > options.most_skipped * (n + traffic.n_dropped):
+        raise RecordError(
+            f"{traffic.n_dropped} records were dropped beside the {n} that certify, because {NOT_WRITTEN}, so the "
+            "certificate would not be about the busiest times: let workers record to a faster disk with enough space, "
+            "or set a lower sampling_rate, and record anew. The log of the workers has the reason")
 
 
 def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:

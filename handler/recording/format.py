@@ -147,6 +147,9 @@ class ShardHeader:
     n_not_finite: int = 0
     """The number of requests that the worker did not record between its previous shard and this one, because their
     scores were not finite and predicted no class."""
+    n_dropped: int = 0
+    """The number of records that the worker dropped between its previous shard and this one, because it could not write
+    or make them."""
 
     def __post_init__(self) -> None:
         for what in ("model", "version", "backbone"):

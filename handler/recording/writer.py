@@ -48,6 +48,8 @@ class RecordWriter:
         self._failing_since: float | None = None
         self._lost = 0
         """The number of records dropped since writing began to fail."""
+        self._untold = 0
+        """The number of dropped records that no shard tells of yet."""
         self._told = -math.inf
         self._retry_at = math.inf
         self._sealed: deque[Records] = deque()
@@ -62,8 +64,7 @@ class RecordWriter:
         with self._lock:
             is_full = self._waiting >= _SHARDS_IN_MEMORY * self._config.records_per_shard
             if is_full:
-                self._dropped += len(records)
-                self._lost += len(records)
+                self._lose(len(records))
             else:
                 self._waiting += len(records)
         if not is_full:
@@ -79,8 +80,7 @@ class RecordWriter:
         """Count records that could not be created, and log the error."""
         self._tell(error, n_records)
         with self._lock:
-            self._dropped += n_records
-            self._lost += n_records
+            self._lose(n_records)
 
     def take_counts(self) -> tuple[int, int]:
         """Return how many records were written, and how many were dropped, since the last call."""
@@ -152,8 +152,9 @@ class RecordWriter:
                 continue
             name = shard_name(self._header.version, os.getpid(), self._began_ns, self._n_shards)
             try:
-                n_skipped = self._not_finite
-                header = replace(self._header, content_key=self.contents.name, n_not_finite=n_skipped)
+                n_skipped, n_dropped = self._not_finite, self._untold
+                header = replace(self._header, content_key=self.contents.name, n_not_finite=n_skipped,
+                                 n_dropped=n_dropped)
                 write_shard(header.folder(self._root) / name, header, records)
             except Exception as error:  # no error may stop this thread
                 if isinstance(error, OSError) and error.errno in _FULL:
@@ -166,6 +167,8 @@ class RecordWriter:
                 self._n_shards += 1
                 self._not_finite -= n_skipped
                 self._done(len(records), written=True)
+                with self._lock:
+                    self._untold -= n_dropped
                 self._tell_if_mended()
             self._sealed.popleft()
         self._enforce_limits()
@@ -176,8 +179,13 @@ class RecordWriter:
             if written:
                 self._written += n_records
             else:
-                self._dropped += n_records
-                self._lost += n_records
+                self._lose(n_records)
+
+    def _lose(self, n_records: int) -> None:
+        """Count dropped records; the caller holds the lock."""
+        self._dropped += n_records
+        self._lost += n_records
+        self._untold += n_records
 
     def _give_up(self) -> None:
         self._done(sum(map(len, self._sealed)), written=False)

@@ -213,6 +213,7 @@ def test_what_a_full_disk_does_not_take_waits_in_memory_and_is_written_once_ther
     writer.close()
     assert writer.take_counts() == (5, 0)
     shards = sorted(list_shards(tmp_path), key=lambda shard: int(shard.stem.split("-")[-1]))
+    assert [read_header(shard).n_dropped for shard in shards] == [2, 0, 0, 0, 0], "the next shard tells what is missing"
     found = [int(read_shard(shard, []).request) for shard in shards]
     assert found[:4] == [int(records.request) for records in offered[:4]], "nothing is lost, and the order is kept"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,17 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
-from early_exit.handler.recording.format import read_header, read_shard, write_shard
+from early_exit.handler.recording.format import read_header, read_shard, read_times, write_shard
 from early_exit.training.data.dataset import NOT_FINITE, load_traffic
 from early_exit.training.data.shards import find_shards
 from early_exit.training.data.split import Part
 from early_exit.training.data.training_set import TrainingSet
 from early_exit.training.heads.distill import Distillation
-from early_exit.training.options import TrainingOptions
+from early_exit.training.options import Rule, TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
 from early_exit.training.planning.predictions import HeadPredictions
+from tests.support.residual import N_RECORDS
 
 OPTIONS = TrainingOptions(tolerance=0.05, measure="flops", search=None, recipe=Distillation(epochs=10))
 
@@ -106,7 +108,8 @@ def test_a_few_rows_that_float16_cannot_hold_cost_themselves_and_not_the_layer(
     first, last = (with_infinite(shard, tmp_path / shard.name, slice(0, 3), slice(1, 2))
                    for shard in (shards[0], shards[-1]))
     run = RunPaths(tmp_path / "run")
-    report = train("model", archive, [first, *shards[1:-1], last], OPTIONS, run)
+    others = [Path(shutil.copy(shard, tmp_path)) for shard in shards[1:-1]]
+    report = train("model", archive, [first, *others, last], OPTIONS, run)
     layer = read_header(shards[0]).layers[1]
     assert layer in {head.layer for head in report.heads}
     training_set = TrainingSet.load(run.training_set)
@@ -130,3 +133,28 @@ def test_a_layer_that_float16_cannot_hold_is_left_out_with_a_word(
     report = train("model", archive, broken, OPTIONS, RunPaths(tmp_path / "run"))
     assert layer not in {head.layer for head in report.heads}
     assert any(line.startswith(f"{layer}: ") and "too large for float16" in line for line in report.left_out)
+
+
+@pytest.mark.parametrize("rule", ["certified", "paper"])
+def test_no_plan_is_certified_if_workers_dropped_many_of_the_records_beside_those_that_certify(
+        rule: Rule, backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    """A disk that is too slow loses the records of the busiest times, which may be of another kind."""
+    options = replace(OPTIONS, thresholds=rule)
+    few = round(0.1 * options.tolerance * Part.CERTIFY.share * N_RECORDS) - 1
+
+    def trained(n_dropped: int, *, newest: bool) -> None:
+        folder = tmp_path / f"{n_dropped}-{newest}"
+        shutil.copytree(records, folder)
+        shards = find_shards(folder, "model", backbone.description)
+        shard = sorted(shards, key=lambda path: float(read_times(path).max()))[-1 if newest else 0]
+        header, found = read_header(shard), read_shard(shard, read_header(shard).layers)
+        write_shard(shard, replace(header, n_dropped=n_dropped), found)
+        train("model", archive, shards, options, RunPaths(folder / "run"))
+
+    trained(few, newest=True)
+    trained(N_RECORDS, newest=False)
+    if rule == "certified":
+        with pytest.raises(RecordError, match=f"{10 * few} records were dropped beside the .* that certify"):
+            trained(10 * few, newest=True)
+    else:
+        trained(10 * few, newest=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.recording.format import Records, ShardHeader, request_hash, write_shard
-from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, load_traffic
+from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, NEWER_THAN_OTHERS, load_traffic
 from early_exit.training.data.sampling import at_one_rate
 from early_exit.training.data.split import Part, SplitRule
 
@@ -103,3 +103,47 @@ def test_records_are_drawn_by_the_rates_of_their_time() -> None:
     found = at_one_rate(time, worker, rate, request)
     assert bool(found[:n // 2 - 50].all()) and bool(found[worker == 1].all())
     assert float(found[late & (worker == 0)].double().mean()) == pytest.approx(0.1, abs=0.02)
+
+
+HOSTS = ["one", "other"]
+
+
+def of_hosts(folder: Path, ends: Sequence[float], wrong: Sequence[float]) -> list[Path]:
+    """Record requests of two hosts up to a time of each host. The given share of a host's requests is answered wrongly.
+    """
+    return [shard_of(folder / host, host, [(float(time), 1.0) for time in range(int(end))], share, seed)
+            for seed, (host, end, share) in enumerate(zip(HOSTS, ends, wrong))]
+
+
+@pytest.mark.parametrize("lag", [0, 60, 1000, 1700])
+def test_records_of_a_host_that_lag_behind_are_among_those_that_certify_as_often_as_they_came(
+        tmp_path: Path, lag: int) -> None:
+    """Of the requests of the host that lags behind, 6 % are answered wrongly, so 3 % of all are."""
+    shards = of_hosts(tmp_path, (5000, 5000 - lag), (0.0, 0.06))
+    traffic = load_traffic(shards)
+    rows = traffic.split.rows(Part.CERTIFY)
+    wrong = (traffic.backbone_class != traffic.full_class)[rows]
+    assert len(rows) > 1900 and not traffic.ended
+    assert float(wrong.double().mean()) == pytest.approx(0.03, abs=0.012)
+    assert float(traffic.time[rows].max()) < 5000 - lag
+    assert traffic.skipped.get(NEWER_THAN_OTHERS, 0) == pytest.approx(lag, abs=lag / 50)
+
+
+def test_a_host_whose_records_ended_long_ago_is_named_and_holds_nothing_up(tmp_path: Path) -> None:
+    traffic = load_traffic(of_hosts(tmp_path, (5000, 2000), (0.0, 0.06)))
+    assert [folder.name for folder in traffic.ended] == ["other"] and NEWER_THAN_OTHERS not in traffic.skipped
+    assert float(traffic.time[traffic.split.rows(Part.CERTIFY)].max()) == 4999
+
+
+def test_a_copy_of_a_hosts_folder_that_lags_behind_makes_no_difference(tmp_path: Path) -> None:
+    early = shard_of(tmp_path / "copy", "one", [(float(time), 1.0) for time in range(4000)], 0.0, 1)
+    late = shard_of(tmp_path / "host", "one", [(float(time), float(time >= 4000)) for time in range(5000)], 0.0, 2)
+    traffic = load_traffic([early, late])
+    assert float(traffic.time[traffic.split.rows(Part.CERTIFY)].max()) == 4999 and not traffic.skipped
+
+
+def test_a_host_that_has_just_begun_holds_nothing_up(tmp_path: Path) -> None:
+    shards = [shard_of(tmp_path / "one", "one", [(float(time), 1.0) for time in range(5000)], 0.0, 1),
+              shard_of(tmp_path / "new", "new", [(float(time), 1.0) for time in range(4900, 5000)], 0.0, 2)]
+    traffic = load_traffic(shards)
+    assert not traffic.ended and not traffic.skipped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +15,7 @@ from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import ANONYMOUS, COLUMNS, RecordColumns, Records, read_header, read_shard
 from early_exit.handler.recording.kept_request import KeptRequest
-from early_exit.training.data.sampling import SPREAD, at_one_rate
+from early_exit.training.data.sampling import SPREAD, at_one_rate, common_end
 from early_exit.training.data.shards import times_of
 from early_exit.training.data.split import GAP, Part, Split, SplitRule, in_time_order, split_at_random, split_in_time
 
@@ -23,6 +23,8 @@ NOT_FINITE = "the model's scores were not finite and predicted no class"
 MAY_REPEAT = ("their requests or contents are not known, so they may repeat those by which exits are chosen and "
               "certified")
 DRAWN_MORE_OFTEN = "at their time, another worker recorded a smaller share of its requests"
+NEWER_THAN_OTHERS = "they are newer than the newest records of another folder, whose host may have served since"
+NOT_WRITTEN = "the workers could not write them in time, or could not make records of them"
 """The reasons for which a request is not among the records."""
 
 
@@ -43,6 +45,10 @@ class RecordedTraffic(RecordColumns):
     """The parts of the records."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """The number of requests of these shards that are not among the records, by reason."""
+    ended: tuple[Path, ...] = ()
+    """The folders that have no records as new as those of the certify part."""
+    n_dropped: int = 0
+    """The number of records that workers dropped, and no shard has, in the shards with records of the certify part."""
 
     @property
     def part(self) -> Tensor:
@@ -140,28 +146,43 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     parts, headers = [read_shard(shard, []) for shard in shards], [read_header(shard) for shard in shards]
     records, times = Records.concatenate(parts), times_of(shards)
     records = replace(records, time=torch.cat([times[shard] for shard in shards]))
-    names = {name: number for number, name in enumerate(dict.fromkeys(header.worker for header in headers))}
-    worker = torch.cat([torch.full((len(part),), names[header.worker]) for part, header in zip(parts, headers)])
+    worker = _numbers([header.worker for header in headers], parts)
+    folder = _numbers([shard.parent for shard in shards], parts)
     usable = records.predict()
     rows = _first_of_each(records.request, records.row)
     rows = rows[usable[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows,
-                              split=Split.of_nothing(len(rows)), skipped={}, **columns)
+    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, skipped={}, ended=(),
+                              n_dropped=0, split=Split.of_nothing(len(rows)), **columns)
     is_drawn = at_one_rate(traffic.time, worker[rows], traffic.sampling_rate, traffic.request)
-    traffic = replace(traffic, split=_split(traffic, worker[rows], fresh_after, rule, is_drawn))
+    is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
+    end, ended = common_end(traffic.time, worker[rows], folder[rows], traffic.is_evidence & is_drawn & is_fresh,
+                            Part.CERTIFY.share)
+    is_newer = traffic.time > end
+    traffic = replace(traffic, split=_split(traffic, worker[rows], is_fresh, rule, is_drawn & ~is_newer))
+    is_left_out = traffic.part == GAP
     skipped = {NOT_FINITE: int((~usable).sum()) + sum(header.n_not_finite for header in headers),
-               MAY_REPEAT: int((~traffic.is_evidence & (traffic.part == GAP)).sum()),
-               DRAWN_MORE_OFTEN: int((traffic.is_evidence & ~is_drawn & (traffic.part == GAP)).sum())}
-    traffic = replace(traffic, skipped={reason: count for reason, count in skipped.items() if count})
+               NOT_WRITTEN: sum(header.n_dropped for header in headers),
+               MAY_REPEAT: int((~traffic.is_evidence & is_left_out).sum()),
+               NEWER_THAN_OTHERS: int((traffic.is_evidence & is_newer & is_left_out).sum()),
+               DRAWN_MORE_OFTEN: int((traffic.is_evidence & ~is_newer & ~is_drawn & is_left_out).sum())}
+    certifying = torch.unique(_numbers(shards, parts)[rows][traffic.part == Part.CERTIFY.number])
+    folders = [*dict.fromkeys(shard.parent for shard in shards)]
+    traffic = replace(traffic, skipped={reason: count for reason, count in skipped.items() if count},
+                      ended=tuple(folders[number] for number in ended),
+                      n_dropped=sum(headers[number].n_dropped for number in certifying.tolist()))
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
 
 
-def _split(traffic: RecordedTraffic, worker: Tensor, fresh_after: float | None, rule: SplitRule,
-           is_drawn: Tensor) -> Split:
-    is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
+def _numbers(names: Sequence[Hashable], parts: Sequence[Records]) -> Tensor:
+    """Return (N,) int64: for each of the N records of all parts, the number of the name of its part."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.cat([torch.full((len(part),), numbers[name]) for name, part in zip(names, parts)])
+
+
+def _split(traffic: RecordedTraffic, worker: Tensor, is_fresh: Tensor, rule: SplitRule, is_drawn: Tensor) -> Split:
     if rule is SplitRule.RANDOM:
         return split_at_random(traffic.request, ~(traffic.is_evidence & is_drawn & is_fresh))
     order, position = in_time_order(traffic.time, worker, traffic.sequence)

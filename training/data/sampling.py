@@ -1,6 +1,9 @@
-"""Makes one sample of records that several workers drew at different rates."""
+"""Makes one sample of records that several workers drew at different rates, and that end at different times."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,3 +49,31 @@ def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> 
         lowest[meanwhile] = torch.minimum(lowest[meanwhile], rate[of_worker[latest]])
     uniform = (request * SPREAD).double() / 2.0**64 + 0.5
     return uniform < lowest / rate
+
+
+def common_end(time: Tensor, worker: Tensor, folder: Tensor, proves: Tensor,
+               share: float) -> tuple[float, Sequence[int]]:
+    """Return the Unix time up to which all hosts have records, and the folders of hosts that ended long before.
+
+    The records of a host may end before those of others: its folder is a copy that lags behind, its newest shard is not
+    sealed yet, or its clock is behind. The newest records would then be those of the other hosts, and a certificate
+    from them would not be about its requests. It is not known whether a host lags behind or has served nothing since.
+    A host counts as ended if more than a share of the records is newer than its own. None of its records would be in
+    such a share, and its requests are not what a certificate on that share is about.
+
+    Args:
+        time: (N,) float64 Unix seconds.
+        worker: (N,) int64 number of the worker that recorded each.
+        folder: (N,) int64 number of the folder that each record is in, one for each host. Copies of a host's folder
+            have records of the same workers and end with them.
+        proves: (N,) bool: the records that can be evidence.
+        share: the share of the records, the newest ones, that a certificate is to be about.
+    """
+    folders = torch.unique(folder)
+    if len(folders) < 2 or not bool(proves.any()):
+        return math.inf, []
+    end_of_worker = torch.full((int(worker.max()) + 1,), -math.inf, dtype=time.dtype)
+    end_of_worker.scatter_reduce_(0, worker, time, "amax")
+    ends = {number: end_of_worker[worker[folder == number]].max() for number in folders.tolist()}
+    ended = [number for number, end in ends.items() if (time[proves] > end).double().mean() > share]
+    return min(float(end) for number, end in ends.items() if number not in ended), ended
