@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchvision.models import resnet18
 from torchvision.models.detection import MaskRCNN, keypointrcnn_resnet50_fpn
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from early_exit.archiver.packaging.sources.detector import backbone_of_detector, is_detector
@@ -23,7 +25,7 @@ from early_exit.handler.backbone.detector_tails import TAILS
 from early_exit.handler.backbone.image_class import CERTAIN, Strategy, class_scores
 from early_exit.handler.call import Call
 from early_exit.handler.detection.detections import with_nulls
-from early_exit.handler.detection.detector import images_of
+from early_exit.handler.detection.detector import Tail, images_of
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
 from early_exit.handler.inference.in_flight import InFlightCalls
@@ -195,6 +197,72 @@ def test_what_is_no_such_detector_is_refused_with_what_is(backbone: Backbone) ->
         backbone_of_detector(SmallDetector(), None, None, 1, "x.py")
     with pytest.raises(ConfigError, match="needs the engine folded or eager"):
         build_model(backbone, engine="openvino")
+
+
+class Thresholding(SmallDetector):
+    """A detector whose own forward keeps only some objects."""
+
+    def forward(self, images: list[Tensor], targets: None = None) -> list[Detected]:  # type: ignore[override]
+        return [{name: value[found["scores"] > 0.9] for name, value in found.items()}
+                for found in super().forward(images)]
+
+
+class Grey(GeneralizedRCNNTransform):
+    def normalize(self, image: Tensor) -> Tensor:
+        normalized: Tensor = super().normalize(image.mean(dim=0, keepdim=True).expand_as(image))
+        return normalized
+
+
+def with_grey_images(detector: SmallDetector) -> SmallDetector:
+    detector.transform.__class__ = Grey
+    return detector
+
+
+def with_a_hook(detector: SmallDetector) -> SmallDetector:
+    detector.backbone.register_forward_hook(lambda module, args, maps: {name: 2 * one for name, one in maps.items()})
+    return detector
+
+
+def with_its_own_resizing(detector: SmallDetector) -> SmallDetector:
+    detector.transform.resize = lambda image, target: (image, target)  # type: ignore[method-assign]
+    return detector
+
+
+@pytest.mark.parametrize(("changed", "own"), [
+    (lambda detector: Thresholding(), "detector Thresholding has its own forward"),
+    (with_grey_images, "transform Grey has its own normalize"),
+    (with_a_hook, "backbone BackboneWithFPN has its own hooks"),
+    (with_its_own_resizing, "transform GeneralizedRCNNTransform has its own resize")])
+def test_a_detector_with_code_that_would_be_skipped_is_refused(
+        changed: Callable[[SmallDetector], SmallDetector], own: str) -> None:
+    with pytest.raises(GraphError, match=own):
+        backbone_of_detector(changed(sure_detector()), SHAPE, None, 1, "small_detector.py")
+
+
+@torch.no_grad()
+def test_a_detector_that_scales_all_images_to_one_size_does_so_here() -> None:
+    detector = sure_detector()
+    detector.transform.fixed_size = (160, 64)  # width and height
+    batch = images(3, SHAPE)
+    backbone = backbone_of_detector(detector, SHAPE, None, 1, "small_detector.py")
+    for found, expected in zip(build_model(backbone)(batch), detector([*batch])):
+        assert len(expected["boxes"])
+        require_same(found, expected)
+
+
+@pytest.mark.parametrize("change", [
+    lambda detector: setattr(detector.rpn.anchor_generator, "sizes", ((8,), (16,), (32,), (64,), (128,))),
+    lambda detector: setattr(detector.roi_heads.box_coder, "weights", (1.0, 1.0, 1.0, 1.0)),
+    lambda detector: setattr(detector.roi_heads, "score_thresh", 0.3)], ids=["anchors", "boxes", "threshold"])
+def test_a_setting_of_a_detector_is_a_part_of_its_identity(change: Callable[[SmallDetector], None]) -> None:
+    def identity() -> str:
+        return Tail(detector, SHAPE, Strategy.OBJECT, 1).identity()
+
+    detector = sure_detector()
+    before = identity()
+    assert identity() == before
+    change(detector)
+    assert identity() != before
 
 
 class Rating:

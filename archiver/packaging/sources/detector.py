@@ -57,6 +57,7 @@ class ImageClass(nn.Module):
         """
         super().__init__()
         detector.eval()
+        _require_no_code_of_its_own(detector)
         if not hasattr(detector.backbone, "fpn") or detector.roi_heads.has_keypoint():
             raise GraphError(f"{type(detector).__name__} has no feature pyramid, or finds keypoints: expected a Faster "
                              "R-CNN or a Mask R-CNN of torchvision with an FPN")
@@ -98,3 +99,33 @@ class ImageClass(nn.Module):
             if name in self._read:
                 maps.append(x)
         return maps
+
+
+def _require_no_code_of_its_own(detector: Any) -> None:
+    """Check that what `ImageClass` does instead of a detector is what the detector does.
+
+    Raises:
+        GraphError: the detector, its transform or its backbone has methods of its own, or hooks.
+    """
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    backbone = detector.backbone
+    parts: list[tuple[str, Any, type, Sequence[str]]] = [
+        ("detector", detector, GeneralizedRCNN, ["forward", "eager_outputs"]),
+        ("transform", detector.transform, GeneralizedRCNNTransform,
+         ["forward", "normalize", "resize", "batch_images", "postprocess"])]
+    if hasattr(backbone, "fpn"):
+        parts += [("backbone", backbone, BackboneWithFPN, ["forward"]),
+                  ("backbone's body", backbone.body, IntermediateLayerGetter, ["forward"])]
+    for what, part, kind, names in parts:
+        own = [name for name in names
+               if getattr(getattr(part, name, None), "__func__", None) is not getattr(kind, name)]
+        if part._forward_hooks or part._forward_pre_hooks:
+            own.append("hooks")
+        if own:
+            raise GraphError(f"the {what} {type(part).__name__} has its own {' and '.join(own)}, which would be "
+                             f"skipped: expected those of {kind.__module__}.{kind.__name__}. Put what they do into the "
+                             "handler, or into a layer of the body")
