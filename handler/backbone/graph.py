@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     return [known.stage(start, end) for start, end in zip(starts, ends)]
 
 
+_MAY_RETURN_INPUT = re.compile("dropout|einsum")
+"""Operations that may return their input or a view of it, though their schemas do not say so: a dropout that drops
+nothing, and an einsum of one tensor."""
+
+
 class Memory:
     """The memory of the values of a graph."""
 
@@ -100,10 +106,12 @@ class Memory:
         is_view = any(value.alias_info is not None for value in schema.returns)
         for index, described in enumerate(schema.arguments):
             argument = node.args[index] if index < len(node.args) else node.kwargs.get(described.name)
+            if isinstance(argument, (list, tuple)) and len(argument) == 1:  # as of an einsum
+                [argument] = argument
             if not isinstance(argument, fx.Node):
                 continue
-            # A dropout that drops nothing returns its input, though its schema does not say so.
-            if (is_view and described.alias_info is not None) or "dropout" in str(node.target):
+            may_return_it = node not in self.viewed and _MAY_RETURN_INPUT.search(str(node.target))
+            if (is_view and described.alias_info is not None) or may_return_it:
                 self._view(node, argument)
             if described.alias_info is not None and described.alias_info.is_write:
                 self.writes[self.of[argument]].append(node)
