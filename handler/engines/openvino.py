@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,10 @@ from early_exit.handler.errors import ArchiveError, ConfigError
 PIECES = "int8"
 """Folder of the quantized pieces, beside the backbone."""
 _STEPS = 255
+_LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
+_SAME_NUMBERS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default, torch.ops.aten.view.default,
+                 torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim)
+"""Operations that return the numbers that they get."""
 Model = Any
 """An `openvino.Model`; the package is optional and has no complete types."""
 
@@ -103,7 +107,8 @@ def _end(ends: Sequence[Any], name: str) -> Any:
 
 def compile_float(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
     """Return the stages of a backbone in float32."""
-    return [CompiledStage(_Compiled(convert(stage))) for stage in split(backbone.graph, boundaries)]
+    stages = split(backbone.graph, boundaries)
+    return [CompiledStage(_Compiled(convert(stage), _table_sizes(stage))) for stage in stages]
 
 
 def compile_int8(backbone: Backbone, boundaries: Sequence[str]) -> list[CompiledStage]:
@@ -122,7 +127,9 @@ def compile_int8(backbone: Backbone, boundaries: Sequence[str]) -> list[Compiled
     ends = [0, *(nodes.index(node) + 1 for node in boundaries), len(files)]
     stages = [_joined([core.read_model(file) for file in files[start:end]]) for start, end in pairwise(ends)]
     reads = [_travel_as_integers(stage, following) for stage, following in pairwise(stages)]
-    return [CompiledStage(_Compiled(stage), read) for stage, read in zip(stages, [*reads, Tensor.float])]
+    tables = map(_table_sizes, split(backbone.graph, boundaries))
+    return [CompiledStage(_Compiled(stage, sizes), read)
+            for stage, sizes, read in zip(stages, tables, [*reads, Tensor.float])]
 
 
 def int8_digest(folder: Path) -> str:
@@ -203,9 +210,10 @@ def _read_integers(x: Tensor, *, scale: float, low: float) -> Tensor:
 class _Compiled(nn.Module):
     """An OpenVINO model as a module, which returns new tensors, or an input that it does not change."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, table_sizes: Mapping[int, int]) -> None:
         super().__init__()
         openvino = import_openvino()
+        self._table_sizes = table_sizes
         self._tensor = openvino.Tensor
         # OpenVINO would choose bfloat16 on some processors, but the engine must compute in float32 on all of them.
         compiled = openvino.compile_model(model, "CPU", {
@@ -222,6 +230,11 @@ class _Compiled(nn.Module):
         self._lock = threading.Lock()
 
     def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        for number, n_rows in self._table_sizes.items() if len(live[0]) else ():
+            low, high = live[number].aminmax()
+            if low < 0 or high >= n_rows:  # OpenVINO reads other rows, or other memory
+                raise IndexError(f"index out of range: expected row numbers from 0 to {n_rows - 1} of a table, found "
+                                 f"{int(low)} to {int(high)}")
         given = [x.detach().contiguous() for x in live]  # held until the run has ended: the request only borrows memory
         # The outputs need memory of their own: the next run overwrites memory that the request allocated itself. An
         # input that is passed on gets none: OpenVINO would not copy it, and would write into the input instead.
@@ -236,6 +249,24 @@ class _Compiled(nn.Module):
                         self._request.set_tensor(port, self._tensor(x.numpy(), shared_memory=True))
                 self._request.infer()
         return made
+
+
+def _table_sizes(stage: fx.GraphModule) -> dict[int, int]:
+    """Return the number of rows of the smallest table in which an input of a stage looks up rows, by the number of the
+    input.
+
+    An input from which the row numbers are computed first is left out.
+    """
+    inputs, sizes = [*inputs_of(stage.graph)], dict[int, int]()
+    for node in stage.graph.nodes:
+        if node.target in _LOOKUPS:
+            table, rows = node.all_input_nodes[:2]
+            while rows not in inputs and rows.target in _SAME_NUMBERS:
+                rows = rows.all_input_nodes[0]
+            if rows in inputs:
+                number, n_rows = inputs.index(rows), int(table.meta["val"].shape[0])
+                sizes[number] = min(n_rows, sizes.get(number, n_rows))
+    return sizes
 
 
 def _passed(model: Model) -> dict[int, int]:

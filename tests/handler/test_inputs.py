@@ -12,6 +12,7 @@ from early_exit.handler.backbone.backbone import Backbone
 from early_exit.handler.backbone.export import backbone_graph, export_backbone
 from early_exit.handler.backbone.graph import find_cuts, split
 from early_exit.handler.backbone.signature import InputSpec
+from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import GraphError, InputError
 from early_exit.handler.model.loading import build_model
 
@@ -120,6 +121,18 @@ def test_a_probe_looks_up_only_rows_that_the_tables_have(backbone: Backbone) -> 
 class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.zeros(len(x), 4)
+
+
+@pytest.mark.parametrize("name", [engine.name for engine in ENGINES.values() if engine.is_exact])
+@pytest.mark.parametrize("token", [11, -1, 2**31 - 1, 2**32 + 3])
+@torch.no_grad()
+def test_a_token_that_no_table_has_is_an_error_with_every_engine(token: int, name: str, backbone: Backbone) -> None:
+    served = build_model(backbone, engine=name)
+    tokens, mask = texts(4)
+    served(tokens, mask)
+    tokens[1, 2] = token
+    with pytest.raises(IndexError, match="index out of range"):
+        served(tokens, mask)
 
 
 def test_a_batch_that_is_counted_with_len_is_refused_with_what_to_write_instead() -> None:
