@@ -182,6 +182,8 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
         elif version["workers"] and not had[name]["workers"]:
             events.append(f"version {name} is ready")
         monitor, monitor_before = ((versions.get(name) or {}).get("monitor") or {} for versions in (has, had))
-        if monitor.get("step", 0.0) > monitor_before.get("step", 0.0):
-            events.append(f"alarm: version {name} has gone to fallback level {monitor['step']:.0f}")
+        if (level := monitor.get("step", 0.0)) > monitor_before.get("step", 0.0):
+            # At the first look, nobody knows when the alarm came.
+            events.append(f"alarm: version {name} has gone to fallback level {level:.0f}" if had else
+                          f"version {name} is at fallback level {level:.0f} because of an earlier alarm")
     return events + [f"version {name} is removed" for name in had.keys() - has.keys()]

@@ -111,7 +111,8 @@ class Assembly(nn.Module):
         if self._original is None or not len(rows):
             return None
         scores: Tensor
-        [scores] = self._original(*(take_rows(x, rows.to(x.device)) for x in inputs))
+        with without_autocast(inputs[0].device):  # it is the reference of what a handler's autocast lowers, too
+            [scores] = self._original(*(take_rows(x, rows.to(x.device)) for x in inputs))
         return scores
 
     def differentiable(self, inputs: Live) -> Tensor:

@@ -113,3 +113,8 @@ def test_a_roll_is_told_step_by_step() -> None:
         ["version 2.0 serves"], ["version 3.0 is being loaded"], ["version 3.0 is ready"],
         ["version 3.0 serves instead of 2.0"], ["version 2.0 is removed"],
         ["alarm: version 3.0 has gone to fallback level 1"], []]
+
+
+def test_an_alarm_from_before_the_first_look_is_not_told_as_news() -> None:
+    assert changes([], [version("3.0", serves=True, step=2)]) == [
+        "version 3.0 serves", "version 3.0 is at fallback level 2 because of an earlier alarm"]

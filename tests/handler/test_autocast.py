@@ -53,3 +53,13 @@ def test_heads_decide_and_records_are_made_in_float32(
     torch.testing.assert_close(served.answers.exit_scores[0], planned.policy.answers(logits), atol=1e-4, rtol=1e-5)
     recorded = served.activations[model.assembly.layers[0]]
     torch.testing.assert_close(recorded, pool_activation(handed_on.float(), 2).half(), atol=0, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_reference_of_a_lossy_engine_is_computed_in_float32(backbone: Backbone) -> None:
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = build_model(backbone, engine="bfloat16", sampling_rate=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images)
+    [served] = model.log.take()
+    torch.testing.assert_close(served.answers.reference, backbone.graph(images))
