@@ -95,6 +95,12 @@ class ModelServer(Protocol):
         that is not.
         """
 
+    def named_requests(self, model: str, version: str) -> float | None:
+        """Return how many requests have named a version since the server was started; None if the server does not say.
+
+        Requests that name no version are not counted.
+        """
+
     def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
                  claim: Claim | None = None) -> None:
         """Load an archive of the model store as a new version; its workers start in the background.

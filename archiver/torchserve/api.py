@@ -17,7 +17,7 @@ import httpx
 
 from early_exit.archiver.control import Claim, Prediction, RunSettings, VersionStatus
 from early_exit.archiver.torchserve.addresses import Addresses
-from early_exit.archiver.torchserve.metrics import read_metrics
+from early_exit.archiver.torchserve.metrics import named_requests, read_metrics
 from early_exit.archiver.torchserve.tokens import TokenKind
 from early_exit.archiver.version_metrics import Scrape
 from early_exit.handler.errors import ServerError
@@ -137,6 +137,11 @@ class Api:
                                         headers={"content-type": whole.content_type, **headers})
         return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
                           response.content, None if response.status_code == 200 else _message(response))
+
+    def named_requests(self, model: str, version: str) -> Conversation[float | None]:
+        """Count the requests that have named a version; None if the server has no metrics."""
+        response = yield ApiRequest("GET", f"{self._addresses.metrics}/metrics", "inference")
+        return named_requests(response.text, model, version) if response.status_code == 200 else None
 
     def metrics(self) -> Conversation[Scrape]:
         """Get the metrics of the server; raises a ValueError if the server answers with something else."""

@@ -56,6 +56,13 @@ class Management:
         """Return the registered versions of a model; none if the model is not registered."""
         return self._hold(self._api.versions(model))
 
+    def named_requests(self, model: str, version: str) -> float | None:
+        """Return how many requests have named a version; None if the server has no metrics, or does not answer."""
+        try:
+            return self._hold(self._api.named_requests(model, version))
+        except ServerError:
+            return None
+
     def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
                  claim: Claim | None = None) -> None:
         """Load an archive of the model store as a new version; its workers start in the background."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 from early_exit.archiver.version_metrics import Scrape, VersionMetrics
@@ -44,3 +45,13 @@ def read_metrics(text: str) -> Scrape:
                 else:
                     version.seconds += value / 1e6
     return scrape
+
+
+def named_requests(text: str, model: str, version: str) -> float:
+    """Return the number of requests in the Prometheus text that named a version.
+
+    It is read without a library, because rolls must work where the extra of the gateway is not installed.
+    """
+    counts = re.findall(rf"^{_REQUESTS}(?:_total)?\{{(.*)\}} (\S+)", text, re.MULTILINE)
+    return sum(float(count) for labels, count in counts
+               if f'model_name="{model}",' in f"{labels}," and f'model_version="{version}",' in f"{labels},")

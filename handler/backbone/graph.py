@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,11 +77,6 @@ def split(module: fx.GraphModule, boundaries: Sequence[str]) -> list[fx.GraphMod
     return [known.stage(start, end) for start, end in zip(starts, ends)]
 
 
-_MAY_RETURN_INPUT = re.compile("dropout|einsum")
-"""Operations that may return their input or a view of it, though their schemas do not say so: a dropout that drops
-nothing, and an einsum of one tensor."""
-
-
 class Memory:
     """The memory of the values of a graph."""
 
@@ -104,14 +98,14 @@ class Memory:
                 self._view(node, node.all_input_nodes[0])
             return
         is_view = any(value.alias_info is not None for value in schema.returns)
+        # A dropout that drops nothing returns its input, and an einsum of one tensor a view; their schemas do not tell.
+        is_hidden = "dropout" in str(node.target) or "einsum" in str(node.target)
         for index, described in enumerate(schema.arguments):
             argument = node.args[index] if index < len(node.args) else node.kwargs.get(described.name)
-            if isinstance(argument, (list, tuple)) and len(argument) == 1:  # as of an einsum
-                [argument] = argument
+            argument = argument[0] if is_hidden and isinstance(argument, list) and len(argument) == 1 else argument
             if not isinstance(argument, fx.Node):
                 continue
-            may_return_it = node not in self.viewed and _MAY_RETURN_INPUT.search(str(node.target))
-            if (is_view and described.alias_info is not None) or may_return_it:
+            if (is_view and described.alias_info is not None) or is_hidden:
                 self._view(node, argument)
             if described.alias_info is not None and described.alias_info.is_write:
                 self.writes[self.of[argument]].append(node)

@@ -14,7 +14,7 @@ from early_exit.archiver.gateway.certificates import Promises
 from early_exit.archiver.gateway.dashboard import changes
 from early_exit.archiver.gateway.latency import DECADES, PER_DECADE, Latencies, distribution
 from early_exit.archiver.packaging.request import ArchiveRequest
-from early_exit.archiver.torchserve.metrics import read_metrics
+from early_exit.archiver.torchserve.metrics import named_requests, read_metrics
 from early_exit.archiver.version_metrics import VersionMetrics
 from early_exit.handler.exits.plan import Certificate
 from early_exit.handler.exits.risk import Risk
@@ -51,6 +51,14 @@ def test_the_metrics_of_a_server_are_read_by_model_and_version() -> None:
     assert read_metrics(TEXT) == {"digits": {"3.0": VersionMetrics(
         answers={"layer1.0": 30.0, "full": 12.0}, shadow=4.0, anytime=2.0, monitor={"mean_loss": 0.25}, bypassed={1},
         requests=42.0, seconds=2.1)}}
+
+
+def test_requests_that_name_a_version_are_read_of_this_version_alone() -> None:
+    others = TEXT + ('ts_inference_requests_total{model_name="digits",model_version="default",hostname="host",} 7.0\n'
+                     'ts_inference_requests_total{model_name="more digits",model_version="3.0",hostname="host",} 8.0\n'
+                     'ts_inference_requests_total{model_name="digits",model_version="3.0",hostname="a, b",} 1e3\n')
+    assert named_requests(others, "digits", "3.0") == 1042.0
+    assert named_requests(others, "digits", "2.0") == named_requests("", "digits", "3.0") == 0.0
 
 
 @given(st.lists(st.integers(0, 50), max_size=9), st.integers(0, 400))

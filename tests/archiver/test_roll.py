@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,41 @@ def serving(name: str, store: Path, **more: Any) -> ServerInMemory:
 
 def rolled(server: ModelServer, mar: Path) -> RollReport:
     return roll(server, mar, **LIMITS)
+
+
+@dataclass
+class NamedNowAndThen(ServerInMemory):
+    """A server with a client that names version 2.0 every three seconds, up to a time. Its queue is always seen empty.
+    """
+
+    clock: VirtualClock = field(default_factory=VirtualClock)
+    until: float = 0.0
+    removed_at: float = math.inf
+
+    def named_requests(self, model: str, version: str) -> float | None:
+        return min(self.clock.now(), self.until) // 3 if version == "2.0" else 0.0
+
+    def unregister(self, model: str, version: str) -> None:
+        super().unregister(model, version)
+        self.removed_at = self.clock.now()
+
+
+@pytest.mark.parametrize("until", [0.0, 14.0])
+def test_a_version_that_a_client_names_now_and_then_is_removed_when_the_client_has_stopped(
+        until: float, store: Path) -> None:
+    server = NamedNowAndThen("a", store, until=until)
+    server.register("digits-2.0.mar", RunSettings())
+    roll(server, store / "digits-3.0.mar", longest_batch_s=5.0, drain_limit_s=60.0, clock=server.clock)
+    last = until // 3 * 3
+    assert last + 5 <= server.removed_at <= last + 11, "the roll itself takes some time before"
+
+
+def test_a_version_that_a_client_names_for_ever_is_not_removed(store: Path) -> None:
+    server = NamedNowAndThen("a", store, until=math.inf)
+    server.register("digits-2.0.mar", RunSettings())
+    with pytest.raises(ServerError, match="digits 2.0 still had requests after 60 s; it is left registered"):
+        roll(server, store / "digits-3.0.mar", longest_batch_s=5.0, drain_limit_s=60.0, clock=server.clock)
+    assert set(server.registered) == {"2.0", "3.0"} and server.default == "3.0"
 
 
 def test_a_version_is_tried_out_before_it_is_the_default_and_the_old_one_goes_last(store: Path) -> None:

@@ -52,6 +52,9 @@ class ServerInMemory:
     def versions(self, model: str) -> list[VersionStatus]:
         return list(self.all.get(model, {}).values())
 
+    def named_requests(self, model: str, version: str) -> float | None:
+        return None
+
     def register(self, file_name: str, settings: RunSettings, *, model: str | None = None,
                  claim: Claim | None = None) -> None:
         archive = registered_archive(self.store / file_name)
