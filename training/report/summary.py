@@ -64,7 +64,7 @@ class RunReport:
     left_out: tuple[str, ...]
     """The candidates without a head, and why."""
     skipped: Mapping[str, int]
-    """How many requests were skipped, because they were not finite or could not be run again, by reason."""
+    """How many requests were skipped, by reason."""
 
     def to_json(self) -> dict[str, Any]:
         """Return report.json."""
