@@ -147,6 +147,7 @@ METHODS: dict[str, Method] = {
     "certified-flops": Method(partial(ours, measure="flops")),
     "no-nas": Method(partial(ours, heads="default")),
     "no-replay": Method(partial(ours, heads="plain")),
+    "no-replay-papers-loss": Method(partial(ours, heads="plain", risk=Risk.ACCURACY), papers_loss=True),
     "paper": Method(partial(ours, **_PAPER), LAYER_COUNTS, every_budget=True),
     "paper-no-nas": Method(partial(ours, heads="default", **_PAPER), LAYER_COUNTS, every_budget=True),
     "equal": Method(partial(ours, thresholds="equal", measure="flops"), LAYER_COUNTS, every_budget=True),
