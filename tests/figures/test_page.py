@@ -138,6 +138,16 @@ def test_every_row_of_every_network_is_on_the_page_with_the_papers_figures_besid
     assert "Left out: DLRM" in text and "no / data" in text
 
 
+@pytest.mark.parametrize("searched", [False, True])
+def test_rows_without_search_stand_beside_the_papers_figures_only_where_there_are_no_others(searched: bool) -> None:
+    methods = ["no-replay", "no-replay-papers-loss", *(["certified"] if searched else [])]
+    rows: list[dict[str, Any]] = [{**ROW, "method": method, "paper": PUBLISHED["ResNet-50"].to_json()}
+                                  for method in methods]
+    told = [line for line in page({"paper": {"run": RUN, "rows": rows}}).splitlines()
+            if line.startswith("| ResNet-50, CIFAR-100") and "answers that differ" in line]
+    assert [("heads not searched" in line) for line in told] == ([False] if searched else [True, True])
+
+
 def test_a_row_whose_certificate_did_not_hold_says_so() -> None:
     kept = {**ROW, "method": "certified", "certificate": "At most 2%."}
     broken = {**kept, "method": "certified-papers-loss", "risk": "accuracy", "tolerance": 0.01}
