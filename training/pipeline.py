@@ -159,9 +159,11 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
     traffic = load_traffic(shards, options.fresh_after, options.split)
     for reason, count in traffic.skipped.items():
         log(f"{count} requests are skipped: {reason}")
-    for folder in traffic.ended:
-        log(f"none of the requests that certify is in {folder}: its newest records are older. If its host still "
-            "serves, the certificate is not about its requests: copy its records anew")
+    if traffic.ended:
+        more = f" and {len(traffic.ended) - _NAMED} more" if len(traffic.ended) > _NAMED else ""
+        log(f"none of the requests that certify is of the hosts {', '.join(traffic.ended[:_NAMED])}{more}: their "
+            "records are all older. If such a host still serves, the certificate is not about its requests: copy its "
+            "records anew")
     if traffic.split.is_trend:
         log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
             "assumes that it continues as in the records that certify")
@@ -186,6 +188,10 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
                               most_skipped=options.most_skipped)
 
 
+_NAMED = 5
+"""The largest number of hosts that a line of the log names."""
+
+
 def _no_evidence(traffic: RecordedTraffic) -> str:
     """Return the end of a message about the records that belong only to the train part."""
     why = ((traffic.n_anonymous, "their requests are not known; the log of the workers says why"),
@@ -199,12 +205,12 @@ def _no_evidence(traffic: RecordedTraffic) -> str:
 
 def _require_written(traffic: RecordedTraffic, options: TrainingOptions) -> None:
     """Check that few records were dropped beside those that certify: those that were may be of a kind of their own."""
-    n = traffic.size(Part.CERTIFY)
-    if traffic.n_dropped > options.most_skipped * (n + traffic.n_dropped):
+    if traffic.dropped > options.most_skipped:
         raise RecordError(
-            f"{traffic.n_dropped} records were dropped beside the {n} that certify, because {NOT_WRITTEN}, so the "
-            "certificate would not be about the busiest times: let workers record to a faster disk with enough space, "
-            "or set a lower sampling_rate, and record anew. The log of the workers has the reason")
+            f"{traffic.dropped:.1%} of the records of the time of those that certify were dropped, because "
+            f"{NOT_WRITTEN}, so the certificate would not be about the busiest times: let workers record to a faster "
+            "disk with enough space, or set a lower sampling_rate, and record anew. The log of the workers has the "
+            "reason")
 
 
 def _alike(shards: list[Path], log: Callable[[str], None]) -> list[Path]:

@@ -62,7 +62,8 @@ class ModelStatus:
 
         The times of alarms cannot tell which of them came first, because hosts' clocks differ.
         """
-        return tuple(sorted(f"{state.origin} level {alarm.step}" for state in self.monitors for alarm in state.alarms))
+        return tuple(sorted(f"{state.origin or alarm.time} level {alarm.step}"  # earlier versions wrote no origin
+                            for state in self.monitors for alarm in state.alarms))
 
     @property
     def first_alarm(self) -> float | None:

@@ -29,9 +29,6 @@ from early_exit.handler.detection.detections import detections
 from early_exit.handler.errors import ArchiveError
 from early_exit.handler.python_modules import own_classes
 
-_KEPT_FROM_THE_FIRST_IMAGE = frozenset({"scales", "map_levels"})
-"""Attributes of a `MultiScaleRoIAlign` that torchvision computes from the first image. They are no settings."""
-
 
 def sizes_in(transform: Any, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (height, width) of an image as the detector scales it, and the same with the detector's padding."""
@@ -95,9 +92,9 @@ class Tail(nn.Module):
 
     def identity(self) -> str:
         """Return a hash of everything that determines the detections."""
-        settings = [(name, _settings({key: value for key, value in vars(module).items()
-                                      if key not in _KEPT_FROM_THE_FIRST_IMAGE}))
-                    for part in (self.fpn, self.rpn, self.roi_heads) for name, module in part.named_modules()]
+        settings = [(name, key, value) for part in (self.fpn, self.rpn, self.roi_heads)
+                    for name, module in part.named_modules() for key, value in sorted(vars(module).items())
+                    if _is_setting(value)]
         what = (self.strategy.value, self.pedestrian, self.size, self.resized, self, settings)
         digest = hashlib.sha256(repr(what).encode())
         for name, value in sorted(self.state_dict().items()):
@@ -106,20 +103,10 @@ class Tail(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def _settings(value: object) -> object:
-    """Return the numbers of an attribute, also those in collections and in objects that are no modules, such as the
-    sizes of anchors and the weights of boxes; None if there are none."""
-    if isinstance(value, (int, float)):
-        return value
-    if isinstance(value, (list, tuple)):
-        numbers = [*map(_settings, value)]
-        return numbers if any(number is not None for number in numbers) else None
-    if isinstance(value, dict):
-        return {str(key): found for key, one in sorted(value.items(), key=lambda item: str(item[0]))
-                if (found := _settings(one)) is not None} or None
-    if type(value).__module__.startswith("torchvision.") and not isinstance(value, nn.Module):
-        return _settings(vars(value))
-    return None
+def _is_setting(value: object) -> bool:
+    """Tell whether an attribute is a number or a dict of numbers, such as one for training and one for inference."""
+    return isinstance(value, (int, float)) or (
+        isinstance(value, dict) and bool(value) and all(isinstance(number, (int, float)) for number in value.values()))
 
 
 def register(tail: Tail) -> str:

@@ -31,8 +31,10 @@ PIECES = "int8"
 _STEPS = 255
 _LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
 _SAME_NUMBERS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default, torch.ops.aten.view.default,
-                 torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim)
-"""Operations that return the numbers that they get."""
+                 torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim,
+                 torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.contiguous.default)
+"""Operations that return all the numbers that they get, if they return integers of `_INTEGERS`."""
+_INTEGERS = (torch.int32, torch.int64)
 Model = Any
 """An `openvino.Model`; the package is optional and has no complete types."""
 
@@ -261,9 +263,9 @@ def _table_sizes(stage: fx.GraphModule) -> dict[int, int]:
     for node in stage.graph.nodes:
         if node.target in _LOOKUPS:
             table, rows = node.all_input_nodes[:2]
-            while rows not in inputs and rows.target in _SAME_NUMBERS:
+            while rows.target in _SAME_NUMBERS and rows.meta["val"].dtype in _INTEGERS:
                 rows = rows.all_input_nodes[0]
-            if rows in inputs:
+            if rows in inputs and rows.meta["val"].dtype in _INTEGERS:
                 number, n_rows = inputs.index(rows), int(table.meta["val"].shape[0])
                 sizes[number] = min(n_rows, sizes.get(number, n_rows))
     return sizes

@@ -8,7 +8,9 @@ at most T over the requests. The test bets against both statements (see `betting
 - Requests. Each bet is on the mean loss of a round. A round consists of whole blocks, which together have at least
   20 / T runs of samples. One scene, however long, is in one round. Samples with one content that follow each other
   directly are one run. The mean loss of a round is that of its samples or that of its runs, whichever is less, so a
-  client that repeats a request raises no alarm by itself.
+  client that repeats a request raises no alarm by itself. A round of n samples with the mean loss m gains n (m - T),
+  divided by the size that 95 % of the latest rounds did not exceed (or by n, if n is larger): each request counts the
+  same, and not each round.
 
 The bets on contents count each content once. Nine tenths of the capital are bet on contents, which show a change
 sooner. One tenth is bet on requests, because only these bets show that a popular file is answered wrongly.
@@ -37,6 +39,7 @@ ON_CONTENTS, ON_REQUESTS = 0.9, 0.1
 """The shares of the capital that are bet on contents and on requests."""
 _STAKE_EVERY, _STAKE_EVERY_OF_REQUESTS = 100, 10
 """The number of rounds after which more of the capital is put down."""
+_LATEST_ROUNDS = 100
 _SETTLED_S = 2.0
 """Samples that are newer than this may still be overtaken by older ones of another worker: each worker shares its
 samples every second."""
@@ -92,6 +95,8 @@ class Evidence:
     """The samples in the blocks of the open round of the bets on requests."""
     sizes: tuple[int, ...] = ()
     """The number of blocks by size: with 1 content, with 2, with 3 or 4, with 5 to 8, and so on."""
+    rounds: tuple[int, ...] = ()
+    """The numbers of samples in the latest rounds of the bets on requests, without the first of all."""
     blocks: Blocks = field(default_factory=Blocks)
 
     def after(self, sample: Sample, monitored: Monitored) -> Evidence:
@@ -147,10 +152,16 @@ class Evidence:
         count = self.round + block.count
         if count.n_runs < monitored.samples_per_round:
             return replace(self, round=count)
-        requests, all_wrong = (before.after(loss - monitored.tolerance, monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
-                               for before, loss in ((self.requests, count.mean_loss()), (self.requests_all_wrong, 1.0)))
+        # The size depends only on the earlier rounds, because a bet must be fixed before its round.
+        usual = sorted(self.rounds)[math.ceil(COUNTS_FULLY * len(self.rounds)) - 1] if self.rounds else 0
+        weight = count.n / max(count.n, usual)
+        requests, all_wrong = (
+            before.after(weight * (loss - monitored.tolerance), monitored.tolerance, _STAKE_EVERY_OF_REQUESTS)
+            for before, loss in ((self.requests, count.mean_loss()), (self.requests_all_wrong, 1.0)))
         shows = self.shows_wrong_answers(monitored.delta)
-        return replace(self, requests=requests, round=Count(),
+        # The first round may be longer than others, because all contents are new when its first block begins.
+        rounds = (*self.rounds, count.n)[-_LATEST_ROUNDS:] if self.requests.rounds else ()
+        return replace(self, requests=requests, round=Count(), rounds=rounds,
                        requests_all_wrong=self.requests_all_wrong if shows else all_wrong)
 
     def _largest(self) -> int:
@@ -178,7 +189,8 @@ class Evidence:
         in_round = Count(**data["round"]) if "round" in data else Count(
             data["round_n"], data["round_n"], data["round_lost"], data["round_lost"])
         return cls(int(data["n"]), float(data["lost"]), contents, requests, contents_all_wrong,
-                   requests_all_wrong, in_round, tuple(data["sizes"]), Blocks.from_json(data["blocks"]))
+                   requests_all_wrong, in_round, tuple(data["sizes"]), tuple(data.get("rounds", ())),
+                   Blocks.from_json(data["blocks"]))
 
 
 @dataclass(frozen=True)

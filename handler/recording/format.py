@@ -147,9 +147,13 @@ class ShardHeader:
     n_not_finite: int = 0
     """The number of requests that the worker did not record between its previous shard and this one, because their
     scores were not finite and predicted no class."""
+    host: str = ""
+    """The name of the host of the worker; empty if it is not known."""
     n_dropped: int = 0
-    """The number of records that the worker dropped between its previous shard and this one, because it could not write
-    or make them."""
+    """The number of records that the worker dropped since it sealed its previous shard, because it could not write or
+    make them."""
+    dropped: tuple[float, float] = (0.0, 0.0)
+    """Unix times of the first and of the last of the dropped records."""
 
     def __post_init__(self) -> None:
         for what in ("model", "version", "backbone"):
@@ -212,7 +216,8 @@ def read_header(path: Path) -> ShardHeader:
     """
     with _opened(path) as shard:
         header = json.loads(shard.metadata()["header"])
-        return ShardHeader(**{**header, "layers": tuple(header["layers"])})
+        return ShardHeader(**{**header, "layers": tuple(header["layers"]),
+                              "dropped": tuple(header.get("dropped", (0.0, 0.0)))})
 
 
 def read_shard(path: Path, layers: Sequence[str], *, kept: bool = False) -> Records:

@@ -6,11 +6,12 @@ import errno
 import logging
 import math
 import os
+import platform
 import queue
 import threading
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from early_exit.handler.config import ServingConfig
@@ -24,6 +25,20 @@ _SHARDS_IN_MEMORY = 4
 _RETRY_S = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TELL_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """Records that were dropped: their number, and the Unix times of the first and of the last of them."""
+
+    n: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    def __add__(self, later: _Gap) -> _Gap:
+        if not self.n or not later.n:
+            return self if self.n else later
+        return _Gap(self.n + later.n, min(self.first, later.first), max(self.last, later.last))
 
 
 class RecordWriter:
@@ -48,14 +63,14 @@ class RecordWriter:
         self._failing_since: float | None = None
         self._lost = 0
         """The number of records dropped since writing began to fail."""
-        self._untold = 0
-        """The number of dropped records that no shard tells of yet."""
+        self._untold = _Gap()
+        """The dropped records that no sealed shard tells of yet."""
         self._told = -math.inf
         self._retry_at = math.inf
-        self._sealed: deque[Records] = deque()
-        """Shards that wait to be written, oldest first."""
+        self._sealed: deque[tuple[Records, _Gap]] = deque()
+        """Shards that wait to be written, oldest first, each with the records that were dropped before it."""
         self._began_ns, self._n_shards = time.time_ns(), 0
-        self._header = replace(header, worker=f"{os.getpid()}-{self._began_ns}")
+        self._header = replace(header, worker=f"{os.getpid()}-{self._began_ns}", host=platform.node())
         self._thread = threading.Thread(target=self._run, name="early-exit-records", daemon=True)
         self._thread.start()
 
@@ -121,7 +136,9 @@ class RecordWriter:
     def _seal(self, parts: list[Records]) -> None:
         if n_records := sum(map(len, parts)):
             try:
-                self._sealed.append(self._usable(Records.concatenate(parts)))
+                with self._lock:
+                    gap, self._untold = self._untold, _Gap()
+                self._sealed.append((self._usable(Records.concatenate(parts)), gap))
             except Exception as error:  # no error may stop this thread
                 self._tell(error, n_records)
                 self._done(n_records, written=False)
@@ -146,15 +163,17 @@ class RecordWriter:
         """Write the waiting shards, oldest first, until the disk is full."""
         self._retry_at = math.inf
         while self._sealed:
-            records = self._sealed[0]
+            records, gap = self._sealed[0]
             if not len(records):
+                with self._lock:
+                    self._untold = gap + self._untold
                 self._sealed.popleft()
                 continue
             name = shard_name(self._header.version, os.getpid(), self._began_ns, self._n_shards)
             try:
-                n_skipped, n_dropped = self._not_finite, self._untold
+                n_skipped = self._not_finite
                 header = replace(self._header, content_key=self.contents.name, n_not_finite=n_skipped,
-                                 n_dropped=n_dropped)
+                                 n_dropped=gap.n, dropped=(gap.first, gap.last))
                 write_shard(header.folder(self._root) / name, header, records)
             except Exception as error:  # no error may stop this thread
                 if isinstance(error, OSError) and error.errno in _FULL:
@@ -163,12 +182,12 @@ class RecordWriter:
                     break
                 self._tell(error, len(records))
                 self._done(len(records), written=False)
+                with self._lock:
+                    self._untold = gap + self._untold
             else:
                 self._n_shards += 1
                 self._not_finite -= n_skipped
                 self._done(len(records), written=True)
-                with self._lock:
-                    self._untold -= n_dropped
                 self._tell_if_mended()
             self._sealed.popleft()
         self._enforce_limits()
@@ -185,10 +204,10 @@ class RecordWriter:
         """Count dropped records; the caller holds the lock."""
         self._dropped += n_records
         self._lost += n_records
-        self._untold += n_records
+        self._untold += _Gap(n_records, time.time(), time.time())
 
     def _give_up(self) -> None:
-        self._done(sum(map(len, self._sealed)), written=False)
+        self._done(sum(len(records) for records, _ in self._sealed), written=False)
         self._sealed.clear()
 
     def _tell(self, error: Exception, n_lost: int = 0) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import torch
 
+from early_exit import handler
 from early_exit.handler.allocator import ALLOCATOR
 from tests.support.cifar import DataMissing
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).resolve().parents[2]
 _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16",
                  "amx_int8", "asimd", "asimddp", "sve", "bf16", "i8mm")
 """The instruction sets of a processor on which the time of a model depends."""
@@ -88,7 +89,8 @@ def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def commit_of_code() -> str | None:
-    """Return the commit of the code, with a plus if there are other files or changes. Results and pages are no code."""
+    """Return the commit of the code, with a plus if there are other files or changes, or if code of another folder is
+    imported. Results and pages are no code."""
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
 
@@ -97,7 +99,8 @@ def commit_of_code() -> str | None:
         changed = git("status", "--porcelain", "--", ".", ":!docs", ":!*.md").stdout
     except OSError:  # git is not installed
         return None
-    return None if found.returncode else found.stdout.strip()[:12] + ("+" if changed else "")
+    is_other = Path(handler.__path__[0]).resolve().parent != _ROOT
+    return None if found.returncode else found.stdout.strip()[:12] + ("+" if changed or is_other else "")
 
 
 def _of_processor(*keys: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.benchmarks import report
 from tests.benchmarks.page.page import PAGE, PICTURE, SECTIONS, page, picture, read_results
 from tests.benchmarks.page.quotes import QUOTES, misquoted
 from tests.benchmarks.page.river import river
@@ -177,6 +179,18 @@ def test_a_result_of_code_that_is_in_no_commit_is_refused(commit: str | None, tm
     (tmp_path / "loop.json").write_text(json.dumps({"run": {**RUN, "commit": commit}}))
     with pytest.raises(ValueError, match=r"loop\.json was measured with code that is in no commit"):
         read_results(tmp_path)
+
+
+def test_a_run_of_code_from_another_folder_than_its_commit_is_in_no_commit(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m",
+                                     "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(report, "_ROOT", tmp_path)
+    found = report.commit_of_code()
+    assert found is not None and found.endswith("+")
+    monkeypatch.setattr(report.handler, "__path__", [str(tmp_path / "handler")])
+    assert report.commit_of_code() == found.removesuffix("+")
 
 
 def test_a_file_of_no_benchmark_or_without_its_run_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from early_exit.handler.backbone.detector_tails import TAILS
 from early_exit.handler.backbone.image_class import CERTAIN, Strategy, class_scores
 from early_exit.handler.call import Call
 from early_exit.handler.detection.detections import with_nulls
-from early_exit.handler.detection.detector import Tail, images_of
+from early_exit.handler.detection.detector import images_of
 from early_exit.handler.detection.loading import load_backbone
 from early_exit.handler.errors import ArchiveError, ConfigError, GraphError
 from early_exit.handler.inference.in_flight import InFlightCalls
@@ -248,21 +248,6 @@ def test_a_detector_that_scales_all_images_to_one_size_does_so_here() -> None:
     for found, expected in zip(build_model(backbone)(batch), detector([*batch])):
         assert len(expected["boxes"])
         require_same(found, expected)
-
-
-@pytest.mark.parametrize("change", [
-    lambda detector: setattr(detector.rpn.anchor_generator, "sizes", ((8,), (16,), (32,), (64,), (128,))),
-    lambda detector: setattr(detector.roi_heads.box_coder, "weights", (1.0, 1.0, 1.0, 1.0)),
-    lambda detector: setattr(detector.roi_heads, "score_thresh", 0.3)], ids=["anchors", "boxes", "threshold"])
-def test_a_setting_of_a_detector_is_a_part_of_its_identity(change: Callable[[SmallDetector], None]) -> None:
-    def identity() -> str:
-        return Tail(detector, SHAPE, Strategy.OBJECT, 1).identity()
-
-    detector = sure_detector()
-    before = identity()
-    assert identity() == before
-    change(detector)
-    assert identity() != before
 
 
 class Rating:

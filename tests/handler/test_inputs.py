@@ -135,6 +135,25 @@ def test_a_token_that_no_table_has_is_an_error_with_every_engine(token: int, nam
         served(tokens, mask)
 
 
+class Flags(nn.Module):
+    """A model that looks up only whether a number is zero, in a table with two rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.out = nn.Embedding(2, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(self.table(x.bool().long()).mean(dim=1))))
+
+
+@torch.no_grad()
+def test_openvino_takes_numbers_that_are_converted_to_ids_of_the_table() -> None:
+    torch.manual_seed(0)
+    model, x = Flags().eval(), torch.arange(20).reshape(4, 5) - 3
+    served = build_model(Backbone.from_inputs(model, [InputSpec("x", (5,), "int64", 2)]), engine="openvino")
+    torch.testing.assert_close(served(x), model(x), atol=1e-4, rtol=1e-4)
+
+
 def test_a_batch_that_is_counted_with_len_is_refused_with_what_to_write_instead() -> None:
     with pytest.raises(GraphError, match=r"x\.shape\[0\] instead of len\(x\)"):
         Backbone.from_module(Counting(), (4,))

@@ -9,8 +9,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from early_exit.handler.monitor.blocks import Blocks, Count, Sample
+from early_exit.handler.betting import rejects
+from early_exit.handler.monitor.blocks import Block, Blocks, Count, Sample
 from early_exit.handler.monitor.monitored import Monitored
+from early_exit.handler.monitor.sequential_test import Evidence
 from tests.handler.test_monitored_blocks import ALONE, TOLERANCE, after, alarms, alike_of, ended, samples, scenes
 
 SIZE = 60
@@ -103,6 +105,20 @@ def test_known_files_that_are_each_asked_for_several_times_in_a_row_are_watched_
 def test_requests_in_runs_raise_few_alarms_at_the_tolerance() -> None:
     raised = [alarms(in_runs(3000, [1.0, *[0.0] * 49], 12, seed), ALONE) for seed in range(20)]
     assert sum(found is not None for found in raised) <= 3, "P(Binomial(20, .05) > 3) is 1.6 %"
+
+
+def test_long_bursts_of_a_file_that_is_answered_rightly_make_no_alarm_of_the_others() -> None:
+    """Each file is asked for three times in a row, and 4 % of these runs are wrong. Now and then, a right one is asked
+    for 10,000 times, so that 2 % of all samples are wrong."""
+    for seed in range(10):
+        draw, evidence = random.Random(seed), Evidence()
+        for _ in range(100):
+            is_wrong = [draw.random() < 0.04 for _ in range(1000)]
+            sizes = [3 if wrong or draw.random() > 0.00031 else 10_000 for wrong in is_wrong]
+            lost = sum(size for size, wrong in zip(sizes, is_wrong) if wrong)
+            block = Block(Count(sum(sizes), len(sizes), float(sum(is_wrong)), float(lost)))
+            evidence = evidence._bet_on_requests(block, ALONE)
+            assert not rejects(evidence.wealth(), ALONE.delta)
 
 
 def test_scenes_with_files_between_their_frames_raise_few_alarms_at_the_tolerance() -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
-from early_exit.handler.recording.format import ANONYMOUS, COLUMNS, RecordColumns, Records, read_header, read_shard
+from early_exit.handler.recording.format import (
+    ANONYMOUS,
+    COLUMNS,
+    RecordColumns,
+    Records,
+    ShardHeader,
+    read_header,
+    read_shard,
+)
 from early_exit.handler.recording.kept_request import KeptRequest
 from early_exit.training.data.sampling import SPREAD, at_one_rate, common_end
 from early_exit.training.data.shards import times_of
@@ -23,7 +31,7 @@ NOT_FINITE = "the model's scores were not finite and predicted no class"
 MAY_REPEAT = ("their requests or contents are not known, so they may repeat those by which exits are chosen and "
               "certified")
 DRAWN_MORE_OFTEN = "at their time, another worker recorded a smaller share of its requests"
-NEWER_THAN_OTHERS = "they are newer than the newest records of another folder, whose host may have served since"
+NEWER_THAN_OTHERS = "they are newer than the newest records of another host, which may have served since"
 NOT_WRITTEN = "the workers could not write them in time, or could not make records of them"
 """The reasons for which a request is not among the records."""
 
@@ -45,10 +53,10 @@ class RecordedTraffic(RecordColumns):
     """The parts of the records."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """The number of requests of these shards that are not among the records, by reason."""
-    ended: tuple[Path, ...] = ()
-    """The folders that have no records as new as those of the certify part."""
-    n_dropped: int = 0
-    """The number of records that workers dropped, and no shard has, in the shards with records of the certify part."""
+    ended: tuple[str, ...] = ()
+    """The hosts whose records are all older than those of the certify part."""
+    dropped: float = 0.0
+    """The share of records that workers dropped, among all records of the time of the certify part."""
 
     @property
     def part(self) -> Tensor:
@@ -147,19 +155,20 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     records, times = Records.concatenate(parts), times_of(shards)
     records = replace(records, time=torch.cat([times[shard] for shard in shards]))
     worker = _numbers([header.worker for header in headers], parts)
-    folder = _numbers([shard.parent for shard in shards], parts)
+    hosts = [header.host or str(shard.parent) for header, shard in zip(headers, shards)]  # old shards name no host
+    host = _numbers(hosts, parts)
     usable = records.predict()
     rows = _first_of_each(records.request, records.row)
     rows = rows[usable[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, skipped={}, ended=(),
-                              n_dropped=0, split=Split.of_nothing(len(rows)), **columns)
+                              dropped=0.0, split=Split.of_nothing(len(rows)), **columns)
     is_drawn = at_one_rate(traffic.time, worker[rows], traffic.sampling_rate, traffic.request)
     is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
-    end, ended = common_end(traffic.time, worker[rows], folder[rows], traffic.is_evidence & is_drawn & is_fresh,
-                            Part.CERTIFY.share)
-    is_newer = traffic.time > end
+    proves = traffic.is_evidence & is_drawn & is_fresh
+    is_newer = traffic.time > common_end(traffic.time[proves], host[rows][proves], traffic.request[proves],
+                                         Part.CERTIFY.share)
     traffic = replace(traffic, split=_split(traffic, worker[rows], is_fresh, rule, is_drawn & ~is_newer))
     is_left_out = traffic.part == GAP
     skipped = {NOT_FINITE: int((~usable).sum()) + sum(header.n_not_finite for header in headers),
@@ -167,13 +176,42 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
                MAY_REPEAT: int((~traffic.is_evidence & is_left_out).sum()),
                NEWER_THAN_OTHERS: int((traffic.is_evidence & is_newer & is_left_out).sum()),
                DRAWN_MORE_OFTEN: int((traffic.is_evidence & ~is_newer & ~is_drawn & is_left_out).sum())}
-    certifying = torch.unique(_numbers(shards, parts)[rows][traffic.part == Part.CERTIFY.number])
-    folders = [*dict.fromkeys(shard.parent for shard in shards)]
-    traffic = replace(traffic, skipped={reason: count for reason, count in skipped.items() if count},
-                      ended=tuple(folders[number] for number in ended),
-                      n_dropped=sum(headers[number].n_dropped for number in certifying.tolist()))
+    certify = traffic.time[traffic.part == Part.CERTIFY.number]
+    traffic = replace(
+        traffic, skipped={reason: count for reason, count in skipped.items() if count},
+        ended=_ended([*dict.fromkeys(hosts)], host[rows][proves], traffic.time[proves], certify),
+        dropped=_dropped(headers, records.time, certify))
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
+
+
+def _ended(names: Sequence[str], host: Tensor, time: Tensor, certify: Tensor) -> tuple[str, ...]:
+    """Return the names of the hosts whose evidence is all older than the records that certify.
+
+    Args:
+        names: the names of all hosts, by number.
+        host: (N,) int64 number of the host of each record that can be evidence.
+        time: (N,) float64 Unix seconds of these records.
+        certify: (M,) float64 Unix seconds of the records that certify.
+    """
+    if not len(certify):
+        return ()
+    return tuple(names[number] for number in torch.unique(host).tolist() if time[host == number].max() < certify.min())
+
+
+def _dropped(headers: Sequence[ShardHeader], time: Tensor, certify: Tensor) -> float:
+    """Return the share of records that workers dropped, among all records of the time of those that certify.
+
+    Args:
+        headers: the headers of all shards.
+        time: (N,) float64 Unix seconds of all records.
+        certify: (M,) float64 Unix seconds of the records that certify.
+    """
+    if not len(certify):
+        return 0.0
+    first, last = float(certify.min()), float(certify.max())
+    n = sum(header.n_dropped for header in headers if header.dropped[0] <= last and header.dropped[1] >= first)
+    return n / (n + int(((time >= first) & (time <= last)).sum()))
 
 
 def _numbers(names: Sequence[Hashable], parts: Sequence[Records]) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +12,9 @@ SPREAD = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed number, for Fibonacci hashing."""
 _GAPS = 10
 """The time before a worker's first record and after its last one, in mean gaps between all records of the same rate."""
+
+_SILENT_GAPS = 3
+"""How many mean gaps between its records a host may be silent before it is taken to have ended or to lag behind."""
 
 
 def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> Tensor:
@@ -51,29 +54,30 @@ def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> 
     return uniform < lowest / rate
 
 
-def common_end(time: Tensor, worker: Tensor, folder: Tensor, proves: Tensor,
-               share: float) -> tuple[float, Sequence[int]]:
-    """Return the Unix time up to which all hosts have records, and the folders of hosts that ended long before.
+def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> float:
+    """Return the Unix time up to which all hosts have records.
 
     The records of a host may end before those of others: its folder is a copy that lags behind, its newest shard is not
     sealed yet, or its clock is behind. The newest records would then be those of the other hosts, and a certificate
     from them would not be about its requests. It is not known whether a host lags behind or has served nothing since.
-    A host counts as ended if more than a share of the records is newer than its own. None of its records would be in
-    such a share, and its requests are not what a certificate on that share is about.
+    A host counts as one that has ended if more than a share of the requests is newer than its own. None of its requests
+    would be in such a share, and a certificate on that share is not about them.
+
+    A host that records rarely is silent for some time without having ended. Few of its requests can be missing then.
 
     Args:
-        time: (N,) float64 Unix seconds.
-        worker: (N,) int64 number of the worker that recorded each.
-        folder: (N,) int64 number of the folder that each record is in, one for each host. Copies of a host's folder
-            have records of the same workers and end with them.
-        proves: (N,) bool: the records that can be evidence.
-        share: the share of the records, the newest ones, that a certificate is to be about.
+        time: (N,) float64 Unix seconds of the records that can be evidence.
+        host: (N,) int64 number of the host that recorded each.
+        request: (N,) int64 hash of each record's request, all records of which count as one.
+        share: the share of the requests, the newest ones, that a certificate is to be about.
     """
-    folders = torch.unique(folder)
-    if len(folders) < 2 or not bool(proves.any()):
-        return math.inf, []
-    end_of_worker = torch.full((int(worker.max()) + 1,), -math.inf, dtype=time.dtype)
-    end_of_worker.scatter_reduce_(0, worker, time, "amax")
-    ends = {number: end_of_worker[worker[folder == number]].max() for number in folders.tolist()}
-    ended = [number for number, end in ends.items() if (time[proves] > end).double().mean() > share]
-    return min(float(end) for number, end in ends.items() if number not in ended), ended
+    _, first = np.unique(request.numpy(), return_index=True)
+    time, host = time[torch.from_numpy(first)], host[torch.from_numpy(first)]
+    ends = []
+    for number in torch.unique(host):
+        of_host = time[host == number]
+        first_one, last = of_host.min(), of_host.max()
+        silent = _SILENT_GAPS * (last - first_one) / (len(of_host) - 1) if len(of_host) > 1 else math.inf
+        if (time > last + silent).double().mean() <= share:
+            ends.append(float(last + silent))
+    return min(ends, default=math.inf)
