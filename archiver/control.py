@@ -71,7 +71,7 @@ class Prediction:
     """The response headers, by their names in lower case."""
     body: bytes
     error: str | None
-    """Why there is no answer, in the server's words; None if the status is 200."""
+    """Why there is no answer, in the server's words; None if the status is that of a success."""
 
 
 class ModelServer(Protocol):

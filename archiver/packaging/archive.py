@@ -83,6 +83,9 @@ def _write_own_folder(request: ArchiveRequest, layout: ArchiveLayout, source: So
     backbone = load_backbone(layout.folder)
     if ENGINES[serving.engine].needs_calibration:
         _keep_or_quantize(request, serving.engine, layout, source, backbone, aside, log, skipped)
+    elif request.calibrate is not None:
+        raise ArchiveError(f"--calibrate would have no effect on the engine {serving.engine}, which is not made from "
+                           "records: pass --engine openvino-int8, too")
     traffic, kept = traffic_in(layout, backbone.description), aside / "kept"
     layout.folder.rename(kept)
     shutil.copytree(early_exit.handler.__path__[0], layout.folder / "handler", ignore=_all_but_python)
@@ -128,15 +131,26 @@ def _all_but_python(folder: str, names: list[str]) -> list[str]:
 def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, configuration: Configuration) -> None:
     """Replace the configuration and the manifest in the archive's root, and note the user's other files there."""
     layout.original_manifest.write_text(json.dumps(source.manifest, indent=1, sort_keys=True))
-    config_file = None if configuration.text is None else source.configuration or CONFIG_FILE
+    config_file = None if configuration.text is None else source.configuration or _free_name(layout.root)
     if config_file is not None and configuration.text is not None:
         (layout.root / config_file).write_text(configuration.text)
     layout.manifest.parent.mkdir(exist_ok=True)
     layout.manifest.write_text(manifest_text(
-        source.manifest, name=request.model_name or source.name, version=request.version, config_file=config_file))
+        source.manifest, name=request.model_name or source.name, version=request.version, config_file=config_file,
+        replaces=source.version))
     description = HandlerDescription.load(layout.handler_description)
-    names = users_files(layout.root, source.manifest, config_file)
+    names = users_files(layout.root, source.manifest, config_file,
+                        with_weights=source.is_ours and description.loading is not Loading.GIVEN)
     replace(description, files=digests_of(layout.root, names)).save(layout.handler_description)
+
+
+def _free_name(folder: Path) -> str:
+    """Return a name for the archive's configuration that no file of the user has: one that the manifest does not name
+    is read by the user's handler."""
+    name = CONFIG_FILE
+    while (folder / name).exists():
+        name = f"early-exit-{name}"
+    return name
 
 
 def _file_name(layout: ArchiveLayout) -> str:
@@ -167,8 +181,11 @@ def _checked(layout: ArchiveLayout, draft: Path, source: Source, aside: Path,
     description = HandlerDescription.load(layout.handler_description)
     ways = list(Loading)[list(Loading).index(description.loading):] if source.has_model else [Loading.GIVEN]
     weights = layout.root / source.weights if source.weights else None
+    # Weights that stay are a file of the user like any other: the handler may read more than the weights there.
+    digests = digests_of(layout.root, [source.weights]) if source.weights else {}
     for way in ways:
-        replace(description, loading=way).save(layout.handler_description)
+        files = {**(description.files or {}), **({} if way is Loading.GIVEN else digests)}
+        replace(description, loading=way, files=files).save(layout.handler_description)
         # The user's own weights are left out if they are not needed: the exported backbone has them already.
         zip_folder(layout.root, draft, without=weights if way is Loading.GIVEN else None)
         try:

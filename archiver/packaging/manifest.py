@@ -12,17 +12,19 @@ _CREATED = "01/01/1980 00:00:00"
 """The time of creation in every archive. The real time would give the same contents other bytes."""
 
 
-def manifest_text(original: dict[str, Any], *, name: str, version: str | None, config_file: str | None) -> str:
+def manifest_text(original: dict[str, Any], *, name: str, version: str | None, config_file: str | None,
+                  replaces: str | None) -> str:
     """Return the text of an early-exit archive's manifest.
 
     Args:
         original: the manifest that the user's handler expects.
         name: the name of the model.
-        version: the version of the model; by default one above the original's.
+        version: the version of the model; by default one above the one that it replaces.
         config_file: the name of the archive's model-config.yaml, if it has one.
+        replaces: the version of the source.
 
     Raises:
-        ArchiveError: no version is given, and the original's is not a number.
+        ArchiveError: no version is given, and the source's is not a number.
     """
     from model_archiver.manifest_components.manifest import Manifest
     from model_archiver.manifest_components.model import Model
@@ -30,7 +32,7 @@ def manifest_text(original: dict[str, Any], *, name: str, version: str | None, c
     model = original["model"]
     described = Model(
         model_name=name, serialized_file=None, handler=HANDLER,
-        model_version=version or _next_version(model.get("modelVersion")),
+        model_version=version or _next_version(replaces),
         requirements_file=model.get("requirementsFile"), config_file=config_file)
     manifest = Manifest("python", described).manifest_dict
     manifest["createdOn"] = _CREATED

@@ -136,7 +136,7 @@ class Api:
             response = yield ApiRequest("POST", url, "inference", body=whole.value, needs_secret=anytime,
                                         headers={"content-type": whole.content_type, **headers})
         return Prediction(response.status_code, {name.lower(): value for name, value in response.headers.items()},
-                          response.content, None if response.status_code == 200 else _message(response))
+                          response.content, None if response.is_success else _message(response))
 
     def named_requests(self, model: str, version: str) -> Conversation[float | None]:
         """Count the requests that have named a version; None if the server has no metrics."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.handler.backbone.graph import beside, find_cuts
 from early_exit.handler.errors import GraphError
+from early_exit.handler.protocol import FULL_NAME
 
 MIN_COST_LEFT = 0.05
 """A layer with less than this share of the FLOPs after it saves too little to be a candidate."""
@@ -122,9 +123,11 @@ def _candidates(components: Sequence[_Component], spent: Mapping[fx.Node, float]
         else:
             if layers and cost - layers[-1].cost < SAME_COST:
                 left_out.append(LeftOut(layers.pop().path, f"{component.path} follows at no cost"))
-            # The second call of a module is another place in the backbone, so it needs a name of its own.
+            # The second call of a module is another place in the backbone, so it needs a name of its own. So does a
+            # module with the name that clients know for the whole backbone.
             calls[component.path] += 1
-            path = component.path + (f"@{calls[component.path]}" if calls[component.path] > 1 else "")
+            is_taken = calls[component.path] > 1 or component.path == FULL_NAME
+            path = component.path + (f"@{calls[component.path]}" if is_taken else "")
             layers.append(CandidateLayer(path, component.end.name, shape, cost))
     return layers, left_out
 

@@ -105,7 +105,8 @@ class Certificate:
     """Whether requests stay alike for longer than a tenth of the records."""
 
     def in_words(self) -> str:
-        confidence, tolerance = f"With {100 * self.confidence:.6g}% confidence", f"{100 * self.tolerance:.6g}%"
+        confidence = f"With {min(100 * self.confidence, 99.9999999):.9g}% confidence"  # it is never certain
+        tolerance = f"{100 * self.tolerance:.6g}%"
         differed = f"{self.k} of {self.n} held-out records differed{self._evidence()}"
         if self.risk == Risk.DISAGREEMENT:
             of_new = " and of new contents" if self.contents else ""

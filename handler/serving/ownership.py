@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from enum import Enum
 from random import Random
@@ -12,6 +13,7 @@ from random import Random
 from early_exit.handler.call import Call, share_instances
 from early_exit.handler.inference.forward import Live
 from early_exit.handler.model.early_exit_model import EarlyExitModel
+from early_exit.handler.sample_request import content_types_in
 from early_exit.handler.serving.isolation import Served
 from early_exit.handler.user_handler.alone import copied, rows_alone
 from early_exit.handler.user_handler.context import HandlerContext
@@ -22,6 +24,7 @@ from early_exit.handler.user_handler.rows import ANOTHER_ORDER, Rows, is_equal, 
 
 logger = logging.getLogger(__name__)
 
+_MOST_KINDS = 50
 _ONE_IN = 1000
 """After this many batches of several requests, a worker checks one in this many."""
 
@@ -40,6 +43,13 @@ class Unknown(str, Enum):
     """For some batches, the handler called the model in several threads, which end in any order."""
     ENVELOPE = "envelope"
     """An envelope of TorchServe put the instances of several requests into one list."""
+
+
+def _kind_of(call: Call) -> Hashable:
+    """Return the names of the parts of a request, with the types of what the handler receives and of the content."""
+    parts = [(name, type(value).__name__) for item in call.items if isinstance(item, dict)
+             for name, value in item.items()]
+    return tuple(sorted(set(parts))), tuple(sorted(content_types_in(call.headers).items()))
 
 
 class RowOwnership:
@@ -117,7 +127,9 @@ class RowCheck:
     """Checks the first batch of several requests, the second with a probability of 1/2, and so on down to 1 in 1,000.
 
     A handler may order its batch by a property of the requests, such as their length. `ee-archive` does not notice this
-    if its two requests have the same property. Most batches in service show it, so this check soon notices it.
+    if its two requests have the same property. Most batches in service show it, so this check soon notices it. A
+    handler may also order them by their kind, and mixed batches may be rare. Batches are therefore counted by the kinds
+    of requests in them: by the names of their parts and by the types of these.
     """
 
     def __init__(self, model: EarlyExitModel, handler: UserHandler, context: HandlerContext, ownership: RowOwnership,
@@ -133,14 +145,18 @@ class RowCheck:
         """
         self._model, self._handler, self._context, self._ownership = model, handler, context, ownership
         self._random = random or Random()
-        self._n_batches = 0
+        self._n_batches: Counter[Hashable] = Counter()
+        """The number of batches by the kinds of requests in them. All kinds count as one after the first
+        `_MOST_KINDS`, because clients may make up kinds."""
 
     def draw(self, calls: Sequence[Call]) -> DrawnRequest | None:
         """Draw the request of a batch that is to be checked, or return None if the batch is not checked."""
         if len(calls) == 1 or self._ownership.rows_per_request is None or share_instances(calls):
             return None
-        self._n_batches += 1
-        if self._random.random() * min(self._n_batches, _ONE_IN) >= 1:
+        kinds: Hashable = frozenset(map(_kind_of, calls))
+        kinds = kinds if kinds in self._n_batches or len(self._n_batches) < _MOST_KINDS else None
+        self._n_batches[kinds] += 1
+        if self._random.random() * min(self._n_batches[kinds], _ONE_IN) >= 1:
             return None
         position = self._random.randrange(len(calls))
         with suppress(Exception):  # some inputs cannot be copied, such as JSON that is nested too deeply

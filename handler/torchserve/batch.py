@@ -12,6 +12,9 @@ from early_exit.handler.call import Call, Reply
 _ENVELOPES = "ts.torch_handler.request_envelope.base"
 _NEAR = 8
 """The largest number of stack frames between an envelope and the code that it calls."""
+_OF_HTTP = frozenset(("host", "content-length", "content-type", "transfer-encoding", "authorization", "user-agent",
+                      "accept", "accept-encoding", "connection"))
+"""Headers of which each request over HTTP has some: one with a body has its length or its encoding."""
 _NODE = "__"
 """The separator between the names of a workflow and of its node, in the name under which TorchServe serves the node."""
 
@@ -75,7 +78,8 @@ def _hears_status(headers: Mapping[str, Any], model: str) -> bool:
     """Tell whether a request's client can receive a status for this request alone.
 
     A client that calls over gRPC cannot: its calls have no HTTP headers. A client of a workflow cannot either: the
-    workflow treats every response of its nodes as a success, whatever the status.
+    workflow treats every response of its nodes as a success, whatever the status. TorchServe also accepts requests of
+    HTTP/1.0, and others without the header Host.
     """
     return _NODE not in model and any(
-        name.lower() == "host" and isinstance(value, str) for name, value in headers.items())
+        name.lower() in _OF_HTTP and isinstance(value, str) for name, value in headers.items())

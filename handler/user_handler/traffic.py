@@ -31,24 +31,25 @@ def digests_of(folder: Path, names: Collection[str]) -> dict[str, str]:
     return {name: _sha256(folder / name) or _sha256(folder / found) for name, found in unpacked_as.items()}
 
 
-def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file: str | None) -> list[str]:
+def users_files(folder: Path, original_manifest: Mapping[str, Any], config_file: str | None, *,
+                with_weights: bool) -> list[str]:
     """Return the names of the files in an unpacked archive that determine the model's input for a request.
 
-    These are the user's files, except for the weights, which are part of the backbone's identity, the configuration, of
-    which `traffic_identity` uses a part, and compiled Python, which no archive of `ee-archive` contains. The manifest
-    and the files of this project are left out, too.
+    These are the user's files, except for the configuration, of which `traffic_identity` uses a part, and compiled
+    Python, which no archive of `ee-archive` contains. The manifest and the files of this project are left out, too.
 
     Args:
         folder: the folder of the archive.
         original_manifest: the manifest that the user's handler expects.
         config_file: name of the archive's model-config.yaml, if it has one.
+        with_weights: whether the handler reads the file with the weights, which may hold more, such as a mean and a
+            deviation for its preprocessing. Otherwise they are only a part of the backbone's identity.
     """
     model = original_manifest["model"]
-    others = {model.get("serializedFile"), model.get("configFile"), config_file}
+    others = {MANIFEST, model.get("configFile"), config_file, None if with_weights else model.get("serializedFile")}
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths
-                  if path.parts[0] not in (FOLDER, Path(MANIFEST).parts[0]) and COMPILED not in path.parts
-                  and path.as_posix() not in others)
+                  if path.parts[0] != FOLDER and COMPILED not in path.parts and path.as_posix() not in others)
 
 
 def traffic_identity(backbone: str, original_manifest: Mapping[str, Any], description: HandlerDescription,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from early_exit.archiver.gateway.certificates import Promises
+from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.describe import in_words
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.watch.cli import _certificate
@@ -52,8 +54,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed(source: Path, to: Path, version: str = "2.0", lines: list[str] | None = None, **more: object) -> Path:
-    asked = ArchiveRequest(str(source), to, version=version, input_shape=(6,), **more)  # type: ignore[arg-type]
+    shape = None if is_ours(source) else (6,)
+    asked = ArchiveRequest(str(source), to, version=version, input_shape=shape, **more)  # type: ignore[arg-type]
     return build_untried(asked, (lines if lines is not None else []).append)
+
+
+def is_ours(mar: Path) -> bool:
+    return any(name.startswith("early_exit/") for name in zipfile.ZipFile(mar).namelist())
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,7 @@ CHANGES: dict[str, dict[str, bytes | Callable[[str], str]]] = {
     "code": {"rows_model.py": lambda text: text.replace("json.loads(item", "2 * json.loads(item")},
     "file": {"classes.txt": b"dog\ncat\n"},
     "another file": {"more.txt": b""},
+    "a file beside the manifest": {"MAR-INF/scale.txt": b"2"},
     "configuration": {"own.yaml": CONFIG.replace("2", "3").encode()},
 }
 
@@ -109,6 +117,49 @@ def test_another_preprocessing_is_other_traffic(change: str, first: Path, source
     other = packed(rewritten(source, tmp_path / "other.mar", **CHANGES[change]), tmp_path)
     assert read_archive(other).description.sha256 == read_archive(first).description.sha256
     assert traffic(other) not in ("", traffic(first))
+
+
+def checkpoint(mean: float, to: Path) -> Path:
+    """Save the weights of a model as users do who keep the mean of its preprocessing with them."""
+    torch.manual_seed(0)
+    torch.save({"state_dict": rows_model().state_dict(), "mean": mean}, to)
+    return to
+
+
+HANDLER = """
+import os, torch
+from rows_model import rows_model
+
+class Handler:
+    def initialize(self, context):
+        saved = torch.load(os.path.join(context.system_properties["model_dir"], "weights.pth"), weights_only=True)
+        self.mean, self.model = saved["mean"], rows_model().eval()
+        self.model.load_state_dict(saved["state_dict"])
+
+    def handle(self, data, context):
+        rows = torch.tensor([item["body"] for item in data])
+        with torch.no_grad():
+            return self.model(rows - self.mean).argmax(dim=1).tolist()
+"""
+
+
+def test_a_checkpoint_that_the_handler_reads_itself_is_traffic(tmp_path: Path) -> None:
+    """The mean of the preprocessing is beside the weights, which are the same."""
+    made = []
+    for mean in (0.0, 5.0):
+        folder = tmp_path / str(mean)
+        folder.mkdir()
+        user = rewritten(original_mar(folder, "rows", "rows_model.py", "rows_model.py", rows_model().state_dict(),
+                                      CONFIG), folder / "user.mar",
+                         **{MANIFEST: lambda text: text.replace('"handler": "rows_model.py"', '"handler": "own.py"'),
+                            "own.py": HANDLER.encode(),
+                            "weights.pth": checkpoint(mean, folder / "checkpoint.pth").read_bytes()})
+        (folder / "request.json").write_text("[0.1, 0.2, 0.3, -0.4, 0.5, 1.5]")
+        first = build_archive(ArchiveRequest(str(user), folder / "store", requests=[folder / "request.json"]))
+        made.append((first, build_archive(ArchiveRequest(str(first), folder / "store"))))
+    (zero, zero_again), (five, five_again) = made
+    assert read_archive(zero).description.sha256 == read_archive(five).description.sha256
+    assert traffic(zero) == traffic(zero_again) != traffic(five) == traffic(five_again)
 
 
 def recorded_traffic(layout: ArchiveLayout, records: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -228,4 +279,4 @@ def test_an_archive_of_before_has_no_traffic_and_its_plan_is_taken_as_it_is(firs
 
 
 def test_only_the_users_files_count(first: Path) -> None:
-    assert sorted(read_archive(first).handler.files or ()) == ["classes.txt", "rows_model.py"]
+    assert sorted(read_archive(first).handler.files or ()) == ["classes.txt", "rows_model.py", "weights.pth"]

@@ -242,3 +242,25 @@ def test_other_weights_have_another_identity() -> None:
     with torch.no_grad():
         model.last.bias[0] += 1e-6
     assert Backbone.from_module(model, (8,)).description.sha256 != before
+
+
+def test_a_layer_that_is_called_full_is_not_taken_for_the_full_model() -> None:
+    class Part(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.full, self.more, self.last = Part(8), Part(16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.last(self.more(self.full(x)))
+            return scores
+
+    paths = [layer.path for layer in Backbone.from_module(Named().eval(), (8,)).description.candidates]
+    assert "full@1" in paths and "full" not in paths

@@ -20,7 +20,7 @@ from early_exit.handler.model.loading import build_model
 from early_exit.handler.serving.isolation import Served, answer_calls
 from early_exit.handler.user_handler.context import HandlerContext
 from tests.support.host import MemoryHost, worker_of
-from tests.support.torchserve_context import predict, service_of
+from tests.support.torchserve_context import OVER_HTTP, predict, service_of
 
 LARGE = b"P6 100000 100000 255\n"
 """The beginning of an image file with ten billion pixels."""
@@ -149,6 +149,14 @@ def test_a_part_that_a_call_over_grpc_names_like_a_header_of_http_does_not_make_
     service = service_of(worker_of(model, Numbers(model)))
     with pytest.raises(KeyError):
         predict(service.handle, [{"body": "CUDA", "host": b""}], headers=[{"host": {"content-type": "text/plain"}}])
+
+
+def test_a_bad_request_over_http_without_the_header_host_fails_no_other(model: EarlyExitModel) -> None:
+    """TorchServe accepts HTTP/1.0, and HTTP/1.1 without this header."""
+    service = service_of(worker_of(model, Numbers(model)))
+    answers, context = predict(service.handle, [{"body": "CUDA"}, {"body": GOOD}],
+                               headers=[{"Content-Length": "4"}, OVER_HTTP])
+    assert [context.get_response_status(item)[0] for item in range(2)] == [400, 200], answers
 
 
 @pytest.mark.parametrize("hears", [(False, False), (True, False)])

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from early_exit.handler.backbone.backbone import Backbone
@@ -119,6 +120,39 @@ def test_the_first_batch_of_several_is_checked_and_then_fewer_down_to_one_in_a_t
     assert check.draw(calls) is not None
     n_drawn = sum(check.draw(calls) is not None for _ in range(5000))
     assert n_drawn < 60, "about 11 are expected"
+
+
+class Grouping(AtOnce):
+    """A handler that puts requests of raw bytes behind those of JSON, and its answers back in order."""
+
+    def handle(self, data: list[Any], context: Any) -> list[Any]:
+        order = sorted(range(len(data)), key=lambda item: isinstance(data[item]["body"], bytes))
+        rows = [data[item]["body"] for item in order]
+        found = self.classes(torch.stack([torch.frombuffer(bytearray(one), dtype=torch.float32)
+                                          if isinstance(one, bytes) else torch.tensor(one) for one in rows])).tolist()
+        return [found[order.index(item)] for item in range(len(data))]
+
+
+def test_a_handler_that_groups_its_requests_by_kind_is_found_out_by_the_first_mixed_batch(
+        model: EarlyExitModel) -> None:
+    serving, rows = worker_of(model, Grouping(model)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+    def headers(as_bytes: tuple[bool, ...], batch: int) -> list[bool]:
+        calls = [Call(f"{batch}-{item}", {"body": row.numpy().tobytes() if raw else row.tolist()})
+                 for item, (row, raw) in enumerate(zip(rows, as_bytes))]
+        return [reply is not None and EXIT_HEADER in reply.headers for reply in serving.step(calls)]
+
+    assert all(all(headers((raw,) * 4, batch)) for batch in range(200) for raw in (True, False))
+    for batch, mixed in enumerate([(True, False, False, False), (False, True, False, True)], start=200):
+        assert not any(headers(mixed, batch))
+
+
+def test_kinds_that_clients_make_up_are_checked_no_more_often_than_others(
+        model: EarlyExitModel) -> None:
+    check = worker_of(model, AtOnce(model))._answers._check  # type: ignore[union-attr]
+    calls = [[Call("a", {"body": 1}, {"body": {"content-type": f"made/up-{number}"}}), Call("b", {"body": 2})]
+             for number in range(2000)]
+    assert sum(check.draw(batch) is not None for batch in calls) < 50 + 40
 
 
 def test_where_a_batch_has_another_number_of_rows_only_that_batch_is_unknown(

@@ -148,9 +148,9 @@ def replay_records(paths: TrainingSetPaths, traffic: RecordedTraffic, layers: Se
     is_new = progress.rounds < 0
     files = {layer.path: _open(paths.activations(layer.path), most_rows, pooled_shape(layer.shape, replay.pool),
                                fresh=is_new) for layer in layers}
-    answers = _open(paths.activations("answers"), most_rows, (backbone.description.n_classes,), fresh=is_new)
-    classes = _open(paths.activations("classes"), most_rows, (), np.int64, fresh=is_new)
-    full = _open(paths.activations("full"), most_rows, (), np.int64, fresh=is_new)
+    answers = _open(paths.activations(".answers"), most_rows, (backbone.description.n_classes,), fresh=is_new)
+    classes = _open(paths.activations(".classes"), most_rows, (), np.int64, fresh=is_new)
+    full = _open(paths.activations(".full"), most_rows, (), np.int64, fresh=is_new)
     for number in range(progress.rounds + 1, replay.rounds + 1):
         skipped, row = Skipped(progress.skipped), progress.n_rows
         runs = _without(train if number else every, progress.failed)

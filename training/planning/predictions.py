@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from early_exit.handler.backbone.scores import NO_CLASS
 from early_exit.handler.exits.policy import PlannedPolicy, policy_of
 from early_exit.handler.exits.risk import Risk
 from early_exit.training.costs.cost import Costs
@@ -131,7 +132,7 @@ def predict(training_set: TrainingSet, heads: Sequence[TrainedHead], costs: Cost
         candidates = Candidates(confidence.masked_fill(unknown, 1.0), error_chance.masked_fill(unknown, 1.0),
                                 agrees & ~unknown, of_heads.masked_fill(unknown, 1.0), full == teacher, losses[:, -1],
                                 costs)
-        return PartPredictions(candidates, answers, teacher, full, known[rows])
+        return PartPredictions(candidates, answers.masked_fill(unknown, NO_CLASS), teacher, full, known[rows])
 
     tune, certify = rows_of(Part.TUNE), rows_of(Part.CERTIFY)
     tune_logits = logits_for(tune)

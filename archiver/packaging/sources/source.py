@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,11 @@ from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
 from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
 from early_exit.handler.errors import ArchiveError
+
+_OF_FACTORIES = {"weights": "--weights", "handler": "--handler", "extra_files": "--extra-files"}
+_OF_ORIGINALS = {"input_shape": "--input-shape", "inputs": "--input", "output": "--output", "strategy": "--strategy",
+                 "service_envelope": "--service-envelope"}
+"""The options for a factory or an exported program, and those for a source whose model is not exported yet."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,9 @@ class Source:
     name: str
     """The name of the model. An early-exit archive may have been made under another name than the user's archive, which
     the handler still sees in its manifest."""
+
+    version: str | None
+    """The version of the model. The handler still sees that of the user's archive in its manifest."""
 
     @property
     def weights(self) -> str | None:
@@ -58,19 +68,38 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
         if request.weights is None:
             raise ArchiveError("a factory needs --weights FILE.safetensors|.pth")
     manifest = _lay_out_handler(request, layout)
-    return Source(manifest, is_ours=False, has_model=False, name=manifest["model"]["modelName"])
+    return Source(manifest, is_ours=False, has_model=False, name=manifest["model"]["modelName"], version=None)
 
 
 def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     unpack(Path(request.source), layout.root)
     manifest = read_manifest(layout.manifest)
-    name = manifest["model"]["modelName"]
+    name, version = manifest["model"]["modelName"], manifest["model"].get("modelVersion")
     if not layout.original_manifest.exists():
-        return Source(manifest, is_ours=False, has_model=True, name=name)
+        _refuse(request, _OF_FACTORIES, "which has its own")
+        return Source(manifest, is_ours=False, has_model=True, name=name, version=version)
+    _refuse(request, {**_OF_FACTORIES, **_OF_ORIGINALS}, "which ee-archive made: its model and handler are known. Give "
+            "the option with your own archive")
     original = read_manifest(layout.original_manifest)
-    original["model"] |= {key: manifest["model"][key] for key in ("modelVersion", "configFile")
-                          if key in manifest["model"]}
-    return Source(original, is_ours=True, has_model=True, name=name)
+    if "configFile" in manifest["model"]:
+        original["model"]["configFile"] = manifest["model"]["configFile"]
+    return Source(original, is_ours=True, has_model=True, name=name, version=version)
+
+
+def _refuse(request: ArchiveRequest, options: Mapping[str, str], because: str) -> None:
+    """Refuse options that would have no effect on the given source.
+
+    Args:
+        request: the archive to build.
+        options: the fields of a request that have no effect, and the options that set them.
+        because: what is said of the source.
+
+    Raises:
+        ArchiveError: such an option is given.
+    """
+    given = [option for name, option in options.items() if getattr(request, name)]
+    if given:
+        raise ArchiveError(f"{' and '.join(given)} would have no effect on {Path(request.source).name}, {because}")
 
 
 def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
@@ -80,6 +109,10 @@ def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str
                            "does pre- and post-processing, and --model-name")
     handler_file, colon, function = request.handler.partition(":")
     handler = [Path(handler_file)] if handler_file.endswith(".py") else []
+    names = Counter(file.name for file in (*request.extra_files, *handler))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ArchiveError(f"expected files with different names, found {twice[0]} more than once: all of them would "
+                           "be in one folder, so rename one")
     for file in (*request.extra_files, *handler):
         if not file.is_file():
             raise ArchiveError(f"no such file: {file}")
