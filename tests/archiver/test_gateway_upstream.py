@@ -32,12 +32,13 @@ ee_answers_total{ModelName="digits",ModelVersion="3.0",Exit="full",} %d
 
 
 @contextmanager
-def stand_in(said: Mapping[str, str], headers: Mapping[str, str] | None = None) -> Iterator[Upstream]:
+def stand_in(said: Mapping[str, str], headers: Mapping[str, str] | None = None,
+             status: int = 200) -> Iterator[Upstream]:
     """Yield a stand-in for TorchServe: it answers a path and query in `said` with its text, and any other with 404."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = said.get(self.path)
-            self.send_response(200 if body is not None else 404)
+            self.send_response(status if body is not None else 404)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
@@ -108,6 +109,15 @@ def test_numbers_that_json_has_no_word_for_arrive_as_null() -> None:
     for told in (asked.json(), sent):
         assert (told["status"], told["answer"]) == (200, {"a": [None, 1.5, None, None]})
         assert told["confidence"] is None and told["opinions"][0]["confidence"] is None
+
+
+@pytest.mark.parametrize(("status", "is_answer"), [(200, True), (201, True), (202, True), (400, False), (503, False)])
+def test_an_answer_with_any_status_of_a_success_is_an_answer(status: int, is_answer: bool) -> None:
+    with stand_in({"/predictions/digits": '{"class": 3}'}, {"X-Early-Exit": "layer1.0"}, status) as upstream, \
+            serving(create_app(upstream, token=TOKEN), Limits()) as address:
+        told = requests.post(f"http://{address}/ask/digits", headers=ALLOWED, data=b"a", timeout=30).json()
+    assert told["status"] == status and ("error" not in told) == is_answer
+    assert not is_answer or (told["answer"], told["exit"]) == ({"class": 3}, "layer1.0")
 
 
 def test_an_item_that_fails_in_the_gateway_is_a_500_and_the_next_is_answered() -> None:

@@ -131,6 +131,13 @@ def test_a_certificate_says_what_it_assumes(risk: Risk, assumption: str, backbon
     assert assumption in replace(certificate, risk=risk).in_words()
 
 
+@pytest.mark.parametrize(("confidence", "words"), [
+    (0.95, "With 95% "), (0.975, "With 97.5% "), (0.9999999, "With 99.99999% "), (1 - 1e-12, "With 99.9999999% ")])
+def test_no_certificate_says_that_it_is_certain(confidence: float, words: str) -> None:
+    certificate = Certificate(Risk.DISAGREEMENT, 0.02, confidence, 1500, 0, 0.0, 0.0, "fixed-sequence", (1.0, 2.0))
+    assert certificate.in_words().startswith(words)
+
+
 def test_a_plan_with_a_risk_that_is_not_known_is_refused(backbone: Backbone) -> None:
     data = json.loads(json.dumps(plan_for(backbone)[0].to_json()))
     data["certificate"]["risk"] = "hope"

@@ -11,6 +11,7 @@ import torch
 
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
+from early_exit.handler.backbone.scores import NO_CLASS
 from early_exit.handler.errors import RecordError
 from early_exit.handler.recording.content import UNKNOWN_CONTENT
 from early_exit.handler.recording.format import read_header, read_shard, read_times, write_shard
@@ -123,6 +124,7 @@ def test_a_few_rows_that_float16_cannot_hold_cost_themselves_and_not_the_layer(
     judged = predictions.certify.candidates
     assert bool((judged.confidence[unknown] == 1).all()) and bool((judged.losses[unknown] == 1).all())
     assert not bool(judged.agrees[unknown].any())
+    assert bool((predictions.certify.answers[unknown] == NO_CLASS).all()), "the report does not count them as right"
 
 
 def test_a_layer_that_float16_cannot_hold_is_left_out_with_a_word(

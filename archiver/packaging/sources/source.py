@@ -78,8 +78,8 @@ def _from_mar(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     if not layout.original_manifest.exists():
         _refuse(request, _OF_FACTORIES, "which has its own")
         return Source(manifest, is_ours=False, has_model=True, name=name, version=version)
-    _refuse(request, {**_OF_FACTORIES, **_OF_ORIGINALS}, "which ee-archive made: its model and handler are known. Give "
-            "the option with your own archive")
+    _refuse(request, {**_OF_FACTORIES, **_OF_ORIGINALS}, "which ee-archive made, so that its model and its "
+            "handler are known")
     original = read_manifest(layout.original_manifest)
     if "configFile" in manifest["model"]:
         original["model"]["configFile"] = manifest["model"]["configFile"]
@@ -99,7 +99,8 @@ def _refuse(request: ArchiveRequest, options: Mapping[str, str], because: str) -
     """
     given = [option for name, option in options.items() if getattr(request, name)]
     if given:
-        raise ArchiveError(f"{' and '.join(given)} would have no effect on {Path(request.source).name}, {because}")
+        raise ArchiveError(f"{' and '.join(given)} would have no effect on {Path(request.source).name}, {because}: "
+                           "leave it out")
 
 
 def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str, Any]:
@@ -111,8 +112,8 @@ def _lay_out_handler(request: ArchiveRequest, layout: ArchiveLayout) -> dict[str
     handler = [Path(handler_file)] if handler_file.endswith(".py") else []
     names = Counter(file.name for file in (*request.extra_files, *handler))
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ArchiveError(f"expected files with different names, found {twice[0]} more than once: all of them would "
-                           "be in one folder, so rename one")
+        raise ArchiveError(f"expected files with different names, found {twice[0]} more than once: give each file a "
+                           "name of its own, because all of them go into one folder")
     for file in (*request.extra_files, *handler):
         if not file.is_file():
             raise ArchiveError(f"no such file: {file}")
