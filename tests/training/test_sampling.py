@@ -166,6 +166,13 @@ def test_a_copy_of_a_hosts_folder_that_lags_behind_makes_no_difference(tmp_path:
     assert float(traffic.time[traffic.split.rows(Part.CERTIFY)].max()) == 4999 and not traffic.skipped
 
 
+def test_shards_of_an_earlier_version_are_of_the_host_that_records_beside_them(tmp_path: Path) -> None:
+    before = shard_of(tmp_path, "one", [(float(time), 1.0) for time in range(4000)], 0.0, 1)
+    after = shard_of(tmp_path, "two", [(float(time), float(time >= 4000)) for time in range(5000)], 0.0, 2, host="host")
+    traffic = load_traffic([before, after])
+    assert not traffic.skipped and float(traffic.time[traffic.split.rows(Part.CERTIFY)].max()) == 4999
+
+
 def test_a_host_that_records_rarely_holds_nothing_up(tmp_path: Path) -> None:
     rare = shard_of(tmp_path, "rare", [(1000.0 * time + 100, 1.0) for time in range(5)], 0.0, 1, host="rare")
     busy = shard_of(tmp_path, "busy", [(float(time), 1.0) for time in range(5000)], 0.0, 2, host="busy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -155,7 +156,7 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     records, times = Records.concatenate(parts), times_of(shards)
     records = replace(records, time=torch.cat([times[shard] for shard in shards]))
     worker = _numbers([header.worker for header in headers], parts)
-    hosts = [header.host or str(shard.parent) for header, shard in zip(headers, shards)]  # old shards name no host
+    hosts = _hosts(shards, headers)
     host = _numbers(hosts, parts)
     usable = records.predict()
     rows = _first_of_each(records.request, records.row)
@@ -183,6 +184,17 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
         dropped=_dropped(headers, records.time, certify))
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
+
+
+def _hosts(shards: Sequence[Path], headers: Sequence[ShardHeader]) -> list[str]:
+    """Return the name of the host of each shard. Shards of earlier versions name none: they are taken to be of the only
+    host that others in their folder name, or else of a host with the name of the folder."""
+    named: dict[Path, set[str]] = defaultdict(set)
+    for shard, header in zip(shards, headers):
+        if header.host:
+            named[shard.parent].add(header.host)
+    return [header.host or (min(named[shard.parent]) if len(named[shard.parent]) == 1 else str(shard.parent))
+            for shard, header in zip(shards, headers)]
 
 
 def _ended(names: Sequence[str], host: Tensor, time: Tensor, certify: Tensor) -> tuple[str, ...]:
