@@ -47,6 +47,9 @@ from early_exit.training.planning.predictions import predict
 from early_exit.training.report.summary import RunReport, head_reports, make_report
 from early_exit.training.selection.certify import records_needed
 
+_NAMED = 5
+"""The largest number of hosts that a line of the log names."""
+
 
 def train(model: str, archive: ArchiveLayout, shards: list[Path], options: TrainingOptions, run: RunPaths,
           *, mar: Path | None = None, labels: Path | None = None,
@@ -186,10 +189,6 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
         return replay_records(run.training_set, traffic, layers, backbone, handler, options.replay,
                               engine=options.engine, on_batch=progress.update, log=log,
                               most_skipped=options.most_skipped)
-
-
-_NAMED = 5
-"""The largest number of hosts that a line of the log names."""
 
 
 def _no_evidence(traffic: RecordedTraffic) -> str:

@@ -138,8 +138,8 @@ class Evidence:
         if not block.n_new:
             return self
         # `_largest` depends only on the earlier blocks, because a bet must be fixed before its round.
-        gain, most = ((lost - monitored.tolerance * block.n_new) / max(block.n_new, self._largest())
-                      for lost in (block.lost_new, block.n_new))
+        size = max(block.n_new, self._largest())
+        gain, most = ((lost - monitored.tolerance * block.n_new) / size for lost in (block.lost_new, block.n_new))
         number = (block.n_new - 1).bit_length()
         sizes = [*self.sizes, *[0] * (number + 1 - len(self.sizes))]
         sizes[number] += 1

@@ -112,10 +112,10 @@ def _of_requests(served: Served, items: Sequence[Sequence[_Item]],
     A random row and not the first one, because a row stands for its item or request: each must be equally probable.
     """
     rows: dict[int, dict[_Item, list[_Row]]] = {}
-    for number, place in _shadow_rows(served):
-        row = int(served.batches[number].answers.shadow[place])
-        item = items[number][row]
-        rows.setdefault(item[0], {}).setdefault(item, []).append((number, place))
+    for number, (batch, of_batch) in enumerate(zip(served.batches, items)):
+        for place, row in enumerate(batch.answers.shadow.tolist()):
+            item = of_batch[row]
+            rows.setdefault(item[0], {}).setdefault(item, []).append((number, place))
     n_rows = Counter(position for of_batch in items for position, _ in of_batch)
     recorded: dict[_Item, _Row] = {}
     watched: list[tuple[_Row, _Item]] = []
