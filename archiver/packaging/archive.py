@@ -140,7 +140,7 @@ def _write_root(request: ArchiveRequest, layout: ArchiveLayout, source: Source, 
         replaces=source.version))
     description = HandlerDescription.load(layout.handler_description)
     names = users_files(layout.root, source.manifest, config_file,
-                        with_weights=source.is_ours and description.loading is not Loading.GIVEN)
+                        with_weights=description.loading is not Loading.GIVEN)
     replace(description, files=digests_of(layout.root, names)).save(layout.handler_description)
 
 

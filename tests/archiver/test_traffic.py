@@ -157,6 +157,10 @@ def test_a_checkpoint_that_the_handler_reads_itself_is_traffic(tmp_path: Path) -
         (folder / "request.json").write_text("[0.1, 0.2, 0.3, -0.4, 0.5, 1.5]")
         first = build_archive(ArchiveRequest(str(user), folder / "store", requests=[folder / "request.json"]))
         made.append((first, build_archive(ArchiveRequest(str(first), folder / "store"))))
+        lines: list[str] = []
+        plan = certified(write_plan(folder / "plan", first, certificate=CERTIFICATE), traffic(first))
+        assert traffic(packed(user, folder / "planned", lines=lines, plan=plan)) == traffic(first)
+        assert not [line for line in lines if "other traffic" in line], "the plan is for this traffic"
     (zero, zero_again), (five, five_again) = made
     assert read_archive(zero).description.sha256 == read_archive(five).description.sha256
     assert traffic(zero) == traffic(zero_again) != traffic(five) == traffic(five_again)
