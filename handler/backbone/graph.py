@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from early_exit.handler.errors import GraphError
 
 SYM_SIZE = torch.ops.aten.sym_size.int
+LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
 _WEIGHTS = "weights"
 
 
@@ -279,12 +280,11 @@ def index_limits(module: fx.GraphModule) -> dict[str, int]:
     known = _Dependence(module)
     limits: dict[str, int] = {}
     for node in known.nodes:
-        if node.target in (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx):
+        if node.target in LOOKUPS:
             table, indices = node.all_input_nodes[:2]
-            for source in known.inputs:
-                if source in known.light.get(indices, ()):
-                    n_rows = int(table.meta["val"].shape[0])
-                    limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
+            for source in (one for one in known.inputs if one in known.light.get(indices, ())):
+                n_rows = int(table.meta["val"].shape[0])
+                limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
     return limits
 
 

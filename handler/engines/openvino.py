@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.graph import inputs_of, split
+from early_exit.handler.backbone.graph import LOOKUPS, inputs_of, split
 from early_exit.handler.backbone.signature import HALF_PRECISION
 from early_exit.handler.engines.compiled_stage import CompiledStage, Read
 from early_exit.handler.errors import ArchiveError, ConfigError
@@ -29,7 +29,6 @@ from early_exit.handler.errors import ArchiveError, ConfigError
 PIECES = "int8"
 """Folder of the quantized pieces, beside the backbone."""
 _STEPS = 255
-_LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
 _SAME_NUMBERS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default, torch.ops.aten.view.default,
                  torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim,
                  torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.contiguous.default)
@@ -261,7 +260,7 @@ def _table_sizes(stage: fx.GraphModule) -> dict[int, int]:
     """
     inputs, sizes = [*inputs_of(stage.graph)], dict[int, int]()
     for node in stage.graph.nodes:
-        if node.target in _LOOKUPS:
+        if node.target in LOOKUPS:
             table, rows = node.all_input_nodes[:2]
             while rows.target in _SAME_NUMBERS and rows.meta["val"].dtype in _INTEGERS:
                 rows = rows.all_input_nodes[0]
