@@ -98,7 +98,8 @@ def train(model: str, archive: ArchiveLayout, shards: list[Path], options: Train
     plan = replace(make_plan(point, predictions, heads, training_set, description, options, profile),
                    traffic=identity)
     plan = save_plan(run.root, plan, {trained.layer.path: trained.head for trained in heads})
-    records = {part.name.lower(): len(training_set.rows(part)) for part in Part}
+    records = {"train": len(training_set.rows(Part.TRAIN)), "tune": len(predictions.tune),
+               "certify": len(predictions.certify)}
     report = make_report(model, records, plan, point, predictions,
                          head_reports(heads, predictions, point, description), (*left_out, *dropped),
                          training_set.skipped, description)

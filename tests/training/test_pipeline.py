@@ -219,6 +219,21 @@ def test_too_few_labels_are_said_before_anything_is_trained(
     assert not (run.root / "heads").exists()
 
 
+def test_the_report_of_accuracy_counts_only_records_with_a_label_in_tune_and_certify(
+        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
+    shards = find_shards(records, "model", backbone.description)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("".join(f"request-{number},0\n" for number in range(0, N_RECORDS, 3)))
+    report = train("model", archive, shards, replace(OPTIONS, tolerance=0.5, risk=Risk.ACCURACY),
+                   RunPaths(tmp_path / "run"), labels=labels)
+    traffic = load_traffic(shards)
+    known = torch.isin(traffic.request, torch.tensor([request_hash(f"request-{n}") for n in range(0, N_RECORDS, 3)]))
+    counts = {part.name.lower(): int((traffic.part == part.number).logical_and(known | (part is Part.TRAIN)).sum())
+              for part in Part}
+    assert report.records == counts and counts["certify"] < (traffic.part == Part.CERTIFY.number).sum()
+    assert report.plan.certificate is not None and report.plan.certificate.n <= counts["certify"]
+
+
 def test_labels_of_repeated_requests_alone_certify_nothing(
         backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
     inputs = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))

@@ -54,6 +54,15 @@ def test_labels_that_cannot_be_meant_so_are_refused_with_their_line(
         load_labels(labels(tmp_path / "labels.csv", text, encoding), REQUESTS, ROWS, 3)
 
 
+def test_a_label_for_one_of_several_instances_says_for_which(tmp_path: Path) -> None:
+    """Without that it would count for the first instance, and the certificate would compare with a wrong class."""
+    requests, instances = REQUESTS[[0, 0, 1]], torch.tensor([0, 1, 0])
+    with pytest.raises(RecordError, match="line 2: the request 'request-0' has several instances"):
+        load_labels(labels(tmp_path / "labels.csv", "request-1,2\nrequest-0,1\n"), requests, instances, 3)
+    told = labels(tmp_path / "labels.csv", "request-1,2\nrequest-0,0,1\nrequest-0,1,0\n")
+    assert load_labels(told, requests, instances, 3).tolist() == [1, 0, 2]
+
+
 def test_the_same_label_twice_contradicts_nothing(tmp_path: Path) -> None:
     found = load_labels(labels(tmp_path / "labels.csv", "id,label\nrequest-0,1\nrequest-0,1\n"), REQUESTS, ROWS, 3)
     assert found.tolist() == [1] + [-1] * 7

@@ -27,11 +27,13 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
         log: receives a line if most ids belong to no record.
 
     Raises:
-        RecordError: the file cannot be read, or a line is wrong or contradicts another.
+        RecordError: the file cannot be read, a line is wrong or contradicts another, or it does not say which instance
+            of its request it labels.
         TooFewRecordsError: no line belongs to a record.
     """
     labels: dict[tuple[int, int], int] = {}
     line_of: dict[tuple[int, int], int] = {}
+    without_instance: dict[tuple[int, int], tuple[int, str]] = {}
     for number, fields in _rows(path):
         name, instance, label = _parsed(fields)
         if not (label.isdecimal() and instance.isdecimal() and int(label) < n_classes):
@@ -42,7 +44,15 @@ def load_labels(path: Path, request: Tensor, row: Tensor, n_classes: int,
             raise RecordError(f"{path}, line {number}: the request {name!r} has the class {label}, but "
                               f"{labels[labelled]} in line {line_of[labelled]}: delete the wrong line")
         line_of.setdefault(labelled, number)
+        if len(fields) == 2:
+            without_instance.setdefault(labelled, (number, name))
     recorded = list(zip(request.tolist(), row.tolist()))
+    several = {one for one, instance in recorded if instance}
+    for (one, _), (number, name) in without_instance.items():
+        if one in several:
+            raise RecordError(f"{path}, line {number}: the request {name!r} has several instances, and the line does "
+                              "not say which of them has this class: write 'request id,instance,class', where the "
+                              "first instance is 0")
     classes = torch.tensor([labels.get(record, -1) for record in recorded])
     n_known = len(labels.keys() & set(recorded))
     if not n_known:

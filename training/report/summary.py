@@ -137,7 +137,8 @@ def make_report(model: str, records: Mapping[str, int], plan: ExitPlan, point: O
 
     Args:
         model: the name of the model.
-        records: the number of records by part.
+        records: the number of records by part; with the risk `accuracy`, records without a label count only
+            in *train*.
         plan: the plan that was made from the operating point.
         point: the operating point that was chosen.
         predictions: the predictions by which it was chosen.

@@ -63,9 +63,10 @@ SECTIONS = {
                      "digits of the ViT and the scenes of the Mask R-CNN, which is trained here, are varied from few "
                      "pictures: a certificate that counts each variant as evidence is too optimistic. The "
                      "EfficientNet has 600 recorded photos of 1,000 classes, from which no head learns enough to be "
-                     "certified, so no request leaves early. Rows of a network are certified with the same records, "
-                     "so luck with these records helps or hurts all of them; [the certificate](#the-certificate) draws "
-                     "records anew and counts how often it is false.",
+                     "certified, so no request leaves early. All rows of a network, and all networks on CIFAR-10, "
+                     "are certified with the same records, so luck with these records helps or hurts all of them: "
+                     "their certificates hold or fail together. [The certificate](#the-certificate) draws records anew "
+                     "and counts how often it is false.",
                      sections.paper, NETWORKS),
     "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
                        "layers on one network.", sections.paper),
