@@ -48,9 +48,15 @@ def raise_on_terminate() -> None:
     """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that everything the command started is stopped.
 
     SIGINT gets a handler, too: a shell starts background commands with SIGINT ignored, and Python leaves it ignored.
+    Only the first of these signals interrupts: a second one would leave a server running, or a roll half taken back.
     """
+    interrupted = False
+
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)

@@ -10,9 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from xml.sax.saxutils import escape
@@ -129,14 +128,13 @@ class TorchServe:
         """End the server and its workers, if the server runs."""
         if self._process is None:
             return
-        with _undisturbed():
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_S)
-            # The server has a session of its own: all processes left in it, workers included, end now.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_S)
+        # The server has a session of its own: all processes left in it, workers included, end now.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         for file in (self.key_file, self.secret_file):  # they are of no use without the server
             file.unlink(missing_ok=True)
         self._process = None
@@ -258,21 +256,6 @@ def _listens(address: str) -> bool:
     host, _, port = address.removeprefix("http://").rpartition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let an impatient second Ctrl-C wait until the block is done; only the main thread gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN)
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _log_configuration(folder: Path) -> str:

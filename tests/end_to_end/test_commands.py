@@ -81,6 +81,34 @@ def test_the_gateway_makes_a_token_where_none_is_set_and_tells_it_in_a_line_for_
         assert gateway.wait(30) == 0
 
 
+def test_a_second_signal_does_not_disturb_what_the_first_one_has_begun(tmp_path: Path) -> None:
+    program = """if True:
+        import time
+        from early_exit.training.command import raise_on_terminate, run_command
+
+        def work():
+            try:
+                print("working", flush=True)
+                time.sleep(60)
+            finally:
+                print("stopping", flush=True)
+                time.sleep(1)
+                print("stopped", flush=True)
+
+        raise_on_terminate()
+        raise SystemExit(run_command("program", work))"""
+    with subprocess.Popen([sys.executable, "-c", program], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "working\n"
+        running.send_signal(signal.SIGTERM)
+        assert running.stdout.readline() == "stopping\n"
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            running.send_signal(number)
+        told, complaint = running.communicate(timeout=30)
+        assert (told, complaint, running.returncode) == ("stopped\n", "program: interrupted\n", 1)
+
+
 @pytest.mark.parametrize("main, command", [
     (archive, "ee-archive"), (train, "ee-train"), (serve, "ee-serve"), (roll, "ee-roll"), (watch, "ee-watch"),
     (gateway, "ee-gateway"), (exits, "ee-exits")])

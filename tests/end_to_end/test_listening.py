@@ -74,7 +74,9 @@ def test_host_opens_predictions_and_neither_management_nor_metrics_and_the_secre
             assert [path for path in state.rglob("*") if path.is_file() and secret in path.read_text(errors="replace")
                     ] == [file]
         finally:
-            serving.send_signal(signal.SIGINT)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                serving.send_signal(number)
             assert serving.wait(60) == 0
         assert secret not in serving.stdout.read()
     assert not file.exists(), "it died with the server"
+    assert not [one for one in processes if one.is_running()], "the first signal stops everything, whatever follows"
