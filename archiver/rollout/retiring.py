@@ -97,13 +97,15 @@ def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, 
     deadline = clock.now() + limit_s
     idle_since: float | None = None
     named = server.named_requests(model, old.version)
+    counts = named is not None  # a firewall may swallow the connection, and each attempt would take seconds
     settle_s = longest_batch_s + (old.settings.max_batch_delay_ms or 0) / 1000
     while clock.now() < deadline:
         status = next((status for status in server.versions(model)
                        if (status.version, status.claim) == (old.version, old.claim)), None)
         if status is None:
             raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
-        before, named, now = named, server.named_requests(model, old.version), clock.now()
+        before, named = named, server.named_requests(model, old.version) if counts else None
+        now = clock.now()
         if status.pending_requests or named != before:
             idle_since = None
         elif idle_since is None:

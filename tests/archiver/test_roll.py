@@ -87,6 +87,17 @@ def test_a_version_that_a_client_names_for_ever_is_not_removed(store: Path) -> N
     assert set(server.registered) == {"2.0", "3.0"} and server.default == "3.0"
 
 
+def test_a_server_that_does_not_count_requests_by_version_is_asked_once(
+        store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a firewall swallows connections to the metrics, each attempt takes seconds."""
+    asked: list[str] = []
+    monkeypatch.setattr(ServerInMemory, "named_requests", lambda self, model, version: asked.append(version))
+    server = ServerInMemory("a", store)
+    server.register("digits-2.0.mar", RunSettings())
+    rolled(server, store / "digits-3.0.mar")
+    assert asked == ["2.0"] and set(server.registered) == {"3.0"}
+
+
 def test_a_version_is_tried_out_before_it_is_the_default_and_the_old_one_goes_last(store: Path) -> None:
     server = serving("a", store)
     report = rolled(server, store / "digits-3.0.mar")
