@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources import unpacking
+from early_exit.archiver.packaging.sources.source import unpack_source
 from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
-from early_exit.handler.archive_layout import MANIFEST
+from early_exit.handler.archive_layout import MANIFEST, ArchiveLayout
 from early_exit.handler.errors import ArchiveError
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
@@ -106,3 +108,16 @@ def test_a_tar_or_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None
     for source in (tar(tmp_path / "other.tar.gz", ("digits/model.py", b"")), folder):
         with pytest.raises(ArchiveError, match="has no MAR-INF/MANIFEST.json: expected .* torch-model-archiver"):
             unpack(source, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["early_exit.py", "early_exit/losses.py"])
+def test_a_file_with_the_name_of_the_code_for_early_exits_is_refused(name: str, tmp_path: Path) -> None:
+    """Our code would hide it from the handler that imports it, or it would hide ours."""
+    model, layout = tmp_path / "model", ArchiveLayout(tmp_path / "archive")
+    (model / "MAR-INF").mkdir(parents=True)
+    (model / MANIFEST).write_text('{"model": {"modelName": "digits", "handler": "digits_handler.py"}}')
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).touch()
+    layout.root.mkdir()
+    with pytest.raises(ArchiveError, match=f"contain {name.partition('/')[0]}, .*: rename it"):
+        unpack_source(ArchiveRequest(str(model), tmp_path), layout)

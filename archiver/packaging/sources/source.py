@@ -12,7 +12,7 @@ from typing import Any
 
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.packaging.sources.unpacking import is_packaged_model, unpack
-from early_exit.handler.archive_layout import ArchiveLayout, read_manifest
+from early_exit.handler.archive_layout import FOLDER, ArchiveLayout, read_manifest
 from early_exit.handler.errors import ArchiveError
 
 _OF_FACTORIES = {"weights": "--weights", "handler": "--handler", "extra_files": "--extra-files"}
@@ -57,10 +57,18 @@ def unpack_source(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
     """Lay out the user's files and return their description.
 
     Raises:
-        ArchiveError: there is no such source, or an option that it needs is missing.
+        ArchiveError: there is no such source, an option that it needs is missing, or a file has a name that we need.
     """
-    if is_packaged_model(request.source):
-        return _from_mar(request, layout)
+    source = _from_mar(request, layout) if is_packaged_model(request.source) else _from_parts(request, layout)
+    for name in (FOLDER, f"{FOLDER}.py"):
+        if not source.is_ours and (layout.root / name).exists():
+            raise ArchiveError(f"the model's files contain {name}, but in an archive this name is that of the code for "
+                               "early exits: rename it, and what imports it")
+    return source
+
+
+def _from_parts(request: ArchiveRequest, layout: ArchiveLayout) -> Source:
+    """Lay out the handler for a factory or an exported program."""
     if not request.source.endswith(".pt2"):
         if ":" not in request.source:
             raise ArchiveError("expected a .mar, a .tar.gz, a folder with MAR-INF, a .pt2 or package.module:function, "
