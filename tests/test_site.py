@@ -18,10 +18,12 @@ import pytest
 
 from tests.site.__main__ import PAGES
 from tests.site.messages import (
+    LOGGED,
     SOMETHING,
     explained,
     has_words,
     instructs,
+    logged_in,
     messages,
     messages_in,
     sources,
@@ -92,6 +94,11 @@ def checked(name, refused=ArchiveError): raise refused("a bad name")
         ("LoadingError", f"{SOMETHING} happened"), ("ArchiveError", "a bad name")}
 
 
+def test_a_message_in_the_log_is_found_with_gaps_for_its_values() -> None:
+    source = 'logger.warning("%d of %.1f %s" " fail", n, m, what)\nlogger.info("no")\nother.error("no")'
+    assert [*logged_in(ast.parse(source))] == [(LOGGED, f"{SOMETHING} of {SOMETHING} {SOMETHING} fail")]
+
+
 def test_only_errors_that_pass_on_other_errors_have_no_words_on_the_page() -> None:
     without = {file.name for file in sources() for _, text in messages_in(ast.parse(file.read_text()))
                if not has_words(text)}
@@ -100,12 +107,13 @@ def test_only_errors_that_pass_on_other_errors_have_no_words_on_the_page() -> No
 
 @cache
 def said() -> str:
-    """Return every string of the code except docstrings, one per line, with gaps for the values that are filled in."""
+    """Return every message, and every string of the code except docstrings, one per line, with gaps for the values that
+    are filled in."""
     nodes = [node for file in sources() for node in ast.walk(ast.parse(file.read_text()))]
     docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     strings = [text for node in nodes if isinstance(node, (ast.JoinedStr, ast.BinOp, ast.Constant))
                and id(node) not in docstrings for text in texts_of(node, {})]
-    return "\n".join(" ".join(text.split()) for text in strings)
+    return "\n".join(" ".join(text.split()) for text in (*strings, *(text for _, text in messages())))
 
 
 @pytest.mark.parametrize("message", explained(TROUBLESHOOTING))

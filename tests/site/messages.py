@@ -1,4 +1,4 @@
-"""The page that lists the errors of the commands and of the workers, collected from the places that raise them."""
+"""The page that lists the errors of the commands and of the workers, and what workers log, collected from the code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tests.support.documents import ROOT
 FOLDERS = ("handler", "training", "archiver")
 ROOTS = {"EarlyExitError", "NotExported", "Malformed"}
 """The base classes of the errors that users see. The last two occur inside a handler and for a WebSocket message."""
+LOGGED, LEVELS = "In the log", ("warning", "error", "exception")
+"""The kind of the messages that are logged at these levels."""
 SOMETHING = "…"
 """A placeholder for the values that a message fills in."""
 
@@ -21,17 +23,18 @@ MESSAGES = """<!-- Written by `make docs` from the code: change the code, not th
 
 # Error messages
 
-These are the errors of the commands, of the workers and of the WebSocket. `…` stands for a name, a path, a number or
-the text of another error. Where a message does not say what to do, [troubleshooting](troubleshooting.md) does.
-A wrong use of an option is reported together with the options of the command.
+These are the errors of the commands, of the workers and of the WebSocket, and what workers and the gateway log. `…`
+stands for a name, a path, a number or the text of another error. Where a message does not say what to do,
+[troubleshooting](troubleshooting.md) does. A wrong use of an option is reported together with the options of the
+command.
 
 {sections}
 """
 
 
 ACTIONS = ("archive", "build", "call", "choose", "collect", "create", "delete", "export", "give", "install", "keep",
-           "label", "leave", "let", "make", "move", "name", "pass", "put", "quantize", "record", "remove", "repackage",
-           "roll", "run", "save", "scale", "see", "set", "stop", "train", "use")
+           "label", "leave", "let", "make", "move", "name", "pass", "put", "quantize", "record", "remove", "rename",
+           "repackage", "roll", "run", "save", "scale", "see", "set", "stop", "train", "use")
 """The verbs with which a message tells its reader to do something."""
 _INSTRUCTION = re.compile(rf"[:;.?] (?:if [^:;.,]*, )?(?:{'|'.join(ACTIONS)})\b(?! (?:is|are|has|of|was|were)\b)",
                           re.IGNORECASE)
@@ -42,7 +45,8 @@ _ENTRY = re.compile(r"^((?:`.+`\n)+):   ", re.MULTILINE)
 def messages_page() -> str:
     """Return the page about error messages."""
     sections = []
-    for name, meaning in sorted(kinds().items()):
+    logged = (LOGGED, "These are warnings and errors of the workers, and one of the gateway.")
+    for name, meaning in [*sorted(kinds().items()), logged]:
         lines = [f"- `{text}`" for own, text in messages() if own == name]
         if lines:
             sections.append("\n\n".join([f"## {name}", meaning, "\n".join(lines)]))
@@ -51,9 +55,10 @@ def messages_page() -> str:
 
 @cache
 def messages() -> list[tuple[str, str]]:
-    """Return the errors that users may see: the kind, and the text with `SOMETHING` in place of filled-in values."""
+    """Return the messages that users may see: the kind, and the text with `SOMETHING` in place of filled-in values."""
     trees = [ast.parse(file.read_text()) for file in sources()]
-    return sorted({(kind, text) for tree in trees for kind, text in messages_in(tree) if has_words(text)})
+    return sorted({(kind, re.sub(f"{SOMETHING}+", SOMETHING, text)) for tree in trees
+                   for kind, text in (*messages_in(tree), *logged_in(tree)) if has_words(text)})
 
 
 def instructs(text: str) -> bool:
@@ -107,6 +112,15 @@ def messages_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Call) and node.args and (kind := names.get(getattr(node.func, "id", ""))):
                 for text in texts_of(node.args[0], functions):
                     yield kind, " ".join(text.split())
+
+
+def logged_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the messages that a file logs, with `SOMETHING` in place of filled-in values."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS and (
+                getattr(node.func.value, "id", "") == "logger"):
+            for text in texts_of(node.args[0], {}):
+                yield LOGGED, " ".join(re.sub(r"%(?:\.\d+)?[sdf]", SOMETHING, text).split())
 
 
 def chosen_kinds(function: ast.FunctionDef) -> dict[str, str]:
