@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.page import sections
+from tests.benchmarks.page import certificates, sections
 from tests.benchmarks.page.markdown import any_figures, in_words
 from tests.benchmarks.page.river import river_of
 
@@ -141,7 +141,7 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page for the results of some benchmarks."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, certificates.in_words(results)]
     for name, section in SECTIONS.items():
         runs = [result for stem, result in sorted(results.items()) if _section(stem) == name]
         if runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tests.benchmarks.page.certificates import LOSSES, did_not_hold
 from tests.benchmarks.page.markdown import by_batch, in_words, percent, ratio, table
 
 Figures = Mapping[str, Any]
@@ -121,23 +122,15 @@ def paper(figures: Figures) -> Iterator[str]:
             yield f"{name}, {rows[0]['data']}, every row:"
             yield table(["method", "heads", "labels", "layers", "budget", "accuracy lost", "answers that differ",
                          "FLOPs", "CPU time, batch 1 / 8 / 32"], [_of_method(one) for one in rows])
-            yield from map(_broken_promise, filter(_breaks_promise, rows))
+            yield from map(_broken_promise, filter(did_not_hold, rows))
         for one in figures["rows"]:
             if one["backbone"] == name and "left_out" in one:
                 yield f"Left out: {name} {one.get('method', '')} {in_words(one['left_out'])}"
 
 
-_LOSSES = {"disagreement": "disagreement", "accuracy": "accuracy_loss"}
-"""The column of what a row lost, by the risk that its budget is for. A row does not measure the confidence gap."""
-
-
-def _breaks_promise(row: Figures) -> bool:
-    return bool(row["certificate"]) and row["risk"] in _LOSSES and row[_LOSSES[row["risk"]]] > row["tolerance"]
-
-
 def _broken_promise(row: Figures) -> str:
-    """Say that a certified row lost more than it promised. 5 % of certificates may be false."""
-    lost = percent(row[_LOSSES[row["risk"]]])
+    """Say that a certified row lost more than it promised."""
+    lost = percent(row[LOSSES[row["risk"]]])
     return (f"The certificate of `{row['method']}` did not hold on the measured requests: {lost} "
             f"{'differed' if row['risk'] == 'disagreement' else 'of the accuracy was lost'} where at most "
             f"{percent(row['tolerance'])} was certified. It said: {row['certificate']}")
