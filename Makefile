@@ -1,4 +1,4 @@
-# Needs only Python >= 3.10 and make. `make demo` and `make test` install what they need into .venv first;
+# Needs only Python 3.10 to 3.13 and make. `make demo` and `make test` install what they need into .venv first;
 # what the tests need besides, Chromium and curl, `make system` installs from the system's packages.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 install: .venv/installed
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python

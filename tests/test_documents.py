@@ -1,8 +1,9 @@
-"""The documents are right about options, settings and files."""
+"""The documents are right about options, settings and files, and their commands are run."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import subprocess
 from dataclasses import fields
@@ -24,7 +25,8 @@ from early_exit.archiver.watch.cli import parser as watch_parser
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.training.cli import parser as train_parser
 from early_exit.training.cli import report_parser
-from tests.support.documents import DOCUMENTS, PAGES, ROOT, blocks, table
+from tests.support import documents
+from tests.support.documents import DOCUMENTS, PAGES, README, ROOT, blocks, commands, table
 
 OUTSIDE_THE_SITE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 """Pages whose links MkDocs does not check."""
@@ -49,8 +51,39 @@ def test_every_section_that_a_page_outside_the_site_links_is_there(document: Pat
         assert section in {slugify(heading, "-") for heading in headings}, f"{document.name} links {page}#{section}"
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_the_readme_is_short_and_has_what_decides_installs_and_leads_on() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert {"Install", "Is it for you?", "Two commands", "The loop", "What is guaranteed", "Documentation"} <= {
+        *sections}
+    assert re.search(r"^!\[", text, re.MULTILINE) and "| with exits" in text and "| the paper's exits" in text
+    assert "make install" in sections["Install"] and "make demo" in sections["Install"]
+    told = {name: re.findall(r"^\$ (ee-\w+)", section, re.MULTILINE) for name, section in sections.items()}
+    assert told["Two commands"] == ["ee-archive", "ee-roll"]
+    assert told["The loop"] == ["ee-archive", "ee-serve", "ee-train", "ee-archive", "ee-roll", "ee-watch"]
+    assert [page.name for page in PAGES if page.name != "index.md" and f"(docs/{page.name}" not in text] == []
+
+
+def test_every_page_with_commands_is_followed_to_its_end_by_a_test() -> None:
+    """The README's commands are those of pages, as another test says."""
+    followed: list[Path] = []
+    for file in (ROOT / "tests" / "end_to_end").glob("test_*.py"):
+        for test in ast.walk(ast.parse(file.read_text())):
+            readers = [node for node in ast.walk(test) if isinstance(node, ast.Call)
+                       and getattr(node.func, "id", "") == "Reader"] if isinstance(test, ast.FunctionDef) else []
+            assert not readers or "reader.at_the_end()" in ast.unparse(test)
+            followed += [getattr(documents, ast.unparse(argument).removeprefix("documents."))
+                         for reader in readers for argument in reader.args]
+    assert sorted(followed) == [page for page in PAGES if commands(page)]
+
+
+@pytest.mark.parametrize("document", [*OUTSIDE_THE_SITE, *PAGES], ids=lambda path: path.name)
+def test_every_target_of_make_that_a_document_names_is_there(document: Path) -> None:
+    [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    code = [*blocks(document), *re.findall(r"`([^`\n]+)`", document.read_text())]
+    told = {name for text in code for name in re.findall(r"(?:^|&& )make (?:-C \S+ )?([a-z]+)\b", text, re.MULTILINE)}
+    assert told <= {*phony.split()}
 
 
 def test_the_architecture_page_names_every_room_once() -> None:

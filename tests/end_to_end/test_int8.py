@@ -22,9 +22,9 @@ from early_exit.training.data.preprocessing import preprocessing
 from early_exit.training.options import TrainingOptions
 from early_exit.training.paths import RunPaths
 from early_exit.training.pipeline import train
+from tests.support import documents
 from tests.support.client import failed, send
 from tests.support.digits import measured_traffic, recorded_traffic
-from tests.support.documents import ROOT
 from tests.support.reader import Reader
 from tests.support.recording import prepared, record
 from tests.support.sources import ids_in
@@ -60,7 +60,7 @@ def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar
         backbone = load_backbone(recorder.folder)
         [inputs] = prepared(handler, bodies, backbone.description)
         record(backbone, inputs, tmp_path / "records", name="digits", ids=ids_in(parts), bodies=bodies)
-    reader = Reader(ROOT / "docs" / "engines.md", folder=tmp_path, instead={"cifar": "digits"},
+    reader = Reader(documents.ENGINES, folder=tmp_path, instead={"cifar": "digits"},
                     more={"ee-train": f"--tolerance {TOLERANCE} --search none --layers 3 --cost flops --replay 1"})
     reader.check("ee-archive model-store/cifar-2.0.mar --engine openvino-int8")
     layout = unpacked(store / "digits-4.0.mar", tmp_path / "int8")

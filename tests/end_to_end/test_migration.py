@@ -21,7 +21,7 @@ from tests.conftest import WORKERS
 from tests.support.client import BackgroundLoad, failed, send, session_of
 from tests.support.detector import sure_detector
 from tests.support.digits import traffic
-from tests.support.documents import ROOT
+from tests.support.documents import MIGRATION, MODES
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
 from tests.support.own_server import own_server
@@ -41,7 +41,7 @@ def test_the_page_for_those_who_have_a_mar_works_as_it_stands(
     store.mkdir()
     for folder in (tmp_path, store):
         shutil.copy(mar, folder)
-    reader = Reader(ROOT / "docs" / "migrate.md", folder=tmp_path, more={"ee-archive": "--input-shape 1,32,32"},
+    reader = Reader(MIGRATION, folder=tmp_path, more={"ee-archive": "--input-shape 1,32,32"},
                     instead={})
     monkeypatch.setenv(SWITCHES_VARIABLE, str(tmp_path / "switches"))
     addresses = Addresses.on_loopback(*range(reader.port, reader.port + 3))
@@ -81,7 +81,7 @@ def test_the_command_for_detectors_makes_an_archive(tmp_path: Path) -> None:
     mar = original_mar(tmp_path / "user", "detector", "small_detector.py", "object_detector",
                        sure_detector().state_dict(), WORKERS.format(n=1))
     shutil.copy(mar, tmp_path)
-    reader = Reader(ROOT / "docs" / "modes.md", folder=tmp_path, instead={"3,480,640": "3,96,96"}, more={})
+    reader = Reader(MODES, folder=tmp_path, instead={"3,480,640": "3,96,96"}, more={})
     reader.check("ee-archive detector.mar")
     reader.at_the_end()
     assert describe(tmp_path / "model-store" / "detector-2.0.mar")["backbone"]["candidates"]

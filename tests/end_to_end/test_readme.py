@@ -23,7 +23,7 @@ from early_exit.archiver.torchserve.addresses import Addresses
 from early_exit.archiver.torchserve.process import TorchServe
 from tests.support.client import consecutive_free_ports, failed, send
 from tests.support.digits import traffic
-from tests.support.documents import PAGES, README, ROOT, Shown, blocks, commands
+from tests.support.documents import LIVE_PAGE, LOOP, PAGES, README, SWITCH, TUTORIAL, Shown, blocks, commands
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.original import original_mar
 from tests.support.reader import Reader
@@ -31,8 +31,6 @@ from tests.support.reader import Reader
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not shutil.which("curl"), reason="no curl is installed: make system")]
 
-TUTORIAL, LOOP, SWITCH, LIVE_PAGE = (ROOT / "docs" / f"{name}.md" for name in (
-    "own-images", "loop", "switch", "live-page"))
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 8\nmaxBatchDelay: 20\nearly_exit:\n  seal_after_s: 2\n"
 N_PHOTOS = 260
 

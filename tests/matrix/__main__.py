@@ -23,8 +23,8 @@ from tests.benchmarks.report import commit_of_code
 from tests.support.documents import ROOT
 
 RESULTS = ROOT / "docs" / "versions.json"
-PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-"""The released versions that `requires-python` admits. A version that is not available is reported as not tried."""
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+"""The versions that `requires-python` admits. A version that is not available is reported as not tried."""
 OLDEST, NEWEST = "oldest", "newest"
 EXTRAS = "serve,train,gateway,openvino,demo,test"
 ROUND_TRIPS = [f"tests/end_to_end/test_serving.py::{name}" for name in (

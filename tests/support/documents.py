@@ -12,6 +12,9 @@ _OPTIONAL = ("...", "not used:")
 README = ROOT / "README.md"
 PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
 DOCUMENTS = (README, *PAGES)
+LOOP, SWITCH, LIVE_PAGE, TUTORIAL, MIGRATION, MODES, ENGINES = (ROOT / "docs" / f"{name}.md" for name in (
+    "loop", "switch", "live-page", "own-images", "migrate", "modes", "engines"))
+"""The pages with commands. Tests follow them with a `tests.support.reader.Reader`."""
 
 
 @dataclass(frozen=True)
