@@ -14,6 +14,13 @@ from early_exit.handler.errors import EarlyExitError
 from early_exit.training.credentials import without_credentials
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and names with hyphens such as `torch-model-archiver` in one piece."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser whose help ends with examples and which prints completion scripts for shells.
 
@@ -23,7 +30,7 @@ def command_parser(name: str, description: str, examples: str) -> argparse.Argum
         examples: command lines, each after a line that says what it is for.
     """
     parser = argparse.ArgumentParser(
-        name, description=textwrap.fill(description, 100), formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, description=textwrap.fill(description, 100, break_on_hyphens=False), formatter_class=_HelpFormatter,
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "))
     if " " not in name:  # shells ask the command itself to complete its subcommands
         shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell, and exit")

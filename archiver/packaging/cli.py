@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         the same with exits:
           ee-archive model-store/cifar-2.0.mar --plan runs/first/plan.json
         a model without a .mar:
-          ee-archive torchvision.models:resnet50 --weights resnet50.safetensors --input-shape 3,224,224
+          ee-archive torchvision.models:resnet50 --weights resnet50.safetensors --input-shape 3,224,224 \\
                      --handler image_classifier --model-name photos
         a text model of two inputs:
           ee-archive review.mar --input input_ids:int64:128 --input attention_mask:int64:128

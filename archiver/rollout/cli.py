@@ -37,13 +37,21 @@ def _roll(options: argparse.Namespace) -> int:
     return 1 if warnings else 0
 
 
+def add_longest_batch(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how long a version may take for its last batch."""
+    parser.add_argument("--longest-batch-s", type=float, metavar="S",
+                        help="the longest time in seconds that the old version takes for one batch; required if the "
+                             "server's secret is not known; otherwise the time is measured too, and the larger one "
+                             f"counts ({LONGEST_BATCH_S:.0f})")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `ee-roll`'s command line."""
     parser = command_parser("ee-roll", "Bring a new model version into service without losing a request.", """
         into the server that ee-serve started here:
           ee-roll model-store/cifar-3.0.mar
         into two others, one after the other; if one fails, both get their old version again:
-          ee-roll model-store/cifar-3.0.mar --server http://10.0.0.7:8080 --server http://10.0.0.8:8080
+          ee-roll model-store/cifar-3.0.mar --server http://10.0.0.7:8080 --server http://10.0.0.8:8080 \\
                   --tokens keys.json --put-back
         in place of a model that is registered under another name than its archive's:
           ee-roll model-store/cifar-3.0.mar --as photos""")
@@ -62,9 +70,6 @@ def parser() -> argparse.ArgumentParser:
                         help="the content type of the body; by default the file name tells it")
     parser.add_argument("--untried", action="store_true",
                         help="let the new version serve without having answered a sample request, if none is known")
-    parser.add_argument("--longest-batch-s", type=float, metavar="S",
-                        help="the longest time in seconds that the old version takes for one batch; required without "
-                             "the secret, with which the time is also measured, and the larger one counts "
-                             f"({LONGEST_BATCH_S:.0f})")
+    add_longest_batch(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

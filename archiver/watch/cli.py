@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.archiver.rollout.retiring import LONGEST_BATCH_S
+from early_exit.archiver.rollout.cli import add_longest_batch
 from early_exit.archiver.torchserve.server_options import add_server_options, servers_of
 from early_exit.archiver.watch.lock import only_watcher
 from early_exit.archiver.watch.status import ModelStatus
@@ -91,10 +91,7 @@ def parser() -> argparse.ArgumentParser:
                         help="the age in days at which a certificate is renewed (%(default)s)")
     parser.add_argument("--trial-samples", type=int, default=300, metavar="N",
                         help="the number of shadow samples after which a new version is accepted (%(default)s)")
-    parser.add_argument("--longest-batch-s", type=float, metavar="S",
-                        help="the longest time in seconds that the old version takes for one batch; required without "
-                             "the secret, with which the time is also measured, and the larger one counts "
-                             f"({LONGEST_BATCH_S:.0f})")
+    add_longest_batch(parser)
     parser.add_argument("--once", action="store_true",
                         help="check once, act, and exit, with status 1 if the check or a roll fails")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")

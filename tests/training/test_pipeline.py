@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.errors import ConfigError, RecordError, TooFewRecordsError
+from early_exit.handler.errors import ConfigError, RecordError
 from early_exit.handler.exits.head import HeadSpec
 from early_exit.handler.exits.plan import build_heads, load_plan
 from early_exit.handler.exits.risk import Risk
@@ -25,7 +25,6 @@ from early_exit.handler.recording.format import (
     list_shards,
     read_header,
     read_shard,
-    request_hash,
     write_shard,
 )
 from early_exit.training.data.dataset import load_traffic
@@ -196,54 +195,6 @@ def test_an_impossible_tolerance_gives_a_plan_without_exits(
     report = train("model", archive, shards, options, RunPaths(tmp_path / "run"))
     assert report.plan.exits == ()
     assert report.deployed.disagreement == 0 and report.deployed.flops == 1
-
-
-def test_too_few_labels_are_said_before_anything_is_trained(
-        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
-    shards = find_shards(records, "model", backbone.description)
-    options, run = replace(OPTIONS, risk=Risk.ACCURACY), RunPaths(tmp_path / "run")
-    traffic = load_traffic(shards)
-    certifies = dict(zip(traffic.request.tolist(), (traffic.part == Part.CERTIFY.number).tolist()))
-    ids = [f"request-{number}" for number in range(N_RECORDS)]
-    of_certify = [request for request in ids if certifies[request_hash(request)]]
-    others = [request for request in ids if not certifies[request_hash(request)]]
-    for labelled, trouble in (
-            (["another"], "none belongs to a record"),
-            (others, r"0 of the \d+ records of the certify part .* at least 59 there: label about 197 more requests"),
-            (others + of_certify[:50], r"50 of the \d+ records of the certify part .* label about 30 more requests "),
-            (of_certify, r"0 of the \d+ records of the tune part have a label, .* label about 5 more")):
-        labels = tmp_path / "labels.csv"
-        labels.write_text("".join(f"{request},0\n" for request in labelled))
-        with pytest.raises(TooFewRecordsError, match=trouble):
-            train("model", archive, shards, options, run, labels=labels)
-    assert not (run.root / "heads").exists()
-
-
-def test_the_report_of_accuracy_counts_only_records_with_a_label_in_tune_and_certify(
-        backbone: Backbone, archive: ArchiveLayout, records: Path, tmp_path: Path) -> None:
-    shards = find_shards(records, "model", backbone.description)
-    labels = tmp_path / "labels.csv"
-    labels.write_text("".join(f"request-{number},0\n" for number in range(0, N_RECORDS, 3)))
-    report = train("model", archive, shards, replace(OPTIONS, tolerance=0.5, risk=Risk.ACCURACY),
-                   RunPaths(tmp_path / "run"), labels=labels)
-    traffic = load_traffic(shards)
-    known = torch.isin(traffic.request, torch.tensor([request_hash(f"request-{n}") for n in range(0, N_RECORDS, 3)]))
-    counts = {part.name.lower(): int((traffic.part == part.number).logical_and(known | (part is Part.TRAIN)).sum())
-              for part in Part}
-    assert report.records == counts and counts["certify"] < (traffic.part == Part.CERTIFY.number).sum()
-    assert report.plan.certificate is not None and report.plan.certificate.n <= counts["certify"]
-
-
-def test_labels_of_repeated_requests_alone_certify_nothing(
-        backbone: Backbone, archive: ArchiveLayout, tmp_path: Path) -> None:
-    inputs = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
-    inputs[701::2] = inputs[0]
-    record(backbone, inputs, tmp_path / "records")
-    labels = tmp_path / "labels.csv"
-    labels.write_text("".join(f"request-{number},0\n" for number in [*range(700), *range(701, 1000, 2)]))
-    with pytest.raises(RecordError, match="only requests with a label count"):
-        train("model", archive, find_shards(tmp_path / "records", "model", backbone.description),
-              replace(OPTIONS, risk=Risk.ACCURACY), RunPaths(tmp_path / "run"), labels=labels)
 
 
 def test_a_certificate_is_about_the_time_of_the_records_that_certify(
