@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,9 +57,11 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_source_distribution_has_the_code_and_what_users_read_but_no_tests(sources: Path) -> None:
     with tarfile.open(sources) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "LICENSE", "pyproject.toml"} <= names
+    linked = {name for name in re.findall(r"\]\(([^):#]+)[)#]", (ROOT / "README.md").read_text())}
+    assert {"README.md", "CITATION.cff", "SECURITY.md", "LICENSE", "pyproject.toml", *linked} <= names
+    assert "docs/benchmarks.md" in linked
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert {*PACKAGES} <= folders and not folders & {"tests", "docs"}, "tests do not work without all their files"
+    assert {*PACKAGES} <= folders and "tests" not in folders, "tests do not work without all their files"
 
 
 def test_a_wheel_has_every_module_the_page_and_the_type_markers(wheel: Path) -> None:
