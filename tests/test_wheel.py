@@ -57,7 +57,7 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_source_distribution_has_the_code_and_what_users_read_but_no_tests(sources: Path) -> None:
     with tarfile.open(sources) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    linked = {name for name in re.findall(r"\]\(([^):#]+)[)#]", (ROOT / "README.md").read_text())}
+    linked = set(re.findall(r"\]\(([^):#]+)[)#]", (ROOT / "README.md").read_text()))
     assert {"README.md", "CITATION.cff", "SECURITY.md", "LICENSE", "pyproject.toml", *linked} <= names
     assert "docs/benchmarks.md" in linked
     folders = {name.partition("/")[0] for name in names if "/" in name}

@@ -92,7 +92,7 @@ def test_certificates_that_did_not_hold_are_counted_with_those_that_did() -> Non
         "paper-a": {"rows": [{**certified, "disagreement": 0.028}, accuracy, {**accuracy, "accuracy_loss": 0.021},
                              {**certified, "disagreement": 0.0, "hits": {"full": 1}}, {"left_out": "no data"}]},
         "methods": {"rows": [{**certified, "disagreement": 0.5}]}}
-    assert certificates(results) == {"n": 5, "broken": 3, "excess": pytest.approx(0.008)}
+    assert certificates(results) == {"n": 5, "broken": 3, "excess_points": pytest.approx(0.8)}
 
 
 RESULTS = {"loop": {"flops_ratio": 0.734, "p50_ms": {"8": 41.27}, "rows": [

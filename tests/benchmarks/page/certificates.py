@@ -11,13 +11,13 @@ LOSSES = {"disagreement": "disagreement", "accuracy": "accuracy_loss"}
 
 def certificates(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the number `n` of certified plans with exits, the number `broken` of those that lost more than certified,
-    and the largest `excess`, a share.
+    and by how many percentage points the worst of them did, `excess_points`.
 
     The table of all methods does not count: all its certificates are of one network and of the same records.
     """
     excess = [lost - allowed for name, result in results.items() for lost, allowed in measured(name, result)]
     broken = [one for one in excess if one > 0]
-    return {"n": len(excess), "broken": len(broken), "excess": max(broken, default=0.0)}
+    return {"n": len(excess), "broken": len(broken), "excess_points": 100 * max(broken, default=0.0)}
 
 
 def in_words(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -25,7 +25,7 @@ def in_words(results: Mapping[str, Mapping[str, Any]]) -> str:
     found = certificates(results)
     return (f"The tables of this page have {found['n']} certificates of plans that let requests leave early, those of "
             f"the table of all methods not counted. {found['broken']} of them did not hold on the measured requests, "
-            f"by at most {100 * found['excess']:.1f} percentage points. They are not {found['n']} independent draws: "
+            f"by at most {found['excess_points']:.1f} percentage points. They are not {found['n']} independent draws: "
             "all networks on CIFAR-10 are certified with the same records.")
 
 
