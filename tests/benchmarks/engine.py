@@ -39,6 +39,7 @@ from early_exit.handler.exits.policy import ConfidencePolicy
 from early_exit.handler.inference.forward import Stage, run_with_exits
 from early_exit.handler.model.early_exit_model import EarlyExitModel
 from early_exit.handler.model.loading import build_model
+from early_exit.handler.protocol import FULL
 from early_exit.training.costs.profiling import one_thread, profile_backbone
 from tests.benchmarks.report import conditions, legible, save
 from tests.support.timing import interleaved, median_ratio, ratio_of_sums
@@ -168,9 +169,13 @@ def measure(backbone: Backbone, engines: list[str], destinies: Tensor) -> list[d
         script = Script()
         stages = with_exits(model, script)
 
-        def run(item: tuple[Tensor, Tensor]) -> None:
+        def run(item: tuple[Tensor, Tensor]) -> list[Tensor]:
+            left = []
             for batch, script.remaining in zip(*item):
-                run_with_exits((batch,), stages)
+                left.append(run_with_exits((batch,), stages).stages)
+            return left
+
+        require_as_dealt(run(rounds[0]), rounds[0][1])
         return run
 
     for engine in engines:
@@ -192,6 +197,19 @@ def measure(backbone: Backbone, engines: list[str], destinies: Tensor) -> list[d
                      "ratio_to_eager": ratio_of_sums(exiting, eager), "ideal_ratio": ideal,
                      "share_of_ideal": (1 - ratio) / (1 - ideal)})
     return rows
+
+
+def require_as_dealt(left: Sequence[Tensor], destinies: Tensor) -> None:
+    """Check that rows left where the script says.
+
+    Args:
+        left: for each call of a round, the exit at which each row left, or `FULL`, (B,) int64.
+        destinies: the stage after which each row is to leave, (calls, B) int64.
+    """
+    found = torch.stack(list(left))
+    expected = destinies.masked_fill(destinies == len(SHARES), FULL)
+    if not torch.equal(found, expected):
+        raise AssertionError(f"expected rows to leave after the stages {expected.tolist()}, found {found.tolist()}")
 
 
 def stage_shares(backbone: Backbone, engine: str, size: int) -> list[float]:

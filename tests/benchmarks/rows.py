@@ -69,6 +69,8 @@ def row(backbone: Backbone, exits: Mapping[str, Exit], inputs: Tensor, truth: Te
     return {
         "accuracy": accuracy, **binary,
         "accuracy_loss": before - accuracy,
+        # What a constant answer would reach: a model that is little better has little to lose.
+        "majority_accuracy": truth.bincount().max().item() / len(truth),
         "disagreement": (classes != full.argmax(dim=1)).double().mean().item(),
         "hits": {name: (taken == (number if name != "full" else FULL)).double().mean().item()
                  for number, name in enumerate(names)},
