@@ -149,7 +149,7 @@ def measure(part: str, folder: Path, source: Path, plan: Path, bodies: list[byte
                 for row in _under(part, f"{clients} clients", lambda mode, some, clients=clients: send(  # type: ignore[misc]
                     server, mode, some, clients=min(clients, len(some))), sent)]
         capacity = next(row["requests_per_s"] for row in rows if row["load"] == "8 clients" and row["mode"] == "plain")
-        rows += _under(part, f"Poisson at {OPEN_LOAD:.0%}", lambda mode, some: send_openly(
+        rows += _under(part, f"Poisson at {OPEN_LOAD:.0%} of plain", lambda mode, some: send_openly(
             server, mode, some, OPEN_LOAD * capacity, seed=len(some)), sent)
     return rows
 
@@ -188,6 +188,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "early_p99_ratio": ratio("p99_ms", "early", "plain", "a"),
             "step_overhead_ms": (late[0] - late[1]) / len(SCRIPT),
             "batched_p50_ratio": ratio("p50_ms", "batched", "plain", "a"),
+            **{f"early_to_batched_{quantile}_ratio_a": ratio(f"{quantile}_ms", "early", "batched", "a")
+               for quantile in ("p50", "p95")},
             "early_to_batched_p50_ratio_b": ratio("p50_ms", "early", "batched", "b"), "rows": rows}
 
 

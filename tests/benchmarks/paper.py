@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from early_exit.handler.allocator import restart_with_allocator
-from early_exit.handler.errors import EarlyExitError
+from early_exit.handler.errors import ConfigError, EarlyExitError
 from tests.benchmarks.bench import BATCH, Bench
 from tests.benchmarks.methods import BUDGETS, LAYER_COUNTS, METHODS, Terms
 from tests.benchmarks.report import conditions, save
@@ -48,10 +48,13 @@ def main() -> int:
     parser.add_argument("--measured", type=int, metavar="N", help="measure the first N requests (all)")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="write rows with exits and curves there, too")
     parser.add_argument("--work", type=Path, metavar="FOLDER",
-                        help="keep heads and training sets there: a run that is stopped or repeated goes on with them")
+                        help="keep heads and training sets there: a run of the same code that was stopped goes on "
+                             "with them")
     options = parser.parse_args()
     restart_with_allocator()
     run = conditions({**vars(options), "batch": BATCH, "layer_counts": LAYER_COUNTS, "threads_of_model_times": 1})
+    if options.work:
+        run["settings"]["resumed"] = is_resumed(options.work, run)
     rows: list[dict[str, Any]] = []
     for name in options.subjects:
         with tempfile.TemporaryDirectory() as scratch:
@@ -64,6 +67,25 @@ def main() -> int:
                 if options.curves:
                     save(options.curves, run, {"rows": rows})
     return 0
+
+
+def is_resumed(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Tell whether a folder of kept work comes from an earlier run, and note in a new one which run it comes from.
+
+    Raises:
+        ConfigError: the earlier run had other code, another torch, another processor or another number of trials, so
+            that a table would mix two runs.
+    """
+    about = {name: run[name] for name in ("commit", "torch", "processor")} | {"trials": run["settings"]["trials"]}
+    noted = folder / "run.json"
+    if not noted.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(about))
+        return False
+    if (earlier := json.loads(noted.read_text())) != about:
+        raise ConfigError(f"{folder} holds the work of another run: expected {about}, found {earlier}; pass another "
+                          "folder")
+    return True
 
 
 def rows_of(name: str, scratch: Path, kept: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from early_exit.handler.archive_layout import ArchiveLayout
+from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.head import Head, HeadSpec
 from early_exit.handler.exits.inference_head import InferenceHead
 from early_exit.handler.exits.policy import ConfidencePolicy
@@ -20,7 +22,7 @@ from early_exit.training.heads.distill import Distillation
 from tests.benchmarks.baselines import earlyon
 from tests.benchmarks.bench import BATCH, Bench
 from tests.benchmarks.methods import BUDGETS, LAYER_COUNTS, METHODS, Choice, Terms
-from tests.benchmarks.paper import attempt
+from tests.benchmarks.paper import attempt, is_resumed
 from tests.benchmarks.published import PUBLISHED
 from tests.benchmarks.rows import as_served
 from tests.benchmarks.subjects import Subject
@@ -190,3 +192,11 @@ def test_the_papers_figures_are_those_of_its_tables(name: str, flops: float, tim
     assert told["accuracy_loss"] == pytest.approx(loss, abs=0.0005)
     disagree = abs(told["cpu_time_ratio"]["32"] - told["cpu_time_ratio_by_its_ms"]["32"]) > 0.01
     assert disagree == (name in ("ResNet-50", "Mask R-CNN (ResNet-18)"))
+
+
+def test_work_of_another_run_is_not_mixed_in(tmp_path: Path) -> None:
+    run = {"commit": "0123456789ab", "torch": "2.9.1", "processor": "one", "settings": {"trials": 20}}
+    assert not is_resumed(tmp_path / "work", run) and is_resumed(tmp_path / "work", run)
+    for other in ({"commit": "ba9876543210"}, {"processor": "another"}, {"settings": {"trials": 3}}):
+        with pytest.raises(ConfigError, match="holds the work of another run"):
+            is_resumed(tmp_path / "work", {**run, **other})
