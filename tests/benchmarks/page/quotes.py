@@ -74,9 +74,9 @@ QUOTES: dict[str, tuple[str, ...]] = {
     "docs/modes.md": (
         f"With one client, the median answer of a ResNet-50 at 224 px takes {_ms('a', 1, 'plain')} ms without exits, "
         f"{_ms('a', 1, 'batched')} ms with exits, and {_ms('a', 1, 'early')} ms with early answers; with 32 clients, "
-        f"{_ms('a', 32, 'plain')}, {_ms('a', 32, 'batched')} and {_ms('a', 32, 'early')} ms. For a small ResNet-18 with "
-        f"32 clients, it is {_ms('b', 32, 'plain')}, {_ms('b', 32, 'batched')} and {_ms('b', 32, 'early')} ms. Slow "
-        f"answers are slower still: with 8 clients, 95 % of the ResNet-50's answers come within "
+        f"{_ms('a', 32, 'plain')}, {_ms('a', 32, 'batched')} and {_ms('a', 32, 'early')} ms. For a small ResNet-18 "
+        f"with 32 clients, it is {_ms('b', 32, 'plain')}, {_ms('b', 32, 'batched')} and {_ms('b', 32, 'early')} ms. "
+        f"Slow answers are slower still: with 8 clients, 95 % of the ResNet-50's answers come within "
         f"{_ms('a', 8, 'batched', 'p95')} ms with exits and {_ms('a', 8, 'early', 'p95')} ms with early answers.",),
     "docs/operate.md": (
         "a small ResNet-18 takes {overhead[resnet18w32_32px][recording_ratio][1]:.2f} times the CPU time if every "
