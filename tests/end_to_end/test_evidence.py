@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from early_exit.archiver.packaging.archive import build_archive
 from early_exit.archiver.packaging.request import ArchiveRequest
 from early_exit.archiver.rollout.roll import roll
 from early_exit.archiver.torchserve.addresses import Addresses
@@ -44,6 +43,7 @@ from tests.support.host import MemoryHost
 from tests.support.models.spread_model import spread_model
 from tests.support.remembering_client import Client
 from tests.support.skips import MAY_NOT_MOUNT
+from tests.support.untried import build_untried
 from tests.support.waiting import wait_until
 from tests.support.workers import kill_worker, wait_until_ready
 
@@ -65,7 +65,7 @@ def archive(folder: Path, version: str, handler: Path) -> Path:
     torch.manual_seed(0)
     save_file(spread_model().state_dict(), folder / "weights.safetensors")
     (folder / "config.yaml").write_text(CONFIG)
-    return build_archive(ArchiveRequest(
+    return build_untried(ArchiveRequest(
         "tests.support.models.spread_model:spread_model", folder.parent / "store", model_name=MODEL, version=version,
         weights=folder / "weights.safetensors", input_shape=(16,), handler=str(handler), config=folder / "config.yaml",
         extra_files=[HANDLER.with_name("spread_model.py")]))

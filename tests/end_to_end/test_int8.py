@@ -28,6 +28,7 @@ from tests.support.digits import measured_traffic, recorded_traffic
 from tests.support.reader import Reader
 from tests.support.recording import prepared, record
 from tests.support.sources import ids_in
+from tests.support.untried import build_untried
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def test_int8_is_made_from_recorded_requests_or_not_at_all(recorder_mar: Path, t
 def test_exits_on_int8_keep_one_promise_together_through_torchserve(recorder_mar: Path, tmp_path: Path) -> None:
     store, config = tmp_path / "model-store", tmp_path / "config.yaml"
     config.write_text(CONFIG)
-    made = build_archive(ArchiveRequest(str(recorder_mar), store, version="2.0", config=config))
+    made = build_untried(ArchiveRequest(str(recorder_mar), store, version="2.0", config=config))
     recorder = unpacked(made, tmp_path / "recorder")
     original = json.loads(recorder.original_manifest.read_text())
     requests, parts = recorded_traffic(1200, seed=50)
