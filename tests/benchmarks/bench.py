@@ -119,6 +119,14 @@ class Bench:
         return heads
 
     @cached_property
+    def certify_accuracy(self) -> float:
+        """The backbone's accuracy on the records that certify, which tells whether they are easier than others."""
+        recorded = self.recorded
+        labels = load_labels(self.subject.labels, recorded.request, recorded.row, recorded.n_classes)
+        rows = recorded.rows(Part.CERTIFY)
+        return (recorded.backbone_class[rows] == labels[rows]).double().mean().item()
+
+    @cached_property
     def labelled(self) -> LabelledRecords:
         """What the baselines get, for all layers. A replay has the label of the request that it replays."""
         training_set = self.of_one_class
