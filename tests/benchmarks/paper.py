@@ -128,7 +128,8 @@ def attempt(bench: Bench, name: str, terms: Terms, inputs: Tensor, truth: Tensor
     except EXPECTED as error:
         return {**about, "tolerance": terms.budget, "left_out": str(error)}
     published = {"paper": subject.published.to_json()} if subject.published else {}
-    return {**about, **choice.about, "certify_accuracy": bench.certify_accuracy, **row(subject.backbone, choice.exits, inputs, truth, full), **published}
+    about |= {**choice.about, "certify_accuracy": bench.certify_accuracy}
+    return {**about, **row(subject.backbone, choice.exits, inputs, truth, full), **published}
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ SECTIONS = {
                      "EfficientNet has 600 recorded photos of 1,000 classes, from which no head learns enough to be "
                      "certified, so no request leaves early. All rows of a network, and all networks on CIFAR-10, "
                      "are certified with the same records, so luck with these records helps or hurts all of them: "
-                     "their certificates hold or fail together. Of both CIFAR sets, the records that certify happen to be "
-                     "easier than those that are measured: the originals are right on 1 to 2 % more of them. [The "
-                     "certificate](#the-certificate) draws records anew and counts how often it is false.",
+                     "their certificates hold or fail together. Of both CIFAR sets, the records that certify happen "
+                     "to be easier than those that are measured: the originals are right on 1 to 2 % more of them. "
+                     "[The certificate](#the-certificate) draws records anew and counts how often it is false.",
                      sections.paper, NETWORKS),
     "methods": Section("The methods", "tests.benchmarks.paper", "As above, with every method, budget and number of "
                        "layers on one network. The baselines learn from labels, and have the default head and replays "
