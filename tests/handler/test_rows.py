@@ -111,7 +111,7 @@ def found(handler: Handler, a: Request, b: Request) -> RowsPerRequest:
 @FEW
 @given(a=REQUESTS, b=REQUESTS)
 def test_rows_in_the_order_of_the_requests_are_counted(handler: Handler, count: int, a: Request, b: Request) -> None:
-    assume(not torch.allclose(a, b, rtol=1e-3, atol=1e-2))
+    assume(not torch.allclose(a, b, rtol=1e-3, atol=0.1))
     assert found(handler, a, b) == RowsPerRequest(count)
 
 
@@ -121,9 +121,16 @@ def test_rows_in_the_order_of_the_requests_are_counted(handler: Handler, count: 
 @FEW
 @given(a=REQUESTS, b=REQUESTS)
 def test_every_other_order_or_number_is_unknown(handler: Handler, a: Request, b: Request) -> None:
-    assume(not torch.allclose(a, b, rtol=1e-3, atol=1e-2))
+    assume(not torch.allclose(a, b, rtol=1e-3, atol=0.1))
     assert found(handler, a, b).count is None
     assert found(handler, a, b).unknown_because
+
+
+def test_requests_whose_difference_is_lost_beside_other_rows_show_no_order() -> None:
+    """Each has rows of its own, but beside rows of 3,000 their difference is no larger than what rounding may do."""
+    a, b = torch.zeros(3), torch.tensor([0.02, 0.0, 0.0])
+    for handler in (several_rows_each, reversing_all_rows):
+        assert "give two requests that differ" in found(handler, a, b).unknown_because
 
 
 @FEW
