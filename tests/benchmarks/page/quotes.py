@@ -44,8 +44,8 @@ def _ms(part: str, clients: int, mode: str, quantile: str = "p50") -> str:
 
 QUOTES: dict[str, tuple[str, ...]] = {
     "README.md": (
-        "Measured once on two cores of a processor {int8[run][instructions]:8-bit} instructions for 8-bit products, "
-        "and compared with the original model.",
+        "These figures were measured once on two cores of a processor {int8[run][instructions]:8-bit} instructions for "
+        "8-bit products, and are compared with the original model.",
         _row_of("this plugin without exits", "folded"),
         _row_of("with exits, certified at 2 %", "folded with exits"),
         _row_of("8-bit weights alone", "openvino-int8"),
