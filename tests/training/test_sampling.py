@@ -15,8 +15,12 @@ from torch import Tensor
 from early_exit.handler.exits.risk import Risk
 from early_exit.handler.recording.format import Records, ShardHeader, request_hash, write_shard
 from early_exit.training.data.dataset import DRAWN_MORE_OFTEN, NEWER_THAN_OTHERS, load_traffic
-from early_exit.training.data.sampling import at_one_rate
+from early_exit.training.data.sampling import chance_at_one_rate, drawn, dropped_share
 from early_exit.training.data.split import Part, SplitRule
+
+
+def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> Tensor:
+    return drawn(request, chance_at_one_rate(time, worker, rate))
 
 
 def shard_of(folder: Path, worker: str, requests: Sequence[tuple[float, float]], wrong: float, seed: int, *,
@@ -24,21 +28,21 @@ def shard_of(folder: Path, worker: str, requests: Sequence[tuple[float, float]],
     """Record the requests of a worker, each with a time and a rate, and with some rows. The given share of the rows is
     answered wrongly."""
     draw = random.Random(seed)
-    drawn = [(number, time, rate) for number, (time, rate) in enumerate(requests) if draw.random() < rate
+    sampled = [(number, time, rate) for number, (time, rate) in enumerate(requests) if draw.random() < rate
              for _ in range(n_rows)]
-    n = len(drawn)
+    n = len(sampled)
     zeros = torch.zeros(n, dtype=torch.int32)
     path = folder / f"{worker}.safetensors"
     write_shard(path, ShardHeader("model", "1.0", "ab12", 4, ("layer",), worker=worker, host=host), Records(
         activations={"layer": torch.zeros(n, 1).half()},
         log_probabilities=torch.randn(n, 3, generator=torch.Generator().manual_seed(seed)).log_softmax(1).half(),
-        backbone_class=torch.tensor([int(draw.random() < wrong) for _ in drawn]).int(), full_class=zeros,
+        backbone_class=torch.tensor([int(draw.random() < wrong) for _ in sampled]).int(), full_class=zeros,
         answered_class=zeros.clone(), exit=zeros.short(), row=torch.arange(n, dtype=torch.int32) % n_rows,
-        request=torch.tensor([request_hash(f"{worker} {number}") for number, _, _ in drawn]),
-        content=torch.tensor([request_hash(f"content {worker} {number}") for number, _, _ in drawn]),
-        sequence=torch.tensor([number for number, _, _ in drawn]),
-        time=torch.tensor([time for _, time, _ in drawn], dtype=torch.float64),
-        sampling_rate=torch.tensor([rate for _, _, rate in drawn])))
+        request=torch.tensor([request_hash(f"{worker} {number}") for number, _, _ in sampled]),
+        content=torch.tensor([request_hash(f"content {worker} {number}") for number, _, _ in sampled]),
+        sequence=torch.tensor([number for number, _, _ in sampled]),
+        time=torch.tensor([time for _, time, _ in sampled], dtype=torch.float64),
+        sampling_rate=torch.tensor([rate for _, _, rate in sampled])))
     return path
 
 
@@ -87,11 +91,11 @@ def test_what_is_drawn_depends_on_no_order_and_leaves_the_rarest_alone(
     time = torch.rand(n, generator=generator, dtype=torch.float64)
     request = torch.randint(-2**63, 2**63 - 1, (n,), generator=generator)
 
-    def drawn(order: Tensor) -> Tensor:
+    def in_this(order: Tensor) -> Tensor:
         return at_one_rate(time[order], worker[order], rates[worker[order]], request[order])
 
-    found, shuffled = drawn(torch.arange(n)), torch.randperm(n, generator=generator)
-    assert torch.equal(drawn(shuffled), found[shuffled])
+    found, shuffled = in_this(torch.arange(n)), torch.randperm(n, generator=generator)
+    assert torch.equal(in_this(shuffled), found[shuffled])
     assert bool(found[rates[worker] == rates[worker].min()].all())
 
 
@@ -193,3 +197,46 @@ def test_a_host_that_has_just_begun_holds_nothing_up(tmp_path: Path) -> None:
               shard_of(tmp_path / "new", "new", [(float(time), 1.0) for time in range(4900, 5000)], 0.0, 2)]
     traffic = load_traffic(shards)
     assert not traffic.ended and not traffic.skipped
+
+
+def test_several_hosts_that_lag_by_different_times_hold_up_the_newer_records(tmp_path: Path) -> None:
+    """Before the end of the host that lags less, the other one has too many of the requests to count as ended."""
+    shards = [shard_of(tmp_path, name, [(float(time), 1.0) for time in range(first, end, 3)], 0.0, first, host=name)
+              for first, (name, end) in enumerate({"current": 9000, "late": 7380, "later": 4770}.items())]
+    traffic = load_traffic(shards)
+    newest = traffic.time[traffic.part == Part.CERTIFY.number].max()
+    assert traffic.ended == () and newest < 4800 and traffic.skipped[NEWER_THAN_OTHERS] > 2000
+
+
+def test_a_host_that_paused_long_ago_is_not_thought_to_be_silent_by_habit(tmp_path: Path) -> None:
+    day = 86400.0
+    paused = [(float(time), 1.0) for time in range(100)] + [(30 * day + time, 1.0) for time in range(2000)]
+    shards = [shard_of(tmp_path, "paused", paused, 0.0, 1, host="paused"),
+              shard_of(tmp_path, "other", [(30 * day + time, 1.0) for time in range(2600)], 0.0, 2, host="other")]
+    assert load_traffic(shards).time[load_traffic(shards).part == Part.CERTIFY.number].max() < 30 * day + 2010
+
+
+def header(n_dropped: int, first: float, last: float) -> ShardHeader:
+    return ShardHeader("model", "1.0", "ab12", 4, ("layer",), n_dropped=n_dropped, dropped=(first, last))
+
+
+def test_dropped_records_count_with_the_chance_at_which_they_would_have_been_drawn() -> None:
+    """Of one worker all records are drawn, and of the other one in twenty: they are as many."""
+    time = torch.arange(1000.0, dtype=torch.float64)
+    chance = [torch.ones(1000), torch.full((20_000,), 0.05)]
+    times = [time, time.repeat(20).sort().values]
+    drawn_times = torch.cat([time, time])
+    for n_of_rare, n_of_full in ((30, 0), (0, 600)):
+        headers = [header(n_of_rare, 800.0, 990.0), header(n_of_full, 800.0, 990.0)]
+        share = dropped_share(headers, times, times, chance, drawn_times, time[700:])
+        assert share == pytest.approx(30 / 630), "of 600 drawn records of this time"
+
+
+def test_records_that_were_dropped_while_a_clock_was_wrong_count_whenever_that_was() -> None:
+    time, ahead = torch.arange(1000.0, dtype=torch.float64), 172800.0
+    told = torch.where(time > 900, time + ahead, time)
+    ones = [torch.ones(1000)]
+    for written, times in ((told, time), (time, time)):  # the clock came back before the next record, or after it
+        lost = [header(100, 950 + ahead, 990 + ahead)]
+        assert dropped_share(lost, [written], [times], ones, time, time[700:]) == pytest.approx(100 / 400)
+    assert dropped_share([header(100, 10.0, 20.0)], [time], [time], ones, time, time[700:]) == 0

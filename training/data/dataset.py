@@ -24,7 +24,7 @@ from early_exit.handler.recording.format import (
     read_shard,
 )
 from early_exit.handler.recording.kept_request import KeptRequest
-from early_exit.training.data.sampling import SPREAD, at_one_rate, common_end
+from early_exit.training.data.sampling import SPREAD, chance_at_one_rate, common_end, drawn, dropped_share
 from early_exit.training.data.shards import times_of
 from early_exit.training.data.split import GAP, Part, Split, SplitRule, in_time_order, split_at_random, split_in_time
 
@@ -57,7 +57,7 @@ class RecordedTraffic(RecordColumns):
     ended: tuple[str, ...] = ()
     """The hosts whose records are all older than those of the certify part."""
     dropped: float = 0.0
-    """The share of records that workers dropped, among all records of the time of the certify part."""
+    """The share of records that workers dropped, among all drawn records of the time of the certify part."""
 
     @property
     def part(self) -> Tensor:
@@ -165,7 +165,8 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
                for name, column in records.columns().items()}
     traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, skipped={}, ended=(),
                               dropped=0.0, split=Split.of_nothing(len(rows)), **columns)
-    is_drawn = at_one_rate(traffic.time, worker[rows], traffic.sampling_rate, traffic.request)
+    chance = chance_at_one_rate(traffic.time, worker[rows], traffic.sampling_rate)
+    is_drawn = drawn(traffic.request, chance)
     is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
     proves = traffic.is_evidence & is_drawn & is_fresh
     is_newer = traffic.time > common_end(traffic.time[proves], host[rows][proves], traffic.request[proves],
@@ -181,7 +182,8 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     traffic = replace(
         traffic, skipped={reason: count for reason, count in skipped.items() if count},
         ended=_ended([*dict.fromkeys(hosts)], host[rows][proves], traffic.time[proves], certify),
-        dropped=_dropped(headers, records.time, certify))
+        dropped=dropped_share(headers, [part.time for part in parts], [times[shard] for shard in shards],
+                              _by_shard(chance, rows, parts), traffic.time[is_drawn], certify))
     trains = traffic.part == Part.TRAIN.number
     return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
 
@@ -211,19 +213,16 @@ def _ended(names: Sequence[str], host: Tensor, time: Tensor, certify: Tensor) ->
     return tuple(names[number] for number in torch.unique(host).tolist() if time[host == number].max() < certify.min())
 
 
-def _dropped(headers: Sequence[ShardHeader], time: Tensor, certify: Tensor) -> float:
-    """Return the share of records that workers dropped, among all records of the time of those that certify.
+def _by_shard(values: Tensor, rows: Tensor, parts: Sequence[Records]) -> list[Tensor]:
+    """Return those of the (N,) values that belong to each shard.
 
     Args:
-        headers: the headers of all shards.
-        time: (N,) float64 Unix seconds of all records.
-        certify: (M,) float64 Unix seconds of the records that certify.
+        values: (N,) values of the records in use.
+        rows: (N,) int64, ascending: positions of these records in the concatenated shards.
+        parts: the records of each shard.
     """
-    if not len(certify):
-        return 0.0
-    first, last = float(certify.min()), float(certify.max())
-    n = sum(header.n_dropped for header in headers if header.dropped[0] <= last and header.dropped[1] >= first)
-    return n / (n + int(((time >= first) & (time <= last)).sum()))
+    ends = torch.tensor([0, *accumulate(map(len, parts))])
+    return list(torch.tensor_split(values, torch.searchsorted(rows, ends[1:-1])))
 
 
 def _numbers(names: Sequence[Hashable], parts: Sequence[Records]) -> Tensor:

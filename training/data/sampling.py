@@ -1,12 +1,16 @@
-"""Makes one sample of records that several workers drew at different rates, and that end at different times."""
+"""Makes one sample of records that several workers drew at different rates, that end at different times, or that were
+dropped in part."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from early_exit.handler.recording.format import ShardHeader
 
 SPREAD = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed number, for Fibonacci hashing."""
@@ -17,13 +21,13 @@ _SILENT_GAPS = 3
 """How many mean gaps between its records a host may be silent before it is taken to have ended or to lag behind."""
 
 
-def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> Tensor:
-    """Return a (N,) bool mask of records that are drawn at one rate from all requests of their time.
+def chance_at_one_rate(time: Tensor, worker: Tensor, rate: Tensor) -> Tensor:
+    """Return the (N,) chances with which records must be drawn for one rate of all requests of their time.
 
     Workers that serve different traffic may record different shares of it, because of their settings or because one of
     them has reached its last fallback level. A mean over all records would then give too little weight to the traffic
     that is recorded rarely. At each time, records are therefore drawn as if every worker had recorded at the lowest
-    rate of all workers at that time. The rate may change with time. A hash of the request draws.
+    rate of all workers at that time. The rate may change with time.
 
     A worker serves for longer than from its first to its last record. If it records rarely, or is restarted often, much
     of the time lies before, after or between the records of such workers. Each worker therefore counts for some more
@@ -33,10 +37,9 @@ def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> 
         time: (N,) float64 Unix seconds.
         worker: (N,) int64 number of the worker that recorded each.
         rate: (N,) float32 probability with which the worker drew each.
-        request: (N,) int64 uniform hash of each record's request.
     """
     if not len(rate) or bool((rate == rate[0]).all()):
-        return torch.ones(len(rate), dtype=torch.bool)
+        return torch.ones(len(rate))
     margin = torch.zeros_like(time)
     for one in torch.unique(rate):
         at_rate = rate == one
@@ -50,8 +53,17 @@ def at_one_rate(time: Tensor, worker: Tensor, rate: Tensor, request: Tensor) -> 
         meanwhile = ((time >= times[0] - margin[first]) & (time <= times[-1] + margin[last])).nonzero().flatten()
         latest = (torch.searchsorted(times, time[meanwhile], right=True) - 1).clamp_min(0)
         lowest[meanwhile] = torch.minimum(lowest[meanwhile], rate[of_worker[latest]])
-    uniform = (request * SPREAD).double() / 2.0**64 + 0.5
-    return uniform < lowest / rate
+    return lowest / rate
+
+
+def drawn(request: Tensor, chance: Tensor) -> Tensor:
+    """Return a (N,) bool mask that draws each record with its chance, by a hash of its request.
+
+    Args:
+        request: (N,) int64 uniform hash of each record's request.
+        chance: (N,) float.
+    """
+    return (request * SPREAD).double() / 2.0**64 + 0.5 < chance
 
 
 def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> float:
@@ -60,10 +72,11 @@ def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> flo
     The records of a host may end before those of others: its folder is a copy that lags behind, its newest shard is not
     sealed yet, or its clock is behind. The newest records would then be those of the other hosts, and a certificate
     from them would not be about its requests. It is not known whether a host lags behind or has served nothing since.
-    A host counts as one that has ended if more than a share of the requests is newer than its own. None of its requests
-    would be in such a share, and a certificate on that share is not about them.
+    A host counts as one that has ended if more than a share of the requests, up to the end of the others, is newer than
+    its own. None of its requests would be in such a share, and a certificate on that share is not about them.
 
     A host that records rarely is silent for some time without having ended. Few of its requests can be missing then.
+    How rarely is told by the newest share of its records, because it may have paused long ago.
 
     Args:
         time: (N,) float64 Unix seconds of the records that can be evidence.
@@ -75,9 +88,39 @@ def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> flo
     time, host = time[torch.from_numpy(first)], host[torch.from_numpy(first)]
     ends = []
     for number in torch.unique(host):
-        of_host = time[host == number]
-        first_one, last = of_host.min(), of_host.max()
-        silent = _SILENT_GAPS * (last - first_one) / (len(of_host) - 1) if len(of_host) > 1 else math.inf
-        if (time > last + silent).double().mean() <= share:
-            ends.append(float(last + silent))
-    return min(ends, default=math.inf)
+        of_host = time[host == number].sort().values
+        newest = of_host[-max(2, math.ceil(share * len(of_host))):]
+        silent = _SILENT_GAPS * (newest[-1] - newest[0]) / (len(newest) - 1) if len(newest) > 1 else math.inf
+        ends.append(float(newest[-1] + silent))
+    end = math.inf
+    for one in sorted(ends, reverse=True):
+        if (time[time <= end] > one).double().mean() <= share:
+            end = min(end, one)
+    return end
+
+
+def dropped_share(headers: Sequence[ShardHeader], told: Sequence[Tensor], times: Sequence[Tensor],
+                  chance: Sequence[Tensor], drawn_times: Tensor, certify: Tensor) -> float:
+    """Return the share of records that workers dropped, among all drawn records of the time of those that certify.
+
+    A dropped record counts with the chance with which it would have been drawn. When a clock was wrong, it is not known
+    when records were dropped, so they count.
+
+    Args:
+        headers: the headers of S shards.
+        told: for each shard, the (M,) Unix times that its worker wrote.
+        times: for each shard, the same, corrected for changes of the clock.
+        chance: for each shard, the chances at which those of its records that are in use are drawn.
+        drawn_times: (N,) float64 Unix times of the drawn records.
+        certify: (C,) float64 Unix times of the records that certify.
+    """
+    if not len(certify):
+        return 0.0
+    first, last = float(certify.min()), float(certify.max())
+    n = 0.0
+    for header, written, corrected, of_shard in zip(headers, told, times, chance):
+        begin, end = header.dropped
+        is_later = begin > last and end > float(corrected.max())  # before the next shard, or by a clock that was ahead
+        if (begin <= last and end >= first) or is_later or not torch.equal(written, corrected):
+            n += header.n_dropped * (float(of_shard.mean()) if len(of_shard) else 1.0)
+    return n / (n + int(((drawn_times >= first) & (drawn_times <= last)).sum()))
