@@ -136,9 +136,10 @@ class RecordWriter:
     def _seal(self, parts: list[Records]) -> None:
         if n_records := sum(map(len, parts)):
             try:
+                records = self._usable(Records.concatenate(parts))
                 with self._lock:
                     gap, self._untold = self._untold, _Gap()
-                self._sealed.append((self._usable(Records.concatenate(parts)), gap))
+                self._sealed.append((records, gap))
             except Exception as error:  # no error may stop this thread
                 self._tell(error, n_records)
                 self._done(n_records, written=False)

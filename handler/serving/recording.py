@@ -20,6 +20,7 @@ from early_exit.handler.serving.shadow_items import Sampling, ShadowItems, Shado
 
 logger = logging.getLogger(__name__)
 
+
 class Recording:
     """Makes records of served shadow rows and offers them to the writer."""
 
@@ -32,13 +33,20 @@ class Recording:
     def note(self, served: Served) -> None:
         """Record one shadow row of each item of the drawn requests. If the owners of rows are not known, record all
         shadow rows without a request."""
-        sample = self._sampling.of(served)
-        for part in sample.recorded:
-            try:
-                self._writer.offer(self._records(part, sample))
-            except (OSError, RecordError) as error:  # the key for contents can be neither read nor created
-                self._writer.drop(len(part.places), error)
-        self._n_calls += len(served.calls)
+        unexpected: Exception | None = None
+        try:
+            sample = self._sampling.of(served)
+            for part in sample.recorded:
+                try:
+                    self._writer.offer(self._records(part, sample))
+                except Exception as error:  # shards must tell of records that they lack, whatever the reason
+                    self._writer.drop(len(part.places), error)
+                    # The key for contents can be neither read nor created, or else it is a defect, or memory is short.
+                    unexpected = unexpected if isinstance(error, (OSError, RecordError)) else error
+        finally:
+            self._n_calls += len(served.calls)
+        if unexpected is not None:
+            raise unexpected
 
     def _records(self, part: ShadowItems, sample: ShadowSample) -> Records:
         """Return the records of some items; all items of one call of the handler have the same time."""
