@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from early_exit.handler.backbone.graph import beside, find_cuts
+from early_exit.handler.backbone.detector_tails import beside
+from early_exit.handler.backbone.graph import find_cuts
 from early_exit.handler.errors import GraphError
 from early_exit.handler.protocol import FULL_NAME
 

@@ -15,12 +15,12 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 
+from early_exit.handler.backbone.detector_tails import keep_beside
 from early_exit.handler.backbone.graph import (
     Memory,
     batch_size,
     inputs_of,
     is_batch_first,
-    keep_beside,
     reads_inputs,
     tensor_of,
 )

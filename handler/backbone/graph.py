@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from early_exit.handler.backbone.detector_tails import beside
 from early_exit.handler.errors import GraphError
 
 SYM_SIZE = torch.ops.aten.sym_size.int
 LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
 _WEIGHTS = "weights"
+_HIDDEN_VIEWS = ("dropout", "einsum", "atleast_", "meshgrid", "broadcast_tensors", "unsafe_chunk", "unsafe_split")
+"""Parts of the names of operations that may return the memory of an input although their schemas do not tell so."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +102,21 @@ class Memory:
                 self._view(node, node.all_input_nodes[0])
             return
         is_view = any(value.alias_info is not None for value in schema.returns)
-        # A dropout that drops nothing returns its input, and an einsum of one tensor a view; their schemas do not tell.
-        is_hidden = "dropout" in str(node.target) or "einsum" in str(node.target)
+        is_hidden = any(name in str(node.target) for name in _HIDDEN_VIEWS)
         for index, described in enumerate(schema.arguments):
             argument = node.args[index] if index < len(node.args) else node.kwargs.get(described.name)
-            argument = argument[0] if is_hidden and isinstance(argument, list) and len(argument) == 1 else argument
-            if not isinstance(argument, fx.Node):
-                continue
-            if (is_view and described.alias_info is not None) or is_hidden:
-                self._view(node, argument)
-            if described.alias_info is not None and described.alias_info.is_write:
+            for viewed in argument if is_hidden and isinstance(argument, list) else [argument]:
+                if isinstance(viewed, fx.Node) and (is_hidden or (is_view and described.alias_info is not None)):
+                    self._view(node, viewed)
+            if isinstance(argument, fx.Node) and described.alias_info is not None and described.alias_info.is_write:
                 self.writes[self.of[argument]].append(node)
 
     def _view(self, node: fx.Node, viewed: fx.Node) -> None:
-        self.of[node], self.viewed[node] = self.of[viewed], viewed
+        mine, memory = self.of[node], self.of[viewed]
+        if mine is not node:  # one of several views in a list: their memory counts as one
+            self.of |= {other: memory for other, its in self.of.items() if its is mine}
+            self.writes[memory] += self.writes.pop(mine, []) if mine is not memory else []
+        self.of[node], self.viewed[node] = memory, viewed
 
 
 class _Dependence:
@@ -241,33 +245,6 @@ def batch_size(graph: fx.Graph) -> int | torch.SymInt:
     """Return the number of rows that the graph was exported for; it is a symbol if any number is allowed."""
     size: int | torch.SymInt = inputs_of(graph)[0].meta["val"].shape[0]
     return size
-
-
-def keep_beside(scores: fx.Node) -> None:
-    """Add nodes for the values that an operation of this package returns beside the scores; an export drops them."""
-    source = _ours(scores)
-    if source is None:
-        return
-    known = {user.args[1] for user in source.users}
-    with scores.graph.inserting_after(scores):
-        for index, value in enumerate(source.meta["val"]):
-            if index not in known:
-                node = scores.graph.call_function(operator.getitem, (source, index))
-                node.meta = {**scores.meta, "val": value}
-
-
-def beside(scores: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the values, with a row per item, that an operation of this package returns beside the scores."""
-    source = _ours(scores)
-    return () if source is None else tuple(node for node in source.users if node is not scores)
-
-
-def _ours(scores: fx.Node) -> fx.Node | None:
-    """Return the operation of this package that computes the scores among other values, if there is one."""
-    if scores.target is not operator.getitem:
-        return None
-    source = scores.all_input_nodes[0]
-    return source if getattr(source.target, "namespace", None) == "early_exit" else None
 
 
 def reads_inputs(module: fx.GraphModule) -> set[fx.Node]:
