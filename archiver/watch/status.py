@@ -79,17 +79,7 @@ class ModelStatus:
     @property
     def n_watched(self) -> int:
         """The number of shadow samples of this version that the monitors have seen."""
-        return sum(state.evidence.n + sum(alarm.n for alarm in state.alarms) for state in self.monitors)
-
-    @property
-    def shows_wrong_answers(self) -> bool:
-        """Whether a monitor has placed so many bets that it would have raised an alarm if all answers had been wrong.
-
-        Each monitor raises its alarm alone, so the bets of several monitors do not add up.
-        """
-        certificate = self.plan.certificate if self.plan else None
-        return certificate is not None and any(
-            state.evidence.shows_wrong_answers(Monitored.of(certificate).delta) for state in self.monitors)
+        return sum(map(_watched, self.monitors))
 
     @property
     def n_tested(self) -> int:
@@ -98,9 +88,25 @@ class ModelStatus:
         Copies, samples in blocks that are open or skipped, and samples that wait are in no bet. If few contents come
         again and again, only the bets on requests go on, and their samples count instead of new contents.
         """
+        return sum(map(self._tested, self.monitors))
+
+    @property
+    def n_on_trial(self) -> int:
+        """The number of shadow samples that have spoken for a version on trial.
+
+        They are those of monitors that have bet so much that they would have raised an alarm if all answers had been
+        wrong. Each monitor raises its alarm alone, so the others tell nothing yet: while one scene lasts, or if all
+        samples are copies, there are no bets. `n_tested` may be as low as half of the number of contents.
+        """
+        certificate = self.plan.certificate if self.plan else None
+        return 0 if certificate is None else sum(
+            min(_watched(state), 2 * self._tested(state)) for state in self.monitors
+            if state.evidence.shows_wrong_answers(Monitored.of(certificate).delta))
+
+    def _tested(self, state: MonitorState) -> int:
         certificate = self.plan.certificate if self.plan else None
         per_round = Monitored.of(certificate).samples_per_round if certificate else 0
-        return sum(max(state.evidence.n_tested, state.evidence.requests.rounds * per_round) for state in self.monitors)
+        return max(state.evidence.n_tested, state.evidence.requests.rounds * per_round)
 
     def has_alarm_after(self, time: float) -> bool:
         """Tell whether an alarm came after a Unix time."""
@@ -199,3 +205,7 @@ def _monitor_files(folders: Sequence[Path], model: str, version: str, backbone: 
         for path in folder.rglob(glob.escape(own.name)):
             if path != own and is_folder_of(path.parent, model, backbone):
                 yield path
+
+
+def _watched(state: MonitorState) -> int:
+    return state.evidence.n + sum(alarm.n for alarm in state.alarms)

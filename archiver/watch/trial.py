@@ -9,13 +9,8 @@ from early_exit.handler.monitor.shared_state import MONITOR_FILES
 
 
 def has_passed(status: ModelStatus, trial_samples: int) -> bool:
-    """Tell whether the trial of a version that has raised no alarm is over.
-
-    It is over when the monitor has seen enough samples and has bet on them, and when its bets would have raised an
-    alarm if all answers had been wrong. Without bets, there is no alarm: while one scene lasts, or if all samples are
-    copies. `n_tested` may be as low as half of the number of contents, so half of the samples are required.
-    """
-    return min(status.n_watched, 2 * status.n_tested) >= trial_samples and status.shows_wrong_answers
+    """Tell whether the trial of a version that has raised no alarm is over: enough samples have spoken for it."""
+    return status.n_on_trial >= trial_samples
 
 
 def failure(status: ModelStatus) -> str | None:

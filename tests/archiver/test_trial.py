@@ -107,3 +107,11 @@ def test_the_number_of_tested_contents_is_at_most_the_true_one_and_more_than_hal
         counts[(size - 1).bit_length()] += 1
     evidence = Evidence(contents=Capital(len(sizes)), sizes=tuple(counts))
     assert sum(sizes) / 2 < evidence.n_tested <= sum(sizes)
+
+
+def test_samples_of_a_host_that_has_bet_on_nothing_do_not_add_to_those_of_another() -> None:
+    """All answers of the second host are wrong so far, but its scene has not ended."""
+    few, scene = watched(independent(150)), watched(frames(300, per_scene=300, loss=1.0), SCENES)
+    assert few.n_watched == 150 and scene.n_watched == 300 and scene.first_alarm is None
+    both = replace(few, monitors=(*few.monitors, *scene.monitors))
+    assert not has_passed(both, 300) and has_passed(both, 150)
