@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 
 import shtab
 
 from early_exit.handler.errors import EarlyExitError
 from early_exit.training.credentials import without_credentials
+
+_PATIENCE_S = 60.0
+"""How long a command may take to stop what it has started. A server gets 30 seconds."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -55,18 +60,21 @@ def raise_on_terminate() -> None:
     """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that everything the command started is stopped.
 
     SIGINT gets a handler, too: a shell starts background commands with SIGINT ignored, and Python leaves it ignored.
-    Only the first of these signals interrupts: a second one would leave a server running, or a roll half taken back.
+    A closed terminal is ignored where `nohup` asks for it. After a signal, the others are ignored for a minute: a
+    second one would leave a server running, or a roll half taken back. Later ones are for a command that hangs.
     """
-    interrupted = False
+    ignored_until = -math.inf
 
     def interrupt(number: int, frame: object) -> None:
-        nonlocal interrupted
-        if not interrupted:
-            interrupted = True
+        nonlocal ignored_until
+        if time.monotonic() >= ignored_until:
+            ignored_until = time.monotonic() + _PATIENCE_S
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
 
 
 def log_to_stderr(line: str) -> None:
