@@ -165,9 +165,9 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
         log(f"{count} requests are skipped: {reason}")
     if traffic.ended:
         more = f" and {len(traffic.ended) - _NAMED} more" if len(traffic.ended) > _NAMED else ""
-        log(f"none of the requests that certify is of the hosts {', '.join(traffic.ended[:_NAMED])}{more}: their "
-            "records are all older. If such a host still serves, the certificate is not about its requests: copy its "
-            "records anew")
+        log(f"few of the requests that certify, or none, are of the hosts {', '.join(traffic.ended[:_NAMED])}{more}: "
+            "their records end too early. If such a host still serves, the certificate is not about its requests: copy "
+            "its records anew")
     if traffic.split.is_trend:
         log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
             "assumes that it continues as in the records that certify")

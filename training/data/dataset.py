@@ -55,7 +55,7 @@ class RecordedTraffic(RecordColumns):
     skipped: Mapping[str, int] = field(default_factory=dict)
     """The number of requests of these shards that are not among the records, by reason."""
     ended: tuple[str, ...] = ()
-    """The hosts whose records are all older than those of the certify part."""
+    """The hosts whose records end so early that the certificate is about few of their requests, or none."""
     dropped: float = 0.0
     """The share of records that workers dropped, among all drawn records of the time of the certify part."""
 
@@ -169,8 +169,8 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     is_drawn = drawn(traffic.request, chance)
     is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
     proves = traffic.is_evidence & is_drawn & is_fresh
-    is_newer = traffic.time > common_end(traffic.time[proves], host[rows][proves], traffic.request[proves],
-                                         Part.CERTIFY.share)
+    end, ended = common_end(traffic.time[proves], host[rows][proves], traffic.request[proves], Part.CERTIFY.share)
+    is_newer, names = traffic.time > end, [*dict.fromkeys(hosts)]
     traffic = replace(traffic, split=_split(traffic, worker[rows], is_fresh, rule, is_drawn & ~is_newer))
     is_left_out = traffic.part == GAP
     skipped = {NOT_FINITE: int((~usable).sum()) + sum(header.n_not_finite for header in headers),
@@ -181,7 +181,7 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     certify = traffic.time[traffic.part == Part.CERTIFY.number]
     traffic = replace(
         traffic, skipped={reason: count for reason, count in skipped.items() if count},
-        ended=_ended([*dict.fromkeys(hosts)], host[rows][proves], traffic.time[proves], certify),
+        ended=tuple(names[number] for number in ended),
         dropped=dropped_share(headers, [part.time for part in parts], [times[shard] for shard in shards],
                               _by_shard(chance, rows, parts), traffic.time[is_drawn], certify))
     trains = traffic.part == Part.TRAIN.number
@@ -197,20 +197,6 @@ def _hosts(shards: Sequence[Path], headers: Sequence[ShardHeader]) -> list[str]:
             named[shard.parent].add(header.host)
     return [header.host or (min(named[shard.parent]) if len(named[shard.parent]) == 1 else str(shard.parent))
             for shard, header in zip(shards, headers)]
-
-
-def _ended(names: Sequence[str], host: Tensor, time: Tensor, certify: Tensor) -> tuple[str, ...]:
-    """Return the names of the hosts whose evidence is all older than the records that certify.
-
-    Args:
-        names: the names of all hosts, by number.
-        host: (N,) int64 number of the host of each record that can be evidence.
-        time: (N,) float64 Unix seconds of these records.
-        certify: (M,) float64 Unix seconds of the records that certify.
-    """
-    if not len(certify):
-        return ()
-    return tuple(names[number] for number in torch.unique(host).tolist() if time[host == number].max() < certify.min())
 
 
 def _by_shard(values: Tensor, rows: Tensor, parts: Sequence[Records]) -> list[Tensor]:

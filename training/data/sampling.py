@@ -66,14 +66,15 @@ def drawn(request: Tensor, chance: Tensor) -> Tensor:
     return (request * SPREAD).double() / 2.0**64 + 0.5 < chance
 
 
-def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> float:
-    """Return the Unix time up to which all hosts have records.
+def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> tuple[float, list[int]]:
+    """Return the Unix time up to which hosts have records, and the numbers of the hosts that have ended before.
 
     The records of a host may end before those of others: its folder is a copy that lags behind, its newest shard is not
     sealed yet, or its clock is behind. The newest records would then be those of the other hosts, and a certificate
     from them would not be about its requests. It is not known whether a host lags behind or has served nothing since.
-    A host counts as one that has ended if more than a share of the requests, up to the end of the others, is newer than
-    its own. None of its requests would be in such a share, and a certificate on that share is not about them.
+    A host counts as one that has ended if more than a share of the requests is newer than its own: a certificate on
+    such a share is not about them. The share is that of all requests, so that hosts which were replaced one after the
+    other do not hold up more than this share together.
 
     A host that records rarely is silent for some time without having ended. Few of its requests can be missing then.
     How rarely is told by the newest share of its records, because it may have paused long ago.
@@ -86,17 +87,14 @@ def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> flo
     """
     _, first = np.unique(request.numpy(), return_index=True)
     time, host = time[torch.from_numpy(first)], host[torch.from_numpy(first)]
-    ends = []
-    for number in torch.unique(host):
+    ends: dict[int, float] = {}
+    for number in torch.unique(host).tolist():
         of_host = time[host == number].sort().values
         newest = of_host[-max(2, math.ceil(share * len(of_host))):]
         silent = _SILENT_GAPS * (newest[-1] - newest[0]) / (len(newest) - 1) if len(newest) > 1 else math.inf
-        ends.append(float(newest[-1] + silent))
-    end = math.inf
-    for one in sorted(ends, reverse=True):
-        if (time[time <= end] > one).double().mean() <= share:
-            end = min(end, one)
-    return end
+        ends[number] = float(newest[-1] + silent)
+    end = min((one for one in ends.values() if (time > one).double().mean() <= share), default=math.inf)
+    return end, [number for number, one in ends.items() if one < end]
 
 
 def dropped_share(headers: Sequence[ShardHeader], told: Sequence[Tensor], times: Sequence[Tensor],
