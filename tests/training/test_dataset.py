@@ -86,7 +86,7 @@ def test_each_instance_of_a_request_trains_and_one_of_them_drawn_by_a_hash_is_ev
 
 def test_a_label_names_the_instance_that_it_belongs_to(tmp_path: Path) -> None:
     a, b = request_hash("a"), request_hash("b")
-    (tmp_path / "labels.csv").write_text("a,1\na,2,0\nb,1,2\n")
+    (tmp_path / "labels.csv").write_text("a,0,1\na,2,0\nb,1,2\n")
     request, row = torch.tensor([a, a, a, b, b]), torch.tensor([0, 1, 2, 0, 1])
     assert load_labels(tmp_path / "labels.csv", request, row, 3).tolist() == [1, -1, 0, -1, 2]
 
