@@ -103,6 +103,9 @@ def test_rolls_lose_nothing(run: Run, digits_backbone: DigitsResNet, monkeypatch
     for name, value in {"WARM_UP_S": 1.0, "QUIET_S": 2.0, "CLIENTS": 2, "PAUSE_S": 0.02,
                         "exits_off_s": partial(roll.exits_off_s, times=1, silent_s=1.0)}.items():
         monkeypatch.setattr(roll, name, value)
+    for name, value in {"adoption.SCALED": (1, 3), "rivals.STAYS_S": 0.5, "switching._WARM_UP_S": 1.5,
+                        "switching._AFTER_S": 1.0}.items():  # fewer workers start, and there is less waiting
+        monkeypatch.setattr(f"tests.benchmarks.{name}", value)
     for name in ("adoption", "rivals", "roll"):
         monkeypatch.setattr(f"tests.benchmarks.{name}.build_archive", build_untried)
         monkeypatch.setattr(f"tests.benchmarks.{name}.train_backbone", lambda n_steps: digits_backbone)
