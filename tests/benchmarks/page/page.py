@@ -115,7 +115,10 @@ SECTIONS = {
     "search": Section("The search for heads", "tests.benchmarks.search", "The figures are the time of a search, what "
                       "is lost when it is killed halfway and started again, and the largest memory of a training on "
                       "many records, in MB. Trials that are clearly worse than others are stopped early."),
-    "roll": Section("Rolls", "tests.benchmarks.roll", "Versions are rolled in and back under load."),
+    "roll": Section("Rolls", "tests.benchmarks.roll", "Eight clients send digits without a pause while versions with "
+                    "exits are rolled in, and some are rolled back. Both cores are busy, and each new worker takes one "
+                    "of them while it starts. Quiet times are those before the first roll. A request fails if its "
+                    "status is not 200, and is lost if it gets no answer.", sections.rolls),
     "coverage": Section("Models", "tests.benchmarks.coverage", "Classifiers that go through the project with no code."),
     "habits": Section("Handlers", "tests.benchmarks.habits", "What clients notice of a repackaged handler."),
     "fuzz": Section("Malformed requests", "tests.benchmarks.fuzz", "Good requests among malformed ones: how many were "

@@ -99,6 +99,24 @@ def answers(figures: Figures) -> Iterator[str]:
                  for one in figures["rows"]])
 
 
+def rolls(figures: Figures) -> Iterator[str]:
+    """Yield a table with a row for each answer mode, and sentences about the other parts."""
+    yield table(["answers", "rolls, rollbacks", "requests", "failed", "lost", "p50 ms, quiet / rolling",
+                 "p99 ms, quiet / rolling", "p99, rolling / quiet", "longest ms, quiet / rolling",
+                 "seconds until a version was ready, median"],
+                [[name, f"{one['rolls']}, {one['rollbacks']}", str(one["requests"]), str(one["failed"]),
+                  str(one["lost"]), *(f"{one[of]['quiet']:.3g} / {one[of]['rolling']:.3g}" for of in (
+                      "p50_ms", "p99_ms")), ratio(one["p99_ratio"]), f"{one['max_quiet_ms']:.0f} / {one['max_ms']:.0f}",
+                  f"{one['median_ready_s']:.1f}"] for name, one in figures["modes"].items()])
+    yield (f"Of {figures['rivals']} pairs of rolls that began at once, {figures['rivals_wrong']} ended otherwise than "
+           "with one success, whose version stays the default.")
+    adoption = figures["adoption"]
+    yield (f"A server with settings of its own kept them when it adopted exits: {in_words(figures['settings_kept'])}. "
+           f"A failed adoption put it back to the original: {in_words(figures['put_back_to_original'])}; "
+           f"{adoption['failed']} of {adoption['requests']} requests failed meanwhile.")
+    yield f"Exits answered for at most {figures['exits_off_s']:.2f} s after `ee-exits NAME off` was started."
+
+
 _SEARCHED = ("certified", "certified-papers-loss")
 _TRAINED_ONCE = ("no-replay", "no-replay-papers-loss")
 """The rows beside the paper's figures: those with searched heads or, of a network that takes too long to search, those
