@@ -18,6 +18,8 @@ LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.paddin
 _WEIGHTS = "weights"
 _HIDDEN_VIEWS = ("dropout", "einsum", "atleast_", "meshgrid", "broadcast_tensors", "unsafe_chunk", "unsafe_split")
 """Parts of the names of operations that may return the memory of an input although their schemas do not tell so."""
+_VIEWS_OF_EACH = ("atleast_", "meshgrid", "broadcast_tensors")
+"""Those of them that take a list of tensors and return a list with a view of each."""
 
 
 @dataclass(frozen=True)
@@ -99,24 +101,30 @@ class Memory:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             if node.op == "call_function" and node.all_input_nodes:  # an element of a list of views
-                self._view(node, node.all_input_nodes[0])
+                self._view(node, _viewed_by_element(node))
             return
         is_view = any(value.alias_info is not None for value in schema.returns)
         is_hidden = any(name in str(node.target) for name in _HIDDEN_VIEWS)
         for index, described in enumerate(schema.arguments):
             argument = node.args[index] if index < len(node.args) else node.kwargs.get(described.name)
-            for viewed in argument if is_hidden and isinstance(argument, list) else [argument]:
-                if isinstance(viewed, fx.Node) and (is_hidden or (is_view and described.alias_info is not None)):
-                    self._view(node, viewed)
+            if is_hidden and isinstance(argument, list) and len(argument) == 1:
+                [argument] = argument  # einsum returns a view of a single tensor, but computes a new one from several
+            if isinstance(argument, fx.Node) and (is_hidden or (is_view and described.alias_info is not None)):
+                self._view(node, argument)
             if isinstance(argument, fx.Node) and described.alias_info is not None and described.alias_info.is_write:
                 self.writes[self.of[argument]].append(node)
 
     def _view(self, node: fx.Node, viewed: fx.Node) -> None:
-        mine, memory = self.of[node], self.of[viewed]
-        if mine is not node:  # one of several views in a list: their memory counts as one
-            self.of |= {other: memory for other, its in self.of.items() if its is mine}
-            self.writes[memory] += self.writes.pop(mine, []) if mine is not memory else []
-        self.of[node], self.viewed[node] = memory, viewed
+        self.of[node], self.viewed[node] = self.of[viewed], viewed
+
+
+def _viewed_by_element(element: fx.Node) -> fx.Node:
+    """Return the tensor that an element of a list of views shows, or the list if all of them show one tensor."""
+    views = element.all_input_nodes[0]
+    if any(name in str(views.target) for name in _VIEWS_OF_EACH) and isinstance(views.args[0], list):
+        viewed: fx.Node = views.args[0][element.args[1]]
+        return viewed
+    return views
 
 
 class _Dependence:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.handler.backbone.backbone import Backbone
-from early_exit.handler.backbone.graph import split
 from early_exit.handler.engines.registry import ENGINES
 from early_exit.handler.errors import ConfigError
 from early_exit.handler.exits.head import Head, HeadSpec
@@ -204,41 +203,3 @@ def test_rows_whose_numbers_overlap_in_memory_are_taken_as_they_are() -> None:
     for source in (x, x[:1].expand(3, -1, -1), x[:, :, :1].expand(-1, -1, 4), torch.arange(21.0).view(3, 7).t()[None]):
         twice = torch.cat((source, source))
         assert torch.equal(laid_out_like(source, twice), twice)
-
-
-HIDDEN_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "three dimensions": torch.atleast_3d,
-    "three dimensions, of a list": lambda h: torch.atleast_3d(2 * h, h)[1],
-    "chunks": lambda h: torch.unsafe_chunk(h, 1, dim=1)[0][:, :, None],
-    "broadcast": lambda h: torch.broadcast_tensors(2 * h, h)[1][:, :, None],
-}
-"""Views of (B, F) activations, as (B, F, 1), by operations whose schemas do not tell that they are views."""
-
-
-class WritesIntoView(nn.Module):
-    """A model that writes into a view of an activation which a later layer reads."""
-
-    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
-        self.last, self._view = nn.Linear(64, 4), view
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        view = self._view(h)
-        z = self.second(h)
-        view.add_(1)
-        return self.last(self.third(z + h)) + view.reshape(x.shape[0], -1).mean(dim=1, keepdim=True)
-
-
-@pytest.mark.parametrize("kind", HIDDEN_VIEWS)
-@torch.no_grad()
-def test_a_write_into_a_view_that_no_schema_tells_of_reaches_the_rows_that_stay(kind: str) -> None:
-    model = WritesIntoView(HIDDEN_VIEWS[kind]).eval()
-    backbone, x = Backbone.from_module(model, (64,)), torch.randn(6, 64)
-    expected, stay = model(x.clone()), torch.tensor([1, 3])
-    assert backbone.description.candidates
-    for layer in backbone.description.candidates:
-        before, after = split(backbone.graph, [layer.node])
-        torch.testing.assert_close(after(*(live[stay] for live in before(x.clone())))[0], expected[stay])
