@@ -164,10 +164,11 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
     for reason, count in traffic.skipped.items():
         log(f"{count} requests are skipped: {reason}")
     if traffic.ended:
+        named = ", ".join(f"{host} ({count})" for host, count in [*traffic.ended.items()][:_NAMED])
         more = f" and {len(traffic.ended) - _NAMED} more" if len(traffic.ended) > _NAMED else ""
-        log(f"few of the requests that certify, or none, are of the hosts {', '.join(traffic.ended[:_NAMED])}{more}: "
-            "their records end too early. If such a host still serves, the certificate is not about its requests: copy "
-            "its records anew")
+        log(f"the records of some hosts end before those of others. Of the {traffic.size(Part.CERTIFY)} requests that "
+            f"certify, so many are theirs: {named}{more}. If such a host still serves, the certificate is not about "
+            "its later requests: copy its records anew")
     if traffic.split.is_trend:
         log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
             "assumes that it continues as in the records that certify")

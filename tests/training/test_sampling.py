@@ -154,8 +154,8 @@ def test_hosts_that_end_before_the_end_that_all_others_have_are_named(tmp_path: 
     """Of all requests, 35 % are newer than those of the first host, and 29.8 % are newer than those of the second."""
     shards = [shard_of(tmp_path, f"host {end}", [(float(time), 1.0) for time in range(end)], 0.0, end, host=str(end))
               for end in (5580, 6300, 14000)]
-    for chosen, named in ((shards, ("5580",)), (shards[:2], ()), (shards[1:], ("6300",))):
-        assert load_traffic(chosen).ended == named
+    for chosen, named in ((shards, ["5580"]), (shards[:2], []), (shards[1:], ["6300"])):
+        assert [*load_traffic(chosen).ended] == named
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -186,7 +186,7 @@ def test_the_rows_of_a_request_do_not_count_as_requests_of_a_host(tmp_path: Path
     ended = shard_of(tmp_path, "ended", [(float(time), 1.0) for time in range(1000)], 0.0, 1, host="ended", n_rows=10)
     serves = shard_of(tmp_path, "serves", [(float(time), 1.0) for time in range(1000, 5000)], 0.0, 2, host="serves")
     traffic = load_traffic([ended, serves])
-    assert traffic.ended == ("ended",) and not traffic.skipped
+    assert [*traffic.ended] == ["ended"] and not traffic.skipped
 
 
 def test_a_host_that_has_just_begun_holds_nothing_up(tmp_path: Path) -> None:
@@ -202,7 +202,40 @@ def test_a_host_that_ends_within_the_time_that_certifies_is_named_too(tmp_path: 
               for first, (name, end) in enumerate({"current": 9000, "late": 7380, "later": 4770}.items())]
     traffic = load_traffic(shards)
     certify = traffic.time[traffic.part == Part.CERTIFY.number]
-    assert certify.min() < 4760 and certify.max() < 7400 and traffic.ended == ("later",)
+    assert certify.min() < 4760 and certify.max() < 7400 and [*traffic.ended] == ["later"]
+
+
+def test_a_host_that_ended_before_the_last_certificate_is_named_as_well(tmp_path: Path) -> None:
+    shards = of_hosts(tmp_path, (5000, 2500), (0.0, 0.06))
+    for fresh_after in (2400.0, 2600.0):
+        traffic = load_traffic(shards, fresh_after)
+        assert [(Path(host).name, count) for host, count in traffic.ended.items()] == [("other", 0)]
+    assert not load_traffic(shards, 6000.0).ended, "nothing can be certified"
+
+
+@pytest.mark.parametrize("rule", SplitRule)
+def test_each_ended_host_is_named_with_the_number_of_its_requests_that_certify_the_last_one_first(
+        tmp_path: Path, rule: SplitRule) -> None:
+    """Ten hosts replace each other."""
+    shards = [shard_of(tmp_path, f"pod-{number}", [(500.0 * number + time, 1.0) for time in range(500)], 0.0, number,
+                       host=f"pod-{number}") for number in range(10)]
+    traffic = load_traffic(shards, rule=rule)
+    certify = traffic.time[traffic.part == Part.CERTIFY.number]
+    assert [*traffic.ended] == [f"pod-{number}" for number in reversed(range(6))]
+    for number in range(6):
+        of_host = (certify >= 500 * number) & (certify < 500 * (number + 1))
+        assert traffic.ended[f"pod-{number}"] == int(of_host.sum())
+    assert sum(traffic.ended.values()) > 0
+
+
+def test_a_host_that_records_rarely_and_in_pairs_holds_nothing_up(tmp_path: Path) -> None:
+    for number, gap in enumerate((0.3, 0.0)):
+        pairs = [(begin + later, 1.0) for begin in (200.0, 2000.0, 3750.0) for later in (0.0, gap)]
+        shards = [shard_of(tmp_path / str(number), "rare", pairs, 0.0, 1, host="rare"),
+                  shard_of(tmp_path / str(number), "busy", [(float(time), 1.0) for time in range(5000)], 0.0, 2,
+                           host="busy")]
+        traffic = load_traffic(shards)
+        assert not traffic.skipped and not traffic.ended
 
 
 def test_a_host_that_paused_long_ago_is_not_thought_to_be_silent_by_habit(tmp_path: Path) -> None:
@@ -237,3 +270,12 @@ def test_records_that_were_dropped_while_a_clock_was_wrong_count_whenever_that_w
         lost = [header(100, 950 + ahead, 990 + ahead)]
         assert dropped_share(lost, [written], [times], ones, time, time[700:]) == pytest.approx(100 / 400)
     assert dropped_share([header(100, 10.0, 20.0)], [time], [time], ones, time, time[700:]) == 0
+
+
+def test_records_that_were_dropped_after_those_that_certify_do_not_count_if_their_worker_went_on() -> None:
+    """The shard that tells of them holds records from before, because the queue was full in between."""
+    time = torch.arange(1000.0, dtype=torch.float64)
+    parts, ones = [time[:900], time[920:]], [torch.ones(900), torch.ones(80)]
+    headers = [header(20, 901.0, 919.0), header(0, 0.0, 0.0)]
+    assert dropped_share(headers, parts, parts, ones, torch.cat(parts), time[500:850]) == 0
+    assert dropped_share(headers, parts, parts, ones, torch.cat(parts), time[500:910]) > 0

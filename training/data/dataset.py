@@ -54,8 +54,9 @@ class RecordedTraffic(RecordColumns):
     """The parts of the records."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """The number of requests of these shards that are not among the records, by reason."""
-    ended: tuple[str, ...] = ()
-    """The hosts whose records end so early that the certificate is about few of their requests, or none."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """The hosts whose records end before those of others, and how many of their requests are in the certify part. The
+    host whose records end last comes first."""
     dropped: float = 0.0
     """The share of records that workers dropped, among all drawn records of the time of the certify part."""
 
@@ -163,13 +164,14 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
     rows = rows[usable[rows]]
     columns = {name: column[rows] if column.is_floating_point() else column[rows].long()
                for name, column in records.columns().items()}
-    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, skipped={}, ended=(),
+    traffic = RecordedTraffic(shards=tuple(shards), sizes=tuple(map(len, parts)), rows=rows, skipped={}, ended={},
                               dropped=0.0, split=Split.of_nothing(len(rows)), **columns)
     chance = chance_at_one_rate(traffic.time, worker[rows], traffic.sampling_rate)
     is_drawn = drawn(traffic.request, chance)
     is_fresh = traffic.time > (-math.inf if fresh_after is None else fresh_after)
-    proves = traffic.is_evidence & is_drawn & is_fresh
-    end, ended = common_end(traffic.time[proves], host[rows][proves], traffic.request[proves], Part.CERTIFY.share)
+    proves, host = traffic.is_evidence & is_drawn, host[rows]
+    end, ended = common_end(traffic.time[proves], host[proves], traffic.request[proves], is_fresh[proves],
+                            Part.CERTIFY.share)
     is_newer, names = traffic.time > end, [*dict.fromkeys(hosts)]
     traffic = replace(traffic, split=_split(traffic, worker[rows], is_fresh, rule, is_drawn & ~is_newer))
     is_left_out = traffic.part == GAP
@@ -178,14 +180,15 @@ def load_traffic(shards: Sequence[Path], fresh_after: float | None = None,
                MAY_REPEAT: int((~traffic.is_evidence & is_left_out).sum()),
                NEWER_THAN_OTHERS: int((traffic.is_evidence & is_newer & is_left_out).sum()),
                DRAWN_MORE_OFTEN: int((traffic.is_evidence & ~is_newer & ~is_drawn & is_left_out).sum())}
-    certify = traffic.time[traffic.part == Part.CERTIFY.number]
+    is_used = (traffic.part == Part.TRAIN.number) | (
+        (traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row))
+    certifies = traffic.part == Part.CERTIFY.number
     traffic = replace(
         traffic, skipped={reason: count for reason, count in skipped.items() if count},
-        ended=tuple(names[number] for number in ended),
+        ended={names[number]: int((certifies & is_used & (host == number)).sum()) for number in ended},
         dropped=dropped_share(headers, [part.time for part in parts], [times[shard] for shard in shards],
-                              _by_shard(chance, rows, parts), traffic.time[is_drawn], certify))
-    trains = traffic.part == Part.TRAIN.number
-    return traffic.where(trains | ((traffic.part != GAP) & _drawn_of_each(traffic.request, traffic.row)))
+                              _by_shard(chance, rows, parts), traffic.time[is_drawn], traffic.time[certifies]))
+    return traffic.where(is_used)
 
 
 def _hosts(shards: Sequence[Path], headers: Sequence[ShardHeader]) -> list[str]:

@@ -4,6 +4,7 @@ dropped in part."""
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ _GAPS = 10
 
 _SILENT_GAPS = 3
 """How many mean gaps between its records a host may be silent before it is taken to have ended or to lag behind."""
+_FEWEST_TIMES = 10
+"""The fewest times of its newest records from which such a gap is told, if there are as many."""
 
 
 def chance_at_one_rate(time: Tensor, worker: Tensor, rate: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ def drawn(request: Tensor, chance: Tensor) -> Tensor:
     return (request * SPREAD).double() / 2.0**64 + 0.5 < chance
 
 
-def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> tuple[float, list[int]]:
+def common_end(time: Tensor, host: Tensor, request: Tensor, is_fresh: Tensor, share: float) -> tuple[float, list[int]]:
     """Return the Unix time up to which hosts have records, and the numbers of the hosts that have ended before.
 
     The records of a host may end before those of others: its folder is a copy that lags behind, its newest shard is not
@@ -77,24 +80,35 @@ def common_end(time: Tensor, host: Tensor, request: Tensor, share: float) -> tup
     other do not hold up more than this share together.
 
     A host that records rarely is silent for some time without having ended. Few of its requests can be missing then.
-    How rarely is told by the newest share of its records, because it may have paused long ago.
+    How rarely is told by the newest share of its records, because it may have paused long ago, but by no fewer than ten
+    times, because its requests may come in pairs or batches.
 
     Args:
         time: (N,) float64 Unix seconds of the records that can be evidence.
         host: (N,) int64 number of the host that recorded each.
         request: (N,) int64 hash of each record's request, all records of which count as one.
+        is_fresh: (N,) bool mask of the records that may be in the certify part. Only they count for the share.
         share: the share of the requests, the newest ones, that a certificate is to be about.
+
+    Returns:
+        The time, and the hosts that have ended; the host whose records end last comes first.
     """
     _, first = np.unique(request.numpy(), return_index=True)
-    time, host = time[torch.from_numpy(first)], host[torch.from_numpy(first)]
+    time, host, is_fresh = (values[torch.from_numpy(first)] for values in (time, host, is_fresh))
+    fresh = time[is_fresh]
+    if not len(fresh):
+        return math.inf, []
     ends: dict[int, float] = {}
     for number in torch.unique(host).tolist():
-        of_host = time[host == number].sort().values
-        newest = of_host[-max(2, math.ceil(share * len(of_host))):]
+        times = torch.unique(fresh[host[is_fresh] == number])
+        if not len(times):
+            ends[number] = float(time[host == number].max())
+            continue
+        newest = times[-max(_FEWEST_TIMES, math.ceil(share * len(times))):]
         silent = _SILENT_GAPS * (newest[-1] - newest[0]) / (len(newest) - 1) if len(newest) > 1 else math.inf
         ends[number] = float(newest[-1] + silent)
-    end = min((one for one in ends.values() if (time > one).double().mean() <= share), default=math.inf)
-    return end, [number for number, one in ends.items() if one < end]
+    end = min((one for one in ends.values() if (fresh > one).double().mean() <= share), default=math.inf)
+    return end, sorted((number for number, one in ends.items() if one < end), key=lambda number: -ends[number])
 
 
 def dropped_share(headers: Sequence[ShardHeader], told: Sequence[Tensor], times: Sequence[Tensor],
@@ -102,7 +116,8 @@ def dropped_share(headers: Sequence[ShardHeader], told: Sequence[Tensor], times:
     """Return the share of records that workers dropped, among all drawn records of the time of those that certify.
 
     A dropped record counts with the chance with which it would have been drawn. When a clock was wrong, it is not known
-    when records were dropped, so they count.
+    when records were dropped, so they count. A clock was ahead if it says that records were dropped after the newest
+    record of their worker.
 
     Args:
         headers: the headers of S shards.
@@ -115,10 +130,13 @@ def dropped_share(headers: Sequence[ShardHeader], told: Sequence[Tensor], times:
     if not len(certify):
         return 0.0
     first, last = float(certify.min()), float(certify.max())
+    newest: dict[str, float] = defaultdict(lambda: -math.inf)
+    for header, corrected in zip(headers, times):
+        newest[header.worker] = max([newest[header.worker], *corrected.tolist()])
     n = 0.0
     for header, written, corrected, of_shard in zip(headers, told, times, chance):
         begin, end = header.dropped
-        is_later = begin > last and end > float(corrected.max())  # before the next shard, or by a clock that was ahead
+        is_later = begin > last and end > newest[header.worker]
         if (begin <= last and end >= first) or is_later or not torch.equal(written, corrected):
             n += header.n_dropped * (float(of_shard.mean()) if len(of_shard) else 1.0)
     return n / (n + int(((drawn_times >= first) & (drawn_times <= last)).sum()))
