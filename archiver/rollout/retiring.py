@@ -16,6 +16,9 @@ from early_exit.handler.protocol import SECRET_VARIABLE
 
 POLL_S = 0.2
 """The seconds between two checks of a server's state."""
+_FAILURES = 3
+"""After so many failures in a row, a server is not asked for its count again: a firewall may swallow the connection,
+and each attempt would take seconds."""
 LONGEST_BATCH_S = 5.0
 """The least time, in seconds, that a worker gets for its last batch, unless another time is given. A worker may have
 taken a batch before its queue was seen empty: a server does not report such batches, and removing a version ends its
@@ -92,21 +95,26 @@ def _drain(server: ModelServer, model: str, old: VersionStatus, limit_s: float, 
     """Wait until the old version gets no requests, and then for the batches that its workers have taken.
 
     A request that names the version may be answered so fast that the queue is never seen with it. The server's own
-    count of such requests shows it.
+    count of such requests shows it. While that count cannot be read, there may be such requests. A server that gives
+    none several times in a row has none to give.
     """
     deadline = clock.now() + limit_s
     idle_since: float | None = None
-    named = server.named_requests(model, old.version)
-    counts = named is not None  # a firewall may swallow the connection, and each attempt would take seconds
+    counted = server.named_requests(model, old.version)
+    n_failed = int(counted is None)
     settle_s = longest_batch_s + (old.settings.max_batch_delay_ms or 0) / 1000
     while clock.now() < deadline:
         status = next((status for status in server.versions(model)
                        if (status.version, status.claim) == (old.version, old.claim)), None)
         if status is None:
             raise ServerError(f"{model} {old.version} disappeared while it was drained: did someone else roll?")
-        before, named = named, server.named_requests(model, old.version) if counts else None
+        is_busy = bool(status.pending_requests)
+        if n_failed < _FAILURES:
+            before, counted = counted, server.named_requests(model, old.version)
+            n_failed = n_failed + 1 if counted is None else 0
+            is_busy |= n_failed < _FAILURES and (counted is None or counted != before)
         now = clock.now()
-        if status.pending_requests or named != before:
+        if is_busy:
             idle_since = None
         elif idle_since is None:
             idle_since = now

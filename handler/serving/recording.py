@@ -35,7 +35,11 @@ class Recording:
         shadow rows without a request."""
         unexpected: Exception | None = None
         try:
-            sample = self._sampling.of(served)
+            try:
+                sample = self._sampling.of(served)
+            except Exception as error:  # which requests would have been drawn is not known, so all count
+                self._writer.drop(len(served.calls), error)
+                raise
             for part in sample.recorded:
                 try:
                     self._writer.offer(self._records(part, sample))

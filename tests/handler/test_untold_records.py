@@ -54,3 +54,18 @@ def test_records_that_cannot_be_made_for_any_reason_are_told_of_and_the_error_is
     writer.close()
     [shard] = list_shards(tmp_path)
     assert read_header(shard).n_dropped == 6 and recording._n_calls == 8
+
+
+def test_requests_that_cannot_be_drawn_are_all_told_of(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path, HEADER, ServingConfig(records_per_shard=1))
+    served: Any = SimpleNamespace(calls=[0, 1, 2, 3])
+    sampling: Any = SimpleNamespace(of=raising(MemoryError("out of memory")))
+    model: Any = None
+    recording = Recording(model, writer, sampling, keep_requests=False)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            recording.note(served)
+    writer.offer(some_records(1))
+    writer.close()
+    [shard] = list_shards(tmp_path)
+    assert read_header(shard).n_dropped == 12 and recording._n_calls == 12
