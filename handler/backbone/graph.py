@@ -120,9 +120,11 @@ class Memory:
 
 def _viewed_by_element(element: fx.Node) -> fx.Node:
     """Return the tensor that an element of a list of views shows, or the list if all of them show one tensor."""
-    views = element.all_input_nodes[0]
-    if any(name in str(views.target) for name in _VIEWS_OF_EACH) and isinstance(views.args[0], list):
-        viewed: fx.Node = views.args[0][element.args[1]]
+    views, position = element.all_input_nodes[0], element.args[-1]
+    shown = views.args[0] if views.args else None
+    is_one_of_each = any(name in str(views.target) for name in _VIEWS_OF_EACH)
+    if is_one_of_each and isinstance(shown, list) and isinstance(position, int):
+        viewed: fx.Node = shown[position]
         return viewed
     return views
 
