@@ -18,6 +18,12 @@ WAYS = {"call": f"def test_it(): pytest.skip('{REASON}')",
         "unexpected success": "@pytest.mark.xfail(reason='one day')\ndef test_it(): pass"}
 
 
+@pytest.fixture(autouse=True)
+def no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the second in which pytest looks for installed plugins."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 def run(folder: Path, code: str) -> bool:
     """Run a test file in this process, with the same plugin as our own tests; return whether nothing failed."""
     (folder / f"test_{folder.name}.py").write_text(f"import pytest\n{code}\n")

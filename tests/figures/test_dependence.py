@@ -12,7 +12,7 @@ from tests.benchmarks.streams import STREAMS
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.toy_size import Run
 
-N = 10
+N = 6
 
 
 @pytest.fixture(scope="module")
