@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ConfigError
 from early_exit.training.cli import options_of, parser
 from early_exit.training.costs.cost import FlopCost
+from early_exit.training.heads import nni_service
 from early_exit.training.heads.distill import Distillation
 from early_exit.training.heads.journal import append, gather, read_journal, read_result, write_result
 from early_exit.training.heads.nni_algorithms import JournalTpe
@@ -119,6 +121,18 @@ def test_the_tuner_believes_what_a_trial_wrote_and_knows_the_journal(tmp_path: P
         tuner.receive_trial_result(parameter_id, {"width1": asked[0]}, {"default": 0.0, "number": 1})
     assert [record.loss for record in tuner._history["width1",]] == [
         tried.objective, swapped.objective, swapped.objective]
+
+
+def test_a_search_that_ends_early_because_of_an_error_says_how_many_trials_it_chooses_from(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNI's service gives up if its own processes take too long to start on a busy machine."""
+    run = RunPaths(tmp_path)
+    [first] = search_layer(evaluator(run), SPACE, Search(trials=1), run)
+    broken = SimpleNamespace(id="k2x9", get_status=lambda: "ERROR", stop=lambda: None)
+    monkeypatch.setattr(nni_service, "_start", lambda *arguments: broken)
+    told: list[str] = []
+    assert search_in_service(evaluator(run), SPACE, Search(trials=3), Service(), run, told.append) == [first]
+    assert told[-1].startswith("NNI's service ended with an error after 1 of 3 trials") and "k2x9" in told[-1]
 
 
 def test_results_are_gathered_once(tmp_path: Path) -> None:

@@ -160,10 +160,13 @@ def search_in_service(evaluator: Evaluator, space: SearchSpace, search: Search, 
     if died is not None:
         raise ServerError(f"NNI's service has died: see the logs in {run.experiments / experiment.id}, and start "
                           "ee-train again, which continues where it stopped") from died
-    trials = gather(run, layer.path)
+    trials, logs = gather(run, layer.path), run.experiments / experiment.id
     if not trials:
-        raise ServerError(f"none of NNI's trials at {layer.path} produced a result: see the logs in "
-                          f"{run.experiments / experiment.id}, and stderr in its folders trials and environments")
+        raise ServerError(f"none of NNI's trials at {layer.path} produced a result: see the logs in {logs}, and stderr "
+                          "in its folders trials and environments")
+    if status == "ERROR":
+        log(f"NNI's service ended with an error after {len(trials)} of {search.trials} trials at {layer.path}, so the "
+            f"best head is chosen among these: see the logs in {logs}")
     return trials
 
 
