@@ -26,17 +26,21 @@ def overwrite(weights: Tensor, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def unnoticed_damage(backbone: Backbone, allowed: float) -> Iterator[str]:
+def unnoticed_damage(backbone: Backbone, allowed: float, batch: tuple[Tensor, ...] = ()) -> Iterator[str]:
     """Yield the weights of `weights_of` whose damage a backbone's probe does not notice.
 
     Args:
         backbone: the backbone, which is unchanged afterwards.
         allowed: the largest error of the probe that does not count as damage.
+        batch: the inputs of a batch. Damage that changes no scores of this batch either is left out. With random
+            weights, some weights make no difference.
     """
-    expected = torch.tensor(backbone.description.probe)
+    expected, kind = torch.tensor(backbone.description.probe), backbone.description.scores
+    before = backbone.graph(*batch)[0] if batch else None
     for name, weights in weights_of(backbone.graph).items():
         sound = weights.clone()
         overwrite(weights)
-        if score_error(backbone.graph(*backbone.probe)[0], expected, backbone.description.scores) <= allowed:
+        if score_error(backbone.graph(*backbone.probe)[0], expected, kind) <= allowed and (
+                before is None or not score_error(backbone.graph(*batch)[0], before, kind) <= allowed):
             yield name
         weights.copy_(sound)

@@ -119,7 +119,11 @@ SECTIONS = {
                     "exits are rolled in, and some are rolled back. Both cores are busy, and each new worker takes one "
                     "of them while it starts. Quiet times are those before the first roll. A request fails if its "
                     "status is not 200, and is lost if it gets no answer.", sections.rolls),
-    "coverage": Section("Models", "tests.benchmarks.coverage", "Classifiers that go through the project with no code."),
+    "coverage": Section("Models", "tests.benchmarks.coverage", "Classifiers of libraries, with random weights: those "
+                        "of torchvision, fifty architectures of timm, and sequence and image classifiers of "
+                        "transformers (hf). A model is ok if it is exported without code of its own, has two candidate "
+                        "layers, its stages give its own scores to 1e-4, and its probe notices overwritten weights.",
+                        sections.coverage),
     "habits": Section("Handlers", "tests.benchmarks.habits", "What clients notice of a repackaged handler."),
     "fuzz": Section("Malformed requests", "tests.benchmarks.fuzz", "Good requests among malformed ones: how many were "
                     "answered wrongly, by kind and status, and how much the memory of the worker grew, in MB."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from statistics import median
 from typing import Any
 
 from tests.benchmarks.page.certificates import LOSSES, did_not_hold
@@ -115,6 +116,33 @@ def rolls(figures: Figures) -> Iterator[str]:
            f"A failed adoption put it back to the original: {in_words(figures['put_back_to_original'])}; "
            f"{adoption['failed']} of {adoption['requests']} requests failed meanwhile.")
     yield f"Exits answered for at most {figures['exits_off_s']:.2f} s after `ee-exits NAME off` was started."
+
+
+def coverage(figures: Figures) -> Iterator[str]:
+    """Yield a table with a row for each library, and a table of the models that do not go through."""
+    models = figures["models"]
+    families = {one["family"]: [other for other in models if other["family"] == one["family"]] for one in models}
+    yield table(["library", "models", "ok", "median of the candidate layers", "largest error of the scores, exported",
+                 "the same, as served"],
+                [[name, str(len(some)), str(sum(one["ok"] for one in some)),
+                  f"{median(one['candidates'] for one in some if one['ok']):g}",
+                  *(f"{max(one[error] for one in some if one['ok']):.1e}" for error in ("max_error", "served_error"))]
+                 for name, some in families.items()])
+    yield "Those that are not ok:"
+    yield table(["model", "candidate layers", "largest error, exported / as served", "damage that is not noticed",
+                 "reason"],
+                [[f"{one['family']} {one['model']}", str(one["candidates"]), _errors(one),
+                  ", ".join(one.get("unnoticed_damage", ())), _first_line(one.get("reason", ""))]
+                 for one in models if not one["ok"]])
+
+
+def _errors(model: Figures) -> str:
+    return "" if model["max_error"] is None else f"{model['max_error']:.1e} / {model['served_error']:.1e}"
+
+
+def _first_line(reason: str) -> str:
+    """Return the first line of a reason, which may contain torch's explanations."""
+    return reason.partition("\n")[0].replace("|", " ")
 
 
 _SEARCHED = ("certified", "certified-papers-loss")
