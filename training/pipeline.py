@@ -166,9 +166,9 @@ def _collect(archive: ArchiveLayout, mar: Path | None, backbone: Backbone, ident
     if traffic.ended:
         named = ", ".join(f"{host} ({count})" for host, count in [*traffic.ended.items()][:_NAMED])
         more = f" and {len(traffic.ended) - _NAMED} more" if len(traffic.ended) > _NAMED else ""
-        log(f"the records of some hosts end before those of others. Of the {traffic.size(Part.CERTIFY)} requests that "
-            f"certify, so many are theirs: {named}{more}. If such a host still serves, the certificate is not about "
-            "its later requests: copy its records anew")
+        log(f"the records of some hosts end before those of others: {named}{more}. In brackets is how many of the "
+            f"{traffic.size(Part.CERTIFY)} requests that certify are theirs. If such a host still serves, the "
+            "certificate is not about its later requests: copy its records anew")
     if traffic.split.is_trend:
         log("requests are alike for longer than a tenth of the records: there is a trend, and the certificate "
             "assumes that it continues as in the records that certify")
