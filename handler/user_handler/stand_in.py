@@ -42,13 +42,15 @@ class StandIn(nn.Module):
         """
         super().__init__()
         self.answering = model
-        # Not registered as a submodule: its parameters would be listed, moved and converted with ours.
-        object.__setattr__(self, "_original", original and original.requires_grad_(False))
+        # Not registered as a submodule: its parameters would be listed, moved and converted with ours. A module is
+        # compared with None, because its truth may be its length: a compiled module has none, and raises.
+        object.__setattr__(self, "_original", None if original is None else original.requires_grad_(False))
         self.training = model.training
         object.__setattr__(self, "_is_fixed", is_fixed)
         # A model that was in training mode from the start has nothing that answers differently in that mode.
-        object.__setattr__(self, "_may_train", not is_fixed or self.training or bool(replaced and replaced.training))
-        object.__setattr__(self, "_state", replaced and ModelState(replaced, tensors=True))
+        may_train = not is_fixed or self.training or (replaced is not None and replaced.training)
+        object.__setattr__(self, "_may_train", may_train)
+        object.__setattr__(self, "_state", None if replaced is None else ModelState(replaced, tensors=True))
         object.__setattr__(self, "_hooks", self._hooks_now())
         object.__setattr__(self, "written", [])
 

@@ -88,3 +88,9 @@ def test_threads_that_call_the_model_all_the_time_are_in_nobodys_way(tmp_path: P
             threading.Thread(target=beat).start()
 """, samples)
     assert made["handler"]["model"] == [{"root": "handler", "steps": [["attribute", "model"]]}]
+
+
+def test_a_model_that_the_handler_compiles_is_taken(tmp_path: Path, samples: list[Path]) -> None:
+    compiles = '        self.model = torch.compile(self.model, backend="eager")'
+    made = archived(tmp_path, HANDLER.format(initialize=compiles, postprocess=PLAIN), samples)
+    assert made["handler"]["model"] == [{"root": "handler", "steps": [["attribute", "model"]]}]

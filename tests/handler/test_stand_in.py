@@ -132,3 +132,27 @@ def test_dropout_that_a_request_switches_on_is_refused() -> None:
     stand_in.apply(lambda module: module.train() if isinstance(module, nn.Dropout) else None)
     with pytest.raises(AttributeError, match=r"changes \.1 is in training mode of its model"):
         stand_in(torch.ones(1, 2))
+
+
+class OfNoLength(Original):
+    """Like a compiled module whose parts cannot be counted."""
+
+    def __len__(self) -> int:
+        raise TypeError("does not support len()")
+
+
+class Empty(Original):
+    """A model that is a container of its own kind, with nothing in it."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("kind", [OfNoLength, Empty])
+def test_the_length_of_a_model_makes_no_difference(kind: type[Original]) -> None:
+    original, x = kind().eval(), torch.ones(1, 2)
+    stand_in = StandIn(nn.Linear(2, 2).eval(), original, is_fixed=True, replaced=original)
+    assert not any(parameter.requires_grad for parameter in original.parameters())
+    assert torch.equal(stand_in(x), stand_in.answering(x))
+    original.body.register_forward_hook(lambda module, given, output: 3 * output)
+    assert torch.equal(stand_in(x), original(x))
