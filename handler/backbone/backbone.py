@@ -20,7 +20,13 @@ from torch.export.passes import move_to_device_pass
 from early_exit.handler.archive_layout import DESCRIPTION_FILE, PROBE_FILE, PROGRAM_FILE
 from early_exit.handler.backbone.candidates import CandidateLayer, LeftOut, discover_layers
 from early_exit.handler.backbone.detector_tails import save_tail, tail_parameters
-from early_exit.handler.backbone.export import backbone_graph, export_backbone, prepare_program, scores_dtype
+from early_exit.handler.backbone.export import (
+    backbone_graph,
+    computed_in,
+    export_backbone,
+    prepare_program,
+    scores_dtype,
+)
 from early_exit.handler.backbone.graph import index_limits, inputs_of
 from early_exit.handler.backbone.image_class import DetectorSpec
 from early_exit.handler.backbone.probe import probe_for, require_fixed_rows, require_same_alone
@@ -193,7 +199,7 @@ class Backbone:
         probe = probe_for(graph, inputs)
         try:
             candidates, left_out, flops = discover_layers(graph, probe)
-        except RuntimeError as error:  # for example, the model needs a token that not every text contains
+        except (RuntimeError, IndexError) as error:  # for example, the model needs a token that not every text contains
             raise GraphError(f"the exported backbone cannot run on a probe, so its answer depends on the values of an "
                              f"input in a way that an export cannot follow: {error}") from error
         draft = BackboneDescription(
@@ -216,15 +222,16 @@ class Backbone:
         if not candidates:
             reasons = "; ".join(f"{layer.path}: {layer.reason}" for layer in left_out)
             raise GraphError(f"no layer of this backbone can carry an exit ({reasons})")
-        description = BackboneDescription(**{**draft.__dict__, "n_classes": scores.shape[1],
-                                             "scores": score_kind(scores), "probe": tuple(scores[0].tolist())})
+        description = replace(draft, n_classes=scores.shape[1], probe=tuple(scores[0].tolist()),
+                              scores=score_kind(scores, computed_in(graph.graph)))
         return cls(program, graph, description, probe)
 
     def probed_by(self, inputs: tuple[Tensor, ...]) -> Backbone:
         """Return this backbone with other (1, ...) inputs as the probe, such as those of a real request."""
         with torch.no_grad():
             scores = self.graph(*inputs)
-        description = replace(self.description, probe=tuple(scores[0].tolist()), scores=score_kind(scores))
+        description = replace(self.description, probe=tuple(scores[0].tolist()),
+                              scores=score_kind(scores, computed_in(self.graph.graph)))
         return replace(self, description=description, probe=inputs)
 
     @property

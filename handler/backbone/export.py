@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -203,6 +204,9 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     module.graph.output_node().args = (scores[0],)
     keep_beside(scores[0])
     _keep_inputs(module.graph)
+    for node in reversed(module.graph.nodes):  # such as the last states of an LSTM of which only the outputs are read
+        if node.target is operator.getitem and not node.users:
+            module.graph.erase_node(node)
     # A plain module, because the module that torch.export returns forbids eval(), which every handler calls.
     return fx.GraphModule(module, module.graph)
 
@@ -226,6 +230,13 @@ def scores_dtype(program: ExportedProgram) -> str:
     """Return the name of the dtype in which an exported backbone returns its scores."""
     value = tensor_of(_outputs(program.graph)[0])
     return "float32" if value is None else str(value.dtype).removeprefix("torch.")
+
+
+def computed_in(graph: fx.Graph) -> torch.dtype:
+    """Return the dtype in which the scores of a backbone's graph are computed, before they are cast."""
+    scores = graph.output_node().args[0]
+    value = tensor_of(_before_casts(scores)) if isinstance(scores, fx.Node) else None
+    return torch.float32 if value is None or not value.is_floating_point() else value.dtype
 
 
 def _before_casts(node: fx.Node) -> fx.Node:

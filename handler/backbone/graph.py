@@ -15,8 +15,12 @@ from early_exit.handler.errors import GraphError
 
 SYM_SIZE = torch.ops.aten.sym_size.int
 LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
+_KEEP_VALUES = ("to", "_to_copy", "view", "reshape", "flatten", "unflatten", "slice", "select", "squeeze", "unsqueeze",
+                "transpose", "permute", "expand", "clone", "contiguous", "detach", "clamp", "masked_fill")
+"""Names of operations whose results have no values that their first input has not, apart from bounds and fillers."""
 _WEIGHTS = "weights"
-_HIDDEN_VIEWS = ("dropout", "einsum", "atleast_", "meshgrid", "broadcast_tensors", "unsafe_chunk", "unsafe_split")
+_HIDDEN_VIEWS = ("dropout", "einsum", "atleast_", "meshgrid", "broadcast_tensors", "cartesian_prod", "unsafe_chunk",
+                 "unsafe_split", "type_as", "sum_to_size", "conj_physical")
 """Parts of the names of operations that may return the memory of an input although their schemas do not tell so."""
 _VIEWS_OF_EACH = ("atleast_", "meshgrid", "broadcast_tensors")
 """Those of them that take a list of tensors and return a list with a view of each."""
@@ -109,7 +113,8 @@ class Memory:
             argument = node.args[index] if index < len(node.args) else node.kwargs.get(described.name)
             if is_hidden and isinstance(argument, list) and len(argument) == 1:
                 [argument] = argument  # einsum returns a view of a single tensor, but computes a new one from several
-            if isinstance(argument, fx.Node) and (is_hidden or (is_view and described.alias_info is not None)):
+            is_shown = is_hidden and described.name != "other"  # of which `type_as` reads only the dtype
+            if isinstance(argument, fx.Node) and (is_shown or (is_view and described.alias_info is not None)):
                 self._view(node, argument)
             if isinstance(argument, fx.Node) and described.alias_info is not None and described.alias_info.is_write:
                 self.writes[self.of[argument]].append(node)
@@ -263,15 +268,19 @@ def reads_inputs(module: fx.GraphModule) -> set[fx.Node]:
 
 
 def index_limits(module: fx.GraphModule) -> dict[str, int]:
-    """Return, for each input that looks up rows of tables, the number of rows of the smallest table, by input name."""
-    known = _Dependence(module)
+    """Return, for each input that looks up rows of tables, the number of rows of the smallest table, by input name.
+
+    Inputs from which the numbers of the rows are computed are left out, such as a mask that is summed to positions.
+    """
     limits: dict[str, int] = {}
-    for node in known.nodes:
+    for node in module.graph.nodes:
         if node.target in LOOKUPS:
             table, indices = node.all_input_nodes[:2]
-            for source in (one for one in known.inputs if one in known.light.get(indices, ())):
+            while getattr(indices.target, "__name__", "").partition(".")[0] in _KEEP_VALUES:
+                indices = indices.all_input_nodes[0]
+            if indices.op == "placeholder":
                 n_rows = int(table.meta["val"].shape[0])
-                limits[source.name] = min(n_rows, limits.get(source.name, n_rows))
+                limits[indices.name] = min(n_rows, limits.get(indices.name, n_rows))
     return limits
 
 

@@ -32,7 +32,7 @@ def probe_for(graph: fx.GraphModule, inputs: Sequence[InputSpec]) -> tuple[Tenso
     probes = [tuple(spec.probe(positive=positive) for spec in inputs) for positive in (False, True)]
     with torch.no_grad():
         for probe in probes:
-            with contextlib.suppress(RuntimeError):  # `from_program` reports this error when it counts the FLOPs
+            with contextlib.suppress(RuntimeError, IndexError):  # `from_program` reports it when it counts the FLOPs
                 scores = graph(*probe)
                 if bool(scores.isfinite().any()) and not bool(scores.isnan().any()):
                     return probe
@@ -72,6 +72,8 @@ def _require_independent_rows(graph: fx.GraphModule, probe: tuple[Tensor, ...]) 
         with torch.no_grad():
             try:
                 alone = torch.cat([graph(*(x.clone() for x in row)) for row in (probe, other)]).float()
+            except IndexError:  # no table has a row of such a number
+                continue
             except RuntimeError:
                 if number:  # the model checks the values of its inputs, and refuses these
                     continue

@@ -60,10 +60,18 @@ def predicted_class(scores: Tensor) -> Tensor:
     return scores.argmax(dim=1).masked_fill(~predicts(scores), NO_CLASS)
 
 
-def score_kind(scores: Tensor) -> ScoreKind:
-    """Return the kind of (B, K) scores, found from scores of a real forward pass."""
+def score_kind(scores: Tensor, dtype: torch.dtype) -> ScoreKind:
+    """Return the kind of (B, K) scores, found from scores of a real forward pass.
+
+    Args:
+        scores: (B, K) scores, which may have been cast to float32.
+        dtype: the dtype in which they were computed. Each logarithm of a probability is rounded in proportion to its
+            size, so the sum of the probabilities is off by up to the entropy, times the rounding.
+    """
+    allowed = max(1e-3, torch.finfo(dtype).eps * (1 + math.log(scores.shape[1])))
+
     def sums_to_one(values: Tensor) -> bool:
-        return bool(((values.sum(dim=1) - 1).abs() < 1e-3).all())
+        return bool(((values.sum(dim=1) - 1).abs() < allowed).all())
 
     if bool((scores >= 0).all()) and sums_to_one(scores):
         return ScoreKind.PROBABILITIES

@@ -107,11 +107,12 @@ class OutputSpec:
     """The place of the (B, K) scores in the model's output."""
 
     kind: str = "tensor"
-    """The type of the output: tensor, tuple, dict, or the class of an object, as 'package.module:Class'."""
+    """The type of the output: tensor, tuple, list, dict, or the class of an object, such as a named tuple, as
+    'package.module:Class'."""
     key: str | int | None = None
     """Index or name of the scores in the output."""
     length: int = 1
-    """Length of the output if it is a tuple."""
+    """Length of the output if it is a tuple or a list."""
     dtype: str = "float32"
     """Name of the torch dtype of the scores; exits compute with float32."""
     beside: tuple[str, ...] = ()
@@ -133,13 +134,16 @@ class OutputSpec:
         """
         if isinstance(output, Tensor):
             return cls()
-        kind, length = "tuple", 1
+        kind = f"{type(output).__module__}:{type(output).__qualname__}"
         fields: dict[Any, object] = {}
+        length = 1
         if isinstance(output, (tuple, list)):
             fields, length = dict(enumerate(output)), len(output)
+            if not hasattr(output, "_fields"):
+                kind = "list" if isinstance(output, list) else "tuple"
         elif isinstance(output, Mapping) or is_dataclass(output):
             fields = dict(output) if isinstance(output, Mapping) else vars(output)
-            kind = "dict" if type(output) is dict else f"{type(output).__module__}:{type(output).__qualname__}"
+            kind = "dict" if type(output) is dict else kind
         places = {str(place): place for place, value in fields.items() if _is_scores(value)}
         if wanted is not None and wanted not in places:
             raise GraphError(f"expected --output to name one of {', '.join(places) or 'no outputs'}, found {wanted!r}")
@@ -160,7 +164,8 @@ class OutputSpec:
         if self.key is None:
             scores: Tensor = output
         else:
-            scores = getattr(output, str(self.key)) if ":" in self.kind else output[self.key]
+            has_keys = isinstance(output, (Mapping, tuple, list))
+            scores = output[self.key] if has_keys else getattr(output, str(self.key))
         return scores
 
     def output(self, scores: Tensor) -> Any:
@@ -171,12 +176,14 @@ class OutputSpec:
         scores = scores.to(getattr(torch, self.dtype))
         if self.key is None:
             return scores
-        if self.kind == "tuple":
-            return tuple(scores if index == self.key else None for index in range(self.length))
+        values = [scores if index == self.key else None for index in range(self.length)]
+        if self.kind in ("tuple", "list"):
+            return values if self.kind == "list" else tuple(values)
         if ":" in self.kind:
             module, _, name = self.kind.partition(":")
             try:
-                return getattr(importlib.import_module(module), name)(**{str(self.key): scores})
+                kind = getattr(importlib.import_module(module), name)
+                return kind(*values) if issubclass(kind, tuple) else kind(**{str(self.key): scores})
             except (ImportError, AttributeError, TypeError):
                 pass
         return {self.key: scores}
