@@ -202,11 +202,11 @@ def backbone_graph(program: ExportedProgram) -> fx.GraphModule:
     # The graph takes tensors and returns one tensor, whatever structures the program was exported with.
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.output_node().args = (scores[0],)
-    keep_beside(scores[0])
-    _keep_inputs(module.graph)
     for node in reversed(module.graph.nodes):  # such as the last states of an LSTM of which only the outputs are read
         if node.target is operator.getitem and not node.users:
             module.graph.erase_node(node)
+    keep_beside(scores[0])
+    _keep_inputs(module.graph)
     # A plain module, because the module that torch.export returns forbids eval(), which every handler calls.
     return fx.GraphModule(module, module.graph)
 
