@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -9,6 +11,8 @@ from urllib.parse import urlsplit
 from early_exit.handler.errors import ServerError
 from early_exit.training.credentials import without_credentials
 
+_PORTS = range(20_000, 32_768)
+"""The ports from which free ones are chosen."""
 
 @dataclass(frozen=True)
 class Addresses:
@@ -64,12 +68,19 @@ class Addresses:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on right now."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Return ports that nobody listens on right now.
+
+    They lie below those that Linux gives to outgoing connections, one of which could take a port before a server does.
+    """
+    sockets: list[socket.socket] = []
+    ports: list[int] = []
     try:
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
+        while len(ports) < count:
+            sockets.append(socket.socket())
+            with contextlib.suppress(OSError):  # the port is taken
+                sockets[-1].bind(("127.0.0.1", _PORTS.start + secrets.randbelow(len(_PORTS))))
+                ports.append(sockets[-1].getsockname()[1])
+        return ports
     finally:
         for free in sockets:
             free.close()
