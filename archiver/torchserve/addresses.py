@@ -14,6 +14,7 @@ from early_exit.training.credentials import without_credentials
 _PORTS = range(20_000, 32_768)
 """The ports from which free ones are chosen."""
 
+
 @dataclass(frozen=True)
 class Addresses:
     """The addresses on which a server listens."""

@@ -12,7 +12,7 @@ from tests.benchmarks.streams import STREAMS
 from tests.support.models.digits_resnet import DigitsResNet
 from tests.support.toy_size import Run
 
-N = 6
+N = 10
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from early_exit.archiver.torchserve.addresses import free_ports
 from early_exit.handler.archive_layout import ArchiveLayout
 from early_exit.handler.errors import ConfigError
 from early_exit.training.cli import options_of, parser
@@ -41,9 +41,7 @@ def evaluator(run: RunPaths) -> Evaluator:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 @pytest.mark.slow
